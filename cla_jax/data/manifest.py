@@ -1,0 +1,76 @@
+"""A directory's list of its files with sizes and checksums, and what else is worth keeping."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+_NAME = "manifest.json"
+
+
+def write(directory: Path, content: dict[str, Any]) -> None:
+    """Writes manifest.json: `content`, all files below the directory, and its own checksum."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    listed = {
+        file.relative_to(directory).as_posix(): {
+            "size": file.stat().st_size,
+            "sha256": sha256(file),
+        }
+        for file in files
+    }
+    content = content | {"files": listed}
+    text = json.dumps(content | {"checksum": digest(content)}, indent=1)
+    (directory / _NAME).write_text(text, encoding="utf-8")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory, after comparing every file with it.
+
+    Raises:
+      ValueError: a file or the manifest is missing, truncated or altered; names it. Files that the
+        manifest does not list are ignored.
+    """
+    content = _read(directory)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda item: _verify(directory, *item), content["files"].items()))
+    return content
+
+
+def digest(content: dict[str, Any]) -> str:
+    """The sha256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    file = directory / _NAME
+    if not file.is_file():
+        raise _damaged(directory, file, "is missing")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise _damaged(directory, file, f"cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.pop("checksum", None) != digest(content):
+        raise _damaged(directory, file, "was altered")
+    return content
+
+
+def _verify(directory: Path, name: str, expected: dict[str, Any]) -> None:
+    file = directory / name
+    if not file.is_file():
+        raise _damaged(directory, file, "is missing")
+    size = file.stat().st_size
+    if size != expected["size"]:
+        raise _damaged(directory, file, f"has {size} bytes instead of {expected['size']}")
+    if sha256(file) != expected["sha256"]:
+        raise _damaged(directory, file, "was altered (its sha256 differs from the manifest's)")
+
+
+def _damaged(directory: Path, file: Path, what: str) -> ValueError:
+    return ValueError(f"prepared data: {file} {what}; delete {directory} to prepare it again")

@@ -1,0 +1,267 @@
+"""Documents to windows of tokens on disk, once for each source, tokenizer and window length.
+
+The documents of a split are one stream: an end token, then each document and an end token after it,
+so every token of the text is a target exactly once. Preparing again finds what was prepared.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cla_jax.config import DataConfig
+from cla_jax.data import manifest, sources, tokenizers
+
+if TYPE_CHECKING:
+    from cla_jax.data.records import Windows
+
+SPLITS = ("train", "held_out")
+# Part of the fingerprint: raise it when the content of prepared data changes.
+_FORMAT = 1
+# Documents are tokenised together up to this many characters: the tokenizer then uses threads.
+_BATCH_CHARACTERS = 1 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Prepared data: complete, and equal to what was written."""
+
+    # Its directory.
+    path: Path
+    # The tokenizer that made the tokens.
+    tokenizer: tokenizers.Tokenizer
+    # For each split: documents, tokens (targets: those of the text and an end token a document),
+    # bytes (UTF-8, of the text) and windows. The windows of the training split leave out the tokens
+    # after the last whole one.
+    totals: dict[str, dict[str, int]]
+
+    def split(self, name: str) -> "Windows":
+        """Random access to the windows of `train` or `held_out`."""
+        assert name in SPLITS, name
+        from cla_jax.data import records
+
+        return records.read(self.path, name)
+
+
+def prepare(
+    config: DataConfig, data_dir: str | os.PathLike[str], *, progress: Progress | None = None
+) -> Prepared:
+    """The prepared data of a config, made if it is not there yet.
+
+    Args:
+      config: what to prepare.
+      data_dir: local directory of all prepared data; processes may share it.
+      progress: called with the number of documents done; by default a line on a terminal.
+
+    Raises:
+      ValueError: the source or the tokenizer is at fault, a split would be empty, or the prepared
+        data has been damaged.
+    """
+    path = prepared_path(config, data_dir)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():  # another process may have made it while we waited
+                with (
+                    _terminal() if progress is None else contextlib.nullcontext(progress) as report
+                ):
+                    _make(config, path, report)
+    return open_prepared(path)
+
+
+def prepared_path(config: DataConfig, data_dir: str | os.PathLike[str]) -> Path:
+    """The directory of the prepared data of a config: a readable name and a fingerprint.
+
+    The fingerprint covers the content of the source and of a tokenizer file, so changed inputs are
+    prepared anew.
+    """
+    if "://" in os.fspath(data_dir):
+        raise ValueError(
+            f"placement.data_dir = {os.fspath(data_dir)!r} must be a local directory: prepared "
+            "data is read at random"
+        )
+    identity = _identity(config) | {"source": sources.fingerprint(config.source)}
+    if config.tokenizer.endswith(".json"):
+        identity["tokenizer"] = manifest.sha256(tokenizers.tokenizer_file(config))
+    kind, _, argument = config.source.partition(":")
+    words = (kind, Path(argument).name, Path(config.tokenizer).stem, config.seq_len)
+    name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(str(word) for word in words if word))
+    return Path(data_dir) / f"{name[:80].strip('-.')}-{manifest.digest(identity)[:12]}"
+
+
+def _identity(config: DataConfig) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "source": config.source,
+        "tokenizer": config.tokenizer,
+        "end_token": config.end_token,
+        "seq_len": config.seq_len,
+        "held_out": config.held_out,
+    }
+
+
+def open_prepared(path: Path) -> Prepared:
+    """Opens prepared data after comparing every file with the manifest.
+
+    Raises:
+      ValueError: a file is missing, truncated or altered; names it. Nothing is changed.
+    """
+    content = manifest.read(path)
+    text = (path / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = tokenizers.load(text, content["end_token"])
+    return Prepared(path, tokenizer, content["totals"])
+
+
+# -------------------------------------------------------------------------------------- making
+
+
+@dataclasses.dataclass
+class _Stream:
+    """The tokens of one split, on their way through two plain files."""
+
+    tokens: Path
+    n_bytes: Path
+    dtype: type[np.unsignedinteger | np.signedinteger]
+    totals: dict[str, int]
+
+    @classmethod
+    def create(cls, directory: Path, name: str, size: int) -> "_Stream":
+        dtype = np.uint16 if size <= 1 << 16 else np.int32
+        totals = {"documents": 0, "tokens": 0, "bytes": 0}
+        return cls(directory / f"{name}.tokens", directory / f"{name}.bytes", dtype, totals)
+
+    def append(self, documents: Iterable[tokenizers.Encoded], end: int) -> None:
+        """Adds documents, each followed by an end token, and counts them."""
+        with self.tokens.open("ab") as tokens, self.n_bytes.open("ab") as n_bytes:
+            if tokens.tell() == 0:
+                tokens.write(self.dtype(end).tobytes())
+                n_bytes.write(np.int32(0).tobytes())
+            for ids, counts in documents:
+                tokens.write(np.append(ids, end).astype(self.dtype).tobytes())
+                n_bytes.write(np.append(counts, 0).astype(np.int32).tobytes())
+                self.totals["documents"] += 1
+                self.totals["tokens"] += len(ids) + 1
+                self.totals["bytes"] += int(counts.sum(dtype=np.int64))
+
+    def open(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens and the bytes of each, mapped from the files."""
+        if not self.totals["documents"]:
+            return np.zeros(0, self.dtype), np.zeros(0, np.int32)
+        return np.memmap(self.tokens, self.dtype, "r"), np.memmap(self.n_bytes, np.int32, "r")
+
+
+def _make(config: DataConfig, path: Path, progress: Progress) -> None:
+    """Prepares into a temporary directory and renames it when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():  # of a process that was killed: we hold the lock
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        tokenizer = tokenizers.make_tokenizer(config)
+        streams = _tokenise(config, tokenizer, partial, progress)
+        totals = _write_records(config, tokenizer, streams, partial)
+        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        manifest.write(partial, _identity(config) | {"totals": totals})
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tokenise(
+    config: DataConfig, tokenizer: tokenizers.Tokenizer, directory: Path, progress: Progress
+) -> dict[str, _Stream]:
+    streams = {name: _Stream.create(directory, name, tokenizer.size) for name in SPLITS}
+    done = 0
+    for batch in _batches(sources.documents(config.source)):
+        encoded = tokenizer.encode_batch_with_bytes(batch)
+        by_split: dict[str, list[tokenizers.Encoded]] = {name: [] for name in SPLITS}
+        for text, document in zip(batch, encoded, strict=True):
+            split = "held_out" if sources.is_held_out(text, config.held_out) else "train"
+            if len(document[0]):  # a normaliser may leave nothing of white space
+                by_split[split].append(document)
+        for name, documents in by_split.items():
+            if documents:
+                streams[name].append(documents, tokenizer.end)
+        done += len(batch)
+        progress(done)
+    _check_splits(config, streams)
+    return streams
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
+    train, held_out = (streams[name].totals for name in SPLITS)
+    documents = train["documents"] + held_out["documents"]
+    if not held_out["documents"]:
+        raise ValueError(
+            f"data.held_out = {config.held_out} holds out none of the {documents} documents of "
+            f"data.source = {config.source!r}; raise it, or take more documents (the split is by "
+            "document: cut a long file into several)"
+        )
+    if train["tokens"] < config.seq_len:
+        raise ValueError(
+            f"the training split of data.source = {config.source!r} has {train['tokens']} tokens "
+            f"in {train['documents']} of {documents} documents, less than one window of "
+            f"data.seq_len = {config.seq_len}; lower data.seq_len or data.held_out, or take "
+            "more documents"
+        )
+
+
+def _write_records(
+    config: DataConfig,
+    tokenizer: tokenizers.Tokenizer,
+    streams: dict[str, _Stream],
+    directory: Path,
+) -> dict[str, dict[str, int]]:
+    from cla_jax.data import records
+
+    readers = {}
+    for name, stream in streams.items():
+        padding = tokenizer.end if name == "held_out" else None
+        readers[name] = records.WindowReader(*stream.open(), config.seq_len, padding)
+    records.write(directory, readers, streams["train"].dtype, config.seq_len + 1)
+    for stream in streams.values():
+        stream.tokens.unlink()
+        stream.n_bytes.unlink()
+    return {name: streams[name].totals | {"windows": len(readers[name])} for name in SPLITS}
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time prepare; ends with the process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[Progress]:
+    """Shows the documents done, if standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("preparing data") as status:
+        yield lambda done: status.update(f"preparing data: {done:,} documents")

@@ -1,0 +1,218 @@
+"""Text to ids and back: bytes, byte-level BPE learned from the training split, or a tokenizer.json.
+
+Every tokenizer, the byte one included, is a `tokenizers.Tokenizer` and stored as its JSON.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cla_jax.config import DataConfig, near_choice
+from cla_jax.data import sources
+
+# BPE is learned from the first bytes of the training split: more text changes few merges.
+_BPE_SAMPLE_BYTES = 1 << 28
+
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+class Tokenizer:
+    """Ids of a text and back.
+
+    Special tokens are never made from text: a document that spells the end token goes on.
+
+    Args:
+      inner: the tokenizer; truncation, padding and added special tokens are switched off.
+      end_token: the token that ends a document.
+
+    Raises:
+      ValueError: the end token does not exist, or text can make it.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, end_token: str):
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        _check_end_token(inner, vocabulary, end_token)
+        # Marks it as special where it was an ordinary token; its id stays.
+        inner.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
+        inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.end_token = end_token
+        self.end: int = vocabulary[end_token]
+        self.size: int = max(vocabulary.values()) + 1  # ids, unused ones below the last included
+        self._is_byte = inner.to_str() == _byte_level(end_token).to_str()
+        if self.end in self.encode(f"{end_token} {end_token}"):
+            raise ValueError(
+                f"data.end_token = {end_token!r} is what this tokenizer makes of text, so a "
+                "document could contain it; choose a special token"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tokenizer):
+            return NotImplemented
+        return (self.to_json(), self.end_token) == (other.to_json(), other.end_token)
+
+    def __hash__(self) -> int:
+        return hash((self.to_json(), self.end_token))
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32, without an end token."""
+        if self._is_byte:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_with_bytes(self, text: str) -> Encoded:
+        """The ids of a text and the UTF-8 bytes each stands for, both int32 and of one length.
+
+        The bytes are those of the text as given and sum to `len(text.encode())`, whatever the
+        normaliser does to it. Text between tokens belongs to the later one, text after the last to
+        the last, and a character cut into several tokens to the first of them. A text that becomes
+        no tokens at all (a normaliser that strips white space) has no bytes either.
+        """
+        return self.encode_batch_with_bytes([text])[0]
+
+    def encode_batch_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
+        """`encode_with_bytes` of several texts, in parallel."""
+        if self._is_byte:
+            ids = [self.encode(text) for text in texts]
+            return [(each, np.ones_like(each)) for each in ids]
+        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int32), _byte_counts(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD.
+
+        End tokens and ids the tokenizer does not have (rows that pad an embedding table) are
+        dropped.
+        """
+        kept = [int(i) for i in ids if 0 <= i < self.size and i != self.end]
+        if self._is_byte:
+            return bytes(kept).decode(errors="replace")
+        return self._inner.decode(kept, skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json from which `load` makes an equal tokenizer."""
+        return self._inner.to_str(pretty=False)
+
+
+def load(json_text: str, end_token: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      ValueError: the text is not that of a tokenizer, or `end_token` does not fit it.
+    """
+    try:
+        fields = json.loads(json_text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the tokenizer is not valid JSON: {error}") from error
+    match fields:
+        case {"model": {}}:
+            return Tokenizer(tokenizers.Tokenizer.from_str(json_text), end_token)
+    raise ValueError(
+        "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
+        "tokenizers library is needed, not a tokenizer_config.json)"
+    )
+
+
+def byte_tokenizer(end_token: str = "<|endoftext|>") -> Tokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is the end token."""
+    return Tokenizer(_byte_level(end_token), end_token)
+
+
+def train_bpe(texts: Iterable[str], size: int, end_token: str = "<|endoftext|>") -> Tokenizer:
+    """Byte-level BPE learned from texts: id 0 is the end token, 1 to 256 are the bytes.
+
+    Equal texts in equal order give equal tokenizers. Few texts may give fewer than `size` ids.
+    """
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[end_token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner, end_token)
+
+
+def make_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer a config names; `bpe:SIZE` reads the training split, at most 256 MiB of it.
+
+    Raises:
+      ValueError: the file is missing or is not a tokenizer, or data.end_token does not fit it.
+    """
+    if config.tokenizer == "byte":
+        return byte_tokenizer(config.end_token)
+    if config.tokenizer.startswith("bpe:"):
+        size = int(config.tokenizer.removeprefix("bpe:"))
+        return train_bpe(_sample(config), size, config.end_token)
+    path = tokenizer_file(config)
+    try:
+        return load(path.read_text(encoding="utf-8"), config.end_token)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
+
+
+def tokenizer_file(config: DataConfig) -> Path:
+    """The file of `data.tokenizer`. Raises ValueError if there is none."""
+    path = Path(config.tokenizer).expanduser()
+    if not path.is_file():
+        raise ValueError(f"data.tokenizer = {config.tokenizer!r}: no such file")
+    return path
+
+
+def _sample(config: DataConfig) -> Iterator[str]:
+    taken = 0
+    for text in sources.documents(config.source):
+        if sources.is_held_out(text, config.held_out):
+            continue
+        yield text
+        taken += len(text.encode())
+        if taken >= _BPE_SAMPLE_BYTES:
+            return
+
+
+def _byte_level(end_token: str) -> tokenizers.Tokenizer:
+    # The byte-level alphabet names printable bytes by themselves and the others, in order, by the
+    # characters from U+0100 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    names = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[])
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
+    return inner
+
+
+def _check_end_token(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], token: str) -> None:
+    if token in vocabulary:
+        return
+    special = [added.content for added in inner.get_added_tokens_decoder().values()]
+    near_choice("data.end_token", token, special or difflib.get_close_matches(token, vocabulary))
+
+
+def _byte_counts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The bytes of each token, from its [start, end) in characters."""
+    utf8 = np.frombuffer(text.encode(), np.uint8)
+    if not offsets:
+        return np.zeros(0, np.int32)
+    ends = np.maximum.accumulate(np.array(offsets, np.int64)[:, 1])
+    if len(utf8) != len(text):
+        starts = np.flatnonzero((utf8 & 0xC0) != 0x80)  # every byte that does not continue one
+        ends = np.append(starts, len(utf8))[ends]
+    ends[-1] = len(utf8)
+    return np.diff(ends, prepend=0).astype(np.int32)

@@ -1,0 +1,1 @@
+"""The transformer: layers, attention, and the groups that share keys and values."""

@@ -1,0 +1,127 @@
+"""Linear maps, norms, the MLP and rotary embeddings.
+
+Shape letters, here and in the rest of the model:
+    B batch, T query positions, S key positions, D d_model, F d_ff, V vocabulary,
+    K key/value heads, G query heads per key/value head, H d_head, C key and value (2).
+Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
+dimensions (`axes`); leading dimensions, if any, are those of a stack.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cla_jax.config import ModelConfig
+from cla_jax.mesh import AxisRules
+
+M = TypeVar("M")
+
+# The logical axis of each letter; activations are split along B, K, G, F and V, never along D.
+AXES = {"B": "batch", "D": "embed", "F": "ff", "V": "vocab", "K": "kv_heads", "G": "q_groups"}
+
+
+def axes(letters: str) -> tuple[str | None, ...]:
+    return tuple(AXES.get(letter) for letter in letters)
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each letter of a weight."""
+    return {
+        "D": config.d_model,
+        "F": config.d_ff,
+        "V": config.vocab_size,
+        "K": config.n_kv_heads,
+        "G": config.q_groups,
+        "H": config.d_head,
+        "C": 2,
+    }
+
+
+def normal(key: jax.Array, letters: str, config: ModelConfig) -> nnx.Param:
+    """A weight drawn from N(0, init_std^2) (2405.12981, appendix B)."""
+    shape = [sizes(config)[letter] for letter in letters]
+    return nnx.Param(config.init_std * jax.random.normal(key, shape), axes=axes(letters))
+
+
+def is_param(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def gather(module: M, rules: AxisRules, dtype: jnp.dtype) -> M:
+    """The module's weights as a computation uses them: in `dtype`, and whole along D.
+
+    This is where FSDP gathers. Called inside the rematerialised body of a scan, so that no more than
+    one block is ever whole. Vectors (norm scales) keep their dtype: they meet float32 reductions.
+    """
+
+    def use(param: Any) -> Any:
+        value = param[...]
+        if len(param.axes) > 1:
+            value = value.astype(dtype)
+        stack = [None] * (value.ndim - len(param.axes))
+        spec = rules.gathered().spec(*stack, *param.axes)
+        return param.replace(value if spec is None else jax.reshard(value, spec))
+
+    return jax.tree.map(use, module, is_leaf=is_param)
+
+
+class Linear(nnx.Module):
+    """A linear map, written as the einsum it is: `Linear(key, "BTD,DKGH->BTKGH", config)`."""
+
+    def __init__(self, key: jax.Array, equation: str, config: ModelConfig):
+        self.equation = equation
+        inputs, self.outputs = equation.split("->")
+        weight = inputs.split(",")[1]
+        self.weight = normal(key, weight, config)
+        biased = [letter for letter in self.outputs if letter in weight]
+        shape = [sizes(config)[letter] for letter in biased]
+        self.bias = nnx.Param(jnp.zeros(shape), axes=axes("".join(biased))) if config.bias else None
+
+    def __call__(self, x: jax.Array, rules: AxisRules) -> jax.Array:
+        out = rules.gathered().spec(*axes(self.outputs))
+        y = jnp.einsum(self.equation, x, self.weight[...], out_sharding=out)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(config.d_model), axes=(None,))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...]).astype(x_BTD.dtype)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        gate, up, down = jax.random.split(key, 3)
+        self.gate = Linear(gate, "BTD,DF->BTF", config)
+        self.up = Linear(up, "BTD,DF->BTF", config)
+        self.down = Linear(down, "BTF,FD->BTD", config)
+
+    def __call__(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
+        hidden_BTF = jax.nn.silu(self.gate(x_BTD, rules)) * self.up(x_BTD, rules)
+        return self.down(hidden_BTF, rules)
+
+
+class Rope:
+    """Rotary position embedding, half-split: dimension i turns with dimension i + H/2."""
+
+    def __init__(self, positions_BT: jax.Array, config: ModelConfig):
+        half = config.d_head // 2
+        frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+        self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Rotates x_BT...H, any number of head axes, in float32."""
+        heads = tuple(range(2, x.ndim - 1))
+        cos, sin = jnp.expand_dims(self.cos, heads), jnp.expand_dims(self.sin, heads)
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

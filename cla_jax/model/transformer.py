@@ -1,0 +1,253 @@
+"""A transformer whose layers share keys and values, as the kv_map says.
+
+The group is the unit of structure. A group that owns its keys and values projects them once from the
+residual stream that enters it; every block of the group attends to that same value:
+
+    kv = projection(x)
+    for block in blocks:
+        x = block(x, kv)
+
+A group that borrows has no projection and is handed the `kv` of an earlier group. That is all there is
+to cross-layer attention (CLA, 2405.12981 section 3.1). Shared keys and values are an ordinary value, so
+gradients and rematerialisation need no care; whether `kv` holds arrays or a slot of a cache, a block
+cannot tell.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cla_jax import kv_map as kv_maps
+from cla_jax.config import ModelConfig
+from cla_jax.mesh import AxisRules
+from cla_jax.model.attention import KV, attend
+from cla_jax.model.layers import Linear, Mlp, RMSNorm, Rope, axes, gather, normal
+
+Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a forward pass runs. Nothing here changes what it computes."""
+
+    rules: AxisRules = AxisRules()
+    remat: str = "none"  # none, block, dots: what the backward pass recomputes
+    scan_layers: bool = True
+    attention: str = "xla"
+
+
+class KVProjection(nnx.Module):
+    """Keys and values for a group, from the residual stream that enters it.
+
+    The keys are rotated here, once, before anyone shares them.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        self.norm = RMSNorm(config) if config.kv_norm == "own" else None
+        self.kv = Linear(key, "BTD,DCKH->BTCKH", config)
+
+    def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
+        norm = block_norm if self.norm is None else self.norm
+        kv_BTCKH = self.kv(norm(x_BTD), rules)
+        return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
+
+
+class Block(nnx.Module):
+    """Attention to given keys and values, then the MLP; both pre-norm and residual."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        query, output, mlp = jax.random.split(key, 3)
+        self.attention_norm = RMSNorm(config)
+        self.query = Linear(query, "BTD,DKGH->BTKGH", config)
+        self.output = Linear(output, "BTKGH,KGHD->BTD", config)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = Mlp(mlp, config)
+
+    def __call__(
+        self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
+    ) -> jax.Array:
+        q_BTKGH = rope(self.query(self.attention_norm(x_BTD), rules))
+        x_BTD = x_BTD + self.output(attend(q_BTKGH, kv), rules)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), rules)
+
+
+class Group(nnx.Module):
+    """Consecutive blocks that attend to the same keys and values."""
+
+    def __init__(
+        self, key: jax.Array, first: jax.Array | int, size: int, config: ModelConfig, owns
+    ):
+        # Keys by layer number: a layer starts from the same weights under every kv_map.
+        layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
+        self.projection = KVProjection(jax.random.fold_in(layers[0], 1), config) if owns else None
+        self.blocks = jax.vmap(lambda layer: Block(layer, config))(layers)
+
+    def keys_and_values(
+        self, x_BTD: jax.Array, rope: Rope, rules: AxisRules, config: ModelConfig
+    ) -> KV:
+        first = self.blocks[0] if isinstance(self.blocks, tuple) else at(self.blocks, 0)
+        assert self.projection is not None  # only an owning group is asked
+        projection = gather(self.projection, rules, jnp.dtype(config.compute_dtype))
+        return projection(x_BTD, first.attention_norm, rope, rules)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        kv: Any,
+        rope: Rope,
+        attend: Attend,
+        run: Execution,
+        config: ModelConfig,
+    ) -> jax.Array:
+        def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
+            return block(x_BTD, kv, rope, attend, run.rules), None
+
+        return fold(remat(body, run), x_BTD, self.blocks, scan=run.scan_layers)[0]
+
+
+class Transformer(nnx.Module):
+    """Embedding, stacks of groups, final norm, output head.
+
+    Parameters are float32. The groups of a stack are one `Group` whose parameters have a leading
+    axis [groups]; inside it the blocks have another, [groups, size].
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        embedding, layers, head = jax.random.split(key, 3)
+        self.config = config
+        self.embedding = normal(embedding, "VD", config)
+        self.stacks = nnx.List(
+            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.owns))(
+                jnp.array([group.first for group in stack.groups])
+            )
+            for stack in kv_maps.stacks(config.resolved_kv_map)
+        )
+        self.norm = RMSNorm(config)
+        self.head = None if config.tied_embeddings else normal(head, "VD", config)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output head, float32; the embedding table if they are tied."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def embed(self, tokens_BT: jax.Array, rules: AxisRules) -> jax.Array:
+        table = gather(self.embedding, rules, jnp.dtype(self.config.compute_dtype))[...]
+        return table.at[tokens_BT].get(out_sharding=rules.gathered().spec(*axes("BTD")))
+
+    def __call__(
+        self, tokens_BT: jax.Array, run: Execution, starts_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D]; `logits` or the loss turns them into scores.
+
+        `starts_BT`, if given, is the first position that each query may see.
+        """
+        config, rules = self.config, run.rules
+        rope = Rope(jnp.arange(tokens_BT.shape[1])[None], config)
+
+        def attend_(q_BTKGH: jax.Array, kv: KV) -> jax.Array:
+            return attend(q_BTKGH, kv, starts_BT=starts_BT, backend=run.attention, rules=rules)
+
+        x_BTD = self.embed(tokens_BT, rules)
+        lent: dict[int, KV] = {}
+        for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
+            borrowed = None if stack.owns else lent[stack.groups[0].source]
+
+            def body(x_BTD: jax.Array, group: Group, stack=stack, kv=borrowed):
+                if stack.owns:
+                    kv = group.keys_and_values(x_BTD, rope, rules, config)
+                x_BTD = group(x_BTD, kv, rope, attend_, run, config)
+                return x_BTD, kv if stack.lends else None
+
+            x_BTD, kvs = fold(body, x_BTD, group, scan=run.scan_layers)
+            if stack.lends:
+                lent |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
+        return self.norm(x_BTD)
+
+    def logits(self, tokens_BT: jax.Array, run: Execution, starts_BT=None) -> jax.Array:
+        """Scores of the next token in float32, [B, T, V]. For short inputs: training never holds them."""
+        return project(self(tokens_BT, run, starts_BT), self.head_VD, run.rules)
+
+    def unstacked(self, run: Execution) -> tuple[Group, ...]:
+        """The groups one by one, their blocks in a tuple: the layout decoding wants.
+
+        Scanning or slicing stacked weights inside a decode loop would copy them for every token.
+        """
+        groups = []
+        for stack, stacked in zip(
+            kv_maps.stacks(self.config.resolved_kv_map), self.stacks, strict=True
+        ):
+            for i in range(len(stack.groups)):
+                group = at(gather(stacked, run.rules, jnp.dtype(self.config.compute_dtype)), i)
+                group.blocks = tuple(at(group.blocks, j) for j in range(stack.size))
+                groups.append(group)
+        return tuple(groups)
+
+
+def project(x_BTD: jax.Array, head_VD: jax.Array, rules: AxisRules) -> jax.Array:
+    """Logits in float32, [B, T, V], accumulated in float32 from operands in x's dtype."""
+    spec = rules.gathered().spec(*axes("VD"))
+    head_VD = head_VD.astype(x_BTD.dtype)
+    head_VD = head_VD if spec is None else jax.reshard(head_VD, spec)
+    return jnp.einsum(
+        "BTD,VD->BTV",
+        x_BTD,
+        head_VD,
+        preferred_element_type=jnp.float32,
+        out_sharding=rules.gathered().spec(*axes("BTV")),
+    )
+
+
+def document_starts(tokens_BT: jax.Array, end: int) -> jax.Array:
+    """The first position each query may see if attention stays within a document, [B, T].
+
+    An end token opens the document that follows it.
+    """
+    positions = jnp.arange(tokens_BT.shape[1])
+    return jax.lax.cummax(jnp.where(tokens_BT == end, positions, 0), axis=1)
+
+
+# ---------------------------------------------------------------------------------------- folds
+
+
+def at(tree: Any, i: int) -> Any:
+    """Element i of every leaf of a stacked pytree."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def fold(body: Callable, x: Any, stacked: Any, *, scan: bool) -> tuple[Any, Any]:
+    """Applies `body(x, item) -> (x, y)` over the items of a stack; returns the last x and stacked ys.
+
+    Scanned, compile time does not grow with the number of items. A tuple is a stack taken apart, and
+    is always unrolled.
+    """
+    if isinstance(stacked, tuple):
+        items = list(stacked)
+    elif scan:
+        return jax.lax.scan(body, x, stacked)
+    else:
+        leaves, treedef = jax.tree.flatten(stacked)
+        # unstack, not indexing: its gradient is one stack instead of a padded sum per item.
+        items = [treedef.unflatten(item) for item in zip(*map(jnp.unstack, leaves), strict=True)]
+    ys = []
+    for item in items:
+        x, y = body(x, item)
+        ys.append(y)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+
+def remat(body: Callable, run: Execution) -> Callable:
+    """The body, rematerialised in the backward pass as `run` says."""
+    if run.remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    policy = {
+        "block": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[run.remat]
+    # In a scan, common subexpressions cannot be eliminated across the loop boundary anyway.
+    return jax.checkpoint(body, policy=policy, prevent_cse=not run.scan_layers)

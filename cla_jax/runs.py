@@ -1,0 +1,198 @@
+"""The run directory: the contract between training and everything that comes after it.
+
+    runs/NAME/
+        config.json      identity and placement apart, versions, fingerprint of the data
+        tokenizer.json
+        metrics.jsonl    one record a line; on a remote path metrics/FIRST.jsonl, in segments
+        checkpoints/     see cla_jax.checkpoint
+        eval/*.json      one file an evaluation
+        log.txt
+
+Training writes it; evaluation, generation and reports read only it. Paths are local or gs://.
+"""
+
+import dataclasses
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+
+from cla_jax import config as configs
+from cla_jax.config import Config
+
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: epath.Path
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> epath.Path:
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> epath.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def is_local(self) -> bool:
+        return is_local(self.path)
+
+    def config(self) -> Config:
+        """The config that the run was last started with. Raises ValueError naming a broken file."""
+        record = _read_json(self.path / "config.json")
+        try:
+            fields = {"name": record["name"], "placement": record["placement"]}
+            return configs.from_dict(Config, fields | record["identity"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path / 'config.json'} is not a run's config: {error}"
+            ) from None
+
+    def check_data(self, fingerprint: str, tokenizer_json: str) -> None:
+        """Raises ValueError unless data and tokenizer are those that the run was trained with."""
+        theirs = _read_json(self.path / "config.json").get("data_fingerprint")
+        if theirs != fingerprint:
+            raise ValueError(f"{self.path} was trained on data {theirs!r}, here is {fingerprint!r}")
+        if self.tokenizer_json() != tokenizer_json:
+            raise ValueError(
+                f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
+                "with; restore it, or give the run a directory of its own with --name"
+            )
+
+    def tokenizer_json(self) -> str:
+        file = self.path / "tokenizer.json"
+        if not file.exists():
+            raise ValueError(f"{file} is missing: the run has not started training, or was altered")
+        return file.read_text()
+
+    def write_eval(self, name: str, record: dict[str, Any]) -> None:
+        write_atomically(self.path / "eval" / f"{name}.json", _dump(record))
+
+    def evals(self) -> dict[str, dict[str, Any]]:
+        """All evaluations by name: the name is the file's, the record as it was written."""
+        directory = self.path / "eval"
+        files = sorted(directory.glob("*.json")) if directory.exists() else []
+        return {file.stem: _read_json(file) for file in files}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records by step: of a step that stands there twice, the last whole one counts."""
+        segments = [self.metrics] if self.metrics.exists() else []
+        directory = self.path / "metrics"
+        if directory.exists():
+            segments += sorted(directory.glob("*.jsonl"))
+        records: dict[int, dict[str, Any]] = {}
+        for segment in segments:
+            for line in segment.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # torn by a crash
+                # Training and evaluation of one step are two records with different keys.
+                records[record["step"]] = records.get(record["step"], {}) | record
+        return [records[step] for step in sorted(records)]
+
+
+def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> Run:
+    """The directory for a config: made if new, continued if the same run.
+
+    Raises ValueError, showing the difference, if the directory belongs to a run with another identity,
+    other data or another tokenizer. A different placement just continues.
+    """
+    run = Run(epath.Path(config.placement.runs) / config.name)
+    record = {
+        "name": config.name,
+        "identity": configs.identity(config),
+        "placement": dataclasses.asdict(config.placement),
+        "data_fingerprint": data_fingerprint,
+        "versions": {name: _version(name) for name in _VERSIONED},
+    }
+    if (run.path / "config.json").exists():
+        theirs = _read_json(run.path / "config.json")
+        ours = record["identity"] | {"data_fingerprint": data_fingerprint}
+        existing = theirs.get("identity", {}) | {"data_fingerprint": theirs.get("data_fingerprint")}
+        difference = configs.difference(ours, existing)
+        if difference:
+            lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
+            raise ValueError(
+                f"{run.path} holds another run:\n"
+                + "\n".join(lines)
+                + "\nGive this one a directory of its own with --name, or remove that one."
+            )
+        if (run.path / "tokenizer.json").exists():
+            run.check_data(data_fingerprint, tokenizer_json)
+    write_atomically(run.path / "config.json", _dump(record))
+    write_atomically(run.path / "tokenizer.json", tokenizer_json)
+    return run
+
+
+def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
+    """The runs at or below the paths: run directories, or study directories holding them.
+
+    Raises ValueError if a path holds none.
+    """
+    runs: list[Run] = []
+    for path in map(epath.Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        found = _runs_below(path)
+        if not found:
+            raise ValueError(f"{path} is neither a run directory nor holds any (no config.json)")
+        runs += [run for run in found if run not in runs]
+    return runs
+
+
+def _runs_below(directory: epath.Path) -> list[Run]:
+    if (directory / "config.json").exists():
+        return [Run(directory)]
+    children = sorted(child for child in directory.iterdir() if child.is_dir())
+    return [run for child in children for run in _runs_below(child)]
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def write_atomically(file: epath.Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(file):
+        file.write_text(text)  # object stores replace whole objects
+        return
+    temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}"
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+
+
+def _dump(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,84 @@
+"""The state of a run: parameters, optimiser moments, step; and its layout on a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cla_jax.config import Config
+from cla_jax.mesh import AxisRules, replicated
+from cla_jax.model.layers import is_param
+from cla_jax.model.transformer import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    step: jax.Array  # updates done, int32 scalar
+    model: Transformer
+    moments: optax.OptState
+
+
+def layout(tree: Any, rules: AxisRules, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of a tree of parameters; scalars and counts are replicated."""
+
+    def sharding(leaf: Any) -> Any:
+        if not is_param(leaf):
+            return replicated(mesh)
+        stack = [None] * (leaf.get_value().ndim - len(leaf.axes))
+        return leaf.replace(
+            NamedSharding(mesh, PartitionSpec(*stack, *rules.partition(*leaf.axes)))
+        )
+
+    return jax.tree.map(sharding, tree, is_leaf=is_param)
+
+
+def with_layout(shapes: Any, rules: AxisRules, mesh: Mesh) -> Any:
+    """A tree of shapes and dtypes with the layout of each array added."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        layout(shapes, rules, mesh),
+    )
+
+
+def _initial(config: Config, optimizer: optax.GradientTransformation) -> State:
+    model: Any = Transformer(jax.random.key(config.seed), config.model)
+    return State(step=jnp.zeros((), jnp.int32), model=model, moments=optimizer.init(model))
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, rules: AxisRules, mesh: Mesh
+) -> State:
+    """Shapes, dtypes and layouts of a state; nothing is allocated."""
+    return with_layout(jax.eval_shape(lambda: _initial(config, optimizer)), rules, mesh)
+
+
+def initial_state(
+    config: Config, optimizer: optax.GradientTransformation, rules: AxisRules, mesh: Mesh
+) -> State:
+    """A fresh state, every array made where it will live. The same numbers on any mesh."""
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, abstract_state(config, optimizer, rules, mesh)
+    )
+    return jax.jit(lambda: _initial(config, optimizer), out_shardings=shardings)()
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by name: `model.stacks.0.blocks.mlp.up.weight`."""
+
+    def name(path: tuple) -> str:
+        text = jax.tree_util.keystr(path, simple=True, separator=".")
+        return text.removesuffix(".value")  # the content of a parameter
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def with_named(tree: Any, arrays: dict[str, Any]) -> Any:
+    """The tree with its arrays replaced by those of the same names."""
+    assert arrays.keys() == named(tree).keys()
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named(tree)])

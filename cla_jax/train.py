@@ -1,0 +1,347 @@
+"""The training loop: a pure step, a journal that reads its metrics one step late, checkpoints."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cla_jax import checkpoint, costs, runs
+from cla_jax import mesh as meshes
+from cla_jax.config import Config, check_vocabulary
+from cla_jax.data.loader import Batches
+from cla_jax.data.prepare import Prepared, prepare
+from cla_jax.loss import cross_entropy
+from cla_jax.mesh import AxisRules
+from cla_jax.model.attention import choose_backend
+from cla_jax.model.transformer import Execution, Transformer, document_starts
+from cla_jax.optimizer import make_optimizer, schedule
+from cla_jax.runs import Run
+from cla_jax.state import State, abstract_state, initial_state
+from cla_jax.writers import CompositeWriter, make_writer
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient of a step was not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a config becomes on the devices at hand; checked before any array exists."""
+
+    config: Config
+    prepared: Prepared
+    mesh: Mesh
+    run: Execution
+
+    @property
+    def rules(self) -> AxisRules:
+        return self.run.rules
+
+    @property
+    def end(self) -> int | None:
+        """The token that attention must not cross, if documents are kept apart."""
+        return None if self.config.data.attend_across_documents else self.prepared.tokenizer.end
+
+
+def set_up(config: Config) -> Setup:
+    """Checks the config against devices and data; prepares the data if need be."""
+    placement = config.placement
+    mesh = meshes.make_mesh(placement.mesh)
+    rules = meshes.axis_rules(config.model, mesh)
+    meshes.check_batch(config, mesh)
+    run = Execution(
+        rules=rules,
+        remat=placement.remat,
+        scan_layers=placement.scan_layers,
+        attention=choose_backend(placement.attention, config.model),
+    )
+    prepared = prepare(config.data, placement.data_dir)
+    check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
+    return Setup(config=config, prepared=prepared, mesh=mesh, run=run)
+
+
+# ----------------------------------------------------------------------------------------- step
+
+
+def loss_sum(
+    model: Transformer,
+    tokens_BT1: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    run: Execution,
+    end: int | None,
+    loss_chunk: int,
+) -> jax.Array:
+    """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens."""
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    starts_BT = None if end is None else document_starts(inputs_BT, end)
+    x_BTD = model(inputs_BT, run, starts_BT)
+    chunk = min(loss_chunk, inputs_BT.shape[1])
+    return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, run.rules)
+
+
+def train_step(
+    state: State,
+    tokens_ABT1: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    run: Execution,
+    end: int | None,
+    loss_chunk: int,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update from A microbatches of B windows; a pure function of (state, batch).
+
+    Gradients are accumulated in float32; their norm is taken before clipping.
+    """
+    A, B, T1 = tokens_ABT1.shape
+
+    def mean_loss(model: Transformer, tokens_BT1: jax.Array) -> jax.Array:
+        weights_BT = jnp.ones_like(tokens_BT1[:, 1:], jnp.float32)
+        total = loss_sum(model, tokens_BT1, weights_BT, run=run, end=end, loss_chunk=loss_chunk)
+        return total / (A * B * (T1 - 1))
+
+    def accumulate(carry, tokens_BT1):
+        loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens_BT1)
+        return jax.tree.map(jnp.add, carry, (loss, gradients)), None
+
+    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+    (loss, gradients), _ = jax.lax.scan(accumulate, nothing, tokens_ABT1)
+    parameters: Any = state.model  # to optax, any pytree
+    updates, moments = optimizer.update(gradients, state.moments, parameters)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(gradients),
+        "lr": rate(state.step),
+        "tokens_hash": tokens_hash(tokens_ABT1),
+    }
+    model: Any = optax.apply_updates(parameters, updates)
+    return State(step=state.step + 1, model=model, moments=moments), metrics
+
+
+def tokens_hash(tokens_ABT1: jax.Array) -> jax.Array:
+    """A hash of a global batch, uint32: the same on every mesh, another if two tokens change places."""
+    A, B, T1 = tokens_ABT1.shape
+    row = jnp.arange(A * B, dtype=jnp.uint32).reshape(A, B, 1)
+    place = row * jnp.uint32(T1) + jnp.arange(T1, dtype=jnp.uint32)
+    mixed = (tokens_ABT1.astype(jnp.uint32) + 1) * (place * jnp.uint32(0x9E3779B1) | 1)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)  # wraps; integer sums have no order
+
+
+# -------------------------------------------------------------------------------------- journal
+
+
+class Journal:
+    """Writes each step's metrics once the next step is under way, so the device never waits.
+
+    Raises Diverged, with the number of the step, when a loss or gradient norm is not finite.
+    """
+
+    def __init__(self, config: Config, writer: CompositeWriter, first_step: int):
+        self.config, self.writer = config, writer
+        self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
+        self.peak = costs.peak_flops(jax.devices()[0].device_kind)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.first_step, self.clock = first_step, time.monotonic()
+        self.started: float | None = None  # set when the first step, with its compilation, is over
+
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Hands in the metrics of update `step` (counted from 1); writes those of the one before."""
+        previous, self.pending = self.pending, (step, metrics)
+        self._write(previous)
+
+    def flush(self) -> None:
+        """Waits for the last step handed in and writes it: afterwards it is known to be finite."""
+        previous, self.pending = self.pending, None
+        self._write(previous)
+        self.writer.flush()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside out of the speed."""
+        before = time.monotonic()
+        yield
+        spent = time.monotonic() - before
+        self.clock += spent
+        self.started = None if self.started is None else self.started + spent
+
+    def _write(self, handed_in: tuple[int, dict[str, jax.Array]] | None) -> None:
+        if handed_in is None:
+            return
+        step, metrics = handed_in
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise Diverged(f"step {step}: {name} is {values[name]}; nothing of it was saved")
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        speed: dict[str, float] = {"seconds": round(seconds, 4)}
+        if self.started is None:
+            self.started = now
+        else:  # the first step here compiles: its time is no speed
+            tokens_per_s = self.config.tokens_per_step / max(seconds, 1e-9)
+            speed["tokens_per_s"] = round(tokens_per_s, 1)
+            if self.peak:
+                speed["mfu"] = self.flops * tokens_per_s / (self.peak * jax.device_count())
+            done = step - self.first_step - 1
+            per_step = (now - self.started) / max(done, 1)
+            speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
+        tokens = step * self.config.tokens_per_step
+        self.writer.write(step, {**values, "tokens": tokens, **speed})
+
+
+# ----------------------------------------------------------------------------------------- loop
+
+# Held-out metrics of a model, as a flat dict of numbers.
+Evaluator = Callable[[Setup, Transformer], dict[str, Any]]
+
+
+def train(
+    config: Config,
+    *,
+    evaluate: Evaluator,
+    should_stop: Callable[[int], bool] = lambda step: False,
+) -> bool:
+    """Trains a run to its end, from its newest checkpoint if it has one.
+
+    Args:
+      config: the run.
+      evaluate: called every `placement.eval_every` steps and at the end.
+      should_stop: asked after every step with its number; on all hosts it must answer alike.
+
+    Returns:
+      Whether the run is complete; False if it was stopped, after saving.
+
+    Raises:
+      ValueError: the config, data, run directory or checkpoints do not allow it.
+      Diverged: a loss or gradient was not finite.
+    """
+    setup = set_up(config)
+    run = runs.open_run(
+        config,
+        data_fingerprint=setup.prepared.path.name,
+        tokenizer_json=setup.prepared.tokenizer.to_json(),
+    )
+    with logging_to(run), jax.set_mesh(setup.mesh):
+        state = restore_or_init(setup, run)
+        first_step = int(state.step)
+        log_start(setup, run, first_step)
+        step_fn = make_step(setup)
+        batches = batch_stream(setup, first_step)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(batches))
+            writer = make_writer(run, config, process_index=jax.process_index())
+            stack.callback(writer.close)
+            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
+            stack.callback(saver.close)
+            journal = Journal(config, writer, first_step)
+
+            for step in range(first_step + 1, config.steps + 1):
+                state, metrics = step_fn(state, next(batches))
+                journal.record(step, metrics)
+                last, stop = step == config.steps, should_stop(step)
+                if last or stop or step % config.placement.save_every == 0:
+                    journal.flush()
+                    saver.save(state)
+                if last or _due(step, config.placement.eval_every):
+                    journal.flush()
+                    with journal.paused():
+                        writer.write(step, evaluate(setup, state.model))
+                if stop and not last:
+                    log.warning("asked to stop: step %d is saved, the run can be resumed", step)
+                    return False
+            if first_step == config.steps:
+                log.info("%s is complete already, at step %d", run.path, first_step)
+    return True
+
+
+def make_step(setup: Setup) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """The compiled step of a run; the state is donated."""
+    config = setup.config
+    step = functools.partial(
+        train_step,
+        optimizer=make_optimizer(config.optimizer, config.steps),
+        rate=schedule(config.optimizer, config.steps),
+        run=setup.run,
+        end=setup.end,
+        loss_chunk=config.placement.loss_chunk,
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def batch_stream(setup: Setup, first_step: int) -> Any:
+    """The batches from update `first_step` on, on their devices: int32 [A, B, T + 1]."""
+    config = setup.config
+    batches = Batches(
+        setup.prepared.split("train"),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=config.placement.accumulate,
+    )
+    spec = PartitionSpec(None, *setup.rules.partition("batch", None))
+    return batches.stream(first_step, NamedSharding(setup.mesh, spec))
+
+
+def restore_or_init(setup: Setup, run: Run) -> State:
+    config = setup.config
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    abstract = abstract_state(config, optimizer, setup.rules, setup.mesh)
+    state = checkpoint.restore_latest(run.checkpoints, abstract)
+    return initial_state(config, optimizer, setup.rules, setup.mesh) if state is None else state
+
+
+def log_start(setup: Setup, run: Run, first_step: int) -> None:
+    config, count = setup.config, costs.parameters(setup.config.model)
+    log.info(
+        "%s: %s parameters (%s without embeddings), kv_map %s, %s KV bytes a token at 16 bits",
+        run.path,
+        f"{count.total:,}",
+        f"{count.non_embedding:,}",
+        config.model.kv_map,
+        f"{costs.kv_bytes(config.model).resident:,}",
+    )
+    log.info(
+        "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens a step",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
+        setup.run.attention,
+        first_step,
+        config.steps,
+        f"{config.tokens_per_step:,}",
+    )
+    flops = costs.train_flops_per_token(config.model, config.data.seq_len)
+    log.info("training FLOPs: %.4g a token = %s", flops, costs.FLOPS_FORMULA)
+
+
+@contextlib.contextmanager
+def logging_to(run: Run) -> Iterator[None]:
+    """Copies the log into the run's log.txt. A remote run directory gets none: it cannot be appended to."""
+    if not run.is_local or jax.process_index() != 0:
+        yield
+        return
+    handler = logging.FileHandler(run.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("cla_jax")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

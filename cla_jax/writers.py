@@ -1,0 +1,232 @@
+"""Where metrics go: one small protocol, one class a destination.
+
+Metrics are a flat dict of numbers for a step. `make_writer` gives the process that should write the
+real ones, every other process none.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any, Protocol
+
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cla_jax.config import Config
+from cla_jax.runs import Run
+
+
+class MetricWriter(Protocol):
+    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None:
+        """Makes what was written safe; called when a checkpoint is saved."""
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One JSON object a line: appended to metrics.jsonl, or in segments where nothing can append."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.lines: list[str] = []
+        if run.is_local:
+            run.path.mkdir(parents=True, exist_ok=True)
+            self.file = open(run.metrics, "a+b", buffering=0)  # noqa: SIM115  closed in close()
+            self._end_torn_line()
+
+    def _end_torn_line(self) -> None:
+        """A crash may have left half a line; what follows must not be glued to it."""
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        line = json.dumps({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n"
+        if self.run.is_local:
+            self.file.write(line.encode())
+        else:
+            self.lines.append(line)
+
+    def flush(self) -> None:
+        if self.run.is_local:
+            os.fsync(self.file.fileno())
+        elif self.lines:
+            segment = f"{time.time_ns():020d}.jsonl"  # names sort in the order of writing
+            epath.Path(self.run.path / "metrics" / segment).write_text("".join(self.lines))
+            self.lines = []
+
+    def close(self) -> None:
+        self.flush()
+        if self.run.is_local:
+            self.file.close()
+
+
+class ConsoleWriter:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, run: Run, steps: int, console: Console | None = None):
+        self.name, self.steps = run.path.name, steps
+        self.console = console or Console(file=sys.stderr)
+        self.progress = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task(self.name, total=steps, line="compiling")
+            self.progress.start()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        line = _line(metrics)
+        if self.progress is None:
+            eta = metrics.get("eta_s")
+            ending = "" if eta is None else f"  ETA {eta / 60:.1f} min"
+            print(f"{self.name}  step {step}/{self.steps}  {line}{ending}", file=self.console.file)
+            self.console.file.flush()
+        elif "loss" in metrics:
+            self.progress.update(self.task, completed=step, line=line)
+        else:
+            self.progress.console.print(f"{self.name}  step {step}  {line}")
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    formats = {
+        "loss": "loss {:.4f}",
+        "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
+        "held_out_loss": "held-out loss {:.4f}",
+        "perplexity": "perplexity {:.3f}",
+        "bits_per_byte": "{:.4f} bits/byte",
+    }
+    shown = [
+        form.format(metrics[key]) for key, form in formats.items() if metrics.get(key) is not None
+    ]
+    return "  ".join(shown)
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard below the run directory, without TensorFlow."""
+
+    def __init__(self, run: Run):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "placement.tensorboard needs the extra: pip install 'cla_jax[tensorboard]'"
+            ) from None
+        self.writer = SummaryWriter(os.fspath(run.path / "tensorboard"))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(key, value, step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases; a restarted run continues its own page."""
+
+    def __init__(self, run: Run, config: Config):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                "placement.wandb needs the extra: pip install 'cla_jax[wandb]'"
+            ) from None
+        self.session = wandb.init(
+            project=config.placement.wandb,
+            name=config.name,
+            id=config.name.replace("/", "-"),
+            resume="allow",
+            config=dataclasses.asdict(config),
+            dir=os.fspath(run.path),
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self.session.log(metrics, step=step)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class ThinnedWriter:
+    """Hands on the training metrics of every `every`-th step, and all of an evaluation's."""
+
+    def __init__(self, writer: MetricWriter, every: int, last: int):
+        self.writer, self.every, self.last = writer, every, last
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        if "loss" not in metrics or step % self.every == 0 or step in (1, self.last):
+            self.writer.write(step, metrics)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class CompositeWriter:
+    """All of several writers."""
+
+    def __init__(self, writers: list[MetricWriter]):
+        self.writers = writers
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(step, metrics)
+
+    def flush(self) -> None:
+        for writer in self.writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def make_writer(run: Run, config: Config, *, process_index: int) -> CompositeWriter:
+    """The writers that a config asks for, on process 0; none on the others."""
+    if process_index != 0:
+        return CompositeWriter([])
+    thinned: list[MetricWriter] = [ConsoleWriter(run, config.steps)]
+    if config.placement.tensorboard:
+        thinned.append(TensorBoardWriter(run))
+    if config.placement.wandb:
+        thinned.append(WandbWriter(run, config))
+    every, last = config.placement.log_every, config.steps
+    return CompositeWriter(
+        [JsonlWriter(run), *(ThinnedWriter(writer, every, last) for writer in thinned)]
+    )

@@ -1,0 +1,30 @@
+"""Smoke test: every part of a training run, in seconds."""
+
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+
+
+def tiny() -> Config:
+    """Forty steps of a four-layer model with CLA2 on bytes."""
+    return Config(
+        name="smoke/tiny",
+        model=ModelConfig(
+            vocab_size=260,
+            n_layers=4,
+            d_model=64,
+            d_ff=128,
+            n_heads=4,
+            n_kv_heads=1,
+            d_head=16,
+            kv_map="cla:2",
+            init_std=0.05,
+            compute_dtype="float32",
+        ),
+        data=DataConfig(source="sotu:20", tokenizer="byte", seq_len=128, held_out=0.1),
+        optimizer=OptimizerConfig(peak_lr=3e-3),
+        batch_size=8,
+        steps=40,
+        placement=Placement(log_every=10, save_every=20, loss_chunk=128),
+    )
+
+
+ROWS = (tiny,)

@@ -1,0 +1,355 @@
+"""Prepared data: exact totals, found again, and never taken for complete when it is not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from cla_jax.config import DataConfig
+from cla_jax.data import prepare, sources, tokenizers
+
+SMALL = DataConfig(source="sotu:6", seq_len=64, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> prepare.Prepared:
+    return prepare.prepare(SMALL, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def copied(shared, tmp_path) -> Path:
+    """A private copy of prepared data, to be damaged."""
+    path = tmp_path / shared.path.name
+    shutil.copytree(shared.path, path)
+    return path
+
+
+def write_texts(directory: Path, texts) -> str:
+    directory.mkdir(exist_ok=True)
+    for index, text in enumerate(texts):
+        (directory / f"{index:03}.txt").write_bytes(text.encode())
+    return f"text:{directory}/*.txt"
+
+
+def stream(tokenizer, texts) -> np.ndarray:
+    parts = [[tokenizer.end]]
+    for text in texts:
+        parts += [tokenizer.encode(text), [tokenizer.end]]
+    return np.concatenate(parts)
+
+
+def rebuilt(windows, seq_len: int) -> np.ndarray:
+    """The stream that windows were cut from, checking that each starts where the last one ended."""
+    tokens = [windows[0]["tokens"][:1]]
+    for window in windows:
+        assert window["tokens"].shape == (seq_len + 1,)
+        assert window["tokens"][0] == tokens[-1][-1]
+        tokens.append(window["tokens"][1 : 1 + window["n_targets"]])
+    return np.concatenate(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:500"])
+@pytest.mark.parametrize("seq_len", [64, 1000])
+def test_every_token_of_the_text_is_a_target_once(tmp_path, tokenizer, seq_len):
+    config = DataConfig(source="sotu:6", tokenizer=tokenizer, seq_len=seq_len, held_out=0.3)
+    data = prepare.prepare(config, tmp_path)
+    texts = list(sources.documents("sotu:6"))
+    held = [text for text in texts if sources.is_held_out(text, 0.3)]
+    train = [text for text in texts if not sources.is_held_out(text, 0.3)]
+
+    expected = stream(data.tokenizer, held)
+    np.testing.assert_array_equal(rebuilt(data.split("held_out"), seq_len), expected)
+    totals = data.totals["held_out"]
+    assert totals["documents"] == len(held)
+    assert totals["tokens"] == len(expected) - 1
+    assert totals["tokens"] == sum(int(w["n_targets"]) for w in data.split("held_out"))
+    assert totals["bytes"] == sum(len(text.encode()) for text in held)
+    assert totals["bytes"] == sum(int(w["n_bytes"]) for w in data.split("held_out"))
+
+    expected = stream(data.tokenizer, train)
+    windows = data.split("train")
+    assert len(windows) == (len(expected) - 1) // seq_len == data.totals["train"]["windows"]
+    assert all(window["n_targets"] == seq_len for window in windows)
+    got = rebuilt(windows, seq_len)
+    np.testing.assert_array_equal(got, expected[: len(got)])
+    assert data.totals["train"]["tokens"] == len(expected) - 1
+
+
+def test_bytes_stand_at_their_targets(tmp_path):
+    # Two documents of 5 and 4 bytes: E a b c d e E f g h i E, in windows of 4 targets.
+    texts = ["abcde", "fghi"]
+    held = [text for text in texts if sources.is_held_out(text, 0.9999)]
+    assert held == texts
+    filler = "0"
+    while sources.is_held_out(filler, 0.9999):
+        filler = str(int(filler) + 1)
+    source = write_texts(tmp_path / "in", [*texts, filler])
+    data = prepare.prepare(DataConfig(source=source, seq_len=4, held_out=0.9999), tmp_path / "out")
+    windows = [dict(window) for window in data.split("held_out")]
+    assert [int(w["n_targets"]) for w in windows] == [4, 4, 3]
+    assert [int(w["n_bytes"]) for w in windows] == [4, 3, 2]
+    assert windows[2]["tokens"].tolist() == [*b"ghi", 256, 256]  # padded with the end token
+    assert rebuilt(windows, 4).tolist() == [256, *b"abcde", 256, *b"fghi", 256]
+
+
+def test_odd_text_counts_all_its_bytes(tmp_path):
+    texts = [f"{i} cafe\u0301 😀 <|endoftext|> \u0041\u030a" for i in range(40)]
+    source = write_texts(tmp_path / "in", texts)
+    config = DataConfig(source=source, tokenizer="bpe:300", seq_len=16, held_out=0.3)
+    data = prepare.prepare(config, tmp_path / "out")
+    held = [text for text in texts if sources.is_held_out(text, 0.3)]
+    tokens = rebuilt(data.split("held_out"), 16)
+    # Only the boundaries are end tokens, not the documents' own spelling of it.
+    assert (tokens == data.tokenizer.end).sum() == len(held) + 1
+    assert data.tokenizer.decode(tokens) == "".join(held)
+    bytes_of_windows = sum(int(w["n_bytes"]) for w in data.split("held_out"))
+    assert bytes_of_windows == sum(len(text.encode()) for text in held)
+
+
+def test_documents_without_a_token_are_left_out(tmp_path):
+    inner = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<|endoftext|>"])
+    inner.save(str(tmp_path / "words.json"))
+    source = write_texts(tmp_path / "in", [*(f"{i} words" for i in range(20)), " ", "\n", "\t "])
+    config = DataConfig(
+        source=source, tokenizer=str(tmp_path / "words.json"), seq_len=4, held_out=0.3
+    )
+    data = prepare.prepare(config, tmp_path / "out")
+    assert sum(totals["documents"] for totals in data.totals.values()) == 20
+    assert sum(totals["tokens"] for totals in data.totals.values()) == 20 * 3
+
+
+def test_tokens_are_as_small_as_the_vocabulary_allows(shared, tmp_path):
+    assert shared.split("train")[0]["tokens"].dtype == np.uint16
+    assert prepare._Stream.create(tmp_path, "train", (1 << 16) + 1).dtype == np.int32
+    assert prepare._Stream.create(tmp_path, "train", 1 << 16).dtype == np.uint16
+
+
+def test_many_shards_hold_the_same_windows(shared, tmp_path, monkeypatch):
+    from cla_jax.data import records
+
+    monkeypatch.setattr(records, "_SHARD_BYTES", 3000)
+    data = prepare.prepare(SMALL, tmp_path)
+    assert len(list(data.path.rglob("*train.array_record*"))) > 3
+    ours, theirs = data.split("train"), shared.split("train")
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+
+
+def test_windows_are_random_access(shared):
+    windows = shared.split("train")
+    some = [5, 0, len(windows) - 1, 5]
+    for index, example in zip(some, windows.take(some), strict=True):
+        np.testing.assert_array_equal(example["tokens"], windows[index]["tokens"])
+    for index in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+# ------------------------------------------------------------------------------- found again
+
+
+def test_preparing_again_does_nothing(copied, monkeypatch):
+    before = {file: file.stat().st_mtime_ns for file in copied.rglob("*")}
+    monkeypatch.setattr(prepare, "_make", None)  # would raise
+    again = prepare.prepare(SMALL, copied.parent)
+    assert again.path == copied
+    assert {file: file.stat().st_mtime_ns for file in copied.rglob("*")} == before
+    assert again.tokenizer == tokenizers.byte_tokenizer()
+
+
+def test_the_name_is_readable_and_changes_with_what_is_prepared(tmp_path):
+    tok = tmp_path / "tok.json"
+    tok.write_text(tokenizers.byte_tokenizer().to_json())
+    source = write_texts(tmp_path / "in", ["one", "two"])
+    sotu = {"source": "sotu:6"}
+    variants = [
+        sotu,
+        {"source": "sotu:7"},
+        sotu | {"seq_len": 65},
+        sotu | {"held_out": 0.31},
+        sotu | {"tokenizer": "bpe:300"},
+        sotu | {"tokenizer": "bpe:301"},
+        sotu | {"end_token": "<|end|>"},
+        sotu | {"tokenizer": str(tok)},
+        {"source": source},
+    ]
+    configs = [DataConfig(**({"seq_len": 64, "held_out": 0.3} | fields)) for fields in variants]
+    paths = [prepare.prepared_path(config, tmp_path) for config in configs]
+    tok.write_text(tok.read_text() + "\n")
+    (tmp_path / "in" / "000.txt").write_text("eno")
+    paths += [prepare.prepared_path(config, tmp_path) for config in configs[-2:]]
+    assert len({path.name for path in paths}) == len(paths)
+    assert paths[0].name.startswith("sotu-6-byte-64-")
+    across = DataConfig(source="sotu:6", seq_len=64, held_out=0.3, attend_across_documents=False)
+    assert prepare.prepared_path(across, tmp_path) == paths[0]  # decided in training
+
+
+def test_a_changed_input_is_prepared_anew(tmp_path):
+    texts = [f"document {i} " * 5 for i in range(30)]
+    source = write_texts(tmp_path / "in", texts)
+    config = DataConfig(source=source, seq_len=8, held_out=0.3)
+    first = prepare.prepare(config, tmp_path / "out")
+    write_texts(tmp_path / "in", [text.upper() for text in texts])
+    second = prepare.prepare(config, tmp_path / "out")
+    assert first.path != second.path
+    assert "DOCUMENT" in second.tokenizer.decode(rebuilt(second.split("train"), 8))
+
+
+def test_progress_counts_documents(tmp_path):
+    seen = []
+    prepare.prepare(SMALL, tmp_path, progress=seen.append)
+    assert seen[-1] == 6
+    assert seen == sorted(seen)
+
+
+# ------------------------------------------------------------------------------------- damage
+
+
+def damaged_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "empty"])
+def test_any_damaged_file_is_named_and_left_alone(copied, damage):
+    files = damaged_files(copied)
+    assert {"manifest.json", "tokenizer.json", "dataset_info.json"} <= {f.name for f in files}
+    for file in files:
+        content = file.read_bytes()
+        if damage == "flip":
+            # The lowest bit of a digit of a number, say, leaves valid JSON.
+            middle = len(content) // 2
+            file.write_bytes(
+                content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            )
+        elif damage == "truncate":
+            file.write_bytes(content[:-1])
+        elif damage == "empty":
+            file.write_bytes(b"")
+        else:
+            file.unlink()
+        with pytest.raises(ValueError, match=rf"{file.name} .*delete {copied} to prepare it again"):
+            prepare.prepare(SMALL, copied.parent)
+        assert file.exists() == (damage != "delete")
+        file.write_bytes(content)
+    prepare.prepare(SMALL, copied.parent)  # all whole again
+
+
+def test_totals_in_the_manifest_are_protected(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["totals"]["held_out"]["bytes"] += 1
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json was altered"):
+        prepare.prepare(SMALL, copied.parent)
+
+
+class Stopped(Exception):
+    pass
+
+
+def interrupt(done: int) -> None:
+    raise Stopped(done)
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path):
+    with pytest.raises(Stopped):
+        prepare.prepare(SMALL, tmp_path, progress=interrupt)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert prepare.prepare(SMALL, tmp_path).totals["train"]["documents"] == 4
+
+
+def test_a_killed_preparation_is_replaced(tmp_path):
+    code = f"""
+import os, signal
+from cla_jax.config import DataConfig
+from cla_jax.data import prepare
+kill = lambda done: os.kill(os.getpid(), signal.SIGKILL)
+prepare.prepare({SMALL!r}, {str(tmp_path)!r}, progress=kill)
+"""
+    assert run(code).wait() == -9
+    stale = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert [path.suffix for path in stale] == [".partial"]
+    (stale[0] / "rubbish").write_text("left by the killed process")
+    data = prepare.prepare(SMALL, tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [data.path]
+    assert not (data.path / "rubbish").exists()
+
+
+def test_two_preparations_at_once(tmp_path):
+    # Both see no prepared data; the first sleeps while it holds the lock.
+    code = f"""
+import time
+from cla_jax.config import DataConfig
+from cla_jax.data import prepare
+made = []
+slowly = lambda done: (made.append(done), time.sleep(1))
+data = prepare.prepare({SMALL!r}, {str(tmp_path)!r}, progress=slowly)
+print(len(made), data.totals["train"]["windows"], len(data.split("train")))
+"""
+    running = [run(code), run(code)]
+    outputs = [process.communicate()[0].split() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sorted(int(made) for made, _, _ in outputs) == [0, 1]
+    assert outputs[0][1:] == outputs[1][1:]
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def run(code: str) -> subprocess.Popen[str]:
+    root = str(Path(prepare.__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": root}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=-1, text=True)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+def test_no_held_out_document(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.held_out = 0\.01 holds out none of the 6 documents"
+    ):
+        prepare.prepare(DataConfig(source="sotu:6", seq_len=64, held_out=0.01), tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_less_than_one_training_window(tmp_path):
+    config = DataConfig(source="sotu:6", seq_len=1_000_000, held_out=0.3)
+    with pytest.raises(ValueError, match=r"\d+ tokens in 4 of 6 documents.*seq_len = 1000000"):
+        prepare.prepare(config, tmp_path)
+
+
+def test_exactly_one_training_window(tmp_path, shared):
+    seq_len = shared.totals["train"]["tokens"]
+    config = DataConfig(source="sotu:6", seq_len=seq_len, held_out=0.3)
+    assert len(prepare.prepare(config, tmp_path).split("train")) == 1
+    config = DataConfig(source="sotu:6", seq_len=seq_len + 1, held_out=0.3)
+    with pytest.raises(ValueError, match="less than one window"):
+        prepare.prepare(config, tmp_path)
+
+
+def test_a_remote_data_dir_is_refused():
+    with pytest.raises(ValueError, match=r"placement\.data_dir = 'gs://x' must be a local"):
+        prepare.prepare(SMALL, "gs://x")
+
+
+def test_a_tfds_source_is_prepared(tmp_path):
+    import tensorflow_datasets as tfds
+
+    config = DataConfig(source="tfds:lm1b", seq_len=8, held_out=0.4)
+    with tfds.testing.mock_data(num_examples=20):
+        texts = list(sources.documents(config.source))
+    assert any(sources.is_held_out(text, 0.4) for text in texts)
+    # The mock replaces every reader of tfds, ours too: only the tokens' making can run under it.
+    with tfds.testing.mock_data(num_examples=20):
+        streams = prepare._tokenise(
+            config, tokenizers.byte_tokenizer(), tmp_path, progress=lambda _: None
+        )
+    total = sum(each.totals["bytes"] for each in streams.values())
+    assert total == sum(len(text.encode()) for text in texts)

