@@ -131,9 +131,12 @@ def _restore(directory: epath.Path, load: Any, *, set_aside: bool) -> Any:
 
 def verify(path: epath.Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is as it was written."""
-    manifest = json.loads(_manifest(path).read_text())
+    try:
+        expected_files = json.loads(_manifest(path).read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"checkpoint manifest {_manifest(path)} is not readable"
     present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
-    for name, expected in manifest["files"].items():
+    for name, expected in expected_files.items():
         if name not in present:
             return f"checkpoint file {path / name} is missing"
         found = _checksum(present[name])

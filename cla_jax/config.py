@@ -71,7 +71,7 @@ class ModelConfig:
     kv_norm: Literal["own", "block"] = "own"
     # Whether the output head is the transposed embedding table.
     tied_embeddings: bool = True
-    # Biases on every linear layer.
+    # Biases on every linear layer of the blocks.
     bias: bool = False
     # Base of the rotary frequencies.
     rope_theta: float = 10_000.0
@@ -125,7 +125,7 @@ class DataConfig:
     source: str = "sotu"
     # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
     tokenizer: str = "byte"
-    # The token between documents, for a tokenizer that is read from a file.
+    # The token between documents.
     end_token: str = "<|endoftext|>"
     # Target tokens a window.
     seq_len: int

@@ -17,7 +17,7 @@ FLOPS_FORMULA = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
     embedding: int  # the input table, V * D
-    head: int  # the output head: V * D (and a bias) if untied, else 0
+    head: int  # the output head: V * D if untied, else 0; it has no bias
     blocks: int  # projections, MLPs, their norms
     final_norm: int
 
@@ -41,7 +41,7 @@ def parameters(model: ModelConfig) -> Parameters:
     kv_projection = d * kv_width + bias * kv_width + (d if model.kv_norm == "own" else 0)
     return Parameters(
         embedding=model.vocab_size * d,
-        head=0 if model.tied_embeddings else model.vocab_size * (d + bias),
+        head=0 if model.tied_embeddings else model.vocab_size * d,
         blocks=model.n_layers * block + model.n_slots * kv_projection,
         final_norm=d,
     )

@@ -209,6 +209,8 @@ def generate(
     format = format or caches.make_format("dense", config.compute_dtype)
     if new_tokens < 1:
         raise ValueError(f"new_tokens = {new_tokens} must be positive")
+    if not prompts:
+        raise ValueError("there is no prompt to continue")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {row} is empty: give it at least the end token, {end}")

@@ -49,9 +49,13 @@ class Run:
     def is_local(self) -> bool:
         return is_local(self.path)
 
+    def record(self) -> dict[str, Any]:
+        """config.json as it stands. Raises ValueError naming a missing or broken file."""
+        return _read_json(self.path / "config.json")
+
     def config(self) -> Config:
         """The config that the run was last started with. Raises ValueError naming a broken file."""
-        record = _read_json(self.path / "config.json")
+        record = self.record()
         try:
             fields = {"name": record["name"], "placement": record["placement"]}
             return configs.from_dict(Config, fields | record["identity"])
@@ -62,7 +66,7 @@ class Run:
 
     def check_data(self, fingerprint: str, tokenizer_json: str) -> None:
         """Raises ValueError unless data and tokenizer are those that the run was trained with."""
-        theirs = _read_json(self.path / "config.json").get("data_fingerprint")
+        theirs = self.record().get("data_fingerprint")
         if theirs != fingerprint:
             raise ValueError(f"{self.path} was trained on data {theirs!r}, here is {fingerprint!r}")
         if self.tokenizer_json() != tokenizer_json:

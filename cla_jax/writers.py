@@ -105,7 +105,7 @@ class ConsoleWriter:
         elif "loss" in metrics:
             self.progress.update(self.task, completed=step, line=line)
         else:
-            self.progress.console.print(f"{self.name}  step {step}  {line}")
+            self.progress.console.print(f"{self.name}  step {step}  {line}", highlight=False)
 
     def flush(self) -> None: ...
 

@@ -2,18 +2,23 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_ROOT = Path(__file__).parents[1]
+_OURS = tuple(f"{_ROOT / name}/" for name in ("cla_jax", "experiments", "launch"))
+
 
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
-    """Makes a `ValueError`, which is how the library reports a user's mistake, an exit.
+    """Makes a `ValueError` of this project, which is how it reports a user's mistake, an exit.
 
     Its message goes to stderr after `error: `, without a traceback, and the exit code is 2. Every
-    other exception is a bug and keeps its traceback.
+    other exception, a library's ValueError included, is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -21,6 +26,9 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
         try:
             return main(*args, **kwargs)
         except ValueError as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if not frame.f_code.co_filename.startswith(_OURS):
+                raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

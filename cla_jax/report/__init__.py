@@ -1,0 +1,40 @@
+"""Runs compared: accuracy against KV-cache memory, as a table, a picture and an HTML page.
+
+    rows     what run directories say, whether they may be compared, the table
+    pareto   the frontier and its picture
+    page     the HTML page: picture, table, learning curves, run details
+
+Nothing is evaluated here; only what the run directories hold is read.
+"""
+
+import os
+from collections.abc import Sequence
+
+from etils import epath
+
+from cla_jax.report import page, pareto
+from cla_jax.report.pareto import Point
+from cla_jax.report.rows import Row, common_directory, notes, read, table
+
+__all__ = ["Point", "Row", "common_directory", "notes", "read", "table", "write"]
+
+
+def write(
+    rows: Sequence[Row], directory: str | os.PathLike[str], reference: Sequence[Point] = ()
+) -> list[epath.Path]:
+    """Writes report.html, pareto.png and pareto.svg; returns their paths.
+
+    `reference`: further points in perplexity, such as a paper's, drawn grey; left out where the runs
+    themselves are not compared by perplexity.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    figure = page.plot(rows, reference)
+    contents = {
+        "report.html": page.html(rows, directory.name or "Comparison", reference).encode(),
+        "pareto.png": pareto.saved(figure, "png"),
+        "pareto.svg": pareto.saved(figure, "svg"),
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    return [directory / name for name in contents]

@@ -1,0 +1,94 @@
+"""Eight virtual CPU devices for every test; small configs and the data they share."""
+
+import os
+import tempfile
+
+# Tests compile much and run little: the compiler is told to hurry.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+# ... and to remember what it compiled, in this process, the other workers and the next run.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cla_jax-test-programs")
+)
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+
+MODEL = ModelConfig(
+    vocab_size=260,
+    n_layers=4,
+    d_model=32,
+    d_ff=48,
+    n_heads=4,
+    n_kv_heads=1,
+    d_head=8,
+    kv_map="cla:2",
+    init_std=0.1,
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Prepared data of the whole test session."""
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def tiny(tmp_path, data_dir):
+    """Makes a config of a run that takes a second: `tiny(steps=3, **{"model.kv_map": "identity"})`."""
+
+    def make(**changes: Any) -> Config:
+        config = Config(
+            name="tiny",
+            model=MODEL,
+            data=DataConfig(source="sotu:6", tokenizer="byte", seq_len=32, held_out=0.3),
+            optimizer=OptimizerConfig(peak_lr=1e-2),
+            batch_size=8,
+            steps=4,
+            placement=Placement(
+                runs=str(tmp_path / "runs"),
+                data_dir=data_dir,
+                loss_chunk=16,
+                log_every=2,
+                save_every=2,
+                eval_batch_size=256,
+            ),
+        )
+        return replace(config, **changes)
+
+    return make
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """`dataclasses.replace` that takes dotted names of nested fields."""
+    for path, value in changes.items():
+        field, _, rest = path.partition(".")
+        inner = replace(getattr(config, field), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{field: inner})
+    return config
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Pretends the machine has only the first n devices."""
+    all_devices = jax.devices()
+
+    def use(n: int) -> list[Any]:
+        monkeypatch.setattr(jax, "devices", lambda *_: all_devices[:n])
+        monkeypatch.setattr(jax, "device_count", lambda *_: n)
+        return all_devices[:n]
+
+    use(1)
+    return use

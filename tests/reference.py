@@ -1,0 +1,107 @@
+"""A plain transformer written without looking at the model: one layer after another, heads repeated.
+
+It takes a model's parameters by name and shares nothing else with it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.config import ModelConfig
+from cla_jax.model.transformer import Transformer
+from cla_jax.state import named, with_named
+
+
+def layer_parameters(model) -> list[dict[str, np.ndarray]]:
+    """The parameters of each layer; consumers have no `kv`. Found by walking groups and blocks."""
+    arrays = {name: np.asarray(array) for name, array in named(model).items()}
+    layers = []
+    stack = 0
+    while any(name.startswith(f"stacks.{stack}.") for name in arrays):
+        mine = {
+            name.removeprefix(f"stacks.{stack}."): array
+            for name, array in arrays.items()
+            if name.startswith(f"stacks.{stack}.")
+        }
+        groups, size = mine["blocks.query.weight"].shape[:2]
+        for group in range(groups):
+            for i in range(size):
+                layer = {
+                    name.removeprefix("blocks."): array[group, i]
+                    for name, array in mine.items()
+                    if name.startswith("blocks.")
+                }
+                if i == 0:
+                    layer |= {
+                        name: array[group]
+                        for name, array in mine.items()
+                        if name.startswith("projection.")
+                    }
+                layers.append(layer)
+        stack += 1
+    return layers
+
+
+def norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def rotate(x, theta):
+    """x [T, N, H]; pairs (i, i + H/2)."""
+    T, _, H = x.shape
+    angle = np.arange(T)[:, None] * theta ** (-2 * np.arange(H // 2) / H)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = x[..., : H // 2], x[..., H // 2 :]
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """Scores [T, V] for one row of token ids, in float64."""
+    arrays = {name: np.asarray(array, np.float64) for name, array in named(model).items()}
+    x = arrays["embedding"][tokens]
+    T, H, eps = len(tokens), config.d_head, config.norm_eps
+    shared = {}
+    for i, p in enumerate(layer_parameters(model)):
+        p = {name: np.asarray(array, np.float64) for name, array in p.items()}
+        bias = lambda name, p=p: p.get(f"{name}.bias", 0.0)
+        h = norm(x, p["attention_norm.scale"], eps)
+        if "projection.kv.weight" in p:
+            source = h
+            if "projection.norm.scale" in p:
+                source = norm(x, p["projection.norm.scale"], eps)
+            kv = np.einsum("td,dckh->tckh", source, p["projection.kv.weight"])
+            kv = kv + bias("projection.kv")
+            shared[i] = rotate(kv[:, 0], config.rope_theta), kv[:, 1]
+        k, v = shared[config.resolved_kv_map[i]]
+        # Query head n reads key/value head n // G.
+        k, v = (np.repeat(a, config.q_groups, axis=1) for a in (k, v))
+        q = np.einsum("td,dkgh->tkgh", h, p["query.weight"]) + bias("query")
+        q = rotate(q.reshape(T, config.n_heads, H), config.rope_theta)
+        scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H)
+        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        o = np.einsum("nts,snh->tnh", weights, v).reshape(T, config.n_heads * H)
+        x = x + o @ p["output.weight"].reshape(-1, config.d_model) + bias("output")
+        h = norm(x, p["mlp_norm.scale"], eps)
+        gate = h @ p["mlp.gate.weight"] + bias("mlp.gate")
+        up = h @ p["mlp.up.weight"] + bias("mlp.up")
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp.down.weight"] + bias("mlp.down")
+    x = norm(x, arrays["norm.scale"], eps)
+    return x @ arrays.get("head", arrays["embedding"]).T
+
+
+def randomised(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model with every parameter, norms and biases too, away from its initial value.
+
+    Drawn by numpy into the abstract shapes: nothing is compiled.
+    """
+    draw = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+    arrays = {
+        name: jnp.asarray(
+            draw.normal(size=leaf.shape, scale=0.15) + name.endswith("scale"), jnp.float32
+        )
+        for name, leaf in named(shapes).items()
+    }
+    return with_named(shapes, arrays)

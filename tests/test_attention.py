@@ -1,0 +1,117 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cla_jax.model import attention
+from cla_jax.model.attention import KV, attend, attend_blocks, choose_backend, cudnn_refusal
+from tests.conftest import MODEL, replace
+
+B, T, K, G, H, BLOCK = 2, 13, 2, 3, 6, 4
+
+
+def inputs(S=16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (B, T, K, G, H))
+    k, v = (jax.random.normal(key, (B, S, K, H)) for key in keys[1:])
+    return q, KV(k, v)
+
+
+def blockwise(q, kv, first_query, starts):
+    read = lambda i: KV(*(jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, 1) for a in kv))
+    return attend_blocks(q, read, BLOCK, first_query=first_query, starts_BT=starts)
+
+
+@pytest.mark.parametrize("starts", [[0, 0], [3, 9]])
+def test_block_by_block_equals_the_whole(starts):
+    q, kv = inputs()
+    starts = jnp.broadcast_to(jnp.array(starts)[:, None], (B, T))
+    whole = attend(q, KV(*(a[:, :T] for a in kv)), starts_BT=starts)
+    blocks = blockwise(q, kv, 0, starts)
+    seen = (
+        jnp.arange(T) >= starts
+    )  # a query in the padding sees nothing: whatever it gives is unused
+    assert jnp.abs(jnp.where(seen[:, :, None, None, None], blocks - whole, 0)).max() < 1e-6
+    assert (jnp.where(seen[:, :, None, None, None], 0, blocks) == 0).all()
+    # Later queries over the same cache, as decoding has them.
+    tail = blockwise(q[:, 9:], kv, 9, starts[:, 9:])
+    assert jnp.abs(tail - blocks[:, 9:]).max() < 1e-6
+
+
+def test_entries_beyond_the_query_are_never_used():
+    q, kv = inputs()
+    poisoned = KV(*(a.at[:, T:].set(jnp.nan) for a in kv))
+    starts = jnp.zeros((B, T), jnp.int32)
+    clean = blockwise(q, kv, 0, starts)
+    # NaN times weight zero is NaN: what lies in the last block but beyond must be finite ...
+    finite = KV(*(a.at[:, T:].set(1e30) for a in kv))
+    assert (blockwise(q, finite, 0, starts) == clean).all()
+    # ... and blocks beyond the last query are not read at all.
+    assert (blockwise(q[:, :11], poisoned, 0, starts[:, :11]) == clean[:, :11]).all()
+
+
+@pytest.mark.parametrize(
+    ("d_head", "dtype", "capability", "platform", "reason"),
+    [
+        (128, "bfloat16", 9.0, "gpu", None),
+        (256, "bfloat16", 9.0, "gpu", None),
+        (64, "bfloat16", 8.0, "gpu", None),
+        (256, "bfloat16", 8.0, "gpu", "up to 128"),
+        (512, "bfloat16", 9.0, "gpu", "up to 256"),
+        (46, "bfloat16", 9.0, "gpu", "multiple of 8"),
+        (90, "bfloat16", 9.0, "gpu", "multiple of 8"),
+        (128, "float32", 9.0, "gpu", "bfloat16"),
+        (128, "bfloat16", 7.5, "gpu", "capability"),
+        (128, "bfloat16", 9.0, "cpu", "no cuDNN on cpu"),
+    ],
+)
+def test_what_cudnn_takes(d_head, dtype, capability, platform, reason):
+    config = replace(MODEL, d_head=d_head, compute_dtype=dtype)
+    refusal = cudnn_refusal(config, platform, capability)
+    assert (refusal is None) if reason is None else (reason in refusal)
+
+
+class Gpu:
+    platform = "gpu"
+    compute_capability = "9.0"
+    device_kind = "NVIDIA H200"
+
+
+def test_choice_of_backend_warns_once_of_a_slow_one(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "devices", lambda *_: [Gpu()])
+    attention._warn_once.cache_clear()
+    fast = replace(MODEL, d_head=64, compute_dtype="bfloat16")
+    assert choose_backend("auto", fast) == "cudnn"
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("xla", fast) == "xla"
+        for _ in range(2):
+            assert choose_backend("auto", replace(fast, d_head=46)) == "xla"
+    messages = [record.message for record in caplog.records]
+    assert sum("multiple of 8" in message for message in messages) == 1
+    assert sum("'xla' on a GPU" in message for message in messages) == 1
+    with pytest.raises(ValueError, match=r"'cudnn' cannot be used.*multiple of 8"):
+        choose_backend("cudnn", replace(fast, d_head=46))
+
+
+def test_on_this_machine_cudnn_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"placement.attention = 'cudnn'.*cpu"):
+        choose_backend("cudnn", MODEL)
+    assert choose_backend("auto", MODEL) == choose_backend("xla", MODEL) == "xla"
+
+
+def test_cudnn_gets_the_heads_and_mask_that_xla_uses(monkeypatch):
+    """The kernel itself needs a GPU; its call is checked with jax's own XLA implementation in its place."""
+    real = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    q, kv = inputs(T)
+    starts = jnp.broadcast_to(jnp.array([0, 5])[:, None], (B, T))
+    for given in (None, jnp.minimum(starts, jnp.arange(T))):
+        xla = attend(q, kv, starts_BT=given)
+        cudnn = attend(q, kv, starts_BT=given, backend="cudnn")
+        assert jnp.abs(xla - cudnn).max() < 1e-5

@@ -1,0 +1,85 @@
+import dataclasses
+import json
+
+import pytest
+
+from cla_jax import config as configs
+from cla_jax.config import Config, DataConfig, MeshConfig, Placement
+from tests.conftest import MODEL, replace
+
+
+def test_round_trip_through_json(tiny):
+    config = tiny(**{"placement.mesh": MeshConfig(data=2, fsdp=4)})
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert configs.from_dict(Config, fields) == config
+
+
+def test_identity_leaves_out_name_and_placement(tiny):
+    a, b = tiny(), tiny(name="other", **{"placement.remat": "block"})
+    assert configs.identity(a) == configs.identity(b)
+    c = tiny(**{"optimizer.peak_lr": 0.5, "model.d_head": 6})
+    assert configs.difference(configs.identity(a), configs.identity(c)) == {
+        "model.d_head": (8, 6),
+        "optimizer.peak_lr": (0.01, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.n_kv_heads": 3}, ["model.n_heads = 4", "model.n_kv_heads = 3"]),
+        ({"model.d_head": 7}, ["model.d_head = 7", "even"]),
+        ({"model.n_layers": 0}, ["model.n_layers = 0"]),
+        ({"model.init_std": 0.0}, ["model.init_std"]),
+        ({"model.kv_map": "0,0"}, ["2 entries", "4"]),
+        ({"model.kv_norm": "shared"}, ["model.kv_norm", "own, block"]),
+        ({"model.compute_dtype": "float16"}, ["model.compute_dtype", "bfloat16"]),
+        ({"model.vocab_size": 256}, ["model.vocab_size = 256", "257", "byte"]),
+        ({"data.tokenizer": "bpe:100"}, ["data.tokenizer", "257"]),
+        ({"data.tokenizer": "bite"}, ["data.tokenizer", "byte"]),
+        ({"data.source": "sotou"}, ["data.source", "sotu"]),
+        ({"data.source": "jsonl"}, ["data.source", "jsonl:"]),
+        ({"data.source": "sotu:0"}, ["sotu:N"]),
+        ({"data.held_out": 1.0}, ["data.held_out = 1.0"]),
+        ({"data.seq_len": 24}, ["data.seq_len = 24", "placement.loss_chunk = 16"]),
+        ({"optimizer.peak_lr": -1.0}, ["optimizer.peak_lr = -1.0"]),
+        ({"optimizer.b2": 1.5}, ["optimizer.b2 = 1.5"]),
+        ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay"]),
+        ({"batch_size": 0}, ["batch_size = 0"]),
+        ({"seed": -1}, ["seed = -1"]),
+        ({"name": "../x"}, ["name = '../x'"]),
+        ({"placement.accumulate": 3}, ["batch_size = 8", "placement.accumulate = 3"]),
+        ({"placement.keep": 1}, ["placement.keep = 1"]),
+        ({"placement.remat": "all"}, ["placement.remat"]),
+        ({"placement.mesh.data": 0}, ["placement.mesh.data = 0"]),
+        ({"placement.mesh.data": -1}, ["only one axis"]),
+    ],
+)
+def test_refusals_name_field_and_numbers(tiny, changes, words):
+    with pytest.raises(ValueError) as error:
+        tiny(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_from_dict_names_unknown_missing_and_mistyped_fields(tiny):
+    fields = dataclasses.asdict(tiny())
+    with pytest.raises(ValueError, match=r"'stepz'.*steps"):
+        configs.from_dict(Config, fields | {"stepz": 3})
+    with pytest.raises(ValueError, match=r"model\..*'d_hed'.*d_head"):
+        configs.from_dict(Config, fields | {"model": fields["model"] | {"d_hed": 3}})
+    with pytest.raises(ValueError, match="batch_size is missing"):
+        configs.from_dict(Config, {key: fields[key] for key in fields if key != "batch_size"})
+    for value in ("8", 8.0, True, None):
+        with pytest.raises(ValueError, match="batch_size"):
+            configs.from_dict(Config, fields | {"batch_size": value})
+
+
+def test_a_map_follows_the_depth():
+    assert replace(MODEL, n_layers=7).resolved_kv_map == (0, 1, 1, 3, 3, 5, 5)
+    assert MODEL.n_slots == 2
+
+
+def test_defaults_are_valid():
+    Placement()
+    DataConfig(seq_len=8)

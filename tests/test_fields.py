@@ -1,0 +1,236 @@
+"""Every config field is read: changing it changes something that can be seen from outside."""
+
+import dataclasses
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cla_jax import config as configs
+from cla_jax import mesh as meshes
+from cla_jax import runs
+from cla_jax.evaluate import during_training
+from cla_jax.runs import find_runs
+from cla_jax.state import named
+from cla_jax.train import batch_stream, make_step, restore_or_init, set_up, train
+
+# Fields that say what is computed: two steps from the seed must end in other numbers.
+IDENTITY = {
+    "model.vocab_size": 268,
+    "model.n_layers": 5,
+    "model.d_model": 40,
+    "model.d_ff": 56,
+    "model.n_heads": 8,
+    "model.n_kv_heads": 2,
+    "model.d_head": 6,
+    "model.kv_map": "identity",
+    "model.kv_norm": "block",
+    "model.tied_embeddings": False,
+    "model.bias": True,
+    "model.rope_theta": 500.0,
+    "model.norm_eps": 1e-2,
+    "model.init_std": 0.2,
+    "model.compute_dtype": "bfloat16",
+    "data.source": "sotu:7",
+    "data.tokenizer": "bpe:257",
+    "data.end_token": "<|end|>",
+    "data.seq_len": 16,
+    "data.held_out": 0.5,
+    "data.attend_across_documents": False,
+    "optimizer.peak_lr": 2e-2,
+    "optimizer.warmup_fraction": 0.75,
+    "optimizer.final_fraction": 0.5,
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "optimizer.eps": 1.0,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.clip_norm": 0.01,
+    "batch_size": 4,
+    "steps": 8,
+    "seed": 1,
+}
+# Fields that say where and how; what to look at is in the tests below.
+PLACEMENT = {
+    "name": "another",
+    "placement.mesh.data": 2,
+    "placement.mesh.fsdp": 4,
+    "placement.mesh.model": 2,
+    "placement.accumulate": 2,
+    "placement.remat": "block",
+    "placement.scan_layers": False,
+    "placement.attention": "cudnn",
+    "placement.loss_chunk": 8,
+    "placement.log_every": 1,
+    "placement.save_every": 1,
+    "placement.keep": 3,
+    "placement.eval_every": 1,
+    "placement.eval_batch_size": 128,
+    "placement.tensorboard": True,
+    "placement.wandb": "project",
+    "placement.runs": "elsewhere",
+    "placement.data_dir": "elsewhere",
+}
+
+
+def test_every_field_stands_in_a_table(tiny):
+    fields = set(configs.flatten(dataclasses.asdict(tiny())))
+    assert fields == IDENTITY.keys() | PLACEMENT.keys()
+
+
+def outcome(config) -> dict:
+    """What three steps compute: the batch, the loss and every parameter, of a config."""
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
+        step = make_step(setup)
+        batches = batch_stream(setup, 0)
+        for _ in range(3):
+            batch = next(batches)
+            state, metrics = step(state, batch)
+        batches.close()
+        return {
+            "batch": batch,
+            "loss": metrics["loss"],
+            "end": jnp.array(setup.prepared.tokenizer.end),
+            "json": setup.prepared.tokenizer.to_json(),
+            **named(state.model),
+        }
+
+
+@pytest.fixture(scope="module")
+def base_outcome():
+    return {}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Documents so short that every window holds several."""
+    file = tmp_path_factory.mktemp("corpus") / "short.jsonl"
+    texts = [f"document {i} of a few words" for i in range(200)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return f"jsonl:{file}"
+
+
+@pytest.mark.parametrize("field", IDENTITY)
+def test_an_identity_field_changes_what_is_computed(tiny, devices, field, base_outcome, corpus):
+    devices(1)
+    if not base_outcome:
+        base_outcome.update(outcome(tiny(**{"data.source": corpus})))
+    changed = outcome(tiny(**({"data.source": corpus} | {field: IDENTITY[field]})))
+    same = changed.keys() == base_outcome.keys() and all(
+        jnp.shape(changed[key]) == jnp.shape(base_outcome[key])
+        and bool(jnp.all(changed[key] == base_outcome[key]))
+        if not isinstance(changed[key], str)
+        else changed[key] == base_outcome[key]
+        for key in changed
+    )
+    assert not same
+
+
+def files(directory) -> set[str]:
+    return {
+        str(file.relative_to(directory))
+        for file in Path(directory).rglob("*")
+        if "/d/" not in str(file) and not file.name.startswith("events.")
+    }
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["save_every", "keep", "tensorboard", "eval_every", "log_every", "wandb", "runs"],
+)
+def test_a_field_of_the_loop_changes_what_a_run_leaves(tiny, devices, tmp_path, monkeypatch, field):
+    devices(1)
+    logged = []
+    session = types.SimpleNamespace(
+        log=lambda metrics, step: logged.append(step), finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: session))
+
+    def left_by(name, **changes):
+        base = {"placement.save_every": 1} if field == "keep" else {}
+        config = tiny(name=name, steps=4, **(base | changes))
+        out = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", out)
+        train(config, evaluate=lambda *_: {"perplexity": 1.0})
+        (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
+        evaluated = [record["step"] for record in run.read_metrics() if "perplexity" in record]
+        lines = len(out.getvalue().splitlines())
+        return files(run.path), evaluated, lines, len(logged), run.path.parent
+
+    value = PLACEMENT[f"placement.{field}"]
+    if field == "runs":
+        value = str(tmp_path / value)
+    assert left_by("a") != left_by("b", **{f"placement.{field}": value})
+
+
+@pytest.mark.parametrize("field", ["accumulate", "remat", "scan_layers", "loss_chunk"])
+def test_a_field_of_the_step_changes_the_program(tiny, devices, field):
+    devices(1)
+
+    def program(config):
+        setup = set_up(config)
+        with jax.set_mesh(setup.mesh):
+            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
+            batches = batch_stream(setup, 0)
+            text = make_step(setup).lower(state, next(batches)).as_text()
+            batches.close()
+            return text
+
+    changed = program(tiny(**{f"placement.{field}": PLACEMENT[f"placement.{field}"]}))
+    assert changed != program(tiny())
+
+
+def test_the_mesh_the_backend_the_names_and_the_evaluation_batch_are_read(tiny, devices, tmp_path):
+    shapes = {
+        tuple(meshes.make_mesh(tiny(**changes).placement.mesh).shape.values())
+        for changes in (
+            {},
+            {"placement.mesh.data": 2},
+            {"placement.mesh.model": 2},
+        )
+        if devices(8)
+    }
+    assert len(shapes) == 3
+    with pytest.raises(ValueError, match="x 4 x 1 does not make up the 8"):
+        meshes.make_mesh(tiny(**{"placement.mesh.fsdp": 4}).placement.mesh)
+    devices(1)
+    with pytest.raises(ValueError, match="'cudnn' cannot be used"):
+        set_up(tiny(**{"placement.attention": "cudnn"}))
+    other = set_up(tiny(**{"placement.data_dir": str(tmp_path / "elsewhere")}))
+    assert other.prepared.path.parent == tmp_path / "elsewhere"
+    run = runs.open_run(tiny(name="another"), data_fingerprint="", tokenizer_json="")
+    assert run.path.name == "another"
+    seen = set()
+    for size in (256, 128):
+        setup = set_up(tiny(**{"placement.eval_batch_size": size}))
+        with jax.set_mesh(setup.mesh):
+            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
+            with jax.log_compiles(False), count_batches() as batches:
+                during_training(setup, state.model)
+        seen.add(tuple(batches))
+    assert len(seen) == 2
+
+
+class count_batches:
+    """Records the batch sizes that an evaluation asks its loader for."""
+
+    def __enter__(self):
+        from cla_jax.data import loader
+
+        self.loader, self.windows, sizes = loader, loader.windows, []
+
+        def recorded(split, batch_size):
+            sizes.append(batch_size)
+            return self.windows(split, batch_size)
+
+        loader.windows = recorded
+        return sizes
+
+    def __exit__(self, *_):
+        self.loader.windows = self.windows

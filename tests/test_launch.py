@@ -1,0 +1,226 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import distributed
+from launch import evaluate as launch_evaluate
+from launch import generate as launch_generate
+from launch import train as launch_train
+from launch.cli import user_errors
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_fields_are_overridden_by_flag():
+    (config,) = launch_train.parse(
+        ["demo.h32_mqa", "--optimizer.peak-lr", "1e-3", "--model.kv-map", "cla:4", "--steps", "7"]
+    )
+    assert (config.optimizer.peak_lr, config.model.kv_map, config.steps) == (1e-3, "cla:4", 7)
+    assert [c.steps for c in launch_train.parse(["demo", "--steps", "9"])] == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.kv-map", "0,0,1"], "kv_map has 3 entries but model.n_layers is 8"),
+        (["--model.n-heads", "3", "--model.n-kv-heads", "2"], "model.n_heads = 3 is not divisible"),
+        (["--steps", "many"], "many"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(["demo.h32_mqa", *flags])
+    assert stop.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["smok"], "did you mean smoke"),
+        (["demo", "--name", "x"], "same directory"),
+        (["smoke", "--placement.mesh.fsdp", "3"], "does not make up the 8 devices"),
+    ],
+)
+def test_user_errors_are_one_line(capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_unknown_fields_name_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        launch_train.main(["smoke", "--model.kv-mp", "cla:2"])
+    assert "--model.kv-map" in capsys.readouterr().err
+
+
+def test_help_lists_experiments_and_explains_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(["--help"])
+    assert stop.value.code == 0
+    assert "cla_1b.h128_mqa_cla2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        launch_train.main(["smoke", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("--optimizer.peak-lr", "Which layer's keys and values each layer reads"):
+        assert words in text
+
+
+def test_an_error_of_a_library_keeps_its_traceback():
+    @user_errors
+    def main():
+        np.zeros(3).reshape(2)
+
+    with pytest.raises(ValueError, match="reshape"):
+        main()
+
+
+def test_when_several_processes_are_wanted():
+    assert not distributed.wanted({})
+    assert not distributed.wanted({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+    assert not distributed.wanted({"SLURM_NTASKS": "4"})  # inside salloc, not srun
+    assert not distributed.wanted({"TPU_WORKER_HOSTNAMES": "localhost"})
+    assert distributed.wanted({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
+    assert distributed.wanted({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert distributed.wanted({"JAX_COORDINATOR_ADDRESS": "localhost:1"})
+
+
+# ------------------------------------------------------------------------- real processes
+
+# One device, optimised code: what a user runs.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def command(tmp_path, name, *flags):
+    return [
+        *(sys.executable, "-m", "launch.train", "smoke", "--name", name),
+        *("--placement.runs", str(tmp_path / "runs")),
+        *("--placement.data-dir", str(tmp_path / "data"), *flags),
+    ]
+
+
+def start(tmp_path, name, *flags):
+    return subprocess.Popen(
+        command(tmp_path, name, *flags),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def last_step(tmp_path, name) -> int:
+    file = tmp_path / "runs" / name / "metrics.jsonl"
+    steps = [0]
+    if file.exists():
+        for line in file.read_text().splitlines():
+            try:
+                steps.append(json.loads(line)["step"])
+            except json.JSONDecodeError:
+                continue
+    return max(steps)
+
+
+def wait_for_step(process, tmp_path, name, step):
+    deadline = time.monotonic() + 120
+    while last_step(tmp_path, name) < step and process.poll() is None:
+        assert time.monotonic() < deadline, f"{name} did not reach step {step}"
+        time.sleep(0.005)
+
+
+def final_arrays(tmp_path, name) -> dict[str, np.ndarray]:
+    from orbax.checkpoint import v1 as ocp
+
+    (checkpoint,) = sorted((tmp_path / "runs" / name / "checkpoints").glob("*40"))
+    parts = ocp.load_checkpointables(checkpoint)
+    return {k: np.asarray(v) for part in ("model", "training") for k, v in parts[part].items()}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_ends_bit_for_bit_as_never_killed(tmp_path):
+    undisturbed = start(tmp_path, "undisturbed", "--placement.save-every", "5")
+    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr.read()
+    draw = random.Random(time.time_ns())
+    kills = 0
+    while True:
+        process = start(tmp_path, "killed", "--placement.save-every", "5")
+        if kills < 5:
+            # Somewhere in the next steps, at a moment of its own within the step and the save.
+            target = min(last_step(tmp_path, "killed") + draw.randint(1, 9), 39)
+            wait_for_step(process, tmp_path, "killed", target)
+            time.sleep(draw.random() * 0.2)
+        else:
+            process.wait(timeout=200)
+        process.kill()
+        code = process.wait(timeout=60)
+        process.stderr.close()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert kills >= 3
+    assert_same_bits(final_arrays(tmp_path, "killed"), final_arrays(tmp_path, "undisturbed"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path):
+    undisturbed = start(tmp_path, "undisturbed")
+    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr.read()
+    process = start(tmp_path, "stopped")
+    wait_for_step(process, tmp_path, "stopped", 7)
+    process.terminate()
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == distributed.STOPPED == 42, log
+    assert "asked to stop" in log
+    stopped_at = last_step(tmp_path, "stopped")
+    assert 7 <= stopped_at < 40
+    manifests = (tmp_path / "runs/stopped/checkpoints").glob("*.json")
+    assert stopped_at in [int(manifest.stem) for manifest in manifests]
+    assert start(tmp_path, "stopped").wait(timeout=200) == 0
+    assert_same_bits(final_arrays(tmp_path, "stopped"), final_arrays(tmp_path, "undisturbed"))
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--placement.runs", str(tmp_path / "runs"), "--steps", "4"]
+    launch_train.main(["smoke", *flags, "--placement.accumulate", "1"])
+    run = str(tmp_path / "runs" / "smoke" / "tiny")
+    with pytest.raises(SystemExit) as stop:  # another learning rate is another run
+        launch_train.main(["smoke", *flags, "--optimizer.peak-lr", "0.1"])
+    assert stop.value.code == 2
+    assert "optimizer.peak_lr: 0.003 there, 0.1 asked for" in capsys.readouterr().err
+    launch_evaluate.main([run, "--chunk", "16", "--windows", "8"])
+    shown = capsys.readouterr().out
+    assert "KV bytes resident" in shown
+    assert "256 predicted" in " ".join(shown.split())
+    full = json.loads((tmp_path / "runs/smoke/tiny/eval/full.json").read_text())
+    cached = json.loads((tmp_path / "runs/smoke/tiny/eval/cached-dense.json").read_text())
+    assert cached["perplexity"] == pytest.approx(full["perplexity"], rel=1e-5)
+    for seed in ("1", "1", "2"):
+        launch_generate.main(
+            [run, "--prompt", "Fellow citizens", "--new-tokens", "20", "--seed", seed]
+        )
+    first, again, other = capsys.readouterr().out.split("Fellow citizens")[1:]
+    assert first == again != other
+    launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
+    with pytest.raises(SystemExit):
+        launch_evaluate.main([str(tmp_path / "nowhere")])
+    assert "nowhere does not exist" in capsys.readouterr().err

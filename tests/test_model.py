@@ -1,0 +1,207 @@
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cla_jax import kv_map as kv_maps
+from cla_jax.config import MeshConfig
+from cla_jax.mesh import AxisRules, axis_rules, make_mesh
+from cla_jax.model.layers import is_param
+from cla_jax.model.transformer import Execution, Transformer, document_starts
+from cla_jax.state import layout, named, with_named
+from tests import reference
+from tests.conftest import MODEL, replace
+
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+# Plain, shared, uneven, one borrowed twice, one that lends from within a run of equal groups.
+MAPS = ["identity", "cla:2", "cla:3", "0,0,2,0,0", "0,1,2,1,2", "keep-ends"]
+
+T = 9
+RUN = Execution()
+TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 260)
+
+
+def model_config(kv_map="cla:2", heads="mqa", **changes):
+    n_heads, n_kv_heads = HEADS[heads]
+    return replace(
+        MODEL, n_layers=5, kv_map=kv_map, n_heads=n_heads, n_kv_heads=n_kv_heads, **changes
+    )
+
+
+make = functools.cache(reference.randomised)
+
+
+initial = jax.jit(Transformer, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames="run")
+def logits(model, tokens=TOKENS, run=RUN, starts=None):
+    return model.logits(tokens, run, starts)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kv_map", ["identity", "cla:2", "0,0,2,0,0"])
+def test_causality_by_gradient(kv_map, heads):
+    """The logits of a position depend on every earlier input and on no later one."""
+    model = make(model_config(kv_map, heads))
+    embed = Transformer.embed
+
+    @jax.jit
+    @jax.grad
+    def gradient_at(delta_BTD, position):
+        shifted = lambda self, tokens, rules: embed(self, tokens, rules) + delta_BTD
+        with mock.patch.object(Transformer, "embed", shifted):
+            return model.logits(TOKENS, RUN)[:, position].sum()
+
+    for position in (0, 4, T - 1):
+        gradient = gradient_at(jnp.zeros((2, T, 32)), position)
+        reach = jnp.abs(gradient).sum(-1)
+        assert (reach[:, : position + 1] > 0).all()
+        assert (reach[:, position + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kv_map", MAPS)
+def test_equals_an_independent_plain_transformer(kv_map, heads):
+    config = model_config(kv_map, heads, d_head=6, bias=True, tied_embeddings=heads == "mha")
+    model = make(config)
+    ours = logits(model)
+    theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
+    assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+
+
+def test_block_norm_is_a_llama_and_has_no_norm_of_its_own():
+    config = model_config("identity", kv_norm="block")
+    model = make(config)
+    assert not any("projection.norm" in name for name in named(model))
+    theirs = reference.logits(model, config, np.asarray(TOKENS[0]))
+    assert np.abs(logits(model)[0] - theirs).max() <= 1e-6 * np.abs(theirs).max()
+
+
+def loss_and_gradients(model, run):
+    loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(TOKENS, run), axis=-1))
+    value, gradients = jax.jit(jax.value_and_grad(loss))(model)
+    return value, named(gradients)
+
+
+@pytest.mark.parametrize("kv_map", ["identity", "cla:3", "0,0,2,0,0", "0,1,2,1,2"])
+def test_scan_and_remat_change_nothing(kv_map):
+    model = make(model_config(kv_map))
+    expected = loss_and_gradients(model, Execution(scan_layers=False, remat="none"))
+    for scan, remat in [(True, "none"), (True, "block"), (False, "dots")]:
+        value, gradients = loss_and_gradients(model, Execution(scan_layers=scan, remat=remat))
+        np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+        for name, gradient in gradients.items():
+            scale = jnp.abs(expected[1][name]).max()
+            # 1e-6 relative to the largest entry, and a few roundings of single sums.
+            assert jnp.abs(gradient - expected[1][name]).max() <= 2e-6 * scale, (name, scan, remat)
+
+
+def test_scan_and_remat_are_really_different_programs():
+    """What the test above compares; otherwise it could not fail."""
+    model = make(model_config())
+
+    def program(run):
+        gradient = jax.grad(lambda m: m.logits(TOKENS, run).sum())
+        return str(jax.make_jaxpr(gradient)(model))
+
+    count = lambda run, word: program(run).count(word)
+    assert count(Execution(scan_layers=True), "scan[") > 0
+    assert count(Execution(scan_layers=False), "scan[") == 0
+    assert "remat" not in program(Execution(remat="none"))
+    assert count(Execution(remat="block"), "remat") > 0
+    assert program(Execution(remat="block")) != program(Execution(remat="dots"))
+
+
+@pytest.mark.parametrize("kv_map", MAPS)
+def test_gradients_flow_through_shared_keys_and_values(kv_map):
+    """Only producers have a projection, each gets a gradient, and together they are right."""
+    config = model_config(kv_map)
+    model = make(config)
+    loss = jax.jit(lambda m: (m.logits(TOKENS, RUN) ** 2).mean())
+    gradients = jax.jit(jax.grad(loss))(model)
+    for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), gradients.stacks, strict=True):
+        if stack.owns:
+            weight = group.projection.kv.weight[...]
+            assert (jnp.abs(weight).sum(axis=(1, 2, 3, 4)) > 0).all()
+        else:
+            assert group.projection is None
+    # A finite difference along a random direction, through every projection at once.
+    draw = np.random.default_rng(0)
+    direction = {name: draw.normal(size=g.shape) for name, g in named(gradients).items()}
+    moved = lambda eps: with_named(
+        model, {name: p + eps * direction[name] for name, p in named(model).items()}
+    )
+    slope = sum(float((g * direction[name]).sum()) for name, g in named(gradients).items())
+    measured = float(loss(moved(1e-3)) - loss(moved(-1e-3))) / 2e-3
+    assert measured == pytest.approx(slope, rel=2e-2)
+
+
+def test_a_layer_starts_from_the_same_weights_under_every_map():
+    a, b = (
+        reference.layer_parameters(initial(jax.random.key(0), model_config(m)))
+        for m in ("identity", "cla:2")
+    )
+    for layer_a, layer_b in zip(a, b, strict=True):
+        for name in layer_b:
+            np.testing.assert_array_equal(layer_a[name], layer_b[name])
+
+
+def test_initial_weights_have_the_papers_deviation():
+    model = initial(jax.random.key(0), replace(MODEL, d_model=256, init_std=0.01275))
+    weights = [p[...] for p in jax.tree.leaves(model, is_leaf=is_param) if len(p.axes) > 1]
+    for weight in weights:
+        assert float(weight.std()) == pytest.approx(0.01275, rel=0.05)
+    assert len(weights) == 1 + 1 + 5  # embedding; one stack: kv, query, output, gate, up, down
+    norms = [p[...] for p in jax.tree.leaves(model, is_leaf=is_param) if len(p.axes) == 1]
+    assert all((norm == 1).all() for norm in norms)
+
+
+def test_documents_can_be_kept_apart():
+    """With starts, a window of two documents scores like each document alone."""
+    config = model_config()
+    model = make(config)
+    end, first, second = 7, [7, 20, 21, 22], [7, 30, 31, 32, 33]
+    both = jnp.array([first + second])
+    starts = document_starts(both, end)
+    assert starts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4, 4]]
+    apart = logits(model, both, starts=starts)[0]
+    # Rotary positions are relative: the second document alone stands elsewhere, and scores alike.
+    for document, window in ((first, apart[:4]), (second, apart[4:])):
+        alone = logits(model, jnp.array([document]))[0]
+        assert jnp.abs(alone - window).max() <= 1e-5 * jnp.abs(alone).max()
+    across = logits(model, both)[0]
+    assert jnp.abs(across[4:] - apart[4:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_layouts_are_declared_and_change_no_logits(shape, heads):
+    config = model_config("0,0,2,0,0", heads, d_model=32, d_ff=48)
+    data, fsdp, tensor = shape
+    mesh = make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, model=tensor), jax.devices()[: data * fsdp * tensor]
+    )
+    rules = axis_rules(config, mesh)
+    model = make(config)
+    tokens = jnp.tile(TOKENS, (4, 1))
+    expected = logits(model, tokens)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(model, layout(model, rules, mesh))
+        placed = jax.device_put(tokens, rules.spec("batch", None))
+        scores = logits(sharded, placed, run=Execution(rules=rules))
+    query = jax.typeof(named(sharded)["stacks.0.blocks.query.weight"]).sharding.spec
+    # The one KV head of MQA cannot be split: its query heads are.
+    split = (None, "model") if heads == "mqa" and tensor > 1 else ("model", None)
+    assert tuple(query) == (None, None, "fsdp", *split, None)
+    assert tuple(jax.typeof(scores).sharding.spec) == (("data", "fsdp"), None, "model")
+    assert jnp.abs(jax.device_get(scores) - expected).max() <= 2e-6 * jnp.abs(expected).max()
+
+
+def test_rules_refuse_two_axes_on_one_mesh_axis():
+    rules = AxisRules(kv_heads="model", q_groups="model")
+    with pytest.raises(ValueError, match=r"kv_heads and q_groups.*'model'"):
+        rules.partition("embed", "kv_heads", "q_groups", "head")

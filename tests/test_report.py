@@ -1,0 +1,440 @@
+"""Reports: what is compared, what is drawn, and that any text may stand in a run."""
+
+import io
+import json
+import math
+import re
+import shutil
+from html import escape
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from rich.console import Console
+
+from cla_jax import costs, report, runs
+from cla_jax.config import Config, DataConfig, ModelConfig, Placement
+from cla_jax.report import Point, page, pareto
+from cla_jax.report import rows as reading
+from launch import compare
+
+FINGERPRINT = "sotu-byte-64-abc"
+
+
+def make(directory, name="tiny/a", *, source="sotu", tokenizer="{}", fingerprint=FINGERPRINT, **kw):
+    model = {"n_kv_heads": 1, "d_head": 32, "kv_map": "identity"}
+    model |= {key: kw.pop(key) for key in tuple(kw) if key in model}
+    config = Config(
+        name=name,
+        model=ModelConfig(vocab_size=257, n_layers=4, d_model=64, d_ff=96, n_heads=4, **model),
+        data=DataConfig(seq_len=64, source=source),
+        placement=Placement(runs=str(directory)),
+        batch_size=8,
+        steps=30,
+        **kw,
+    )
+    return runs.open_run(config, data_fingerprint=fingerprint, tokenizer_json=tokenizer)
+
+
+def evaluate(run, perplexity, *, step=30, cached=True, **other):
+    full = {
+        "method": "full forward",
+        "step": step,
+        "perplexity": perplexity,
+        "bits_per_byte": math.log2(perplexity) / 4,
+        "tokens": 1000,
+        "bytes": 4000,
+        "data_fingerprint": FINGERPRINT,
+    } | other
+    run.write_eval("full", full)
+    if cached:
+        close = {"method": "cached decoding", "cache": "dense", "perplexity": perplexity + 0.001}
+        run.write_eval("cached-dense", full | close)
+
+
+def log(run, last=30):
+    records = [
+        {"step": step, "loss": 5 - 0.1 * step, "tokens_per_s": 1000.0 * step}
+        for step in range(1, last + 1)
+    ]
+    records.append({"step": last, "held_out_loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.1})
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def rows(*found):
+    return report.read(found)
+
+
+def cells(rows, name):
+    """The line of a run, or of a run and a cache, as a dict by heading."""
+    line = next(cells for _, cells in reading.lines(rows) if cells[1] == name)
+    return dict(zip(reading.COLUMNS, line, strict=True))
+
+
+def printed(rows, width=220):
+    out = io.StringIO()
+    Console(file=out, width=width).print(report.table(rows))
+    return out.getvalue()
+
+
+def at(kv_bytes, quality, **kw):
+    return Point(**{"label": "p", "kv_bytes": kv_bytes, "quality": quality, "series": "s"} | kw)
+
+
+def plot(points, **kw):
+    return pareto.plot(points, quality="perplexity", subtitle="", **kw)
+
+
+def html(rows, title="title"):
+    return page.html(rows, title)
+
+
+# ----------------------------------------------------------------------------------- frontier
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12))
+def test_the_frontier_is_what_nothing_dominates(pairs):
+    def dominated(a):
+        return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in pairs)
+
+    found = pareto.frontier([at(*pair) for pair in pairs])
+    assert sorted(found) == [i for i, pair in enumerate(pairs) if not dominated(pair)]
+    assert [pairs[i] for i in found] == sorted(pairs[i] for i in found)
+
+
+def test_a_quality_that_is_not_a_number_is_on_no_frontier():
+    assert pareto.frontier([at(1, math.nan), at(2, math.inf), at(3, 5.0)]) == [2]
+
+
+# -------------------------------------------------------------------------------------- table
+
+
+def test_the_columns_of_a_finished_run(tmp_path):
+    run = make(tmp_path, kv_map="cla:2")
+    evaluate(run, 12.5)
+    log(run)
+    model = run.config().model
+    assert cells(rows(run), "a") == {
+        "": "●",
+        "run": "a",
+        "heads\nq/kv": "4/1",
+        "d_head": "32",
+        "kv_map": "cla:2",
+        "parameters\nno embed.": reading.human(costs.parameters(model).non_embedding),
+        "parameters\ntotal": reading.human(costs.parameters(model).total),
+        "KV bytes\nper token": "256",  # K and V, 1 head of 32, 2 bytes, 2 slots
+        "perplexity\nfull": "12.500",
+        "bits per\nbyte": "0.9110",
+        "perplexity\ncached": "12.501",
+        "training\ntokens/s": "15,500",  # the median, not the mean of a curve with a tail
+    }
+    assert "step" not in printed(rows(run)).replace("per token", "")
+
+
+def test_lines_are_sorted_by_bytes_then_perplexity_and_the_frontier_is_marked(tmp_path):
+    big = make(tmp_path, "tiny/big", n_kv_heads=4)
+    small = make(tmp_path, "tiny/small", kv_map="cla:4")
+    worse = make(tmp_path, "tiny/worse", kv_map="cla:4")
+    for run, perplexity in ((big, 10.0), (small, 11.0), (worse, 12.0)):
+        evaluate(run, perplexity)
+    found = [cells for _, cells in reading.lines(rows(worse, big, small))]
+    assert [cells[1] for cells in found] == ["small", "worse", "big"]
+    assert [cells[0] for cells in found] == ["●", "", "●"]
+
+
+def test_a_run_without_evaluation_shows_dashes_and_says_what_to_do(tmp_path):
+    run, other = make(tmp_path, "tiny/un evaluated"), make(tmp_path, "tiny/b")
+    evaluate(other, 9.0)
+    log(run)
+    found = rows(run, other)
+    line = cells(found, "un evaluated")
+    assert [line[key] for key in ("perplexity\nfull", "bits per\nbyte", "perplexity\ncached")] == [
+        "—"
+    ] * 3
+    command = f"python -m launch.evaluate '{run.path}'"
+    assert report.notes(found) == [f"un evaluated is not evaluated: {command}"]
+    assert escape(command) in html(found)
+    assert [point.quality for point in reading.points(found)] == [math.inf, 9.0]
+
+
+@pytest.mark.parametrize(("logged", "evaluated"), [(12, None), (30, 12)])
+def test_an_unfinished_run_is_marked(tmp_path, logged, evaluated):
+    run = make(tmp_path)
+    log(run, last=logged)
+    if evaluated:
+        evaluate(run, 9.0, step=evaluated)
+        assert reading.points(rows(run))[0].unfinished
+    assert "step 12/30" in printed(rows(run))
+    assert "step 12/30" in html(rows(run))
+
+
+def test_a_torn_line_of_metrics_is_skipped(tmp_path):
+    run = make(tmp_path)
+    log(run)
+    whole = rows(run)[0].metrics
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 31, "loss": 2.')
+    assert rows(run)[0].metrics == whole
+    assert len(whole) == 30
+
+
+def test_a_further_cache_format_is_a_line_and_a_point_of_its_own(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    resident = {"resident": {"predicted": 288, "counted": 288}}
+    record = {"perplexity": 10.2, "bits_per_byte": 0.84, "step": 30, "tokens": 1000}
+    run.write_eval("cached-int8", record | {"kv_bytes": resident})
+    found = rows(run)
+    full, int8 = reading.points(found)
+    assert (full.kv_bytes, full.quality) == (512, 10.0)
+    assert (int8.label, int8.kv_bytes, int8.quality) == ("a, int8", 288, 10.2)
+    assert int8.series != full.series
+    line = cells(found, "a, int8")
+    assert (line["KV bytes\nper token"], line["perplexity\nfull"]) == ("288", "—")
+    assert line["perplexity\ncached"] == "10.200"
+
+
+def test_cached_decoding_of_another_checkpoint_is_not_shown(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0, step=20)
+    evaluate(run, 9.0, cached=False)
+    assert cells(rows(run), "a")["perplexity\ncached"] == "—"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (999_600, "1.00M"), (1_214_000, "1.21M"), (121_400_000, "121M")],
+)
+def test_human_numbers(count, text):
+    assert reading.human(count) == text
+
+
+# --------------------------------------------------------------------------------- comparable
+
+
+def two(tmp_path, a=None, b=None):
+    found = make(tmp_path, "tiny/a", **(a or {})), make(tmp_path, "tiny/b", **(b or {}))
+    for run in found:
+        evaluate(run, 10.0)
+    return rows(*found)
+
+
+def test_one_tokenizer_and_text_compare_by_perplexity(tmp_path):
+    found = two(tmp_path)
+    assert reading.comparison(found) == ("perplexity", "")
+    assert report.notes(found) == []
+
+
+def test_two_tokenizers_compare_by_bits_per_byte_and_say_so(tmp_path):
+    found = two(tmp_path, b={"tokenizer": '{"other": 1}', "fingerprint": "sotu-bpe-64-def"})
+    assert reading.comparison(found)[0] == "bits_per_byte"
+    assert all(point.quality == pytest.approx(math.log2(10) / 4) for point in reading.points(found))
+    figure = page.plot(found)
+    for told in (*report.notes(found), html(found), " ".join(t.get_text() for t in figure.texts)):
+        assert "perplexities are not comparable" in told
+    assert figure.axes[0].get_ylabel().startswith("held-out bits per byte")
+
+
+def test_two_texts_are_not_comparable(tmp_path):
+    measure, warning = reading.comparison(two(tmp_path, b={"source": "sotu:9", "fingerprint": "x"}))
+    assert measure == "bits_per_byte"
+    assert warning.startswith("Not comparable")
+
+
+def test_changed_data_or_a_partial_evaluation_is_told(tmp_path):
+    assert "with care" in report.notes(two(tmp_path / "changed", b={"fingerprint": "x"}))[0]
+    a, b = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b")
+    evaluate(a, 10.0)
+    evaluate(b, 10.0, tokens=10)
+    assert "with care" in report.notes(rows(a, b))[0]
+
+
+# ------------------------------------------------------------------------------ plot and page
+
+
+def test_the_plot_draws_points_frontier_and_grey_reference():
+    points = [at(512, 9.0, series="2 layers"), at(1024, 8.0, series="10 layers"), at(2048, 8.5)]
+    figure = plot(points, reference=[at(700, 8.7, label="paper")])
+    axes = figure.axes[0]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["reference", "2 layers", "10 layers", "s"]
+    assert [text.get_text() for text in axes.texts].count("paper") == 1
+    (line,) = axes.get_lines()
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+    corners = [[512, top], [512, 9.0], [1024, 9.0], [1024, 8.0], [right, 8.0]]
+    assert np.asarray(line.get_xydata()).tolist() == corners
+    ticks = [axes.xaxis.get_major_formatter()(x, None) for x in axes.get_xticks()]
+    assert ticks == ["512", "700", "1,024", "2,048"]
+
+
+def test_reference_points_are_perplexities(tmp_path):
+    paper = [at(700, 8.7, label="paper")]
+    for other, drawn in ({}, True), ({"tokenizer": "[]"}, False):
+        figure = page.plot(two(tmp_path / str(drawn), b=other), paper)
+        assert ("paper" in [text.get_text() for text in figure.axes[0].texts]) == drawn
+
+
+def test_unfinished_points_are_hollow_and_the_legend_shows_a_finished_one():
+    (dots,) = plot([at(2, 5.0, unfinished=True), at(1, 6.0)]).axes[0].collections[:1]
+    colours = [to_rgba(pareto.COLOURS[0]), to_rgba(pareto.SURFACE)]
+    assert np.asarray(dots.get_facecolor()).tolist() == [list(colour) for colour in colours]
+
+
+def test_labels_do_not_overlap_where_there_is_room():
+    points = [
+        at(512 * 2**i, 9 - 0.1 * i - j / 3, label=f"run-{i}-{j}")
+        for i in range(4)
+        for j in range(2)
+    ]
+    figure = plot(points)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 8
+    frame = figure.axes[0].get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_nothing_evaluated_still_makes_a_report(tmp_path):
+    found = rows(make(tmp_path))
+    assert "is not evaluated" in html(found)
+    assert page.plot(found).axes[0].get_title() == "no run has been evaluated yet"
+
+
+NASTY = "<script>alert(1)</script> $x_{$ [red] & \" '"
+
+
+def nasty(tmp_path):
+    run = make(tmp_path / "tiny")
+    moved = tmp_path / "tiny" / NASTY.replace("/", "|")
+    shutil.move(run.path, moved)
+    run = runs.find_runs([moved])[0]
+    other = make(tmp_path / "tiny", "b")
+    record = json.loads((run.path / "config.json").read_text())
+    record["versions"]["jax"] = "<b>bold</b>"
+    (run.path / "config.json").write_text(json.dumps(record))
+    evaluate(run, 10.0, note="<i>")
+    evaluate(other, 11.0)
+    log(run)
+    return rows(run, other)
+
+
+def test_every_text_is_escaped(tmp_path):
+    text = html(nasty(tmp_path), title="<u>title")
+    for tag in ("<script", "<b>", "<i>", "<u>"):
+        assert tag not in text
+    assert "&lt;script&gt;" in text
+    assert "&lt;u&gt;title" in text
+
+
+def test_markup_and_mathtext_in_a_name_are_text(tmp_path):
+    found = nasty(tmp_path)
+    assert "$x_{$ [red]" in printed(found)
+    pareto.saved(page.plot(found), "png")  # mathtext would raise
+    pareto.saved(page.curves(found), "png")
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    log(run)
+    text = html(rows(run))
+    assert "http" not in text
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert text.count("<svg") == text.count("</svg>") == 2
+    for detail in ("prefers-color-scheme: dark", FINGERPRINT, "var(--ink)", "jaxlib"):
+        assert detail in text
+    for colour in (pareto.INK, pareto.SURFACE):
+        assert colour not in text.split("</style>")[1]  # would not follow dark mode
+
+
+def test_settings_that_differ_are_shown(tmp_path):
+    a, b = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b", seed=7)
+    assert re.findall(r"<summary>(.*?)</summary>", html(rows(a, b))) == [
+        'a <span class="muted">seed = 0</span>',
+        'b <span class="muted">seed = 7</span>',
+    ]
+
+
+def test_a_further_cache_is_no_further_run(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    record = run.evals()["full"] | {"kv_bytes": {"resident": {"counted": 288}}}
+    run.write_eval("cached-int8", record)
+    text = html(rows(run))
+    assert "1 run, compared" in text
+    assert text.count("<details>") == 1
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    found = two(tmp_path)
+    first, second = (pareto.saved(page.plot(found), "svg") for _ in range(2))
+    assert first == second
+    assert b"<dc:date>" not in first
+    assert html(found) == html(found)
+
+
+def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
+    run = make(tmp_path)
+    lines = [json.dumps({"step": step, "loss": float(step)}) for step in range(1, 1002)]
+    run.metrics.write_text("\n".join(lines) + "\n" + '{"step": 1002, "loss": NaN}\n')
+    (row,) = rows(run)
+    steps, values = page.curve(row, "loss")
+    assert steps == list(range(2, 1002, 3))
+    assert values == [float(step) for step in steps]
+    assert page.curve(row, "perplexity") == ([], [])
+
+
+# ------------------------------------------------------------------------------------- command
+
+
+def test_the_command_writes_into_the_study_and_prints_the_table(tmp_path, capsys):
+    evaluate(make(tmp_path, "tiny/a"), 10.0)
+    evaluate(make(tmp_path, "tiny/b", kv_map="cla:2"), 11.0)
+    compare.main([str(tmp_path / "tiny")])
+    out = capsys.readouterr().out
+    assert "11.000" in out
+    assert f"wrote {tmp_path / 'tiny' / 'report.html'}" in out
+    assert (tmp_path / "tiny/pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tiny/pareto.png").stat().st_size > 30_000
+    svg = (tmp_path / "tiny/pareto.svg").read_text()
+    assert svg.count("<path") > 30
+
+
+def test_several_paths_write_into_their_common_parent_or_out(tmp_path, capsys):
+    a, b = make(tmp_path, "one/a"), make(tmp_path, "two/a")
+    compare.main([str(a.path), str(b.path)])
+    assert (tmp_path / "report.html").exists()
+    assert "one/a" in capsys.readouterr().out
+    compare.main([str(a.path), str(a.path) + "/", "--out", str(tmp_path / "new" / "place")])
+    assert (tmp_path / "new/place/pareto.svg").exists()
+    out = capsys.readouterr().out
+    assert len(re.findall(r"│ a  step 0/30", out)) == 1  # once, under its own name
+    assert f"\na is not evaluated: python -m launch.evaluate {a.path}\n" in out
+
+
+def test_paths_without_anything_in_common_need_out():
+    assert str(report.common_directory(["gs://b/x/y", "gs://b/x/z"])) == "gs://b/x"
+    assert str(report.common_directory(["/a/x/", "/a/x"])) == "/a/x"
+    for paths in (["/a/x", "/b/y"], ["gs://a/x", "gs://b/y"], ["/a", "gs://b/y"]):
+        assert report.common_directory(paths) is None
+
+
+@pytest.mark.parametrize("arguments", [[], ["/does/not/exist"]])
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        compare.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    assert "python -m launch.compare runs/tiny" in capsys.readouterr().out

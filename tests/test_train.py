@@ -1,0 +1,265 @@
+import functools
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cla_jax import checkpoint
+from cla_jax import train as training
+from cla_jax.config import MeshConfig
+from cla_jax.evaluate import during_training
+from cla_jax.runs import find_runs
+from cla_jax.state import named
+from cla_jax.train import (
+    Diverged,
+    batch_stream,
+    make_step,
+    restore_or_init,
+    set_up,
+    tokens_hash,
+    train,
+)
+
+NO_EVALUATION = lambda *_: {}
+
+
+def parameters(config) -> dict[str, np.ndarray]:
+    """Everything in the newest checkpoint of a run: parameters, moments, step."""
+    (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
+    step = checkpoint.steps(run.checkpoints)[-1]
+    assert checkpoint.verify(run.checkpoints / f"{step:08d}") is None
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        return jax.device_get(named(restore_or_init(setup, run)))
+
+
+def metrics(config) -> list[dict]:
+    (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
+    return run.read_metrics()
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kv_map", ["cla:2", "0,0,2,0"])
+def test_train_2_resume_to_4_equals_4_straight(tiny, devices, kv_map):
+    devices(1)
+    straight = tiny(name="straight", **{"model.kv_map": kv_map})
+    resumed = tiny(name="resumed", **{"model.kv_map": kv_map})
+    assert train(straight, evaluate=NO_EVALUATION)
+    assert not train(resumed, evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
+    assert checkpoint.steps(find_runs([f"{resumed.placement.runs}/resumed"])[0].checkpoints) == [2]
+    assert train(resumed, evaluate=NO_EVALUATION)
+    assert_same_bits(parameters(straight), parameters(resumed))
+    keys = ("step", "loss", "grad_norm", "lr", "tokens_hash", "tokens")
+    records = [[{key: r[key] for key in keys} for r in metrics(c)] for c in (straight, resumed)]
+    assert records[0] == records[1]
+    assert [r["step"] for r in records[0]] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone(tiny, devices, caplog):
+    devices(1)
+    config = tiny()
+    train(config, evaluate=NO_EVALUATION)
+    before = metrics(config)
+    with caplog.at_level(logging.INFO):
+        assert train(config, evaluate=NO_EVALUATION)
+    assert metrics(config) == before
+    assert "complete already" in caplog.text
+
+
+def losses(config, n, mesh: MeshConfig, devices):
+    devices(n)
+    setup = set_up(
+        training.dataclasses.replace(
+            config, placement=training.dataclasses.replace(config.placement, mesh=mesh)
+        )
+    )
+    with jax.set_mesh(setup.mesh):
+        state = restore_or_init(setup, find_run(config))
+        step = make_step(setup)
+        batches = batch_stream(setup, 0)
+        out = []
+        for _ in range(10):
+            state, values = step(state, next(batches))
+            out.append((float(values["loss"]), int(values["tokens_hash"])))
+        batches.close()
+        layouts = {name: leaf.sharding.spec for name, leaf in named(state).items()}
+    return out, layouts
+
+
+def find_run(config):
+    from etils import epath
+
+    from cla_jax.runs import Run
+
+    return Run(epath.Path(config.placement.runs) / "none")
+
+
+def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
+    config = tiny(steps=10)
+    alone, _ = losses(config, 1, MeshConfig(), devices)
+    for mesh in (MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, model=2)):
+        spread, layouts = losses(config, 8, mesh, devices)
+        for (a, hash_a), (b, hash_b) in zip(alone, spread, strict=True):
+            assert b == pytest.approx(a, rel=1e-6)
+            assert hash_a == hash_b
+        up = layouts["model.stacks.0.blocks.mlp.up.weight"]
+        assert tuple(up) == (None, None, "fsdp", "model")
+        # The step keeps the layout of what it is given: moments are split like their parameters.
+        assert layouts["moments.1.0.mu.stacks.0.blocks.mlp.up.weight"] == up
+
+
+def test_resuming_on_another_mesh_keeps_bits_tokens_and_losses(tiny, devices):
+    """Eight devices to step 2, then 2 x 2 x 2 to step 4, then one: as if never moved."""
+    steady = tiny(name="steady", steps=6)
+    moved = tiny(name="moved", steps=6)
+    devices(1)
+    train(steady, evaluate=NO_EVALUATION)
+    here = functools.partial(tiny, name="moved", steps=6)
+    devices(8)
+    train(here(), evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
+    before = parameters(here())
+    tensor = here(**{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
+    assert_same_bits(before, parameters(tensor))
+    train(tensor, evaluate=NO_EVALUATION, should_stop=lambda step: step == 4)
+    devices(1)
+    train(moved, evaluate=NO_EVALUATION)
+    for a, b in zip(metrics(steady), metrics(moved), strict=True):
+        assert (a["step"], a["tokens_hash"]) == (b["step"], b["tokens_hash"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+
+
+def test_microbatches_change_the_loss_by_rounding_only(tiny, devices):
+    devices(1)
+    whole, parts = tiny(name="whole"), tiny(name="parts", **{"placement.accumulate": 4})
+    for config in (whole, parts):
+        train(config, evaluate=NO_EVALUATION)
+    for a, b in zip(metrics(whole), metrics(parts), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        assert a["tokens_hash"] == b["tokens_hash"]
+
+
+def test_training_learns(tiny, devices):
+    devices(1)
+    config = tiny(steps=30, **{"placement.save_every": 30})
+    train(config, evaluate=during_training)
+    records = metrics(config)
+    assert records[0]["loss"] == pytest.approx(math.log(260), abs=0.5)
+    assert records[-1]["loss"] < records[0]["loss"] - 1.5
+    assert records[-1]["held_out_loss"] == pytest.approx(math.log(records[-1]["perplexity"]))
+    assert records[-1]["tokens"] == 30 * 8 * 32
+    # Speed is known from the second step on: the first one compiles.
+    assert "tokens_per_s" not in records[0]
+    assert all("tokens_per_s" in record for record in records[1:])
+
+
+def test_evaluations_come_when_due_and_after_the_checkpoint(tiny, devices):
+    devices(1)
+    config = tiny(**{"placement.eval_every": 3})
+    seen = []
+
+    def evaluate(*_):
+        (run,) = find_runs([config.placement.runs])
+        seen.append(len(run.read_metrics()))
+        return {"perplexity": 7.0}
+
+    train(config, evaluate=evaluate)
+    assert seen == [3, 4]
+    assert [r.get("perplexity") for r in metrics(config)] == [None, None, 7.0, 7.0]
+
+    def failing(*_):
+        raise MemoryError("no memory for the evaluation")
+
+    broken = tiny(name="broken")
+    with pytest.raises(MemoryError):
+        train(broken, evaluate=failing)
+    assert set(parameters(broken)) == set(parameters(config))  # the last step was saved before
+
+
+@pytest.mark.parametrize("bad_step", [2, 3])
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeypatch, bad_step):
+    """Seen one step late, and on save steps before saving."""
+    devices(1)
+    config = tiny(steps=6, **{"placement.save_every": 1})
+    make = training.make_step
+
+    def poisoned(setup):
+        step_fn = make(setup)
+
+        def step(state, batch):
+            if int(state.step) + 1 == bad_step:
+                state = jax.tree.map(lambda a: a * jnp.nan if a.ndim > 1 else a, state)
+            return step_fn(state, batch)
+
+        return step
+
+    monkeypatch.setattr(training, "make_step", poisoned)
+    with pytest.raises(Diverged, match=f"step {bad_step}: loss is nan"):
+        train(config, evaluate=NO_EVALUATION)
+    assert int(parameters(config)["step"]) == bad_step - 1
+    assert [r["step"] for r in metrics(config)] == list(range(1, bad_step))
+    assert all(np.isfinite(array).all() for array in parameters(config).values())
+
+
+def test_token_hash_sees_place_and_value_but_not_the_mesh():
+    tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 3, 8)
+    hashed = int(tokens_hash(tokens))
+    assert int(tokens_hash(tokens.reshape(1, 6, 8))) == hashed  # microbatches do not matter
+    assert int(tokens_hash(tokens.at[0, 0, 0].add(1))) != hashed
+    swapped = tokens.at[0, 0, 0].set(tokens[0, 0, 1]).at[0, 0, 1].set(tokens[0, 0, 0])
+    assert int(tokens_hash(swapped)) != hashed
+    rows = tokens.at[0, 0].set(tokens[0, 1]).at[0, 1].set(tokens[0, 0])
+    assert int(tokens_hash(rows)) != hashed
+
+
+def test_the_step_compiles_once(tiny, devices):
+    devices(1)
+    setup = set_up(tiny())
+    with jax.set_mesh(setup.mesh):
+        state = restore_or_init(setup, find_run(setup.config))
+        step = make_step(setup)
+        batches = batch_stream(setup, 0)
+        for _ in range(3):
+            state, _ = step(state, next(batches))
+        batches.close()
+    assert step._cache_size() == 1
+
+
+def test_log_names_the_formula_and_the_layout(tiny, devices):
+    devices(1)
+    config = tiny()
+    with_logging = logging.getLogger("cla_jax")
+    with_logging.setLevel(logging.INFO)
+    train(config, evaluate=NO_EVALUATION)
+    (run,) = find_runs([config.placement.runs])
+    text = run.log.read_text()
+    for words in ("6 N + 6 L n_heads d_head T", "attention by xla", "kv_map cla:2", "from step 0"):
+        assert words in text
+    record = json.loads((run.path / "config.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"placement.mesh": MeshConfig(fsdp=3)}, "3 x 1 does not make up the 1 devices"),
+        ({"placement.attention": "cudnn"}, "placement.attention = 'cudnn'"),
+        ({"data.source": "text:/nowhere/*.txt"}, "/nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_run_directory_exists(
+    tiny, devices, tmp_path, changes, words
+):
+    devices(1)
+    with pytest.raises(ValueError, match=words):
+        train(tiny(**changes), evaluate=NO_EVALUATION)
+    assert not (tmp_path / "runs").exists()
