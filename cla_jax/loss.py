@@ -41,28 +41,31 @@ def cross_entropy(
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     def step(carry, inputs):
         total, d_head_VD = carry
-        x_BtD = inputs[0]
-        loss, d_logits_BtV = _chunk_loss(inputs, head_VD, rules, gradient=True)
-        d_x_BtD = jnp.einsum(
-            "BTV,VD->BTD",
-            d_logits_BtV,
-            _whole(head_VD.astype(x_BtD.dtype), rules),
-            out_sharding=rules.gathered().spec(*axes("BTD")),
+        x_ND = inputs[0]
+        loss, d_logits_NV = _chunk_loss(inputs, head_VD, rules, gradient=True)
+        d_x_ND = jnp.einsum(
+            "NV,VD->ND",
+            d_logits_NV,
+            _whole(head_VD.astype(x_ND.dtype), rules),
+            out_sharding=rules.gathered().spec(*axes("ND")),
         )
         d_head_VD += jnp.einsum(
-            "BTV,BTD->VD",
-            d_logits_BtV,
-            x_BtD,
+            "NV,ND->VD",
+            d_logits_NV,
+            x_ND,
             preferred_element_type=jnp.float32,
             out_sharding=rules.spec(*axes("VD")),
         )
-        return (total + loss, d_head_VD), d_x_BtD
+        return (total + loss, d_head_VD), d_x_ND
 
     zeros = (jnp.zeros(()), jnp.zeros_like(head_VD))
     (loss, d_head_VD), d_x = jax.lax.scan(
         step, zeros, _chunks(chunk, x_BTD, targets_BT, weights_BT)
     )
-    return loss, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_head_VD)
+    B, T, D = x_BTD.shape
+    spec = rules.gathered().spec(None, *axes("BTD"))
+    d_x = d_x.reshape(T // chunk, B, chunk, D, out_sharding=spec)
+    return loss, (jnp.moveaxis(d_x, 0, 1).reshape(B, T, D), d_head_VD)
 
 
 def _backward(_chunk, _rules, residuals, d_loss):
@@ -74,28 +77,29 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts [B, T, ...] into [T / chunk, B, chunk, ...]."""
+    """Cuts [B, T, ...] into [T / chunk, B * chunk, ...]: one axis of tokens, as in `Linear`."""
 
     def cut(a: jax.Array) -> jax.Array:
         B, T, *rest = a.shape
-        return jnp.moveaxis(a.reshape(B, T // chunk, chunk, *rest), 1, 0)
+        chunks = jnp.moveaxis(a.reshape(B, T // chunk, chunk, *rest), 1, 0)
+        return chunks.reshape(T // chunk, B * chunk, *rest)
 
     return tuple(map(cut, arrays_BT))
 
 
 def _chunk_loss(inputs, head_VD, rules, *, gradient=False):
     """The chunk's weighted loss and, if asked for, its gradient with respect to the logits."""
-    x_BtD, targets_Bt, weights_Bt = inputs
-    logits_BtV = project(x_BtD, head_VD, rules)
-    log_total_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    x_ND, targets_N, weights_N = inputs
+    logits_NV = project(x_ND[:, None], head_VD, rules)[:, 0]
+    log_total_N = jax.nn.logsumexp(logits_NV, axis=-1)
     # A comparison, not take_along_axis: it works on a vocabulary that is split over devices.
-    is_target_BtV = jnp.arange(logits_BtV.shape[-1]) == targets_Bt[..., None]
-    target_Bt = jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1)
-    loss = jnp.sum(weights_Bt * (log_total_Bt - target_Bt))
+    is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[..., None]
+    target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=-1)
+    loss = jnp.sum(weights_N * (log_total_N - target_N))
     if not gradient:
         return loss, None
-    d_logits_BtV = jnp.exp(logits_BtV - log_total_Bt[..., None]) - is_target_BtV
-    return loss, (weights_Bt[..., None] * d_logits_BtV).astype(x_BtD.dtype)
+    d_logits_NV = jnp.exp(logits_NV - log_total_N[..., None]) - is_target_NV
+    return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
 
 
 def _whole(head_VD: jax.Array, rules: AxisRules) -> jax.Array:

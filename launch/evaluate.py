@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from launch import allocator
 from launch.cli import user_errors
 
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
+    allocator.keep_freed_memory()
     from rich.console import Console
     from rich.progress import Progress
 

@@ -20,6 +20,7 @@ import tyro
 
 import experiments
 from cla_jax.config import Config
+from launch import allocator
 from launch.cli import user_errors
 
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("cla_jax").setLevel(logging.INFO)
 
+    allocator.keep_freed_memory()
     # After the command line: --help and mistakes in it should not wait for jax.
     from cla_jax.evaluate import during_training
     from cla_jax.train import Diverged, train

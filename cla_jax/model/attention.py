@@ -54,10 +54,22 @@ def attend(
     """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]"""
     if backend == "cudnn":
         return _attend_cudnn(q_BTKGH, kv, starts_BT, rules or AxisRules())
-    positions = jnp.arange(q_BTKGH.shape[1])
-    seen = visible(positions, positions, starts_BT)
-    weights_BKTGS = jax.nn.softmax(jnp.where(seen, scores(q_BTKGH, kv.k_BSKH), MASKED), axis=-1)
-    return jnp.einsum("BKTGS,BSKH->BTKGH", weights_BKTGS.astype(kv.v_BSKH.dtype), kv.v_BSKH)
+    B, T, K, G, H = q_BTKGH.shape
+    positions = jnp.arange(T)
+    # Heads before positions, merged to one axis N = G * T around the two products: contracting over
+    # two axes, as the gradients of keys and values do, XLA would transpose the weights in memory.
+    q_BKNH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * H**-0.5).reshape(B, K, G * T, H)
+    s_BKNS = jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32)
+    seen_B11TS = visible(positions, positions, starts_BT).swapaxes(2, 3)
+    s_BKGTS = jnp.where(seen_B11TS, s_BKNS.reshape(B, K, G, T, T), MASKED)
+    # The sum divides the output, which is smaller than the weights; the peak has no gradient.
+    peak_BKGT1 = jax.lax.stop_gradient(s_BKGTS.max(axis=-1, keepdims=True))
+    p_BKGTS = jnp.exp(s_BKGTS - peak_BKGT1)
+    total_BKGT1 = p_BKGTS.sum(axis=-1, keepdims=True)
+    p_BKNS = p_BKGTS.reshape(B, K, G * T, T).astype(kv.v_BSKH.dtype)
+    o_BKNH = jnp.einsum("BKNS,BSKH->BKNH", p_BKNS, kv.v_BSKH, preferred_element_type=jnp.float32)
+    o_BKGTH = o_BKNH.reshape(B, K, G, T, H) / total_BKGT1
+    return jnp.einsum("BKGTH->BTKGH", o_BKGTH).astype(q_BTKGH.dtype)
 
 
 def _attend_cudnn(

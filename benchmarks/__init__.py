@@ -1,0 +1,1 @@
+"""Side-by-side measurements against peers. They print numbers and assert nothing about time."""

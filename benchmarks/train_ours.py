@@ -1,0 +1,92 @@
+"""The training step of this repository, as one contestant of `benchmarks.train_step`."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch import allocator
+
+allocator.keep_freed_memory()  # as `launch.train` does
+
+import jax
+import numpy as np
+
+from benchmarks.child import Contestant, serve
+from cla_jax import mesh as meshes
+from cla_jax import train
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.model.attention import choose_backend
+from cla_jax.model.transformer import Execution
+from cla_jax.optimizer import make_optimizer
+from cla_jax.state import initial_state
+
+
+def contestant(spec: dict[str, Any]) -> Contestant:
+    shape = spec["shape"]
+    config = Config(
+        name="benchmark",
+        model=ModelConfig(
+            vocab_size=shape["vocab_size"],
+            n_layers=shape["n_layers"],
+            d_model=shape["d_model"],
+            d_ff=shape["d_ff"],
+            n_heads=shape["n_heads"],
+            n_kv_heads=shape["n_kv_heads"],
+            d_head=shape["d_head"],
+            kv_map=spec["kv_map"],
+            kv_norm="block",  # with the identity map: an ordinary Llama
+            compute_dtype="float32",
+        ),
+        data=DataConfig(seq_len=shape["seq_len"]),
+        optimizer=OptimizerConfig(**spec["optimizer"]),
+        batch_size=shape["batch_size"],
+        steps=spec["total_steps"],
+        placement=Placement(**spec["placement"]),
+    )
+    mesh = meshes.make_mesh(config.placement.mesh)
+    run = Execution(
+        rules=meshes.axis_rules(config.model, mesh),
+        remat=config.placement.remat,
+        scan_layers=config.placement.scan_layers,
+        attention=choose_backend(config.placement.attention, config.model),
+    )
+    prepared: Any = None  # asked only for the end token, and only where documents are kept apart
+    setup = train.Setup(config=config, prepared=prepared, mesh=mesh, run=run)
+    tokens = np.random.default_rng(0).integers(
+        0,
+        config.model.vocab_size,
+        (spec["batches"], config.placement.accumulate, shape["batch_size"], shape["seq_len"] + 1),
+        np.int32,
+    )
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        state = initial_state(config, optimizer, setup.rules, mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+    step = train.make_step(setup)
+    batch = 0
+
+    def steps(count: int) -> float:
+        """As the training loop does it: metrics are fetched one step late."""
+        nonlocal state, batch
+        pending: dict[str, jax.Array] | None = None
+        with jax.set_mesh(mesh):
+            for _ in range(count):
+                state, metrics = step(state, jax.numpy.asarray(tokens[batch % len(tokens)]))
+                batch += 1
+                if pending is not None:
+                    jax.device_get(pending)
+                pending = metrics
+        jax.block_until_ready(state)
+        assert pending is not None
+        return float(pending["loss"])
+
+    first_loss = steps(1)  # compiles
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return Contestant(steps, {"parameters": parameters, "loss": first_loss, "versions": versions})
+
+
+if __name__ == "__main__":
+    serve(contestant)

@@ -1,0 +1,239 @@
+"""Training tokens per second of this repository beside Hugging Face's Llama under torch, on CPU.
+
+Both train the same decoder (MQA, SwiGLU, RoPE, tied embeddings, float32; equal parameter counts are
+asserted) by the same recipe (AdamW, clipping to a global norm, a schedule), with the same number of
+threads. Every contestant is a process of its own that is idle until asked. A round asks each in turn
+for a short burst of steps, in an order that rotates, so a machine that is slow for a while is slow
+for all of them. Believe the ratios; the tokens per second belong to the machine.
+
+The machine must be quiet. With another busy process about, torch's threads wait for each other at
+every parallel region and it falls to a fraction of its speed, which flatters us. The column `cores`
+tells: on a quiet machine it is near --threads for every row.
+
+    python -m benchmarks.train_step                          both shapes, ours and torch
+    python -m benchmarks.train_step --shape 7m --rounds 9
+    python -m benchmarks.train_step --only ours              no torch needed
+    python -m benchmarks.train_step --only ours ours-cla2 torch torch-compile
+
+Rows:
+    ours            make_step with the identity map, the default placement
+    ours-unrolled   the same, layers unrolled instead of scanned (scan_layers off)
+    ours-scanned    the same, layers scanned (scan_layers on)
+    ours-cla2       kv_map cla:2: every second layer borrows keys and values
+    torch           LlamaForCausalLM, eager, sdpa, fused AdamW
+    torch-compile   the same under torch.compile (needs a C++ compiler)
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.child import Child
+
+HERE = Path(__file__).parent
+
+# Architecture and batch; `burst` is how many steps of a contestant make a few seconds on two cores.
+SHAPES: dict[str, dict[str, int]] = {
+    "7m": {
+        "vocab_size": 4096,
+        "n_layers": 8,
+        "d_model": 256,
+        "d_ff": 688,
+        "n_heads": 4,
+        "n_kv_heads": 1,
+        "d_head": 64,
+        "batch_size": 4,
+        "seq_len": 256,
+        "burst": 8,
+    },
+    "100m": {
+        "vocab_size": 32_000,
+        "n_layers": 12,
+        "d_model": 768,
+        "d_ff": 2048,
+        "n_heads": 12,
+        "n_kv_heads": 1,
+        "d_head": 64,
+        "batch_size": 4,
+        "seq_len": 256,
+        "burst": 2,
+    },
+}
+
+OPTIMIZER = {
+    "peak_lr": 3e-4,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
+
+OURS: dict[str, Any] = {"script": "train_ours.py", "kv_map": "identity", "placement": {}}
+TORCH: dict[str, Any] = {"script": "train_torch.py", "compile": False}
+ROWS: dict[str, dict[str, Any]] = {
+    "ours": OURS,
+    "ours-unrolled": OURS | {"placement": {"scan_layers": False}},
+    "ours-scanned": OURS | {"placement": {"scan_layers": True}},
+    "ours-cla2": OURS | {"kv_map": "cla:2"},
+    "torch": TORCH,
+    "torch-compile": TORCH | {"compile": True},
+}
+
+Row = Literal["ours", "ours-unrolled", "ours-scanned", "ours-cla2", "torch", "torch-compile"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    # Shapes to measure.
+    shape: tuple[Literal["7m", "100m"], ...] = ("7m", "100m")
+    # Rows to measure; see above.
+    only: tuple[Row, ...] = ("ours", "torch")
+    # Bursts of every contestant; the table shows their medians.
+    rounds: int = 7
+    # Steps a burst; 0 takes the shape's own.
+    burst: int = 0
+    # Threads of each contestant.
+    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    # Let malloc ask Linux for huge pages, for every contestant alike (GLIBC_TUNABLES).
+    huge_pages: bool = False
+    # Interpreter of the torch rows, if torch lives in another environment.
+    peer_python: str = sys.executable
+    # Where the JSON goes, raw rounds included.
+    output: Path = HERE / "results" / "train_step.json"
+
+
+def measure(name: str, options: Options) -> dict[str, Any]:
+    """Starts the contestants of one shape and asks them in turn; raw seconds of every burst."""
+    shape = SHAPES[name]
+    burst = options.burst or shape["burst"]
+    children: dict[str, Child] = {}
+    try:
+        for row in options.only:
+            spec = ROWS[row] | {
+                "shape": shape,
+                "optimizer": OPTIMIZER,
+                "threads": options.threads,
+                "batches": 8,
+                "total_steps": 1 + (options.rounds + 1) * burst,
+            }
+            python = options.peer_python if row.startswith("torch") else sys.executable
+            children[row] = Child(python, HERE / spec["script"], spec, options.huge_pages)
+        # cla:2 has fewer projections by design; every other row is the same model.
+        counts = {r: c.about["parameters"] for r, c in children.items() if r != "ours-cla2"}
+        assert len(set(counts.values())) <= 1, f"not the same model: {counts}"
+        for child in children.values():
+            child.run(1)  # the first step after compilation still pays for page faults
+        seconds: dict[str, list[float]] = {row: [] for row in children}
+        cpu_seconds: dict[str, list[float]] = {row: [] for row in children}
+        losses: dict[str, float] = {}
+        order = list(children)
+        for _ in range(options.rounds):
+            for row in order:
+                answer = children[row].run(burst)
+                seconds[row].append(answer["seconds"])
+                cpu_seconds[row].append(answer["cpu_seconds"])
+                losses[row] = answer["loss"]
+            order = order[1:] + order[:1]
+    finally:
+        for child in children.values():
+            child.close()
+    tokens = shape["batch_size"] * shape["seq_len"] * burst
+    return {
+        "shape": shape | {"burst": burst},
+        "rows": {
+            row: {
+                "parameters": children[row].about["parameters"],
+                "versions": children[row].about["versions"],
+                "first_loss": children[row].about["loss"],
+                "last_loss": losses[row],
+                "seconds_per_burst": seconds[row],
+                "cpu_seconds_per_burst": cpu_seconds[row],
+                "tokens_per_s": [tokens / s for s in seconds[row]],
+            }
+            for row in children
+        },
+    }
+
+
+def ratio(rows: dict[str, Any], row: str, base: str) -> dict[str, float] | None:
+    """Speed of a row as a multiple of another's: of the medians, and the extremes over the rounds."""
+    if base not in rows:
+        return None
+    a, b = rows[row]["tokens_per_s"], rows[base]["tokens_per_s"]
+    each = [x / y for x, y in zip(a, b, strict=True)]
+    median = statistics.median(a) / statistics.median(b)
+    return {"median": median, "min": min(each), "max": max(each)}
+
+
+def table(name: str, result: dict[str, Any], bases: list[str]) -> Table:
+    rows = result["rows"]
+    parameters = max(row["parameters"] for row in rows.values())
+    title = f"{name}: {parameters:,} parameters, float32, batch 4 x 256"
+    shown = Table(title=title, caption="cores: CPU time / time. x: ratio of medians (range)")
+    shown.add_column("row")
+    shown.add_column("tokens/s", justify="right")
+    shown.add_column("cores", justify="right")
+    for base in bases:
+        shown.add_column(f"x {base}", justify="right")
+    for row, values in rows.items():
+        seconds, cpu = values["seconds_per_burst"], values["cpu_seconds_per_burst"]
+        cores = statistics.median(c / s for c, s in zip(cpu, seconds, strict=True))
+        cells = [f"{statistics.median(values['tokens_per_s']):,.0f}", f"{cores:.2f}"]
+        for base in bases:
+            r = values["ratio_to"][base]
+            cells.append(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})")
+        shown.add_row(row, *cells)
+    return shown
+
+
+def machine(threads: int) -> dict[str, Any]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return {
+        "cpu": cpu,
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+    }
+
+
+def main(options: Options) -> None:
+    console = Console()
+    results: dict[str, Any] = {}
+    for name in options.shape:
+        results[name] = measure(name, options)
+        rows = results[name]["rows"]
+        bases = [base for base in ("torch", "torch-compile", "ours") if base in rows]
+        for row, values in rows.items():
+            values["ratio_to"] = {base: ratio(rows, row, base) for base in bases}
+        console.print(table(name, results[name], bases))
+    report = {
+        "what": "training tokens per second, bursts of all rows interleaved",
+        "when": time.strftime("%Y-%m-%d"),
+        "machine": machine(options.threads),
+        "optimizer": OPTIMIZER,
+        "huge_pages": options.huge_pages,
+        "shapes": results,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
