@@ -27,9 +27,9 @@ def h32_mqa() -> Config:
         ),
         data=DataConfig(source="sotu", tokenizer="bpe:2048", seq_len=256, held_out=0.03),
         optimizer=OptimizerConfig(peak_lr=3e-3),
-        batch_size=8,
-        steps=700,
-        placement=Placement(log_every=50, save_every=350, scan_layers=False),
+        batch_size=4,
+        steps=350,
+        placement=Placement(log_every=50, save_every=100, scan_layers=False),
     )
 
 
