@@ -133,8 +133,8 @@ def verify(path: epath.Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is as it was written."""
     try:
         expected_files = json.loads(_manifest(path).read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"checkpoint manifest {_manifest(path)} is not readable"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"checkpoint manifest {_manifest(path)} is not readable: {error!r}"
     present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
     for name, expected in expected_files.items():
         if name not in present:

@@ -218,13 +218,19 @@ def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
     }
 
 
-def open_setup(run: Run) -> Setup:
+def open_setup(run: Run, data_dir: str | None = None) -> Setup:
     """What a finished or running run becomes on the devices at hand, whatever mesh it was trained on.
 
-    Raises ValueError if its held-out text or tokenizer are not those it was trained with.
+    `data_dir` says where prepared data is, if not where it was in training. Raises ValueError if
+    the held-out text or the tokenizer are not those the run was trained with.
     """
     config = run.config()
-    here = dataclasses.replace(config.placement, mesh=MeshConfig(), accumulate=1)
+    here = dataclasses.replace(
+        config.placement,
+        mesh=MeshConfig(),
+        accumulate=1,
+        data_dir=data_dir or config.placement.data_dir,
+    )
     setup = set_up(dataclasses.replace(config, placement=here))
     run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
     return setup
@@ -236,10 +242,11 @@ def evaluate(
     formats: tuple[str, ...] = ("dense",),
     chunk: int = 1,
     windows: int | None = None,
+    data_dir: str | None = None,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Evaluates a run by full forward and through each cache format; yields and writes the records."""
-    setup = open_setup(run)
+    setup = open_setup(run, data_dir)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
     dtype = setup.config.model.compute_dtype
     with jax.set_mesh(setup.mesh):

@@ -11,11 +11,13 @@
 Training writes it; evaluation, generation and reports read only it. Paths are local or gs://.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -139,6 +141,23 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
     write_atomically(run.path / "config.json", _dump(record))
     write_atomically(run.path / "tokenizer.json", tokenizer_json)
     return run
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keeps a second process of this machine from training the same run; a crash frees it.
+
+    Raises ValueError if one does. A remote run directory cannot be locked.
+    """
+    if not run.is_local:
+        yield
+        return
+    with open(run.path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run.path} is being trained by another process") from None
+        yield
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:

@@ -204,7 +204,7 @@ class Journal:
 
 # ----------------------------------------------------------------------------------------- loop
 
-# Held-out metrics of a model, as a flat dict of numbers.
+# Held-out metrics of a model, as a flat dict of numbers, `held_out_loss` among them.
 Evaluator = Callable[[Setup, Transformer], dict[str, Any]]
 
 
@@ -234,7 +234,9 @@ def train(
         data_fingerprint=setup.prepared.path.name,
         tokenizer_json=setup.prepared.tokenizer.to_json(),
     )
-    with logging_to(run), jax.set_mesh(setup.mesh):
+    # One process holds the lock for all hosts.
+    lock = runs.locked(run) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, logging_to(run), jax.set_mesh(setup.mesh):
         state = restore_or_init(setup, run)
         first_step = int(state.step)
         log_start(setup, run, first_step)
@@ -255,16 +257,23 @@ def train(
                 if last or stop or step % config.placement.save_every == 0:
                     journal.flush()
                     saver.save(state)
-                if last or _due(step, config.placement.eval_every):
-                    journal.flush()
-                    with journal.paused():
-                        writer.write(step, evaluate(setup, state.model))
                 if stop and not last:
                     log.warning("asked to stop: step %d is saved, the run can be resumed", step)
                     return False
-            if first_step == config.steps:
-                log.info("%s is complete already, at step %d", run.path, first_step)
+                if not last and _due(step, config.placement.eval_every):
+                    journal.flush()
+                    with journal.paused():
+                        writer.write(step, evaluate(setup, state.model))
+            if is_evaluated(run, config.steps):
+                log.info("%s is complete already, at step %d", run.path, config.steps)
+            else:
+                writer.write(config.steps, evaluate(setup, state.model))
     return True
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether the metrics hold an evaluation of this step: a kill may have come between."""
+    return any("held_out_loss" in record for record in run.read_metrics() if record["step"] == step)
 
 
 def make_step(setup: Setup) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:

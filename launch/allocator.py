@@ -22,4 +22,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False  # not glibc
     settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
-    return all([mallopt(parameter, value) for parameter, value in settings.items()])
+    taken = [mallopt(parameter, value) for parameter, value in settings.items()]
+    return all(taken)

@@ -29,6 +29,8 @@ class Arguments:
     chunk: int = 1
     # Score only this many windows of the held-out split.
     windows: int | None = None
+    # Where prepared data is, if not where the run was trained; missing data is prepared there.
+    data_dir: str | None = None
 
 
 @user_errors
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 formats=arguments.cache,
                 chunk=arguments.chunk,
                 windows=arguments.windows,
+                data_dir=arguments.data_dir,
                 progress=progress,
             )
             for name, record in records:
@@ -67,12 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{record['bits_per_byte']:.4f} bits/byte   "
                     f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s",
                     highlight=False,
+                    soft_wrap=True,
                 )
                 for kind, count in record.get("kv_bytes", {}).items():
                     console.print(
                         f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>9,} predicted "
                         f"{count['counted']:>9,} counted   per token, {record['cache_dtype']}",
                         highlight=False,
+                        soft_wrap=True,
                     )
 
 

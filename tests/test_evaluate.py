@@ -94,7 +94,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
         assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
 
 
-def test_an_untrained_run_and_changed_data_are_refused(tiny, devices):
+def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):
     devices(1)
     config = tiny(steps=1)
     train(config, evaluate=lambda *_: {})
@@ -104,6 +104,8 @@ def test_an_untrained_run_and_changed_data_are_refused(tiny, devices):
     with pytest.raises(ValueError, match="no checkpoint yet"):
         checkpoint.load_model(run, setup.rules, setup.mesh)
     text = (run.path / "config.json").read_text()
+    elsewhere = open_setup(run, str(tmp_path / "elsewhere"))
+    assert elsewhere.prepared.path.parent == tmp_path / "elsewhere"
     (run.path / "config.json").write_text(text.replace("sotu-6", "sotu-7"))
     with pytest.raises(ValueError, match=r"trained on data 'sotu-7.*here is 'sotu-6"):
         open_setup(run)

@@ -67,12 +67,49 @@ def test_train_2_resume_to_4_equals_4_straight(tiny, devices, kv_map):
 def test_a_finished_run_is_left_alone(tiny, devices, caplog):
     devices(1)
     config = tiny()
-    train(config, evaluate=NO_EVALUATION)
+    evaluate = lambda *_: {"held_out_loss": 1.0}
+    train(config, evaluate=evaluate)
     before = metrics(config)
     with caplog.at_level(logging.INFO):
-        assert train(config, evaluate=NO_EVALUATION)
+        assert train(config, evaluate=evaluate)
     assert metrics(config) == before
     assert "complete already" in caplog.text
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tiny, devices):
+    devices(1)
+    config = tiny()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, evaluate=killed)
+    assert not any("held_out_loss" in record for record in metrics(config))
+    calls = []
+
+    def evaluate(*_):
+        calls.append(1)
+        return {"held_out_loss": 1.0}
+
+    for _ in range(2):
+        assert train(config, evaluate=evaluate)
+    assert len(calls) == 1
+    assert metrics(config)[-1]["held_out_loss"] == 1.0
+    assert metrics(config)[-1]["loss"] > 0
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny, devices):
+    devices(1)
+    config = tiny()
+
+    def meanwhile(*_):
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            train(config, evaluate=NO_EVALUATION)
+        return {"held_out_loss": 1.0}
+
+    assert train(config, evaluate=meanwhile)
+    assert train(config, evaluate=NO_EVALUATION)  # the lock is free again
 
 
 def losses(config, n, mesh: MeshConfig, devices):

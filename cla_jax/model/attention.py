@@ -175,7 +175,10 @@ def choose_backend(asked: str, config: ModelConfig) -> str:
     """
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
-    capability = float(getattr(device, "compute_capability", 0) or 0)
+    version = str(
+        getattr(device, "compute_capability", "")
+    )  # "9.0"; "gfx90a" on AMD, no cuDNN there
+    capability = float(version) if version.replace(".", "").isdigit() else 0.0
     refusal = cudnn_refusal(config, platform, capability)
     if asked == "cudnn" and refusal:
         raise ValueError(f"placement.attention = 'cudnn' cannot be used: {refusal}")
