@@ -80,6 +80,7 @@ def test_a_chunk_must_divide_the_window(setup):
         cached_decoding(setup, model, caches.make_format("dense", "float32"), chunk=5)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
     devices(1)
     config = tiny()

@@ -116,6 +116,7 @@ def corpus(tmp_path_factory):
     return f"jsonl:{file}"
 
 
+@pytest.mark.slow  # a compilation a field
 @pytest.mark.parametrize("field", IDENTITY)
 def test_an_identity_field_changes_what_is_computed(tiny, devices, field, base_outcome, corpus):
     devices(1)

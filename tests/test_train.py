@@ -140,6 +140,7 @@ def find_run(config):
     return Run(epath.Path(config.placement.runs) / "none")
 
 
+@pytest.mark.slow
 def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
     config = tiny(steps=10)
     alone, _ = losses(config, 1, MeshConfig(), devices)
@@ -154,6 +155,7 @@ def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
         assert layouts["moments.1.0.mu.stacks.0.blocks.mlp.up.weight"] == up
 
 
+@pytest.mark.slow
 def test_resuming_on_another_mesh_keeps_bits_tokens_and_losses(tiny, devices):
     """Eight devices to step 2, then 2 x 2 x 2 to step 4, then one: as if never moved."""
     steady = tiny(name="steady", steps=6)
