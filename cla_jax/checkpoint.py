@@ -114,18 +114,23 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
 
 
 def _restore(directory: epath.Path, load: Any, *, set_aside: bool) -> Any:
-    damaged = []
+    damaged: dict[epath.Path, str] = {}
     for step in reversed(steps(directory)):
         path = directory / f"{step:08d}"
         problem = verify(path)
         if problem is None:
-            return load(path)
-        damaged.append(problem)
+            restored = load(path)
+            # Only now that a good one is loaded: otherwise the next start would begin from nothing.
+            if set_aside and jax.process_index() == 0:
+                for bad in damaged:
+                    _set_aside(bad)
+            return restored
+        damaged[path] = problem
         log.warning("%s; using the checkpoint before it", problem)
-        if set_aside and jax.process_index() == 0:
-            _set_aside(path)
     if damaged:
-        raise ValueError("no checkpoint is left that can be trusted: " + "; ".join(damaged))
+        raise ValueError(
+            "no checkpoint is left that can be trusted: " + "; ".join(damaged.values())
+        )
     return None
 
 

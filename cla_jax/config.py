@@ -23,7 +23,7 @@ BYTE_VOCABULARY = 257  # 256 bytes and the end token
 
 
 def _positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:  # NaN too
         raise ValueError(f"{name} = {value} must be positive")
 
 
@@ -191,10 +191,13 @@ class OptimizerConfig:
     def __post_init__(self):
         for field in ("peak_lr", "eps", "clip_norm"):
             _positive(f"optimizer.{field}", getattr(self, field))
-        for field in ("warmup_fraction", "final_fraction", "b1", "b2"):
+        for field in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in 0 to 1")
-        if self.weight_decay < 0:
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
+        if not self.weight_decay >= 0:
             raise ValueError(f"optimizer.weight_decay = {self.weight_decay} must not be negative")
 
 

@@ -159,8 +159,7 @@ def cached_decoding(
     divides seq_len.
     """
     config, seq_len, rules = setup.config.model, setup.config.data.seq_len, setup.rules
-    if chunk < 1 or seq_len % chunk:
-        raise ValueError(f"chunk = {chunk} does not divide data.seq_len = {seq_len}")
+    check_chunk(chunk, seq_len)
     weights = decoding_weights(model, rules)
     batch = setup.config.placement.eval_batch_size
     cache = caches.allocate(format, config, batch=batch, capacity=seq_len, rules=rules)
@@ -183,6 +182,11 @@ def cached_decoding(
             for name in ("resident", "written", "read")
         },
     }
+
+
+def check_chunk(chunk: int, seq_len: int) -> None:
+    if chunk < 1 or seq_len % chunk:
+        raise ValueError(f"chunk = {chunk} does not divide data.seq_len = {seq_len}")
 
 
 def _one_step(weights: Any, config: ModelConfig, batch: int, rules: AxisRules) -> Callable:
@@ -229,6 +233,7 @@ def open_setup(run: Run, data_dir: str | None = None) -> Setup:
         config.placement,
         mesh=MeshConfig(),
         accumulate=1,
+        attention="auto",
         data_dir=data_dir or config.placement.data_dir,
     )
     setup = set_up(dataclasses.replace(config, placement=here))
@@ -245,8 +250,15 @@ def evaluate(
     data_dir: str | None = None,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Evaluates a run by full forward and through each cache format; yields and writes the records."""
+    """Evaluates a run by full forward and through each cache format; yields and writes the records.
+
+    With `windows`, only that many windows are scored, and nothing is written: a part of the held-out
+    split is no result of the run. Raises ValueError for what the arguments or the run do not allow.
+    """
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows = {windows} must be positive")
     setup = open_setup(run, data_dir)
+    check_chunk(chunk, setup.config.data.seq_len)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
     dtype = setup.config.model.compute_dtype
     with jax.set_mesh(setup.mesh):
@@ -261,5 +273,6 @@ def evaluate(
         for name, method in methods.items():
             record = method(windows=windows, progress=progress(name))
             record |= {"step": step, "data_fingerprint": setup.prepared.path.name}
-            run.write_eval(name, record)
+            if windows is None:
+                run.write_eval(name, record)
             yield name, record

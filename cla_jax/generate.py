@@ -101,8 +101,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN too
             raise ValueError(f"temperature = {self.temperature} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -201,8 +203,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt (token ids) by up to `new_tokens`, or to the `end` token, not included.
 
-    Ids from `n_ids` on are rows of padding and are never drawn. Prompts may differ in length; each
-    row's result is that of the row alone. Raises ValueError for an empty prompt or an id that the
+    Ids from `n_ids` on are rows of padding and are never drawn. Prompts may differ in length without
+    seeing each other: greedily, each row's result is that of the row alone; sampling, row i draws with
+    a key of its own. Raises ValueError for an empty prompt or an id that the
     model has no row for.
     """
     config = model.config

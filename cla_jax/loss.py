@@ -70,7 +70,9 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
 
 def _backward(_chunk, _rules, residuals, d_loss):
     d_x_BTD, d_head_VD = residuals
-    return (d_loss.astype(d_x_BTD.dtype) * d_x_BTD, d_loss * d_head_VD, None, None)
+    # The cotangent, 1 / tokens, would be rounded in the compute dtype: scaled in float32 it is not.
+    scaled_BTD = (d_loss * d_x_BTD.astype(jnp.float32)).astype(d_x_BTD.dtype)
+    return (scaled_BTD, d_loss * d_head_VD, None, None)
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -117,6 +117,8 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
     other data or another tokenizer. A different placement just continues.
     """
     run = Run(epath.Path(config.placement.runs) / config.name)
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"{run.path} is a file: remove it, or use another --name")
     record = {
         "name": config.name,
         "identity": configs.identity(config),
@@ -207,11 +209,14 @@ def _dump(record: dict[str, Any]) -> str:
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        record = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} holds no record, but {type(record).__name__}")
+    return record
 
 
 def _version(package: str) -> str:

@@ -254,14 +254,15 @@ def train(
                 state, metrics = step_fn(state, next(batches))
                 journal.record(step, metrics)
                 last, stop = step == config.steps, should_stop(step)
-                if last or stop or step % config.placement.save_every == 0:
+                evaluation_due = not last and _due(step, config.placement.eval_every)
+                # Before an evaluation too: one that fails must not lose training.
+                if last or stop or evaluation_due or _due(step, config.placement.save_every):
                     journal.flush()
                     saver.save(state)
                 if stop and not last:
                     log.warning("asked to stop: step %d is saved, the run can be resumed", step)
                     return False
-                if not last and _due(step, config.placement.eval_every):
-                    journal.flush()
+                if evaluation_due:
                     with journal.paused():
                         writer.write(step, evaluate(setup, state.model))
             if is_evaluated(run, config.steps):

@@ -1,5 +1,6 @@
 """Several hosts: starting jax.distributed, and stopping all of them at the same step."""
 
+import itertools
 import logging
 import os
 import signal
@@ -43,13 +44,24 @@ def initialize() -> None:
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def stop_on_sigterm() -> Callable[[int], bool]:
-    """A `should_stop(step)` that turns true, on every host at the same step, after a SIGTERM."""
+def stop_on_signal() -> Callable[[int], bool]:
+    """A `should_stop(step)` that turns true, on every host at the same step, after a SIGTERM.
+
+    With one process Ctrl-C does the same, once. All hosts must ask equally often.
+    """
     if jax.process_count() > 1:
-        # jax.distributed has a SIGTERM handler of its own that agrees on a step.
+        # jax.distributed has a SIGTERM handler of its own that agrees on a count to stop at. It must
+        # never run backwards, as the steps of one row after another do.
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point
+        asked_before = itertools.count()
+        return lambda step: multihost_utils.reached_preemption_sync_point(next(asked_before))
     asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+
+    def stop(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means now
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     return lambda step: asked.is_set()

@@ -4,7 +4,8 @@
     python -m launch.evaluate runs/demo/h32_mqa --chunk 16 --windows 64
 
 Prints perplexity, bits per byte and the KV ledger (predicted from the config, counted from the live
-arrays), and writes eval/*.json into each run directory.
+arrays), and writes eval/*.json into each run directory. The held-out text is prepared again where it
+is missing.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Arguments:
     cache: tuple[str, ...] = ("dense",)
     # Tokens a cached decoding step; 1 decodes as generation does, more is faster.
     chunk: int = 1
-    # Score only this many windows of the held-out split.
+    # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
     # Where prepared data is, if not where the run was trained; missing data is prepared there.
     data_dir: str | None = None

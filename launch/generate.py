@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sampling=sampling,
             rules=rules,
         )
-    for text, tokens in zip(texts, continuations, strict=True):
-        print(text + tokenizer.decode(tokens))
+    for prompt, tokens in zip(prompts, continuations, strict=True):
+        print(tokenizer.decode([*prompt, *tokens]))  # together: some tokenizers join words
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
     python -m launch.train NAME --help                            # every field and its default
 
 A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
-devices are there; a run with another identity needs another --name. SIGTERM finishes the step, saves,
-and exits with code 42: start it again to go on.
+devices are there; a run with another identity needs another --name. SIGTERM, or Ctrl-C, finishes the step,
+saves, and exits with code 42: start it again to go on.
 """
 
 import logging
@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch import distributed
 
     distributed.initialize()
-    should_stop = distributed.stop_on_sigterm()
+    should_stop = distributed.stop_on_signal()
     for config in configs:
         try:
             complete = train(config, evaluate=during_training, should_stop=should_stop)
         except Diverged as error:
             raise SystemExit(f"diverged: {error}") from None
-        if not complete:
+        more = config is not configs[-1]
+        if not complete or (more and should_stop(config.steps)):
             raise SystemExit(distributed.STOPPED)
 
 

@@ -144,8 +144,8 @@ def test_large_inputs_are_fingerprinted_by_their_ends(tmp_path, monkeypatch):
     os.utime(path, ns=(0, 0))
     assert sources.fingerprint(f"text:{path}") != before
     path.write_bytes(b"x" * 100)
-    os.utime(path, ns=(0, 1))
-    assert sources.fingerprint(f"text:{path}") != before
+    os.utime(path, ns=(0, 1))  # a copy of the same text is the same text
+    assert sources.fingerprint(f"text:{path}") == before
 
 
 def test_the_held_out_documents_are_a_fixed_share_that_only_grows():

@@ -86,11 +86,13 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
     config = tiny()
     train(config, evaluate=lambda *_: {})
     (run,) = find_runs([config.placement.runs])
-    alone = dict(evaluate(run, chunk=16, windows=20))
+    assert dict(evaluate(run, chunk=16, windows=20))["full"]["tokens"] == 20 * 32
+    assert run.evals() == {}  # a part of the split is no result of the run
+    alone = dict(evaluate(run, chunk=32))
     assert alone["full"]["step"] == config.steps
     assert run.evals() == alone
     devices(8)
-    spread = dict(evaluate(run, chunk=16, windows=20))
+    spread = dict(evaluate(run, chunk=32))
     for name in ("full", "cached-dense"):
         assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
 

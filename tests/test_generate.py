@@ -192,7 +192,15 @@ def test_bad_prompts_are_refused(prompts, options, words):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": 2**40},
+    ],
 )
 def test_bad_sampling_is_refused(options):
     (name,) = options

@@ -207,7 +207,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         launch_train.main(["smoke", *flags, "--optimizer.peak-lr", "0.1"])
     assert stop.value.code == 2
     assert "optimizer.peak_lr: 0.003 there, 0.1 asked for" in capsys.readouterr().err
-    launch_evaluate.main([run, "--chunk", "16", "--windows", "8"])
+    launch_evaluate.main([run, "--chunk", "32"])
     shown = capsys.readouterr().out
     assert "KV bytes resident" in shown
     assert "256 predicted" in " ".join(shown.split())
@@ -221,6 +221,11 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     first, again, other = capsys.readouterr().out.split("Fellow citizens")[1:]
     assert first == again != other
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
-    with pytest.raises(SystemExit):
-        launch_evaluate.main([str(tmp_path / "nowhere")])
-    assert "nowhere does not exist" in capsys.readouterr().err
+    for argv, words in (
+        ([str(tmp_path / "nowhere")], "nowhere does not exist"),
+        ([run, "--windows", "0"], "windows = 0"),
+        ([run, "--chunk", "3"], "chunk = 3 does not divide"),
+    ):
+        with pytest.raises(SystemExit):
+            launch_evaluate.main(argv)
+        assert words in capsys.readouterr().err

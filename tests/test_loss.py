@@ -57,3 +57,15 @@ def test_bfloat16_states_keep_a_float32_loss_and_head_gradient():
     loss, (d_x, d_head) = jax.value_and_grad(chunked, argnums=(0, 1))(x, HEAD)
     assert (loss.dtype, d_x.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     assert loss == pytest.approx(float(naive(x.astype(jnp.float32), HEAD)), rel=1e-2)
+
+
+def test_both_gradients_are_scaled_by_the_same_cotangent():
+    """1 / tokens has no exact bfloat16: rounding it for one gradient only would bias the trunk."""
+    x = X.astype(jnp.bfloat16)
+    plain = jax.grad(chunked, argnums=(0, 1))(x, HEAD)
+    scaled = jax.grad(lambda x, w: chunked(x, w) / 1200, argnums=(0, 1))(x, HEAD)
+    ratios = [
+        float(jnp.sum(s.astype(jnp.float32) * p) / jnp.sum(p.astype(jnp.float32) ** 2)) * 1200
+        for s, p in zip(scaled, plain, strict=True)
+    ]
+    assert ratios == pytest.approx([1, 1], rel=5e-4)

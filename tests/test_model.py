@@ -1,4 +1,5 @@
 import functools
+import itertools
 from unittest import mock
 
 import jax
@@ -158,6 +159,21 @@ def test_initial_weights_have_the_papers_deviation():
     assert len(weights) == 1 + 1 + 5  # embedding; one stack: kv, query, output, gate, up, down
     norms = [p[...] for p in jax.tree.leaves(model, is_leaf=is_param) if len(p.axes) == 1]
     assert all((norm == 1).all() for norm in norms)
+
+
+def test_no_two_weights_start_from_the_same_numbers():
+    config = replace(MODEL, d_model=64, n_heads=8, d_head=16, kv_map="cla:3", tied_embeddings=False)
+    weights = {
+        f"{i}.{name}": array.ravel()
+        for i, layer in enumerate(reference.layer_parameters(initial(jax.random.key(0), config)))
+        for name, array in layer.items()
+        if "norm" not in name
+    }
+    model = initial(jax.random.key(0), config)
+    weights |= {"embedding": model.embedding[...].ravel(), "head": model.head[...].ravel()}
+    for (a, x), (b, y) in itertools.combinations(weights.items(), 2):
+        n = min(len(x), len(y))
+        assert abs(np.corrcoef(x[:n], y[:n])[0, 1]) < 0.2, (a, b)
 
 
 def test_documents_can_be_kept_apart():

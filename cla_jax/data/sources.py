@@ -104,7 +104,7 @@ def _file_identity(path: Path, whole: bool) -> list[Any]:
         ends = hashlib.sha256(file.read(_HASHED_END))
         file.seek(max(0, stat.st_size - _HASHED_END))
         ends.update(file.read(_HASHED_END))
-    return [path.name, stat.st_size, stat.st_mtime_ns, ends.hexdigest()]
+    return [path.name, stat.st_size, ends.hexdigest()]
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:

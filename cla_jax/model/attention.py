@@ -31,8 +31,8 @@ class KV(NamedTuple):
 
 def scores(q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
     """Scaled dot products in float32, [B, K, T, G, S]: the order a batched product leaves them in."""
-    products = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    return products * q_BTKGH.shape[-1] ** -0.5
+    q_BTKGH = q_BTKGH * q_BTKGH.shape[-1] ** -0.5
+    return jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
 
 
 def visible(queries_T: jax.Array, keys_S: jax.Array, starts_BT: jax.Array | None) -> jax.Array:

@@ -83,8 +83,9 @@ class Group(nnx.Module):
     ):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
-        self.projection = KVProjection(jax.random.fold_in(layers[0], 1), config) if owns else None
-        self.blocks = jax.vmap(lambda layer: Block(layer, config))(layers)
+        projections, blocks = jax.vmap(jax.random.split, out_axes=1)(layers)
+        self.projection = KVProjection(projections[0], config) if owns else None
+        self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
     def keys_and_values(
         self, x_BTD: jax.Array, rope: Rope, rules: AxisRules, config: ModelConfig
