@@ -51,8 +51,8 @@ def documents(source: str) -> Iterator[str]:
 def fingerprint(source: str) -> str:
     """A short hexadecimal identity of what a source would read; cheap for large sources.
 
-    Files count by name, size and content; when they exceed 64 MiB together, by name, size,
-    modification time and both ends. A tfds dataset counts by its version and shard lengths.
+    Files count by name, size and content; when they exceed 64 MiB together, by name, size
+    and both ends. A tfds dataset counts by its version and shard lengths.
     """
     kind, argument = _parse(source)
     identity: list[Any] = [kind]
