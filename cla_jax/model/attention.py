@@ -175,9 +175,8 @@ def choose_backend(asked: str, config: ModelConfig) -> str:
     """
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
-    version = str(
-        getattr(device, "compute_capability", "")
-    )  # "9.0"; "gfx90a" on AMD, no cuDNN there
+    # "9.0" on NVIDIA; AMD has names such as "gfx90a", and no cuDNN.
+    version = str(getattr(device, "compute_capability", ""))
     capability = float(version) if version.replace(".", "").isdigit() else 0.0
     refusal = cudnn_refusal(config, platform, capability)
     if asked == "cudnn" and refusal:
