@@ -214,7 +214,7 @@ def test_layouts_are_declared_and_change_no_logits(shape, heads):
     split = (None, "model") if heads == "mqa" and tensor > 1 else ("model", None)
     assert tuple(query) == (None, None, "fsdp", *split, None)
     assert tuple(jax.typeof(scores).sharding.spec) == (("data", "fsdp"), None, "model")
-    assert jnp.abs(jax.device_get(scores) - expected).max() <= 2e-6 * jnp.abs(expected).max()
+    assert jnp.abs(jax.device_get(scores) - expected).max() <= 1e-5 * jnp.abs(expected).max()
 
 
 def test_rules_refuse_two_axes_on_one_mesh_axis():
