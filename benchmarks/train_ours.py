@@ -25,24 +25,17 @@ from cla_jax.state import initial_state
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
-    shape = spec["shape"]
     config = Config(
         name="benchmark",
         model=ModelConfig(
-            vocab_size=shape["vocab_size"],
-            n_layers=shape["n_layers"],
-            d_model=shape["d_model"],
-            d_ff=shape["d_ff"],
-            n_heads=shape["n_heads"],
-            n_kv_heads=shape["n_kv_heads"],
-            d_head=shape["d_head"],
+            **spec["shape"],
             kv_map=spec["kv_map"],
             kv_norm="block",  # with the identity map: an ordinary Llama
             compute_dtype="float32",
         ),
-        data=DataConfig(seq_len=shape["seq_len"]),
+        data=DataConfig(seq_len=spec["seq_len"]),
         optimizer=OptimizerConfig(**spec["optimizer"]),
-        batch_size=shape["batch_size"],
+        batch_size=spec["batch_size"],
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),
     )
@@ -58,7 +51,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     tokens = np.random.default_rng(0).integers(
         0,
         config.model.vocab_size,
-        (spec["batches"], config.placement.accumulate, shape["batch_size"], shape["seq_len"] + 1),
+        (spec["batches"], config.placement.accumulate, spec["batch_size"], spec["seq_len"] + 1),
         np.int32,
     )
     with jax.set_mesh(mesh):
@@ -68,7 +61,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     step = train.make_step(setup)
     batch = 0
 
-    def steps(count: int) -> float:
+    def steps(count: int) -> dict[str, Any]:
         """As the training loop does it: metrics are fetched one step late."""
         nonlocal state, batch
         pending: dict[str, jax.Array] | None = None
@@ -81,11 +74,11 @@ def contestant(spec: dict[str, Any]) -> Contestant:
                 pending = metrics
         jax.block_until_ready(state)
         assert pending is not None
-        return float(pending["loss"])
+        return {"loss": float(pending["loss"])}
 
-    first_loss = steps(1)  # compiles
+    first = steps(1)  # compiles
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return Contestant(steps, {"parameters": parameters, "loss": first_loss, "versions": versions})
+    return Contestant(steps, {"parameters": parameters, "versions": versions, **first})
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ Rows:
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -39,36 +36,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.child import Child
+from benchmarks.common import (
+    HERE,
+    SHAPES,
+    CommonOptions,
+    check_same_model,
+    cores,
+    interleave,
+    machine,
+    ratio,
+    start,
+)
 
-HERE = Path(__file__).parent
-
-# Architecture and batch; `burst` is how many steps of a contestant make a few seconds on two cores.
-SHAPES: dict[str, dict[str, int]] = {
-    "7m": {
-        "vocab_size": 4096,
-        "n_layers": 8,
-        "d_model": 256,
-        "d_ff": 688,
-        "n_heads": 4,
-        "n_kv_heads": 1,
-        "d_head": 64,
-        "batch_size": 4,
-        "seq_len": 256,
-        "burst": 8,
-    },
-    "100m": {
-        "vocab_size": 32_000,
-        "n_layers": 12,
-        "d_model": 768,
-        "d_ff": 2048,
-        "n_heads": 12,
-        "n_kv_heads": 1,
-        "d_head": 64,
-        "batch_size": 4,
-        "seq_len": 256,
-        "burst": 2,
-    },
-}
+BATCH = {"batch_size": 4, "seq_len": 256}
+BURST = {"7m": 8, "100m": 2}  # steps of a contestant that make a few seconds on two cores
 
 OPTIMIZER = {
     "peak_lr": 3e-4,
@@ -94,7 +75,7 @@ Row = Literal["ours", "ours-unrolled", "ours-scanned", "ours-cla2", "torch", "to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(CommonOptions):
     # Shapes to measure.
     shape: tuple[Literal["7m", "100m"], ...] = ("7m", "100m")
     # Rows to measure; see above.
@@ -103,77 +84,47 @@ class Options:
     rounds: int = 7
     # Steps a burst; 0 takes the shape's own.
     burst: int = 0
-    # Threads of each contestant.
-    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    # Let malloc ask Linux for huge pages, for every contestant alike (GLIBC_TUNABLES).
-    huge_pages: bool = False
-    # Interpreter of the torch rows, if torch lives in another environment.
-    peer_python: str = sys.executable
     # Where the JSON goes, raw rounds included.
     output: Path = HERE / "results" / "train_step.json"
 
 
 def measure(name: str, options: Options) -> dict[str, Any]:
     """Starts the contestants of one shape and asks them in turn; raw seconds of every burst."""
-    shape = SHAPES[name]
-    burst = options.burst or shape["burst"]
+    burst = options.burst or BURST[name]
+    spec = {
+        "shape": SHAPES[name],
+        **BATCH,
+        "optimizer": OPTIMIZER,
+        "batches": 8,
+        "total_steps": 1 + (options.rounds + 1) * burst,
+    }
     children: dict[str, Child] = {}
     try:
         for row in options.only:
-            spec = ROWS[row] | {
-                "shape": shape,
-                "optimizer": OPTIMIZER,
-                "threads": options.threads,
-                "batches": 8,
-                "total_steps": 1 + (options.rounds + 1) * burst,
-            }
-            python = options.peer_python if row.startswith("torch") else sys.executable
-            children[row] = Child(python, HERE / spec["script"], spec, options.huge_pages)
-        # cla:2 has fewer projections by design; every other row is the same model.
-        counts = {r: c.about["parameters"] for r, c in children.items() if r != "ours-cla2"}
-        assert len(set(counts.values())) <= 1, f"not the same model: {counts}"
+            children[row] = start(row, spec | ROWS[row], options)
+        check_same_model(children)
         for child in children.values():
             child.run(1)  # the first step after compilation still pays for page faults
-        seconds: dict[str, list[float]] = {row: [] for row in children}
-        cpu_seconds: dict[str, list[float]] = {row: [] for row in children}
-        losses: dict[str, float] = {}
-        order = list(children)
-        for _ in range(options.rounds):
-            for row in order:
-                answer = children[row].run(burst)
-                seconds[row].append(answer["seconds"])
-                cpu_seconds[row].append(answer["cpu_seconds"])
-                losses[row] = answer["loss"]
-            order = order[1:] + order[:1]
+        answers = interleave(children, options.rounds, burst)
     finally:
         for child in children.values():
             child.close()
-    tokens = shape["batch_size"] * shape["seq_len"] * burst
+    tokens = BATCH["batch_size"] * BATCH["seq_len"] * burst
     return {
-        "shape": shape | {"burst": burst},
+        "shape": SHAPES[name] | BATCH | {"burst": burst},
         "rows": {
             row: {
                 "parameters": children[row].about["parameters"],
                 "versions": children[row].about["versions"],
                 "first_loss": children[row].about["loss"],
-                "last_loss": losses[row],
-                "seconds_per_burst": seconds[row],
-                "cpu_seconds_per_burst": cpu_seconds[row],
-                "tokens_per_s": [tokens / s for s in seconds[row]],
+                "last_loss": given[-1]["loss"],
+                "seconds_per_burst": [a["seconds"] for a in given],
+                "cpu_seconds_per_burst": [a["cpu_seconds"] for a in given],
+                "tokens_per_s": [tokens / a["seconds"] for a in given],
             }
-            for row in children
+            for row, given in answers.items()
         },
     }
-
-
-def ratio(rows: dict[str, Any], row: str, base: str) -> dict[str, float] | None:
-    """Speed of a row as a multiple of another's: of the medians, and the extremes over the rounds."""
-    if base not in rows:
-        return None
-    a, b = rows[row]["tokens_per_s"], rows[base]["tokens_per_s"]
-    each = [x / y for x, y in zip(a, b, strict=True)]
-    median = statistics.median(a) / statistics.median(b)
-    return {"median": median, "min": min(each), "max": max(each)}
 
 
 def table(name: str, result: dict[str, Any], bases: list[str]) -> Table:
@@ -187,29 +138,12 @@ def table(name: str, result: dict[str, Any], bases: list[str]) -> Table:
     for base in bases:
         shown.add_column(f"x {base}", justify="right")
     for row, values in rows.items():
-        seconds, cpu = values["seconds_per_burst"], values["cpu_seconds_per_burst"]
-        cores = statistics.median(c / s for c, s in zip(cpu, seconds, strict=True))
-        cells = [f"{statistics.median(values['tokens_per_s']):,.0f}", f"{cores:.2f}"]
+        cells = [f"{statistics.median(values['tokens_per_s']):,.0f}", f"{cores(values):.2f}"]
         for base in bases:
             r = values["ratio_to"][base]
             cells.append(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})")
         shown.add_row(row, *cells)
     return shown
-
-
-def machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    return {
-        "cpu": cpu,
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-    }
 
 
 def main(options: Options) -> None:
@@ -219,8 +153,9 @@ def main(options: Options) -> None:
         results[name] = measure(name, options)
         rows = results[name]["rows"]
         bases = [base for base in ("torch", "torch-compile", "ours") if base in rows]
-        for row, values in rows.items():
-            values["ratio_to"] = {base: ratio(rows, row, base) for base in bases}
+        for values in rows.values():
+            speeds = values["tokens_per_s"]
+            values["ratio_to"] = {base: ratio(speeds, rows[base]["tokens_per_s"]) for base in bases}
         console.print(table(name, results[name], bases))
     report = {
         "what": "training tokens per second, bursts of all rows interleaved",

@@ -1,11 +1,9 @@
 """Hugging Face's `LlamaForCausalLM` under torch, as one contestant of `benchmarks.train_step`.
 
 The fastest settings that compute the same thing: scaled_dot_product_attention, no KV cache, the fused
-AdamW, gradients set to None, one clipping over all gradients. Imports nothing of this repository that
-needs jax, so it may run in an environment of its own.
+AdamW, gradients set to None, one clipping over all gradients.
 """
 
-import importlib.metadata
 import math
 import sys
 from pathlib import Path
@@ -13,43 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-try:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-except ImportError as missing:
-    raise SystemExit(
-        f"{missing}: the peer needs torch and transformers. Install them with "
-        "`pip install -e '.[bench]'`, name an interpreter that has them with --peer-python, or "
-        "measure this repository alone with --only ours"
-    ) from None
-
 from benchmarks.child import Contestant, serve
+from benchmarks.torch_peer import llama, torch, versions
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
     torch.set_num_threads(spec["threads"])
-    torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
     shape, settings = spec["shape"], spec["optimizer"]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["d_model"],
-            intermediate_size=shape["d_ff"],
-            num_hidden_layers=shape["n_layers"],
-            num_attention_heads=shape["n_heads"],
-            num_key_value_heads=shape["n_kv_heads"],
-            head_dim=shape["d_head"],
-            max_position_embeddings=shape["seq_len"],
-            initializer_range=0.01275,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-        )
-    ).train()
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    model = llama(shape, positions=spec["seq_len"], use_cache=False).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings["peak_lr"],
@@ -65,7 +34,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     tokens = torch.randint(
         0,
         shape["vocab_size"],
-        (spec["batches"], shape["batch_size"], shape["seq_len"] + 1),
+        (spec["batches"], spec["batch_size"], spec["seq_len"] + 1),
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -77,7 +46,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         mean_loss = torch.compile(mean_loss)
     batch = 0
 
-    def steps(count: int) -> float:
+    def steps(count: int) -> dict[str, Any]:
         nonlocal batch
         loss = torch.zeros(())
         for _ in range(count):
@@ -89,12 +58,11 @@ def contestant(spec: dict[str, Any]) -> Contestant:
             optimizer.step()
             rate.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return {"loss": loss.item()}
 
-    first_loss = steps(1)  # compiles, allocates the moments
+    first = steps(1)  # compiles, allocates the moments
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return Contestant(steps, {"parameters": parameters, "loss": first_loss, "versions": versions})
+    return Contestant(steps, {"parameters": parameters, "versions": versions(), **first})
 
 
 if __name__ == "__main__":

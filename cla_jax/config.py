@@ -66,6 +66,9 @@ class ModelConfig:
     # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends,
     # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2.
     kv_map: str = "identity"
+    # Sliding windows: how many tokens a layer sees, its own included; 0 for all. One for every layer, or
+    # a pattern repeated over the depth, 1024,1024,1024,0. Layers that share keys and values share one.
+    windows: str = "0"
     # The norm that feeds a K/V projection: `own`, a separate one (the paper's CLA models), or
     # `block`, the attention norm of the group's first block (an ordinary Llama).
     kv_norm: Literal["own", "block"] = "own"
@@ -99,11 +102,32 @@ class ModelConfig:
         for field in ("rope_theta", "norm_eps", "init_std"):
             _positive(f"model.{field}", getattr(self, field))
         self.resolved_kv_map  # noqa: B018  raises for a map that does not fit the depth
+        for layer, source in enumerate(self.resolved_kv_map):
+            ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
+            if ours != theirs:
+                raise ValueError(
+                    f"model.windows = {self.windows!r}: layer {layer} has window {ours}, but it reads "
+                    f"the keys and values of layer {source}, whose window is {theirs}"
+                )
 
     @functools.cached_property
     def resolved_kv_map(self) -> kv_maps.KvMap:
         """`kv_map` as a tuple with one source a layer."""
         return kv_maps.resolve(self.kv_map, self.n_layers)
+
+    @functools.cached_property
+    def resolved_windows(self) -> tuple[int, ...]:
+        """`windows` as a tuple with one window a layer; 0 for none."""
+        entries = self.windows.replace(" ", "").split(",")
+        if not all(entry.isdecimal() for entry in entries):
+            raise ValueError(f"model.windows = {self.windows!r}: write it as 1024 or 1024,1024,0")
+        if len(entries) > self.n_layers:
+            raise ValueError(
+                f"model.windows = {self.windows!r} has {len(entries)} entries, "
+                f"model.n_layers is {self.n_layers}"
+            )
+        pattern = tuple(map(int, entries))
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
 
     @property
     def q_groups(self) -> int:

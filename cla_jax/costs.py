@@ -10,7 +10,8 @@ from cla_jax.config import ModelConfig
 
 FLOPS_FORMULA = (
     "6 N + 6 L n_heads d_head T per token: N counts the parameters with the output head and without "
-    "the embedding table, attention is halved for causality, rematerialisation is not counted"
+    "the embedding table, attention is halved for causality (a layer with a window W < T counts "
+    "W (2 - W / T) instead of T), rematerialisation is not counted"
 )
 
 
@@ -51,26 +52,33 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward for one token of a window of `seq_len`; see FLOPS_FORMULA."""
     count = parameters(model)
     head = model.vocab_size * model.d_model if model.tied_embeddings else count.head
-    attention = 6 * model.n_layers * model.n_heads * model.d_head * seq_len
+    windows = (min(window or seq_len, seq_len) for window in model.resolved_windows)
+    seen = sum(window * (2 - window / seq_len) for window in windows)
+    attention = 6 * model.n_heads * model.d_head * seen
     return 6.0 * (count.non_embedding + head) + attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KvBytes:
-    """Bytes of keys and values per token. CLA divides the first two, not the third."""
+    """Bytes of keys and values of one sequence. CLA divides the first two, not the third."""
 
-    resident: int  # held in the cache, per token of context
-    written: int  # written to it, per new token
-    read: int  # streamed by a decode step, per token of context: every layer reads, consumers too
+    resident: float  # held in the cache, per token of context
+    written: float  # written to it, per new token
+    read: float  # streamed by a decode step, per token of context: every layer reads, consumers too
 
 
-def kv_bytes(model: ModelConfig, bytes_per_element: int = 2) -> KvBytes:
-    """KV bytes per token of a dense cache (2405.12981, section 2; the paper counts 16-bit elements)."""
+def kv_bytes(model: ModelConfig, context: int, bytes_per_element: int = 2) -> KvBytes:
+    """KV bytes of a dense cache at a context (2405.12981, section 2; the paper counts 16-bit elements).
+
+    Without windows they do not depend on the context.
+    """
     layer = 2 * model.n_kv_heads * model.d_head * bytes_per_element
+    tokens = [min(window or context, context) for window in model.resolved_windows]
+    slots = kv_maps.slots(model.resolved_kv_map)
     return KvBytes(
-        resident=layer * len(kv_maps.slots(model.resolved_kv_map)),
-        written=layer * len(kv_maps.slots(model.resolved_kv_map)),
-        read=layer * model.n_layers,
+        resident=layer * sum(tokens[slot] for slot in slots) / context,
+        written=layer * len(slots),
+        read=layer * sum(tokens) / context,
     )
 
 

@@ -1,88 +1,27 @@
-"""The cached decoder: prefill, decode steps, sampling.
+"""The cached decoder: prompts in, tokens out.
 
-Decoding uses the parameters of each layer apart, taken out of their stacks once, and an unrolled
-step; slicing stacked weights inside the loop would copy them for every token. The cache is a tuple of
-slots, donated, read block by block up to the current length.
+    weights = decoding_weights(model)
+    spec = cache_spec(model.config, "int8", batch=8, capacity=2048, chunk=256)
+    completions = generate(weights, spec, prompts, new_tokens=100, stop=[end])
+
+Three programs are compiled, once for a spec: a chunk of prefill, the first token, and a loop of decode
+steps that stays on the device. Prompts of any lengths and any number of new tokens go through them.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax import cache as caches
-from cla_jax import kv_map as kv_maps
-from cla_jax.cache import Cache, CacheFormat
-from cla_jax.config import ModelConfig
-from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import attend_blocks
-from cla_jax.model.layers import RMSNorm, Rope, axes, gather
-from cla_jax.model.transformer import Execution, Group, Transformer, project
+from cla_jax.cache import Cache, CacheSpec
+from cla_jax.decode import Weights, check_prompts, decode, prefill
+from cla_jax.model.transformer import project
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
-    """A model's parameters as decoding wants them: in the compute dtype, layer by layer."""
-
-    embedding: jax.Array
-    groups: tuple[Group, ...]
-    norm: RMSNorm
-    head: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames="rules")
-def decoding_weights(model: Transformer, rules: AxisRules) -> Weights:
-    dtype = jnp.dtype(model.config.compute_dtype)
-    return Weights(
-        embedding=gather(model.embedding, rules, dtype)[...],
-        groups=model.unstacked(Execution(rules=rules)),
-        norm=model.norm,
-        head=model.head_VD.astype(dtype),
-    )
-
-
-def decode(
-    weights: Weights,
-    config: ModelConfig,
-    format: CacheFormat,
-    cache: Cache,
-    *,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    starts_BT: jax.Array,
-    index: jax.Array,
-    rules: AxisRules,
-) -> tuple[jax.Array, Cache]:
-    """One step of T tokens (1 in decoding, more in prefill): hidden states [B, T, D] and the new cache.
-
-    The tokens go to cache entries index to index + T and see the entries from starts_BT up to their
-    own. `positions_BT` are the rotary positions, an input of their own: where a consumer's query
-    stands cannot depend on what its producer did to a cache.
-    """
-    rope = Rope(positions_BT, config)
-
-    def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
-        read = functools.partial(format.read, slot)
-        return attend_blocks(q_BTKGH, read, format.block, first_query=index, starts_BT=starts_BT)
-
-    run = Execution(rules=rules)
-    slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
-    slots = list(cache)
-    spec = rules.gathered().spec(*axes("BTD"))
-    x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec)
-    for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
-        slot = slot_of[group.source]
-        if group.owns:
-            kv = blocks.keys_and_values(x_BTD, rope, rules, config)
-            slots[slot] = format.write(slots[slot], kv, index)
-        x_BTD = blocks(x_BTD, slots[slot], rope, attend, run, config)
-    return weights.norm(x_BTD), tuple(slots)
-
+LOOP = 64  # decode steps between two looks of the host, if nobody listens
 
 # ------------------------------------------------------------------------------------- sampling
 
@@ -97,14 +36,10 @@ class Sampling:
     top_k: int = 0
     # Draw from the smallest set of tokens with this much probability.
     top_p: float = 1.0
-    # Seeds the draws; row i of a batch draws as if it were alone with seed and i.
-    seed: int = 0
 
     def __post_init__(self):
         if not self.temperature >= 0:  # NaN too
             raise ValueError(f"temperature = {self.temperature} must not be negative")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -133,114 +68,189 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 # ----------------------------------------------------------------------------------- generation
 
 
+@dataclasses.dataclass(kw_only=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)  # without the stop token
+    # Natural log of each token's probability under the model, whatever the sampling made of it.
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish: Literal["stop", "length"] = "length"
+
+
+class _Rows(NamedTuple):
+    """Where the rows of a batch stand."""
+
+    token_B: jax.Array  # drawn last; not in the cache yet
+    count_B: jax.Array  # tokens generated
+    done_B: jax.Array
+    stopped_B: jax.Array  # by a stop token
+
+
+class _Choice(NamedTuple):
+    """What decides the tokens, apart from the model: arrays, so that a change compiles nothing."""
+
+    keys_B: jax.Array
+    limits_B: jax.Array  # tokens to generate at most
+    allowed_V: jax.Array  # ids that may be drawn
+    stops_V: jax.Array  # ids that end a row
+
+
+def _emit(
+    weights: Weights, spec: CacheSpec, sampling: Sampling, choice: _Choice, x_BD, rows: _Rows
+) -> tuple[_Rows, jax.Array, jax.Array]:
+    """Draws a token a row from its last hidden state. The tokens (-1: none) and their log-probabilities."""
+    logits_BV = project(x_BD[:, None], weights.head, spec.rules)[:, 0]
+    if (whole := spec.rules.spec("batch", None)) is not None:
+        logits_BV = jax.reshard(logits_BV, whole)  # sorting wants the vocabulary whole
+    # By the row's own count: a row of a batch draws as it would alone.
+    keys_B = jax.vmap(jax.random.fold_in)(choice.keys_B, rows.count_B)
+    allowed_BV = jnp.where(choice.allowed_V, logits_BV, -jnp.inf)
+    token_B = sample(allowed_BV, keys_B, sampling)
+    is_token_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
+    chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
+    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    is_stop_B = jnp.any(is_token_BV & choice.stops_V, axis=-1)
+    kept_B = ~rows.done_B & ~is_stop_B
+    count_B = rows.count_B + kept_B
+    stopped_B = rows.stopped_B | (~rows.done_B & is_stop_B)
+    rows = _Rows(token_B, count_B, stopped_B | (count_B >= choice.limits_B), stopped_B)
+    return rows, jnp.where(kept_B, token_B, -1), logprob_B
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "sampling"))
+def _first(weights, x_BD, rows: _Rows, choice: _Choice, *, spec, sampling):
+    rows, token_B, logprob_B = _emit(weights, spec, sampling, choice, x_BD, rows)
+    return rows, token_B[:, None], logprob_B[:, None]
+
+
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "format", "sampling", "new_tokens", "n_ids", "end", "rules"),
-    donate_argnames="cache",
+    jax.jit, static_argnames=("spec", "sampling", "steps"), donate_argnames=("cache", "rows")
 )
-def _generate(
-    weights, cache, tokens_BT, pads_B, *, config, format, sampling, new_tokens, n_ids, end, rules
-):
-    """Prefill and all decode steps in one program: [B, new_tokens], the lengths, and the cache."""
-    B, T = tokens_BT.shape
-    step = functools.partial(decode, weights, config, format, rules=rules)
-    rows = jnp.arange(B, out_sharding=rules.spec("batch"))
-    row_keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
-    starts_B1 = pads_B[:, None]
-
-    def next_logits(x_BTD: jax.Array) -> jax.Array:
-        logits_BV = project(x_BTD[:, -1:], weights.head, rules)[:, 0]
-        if (spec := rules.spec("batch", None)) is not None:
-            logits_BV = jax.reshard(logits_BV, spec)  # sorting wants the vocabulary whole
-        # Rows of the vocabulary that no token has (padding) are never drawn.
-        return jnp.where(jnp.arange(config.vocab_size) < n_ids, logits_BV, -jnp.inf)
-
-    x_BTD, cache = step(
-        cache,
-        tokens_BT=tokens_BT,
-        positions_BT=jnp.arange(T)[None] - starts_B1,
-        starts_BT=jnp.broadcast_to(starts_B1, (B, T)),
-        index=jnp.int32(0),
-    )
-    out_BN = jnp.full((B, new_tokens), end, jnp.int32, out_sharding=rules.spec("batch", None))
-    zeros_B = jnp.zeros_like(pads_B)
-    carry = (jnp.int32(0), cache, next_logits(x_BTD), out_BN, zeros_B, zeros_B == 1)
+def _loop(weights, cache: Cache, rows: _Rows, choice: _Choice, *, spec, sampling, steps):
+    """Up to `steps` decode steps: the cache, the rows, and the tokens and log-probabilities [B, steps]."""
+    split = spec.rules.spec("batch", None)
+    tokens_BN = jnp.full((spec.batch, steps), -1, jnp.int32, out_sharding=split)
+    logprobs_BN = jnp.zeros((spec.batch, steps), out_sharding=split)
 
     def going(carry):
-        i, _, _, _, _, done_B = carry
-        return (i < new_tokens) & ~jnp.all(done_B)
+        i, _, rows, _, _ = carry
+        return (i < steps) & ~jnp.all(rows.done_B)
 
     def body(carry):
-        i, cache, logits_BV, out_BN, lengths_B, done_B = carry
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
-        token_B = jnp.where(done_B, end, sample(logits_BV, keys_B, sampling))
-        out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], i, axis=1)
-        done_B = done_B | (token_B == end)
-        lengths_B = jnp.where(done_B, lengths_B, i + 1)
-        x_BTD, cache = step(
+        i, cache, rows, tokens_BN, logprobs_BN = carry
+        counts_B = (~rows.done_B).astype(jnp.int32)
+        x_B1D, cache = decode(weights, spec, cache, rows.token_B[:, None], counts_B)
+        rows, token_B, logprob_B = _emit(weights, spec, sampling, choice, x_B1D[:, 0], rows)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
+        return (
+            i + 1,
             cache,
-            tokens_BT=token_B[:, None],
-            positions_BT=T + i - starts_B1,
-            starts_BT=starts_B1,
-            index=T + i,
+            rows,
+            put(tokens_BN, token_B[:, None]),
+            put(logprobs_BN, logprob_B[:, None]),
         )
-        return i + 1, cache, next_logits(x_BTD), out_BN, lengths_B, done_B
 
-    _, cache, _, out_BN, lengths_B, _ = jax.lax.while_loop(going, body, carry)
-    return out_BN, lengths_B, cache
+    carry = (jnp.int32(0), cache, rows, tokens_BN, logprobs_BN)
+    _, cache, rows, tokens_BN, logprobs_BN = jax.lax.while_loop(going, body, carry)
+    return cache, rows, tokens_BN, logprobs_BN
 
 
 def generate(
-    model: Transformer,
+    weights: Weights,
+    spec: CacheSpec,
     prompts: Sequence[Sequence[int]],
     *,
-    new_tokens: int,
-    end: int,
-    n_ids: int,
+    new_tokens: int | Sequence[int],
+    stop: Sequence[int] = (),
+    n_ids: int | None = None,
     sampling: Sampling = Sampling(),
-    format: CacheFormat | None = None,
-    rules: AxisRules = AxisRules(),
-) -> list[list[int]]:
-    """Continues every prompt (token ids) by up to `new_tokens`, or to the `end` token, not included.
+    seeds: int | Sequence[int] = 0,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    every: int = 8,
+) -> list[Completion]:
+    """Continues every prompt, all in one batch; each row's result is that of the row alone.
 
-    Ids from `n_ids` on are rows of padding and are never drawn. Prompts may differ in length without
-    seeing each other: greedily, each row's result is that of the row alone; sampling, row i draws with
-    a key of its own. Raises ValueError for an empty prompt or an id that the
-    model has no row for.
+    Args:
+      weights: from `decoding_weights`.
+      spec: from `cache_spec`; its batch and capacity bound the prompts.
+      prompts: token ids, of any lengths.
+      new_tokens: tokens to generate at most; one number, or one for each prompt.
+      stop: ids that end a row; they are not returned.
+      n_ids: ids from here on are padding of the vocabulary and never drawn.
+      sampling: how tokens are drawn.
+      seeds: one for each prompt; or one number, from which each row derives its own.
+      on_tokens: called with a row's number and its new tokens, as they come.
+      every: decode steps between two such calls.
+
+    Raises:
+      ValueError: no prompt, an empty one, an id outside the vocabulary, more tokens than the cache holds.
     """
-    config = model.config
-    format = format or caches.make_format("dense", config.compute_dtype)
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens = {new_tokens} must be positive")
-    if not prompts:
-        raise ValueError("there is no prompt to continue")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row} is empty: give it at least the end token, {end}")
-        if not 0 <= min(prompt) <= max(prompt) < n_ids:
-            raise ValueError(f"prompt {row} has a token outside the vocabulary of {n_ids} ids")
-    # Whole blocks, so that prompts of similar lengths share a compiled program.
-    length = caches.round_up(max(map(len, prompts)), 32)
-    tokens_BT = np.full((len(prompts), length), end, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, length - len(prompt) :] = prompt
-    pads_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
-    cache = caches.allocate(
-        format, config, batch=len(prompts), capacity=length + new_tokens, rules=rules
+    limits = _for_each(new_tokens, "new_tokens", prompts)
+    if limits and min(limits) < 1:
+        raise ValueError(f"new_tokens = {min(limits)} must be positive")
+    check_prompts(prompts, spec, limits)
+    vocabulary = spec.config.vocab_size
+    n_ids = vocabulary if n_ids is None else n_ids
+    for name, ids in (("stop", stop), ("n_ids - 1", [n_ids - 1])):
+        if not all(0 <= i < vocabulary for i in ids):
+            raise ValueError(f"{name} = {ids} lies outside the vocabulary of {vocabulary}")
+
+    missing = spec.batch - len(prompts)
+    ids = np.arange(vocabulary)
+    split, rules = spec.rules.spec("batch"), spec.rules
+    choice = _Choice(
+        keys_B=_keys(seeds, prompts, spec),
+        limits_B=jax.device_put(np.array([*limits, *[0] * missing], np.int32), split),
+        allowed_V=jax.device_put(ids < n_ids, rules.spec(None)),
+        stops_V=jax.device_put(np.isin(ids, list(stop)), rules.spec(None)),
     )
-    batch = rules.spec("batch")
-    out_BN, lengths_B, _ = _generate(
-        decoding_weights(model, rules),
-        cache,
-        jnp.asarray(tokens_BT) if batch is None else jax.device_put(tokens_BT, batch),
-        jnp.asarray(pads_B) if batch is None else jax.device_put(pads_B, batch),
-        config=config,
-        format=format,
-        sampling=sampling,
-        new_tokens=new_tokens,
-        n_ids=n_ids,
-        end=end,
-        rules=rules,
-    )
-    rows = zip(np.asarray(out_BN).tolist(), np.asarray(lengths_B).tolist(), strict=True)
-    return [tokens[:n] for tokens, n in rows]
+    x_BD, cache = prefill(weights, spec, spec.allocate(), prompts)
+    zeros_B = jnp.zeros(spec.batch, jnp.int32, out_sharding=split)
+    rows = _Rows(zeros_B, zeros_B, choice.limits_B == 0, zeros_B == 1)
+    options = {"spec": spec, "sampling": sampling}
+    rows, *emitted = _first(weights, x_BD, rows, choice, **options)
+    results = [Completion() for _ in prompts]
+    steps = LOOP if on_tokens is None else every
+    for begin in range(1, max(limits) + steps, steps):
+        # The next steps are under way before the host looks at the last ones.
+        before, done_B = emitted, rows.done_B
+        if begin < max(limits):
+            done_B = jnp.copy(done_B)  # the loop is given the original
+            cache, rows, *emitted = _loop(weights, cache, rows, choice, steps=steps, **options)
+        _collect(results, on_tokens, *before)
+        if bool(jnp.all(done_B)):
+            break
+    for result, stopped in zip(results, np.asarray(rows.stopped_B), strict=False):
+        result.finish = "stop" if stopped else "length"
+    return results
+
+
+def _collect(results: list[Completion], on_tokens, tokens_BN, logprobs_BN) -> None:
+    found = zip(results, np.asarray(tokens_BN), np.asarray(logprobs_BN), strict=False)
+    for row, (result, tokens_N, logprobs_N) in enumerate(found):
+        new = tokens_N[tokens_N >= 0].tolist()
+        result.tokens += new
+        result.logprobs += logprobs_N[tokens_N >= 0].tolist()
+        if new and on_tokens is not None:
+            on_tokens(row, new)
+
+
+def _for_each(value: Any, name: str, prompts: Sequence) -> list[int]:
+    values = [value] * len(prompts) if isinstance(value, int) else list(value)
+    if len(values) != len(prompts):
+        raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts")
+    return values
+
+
+def _keys(seeds: int | Sequence[int], prompts: Sequence, spec: CacheSpec) -> jax.Array:
+    """A random key for each row."""
+    for seed in [seeds] if isinstance(seeds, int) else seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed = {seed} must lie in 0 to 2**32 - 1")
+    split = spec.rules.spec("batch")
+    if isinstance(seeds, int):
+        rows_B = jnp.arange(spec.batch, out_sharding=split)
+        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(rows_B)
+    given = _for_each(seeds, "seeds", prompts) + [0] * (spec.batch - len(prompts))
+    return jax.vmap(jax.random.key)(jax.device_put(np.array(given, np.uint32), split))

@@ -30,6 +30,7 @@ class AxisRules:
     vocab: MeshAxis = "model"
     kv_heads: MeshAxis = None  # K, if the mesh divides it; else the split moves to G
     q_groups: MeshAxis = None
+    cache_entries: MeshAxis = None  # entries of a KV cache, dealt out in blocks
 
     def spec(self, *axes: str | None) -> PartitionSpec | None:
         """The PartitionSpec of an array with these logical axes; None where no mesh is set.
@@ -91,6 +92,21 @@ def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
         f"placement.mesh.model = {tensor} divides neither model.n_kv_heads = {model.n_kv_heads} nor "
         f"the {model.q_groups} query heads of each"
     )
+
+
+def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:
+    """The rules with the entries of KV caches dealt out along the model axis, instead of copied to it.
+
+    For models with fewer KV heads than the axis has devices. Raises ValueError where heads are split.
+    """
+    if mesh.shape["model"] == 1:
+        raise ValueError("a KV cache is split over placement.mesh.model, which is 1")
+    if rules.kv_heads is not None:
+        raise ValueError(
+            f"the KV heads are split over placement.mesh.model = {mesh.shape['model']} already: "
+            "the cache has nothing left to split"
+        )
+    return dataclasses.replace(rules, cache_entries="model")
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -322,7 +322,7 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
         f"{count.total:,}",
         f"{count.non_embedding:,}",
         config.model.kv_map,
-        f"{costs.kv_bytes(config.model).resident:,}",
+        f"{costs.kv_bytes(config.model, config.data.seq_len).resident:,.10g}",
     )
     log.info(
         "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens a step",

@@ -8,9 +8,15 @@ becomes a golden file under tests/golden (`make golden`).
 from collections.abc import Callable
 
 from cla_jax.config import Config, near_choice
-from experiments import cla_1b, demo, smoke
+from experiments import cla_1b, cla_1b_tuned, cla_3b, demo, smoke
 
-STUDIES = {"demo": demo, "smoke": smoke, "cla_1b": cla_1b}
+STUDIES = {
+    "demo": demo,
+    "smoke": smoke,
+    "cla_1b": cla_1b,
+    "cla_1b_tuned": cla_1b_tuned,
+    "cla_3b": cla_3b,
+}
 
 
 def rows() -> dict[str, Callable[[], Config]]:

@@ -2,13 +2,16 @@
 
     python -m launch.evaluate runs/demo                # every run of a study
     python -m launch.evaluate runs/demo/h32_mqa --chunk 16 --windows 64
+    python -m launch.evaluate runs/demo --cache int8 --cache kivi4 --cache kivi2
 
-Prints perplexity, bits per byte and the KV ledger (predicted from the config, counted from the live
-arrays), and writes eval/*.json into each run directory. The held-out text is prepared again where it
-is missing.
+Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV ledger
+(predicted from the config, counted from the live arrays), and writes eval/*.json into each run
+directory; `launch.compare` then shows every format as a point of its own. The held-out text is
+prepared again where it is missing.
 """
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cla_jax.config import MeshConfig
 from launch import allocator
 from launch.cli import user_errors
 
@@ -24,12 +28,21 @@ from launch.cli import user_errors
 class Arguments:
     # Run directories, or study directories holding some.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # KV cache formats to decode through.
-    cache: tuple[str, ...] = ("dense",)
+    # KV cache format to decode through; give it several times: dense (the model's dtype), float32,
+    # bfloat16, int8, fp8, kivi4, kivi2.
+    cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Tokens a cached decoding step; 1 decodes as generation does, more is faster.
     chunk: int = 1
     # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
+    # Measure also what the error of each cache slot does by itself.
+    per_slot: bool = False
+    # Windows evaluated at once; 0 for what the run was trained with.
+    batch_size: int = 0
+    # Devices along each axis; by default the batch is spread over all of them.
+    mesh: MeshConfig = MeshConfig()
+    # Deal the entries of the cache out over mesh.model (for MQA) instead of copying it there.
+    split_cache: bool = False
     # Where prepared data is, if not where the run was trained; missing data is prepared there.
     data_dir: str | None = None
 
@@ -59,10 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             records = evaluate(
                 run,
-                formats=arguments.cache,
+                formats=arguments.cache or ("dense",),
                 chunk=arguments.chunk,
                 windows=arguments.windows,
+                per_slot=arguments.per_slot,
                 data_dir=arguments.data_dir,
+                mesh=arguments.mesh,
+                split_cache=arguments.split_cache,
+                batch_size=arguments.batch_size or None,
                 progress=progress,
             )
             for name, record in records:
@@ -73,12 +90,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                     highlight=False,
                     soft_wrap=True,
                 )
+                say = functools.partial(console.print, highlight=False, soft_wrap=True)
+                if close := record.get("agreement"):
+                    say(
+                        f"  {'':16s}beside the full forward: logits differ by "
+                        f"{close['mean_logit_difference']:.2g} (at most "
+                        f"{close['max_logit_difference']:.2g}), top-1 agrees "
+                        f"{close['top1_agreement']:.2%}, KL {close['kl']:.2g} nats a token"
+                    )
                 for kind, count in record.get("kv_bytes", {}).items():
-                    console.print(
-                        f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>9,} predicted "
-                        f"{count['counted']:>9,} counted   per token, {record['cache_dtype']}",
-                        highlight=False,
-                        soft_wrap=True,
+                    say(
+                        f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.1f} predicted "
+                        f"{count['counted']:>11,.1f} counted   per token at {record['context']:,}"
+                    )
+                for slot in record.get("per_slot", []):
+                    say(
+                        f"  {'':16s}slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
+                        f"{slot['readers']} layers: alone in this format, KL {slot['kl']:.2g}"
                     )
 
 

@@ -9,11 +9,14 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from launch.cli import user_errors
+
+if TYPE_CHECKING:
+    from cla_jax.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,14 @@ class Arguments:
     top_k: int = 0
     # Draw from the smallest set of tokens with this much probability.
     top_p: float = 1.0
-    # Seeds the draws.
+    # Seeds the draws; each prompt draws with a seed derived from it and its place.
     seed: int = 0
+    # KV cache format to decode through: dense, float32, bfloat16, int8, fp8, kivi4, kivi2.
+    cache: str = "dense"
+    # Tokens of a prompt that go through the model at once.
+    chunk: int = 256
+    # Print the text as it comes; for one prompt.
+    stream: bool = False
 
 
 @user_errors
@@ -45,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cla_jax import checkpoint
     from cla_jax import mesh as meshes
+    from cla_jax.cache import cache_spec
     from cla_jax.config import MeshConfig
     from cla_jax.data import tokenizers
+    from cla_jax.decode import decoding_weights
     from cla_jax.generate import Sampling, generate
     from cla_jax.runs import find_runs
 
@@ -54,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        seed=arguments.seed,
     )
     run, *others = find_runs([arguments.run])
     if others:
@@ -64,22 +74,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = arguments.prompt or ("",)
     # Training saw every document begin after an end token.
     prompts = [[tokenizer.end, *tokenizer.encode(text).tolist()] for text in texts]
+    if arguments.stream and len(texts) > 1:
+        raise ValueError(f"stream: {len(texts)} prompts cannot be printed at once")
     # One device: a handful of rows gains nothing from more.
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     rules = meshes.axis_rules(config.model, mesh)
     with jax.set_mesh(mesh):
-        _, model = checkpoint.load_model(run, rules, mesh)
-        continuations = generate(
-            model,
-            prompts,
-            new_tokens=arguments.new_tokens,
-            end=tokenizer.end,
-            n_ids=tokenizer.size,
-            sampling=sampling,
+        spec = cache_spec(
+            config.model,
+            arguments.cache,
+            batch=len(prompts),
+            capacity=max(map(len, prompts)) + max(arguments.new_tokens, 1),
+            chunk=arguments.chunk,
             rules=rules,
         )
-    for prompt, tokens in zip(prompts, continuations, strict=True):
-        print(tokenizer.decode([*prompt, *tokens]))  # together: some tokenizers join words
+        _, model = checkpoint.load_model(run, rules, mesh)
+        printed = _Printer(prompts[0], tokenizer)
+        completions = generate(
+            decoding_weights(model, rules),
+            spec,
+            prompts,
+            new_tokens=arguments.new_tokens,
+            stop=[tokenizer.end],
+            n_ids=tokenizer.size,
+            sampling=sampling,
+            seeds=arguments.seed,
+            on_tokens=printed if arguments.stream else None,
+        )
+    if arguments.stream:
+        print()
+        return
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(
+            tokenizer.decode([*prompt, *completion.tokens])
+        )  # together: some tokenizers join words
+
+
+class _Printer:
+    """Prints a text as its tokens come; what may still change (half a character) waits."""
+
+    def __init__(self, prompt: Sequence[int], tokenizer: "Tokenizer"):
+        self.ids, self.tokenizer, self.shown = list(prompt), tokenizer, ""
+
+    def __call__(self, _row: int, tokens: list[int]) -> None:
+        self.ids += tokens
+        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
+        sys.stdout.write(text.removeprefix(self.shown))
+        sys.stdout.flush()
+        self.shown = text
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
         q = np.einsum("td,dkgh->tkgh", h, p["query.weight"]) + bias("query")
         q = rotate(q.reshape(T, config.n_heads, H), config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H)
-        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        window = config.resolved_windows[i] or T
+        seen = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         o = np.einsum("nts,snh->tnh", weights, v).reshape(T, config.n_heads * H)

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import pytest
 
 from cla_jax.model import attention
-from cla_jax.model.attention import KV, attend, attend_blocks, choose_backend, cudnn_refusal
+from cla_jax.model.attention import (
+    EMPTY,
+    KV,
+    Segment,
+    attend,
+    attend_segments,
+    choose_backend,
+    cudnn_refusal,
+    window_starts,
+)
 from tests.conftest import MODEL, replace
 
 B, T, K, G, H, BLOCK = 2, 13, 2, 3, 6, 4
@@ -18,9 +27,23 @@ def inputs(S=16):
     return q, KV(k, v)
 
 
+def segment(kv, n):
+    """A cache of n tokens in blocks; what lies beyond them is marked empty."""
+
+    def read(i):
+        return KV(*(jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, 1) for a in kv))
+
+    def positions(i):
+        entries = i * BLOCK + jnp.arange(BLOCK)[None]
+        return jnp.where(entries < n, entries, EMPTY)
+
+    return Segment(read, positions, jnp.int32(0), jnp.int32(-(-n // BLOCK)), tuple(kv))
+
+
 def blockwise(q, kv, first_query, starts):
-    read = lambda i: KV(*(jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, 1) for a in kv))
-    return attend_blocks(q, read, BLOCK, first_query=first_query, starts_BT=starts)
+    n = first_query + q.shape[1]
+    positions = jnp.broadcast_to(first_query + jnp.arange(q.shape[1]), starts.shape)
+    return attend_segments(q, [segment(kv, n)], positions_BT=positions, starts_BT=starts)
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [3, 9]])
@@ -29,25 +52,54 @@ def test_block_by_block_equals_the_whole(starts):
     starts = jnp.broadcast_to(jnp.array(starts)[:, None], (B, T))
     whole = attend(q, KV(*(a[:, :T] for a in kv)), starts_BT=starts)
     blocks = blockwise(q, kv, 0, starts)
-    seen = (
-        jnp.arange(T) >= starts
-    )  # a query in the padding sees nothing: whatever it gives is unused
-    assert jnp.abs(jnp.where(seen[:, :, None, None, None], blocks - whole, 0)).max() < 1e-6
-    assert (jnp.where(seen[:, :, None, None, None], 0, blocks) == 0).all()
+    # A query before its start sees nothing and gives zeros.
+    seen = (jnp.arange(T) >= starts)[:, :, None, None, None]
+    assert jnp.abs(jnp.where(seen, blocks - whole, 0)).max() < 1e-6
+    assert (jnp.where(seen, 0, blocks) == 0).all()
     # Later queries over the same cache, as decoding has them.
     tail = blockwise(q[:, 9:], kv, 9, starts[:, 9:])
     assert jnp.abs(tail - blocks[:, 9:]).max() < 1e-6
 
 
+def test_parts_of_a_cache_in_any_order_give_the_whole():
+    """Two segments, one of them read without a loop, the newest tokens first."""
+    q, kv = inputs()
+    starts = jnp.zeros((B, T), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    old, new = KV(*(a[:, :8] for a in kv)), KV(*(a[:, 8:T] for a in kv))
+    late = Segment(lambda _: new, lambda _: 8 + jnp.arange(T - 8)[None], 0, 1, tuple(new))
+    parts = [late, segment(old, 8)]
+    found = attend_segments(q, parts, positions_BT=positions, starts_BT=starts)
+    assert jnp.abs(found - blockwise(q, kv, 0, starts)).max() < 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_a_window_is_the_newest_tokens(window):
+    q, kv = inputs(T)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    zeros = jnp.zeros((B, T), jnp.int32)
+    starts = window_starts(positions, window, zeros)
+    windowed = attend(q, kv, starts_BT=starts)
+    for t in (0, 5, T - 1):
+        first = max(t + 1 - window, 0)
+        alone = attend(q[:, t : t + 1], KV(*(a[:, t : t + 1] for a in kv)))
+        if window == 1:
+            assert jnp.abs(windowed[:, t] - alone[:, 0]).max() < 1e-6
+        shown = KV(*(jnp.where(jnp.arange(T)[:, None, None] >= first, a, 7.0) for a in kv))
+        again = attend(q, shown, starts_BT=starts)
+        assert jnp.abs(windowed[:, t] - again[:, t]).max() == 0
+    assert (window_starts(positions, 0, zeros) == 0).all()
+
+
 def test_entries_beyond_the_query_are_never_used():
     q, kv = inputs()
-    poisoned = KV(*(a.at[:, T:].set(jnp.nan) for a in kv))
     starts = jnp.zeros((B, T), jnp.int32)
     clean = blockwise(q, kv, 0, starts)
     # NaN times weight zero is NaN: what lies in the last block but beyond must be finite ...
     finite = KV(*(a.at[:, T:].set(1e30) for a in kv))
     assert (blockwise(q, finite, 0, starts) == clean).all()
     # ... and blocks beyond the last query are not read at all.
+    poisoned = KV(*(a.at[:, T:].set(jnp.nan) for a in kv))
     assert (blockwise(q[:, :11], poisoned, 0, starts[:, :11]) == clean[:, :11]).all()
 
 

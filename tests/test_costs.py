@@ -100,13 +100,36 @@ def test_flops_equal_those_of_the_traced_forward(model):
 
 
 def test_kv_bytes_divide_what_is_held_and_written_but_not_what_is_read():
-    mqa, cla2 = (costs.kv_bytes(replace(MODEL, kv_map=m)) for m in ("identity", "cla:2"))
+    mqa, cla2 = (costs.kv_bytes(replace(MODEL, kv_map=m), 64) for m in ("identity", "cla:2"))
     assert mqa.resident == mqa.written == mqa.read == 2 * 8 * 4 * 2
     assert (cla2.resident, cla2.written, cla2.read) == (
         mqa.resident // 2,
         mqa.written // 2,
         mqa.read,
     )
+
+
+def test_windows_bound_what_is_held_and_read():
+    windowed = replace(MODEL, kv_map="0,0,2,2", windows="16,16,0,0")
+    found = costs.kv_bytes(windowed, 64)
+    slot = 2 * 8 * 2
+    assert found.resident * 64 == slot * (16 + 64)
+    assert found.written == slot * 2
+    assert found.read * 64 == slot * 2 * (16 + 64)
+    assert costs.kv_bytes(windowed, 10) == costs.kv_bytes(replace(windowed, windows="0"), 10)
+
+
+def test_flops_count_what_windows_leave_to_see():
+    """Exactly: query t of T sees min(t + 1, W) keys, a product of scores and one of values each."""
+    T, W = 64, 16
+    extra = costs.train_flops_per_token(MODEL, T) - costs.train_flops_per_token(
+        replace(MODEL, windows=str(W)), T
+    )
+    pairs = sum(t + 1 - min(t + 1, W) for t in range(T)) / T
+    exact = 3 * 4 * MODEL.n_layers * MODEL.n_heads * MODEL.d_head * pairs
+    assert extra == pytest.approx(
+        exact, rel=0.05
+    )  # halving for causality is T / 2, not (T + 1) / 2
 
 
 def test_training_bytes_equal_the_live_state(tiny, devices):
@@ -125,7 +148,7 @@ def test_training_bytes_equal_the_live_state(tiny, devices):
 
 def test_the_papers_1b_row_without_allocating_it():
     (config,) = experiments.find("cla_1b.h128_mqa_cla2")
-    assert costs.kv_bytes(config.model).resident == 5120
+    assert costs.kv_bytes(config.model, 2048).resident == 5120
     count = costs.parameters(config.model)
     block = 2 * 2048 * 2048 + 3 * 2048 * 5472 + 2 * 2048
     assert count.non_embedding == 20 * block + 10 * (2048 * 256 + 2048) + 2048 == 845_518_848

@@ -6,8 +6,13 @@ import pytest
 
 from cla_jax import cache as caches
 from cla_jax import checkpoint, costs
-from cla_jax.evaluate import cached_decoding, evaluate, full_forward, open_setup
+from cla_jax.config import MeshConfig
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.evaluate import evaluate, open_setup
+from cla_jax.model.transformer import Execution, project
+from cla_jax.report import rows as report
 from cla_jax.runs import find_runs
+from cla_jax.scoring import agreement, cached_decoding, full_forward, sensitivity
 from cla_jax.train import set_up, train
 from tests import reference
 
@@ -52,32 +57,73 @@ def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across):
     devices(1)
     setup = set_up(tiny(**{"placement.eval_batch_size": 8, "data.attend_across_documents": across}))
     model = reference.randomised(setup.config.model)
-    format = caches.make_format("dense", "float32")
     # The last windows too: they are padded, and the batch is filled up.
     with jax.set_mesh(setup.mesh):
         full = full_forward(setup, model, windows=12)
         for chunk in (1, 16):
-            cached = cached_decoding(setup, model, format, chunk=chunk, windows=12)
+            cached = cached_decoding(setup, model, "dense", chunk=chunk, windows=12)
             assert cached["tokens"] == full["tokens"]
             assert cached["nll"] == pytest.approx(full["nll"], rel=1e-5)
+            close = agreement(setup, model, "dense", chunk=chunk, windows=12)
+            assert close["top1_agreement"] == 1
+            assert close["tokens"] == full["tokens"]
+            assert close["max_logit_difference"] < 1e-4
+            assert abs(close["kl"]) < 1e-6
+
+
+def test_agreement_is_what_its_names_say(setup):
+    """Against logits compared by hand, for a format that really differs."""
+    model = reference.randomised(setup.config.model)
+    config, T = setup.config.model, setup.config.data.seq_len
+    with jax.set_mesh(setup.mesh):
+        found = agreement(setup, model, "int8", chunk=T, windows=8)
+    split = setup.prepared.split("held_out")
+    tokens = np.stack([split[i]["tokens"][:-1] for i in range(8)]).astype(int)
+    seen = np.arange(T) < np.array([int(split[i]["n_targets"]) for i in range(8)])[:, None]
+    full = np.asarray(model.logits(tokens, Execution()), np.float64)
+    weights = decoding_weights(model)
+    spec = caches.cache_spec(config, "int8", batch=8, capacity=T, chunk=T)
+    x, _ = decode(weights, spec, spec.allocate(), tokens, np.full(8, T))
+    ours = np.asarray(project(x, weights.head, spec.rules), np.float64)
+    log = lambda a: a - np.log(np.exp(a).sum(-1, keepdims=True))
+    kl = (np.exp(log(full)) * (log(full) - log(ours))).sum(-1)
+    apart = np.abs(full - ours)
+    assert found["tokens"] == seen.sum()
+    assert found["max_logit_difference"] == pytest.approx(apart[seen].max(), rel=1e-3)
+    assert found["mean_logit_difference"] == pytest.approx(apart[seen].mean(), rel=1e-3)
+    same = (ours.argmax(-1) == full.argmax(-1))[seen]
+    assert found["top1_agreement"] == pytest.approx(same.mean(), abs=2 / seen.sum())
+    assert found["kl"] == pytest.approx(kl[seen].mean(), rel=0.02)
+    assert found["kl"] > 1e-5
+
+
+def test_the_error_of_one_slot_is_felt_by_its_readers_only(setup):
+    model = reference.randomised(setup.config.model)
+    with jax.set_mesh(setup.mesh):
+        slots = sensitivity(setup, model, "fp8", chunk=16, windows=8)
+        whole = agreement(setup, model, "fp8", chunk=16, windows=8)
+    assert [(s["slot"], s["layer"], s["readers"]) for s in slots] == [(0, 0, 2), (1, 2, 2)]
+    assert all(1e-6 < s["kl"] < whole["kl"] for s in slots)
 
 
 def test_ledger_counts_what_the_closed_form_predicts(setup):
     model = reference.randomised(setup.config.model)
-    format = caches.make_format("dense", "float32")
     with jax.set_mesh(setup.mesh):
-        record = cached_decoding(setup, model, format, chunk=16, windows=1)
-    predicted = costs.kv_bytes(setup.config.model, bytes_per_element=4)
-    for name, counts in record["kv_bytes"].items():
-        assert counts["predicted"] == counts["counted"] == getattr(predicted, name)
+        record = cached_decoding(setup, model, "dense", chunk=16, windows=1)
+    predicted = costs.kv_bytes(setup.config.model, 32, bytes_per_element=4)
+    for counts in record["kv_bytes"].values():
+        assert counts["predicted"] == counts["counted"]
+    for name in ("resident", "written", "read"):
+        assert record["kv_bytes"][name]["counted"] == getattr(predicted, name)
     # CLA2: half the layers are held and written, every layer reads.
     assert record["kv_bytes"]["read"]["counted"] == 2 * record["kv_bytes"]["resident"]["counted"]
+    assert record["readers_per_slot"] == [2, 2]
 
 
 def test_a_chunk_must_divide_the_window(setup):
     model = reference.randomised(setup.config.model)
     with pytest.raises(ValueError, match=r"chunk = 5 does not divide data.seq_len = 32"):
-        cached_decoding(setup, model, caches.make_format("dense", "float32"), chunk=5)
+        cached_decoding(setup, model, "dense", chunk=5)
 
 
 @pytest.mark.slow
@@ -92,9 +138,32 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
     assert alone["full"]["step"] == config.steps
     assert run.evals() == alone
     devices(8)
-    spread = dict(evaluate(run, chunk=32))
-    for name in ("full", "cached-dense"):
-        assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
+    ways = [{}, {"mesh": MeshConfig(data=4, fsdp=1, model=2), "split_cache": True}]
+    for way in ways:
+        spread = dict(evaluate(run, chunk=32, windows=1000, batch_size=64, **way))
+        for name in ("full", "cached-dense"):
+            assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
+
+
+def test_formats_are_evaluated_beside_each_other(tiny, devices):
+    devices(1)
+    config = tiny(steps=2)
+    train(config, evaluate=lambda *_: {})
+    (run,) = find_runs([config.placement.runs])
+    records = dict(evaluate(run, formats=("dense", "int8"), chunk=32, per_slot=True))
+    assert list(records) == ["full", "cached-dense", "cached-int8"]
+    assert run.evals().keys() == records.keys()
+    int8 = run.evals()["cached-int8"]
+    dense = run.evals()["cached-dense"]
+    assert int8["kv_bytes"]["resident"]["counted"] == 2 * 2 * (
+        8 + 2
+    )  # slots, K and V, codes and scale
+    assert dense["kv_bytes"]["resident"]["counted"] == 2 * 2 * 8 * 4
+    assert [slot["readers"] for slot in int8["per_slot"]] == [2, 2]
+    rows = report.read([run])
+    assert [(row.cache, row.kv_bytes) for row in rows] == [("", 64), ("int8", 40)]
+    with pytest.raises(ValueError, match="unknown cache format 'int4'; did you mean int8"):
+        next(evaluate(run, formats=("int4",)))
 
 
 def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):

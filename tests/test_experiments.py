@@ -26,9 +26,9 @@ def test_every_experiment_is_named_after_its_function():
 
 def test_unknown_names_get_the_nearest():
     with pytest.raises(
-        ValueError, match=r"'cla_1b.h128_mqa_cla3'; did you mean cla_1b.h128_mqa_cla2"
+        ValueError, match=r"'cla_1b.h128_mqa_cla5'; did you mean cla_1b.h128_mqa_cla"
     ):
-        experiments.find("cla_1b.h128_mqa_cla3")
+        experiments.find("cla_1b.h128_mqa_cla5")
     with pytest.raises(ValueError, match=r"'dmo'; did you mean demo"):
         experiments.find("dmo")
 
@@ -43,7 +43,7 @@ def test_a_study_is_all_its_rows():
 
 def test_the_demo_compares_half_a_cache_with_half_a_cache():
     mqa, cla2, narrow = (config.model for config in experiments.find("demo"))
-    resident = [costs.kv_bytes(model).resident for model in (mqa, cla2, narrow)]
+    resident = [costs.kv_bytes(model, 128).resident for model in (mqa, cla2, narrow)]
     assert resident == [1024, 512, 512]
     assert mqa.n_heads * mqa.d_head == cla2.n_heads * cla2.d_head == narrow.n_heads * narrow.d_head
     fields = ("n_layers", "d_model", "d_ff", "vocab_size")

@@ -28,6 +28,7 @@ IDENTITY = {
     "model.n_heads": 8,
     "model.n_kv_heads": 2,
     "model.d_head": 6,
+    "model.windows": "3,3,5,5",
     "model.kv_map": "identity",
     "model.kv_norm": "block",
     "model.tied_embeddings": False,

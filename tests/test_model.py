@@ -74,6 +74,32 @@ def test_equals_an_independent_plain_transformer(kv_map, heads):
     assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
 
 
+# Local and global layers as Character.AI, MixAttention and Gemma mix them.
+WINDOWS = [
+    ("identity", "4"),
+    ("cla:2", "3,3,0,0,0"),
+    ("0,0,2,0,0", "0,0,5,0,0"),
+    ("identity", "3,0"),
+]
+
+
+@pytest.mark.parametrize(("kv_map", "windows"), WINDOWS)
+def test_windows_equal_an_independent_plain_transformer(kv_map, windows):
+    short = "last" if kv_map == "cla:2" else ""
+    config = model_config(f"{kv_map}:{short}" if short else kv_map, windows=windows)
+    model = make(config)
+    for scan in (True, False):
+        ours = logits(model, run=Execution(scan_layers=scan))
+        theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
+        assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert np.abs(ours - logits(make(model_config(config.kv_map)))).max() > 1e-3
+
+
+def test_a_pattern_of_windows_does_not_break_a_stack():
+    config = replace(MODEL, kv_map="identity", n_layers=12, windows="3,3,3,3,3,0")
+    assert len(make(config).stacks) == 1
+
+
 def test_block_norm_is_a_llama_and_has_no_norm_of_its_own():
     config = model_config("identity", kv_norm="block")
     model = make(config)

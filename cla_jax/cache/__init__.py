@@ -1,76 +1,278 @@
 """KV caches: one file a format, behind one small protocol.
 
-A cache is a tuple of slots, one for each producer of the kv_map and none for consumers. A slot is
-whatever pytree its format likes; the model hands it from the producer's write to the readers of the
-group and never looks inside.
+A cache has one slot for each producer of the kv_map and none for consumers. A slot is whatever pytree
+its format likes; the model hands it from the producer's write to the readers of the group and never
+looks inside. A slot that only layers with a sliding window read is a ring of the newest tokens, in
+every format.
 
-Entries of a slot are counted from 0 for every row of the batch alike. A row that is shorter than the
-batch's longest prompt starts later: its first entries are padding, which `starts` keeps out of sight.
+    spec = cache_spec(config, "int8", batch=8, capacity=2048, chunk=256)
+    cache = spec.allocate()
+
+A `CacheSpec` is static: it knows which format, window and capacity each slot has. The `Cache` is the
+pytree of arrays that a decode step is given and returns.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
+from cla_jax import kv_map as kv_maps
 from cla_jax.cache.dense import Dense
+from cla_jax.cache.entries import Entries
+from cla_jax.cache.kivi import Kivi
+from cla_jax.cache.per_token import Shape, Slot
+from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import ModelConfig, near_choice
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import KV
-
-Slot = Any
-Cache = tuple[Slot, ...]
+from cla_jax.model.attention import KV, Segment, attend_segments
+from cla_jax.model.layers import axes
 
 
 class CacheFormat(Protocol):
-    """How keys and values of one producer are kept."""
+    """How the keys and values of one producer are kept. All arrays are one device's."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def dtype(self) -> str:
-        """What `read` returns and the attention computes in."""
+        """What attention computes in."""
         ...
 
     @property
-    def block(self) -> int:
-        """Entries that `read` returns."""
+    def longest_block(self) -> int:
+        """Tokens that may be read at once, so that what is decoded stays small beside the cache."""
         ...
 
-    def allocate(self, config: ModelConfig, batch: int, capacity: int, rules: AxisRules) -> Slot:
-        """An empty slot for `capacity` entries, a multiple of `block`."""
+    def entries(self, tokens: int) -> int:
+        """Entries that a slot for so many tokens needs, before rounding up to blocks."""
         ...
 
-    def write(self, slot: Slot, kv: KV, index: Any) -> Slot:
-        """Puts the KV of T new tokens at entries index to index + T; the caller keeps that in range."""
+    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Any:
+        """The arrays of a slot: a pytree of `Shape`."""
         ...
 
-    def read(self, slot: Slot, i: Any) -> KV:
-        """Entries i * block to (i + 1) * block."""
+    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+        """Puts in the KV of T new tokens a row. Those at negative positions are padding: dropped."""
         ...
 
-    def bytes_per_token(self, config: ModelConfig) -> int:
-        """Closed form: bytes that a slot holds for a token of context of one row."""
+    def segments(
+        self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+    ) -> Sequence[Segment]:
+        """What attention reads, of rows of so many tokens, if nobody sees positions before `first`."""
+        ...
+
+    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
+        """Closed form: bytes that a slot of so many entries occupies, for one row."""
+        ...
+
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
+        """Closed form: bytes of a slot that positions `first` to `tokens` of one row use."""
+        ...
+
+    def written_bytes(self, config: ModelConfig, entries: int) -> float:
+        """Closed form: bytes written to such a slot for a new token of one row, on average."""
         ...
 
 
-FORMATS = ("dense",)
+# Each is made for the dtype that attention computes in.
+FORMATS: dict[str, Callable[[str], CacheFormat]] = {
+    "dense": lambda dtype: Dense(name="dense", dtype=dtype, held=dtype),
+    "float32": lambda dtype: Dense(name="float32", dtype=dtype, held="float32"),
+    "bfloat16": lambda dtype: Dense(name="bfloat16", dtype=dtype, held="bfloat16"),
+    "int8": lambda dtype: Int8(name="int8", dtype=dtype),
+    "fp8": lambda dtype: Fp8(name="fp8", dtype=dtype),
+    "kivi4": lambda dtype: Kivi(name="kivi4", dtype=dtype, bits=4),
+    "kivi2": lambda dtype: Kivi(name="kivi2", dtype=dtype, bits=2, longest_block=128),
+}
 
 
 def make_format(name: str, dtype: str) -> CacheFormat:
-    """A format by its name, computing in `dtype`."""
+    """A format by its name, computing in `dtype`: that of the model, unless told otherwise."""
     near_choice("cache format", name, FORMATS)
-    return Dense(dtype=dtype)
+    return FORMATS[name](dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    slots: tuple[Slot, ...]
+    lengths_B: jax.Array  # tokens of each row so far
+
+    def emptied(self) -> "Cache":
+        """For new rows: what the old ones left lies beyond the length of the new."""
+        return dataclasses.replace(self, lengths_B=jnp.zeros_like(self.lengths_B))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Everything static about a cache. Make it with `cache_spec`, which checks it."""
+
+    config: ModelConfig
+    formats: tuple[CacheFormat, ...]  # of each slot
+    batch: int
+    capacity: int  # tokens of a row
+    chunk: int  # the most tokens that a step writes
+    rules: AxisRules
+    shards: int  # devices that hold parts of one slot
+
+    @functools.cached_property
+    def windows(self) -> tuple[int, ...]:
+        """The window of the layers that read each slot; 0 for none."""
+        slots = kv_maps.slots(self.config.resolved_kv_map)
+        return tuple(self.config.resolved_windows[layer] for layer in slots)
+
+    @functools.cached_property
+    def readers(self) -> tuple[int, ...]:
+        """How many layers read each slot."""
+        kv_map = self.config.resolved_kv_map
+        return tuple(kv_map.count(layer) for layer in kv_maps.slots(kv_map))
+
+    def is_ring(self, p: int) -> bool:
+        return self.windows[p] > 0 and self.windows[p] + self.chunk - 1 < self.capacity
+
+    def _tokens(self, p: int) -> int:
+        """Tokens that slot p must hold. A ring has room for a window and what a step writes, so that
+        the first of its queries still finds all that it may see."""
+        return self.windows[p] + self.chunk - 1 if self.is_ring(p) else self.capacity
+
+    def block(self, p: int) -> int:
+        """Entries of slot p that are allocated, and read, at once.
+
+        Long slots are read in longer blocks: fewer turns of the loop, for an eighth of waste at most.
+        """
+        tokens = self._tokens(p)
+        longest = min(self.formats[p].longest_block, tokens // 8)
+        return next(block for block in (512, 256, 128) if block <= max(longest, 128))
+
+    def entries(self, p: int) -> int:
+        """Entries of slot p, over all devices."""
+        return round_up(self.formats[p].entries(self._tokens(p)), self.block(p) * self.shards)
+
+    def allocate(self) -> Cache:
+        """An empty cache, every array made where it will live."""
+
+        def zeros(shape: Shape) -> jax.Array:
+            spec = self.rules.spec(*axes(shape.letters))
+            return jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
+
+        slots = tuple(
+            jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
+            for p in range(len(self.formats))
+        )
+        lengths_B = jnp.zeros(self.batch, jnp.int32, out_sharding=self.rules.spec("batch"))
+        return Cache(slots, lengths_B)
+
+    def shapes(self, p: int) -> Any:
+        return self.formats[p].shapes(self.config, self.batch, self.entries(p))
+
+    def write(self, p: int, slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
+        """Slot p with the KV of new tokens at their positions; negative positions are padding."""
+        T = positions_BT.shape[1]
+        assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
+
+        def local(slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
+            return self.formats[p].write(slot, kv, positions_BT, self._here(p))
+
+        if jax.sharding.get_abstract_mesh().empty:
+            return local(slot, kv, positions_BT)
+        layouts = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, slot)
+        written = jax.shard_map(local, out_specs=layouts, check_vma=False)
+        return written(slot, kv, positions_BT)
+
+    def attend(
+        self,
+        p: int,
+        slot: Slot,
+        q_BTKGH: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        starts_BT: jax.Array,
+        lengths_B: jax.Array,
+    ) -> jax.Array:
+        """Attention of new queries over slot p, each to positions starts_BT to its own. [B, T, K, G, H]"""
+        axis = self.rules.cache_entries if self.shards > 1 else None
+        assert axis is None or isinstance(axis, str)
+
+        def local(slot, q_BTKGH, positions_BT, starts_BT, lengths_B) -> jax.Array:
+            # Padding sees nothing, and must not make others read from the beginning.
+            first = jnp.min(jnp.where(positions_BT >= 0, starts_BT, self.capacity))
+            segments = self.formats[p].segments(slot, lengths_B, first, self._here(p))
+            return attend_segments(
+                q_BTKGH, segments, positions_BT=positions_BT, starts_BT=starts_BT, axis=axis
+            )
+
+        if jax.sharding.get_abstract_mesh().empty:
+            return local(slot, q_BTKGH, positions_BT, starts_BT, lengths_B)
+        letters, whole = axes("BTKGH"), self.rules
+        if axis is not None:  # every device reads its entries for all query heads
+            whole = dataclasses.replace(self.rules, q_groups=None)
+            q_BTKGH = jax.reshard(q_BTKGH, whole.partition(*letters))
+        sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
+        o_BTKGH = sharded(slot, q_BTKGH, positions_BT, starts_BT, lengths_B)
+        return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
+
+    def part(self, p: int, shard: jax.Array | int = 0) -> Entries:
+        """The entries of slot p on one of the devices that share it."""
+        return Entries(
+            capacity=self.entries(p) // self.shards,
+            block=self.block(p),
+            ring=self.is_ring(p),
+            shards=self.shards,
+            shard=shard,
+        )
+
+    def _here(self, p: int) -> Entries:
+        axis = self.rules.cache_entries
+        return self.part(p, jax.lax.axis_index(axis) if self.shards > 1 else 0)
+
+
+def cache_spec(
+    config: ModelConfig,
+    format: str | CacheFormat | Sequence[CacheFormat] = "dense",
+    *,
+    batch: int,
+    capacity: int,
+    chunk: int = 1,
+    rules: AxisRules = AxisRules(),
+) -> CacheSpec:
+    """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
+
+    Several formats are one for each slot. Where `rules` split a slot's entries, the mesh must be set.
+    Raises ValueError for what no cache can be made of.
+    """
+    if isinstance(format, str):
+        format = make_format(format, config.compute_dtype)
+    formats = tuple(format) if isinstance(format, Sequence) else (format,) * config.n_slots
+    if len(formats) != config.n_slots:
+        raise ValueError(f"{len(formats)} cache formats for a model of {config.n_slots} slots")
+    for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"cache: {name} = {value} must be positive")
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty or rules.cache_entries is None else mesh.shape[rules.cache_entries]
+    if not mesh.empty:
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch % rows:
+            raise ValueError(
+                f"cache: batch = {batch} is not divisible by data x fsdp = {mesh.shape['data']} x "
+                f"{mesh.shape['fsdp']}"
+            )
+    return CacheSpec(
+        config=config,
+        formats=formats,
+        batch=batch,
+        capacity=capacity,
+        chunk=min(chunk, capacity),
+        rules=rules,
+        shards=shards,
+    )
 
 
 def round_up(entries: int, block: int) -> int:
     """The capacity that holds this many entries: whole blocks."""
     return -(-entries // block) * block
-
-
-def allocate(
-    format: CacheFormat, config: ModelConfig, *, batch: int, capacity: int, rules: AxisRules
-) -> Cache:
-    """An empty cache: one slot a producer. Raises ValueError unless there is room for something."""
-    if batch < 1 or capacity < 1:
-        raise ValueError(f"a cache for {batch} rows of {capacity} tokens holds nothing")
-    capacity = round_up(capacity, format.block)
-    return tuple(format.allocate(config, batch, capacity, rules) for _ in range(config.n_slots))

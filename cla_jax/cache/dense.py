@@ -1,45 +1,32 @@
 """Keys and values as they are, in float32 or bfloat16."""
 
 import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from cla_jax.cache.bits import carrier, kept, restored
+from cla_jax.cache.per_token import PerToken, Shape, Slot
 from cla_jax.config import ModelConfig
-from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import KV
-from cla_jax.model.layers import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A slot is a KV of [batch, capacity, K, H] arrays."""
+class Dense(PerToken):
+    """A slot is a KV of [B, E, K, H]."""
 
-    dtype: str
-    block: int = 128
-    name: str = "dense"
+    held: str  # the dtype of the cache
 
-    def allocate(self, config: ModelConfig, batch: int, capacity: int, rules: AxisRules) -> KV:
-        shape = (batch, capacity, config.n_kv_heads, config.d_head)
-        spec = rules.spec(*axes("BSKH"))
-        return KV(*(jnp.zeros(shape, self.dtype, out_sharding=spec) for _ in KV._fields))
+    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
+        shape = (batch, entries, config.n_kv_heads, config.d_head)
+        half: Any = Shape("BEKH", shape, carrier(self.held))
+        return KV(half, half)
 
-    def write(self, slot: KV, kv: KV, index: jax.Array) -> KV:
-        # An index out of range would be clamped without a word: the engine checks lengths before.
-        return KV(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), index, axis=1)
-                for held, new in zip(slot, kv, strict=True)
-            )
-        )
+    def encode(self, kv: KV) -> KV:
+        return KV(*(kept(x, self.held) for x in kv))
 
-    def read(self, slot: KV, i: jax.Array) -> KV:
-        return KV(
-            *(
-                jax.lax.dynamic_slice_in_dim(held, i * self.block, self.block, axis=1)
-                for held in slot
-            )
-        )
+    def decode(self, kept: KV) -> KV:
+        return KV(*(restored(bits, self.held).astype(self.dtype) for bits in kept))
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        return 2 * config.n_kv_heads * config.d_head * jnp.dtype(self.dtype).itemsize
+        return 2 * config.n_kv_heads * config.d_head * jnp.dtype(self.held).itemsize

@@ -1,37 +1,81 @@
-"""Every byte of a KV cache counted twice: in closed form, and from what the decoder really does."""
+"""Every byte of a KV cache counted twice: in closed form, and from what the decoder really does.
 
-from collections.abc import Callable
+All numbers are for one sequence of `context` tokens:
+
+    allocated   of its row of the cache, for the capacity that was asked for
+    resident    that its tokens use; a sliding window's older tokens do not count
+    written     for one new token, on average
+    read        by one decode step: every layer reads what it sees of its slot, consumers too
+
+CLA divides the first three, not the last.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from cla_jax.cache import Cache, CacheFormat, Slot
-from cla_jax.config import ModelConfig
-from cla_jax.costs import KvBytes
+from cla_jax.cache import Cache, CacheSpec
+from cla_jax.model.attention import EMPTY, Segment
 
 
-def predicted(config: ModelConfig, format: CacheFormat) -> KvBytes:
-    """Bytes per token of one row, from the config alone: slots hold and write, layers read."""
-    slot = format.bytes_per_token(config)
-    return KvBytes(
-        resident=config.n_slots * slot, written=config.n_slots * slot, read=config.n_layers * slot
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Bytes of one sequence."""
+
+    allocated: float
+    resident: float
+    written: float
+    read: float
+
+    def per_token(self, context: int) -> dict[str, float]:
+        """Per token of context; `written` is per new token as it is."""
+        numbers = dataclasses.asdict(self)
+        return {k: v if k == "written" else v / context for k, v in numbers.items()}
+
+
+def predicted(spec: CacheSpec, context: int) -> Ledger:
+    """From the config alone. Raises ValueError for more context than the cache is made for."""
+    if not 1 <= context <= spec.capacity:
+        raise ValueError(f"context = {context} must lie in 1 to the capacity of {spec.capacity}")
+    config = spec.config
+
+    def held(p: int) -> int:
+        first = max(context - spec.windows[p], 0) if spec.windows[p] else 0
+        return spec.formats[p].held_bytes(config, first, context)
+
+    slots = range(len(spec.formats))
+    return Ledger(
+        allocated=sum(spec.formats[p].slot_bytes(config, spec.entries(p)) for p in slots),
+        resident=sum(map(held, slots)),
+        written=sum(spec.formats[p].written_bytes(config, spec.entries(p)) for p in slots),
+        read=sum(held(p) * spec.readers[p] for p in slots),
     )
 
 
-def counted(format: CacheFormat, cache: Cache, step: Callable[[Any, Cache], Any]) -> KvBytes:
-    """The same from a live cache and a decode step: `step(format, cache)` is traced, not run.
+def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:
+    """From a live cache whose rows are all equally long, and from a decode step through it.
 
-    Resident bytes are those of the live arrays. A write counts the slot that it goes to, and a read,
-    of which every attending layer does one inside its loop over blocks, the slot that it comes from.
+    Bytes are those of the arrays; the entries in use are those that the attention of the newest token
+    would find; `step(spec, cache)` is traced, not run, to see which slots are written and read.
     """
-    batch, capacity = jax.tree.leaves(cache[0])[0].shape[:2]
-    per_token = lambda slot: nbytes(slot) // (batch * capacity)
-    counting = _Counting(format, per_token)
-    jax.eval_shape(lambda cache: step(counting, cache), cache)
-    return KvBytes(
-        resident=nbytes(cache) // (batch * capacity),
-        written=counting.bytes_written,
-        read=counting.bytes_read,
+    lengths = np.asarray(jax.device_get(cache.lengths_B))
+    assert (lengths == lengths[0]).all()
+    seen = _Seen(spec)
+    jax.eval_shape(lambda cache: step(seen, cache), cache)
+    used = [_used(spec, p, slot, lengths) for p, slot in enumerate(cache.slots)]
+    return Ledger(
+        allocated=nbytes(cache.slots) / spec.batch,
+        resident=sum(used),
+        written=sum(
+            _entry_bytes(segment)
+            for p in seen.written
+            for segment in _segments(spec, p, cache.slots[p], lengths, 0)
+        ),
+        read=sum(used[p] for p in seen.read),
     )
 
 
@@ -40,18 +84,47 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-class _Counting:
-    """A format that counts what passes through it."""
+def _segments(
+    spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray, shard: int
+) -> Sequence[Segment]:
+    first = jnp.int32(max(lengths[0] - spec.windows[p], 0) if spec.windows[p] else 0)
+    return spec.formats[p].segments(slot, jnp.array(lengths), first, spec.part(p, shard))
 
-    def __init__(self, format: CacheFormat, per_token: Callable[[Slot], int]):
-        self.format, self.per_token = format, per_token
-        self.block = format.block
-        self.bytes_written = self.bytes_read = 0
 
-    def write(self, slot: Slot, kv: Any, index: Any) -> Slot:
-        self.bytes_written += self.per_token(slot)
-        return self.format.write(slot, kv, index)
+def _entry_bytes(segment: Segment) -> float:
+    """Of one token of one row."""
+    rows, entries = segment.arrays[0].shape[:2]
+    return nbytes(segment.arrays) / (rows * entries * segment.tokens)
 
-    def read(self, slot: Slot, i: Any) -> Any:
-        self.bytes_read += self.per_token(slot)
-        return self.format.read(slot, i)
+
+def _used(spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray) -> float:
+    """Bytes of the entries of a slot that the newest token of a row sees."""
+    total = 0.0
+    first = max(lengths[0] - spec.windows[p], 0) if spec.windows[p] else 0
+    for shard in range(spec.shards):
+        for segment in _segments(spec, p, slot, lengths, shard):
+            for i in range(int(segment.first), int(segment.end)):
+                positions = np.asarray(segment.positions(i))[0]
+                visible = (positions != EMPTY) & (positions >= first) & (positions < lengths[0])
+                total += visible.sum() * _entry_bytes(segment)
+    return total
+
+
+class _Seen:
+    """A spec that notes which slots pass through it."""
+
+    def __init__(self, spec: CacheSpec):
+        self.spec = spec
+        self.written: list[int] = []
+        self.read: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.spec, name)
+
+    def write(self, p: int, *args: Any) -> Any:
+        self.written.append(p)
+        return self.spec.write(p, *args)
+
+    def attend(self, p: int, *args: Any, **options: Any) -> Any:
+        self.read.append(p)
+        return self.spec.attend(p, *args, **options)

@@ -8,7 +8,8 @@ after its padding) where attention must not reach further back.
 
 import functools
 import logging
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +30,22 @@ class KV(NamedTuple):
     v_BSKH: jax.Array
 
 
-def scores(q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """Scaled dot products in float32, [B, K, T, G, S]: the order a batched product leaves them in."""
-    q_BTKGH = q_BTKGH * q_BTKGH.shape[-1] ** -0.5
-    return jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-
-
-def visible(queries_T: jax.Array, keys_S: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
-    """Which keys a query sees, [B or 1, 1, T, 1, S], to be laid over `scores`."""
-    seen_BTS = (keys_S[None, :] <= queries_T[:, None])[None]
+def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
+    """Which keys a query sees, by their positions: [B or 1, 1, T, 1, S]."""
+    seen_BTS = keys_BS[:, None, :] <= queries_BT[:, :, None]
     if starts_BT is not None:
-        seen_BTS = seen_BTS & (keys_S[None, None, :] >= starts_BT[:, :, None])
+        seen_BTS = seen_BTS & (keys_BS[:, None, :] >= starts_BT[:, :, None])
     return seen_BTS[:, None, :, None, :]
+
+
+def window_starts(
+    positions_BT: jax.Array, window: jax.Array | int, starts_BT: jax.Array
+) -> jax.Array:
+    """`starts_BT`, no earlier than a sliding window lets a query see; a window of 0 hides nothing."""
+    if isinstance(window, int) and window == 0:
+        return starts_BT
+    from_BT = jnp.where(jnp.asarray(window) > 0, positions_BT - window + 1, 0)
+    return jnp.maximum(from_BT, starts_BT)
 
 
 def attend(
@@ -55,7 +60,7 @@ def attend(
     if backend == "cudnn":
         return _attend_cudnn(q_BTKGH, kv, starts_BT, rules or AxisRules())
     B, T, K, G, H = q_BTKGH.shape
-    positions = jnp.arange(T)
+    positions = jnp.arange(T)[None]
     # Heads before positions, merged to one axis N = G * T around the two products: contracting over
     # two axes, as the gradients of keys and values do, XLA would transpose the weights in memory.
     q_BKNH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * H**-0.5).reshape(B, K, G * T, H)
@@ -79,7 +84,7 @@ def _attend_cudnn(
 
     def local(q_BTKGH: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
         B, T, K, G, H = q_BTKGH.shape
-        positions = jnp.arange(T)
+        positions = jnp.arange(T)[None]
         mask = visible(positions, positions, starts[0])[:, :, :, 0] if starts else None
         o_BTNH = jax.nn.dot_product_attention(
             q_BTKGH.reshape(B, T, K * G, H),
@@ -98,52 +103,84 @@ def _attend_cudnn(
     return sharded(q_BTKGH, *kv, *starts)
 
 
-def attend_blocks(
+# --------------------------------------------------------------------------------- through a cache
+
+EMPTY = 1 << 30  # the position of an entry that holds no token: later than any query
+
+
+class Segment(NamedTuple):
+    """A part of a KV cache, as attention reads it."""
+
+    read: Callable[[Any], KV]  # KV of block i, [B, S, K, H]
+    positions: Callable[[Any], jax.Array]  # of the entries of block i, [B, S]; EMPTY where none is
+    first: Any  # the blocks to read: first to end, the end not included
+    end: Any
+    arrays: tuple[jax.Array, ...]  # what it is read from, [B, entries, ...]
+    tokens: int = 1  # in an entry of those arrays
+
+
+def attend_segments(
     q_BTKGH: jax.Array,
-    read_block,
-    block: int,
+    segments: Sequence[Segment],
     *,
-    first_query: jax.Array,
+    positions_BT: jax.Array,
     starts_BT: jax.Array,
+    axis: str | None = None,
 ) -> jax.Array:
-    """Attention of T new queries over a cache that is read block by block, up to the last query.
+    """Attention of T queries over a cache that is read block by block. [B, T, K, G, H]
 
-    `read_block(i)` returns the KV of cache entries i * block to (i + 1) * block. The queries stand at
-    cache entries first_query to first_query + T; their own keys have been written already. Softmax is
-    accumulated online in float32, so neither the scores nor a copy of the cache ever exist whole.
-    A query that sees no key (padding) gives zeros.
+    A query sees the keys at positions `starts_BT <= s <= positions_BT`, its own among them: they have
+    been written already. Softmax is accumulated online in float32, so neither the scores nor a copy of
+    the cache ever exist whole. A query that sees no key (padding) gives zeros. With `axis`, a mesh axis
+    of a surrounding shard_map, the devices along it hold parts of one cache.
     """
-    T = q_BTKGH.shape[1]
-    queries_T = first_query + jnp.arange(T)
 
-    def step(i, carry):
-        peak_BKTG, total_BKTG, sum_BKTGH = carry
-        kv = read_block(i)
-        seen = visible(queries_T, i * block + jnp.arange(block), starts_BT)
-        s_BKTGS = jnp.where(seen, scores(q_BTKGH, kv.k_BSKH), MASKED)
-        new_peak = jnp.maximum(peak_BKTG, s_BKTGS.max(-1))
-        p_BKTGS = jnp.where(seen, jnp.exp(s_BKTGS - new_peak[..., None]), 0)
-        shrink_BKTG = jnp.exp(peak_BKTG - new_peak)
-        values = jnp.einsum(
-            "BKTGS,BSKH->BKTGH",
-            p_BKTGS.astype(kv.v_BSKH.dtype),
+    B, T, K, G, H = q_BTKGH.shape
+    # One axis N = G * T of queries for each KV head, as in `attend`: two plain matrix products a block.
+    q_BKNH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * H**-0.5).reshape(B, K, G * T, H)
+    over_queries = lambda a_BT: jnp.tile(a_BT, (1, G))[:, None, :, None]  # [B, 1, N, 1]
+    positions, starts = over_queries(positions_BT), over_queries(starts_BT)
+
+    def step(segment: Segment, i, carry):
+        peak_BKN1, total_BKN1, sum_BKNH = carry
+        kv, keys = segment.read(i), segment.positions(i)[:, None, None, :]
+        s_BKNS = jnp.einsum(
+            "BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32
+        )
+        s_BKNS = jnp.where((keys <= positions) & (keys >= starts), s_BKNS, MASKED)
+        # What a query sums up before its first visible key shrinks to nothing when that key comes.
+        new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
+        p_BKNS = jnp.exp(s_BKNS - new_peak)
+        shrink_BKN1 = jnp.exp(peak_BKN1 - new_peak)
+        values_BKNH = jnp.einsum(
+            "BKNS,BSKH->BKNH",
+            p_BKNS.astype(kv.v_BSKH.dtype),
             kv.v_BSKH,
             preferred_element_type=jnp.float32,
         )
-        return (
-            new_peak,
-            total_BKTG * shrink_BKTG + p_BKTGS.sum(-1),
-            sum_BKTGH * shrink_BKTG[..., None] + values,
-        )
+        total_BKN1 = total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
+        return new_peak, total_BKN1, sum_BKNH * shrink_BKN1 + values_BKNH
 
-    # Zeros made from the queries, so that they carry the queries' layout.
-    zero_BKTGH = jnp.einsum("BTKGH->BKTGH", q_BTKGH).astype(jnp.float32) * 0
-    zero_BKTG = zero_BKTGH[..., 0]
-    carry = (zero_BKTG + MASKED, zero_BKTG, zero_BKTGH)
-    blocks = (first_query + T - 1) // block + 1
-    _, total_BKTG, sum_BKTGH = jax.lax.fori_loop(jnp.min(starts_BT) // block, blocks, step, carry)
-    o_BKTGH = sum_BKTGH / jnp.maximum(total_BKTG, jnp.finfo(jnp.float32).tiny)[..., None]
-    return jnp.einsum("BKTGH->BTKGH", o_BKTGH).astype(q_BTKGH.dtype)
+    zeros_BKN1 = jnp.zeros((B, K, G * T, 1))
+    carry = (zeros_BKN1 + MASKED, zeros_BKN1, jnp.zeros((B, K, G * T, H)))
+    for segment in segments:
+        body = functools.partial(step, segment)
+        if isinstance(segment.first, int) and isinstance(segment.end, int):
+            for i in range(segment.first, segment.end):
+                carry = body(i, carry)
+        else:
+            carry = jax.lax.fori_loop(segment.first, segment.end, body, carry)
+    peak_BKN1, total_BKN1, sum_BKNH = carry
+    if axis is not None:
+        highest_BKN1 = jax.lax.pmax(peak_BKN1, axis)
+        shrink_BKN1 = jnp.exp(peak_BKN1 - highest_BKN1)
+        total_BKN1 = jax.lax.psum(total_BKN1 * shrink_BKN1, axis)
+        sum_BKNH = jax.lax.psum(sum_BKNH * shrink_BKN1, axis)
+        peak_BKN1 = highest_BKN1
+    saw_none = peak_BKN1 <= MASKED
+    o_BKNH = jnp.where(saw_none, 0, sum_BKNH / jnp.where(saw_none, 1, total_BKN1))
+    o_BTKGH = jnp.einsum("BKGTH->BTKGH", o_BKNH.reshape(B, K, G, T, H))
+    return o_BTKGH.astype(q_BTKGH.dtype)
 
 
 # ----------------------------------------------------------------------------- choice of backend

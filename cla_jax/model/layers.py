@@ -2,7 +2,8 @@
 
 Shape letters, here and in the rest of the model:
     B batch, T query positions, S key positions, D d_model, F d_ff, V vocabulary,
-    K key/value heads, G query heads per key/value head, H d_head, C key and value (2).
+    K key/value heads, G query heads per key/value head, H d_head, C key and value (2),
+    E entries of a cache.
 Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
@@ -27,6 +28,7 @@ AXES = {
     "V": "vocab",
     "K": "kv_heads",
     "G": "q_groups",
+    "E": "cache_entries",
 }
 
 

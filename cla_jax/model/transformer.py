@@ -24,7 +24,7 @@ from flax import nnx
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import KV, attend
+from cla_jax.model.attention import KV, attend, window_starts
 from cla_jax.model.layers import Linear, Mlp, RMSNorm, Rope, axes, gather, normal
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
@@ -148,23 +148,35 @@ class Transformer(nnx.Module):
         `starts_BT`, if given, is the first position that each query may see.
         """
         config, rules = self.config, run.rules
-        rope = Rope(jnp.arange(tokens_BT.shape[1])[None], config)
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        rope = Rope(positions_BT, config)
 
-        def attend_(q_BTKGH: jax.Array, kv: KV) -> jax.Array:
-            return attend(q_BTKGH, kv, starts_BT=starts_BT, backend=run.attention, rules=rules)
+        def attend_within(window: jax.Array | None) -> Attend:
+            seen_from_BT = starts_BT
+            if window is not None:
+                any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
+                seen_from_BT = window_starts(positions_BT, window, any_BT)
+            return lambda q_BTKGH, kv: attend(
+                q_BTKGH, kv, starts_BT=seen_from_BT, backend=run.attention, rules=rules
+            )
 
         x_BTD = self.embed(tokens_BT, rules)
         lent: dict[int, KV] = {}
-        for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
+        for stack, groups in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
             borrowed = None if stack.owns else lent[stack.groups[0].source]
+            windows = [config.resolved_windows[group.first] for group in stack.groups]
 
-            def body(x_BTD: jax.Array, group: Group, stack=stack, kv=borrowed):
+            def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=borrowed):
+                group: Group = item["group"]
                 if stack.owns:
                     kv = group.keys_and_values(x_BTD, rope, rules, config)
-                x_BTD = group(x_BTD, kv, rope, attend_, run, config)
+                x_BTD = group(x_BTD, kv, rope, attend_within(item["window"]), run, config)
                 return x_BTD, kv if stack.lends else None
 
-            x_BTD, kvs = fold(body, x_BTD, group, scan=run.scan_layers)
+            # A window is data of the scan: a pattern of them does not break a stack.
+            window = jnp.array(windows) if any(config.resolved_windows) else None
+            items = {"group": groups, "window": window}
+            x_BTD, kvs = fold(body, x_BTD, items, scan=run.scan_layers)
             if stack.lends:
                 lent |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
         return self.norm(x_BTD)

@@ -40,7 +40,7 @@ class Row:
     def kv_bytes(self) -> float:
         if self.cache and self.evaluation:
             return self.evaluation["kv_bytes"]["resident"]["counted"]
-        return costs.kv_bytes(self.config.model).resident
+        return costs.kv_bytes(self.config.model, self.config.data.seq_len).resident
 
     @property
     def sharing(self) -> float:

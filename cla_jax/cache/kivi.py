@@ -1,0 +1,237 @@
+"""KIVI-style 4 and 2 bits (2402.02750, section 3): keys by channel, values by token.
+
+Keys have channels that are large in every token, so each channel of a group of 32 tokens has a scale
+and a zero of its own; values have none, so each token has them, for every 32 channels. A group of keys
+must be whole before it can be quantised: the newest tokens, 128 at least and 159 at most, stay in full
+precision until the oldest 32 of them are due. Scales and zeros are float16.
+
+Unlike the paper's prefill, a token is read back from the cache by the very step that wrote it, so that
+what is measured in chunks of a prompt is never better than what decoding sees.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax.cache.bits import carrier, kept, restored
+from cla_jax.cache.entries import Entries
+from cla_jax.cache.per_token import Shape, Slot
+from cla_jax.config import ModelConfig
+from cla_jax.model.attention import EMPTY, KV, Segment
+
+GROUP = 32  # tokens of a key group, channels of a value group
+NEWEST = 128  # tokens that are never quantised
+RING = NEWEST + GROUP  # entries that keep them
+META_BYTES = 4  # a float16 scale and zero
+
+
+class KiviSlot(NamedTuple):
+    """Arrays, or their shapes. E counts groups of 32 tokens, R the ring of the newest tokens."""
+
+    k_codes: Any  # [B, E, 32 * bits / 8, K, H], packed along tokens
+    k_scale: Any  # [B, E, K, H]
+    k_zero: Any
+    v_codes: Any  # [B, E, 32, K, ceil(H * bits / 8)], packed along channels
+    v_scale: Any  # [B, E, 32, K, ceil(H / 32)]
+    v_zero: Any
+    newest: KV  # [B, R, K, H]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kivi:
+    bits: int  # 4 or 2
+    dtype: str
+    name: str
+    longest_block: int = 256
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
+
+    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
+        K, H, groups = config.n_kv_heads, config.d_head, entries // GROUP
+        head_bytes, head_groups = -(-H // self.per_byte), -(-H // GROUP)
+        codes, meta = jnp.dtype("uint8"), jnp.dtype("uint16")
+        k_meta = Shape("BEKH", (batch, groups, K, H), meta)
+        v_meta = Shape("BETKH", (batch, groups, GROUP, K, head_groups), meta)
+        newest: Any = Shape("BRKH", (batch, RING, K, H), carrier(self.dtype))
+        return KiviSlot(
+            k_codes=Shape("BETKH", (batch, groups, GROUP // self.per_byte, K, H), codes),
+            k_scale=k_meta,
+            k_zero=k_meta,
+            v_codes=Shape("BETKH", (batch, groups, GROUP, K, head_bytes), codes),
+            v_scale=v_meta,
+            v_zero=v_meta,
+            newest=KV(newest, newest),
+        )
+
+    # ------------------------------------------------------------------------ writing and reading
+
+    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+        B, T = positions_BT.shape
+        if T <= GROUP:  # at most one group becomes due
+            return self._write(slot, kv, positions_BT, entries)
+        padding = -T % GROUP
+
+        def steps(a: jax.Array, fill: int) -> jax.Array:
+            widths = [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2)
+            a = jnp.pad(a, widths, constant_values=fill)
+            return jnp.moveaxis(a.reshape(B, -1, GROUP, *a.shape[2:]), 1, 0)
+
+        def step(slot: Slot, inputs: tuple[KV, jax.Array]) -> tuple[Slot, None]:
+            return self._write(slot, *inputs, entries), None
+
+        xs = (KV(*(steps(a, 0) for a in kv)), steps(positions_BT, -1))
+        return jax.lax.scan(step, slot, xs)[0]
+
+    def _write(self, slot: KiviSlot, kv: KV, positions_BT: jax.Array, entries: Entries) -> KiviSlot:
+        """Writes up to 32 tokens a row; first quantises the group that they make due, if they do."""
+        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+        place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
+        newest = KV(
+            *(
+                held.at[rows_B1, place_BT].set(kept(new, self.dtype), mode="drop")
+                for held, new in zip(slot.newest, kv, strict=True)
+            )
+        )
+        if entries.capacity == 0:  # too short for anything to be quantised
+            return slot._replace(newest=newest)
+        count_B = jnp.sum(positions_BT >= 0, axis=1)
+        length_B = jnp.max(positions_BT, axis=1) + 1  # 0 for a row without new tokens
+        oldest_B = quantized_tokens(length_B - count_B)
+        due_B = quantized_tokens(length_B) > oldest_B
+        ring_BT = (oldest_B[:, None] + jnp.arange(GROUP)) % RING
+        due = [restored(a[rows_B1, ring_BT], self.dtype) for a in slot.newest]
+        group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
+
+        def put(held: jax.Array, new: jax.Array) -> jax.Array:
+            return held.at[rows_B1, group_B1].set(new[:, None], mode="drop")
+
+        packed = (*self._pack_keys(due[0]), *self._pack_values(due[1]))
+        return KiviSlot(*map(put, slot[:-1], packed), newest=newest)
+
+    def segments(
+        self, slot: KiviSlot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+    ) -> Sequence[Segment]:
+        quantized_B = quantized_tokens(lengths_B)
+        groups = entries.block // GROUP
+
+        def read(i: jax.Array) -> KV:
+            cut = lambda held: jax.lax.dynamic_slice_in_dim(held, i * groups, groups, 1)
+            k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = map(cut, slot[:-1])
+            k = self._unpack_keys(k_codes, k_scale, k_zero)
+            v = self._unpack_values(v_codes, v_scale, v_zero, k.shape[-1])
+            return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
+
+        def positions(i: jax.Array) -> jax.Array:
+            return entries.positions(i * entries.block + jnp.arange(entries.block), quantized_B)
+
+        def read_newest(_: jax.Array) -> KV:
+            return KV(*(restored(a, self.dtype) for a in slot.newest))
+
+        def positions_newest(_: jax.Array) -> jax.Array:
+            ring = Entries(RING, GROUP, ring=True)
+            held = ring.positions(jnp.arange(RING), lengths_B)
+            # Every device has the newest tokens; the first one of a slot in parts answers for them.
+            return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
+
+        newest = Segment(read_newest, positions_newest, 0, 1, tuple(slot.newest))
+        if entries.capacity == 0:
+            return [newest]
+        begin, end = entries.blocks(first, jnp.max(quantized_B) - 1)
+        quantized = Segment(read, positions, begin, end, tuple(slot[:-1]), tokens=GROUP)
+        return [quantized, newest]
+
+    # ---------------------------------------------------------------------------- codes of a group
+
+    def _pack_keys(self, k_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        codes, scale, zero = self._codes(k_BTKH, axis=1)
+        B, T, K, H = codes.shape
+        codes = codes.reshape(B, T // self.per_byte, self.per_byte, K, H)
+        return self._packed(codes, axis=2), scale[:, 0], zero[:, 0]
+
+    def _unpack_keys(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+        """[B, E, 32, K, H]"""
+        B, E, T, K, H = codes.shape
+        values = self._unpacked(codes, axis=3).reshape(B, E, T * self.per_byte, K, H)
+        return self._restored(values, scale[:, :, None], zero[:, :, None])
+
+    def _pack_values(self, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        B, T, K, H = v_BTKH.shape
+        # The last channel group is filled up with its own last channel, which changes no range.
+        v_BTKH = jnp.pad(v_BTKH, [(0, 0)] * 3 + [(0, -H % GROUP)], mode="edge")
+        codes, scale, zero = self._codes(v_BTKH.reshape(B, T, K, -1, GROUP), axis=-1)
+        codes = codes.reshape(B, T, K, -1)[..., : H + -H % self.per_byte]
+        codes = codes.reshape(B, T, K, -1, self.per_byte)
+        return self._packed(codes, axis=4), scale[..., 0], zero[..., 0]
+
+    def _unpack_values(
+        self, codes: jax.Array, scale: jax.Array, zero: jax.Array, H: int
+    ) -> jax.Array:
+        """[B, E, 32, K, H]"""
+        values = self._unpacked(codes, axis=5).reshape(*codes.shape[:4], -1)[..., :H]
+        spread = lambda meta: jnp.repeat(meta, GROUP, axis=-1)[..., :H]
+        return self._restored(values, spread(scale), spread(zero))
+
+    def _codes(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Codes of x, and the bits of its scales and zeros along an axis."""
+        x = x.astype(jnp.float32)
+        largest = float(jnp.finfo(jnp.float16).max)
+        low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
+        zero = kept(jnp.clip(low, -largest, largest), "float16")
+        scale = kept(jnp.minimum((high - low) / (2**self.bits - 1), largest), "float16")
+        step, start = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))
+        codes = jnp.round((x - start) / jnp.where(step > 0, step, 1))
+        return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8), scale, zero
+
+    def _restored(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+        scale, zero = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))
+        return (codes.astype(jnp.float32) * scale + zero).astype(self.dtype)
+
+    def _packed(self, codes: jax.Array, axis: int) -> jax.Array:
+        """Sums codes along an axis of `per_byte`, each shifted to its place in the byte."""
+        return jnp.sum(codes << self._shifts(codes.ndim - axis - 1), axis=axis, dtype=jnp.uint8)
+
+    def _unpacked(self, codes: jax.Array, axis: int) -> jax.Array:
+        """The inverse: a new axis of `per_byte`."""
+        codes = jnp.expand_dims(codes, axis)
+        return (codes >> self._shifts(codes.ndim - axis - 1)) & jnp.uint8(2**self.bits - 1)
+
+    def _shifts(self, trailing: int) -> jax.Array:
+        shifts = self.bits * jnp.arange(self.per_byte, dtype=jnp.uint8)
+        return shifts.reshape(-1, *[1] * trailing)
+
+    # -------------------------------------------------------------------------------------- bytes
+
+    def entries(self, tokens: int) -> int:
+        return max(tokens - NEWEST, 0)
+
+    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
+        return round(entries * self._packed_bytes(config)) + RING * self._full_bytes(config)
+
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
+        quantized = max(tokens - NEWEST, 0) // GROUP * GROUP
+        packed = max(quantized - first, 0) * self._packed_bytes(config)
+        return round(packed) + (tokens - max(quantized, first)) * self._full_bytes(config)
+
+    def written_bytes(self, config: ModelConfig, entries: int) -> float:
+        """Twice: in full, and again when its group is due."""
+        return self._full_bytes(config) + (self._packed_bytes(config) if entries else 0)
+
+    def _packed_bytes(self, config: ModelConfig) -> float:
+        """Of a quantised token, its share of its group's scales and zeros included."""
+        H = config.d_head
+        keys = H * self.bits / 8 + H * META_BYTES / GROUP
+        values = -(-H // self.per_byte) + -(-H // GROUP) * META_BYTES
+        return config.n_kv_heads * (keys + values)
+
+    def _full_bytes(self, config: ModelConfig) -> int:
+        return 2 * config.n_kv_heads * config.d_head * jnp.dtype(self.dtype).itemsize
+
+
+def quantized_tokens(length: jax.Array) -> jax.Array:
+    """How many tokens of a row are quantised: the oldest ones, in whole groups."""
+    return jnp.maximum(length - NEWEST, 0) // GROUP * GROUP

@@ -1,0 +1,78 @@
+"""What the formats have in common that keep every token by itself."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax.cache.entries import Entries
+from cla_jax.config import ModelConfig
+from cla_jax.model.attention import KV, Segment
+
+Slot = Any
+
+
+class Shape(NamedTuple):
+    """An array of a slot: its axes by letter (see model.layers), its shape over all devices, its dtype."""
+
+    letters: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerToken:
+    """A slot is a pytree of arrays [batch, entries, ...]; a token is encoded and decoded alone."""
+
+    dtype: str
+    name: str
+    longest_block: int = 512
+
+    def encode(self, kv: KV) -> Slot:
+        """What is kept of tokens: [B, T, ...] arrays."""
+        raise NotImplementedError
+
+    def decode(self, kept: Slot) -> KV:
+        """The inverse, in `dtype`, up to the error of the format."""
+        raise NotImplementedError
+
+    def bytes_per_token(self, config: ModelConfig) -> int:
+        raise NotImplementedError
+
+    def entries(self, tokens: int) -> int:
+        return tokens
+
+    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+        entries_BT = entries.of(positions_BT)
+
+        def put(held: jax.Array, new: jax.Array) -> jax.Array:
+            return held.at[rows_B1, entries_BT].set(new, mode="drop")
+
+        return jax.tree.map(put, slot, self.encode(kv))
+
+    def segments(
+        self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+    ) -> Sequence[Segment]:
+        def read(i: jax.Array) -> KV:
+            cut = lambda held: jax.lax.dynamic_slice_in_dim(
+                held, i * entries.block, entries.block, 1
+            )
+            return self.decode(jax.tree.map(cut, slot))
+
+        def positions(i: jax.Array) -> jax.Array:
+            return entries.positions(i * entries.block + jnp.arange(entries.block), lengths_B)
+
+        begin, end = entries.blocks(first, jnp.max(lengths_B) - 1)
+        return [Segment(read, positions, begin, end, tuple(jax.tree.leaves(slot)))]
+
+    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
+        return entries * self.bytes_per_token(config)
+
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
+        return (tokens - first) * self.bytes_per_token(config)
+
+    def written_bytes(self, config: ModelConfig, entries: int) -> float:  # noqa: ARG002
+        return self.bytes_per_token(config)

@@ -1,0 +1,94 @@
+"""Eight bits an element: int8 and fp8 (e4m3), with a scale for each token and head.
+
+A scale belongs to one token, so nothing is requantised as the cache grows, and a ring may overwrite
+entries in any order. Scales are bfloat16, rounded up so that no element is clipped.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax.cache.bits import kept, restored
+from cla_jax.cache.per_token import PerToken, Shape, Slot
+from cla_jax.config import ModelConfig
+from cla_jax.model.attention import KV
+
+SCALE_BYTES = 2
+
+
+class Scaled(NamedTuple):
+    """Arrays, or their shapes."""
+
+    k_codes: Any  # [B, E, K, H]
+    k_scales: Any  # [B, E, K]
+    v_codes: Any
+    v_scales: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EightBit(PerToken):
+    codes: str  # dtype of the codes' carrier
+    largest: float  # the largest value that a code stands for
+
+    def _codes(self, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
+        heads = (batch, entries, config.n_kv_heads)
+        codes = Shape("BEKH", (*heads, config.d_head), jnp.dtype(self.codes))
+        scales = Shape("BEK", heads, jnp.dtype("uint16"))
+        return Scaled(codes, scales, codes, scales)
+
+    def _quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1) / self.largest
+        bits = kept(scale * (1 + 2.0**-8), "bfloat16")
+        scale = restored(bits, "bfloat16").astype(jnp.float32)
+        # A head of zeros has scale 0 and codes 0.
+        return self._codes(x / jnp.where(scale > 0, scale, 1)[..., None]), bits
+
+    def encode(self, kv: KV) -> Scaled:
+        return Scaled(*self._quantized(kv.k_BSKH), *self._quantized(kv.v_BSKH))
+
+    def decode(self, kept: Scaled) -> KV:
+        def values(codes: jax.Array, bits: jax.Array) -> jax.Array:
+            scale = restored(bits, "bfloat16").astype(jnp.float32)[..., None]
+            return (self._values(codes) * scale).astype(self.dtype)
+
+        return KV(values(kept.k_codes, kept.k_scales), values(kept.v_codes, kept.v_scales))
+
+    def bytes_per_token(self, config: ModelConfig) -> int:
+        return 2 * config.n_kv_heads * (config.d_head + SCALE_BYTES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8(_EightBit):
+    """Integers of -127 to 127; an error of at most half a scale."""
+
+    codes: str = "int8"
+    largest: float = 127.0
+
+    def _codes(self, x: jax.Array) -> jax.Array:
+        return jnp.round(x).astype(jnp.int8)
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        return codes.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8(_EightBit):
+    """e4m3 floats; a relative error of at most 1/16, down to 1/28,672 of the largest element."""
+
+    codes: str = "uint8"
+    largest: float = 448.0
+
+    def _codes(self, x: jax.Array) -> jax.Array:
+        return kept(x, "float8_e4m3fn")
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        return restored(codes, "float8_e4m3fn").astype(jnp.float32)

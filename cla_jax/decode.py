@@ -1,0 +1,176 @@
+"""One step through the KV cache: of one token in decoding, of a chunk of a prompt in prefill.
+
+Decoding uses the parameters of each layer apart, taken out of their stacks once, and an unrolled
+step; slicing stacked weights inside the loop would copy them for every token. The cache is donated and
+read block by block up to the current length.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax import kv_map as kv_maps
+from cla_jax.cache import Cache, CacheSpec
+from cla_jax.mesh import AxisRules
+from cla_jax.model.attention import window_starts
+from cla_jax.model.layers import RMSNorm, Rope, axes, gather
+from cla_jax.model.transformer import Execution, Group, Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model's parameters as decoding wants them: in the compute dtype, layer by layer."""
+
+    embedding: jax.Array
+    groups: tuple[Group, ...]
+    norm: RMSNorm
+    own_head: jax.Array | None  # None if tied: one table serves both ends
+
+    @property
+    def head(self) -> jax.Array:
+        """The output head, [V, D]."""
+        return self.embedding if self.own_head is None else self.own_head
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weights:
+    dtype = jnp.dtype(model.config.compute_dtype)
+    return Weights(
+        embedding=gather(model.embedding, rules, dtype)[...],
+        groups=model.unstacked(Execution(rules=rules)),
+        norm=model.norm,
+        own_head=None if model.head is None else gather(model.head, rules, dtype)[...],
+    )
+
+
+def decode(
+    weights: Weights,
+    spec: CacheSpec,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    starts_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Appends T tokens to each row: their hidden states [B, T, D], and the cache with them in it.
+
+    Only the first counts_B tokens of a row are text; the rest is padding, neither kept nor seen, and
+    what comes out of it means nothing. `starts_BT`, if given, is the first position each token sees.
+    """
+    config, rules = spec.config, spec.rules
+    # Positions are settled here, once: where a consumer's query stands cannot depend on what its
+    # producer has done to a cache in between.
+    steps_T = jnp.arange(tokens_BT.shape[1])
+    is_text_BT = steps_T < counts_B[:, None]
+    positions_BT = jnp.where(is_text_BT, cache.lengths_B[:, None] + steps_T, -1)
+    lengths_B = cache.lengths_B + counts_B
+    rope = Rope(positions_BT, config)
+    any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
+    run = Execution(rules=rules)
+    slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
+    slots = list(cache.slots)
+    x_BTD = weights.embedding.at[tokens_BT].get(
+        out_sharding=rules.gathered().spec(*axes("BTD")), mode="clip"
+    )
+    for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
+        p = slot_of[group.source]
+        if group.owns:
+            kv = blocks.keys_and_values(x_BTD, rope, rules, config)
+            slots[p] = spec.write(p, slots[p], kv, positions_BT)
+        seen_from_BT = window_starts(positions_BT, spec.windows[p], any_BT)
+
+        def attend(q_BTKGH: jax.Array, slot: Any, p=p, seen_from_BT=seen_from_BT) -> jax.Array:
+            return spec.attend(
+                p,
+                slot,
+                q_BTKGH,
+                positions_BT=positions_BT,
+                starts_BT=seen_from_BT,
+                lengths_B=lengths_B,
+            )
+
+        x_BTD = blocks(x_BTD, slots[p], rope, attend, run, config)
+    return weights.norm(x_BTD), Cache(tuple(slots), lengths_B)
+
+
+# -------------------------------------------------------------------------------------- prefill
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames=("cache", "last_BD"))
+def _prefill_chunk(
+    weights: Weights,
+    cache: Cache,
+    last_BD: jax.Array,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    *,
+    spec: CacheSpec,
+) -> tuple[jax.Array, Cache]:
+    x_BTD, cache = decode(weights, spec, cache, tokens_BT, counts_B)
+    # A masked sum picks each row's last token without a gather over the split rows.
+    is_last_BT = jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1
+    picked_BD = jnp.sum(jnp.where(is_last_BT[:, :, None], x_BTD, 0), axis=1)
+    return jnp.where(counts_B[:, None] > 0, picked_BD, last_BD), cache
+
+
+def prefill(
+    weights: Weights, spec: CacheSpec, cache: Cache, prompts: Sequence[Sequence[int]]
+) -> tuple[jax.Array, Cache]:
+    """Fills an emptied cache with prompts of any lengths, `spec.chunk` tokens a step, the last padded.
+
+    Returns the hidden state of each row's last token, [B, D], and the cache. One program serves every
+    chunk of every prompt. Raises ValueError for prompts that do not fit.
+    """
+    longest = check_prompts(prompts, spec)
+    cache = cache.emptied()
+    T = spec.chunk
+    chunks = -(-longest // T)
+    tokens = np.zeros((spec.batch, chunks * T), np.int32)
+    counts = np.zeros(spec.batch, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        counts[row] = len(prompt)
+    rules = spec.rules
+    last_BD = jnp.zeros(
+        (spec.batch, spec.config.d_model),
+        spec.config.compute_dtype,
+        out_sharding=rules.gathered().spec(*axes("BD")),
+    )
+    for i in range(chunks):
+        chunk = tokens[:, i * T : (i + 1) * T]
+        placed = jax.device_put(
+            (chunk, np.clip(counts - i * T, 0, T)), (rules.spec("batch", None), rules.spec("batch"))
+        )
+        last_BD, cache = _prefill_chunk(weights, cache, last_BD, *placed, spec=spec)
+    return last_BD, cache
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], spec: CacheSpec, new_tokens: Sequence[int] | None = None
+) -> int:
+    """The longest prompt's length. Raises ValueError for prompts that the cache or model cannot take."""
+    if not prompts:
+        raise ValueError("there is no prompt")
+    if len(prompts) > spec.batch:
+        raise ValueError(f"{len(prompts)} prompts for a cache of {spec.batch} rows")
+    vocabulary = spec.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: start it with the end token, as training does")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ValueError(
+                f"prompt {i} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it "
+                f"has {min(prompt)} to {max(prompt)}"
+            )
+        new = new_tokens[i] if new_tokens else 0
+        if len(prompt) + new > spec.capacity:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with {new} new ones that is more than the "
+                f"{spec.capacity} tokens that a row of the cache holds"
+            )
+    return max(map(len, prompts))

@@ -1,0 +1,124 @@
+"""What decoding needs, before anything is allocated, and how many sequences that lets fit.
+
+The closed forms hold for any device. The compiler's own figures (`compiled`) are those of the backend at
+hand: on a CPU they say little about an accelerator, since bfloat16 weights are widened there.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax.cache import CacheSpec, cache_spec, ledger
+from cla_jax.config import ModelConfig
+from cla_jax.decode import _prefill_chunk, decoding_weights
+from cla_jax.generate import Sampling, _Choice, _loop, _Rows
+from cla_jax.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Bytes, and how many sequences of `context` tokens they leave room for."""
+
+    context: int
+    weights: int
+    kv: int  # of one sequence: its row of the cache
+    workspace: int  # of one sequence, while its prompt goes through
+    sequences: int
+    binds: str  # what most of the bytes of a further sequence would go to
+
+
+def weights_bytes(config: ModelConfig) -> int:
+    """Of the weights as decoding keeps them: matrices in the compute dtype, norms in float32."""
+    return ledger.nbytes(jax.eval_shape(lambda: decoding_weights(_abstract(config))))
+
+
+def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
+    """About what a step of `tokens` tokens a row needs beside weights and cache, for one row.
+
+    The larger of an attention (queries, output; scores, masked scores and weights of one block of the
+    cache; old and new sums) and an MLP (gate, up and their product); the residual stream and a norm of
+    it; and the logits of one token with what sampling makes of them.
+    """
+    config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize
+    heads, H = config.n_heads, config.d_head
+    block = max(spec.block(p) for p in range(len(spec.formats)))
+    attention = heads * (2 * H * width + 3 * block * 4 + 2 * H * 4)
+    mlp = 3 * config.d_ff * width
+    return tokens * (2 * config.d_model * width + max(attention, mlp)) + 3 * config.vocab_size * 4
+
+
+def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: int = 256) -> Fit:
+    """How many sequences of `context` tokens a device with `budget` bytes can hold.
+
+    Raises ValueError if it cannot hold the weights and one sequence.
+    """
+    spec = cache_spec(config, format, batch=1, capacity=context, chunk=chunk)
+    weights, kv = weights_bytes(config), int(ledger.predicted(spec, context).allocated)
+    workspace = workspace_bytes(spec, spec.chunk)
+    sequences = max(budget - weights, 0) // (kv + workspace)
+    if sequences < 1:
+        raise ValueError(
+            f"budget = {budget:,} B is smaller than the weights ({weights:,} B), the KV cache of one "
+            f"sequence of {context:,} tokens ({kv:,} B, {format}) and its workspace ({workspace:,} B)"
+        )
+    return Fit(
+        context=context,
+        weights=weights,
+        kv=kv,
+        workspace=workspace,
+        sequences=sequences,
+        binds="KV cache" if kv >= workspace else "workspace",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Bytes of one compiled phase on the backend at hand."""
+
+    arguments: int  # weights, cache and what the step is given
+    temporaries: int
+    total: int  # arguments, temporaries, and outputs that are not written over arguments
+
+
+def compiled(spec: CacheSpec) -> dict[str, Peak]:
+    """The compiler's figures for a chunk of `prefill` and for the `decode` loop; nothing is allocated."""
+    config, B = spec.config, spec.batch
+    weights = jax.eval_shape(lambda: decoding_weights(_abstract(config)))
+    cache = jax.eval_shape(spec.allocate)
+    ints: Any = jax.ShapeDtypeStruct((B,), jnp.int32)
+    flags: Any = jax.ShapeDtypeStruct((B,), bool)
+    ids: Any = jax.ShapeDtypeStruct((config.vocab_size,), bool)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+    last = jax.ShapeDtypeStruct((B, config.d_model), config.compute_dtype)
+    prompt = jax.ShapeDtypeStruct((B, spec.chunk), jnp.int32)
+    phases = {
+        "prefill": _prefill_chunk.lower(weights, cache, last, prompt, ints, spec=spec),
+        "decode": _loop.lower(
+            weights,
+            cache,
+            _Rows(ints, ints, flags, flags),
+            _Choice(keys, ints, ids, ids),
+            spec=spec,
+            sampling=Sampling(),
+            steps=64,
+        ),
+    }
+    return {name: _peak(lowered.compile().memory_analysis()) for name, lowered in phases.items()}
+
+
+def allocator_peak() -> int | None:
+    """The most bytes that were in use at once on the first device; None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def _peak(analysis) -> Peak:
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Peak(arguments=arguments, temporaries=temporaries, total=arguments + temporaries + new)
+
+
+def _abstract(config: ModelConfig) -> Transformer:
+    return Transformer(jax.random.key(0), config)

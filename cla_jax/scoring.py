@@ -1,0 +1,296 @@
+"""Scoring held-out text: by full forward, through a KV cache, and one beside the other.
+
+Perplexity is exp of the mean negative log-likelihood per token over the held-out split: windows of
+seq_len targets in order, each token scored once. Bits per byte divides the same total by the UTF-8
+bytes of the same text.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax import cache as caches
+from cla_jax import kv_map as kv_maps
+from cla_jax.cache import CacheFormat, ledger
+from cla_jax.data import loader
+from cla_jax.decode import Weights, decode, decoding_weights
+from cla_jax.loss import cross_entropy
+from cla_jax.model.transformer import Transformer, document_starts, project
+from cla_jax.train import Setup, loss_sum
+
+Progress = Callable[[int, int], None]  # (windows done, windows in all)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Score:
+    """What was scored so far; totals, so that batches of any size add up exactly."""
+
+    nll: float = 0.0  # nats
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """The totals and what follows from them, as plain numbers."""
+        return {
+            "perplexity": math.exp(min(self.nll / self.tokens, 700.0)),
+            "bits_per_byte": self.nll / math.log(2) / self.bytes,
+            "nll": self.nll,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": round(self.tokens / self.seconds, 1),
+        }
+
+
+def score(
+    setup: Setup,
+    batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    windows: int | None = None,
+    progress: Progress = lambda done, total: None,
+    warm_up: bool = True,
+) -> Score:
+    """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` sums over a batch.
+
+    `windows` limits it to the first ones. With `warm_up` the first batch is run twice, so that
+    compilation does not count as evaluation time.
+    """
+    split = setup.prepared.split("held_out")
+    total = len(split) if windows is None else min(windows, len(split))
+    size = setup.config.placement.eval_batch_size
+    spec = setup.rules.spec("batch", None)
+    result = Score()
+    for i, batch in enumerate(loader.windows(split, size)):
+        done = i * size
+        if done >= total:
+            break
+        batch["n_targets"][total - done :] = 0
+        batch["n_bytes"][total - done :] = 0
+        T = batch["tokens"].shape[1] - 1
+        weights_BT = (np.arange(T) < batch["n_targets"][:, None]).astype(np.float32)
+        arrays = jax.device_put((batch["tokens"], weights_BT), spec)
+        if i == 0 and warm_up:
+            jax.block_until_ready(batch_nll(*arrays))
+        clock = time.monotonic()
+        result.nll += float(batch_nll(*arrays))
+        result.seconds += time.monotonic() - clock
+        result.tokens += int(batch["n_targets"].sum())
+        result.bytes += int(batch["n_bytes"].sum())
+        progress(min(done + size, total), total)
+    return result
+
+
+# ---------------------------------------------------------------------------------- two methods
+
+
+@functools.partial(jax.jit, static_argnames=("run", "end", "loss_chunk"))
+def _full_nll(model, tokens_BT1, weights_BT, *, run, end, loss_chunk):
+    return loss_sum(model, tokens_BT1, weights_BT, run=run, end=end, loss_chunk=loss_chunk)
+
+
+def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, Any]:
+    """Perplexity and bits per byte with the whole window in one pass, as in training."""
+    nll = functools.partial(
+        _full_nll,
+        model,
+        run=setup.run,
+        end=setup.end,
+        loss_chunk=setup.config.placement.loss_chunk,
+    )
+    return {"method": "full forward"} | score(setup, nll, **limits).record()
+
+
+def _teacher_forced(weights, cache, tokens_BT1, spec, end, visit, carry, *more_BT):
+    """Feeds whole windows through an emptied cache, `spec.chunk` tokens a step.
+
+    `visit(carry, x_BtD, targets_Bt, *more_Bt) -> carry` sees the hidden states of every step.
+    """
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    B, T = inputs_BT.shape
+    starts_BT = jnp.zeros_like(inputs_BT) if end is None else document_starts(inputs_BT, end)
+
+    def steps(a_BT: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a_BT.reshape(B, T // spec.chunk, spec.chunk, *a_BT.shape[2:]), 1, 0)
+
+    def step(carry, inputs):
+        cache, carry = carry
+        tokens_Bt, starts_Bt, *seen = inputs
+        counts_B = jnp.full_like(cache.lengths_B, spec.chunk)
+        x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
+        return (cache, visit(carry, x_BtD, *seen)), None
+
+    xs = tuple(map(steps, (inputs_BT, starts_BT, targets_BT, *more_BT)))
+    (cache, carry), _ = jax.lax.scan(step, (cache.emptied(), carry), xs)
+    return carry, cache
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "end"), donate_argnames="cache")
+def _cached_nll(weights, cache, tokens_BT1, weights_BT, *, spec, end):
+    """Teacher-forced decoding of whole windows: (summed nll, cache)."""
+
+    def visit(total, x_BtD, targets_Bt, weights_Bt):
+        head = weights.head
+        return total + cross_entropy(x_BtD, head, targets_Bt, weights_Bt, spec.chunk, spec.rules)
+
+    return _teacher_forced(weights, cache, tokens_BT1, spec, end, visit, jnp.zeros(()), weights_BT)
+
+
+def cached_decoding(
+    setup: Setup, model: Transformer, format: str | CacheFormat, *, chunk: int = 1, **limits: Any
+) -> dict[str, Any]:
+    """The same text scored through a KV cache, and the bytes of that cache at the end of a window.
+
+    `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are
+    faster. They change nothing for formats that keep every token by itself; kivi gets slightly worse,
+    since the first tokens of a step find the step's last ones among the newest. Raises ValueError
+    unless the chunk divides seq_len.
+    """
+    weights = decoding_weights(model, setup.rules)
+    spec = _spec(setup, format, chunk)
+    cache = spec.allocate()
+
+    def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        nonlocal cache
+        total, cache = _cached_nll(weights, cache, tokens_BT1, weights_BT, spec=spec, end=setup.end)
+        return total
+
+    scored = score(setup, nll, **limits).record()
+    context = setup.config.data.seq_len
+    predicted = ledger.predicted(spec, context).per_token(context)
+    counted = ledger.counted(spec, cache, _one_step(weights)).per_token(context)
+    return {
+        "method": "cached decoding",
+        "cache": spec.formats[0].name,
+        "cache_dtype": spec.formats[0].dtype,
+        "context": context,
+        "chunk": chunk,
+        **scored,
+        "kv_bytes": {
+            name: {"predicted": predicted[name], "counted": counted[name]} for name in predicted
+        },
+        "readers_per_slot": list(spec.readers),
+    }
+
+
+def _spec(
+    setup: Setup, format: str | CacheFormat | Sequence[CacheFormat], chunk: int
+) -> caches.CacheSpec:
+    """A cache for the windows of the held-out split."""
+    seq_len = setup.config.data.seq_len
+    check_chunk(chunk, seq_len)
+    return caches.cache_spec(
+        setup.config.model,
+        format,
+        batch=setup.config.placement.eval_batch_size,
+        capacity=seq_len,
+        chunk=chunk,
+        rules=setup.rules,
+    )
+
+
+def check_chunk(chunk: int, seq_len: int) -> None:
+    if chunk < 1 or seq_len % chunk:
+        raise ValueError(f"chunk = {chunk} does not divide data.seq_len = {seq_len}")
+
+
+def _one_step(weights: Weights) -> Callable:
+    """A decode step of one token, for the ledger to trace."""
+
+    def step(spec: caches.CacheSpec, cache: caches.Cache) -> Any:
+        rows_B = cache.lengths_B
+        return decode(weights, spec, cache, rows_B[:, None], jnp.zeros_like(rows_B))
+
+    return step
+
+
+# ------------------------------------------------------------------------------------ agreement
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "run", "end"), donate_argnames="cache")
+def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end):
+    """Sums over the tokens of windows of how far cached logits are from those of the full forward."""
+    inputs_BT = tokens_BT1[:, :-1]
+    starts_BT = None if end is None else document_starts(inputs_BT, end)
+    full_BTD = model(inputs_BT, run, starts_BT)
+
+    def visit(carry, x_BtD, _, weights_Bt, full_BtD):
+        logits = functools.partial(project, head_VD=weights.head, rules=spec.rules)
+        ours_BtV, theirs_BtV = logits(x_BtD), logits(full_BtD)
+        if (whole := spec.rules.spec("batch", None, None)) is not None:
+            ours_BtV, theirs_BtV = jax.reshard((ours_BtV, theirs_BtV), whole)
+        apart_BtV = jnp.abs(ours_BtV - theirs_BtV)
+        ours, theirs = jax.nn.log_softmax(ours_BtV), jax.nn.log_softmax(theirs_BtV)
+        sums = {
+            "mean_logit_difference": apart_BtV.mean(-1),
+            "top1_agreement": ours_BtV.argmax(-1) == theirs_BtV.argmax(-1),
+            "kl": jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
+        }
+        peak = jnp.max(apart_BtV * weights_Bt[:, :, None])
+        new = {name: carry[name] + jnp.sum(value * weights_Bt) for name, value in sums.items()}
+        return new | {"max_logit_difference": jnp.maximum(carry["max_logit_difference"], peak)}
+
+    names = ("mean_logit_difference", "top1_agreement", "kl", "max_logit_difference")
+    carry = {name: jnp.zeros(()) for name in names}
+    return _teacher_forced(
+        weights, cache, tokens_BT1, spec, end, visit, carry, weights_BT, full_BTD
+    )
+
+
+def agreement(
+    setup: Setup,
+    model: Transformer,
+    format: str | CacheFormat | Sequence[CacheFormat],
+    *,
+    chunk: int = 1,
+    windows: int = 64,
+) -> dict[str, float]:
+    """How far decoding through a cache is from the full forward, token by token.
+
+    Over the first held-out windows: the largest and the mean absolute difference of logits, how often
+    the likeliest token is the same, and the mean divergence KL(full || cached) in nats. Several formats
+    are one for each slot.
+    """
+    weights, spec = decoding_weights(model, setup.rules), _spec(setup, format, chunk)
+    cache = spec.allocate()
+    totals: dict[str, float] = {}
+
+    def visit(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        nonlocal cache
+        found, cache = _agreement(
+            model, weights, cache, tokens_BT1, weights_BT, spec=spec, run=setup.run, end=setup.end
+        )
+        for name, value in found.items():
+            join = max if name.startswith("max") else float.__add__
+            totals[name] = join(totals.get(name, 0.0), float(value))
+        return jnp.zeros(())
+
+    tokens = score(setup, visit, windows=windows, warm_up=False).tokens
+    mean = {k: v if k.startswith("max") else v / tokens for k, v in totals.items()}
+    return mean | {"tokens": tokens}
+
+
+def sensitivity(
+    setup: Setup, model: Transformer, name: str, *, chunk: int = 1, windows: int = 64
+) -> list[dict[str, float]]:
+    """What the error of each slot alone does to the model: one slot in a format, all others dense.
+
+    An error in a shared slot is felt by every layer that reads it (`readers`).
+    """
+    config = setup.config.model
+    dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
+    layers = kv_maps.slots(config.resolved_kv_map)
+    found = []
+    for p, layer in enumerate(layers):
+        formats = [lossy if i == p else dense for i in range(len(layers))]
+        measured = agreement(setup, model, formats, chunk=chunk, windows=windows)
+        readers = config.resolved_kv_map.count(layer)
+        found.append({"slot": p, "layer": layer, "readers": readers} | measured)
+    return found

@@ -1,0 +1,137 @@
+import json
+
+import pytest
+
+import experiments
+from cla_jax import memory
+from cla_jax.cache import cache_spec, ledger
+from cla_jax.decode import decoding_weights
+from launch import memory as launch_memory
+from tests import reference
+from tests.conftest import MODEL, replace
+
+# 2405.12981, tables 1, 3, 5 and 7, column "KV bytes per token (16-bit)".
+PAPER = {
+    "cla_1b.h128_mha": 163840,
+    "cla_1b.h128_gqa4": 40960,
+    "cla_1b.h128_gqa2": 20480,
+    "cla_1b.h128_mqa": 10240,
+    "cla_1b.h64_mqa": 5120,
+    "cla_1b.h46_mqa": 3680,
+    "cla_1b.h32_mqa": 2560,
+    "cla_1b.h512_mqa_cla2": 20480,
+    "cla_1b.h256_mqa_cla2": 10240,
+    "cla_1b.h128_mqa_cla2": 5120,
+    "cla_1b.h90_mqa_cla2": 3600,
+    "cla_1b.h64_mqa_cla2": 2560,
+    "cla_1b.h256_gqa4_cla2": 40960,
+    "cla_1b.h128_gqa4_cla2": 20480,
+    "cla_1b.h128_gqa2_cla2": 10240,
+    "cla_1b.h128_mqa_cla3": 3584,
+    "cla_1b.h128_mqa_cla4": 2560,
+    "cla_1b.h128_mqa_keep_ends": 5632,
+    "cla_1b.h128_mqa_dense_front": 5632,
+    "cla_1b.h128_mqa_dense_back": 5632,
+    "cla_1b_tuned.h128_mqa": 10240,
+    "cla_1b_tuned.h128_mqa_cla2": 5120,
+    "cla_1b_tuned.h64_mqa": 5120,
+    "cla_3b.h128_mqa": 16384,
+    "cla_3b.h128_mqa_cla2": 8192,
+    "cla_3b.h64_mqa": 8192,
+    "cla_3b.second_h64_mqa": 8192,
+    "cla_3b.second_h64_mqa_cla2": 4096,
+    "cla_3b.second_h32_mqa": 4096,
+}
+
+
+def test_the_papers_byte_column():
+    """All 29 model rows of its tables, through the ledger and said in each row's help."""
+    rows = experiments.rows()
+    assert {name for name in rows if name.startswith("cla_")} == PAPER.keys()
+    for name, expected in PAPER.items():
+        spec = cache_spec(rows[name]().model, batch=1, capacity=2048)
+        assert ledger.predicted(spec, 2048).resident == 2048 * expected, name
+        assert rows[name].__doc__.strip().endswith(f"{expected:,} B."), name
+
+
+def test_weights_are_those_of_the_decoder():
+    for tied in (True, False):
+        config = replace(MODEL, tied_embeddings=tied, n_layers=6, kv_map="cla:2")
+        weights = decoding_weights(reference.randomised(config))
+        assert memory.weights_bytes(config) == ledger.nbytes(weights)
+
+
+def test_what_fits_is_the_last_sequence_that_does():
+    found = memory.fit(MODEL, "int8", context=100, budget=2_000_000, chunk=8)
+    held = lambda n: found.weights + n * (found.kv + found.workspace)
+    assert held(found.sequences) <= 2_000_000 < held(found.sequences + 1)
+    spec = cache_spec(MODEL, "int8", batch=3, capacity=100, chunk=8)
+    assert 3 * found.kv == ledger.nbytes(spec.allocate().slots)
+    longer = memory.fit(MODEL, "dense", context=4096, budget=20_000_000, chunk=1)
+    assert (found.binds, longer.binds) == ("workspace", "KV cache")
+
+
+def test_sharing_doubles_what_fits_when_the_cache_binds():
+    fits = {}
+    for name in ("h128_mqa", "h128_mqa_cla2"):
+        (row,) = experiments.find(f"cla_1b.{name}")
+        fits[name] = memory.fit(row.model, "dense", context=131_072, budget=80 * 10**9)
+    assert fits["h128_mqa_cla2"].kv * 2 == fits["h128_mqa"].kv
+    assert 1.9 < fits["h128_mqa_cla2"].sequences / fits["h128_mqa"].sequences < 2.01
+
+
+def test_the_compiler_agrees_with_the_closed_forms():
+    """In float32, where the CPU's compiler widens nothing."""
+    config = replace(MODEL, d_model=128, d_ff=256, n_heads=8, d_head=32)
+    spec = cache_spec(config, batch=16, capacity=1024, chunk=128)
+    peaks = memory.compiled(spec)
+    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().slots)
+    for phase in peaks.values():
+        assert phase.arguments == pytest.approx(held, rel=0.01)
+        assert phase.total >= phase.arguments + phase.temporaries
+    # The cache is written in place: neither phase returns a second one.
+    assert peaks["decode"].total < 1.1 * held
+    workspace = 16 * memory.workspace_bytes(spec, 128)
+    assert 0.5 < peaks["prefill"].temporaries / workspace < 1.5
+
+
+def test_the_table_and_its_json(capsys):
+    argv = ["demo", "--budget", "20MB", "--context", "256", "--cache", "dense", "--cache", "kivi4"]
+    launch_memory.main(argv)
+    table = capsys.readouterr().out
+    assert "demo/h32_mqa_cla2" in table
+    assert "kivi4" in table
+    launch_memory.main([*argv, "--json"])
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert [(line["name"], line["cache"]) for line in lines[:2]] == [
+        ("demo/h32_mqa", "dense"),
+        ("demo/h32_mqa", "kivi4"),
+    ]
+    assert all(line["sequences"] >= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["demo", "--budget", "1MB"],
+            "demo/h32_mqa: budget = 1,000,000 B is smaller than the weights",
+        ),
+        (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
+        (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
+        (["dem"], "unknown experiment 'dem'; did you mean demo"),
+        (["demo", "--context", "0"], "capacity = 0"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        launch_memory.main(argv)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_budgets_are_read_as_written():
+    assert launch_memory.parse_bytes("80GB") == 80 * 10**9
+    assert launch_memory.parse_bytes("1.5GiB") == 3 * 2**29
+    assert launch_memory.parse_bytes("1000") == launch_memory.parse_bytes("1kB".upper()) == 1000
+    assert launch_memory.parse_bytes("2 TiB") == 2**41
