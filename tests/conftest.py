@@ -18,6 +18,7 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,6 +79,15 @@ def replace(config: Any, **changes: Any) -> Any:
         inner = replace(getattr(config, field), **{rest: value}) if rest else value
         config = dataclasses.replace(config, **{field: inner})
     return config
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of its loops and calls too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if inner := getattr(value, "jaxpr", None):
+                yield from equations(inner)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import json
 import logging
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from cla_jax.checkpoint import Checkpointer, restore_latest, steps
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import axis_rules, make_mesh
 from cla_jax.optimizer import make_optimizer
+from cla_jax.runs import open_run
 from cla_jax.state import abstract_state, initial_state, named
 
 
@@ -87,6 +89,19 @@ def test_damage_is_noticed_and_the_one_before_used(saved, caplog, damage):
     assert_equal(restore_latest(directory, abstract), states[4])
 
 
+def test_who_only_reads_uses_the_one_before_and_moves_nothing(saved, tiny):
+    directory, _, states = saved
+    config = tiny()
+    run = open_run(config, data_fingerprint="", tokenizer_json="{}")
+    directory.rename(run.checkpoints)
+    flip_a_byte(data_file(run.checkpoints, 4))
+    mesh = make_mesh(MeshConfig())
+    step, model = checkpoint.load_model(run, axis_rules(config.model, mesh), mesh)
+    assert step == 2
+    assert_equal(model, states[2].model)
+    assert steps(run.checkpoints) == [2, 4]
+
+
 def test_every_file_of_a_checkpoint_is_watched(saved):
     directory, _, _ = saved
     path = directory / "00000004"
@@ -140,6 +155,41 @@ def test_retention_keeps_the_newest(saved):
     }
 
 
+def test_the_manifest_is_written_and_older_ones_removed_after_the_commit(saved, monkeypatch):
+    directory, _, states = saved
+    save, before_the_commit = checkpoint.ocp.save_checkpointables_async, []
+
+    def watched(path, parts):
+        saving = save(path, parts)
+
+        def result():
+            before_the_commit.append(steps(directory))
+            saving.result()
+
+        return types.SimpleNamespace(result=result)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", watched)
+    saver = Checkpointer(directory, keep=2)
+    saver.save(jax.tree.map(lambda a: a + 2, states[4]))
+    saver.close()
+    assert before_the_commit == [[2, 4]]
+    assert steps(directory) == [4, 6]
+
+
+def test_a_checkpoint_that_is_being_removed_counts_no_more(saved, monkeypatch):
+    directory, _, states = saved
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(directory), "rmtree", killed)
+    saver = Checkpointer(directory, keep=2)
+    saver.save(jax.tree.map(lambda a: a + 2, states[4]))
+    with pytest.raises(KeyboardInterrupt):
+        saver.close()
+    assert steps(directory) == [4, 6]
+
+
 def test_another_model_is_refused_with_the_array(saved):
     directory, abstract, _ = saved
     manifest = json.loads((directory / "00000004.json").read_text())
@@ -158,7 +208,11 @@ def test_a_full_disk_surfaces_and_costs_no_older_checkpoint(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_atomically", full)
     saver = Checkpointer(directory, keep=2)
-    saver.save(jax.tree.map(lambda a: a + 2, states[4]))
+    later = [jax.tree.map(lambda a, n=n: a + n, states[4]) for n in (2, 4)]
+    saver.save(later[0])
+    with pytest.raises(OSError, match="No space left"):
+        saver.save(later[1])
+    saver.save(later[1])
     with pytest.raises(OSError, match="No space left"):
         saver.close()
     monkeypatch.undo()

@@ -49,13 +49,26 @@ def test_parameters_equal_the_live_arrays(model):
     assert count.blocks == sum(leaf.size for leaf in jax.tree.leaves(live.stacks))
 
 
+def kv_weights(model: ModelConfig) -> list[jax.Array]:
+    """The weights of all K/V projections, [groups, D, C, K, H] a stack."""
+    projections = [group.projection for group in shapes(model).stacks]
+    return [p.kv.weight.get_value() for p in projections if p is not None]
+
+
 @given(models())
 @settings(max_examples=30, deadline=None)
 def test_consumers_have_no_kv_parameters(model):
     """One K/V projection a slot and none elsewhere; 10 layers under CLA3 have 4."""
-    projections = [group.projection for group in shapes(model).stacks]
-    owned = [p.kv.weight.get_value().shape[0] for p in projections if p is not None]
-    assert sum(owned) == model.n_slots
+    assert sum(weight.shape[0] for weight in kv_weights(model)) == model.n_slots
+
+
+@given(models(), st.sampled_from([1, 2, 4]))
+@settings(max_examples=30, deadline=None)
+def test_kv_bytes_are_what_the_live_projections_make_of_a_token(model, element):
+    made = element * sum(weight.size for weight in kv_weights(model)) // model.d_model
+    cost = costs.kv_bytes(model, 64, element)
+    assert cost.resident == cost.written == made
+    assert cost.read == made // model.n_slots * model.n_layers  # each layer as much as one makes
 
 
 def dot_flops(jaxpr) -> int:
@@ -141,9 +154,10 @@ def test_training_bytes_equal_the_live_state(tiny, devices):
     state = initial_state(config, optimizer, axis_rules(config.model, mesh), mesh)
     predicted = costs.training_bytes(config.model)
     nbytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    assert nbytes(state.model) == predicted.parameters
+    assert nbytes(state.model) == predicted.parameters == predicted.gradients
     scalars = sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments) if leaf.ndim == 0)
     assert nbytes(state.moments) - scalars == predicted.optimizer
+    assert predicted.total == nbytes(state) - scalars - state.step.nbytes + predicted.gradients
 
 
 def test_the_papers_1b_row_without_allocating_it():

@@ -20,7 +20,8 @@ from tests import reference
 @pytest.fixture
 def setup(tiny, devices):
     devices(1)
-    return set_up(tiny(**{"placement.eval_batch_size": 8}))
+    # Not bytes: tokens and bytes must not be the same number.
+    return set_up(tiny(**{"placement.eval_batch_size": 8, "data.tokenizer": "bpe:260"}))
 
 
 def test_full_forward_is_perplexity_as_defined(setup):
@@ -40,6 +41,7 @@ def test_full_forward_is_perplexity_as_defined(setup):
         nll -= log_p[np.arange(n), targets[:n]].sum()
         tokens, size = tokens + n, size + int(window["n_bytes"])
     assert (record["tokens"], record["bytes"]) == (tokens, size)
+    assert tokens < size
     assert record["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert record["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
 

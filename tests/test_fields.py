@@ -134,6 +134,24 @@ def test_an_identity_field_changes_what_is_computed(tiny, devices, field, base_o
     assert not same
 
 
+def test_the_seed_draws_the_weights_and_orders_the_data(tiny, devices):
+    """One of them alone would pass above."""
+    devices(1)
+
+    def start(seed):
+        setup = set_up(tiny(seed=seed))
+        with jax.set_mesh(setup.mesh):
+            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
+            batches = batch_stream(setup, 0)
+            batch = next(batches)
+            batches.close()
+        return {"batch": batch, **named(state.model)}
+
+    zero, one = start(0), start(1)
+    for name in zero:
+        assert name.endswith("scale") or bool(jnp.any(zero[name] != one[name])), name
+
+
 def files(directory) -> set[str]:
     return {
         str(file.relative_to(directory))

@@ -43,6 +43,17 @@ print("restored", int(state.step))
 """
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left_behind():
+    """Hosts that wait for one another would, after a failure, wait for ever."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(tmp_path, hosts: int, *command: str) -> list[subprocess.Popen]:
     """The command on so many hosts, one CPU device each."""
     with socket.socket() as free:
@@ -50,7 +61,7 @@ def start(tmp_path, hosts: int, *command: str) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     together = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(hosts)}
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=tmp_path,
@@ -61,6 +72,8 @@ def start(tmp_path, hosts: int, *command: str) -> list[subprocess.Popen]:
         )
         for i in range(hosts)
     ]
+    STARTED.extend(processes)
+    return processes
 
 
 def train(tmp_path, name: str, hosts: int) -> list[subprocess.Popen]:

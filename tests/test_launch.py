@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cla_jax import train as training
 from launch import distributed
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
@@ -84,6 +85,35 @@ def test_an_error_of_a_library_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="reshape"):
         main()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_stop_ends_the_study_not_only_the_row(monkeypatch, complete):
+    """Between two rows, or in one; after the last there is nothing left to stop."""
+    trained = []
+    monkeypatch.setattr(distributed, "stop_on_signal", lambda: lambda step: True)
+    monkeypatch.setattr(
+        training, "train", lambda config, **_: trained.append(config.name) or complete
+    )
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(["demo"])
+    assert stop.value.code == distributed.STOPPED
+    assert trained == ["demo/h32_mqa"]
+    if complete:
+        launch_train.main(["smoke"])
+    else:
+        with pytest.raises(SystemExit):
+            launch_train.main(["smoke"])
+
+
+def test_a_run_that_diverges_says_so_in_one_line(monkeypatch):
+    def train(*_, **__):
+        raise training.Diverged("step 3: loss is nan")
+
+    monkeypatch.setattr(training, "train", train)
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(["demo"])
+    assert stop.value.code == "diverged: step 3: loss is nan"
 
 
 def test_when_several_processes_are_wanted():

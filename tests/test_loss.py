@@ -4,6 +4,7 @@ import pytest
 
 from cla_jax.loss import cross_entropy
 from cla_jax.mesh import AxisRules
+from tests.conftest import equations
 
 B, T, D, V = 4, 64, 16, 512
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -57,6 +58,13 @@ def test_bfloat16_states_keep_a_float32_loss_and_head_gradient():
     loss, (d_x, d_head) = jax.value_and_grad(chunked, argnums=(0, 1))(x, HEAD)
     assert (loss.dtype, d_x.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     assert loss == pytest.approx(float(naive(x.astype(jnp.float32), HEAD)), rel=1e-2)
+    program = jax.make_jaxpr(jax.grad(chunked, argnums=(0, 1)))(x, HEAD).jaxpr
+    products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
+    for eqn in products:
+        assert {operand.aval.dtype for operand in eqn.invars} == {jnp.dtype("bfloat16")}, eqn
+    # Logits, the gradient of the states, and that of the head, which is summed over the chunks.
+    kept = [eqn.outvars[0].aval.dtype.name for eqn in products]
+    assert kept == ["float32", "bfloat16", "float32"]
 
 
 def test_both_gradients_are_scaled_by_the_same_cotangent():

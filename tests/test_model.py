@@ -14,7 +14,7 @@ from cla_jax.model.layers import is_param
 from cla_jax.model.transformer import Execution, Transformer, document_starts
 from cla_jax.state import layout, named, with_named
 from tests import reference
-from tests.conftest import MODEL, replace
+from tests.conftest import MODEL, equations, replace
 
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 # Plain, shared, uneven, one borrowed twice, one that lends from within a run of equal groups.
@@ -100,8 +100,10 @@ def test_a_pattern_of_windows_does_not_break_a_stack():
     assert len(make(config).stacks) == 1
 
 
-def test_block_norm_is_a_llama_and_has_no_norm_of_its_own():
-    config = model_config("identity", kv_norm="block")
+@pytest.mark.parametrize("kv_map", ["identity", "cla:3"])
+def test_block_norm_is_a_llama_and_has_no_norm_of_its_own(kv_map):
+    """Shared, it is the norm of the group's first block."""
+    config = model_config(kv_map, kv_norm="block")
     model = make(config)
     assert not any("projection.norm" in name for name in named(model))
     theirs = reference.logits(model, config, np.asarray(TOKENS[0]))
@@ -114,11 +116,19 @@ def loss_and_gradients(model, run):
     return value, named(gradients)
 
 
-@pytest.mark.parametrize("kv_map", ["identity", "cla:3", "0,0,2,0,0", "0,1,2,1,2"])
-def test_scan_and_remat_change_nothing(kv_map):
+@pytest.mark.parametrize(
+    ("kv_map", "scanned", "unrolled"),  # each remat in both, with shared keys and values
+    [
+        ("identity", "block", "dots"),
+        ("cla:3", "dots", "block"),
+        ("0,0,2,0,0", "block", "dots"),
+        ("0,1,2,1,2", "dots", "block"),
+    ],
+)
+def test_scan_and_remat_change_nothing(kv_map, scanned, unrolled):
     model = make(model_config(kv_map))
     expected = loss_and_gradients(model, Execution(scan_layers=False, remat="none"))
-    for scan, remat in [(True, "none"), (True, "block"), (False, "dots")]:
+    for scan, remat in [(True, "none"), (True, scanned), (False, unrolled)]:
         value, gradients = loss_and_gradients(model, Execution(scan_layers=scan, remat=remat))
         np.testing.assert_allclose(value, expected[0], rtol=1e-6)
         for name, gradient in gradients.items():
@@ -141,6 +151,33 @@ def test_scan_and_remat_are_really_different_programs():
     assert "remat" not in program(Execution(remat="none"))
     assert count(Execution(remat="block"), "remat") > 0
     assert program(Execution(remat="block")) != program(Execution(remat="dots"))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_keeps_less_for_the_backward_pass(scan):
+    """A recomputation that keeps everything would change no number, and save nothing."""
+    model = make(model_config())
+
+    def kept(remat):
+        run = Execution(scan_layers=scan, remat=remat)
+        backward = lambda m: jax.vjp(lambda m: m.logits(TOKENS, run).sum(), m)[1]
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, model)))
+
+    assert kept("block") < kept("dots") < kept("none")
+
+
+def test_products_are_of_bfloat16_and_reductions_of_float32():
+    model = make(replace(MODEL, compute_dtype="bfloat16"))
+    program = jax.make_jaxpr(lambda m: m.logits(TOKENS, RUN))(model).jaxpr
+    products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
+    for eqn in products:
+        assert {operand.aval.dtype for operand in eqn.invars} == {jnp.dtype("bfloat16")}, eqn
+    # Scores, weighted values and logits are accumulated and kept in float32.
+    assert sum(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in products) == 3
+    reductions = ("exp", "rsqrt", "reduce_sum", "reduce_max", "cos", "sin")
+    for eqn in equations(program):
+        if eqn.primitive.name in reductions:
+            assert eqn.outvars[0].aval.dtype == jnp.float32, eqn
 
 
 @pytest.mark.parametrize("kv_map", MAPS)
@@ -182,6 +219,8 @@ def test_initial_weights_have_the_papers_deviation():
     weights = [p[...] for p in jax.tree.leaves(model, is_leaf=is_param) if len(p.axes) > 1]
     for weight in weights:
         assert float(weight.std()) == pytest.approx(0.01275, rel=0.05)
+        # ... of a normal distribution: 4.6 % lie beyond twice that.
+        assert float((abs(weight) > 2 * 0.01275).mean()) == pytest.approx(0.0455, rel=0.2)
     assert len(weights) == 1 + 1 + 5  # embedding; one stack: kv, query, output, gate, up, down
     norms = [p[...] for p in jax.tree.leaves(model, is_leaf=is_param) if len(p.axes) == 1]
     assert all((norm == 1).all() for norm in norms)
@@ -235,10 +274,22 @@ def test_layouts_are_declared_and_change_no_logits(shape, heads):
         sharded = jax.device_put(model, layout(model, rules, mesh))
         placed = jax.device_put(tokens, rules.spec("batch", None))
         scores = logits(sharded, placed, run=Execution(rules=rules))
-    query = jax.typeof(named(sharded)["stacks.0.blocks.query.weight"]).sharding.spec
     # The one KV head of MQA cannot be split: its query heads are.
     split = (None, "model") if heads == "mqa" and tensor > 1 else ("model", None)
-    assert tuple(query) == (None, None, "fsdp", *split, None)
+    declared = {
+        "embedding": ("model", "fsdp"),
+        "projection.kv.weight": ("fsdp", None, split[0], None),
+        "query.weight": ("fsdp", *split, None),
+        "output.weight": (*split, None, "fsdp"),
+        "gate.weight": ("fsdp", "model"),
+        "up.weight": ("fsdp", "model"),
+        "down.weight": ("model", "fsdp"),
+        "scale": (None,),
+    }
+    for name, leaf in named(sharded).items():
+        (spec,) = (spec for ending, spec in declared.items() if name.endswith(ending))
+        stack = (None,) * (leaf.ndim - len(spec))
+        assert tuple(jax.typeof(leaf).sharding.spec) == stack + spec, name
     assert tuple(jax.typeof(scores).sharding.spec) == (("data", "fsdp"), None, "model")
     assert jnp.abs(jax.device_get(scores) - expected).max() <= 1e-5 * jnp.abs(expected).max()
 

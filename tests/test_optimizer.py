@@ -32,8 +32,12 @@ def test_updates_equal_adamw_written_out():
     p = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
     m = {name: np.zeros_like(value) for name, value in p.items()}
     v = {name: np.zeros_like(value) for name, value in p.items()}
-    for step in range(5):
-        gradients = {"norm": jnp.array([0.3, 0.1 * step]), "w": jnp.array([[2.0, -0.4]])}
+    # Gradients below the norm and far above it: AdamW alone hardly notices a scale that stays.
+    for step, scale in enumerate([1.0, 0.1, 10.0, 0.05, 3.0]):
+        gradients = {
+            "norm": scale * jnp.array([0.3, 0.1 * step]),
+            "w": scale * jnp.array([[2.0, -0.4]]),
+        }
         updates, state = optimizer.update(gradients, state, parameters)
         parameters = {name: parameters[name] + updates[name] for name in parameters}
         norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradients.values()))

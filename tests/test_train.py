@@ -2,16 +2,20 @@ import functools
 import json
 import logging
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax import checkpoint
+from cla_jax import checkpoint, costs
 from cla_jax import train as training
 from cla_jax.config import MeshConfig
+from cla_jax.data import tokenizers
 from cla_jax.evaluate import during_training
+from cla_jax.model.transformer import Execution
+from cla_jax.optimizer import schedule
 from cla_jax.runs import find_runs
 from cla_jax.state import named
 from cla_jax.train import (
@@ -52,7 +56,8 @@ def assert_same_bits(a, b):
 def test_train_2_resume_to_4_equals_4_straight(tiny, devices, kv_map):
     devices(1)
     straight = tiny(name="straight", **{"model.kv_map": kv_map})
-    resumed = tiny(name="resumed", **{"model.kv_map": kv_map})
+    # Step 2 is saved because the run is stopped there, not because it is due.
+    resumed = tiny(name="resumed", **{"model.kv_map": kv_map, "placement.save_every": 3})
     assert train(straight, evaluate=NO_EVALUATION)
     assert not train(resumed, evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
     assert checkpoint.steps(find_runs([f"{resumed.placement.runs}/resumed"])[0].checkpoints) == [2]
@@ -121,6 +126,7 @@ def losses(config, n, mesh: MeshConfig, devices):
     )
     with jax.set_mesh(setup.mesh):
         state = restore_or_init(setup, find_run(config))
+        layouts = {name: leaf.sharding.spec for name, leaf in named(state).items()}
         step = make_step(setup)
         batches = batch_stream(setup, 0)
         out = []
@@ -128,7 +134,8 @@ def losses(config, n, mesh: MeshConfig, devices):
             state, values = step(state, next(batches))
             out.append((float(values["loss"]), int(values["tokens_hash"])))
         batches.close()
-        layouts = {name: leaf.sharding.spec for name, leaf in named(state).items()}
+        # The step keeps the layout of what it is given.
+        assert {name: leaf.sharding.spec for name, leaf in named(state).items()} == layouts
     return out, layouts
 
 
@@ -151,8 +158,13 @@ def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
             assert hash_a == hash_b
         up = layouts["model.stacks.0.blocks.mlp.up.weight"]
         assert tuple(up) == (None, None, "fsdp", "model")
-        # The step keeps the layout of what it is given: moments are split like their parameters.
-        assert layouts["moments.1.0.mu.stacks.0.blocks.mlp.up.weight"] == up
+        below = lambda prefix, layouts=layouts: {
+            name.removeprefix(prefix): spec
+            for name, spec in layouts.items()
+            if name.startswith(prefix)
+        }
+        # Moments are split like their parameters.
+        assert below("moments.1.0.mu.") == below("moments.1.0.nu.") == below("model.")
 
 
 @pytest.mark.slow
@@ -185,6 +197,33 @@ def test_microbatches_change_the_loss_by_rounding_only(tiny, devices):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
         assert a["tokens_hash"] == b["tokens_hash"]
+
+
+def test_metrics_hold_the_rate_of_the_update_and_the_norm_before_clipping(tiny, devices):
+    devices(1)
+    config = tiny(steps=2, **{"optimizer.clip_norm": 1e-3})
+    train(config, evaluate=NO_EVALUATION)
+    first, second = metrics(config)
+    rate = schedule(config.optimizer, 2)
+    assert (first["lr"], second["lr"]) == pytest.approx((float(rate(0)), float(rate(1))))
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        model = restore_or_init(setup, find_run(config)).model
+        batches = batch_stream(setup, 0)
+        model, (tokens,) = jax.device_get((model, next(batches)))
+        batches.close()
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(model):
+        log_p = jax.nn.log_softmax(model.logits(tokens[:, :-1], Execution()))
+        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+
+    loss, gradients = mean_loss(model)
+    assert first["loss"] == pytest.approx(float(loss), rel=1e-5)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert norm > 1e-3
 
 
 def test_training_learns(tiny, devices):
@@ -250,6 +289,37 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
     assert all(np.isfinite(array).all() for array in parameters(config).values())
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_neither_loss_nor_gradient_may_be_infinite_or_nan(tiny, name, value):
+    journal = training.Journal(tiny(), training.CompositeWriter([]), first_step=0)
+    journal.record(1, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
+    journal.record(2, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0), name: jnp.array(value)})
+    with pytest.raises(Diverged, match=f"step 2: {name} is {value}"):
+        journal.flush()
+
+
+def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
+    """Reading its metrics waits for it: by then the device must have more to do."""
+    written = []
+    writer = types.SimpleNamespace(
+        write=lambda step, metrics: written.append((step, metrics)), flush=lambda: None
+    )
+    monkeypatch.setattr(training.costs, "peak_flops", lambda kind: 1e12)
+    config = tiny()
+    journal = training.Journal(config, writer, first_step=0)
+    for step in (1, 2, 3):
+        assert [done for done, _ in written] == list(range(1, step - 1))
+        journal.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
+    journal.flush()
+    assert [done for done, _ in written] == [1, 2, 3]
+    # Model FLOPs utilisation is of all devices together.
+    flops = costs.train_flops_per_token(config.model, config.data.seq_len)
+    for _, record in written[1:]:
+        used = flops * record["tokens_per_s"] / (1e12 * jax.device_count())
+        assert record["mfu"] == pytest.approx(used, rel=1e-3)
+
+
 def test_token_hash_sees_place_and_value_but_not_the_mesh():
     tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 3, 8)
     hashed = int(tokens_hash(tokens))
@@ -289,17 +359,22 @@ def test_log_names_the_formula_and_the_layout(tiny, devices):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("n", "changes", "words"),
     [
-        ({"placement.mesh": MeshConfig(fsdp=3)}, "3 x 1 does not make up the 1 devices"),
-        ({"placement.attention": "cudnn"}, "placement.attention = 'cudnn'"),
-        ({"data.source": "text:/nowhere/*.txt"}, "/nowhere"),
+        (1, {"placement.mesh": MeshConfig(fsdp=3)}, "3 x 1 does not make up the 1 devices"),
+        (8, {"batch_size": 12}, "batch_size = 12 .* 1 x 8 does not divide"),
+        (1, {"placement.attention": "cudnn"}, "placement.attention = 'cudnn'"),
+        (1, {"data.source": "text:/nowhere/*.txt"}, "/nowhere"),
+        # How many ids a file has is known only when it is read.
+        (1, {"data.tokenizer": "bytes.json", "model.vocab_size": 256}, "vocab_size = 256 .* 257"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_run_directory_exists(
-    tiny, devices, tmp_path, changes, words
+    tiny, devices, tmp_path, monkeypatch, n, changes, words
 ):
-    devices(1)
+    devices(n)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes.json").write_text(tokenizers.byte_tokenizer().to_json())
     with pytest.raises(ValueError, match=words):
         train(tiny(**changes), evaluate=NO_EVALUATION)
     assert not (tmp_path / "runs").exists()
