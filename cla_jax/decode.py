@@ -17,9 +17,10 @@ import numpy as np
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
+from cla_jax.model import streamed
 from cla_jax.model.attention import window_starts
-from cla_jax.model.layers import RMSNorm, Rope, axes, gather
-from cla_jax.model.transformer import Execution, Group, Transformer
+from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather
+from cla_jax.model.transformer import Execution, Group, Transformer, project
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,7 @@ from cla_jax.model.transformer import Execution, Group, Transformer
 class Weights:
     """A model's parameters as decoding wants them: in the compute dtype, layer by layer."""
 
-    embedding: jax.Array
+    embedding: jax.Array  # [V, D]
     groups: tuple[Group, ...]
     norm: RMSNorm
     own_head: jax.Array | None  # None if tied: one table serves both ends
@@ -37,13 +38,29 @@ class Weights:
         """The output head, [V, D]."""
         return self.embedding if self.own_head is None else self.own_head
 
+    def logits(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
+        """Scores of the next token in float32, [B, T, V]."""
+        if not streamed.serves():
+            return project(x_BTD, self.head, rules)
+        B, T, D = x_BTD.shape
+        x_ND = streamed.unsplit(x_BTD).reshape(B * T, D)
+        scores = streamed.product(x_ND, streamed.unsplit(self.head)).astype(jnp.float32)
+        return scores.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
+
 
 @functools.partial(jax.jit, static_argnames="rules")
 def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weights:
+    """The weights for `decode`, laid out for the backend at hand."""
     dtype = jnp.dtype(model.config.compute_dtype)
+
+    def laid_out(module: Any) -> Any:
+        fits = isinstance(module, Linear) and streamed.serves()
+        return streamed.Streamed.of(module) if fits else module
+
+    groups = model.unstacked(Execution(rules=rules))
     return Weights(
         embedding=gather(model.embedding, rules, dtype)[...],
-        groups=model.unstacked(Execution(rules=rules)),
+        groups=jax.tree.map(laid_out, groups, is_leaf=lambda x: isinstance(x, Linear)),
         norm=model.norm,
         own_head=None if model.head is None else gather(model.head, rules, dtype)[...],
     )
@@ -74,9 +91,8 @@ def decode(
     run = Execution(rules=rules)
     slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
-    x_BTD = weights.embedding.at[tokens_BT].get(
-        out_sharding=rules.gathered().spec(*axes("BTD")), mode="clip"
-    )
+    spec_BTD = rules.gathered().spec(*axes("BTD"))
+    x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
     for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
         p = slot_of[group.source]
         if group.owns:

@@ -19,7 +19,6 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.decode import Weights, check_prompts, decode, prefill
-from cla_jax.model.transformer import project
 
 LOOP = 64  # decode steps between two looks of the host, if nobody listens
 
@@ -100,7 +99,7 @@ def _emit(
     weights: Weights, spec: CacheSpec, sampling: Sampling, choice: _Choice, x_BD, rows: _Rows
 ) -> tuple[_Rows, jax.Array, jax.Array]:
     """Draws a token a row from its last hidden state. The tokens (-1: none) and their log-probabilities."""
-    logits_BV = project(x_BD[:, None], weights.head, spec.rules)[:, 0]
+    logits_BV = weights.logits(x_BD[:, None], spec.rules)[:, 0]
     if (whole := spec.rules.spec("batch", None)) is not None:
         logits_BV = jax.reshard(logits_BV, whole)  # sorting wants the vocabulary whole
     # By the row's own count: a row of a batch draws as it would alone.

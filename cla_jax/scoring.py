@@ -22,7 +22,7 @@ from cla_jax.cache import CacheFormat, ledger
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
 from cla_jax.loss import cross_entropy
-from cla_jax.model.transformer import Transformer, document_starts, project
+from cla_jax.model.transformer import Transformer, document_starts
 from cla_jax.train import Setup, loss_sum
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
@@ -222,8 +222,7 @@ def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end)
     full_BTD = model(inputs_BT, run, starts_BT)
 
     def visit(carry, x_BtD, _, weights_Bt, full_BtD):
-        logits = functools.partial(project, head_VD=weights.head, rules=spec.rules)
-        ours_BtV, theirs_BtV = logits(x_BtD), logits(full_BtD)
+        ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
         if (whole := spec.rules.spec("batch", None, None)) is not None:
             ours_BtV, theirs_BtV = jax.reshard((ours_BtV, theirs_BtV), whole)
         apart_BtV = jnp.abs(ours_BtV - theirs_BtV)

@@ -31,7 +31,7 @@ def test_entries_hold_the_newest_tokens_once(ring, shards):
     held = [{} for _ in range(shards)]
     for n in range(1, 40):
         for shard in range(shards):
-            part = Entries(8, 4, ring, shards, shard)
+            part = Entries(8, ring, 8, shards, shard, unit=4)
             entry = int(part.of(jnp.int32(n - 1)))
             if entry < 8:
                 held[shard][entry] = n - 1
@@ -44,7 +44,7 @@ def test_entries_hold_the_newest_tokens_once(ring, shards):
 
 def test_padding_and_positions_beyond_the_end_are_dropped():
     """dynamic_update_slice would clamp them onto the last entries without a word."""
-    part = Entries(8, 4, ring=False)
+    part = Entries(8, ring=False, block=8)
     assert part.of(jnp.array([-1, 0, 7, 8, 100])).tolist() == [8, 0, 7, 8, 8]
     spec = cache_spec(MODEL, batch=1, capacity=128)
     slot = spec.allocate().slots[0]
@@ -223,7 +223,7 @@ def test_bytes_in_numbers():
         full = 2 * 128 * 2
         kivi = bytes_at(name)
         assert kivi.resident == 2 * (1920 * (keys + values) + 128 * full)
-        assert kivi.allocated == 2 * (2048 * (keys + values) + 160 * full)
+        assert kivi.allocated == 2 * (1920 * (keys + values) + 192 * full)
         assert kivi.written == 2 * (full + keys + values)
     window = bytes_at("dense", windows="512")
     assert window.resident == 2 * 512 * 2 * 128 * 2

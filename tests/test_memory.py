@@ -90,7 +90,7 @@ def test_the_compiler_agrees_with_the_closed_forms():
         assert phase.arguments == pytest.approx(held, rel=0.01)
         assert phase.total >= phase.arguments + phase.temporaries
     # The cache is written in place: neither phase returns a second one.
-    assert peaks["decode"].total < 1.1 * held
+    assert peaks["decode"].total < 1.3 * held
     workspace = 16 * memory.workspace_bytes(spec, 128)
     assert 0.5 < peaks["prefill"].temporaries / workspace < 1.5
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache.dense import Dense
-from cla_jax.cache.entries import Entries
+from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
@@ -78,6 +78,8 @@ class CacheFormat(Protocol):
         """Closed form: bytes written to such a slot for a new token of one row, on average."""
         ...
 
+
+LONGEST_BLOCK = 512
 
 # Each is made for the dtype that attention computes in.
 FORMATS: dict[str, Callable[[str], CacheFormat]] = {
@@ -140,18 +142,14 @@ class CacheSpec:
         the first of its queries still finds all that it may see."""
         return self.windows[p] + self.chunk - 1 if self.is_ring(p) else self.capacity
 
-    def block(self, p: int) -> int:
-        """Entries of slot p that are allocated, and read, at once.
-
-        Long slots are read in longer blocks: fewer turns of the loop, for an eighth of waste at most.
-        """
-        tokens = self._tokens(p)
-        longest = min(self.formats[p].longest_block, tokens // 8)
-        return next(block for block in (512, 256, 128) if block <= max(longest, 128))
-
     def entries(self, p: int) -> int:
         """Entries of slot p, over all devices."""
-        return round_up(self.formats[p].entries(self._tokens(p)), self.block(p) * self.shards)
+        return round_up(self.formats[p].entries(self._tokens(p)), UNIT * self.shards)
+
+    def block(self, p: int) -> int:
+        """Entries of slot p that a device reads at once: a short slot whole, a longer one in a loop."""
+        here = self.entries(p) // self.shards
+        return here if here <= LONGEST_BLOCK else self.formats[p].longest_block
 
     def allocate(self) -> Cache:
         """An empty cache, every array made where it will live."""
@@ -273,6 +271,6 @@ def cache_spec(
     )
 
 
-def round_up(entries: int, block: int) -> int:
-    """The capacity that holds this many entries: whole blocks."""
-    return -(-entries // block) * block
+def round_up(entries: int, unit: int) -> int:
+    """The capacity that holds this many entries: whole units."""
+    return -(-entries // unit) * unit

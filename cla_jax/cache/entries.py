@@ -1,27 +1,31 @@
 """Which entry of a slot holds which position."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cla_jax.model.attention import EMPTY
 
+UNIT = 128  # entries are allocated, and dealt out to devices, in units
+
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
     """The entries of a slot, as one device sees them.
 
-    On several devices that hold parts of one slot, blocks of entries are dealt to them in turn, so that
+    On several devices that hold parts of one slot, units of entries are dealt to them in turn, so that
     all have as much to read at any length. A ring starts over at its first entry when it is full, and
     so holds the newest tokens only.
     """
 
-    capacity: int  # on this device; a multiple of `block`
-    block: int
+    capacity: int  # on this device
     ring: bool
+    block: int  # entries that are read at once
     shards: int = 1
     shard: jax.Array | int = 0  # which device this is
+    unit: int = UNIT
 
     @property
     def total(self) -> int:
@@ -32,26 +36,43 @@ class Entries:
         """The entry for each position. One past the end, where a write is dropped, if there is none:
         for a position that is negative (padding), beyond the capacity, or on another device."""
         place = positions % self.total
-        block = place // self.block
-        entry = (block // self.shards) * self.block + place % self.block
-        here = (positions >= 0) & (block % self.shards == self.shard)
+        unit = place // self.unit
+        entry = (unit // self.shards) * self.unit + place % self.unit
+        here = (positions >= 0) & (unit % self.shards == self.shard)
         if not self.ring:
             here &= positions < self.total
         return jnp.where(here, entry, self.capacity)
 
     def positions(self, entries: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """The position that each entry holds, [B, entries], of rows with so many tokens; or EMPTY."""
-        block = entries // self.block
-        place = (block * self.shards + self.shard) * self.block + entries % self.block
+        place = entries
+        if self.shards > 1:
+            unit = entries // self.unit
+            place = (unit * self.shards + self.shard) * self.unit + entries % self.unit
         newest_B1 = lengths_B[:, None] - 1
         held = place
         if self.ring:
             held = place + (newest_B1 - place) // self.total * self.total
         return jnp.where(place <= newest_B1, held, EMPTY)
 
-    def blocks(self, first: jax.Array, newest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # ------------------------------------------------------------------------------ block by block
+
+    def start(self, i: Any) -> Any:
+        """The first entry of block i. The last block begins early enough to be whole."""
+        return jnp.minimum(i * self.block, self.capacity - self.block)
+
+    def block_positions(self, i: Any, lengths_B: jax.Array) -> jax.Array:
+        """The positions of the entries of block i, [B, block]; those of the block before it are EMPTY."""
+        entries = self.start(i) + jnp.arange(self.block)
+        positions = self.positions(entries, lengths_B)
+        if self.capacity % self.block == 0:
+            return positions
+        return jnp.where(entries >= i * self.block, positions, EMPTY)
+
+    def blocks(self, first: jax.Array, newest: jax.Array) -> tuple[Any, Any]:
         """The blocks to read (from, to) for positions first to newest, over all rows."""
-        end = jnp.minimum(newest // self.block // self.shards + 1, self.capacity // self.block)
+        last = (newest // self.unit // self.shards + 1) * self.unit
+        end = -(-jnp.minimum(last, self.capacity) // self.block)
         if self.ring:
             return jnp.zeros_like(end), end
-        return first // self.block // self.shards, end
+        return first // self.unit // self.shards * self.unit // self.block, end

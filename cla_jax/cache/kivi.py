@@ -24,7 +24,9 @@ from cla_jax.model.attention import EMPTY, KV, Segment
 
 GROUP = 32  # tokens of a key group, channels of a value group
 NEWEST = 128  # tokens that are never quantised
-RING = NEWEST + GROUP  # entries that keep them
+# Entries that keep them and up to 31 more. One group beyond that, so that what a step makes due can be
+# read after the step is written: read before, XLA would copy the ring.
+RING = NEWEST + 2 * GROUP
 META_BYTES = 4  # a float16 scale and zero
 
 
@@ -104,7 +106,7 @@ class Kivi:
         oldest_B = quantized_tokens(length_B - count_B)
         due_B = quantized_tokens(length_B) > oldest_B
         ring_BT = (oldest_B[:, None] + jnp.arange(GROUP)) % RING
-        due = [restored(a[rows_B1, ring_BT], self.dtype) for a in slot.newest]
+        due = [restored(a[rows_B1, ring_BT], self.dtype) for a in newest]
         group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
 
         def put(held: jax.Array, new: jax.Array) -> jax.Array:
@@ -117,28 +119,29 @@ class Kivi:
         self, slot: KiviSlot, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         quantized_B = quantized_tokens(lengths_B)
-        groups = entries.block // GROUP
 
         def read(i: jax.Array) -> KV:
-            cut = lambda held: jax.lax.dynamic_slice_in_dim(held, i * groups, groups, 1)
+            start, size = entries.start(i) // GROUP, entries.block // GROUP
+            cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
             k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = map(cut, slot[:-1])
             k = self._unpack_keys(k_codes, k_scale, k_zero)
             v = self._unpack_values(v_codes, v_scale, v_zero, k.shape[-1])
             return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
 
         def positions(i: jax.Array) -> jax.Array:
-            return entries.positions(i * entries.block + jnp.arange(entries.block), quantized_B)
+            return entries.block_positions(i, quantized_B)
 
         def read_newest(_: jax.Array) -> KV:
             return KV(*(restored(a, self.dtype) for a in slot.newest))
 
         def positions_newest(_: jax.Array) -> jax.Array:
-            ring = Entries(RING, GROUP, ring=True)
+            ring = Entries(RING, ring=True, block=RING)
             held = ring.positions(jnp.arange(RING), lengths_B)
             # Every device has the newest tokens; the first one of a slot in parts answers for them.
             return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
 
-        newest = Segment(read_newest, positions_newest, 0, 1, tuple(slot.newest))
+        any_token = jnp.minimum(jnp.max(lengths_B), 1)
+        newest = Segment(read_newest, positions_newest, 0, any_token, tuple(slot.newest))
         if entries.capacity == 0:
             return [newest]
         begin, end = entries.blocks(first, jnp.max(quantized_B) - 1)

@@ -57,13 +57,12 @@ class PerToken:
         self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         def read(i: jax.Array) -> KV:
-            cut = lambda held: jax.lax.dynamic_slice_in_dim(
-                held, i * entries.block, entries.block, 1
-            )
-            return self.decode(jax.tree.map(cut, slot))
+            start, size = entries.start(i), entries.block
+            cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
+            return self.decode(slot if size == entries.capacity else jax.tree.map(cut, slot))
 
         def positions(i: jax.Array) -> jax.Array:
-            return entries.positions(i * entries.block + jnp.arange(entries.block), lengths_B)
+            return entries.block_positions(i, lengths_B)
 
         begin, end = entries.blocks(first, jnp.max(lengths_B) - 1)
         return [Segment(read, positions, begin, end, tuple(jax.tree.leaves(slot)))]

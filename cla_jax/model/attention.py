@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model.layers import axes
+from cla_jax.model.streamed import scores
 
 MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN
 
@@ -114,7 +115,7 @@ class Segment(NamedTuple):
     read: Callable[[Any], KV]  # KV of block i, [B, S, K, H]
     positions: Callable[[Any], jax.Array]  # of the entries of block i, [B, S]; EMPTY where none is
     first: Any  # the blocks to read: first to end, the end not included
-    end: Any
+    end: Any  # known only when the program runs: see `attend_segments`
     arrays: tuple[jax.Array, ...]  # what it is read from, [B, entries, ...]
     tokens: int = 1  # in an entry of those arrays
 
@@ -144,9 +145,7 @@ def attend_segments(
     def step(segment: Segment, i, carry):
         peak_BKN1, total_BKN1, sum_BKNH = carry
         kv, keys = segment.read(i), segment.positions(i)[:, None, None, :]
-        s_BKNS = jnp.einsum(
-            "BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32
-        )
+        s_BKNS = scores(q_BKNH, kv.k_BSKH)
         s_BKNS = jnp.where((keys <= positions) & (keys >= starts), s_BKNS, MASKED)
         # What a query sums up before its first visible key shrinks to nothing when that key comes.
         new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
@@ -164,12 +163,10 @@ def attend_segments(
     zeros_BKN1 = jnp.zeros((B, K, G * T, 1))
     carry = (zeros_BKN1 + MASKED, zeros_BKN1, jnp.zeros((B, K, G * T, H)))
     for segment in segments:
+        # A loop even where one block is all: outside of one, XLA fuses the write of a slot into its
+        # readers, and then copies the slot.
         body = functools.partial(step, segment)
-        if isinstance(segment.first, int) and isinstance(segment.end, int):
-            for i in range(segment.first, segment.end):
-                carry = body(i, carry)
-        else:
-            carry = jax.lax.fori_loop(segment.first, segment.end, body, carry)
+        carry = jax.lax.fori_loop(segment.first, segment.end, body, carry)
     peak_BKN1, total_BKN1, sum_BKNH = carry
     if axis is not None:
         highest_BKN1 = jax.lax.pmax(peak_BKN1, axis)

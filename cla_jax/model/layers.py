@@ -67,6 +67,8 @@ def gather(module: M, rules: AxisRules, dtype: jnp.dtype) -> M:
     """
 
     def use(param: Any) -> Any:
+        if not is_param(param):  # weights in another form, made ready before
+            return param
         value = param[...]
         if len(param.axes) > 1:
             value = value.astype(dtype)

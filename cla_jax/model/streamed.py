@@ -1,0 +1,77 @@
+"""Matrix products for few tokens on a CPU, in the one form that reads its weights at full speed.
+
+There, XLA runs [out, in] times [in, tokens] up to twice as fast as `Linear`'s [tokens, in] times
+[in, out], whose weights it packs anew in every step; likewise for a few queries and many keys. On other
+backends nothing here is used.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cla_jax.mesh import AxisRules
+from cla_jax.model.layers import Linear, axes
+
+
+def serves() -> bool:
+    """Whether weights are kept in this form on the devices at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def product(x_NI: jax.Array, weight_OI: jax.Array) -> jax.Array:
+    """x times the transposed matrix: [tokens, out]."""
+    # The barriers keep XLA from folding the transposes into the product, which is the slow form again.
+    x_IN = jax.lax.optimization_barrier(x_NI.T)
+    return jax.lax.optimization_barrier(weight_OI @ x_IN).T
+
+
+def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """Dot products of N queries with S keys in float32, [B, K, N, S].
+
+    For few queries on a CPU the keys come first in the product: second, they would be transposed in
+    memory, which costs more than the product.
+    """
+    if jax.default_backend() != "cpu" or 8 * q_BKNH.shape[2] > k_BSKH.shape[1]:
+        return jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, k_BSKH, preferred_element_type=jnp.float32)
+    q_BKHN = jax.lax.optimization_barrier(q_BKNH.swapaxes(2, 3))
+    s_BKSN = jnp.einsum("BSKH,BKHN->BKSN", k_BSKH, q_BKHN, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(s_BKSN).swapaxes(2, 3)
+
+
+def unsplit(x: jax.Array) -> jax.Array:
+    """x without the names of mesh axes, all of which have one device."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, PartitionSpec())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """What a `Linear` computes, from its weight transposed."""
+
+    weight_OI: jax.Array
+    bias: jax.Array | None
+    outputs: str = dataclasses.field(metadata={"static": True})  # as in `Linear`
+    sizes: tuple[int, ...] = dataclasses.field(
+        metadata={"static": True}
+    )  # of the outputs after B, T
+
+    @classmethod
+    def of(cls, linear: Linear) -> "Streamed":
+        inputs, outputs = linear.equation.split("->")
+        x, weight = (letters.removeprefix("BT") for letters in inputs.split(","))
+        out = outputs.removeprefix("BT")
+        matrix = jnp.einsum(f"{weight}->{out}{x}", unsplit(linear.weight[...]))
+        sizes = matrix.shape[: len(out)]
+        bias = None if linear.bias is None else linear.bias[...]
+        return cls(matrix.reshape(math.prod(sizes), -1), bias, outputs, sizes)
+
+    def __call__(self, x: jax.Array, rules: AxisRules) -> jax.Array:
+        B, T = x.shape[:2]
+        y_NO = product(unsplit(x).reshape(B * T, -1), self.weight_OI)
+        spec = rules.gathered().spec(*axes(self.outputs))
+        y = y_NO.reshape(B, T, *self.sizes, out_sharding=spec)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)

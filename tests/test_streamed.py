@@ -1,0 +1,37 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cla_jax.mesh import AxisRules
+from cla_jax.model import streamed
+from cla_jax.model.layers import Linear
+from tests.conftest import MODEL, replace
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("BTD,DKGH->BTKGH", (3, 5, 32)),
+        ("BTD,DCKH->BTCKH", (3, 5, 32)),
+        ("BTKGH,KGHD->BTD", (3, 5, 2, 2, 8)),
+        ("BTD,DF->BTF", (1, 1, 32)),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
+    linear = Linear(jax.random.key(0), equation, replace(MODEL, n_kv_heads=2, bias=bias))
+    if bias:
+        linear.bias[...] = jax.random.normal(jax.random.key(1), linear.bias[...].shape)
+    x = jax.random.normal(jax.random.key(2), shape)
+    expected = linear(x, AxisRules())
+    found = streamed.Streamed.of(linear)(x, AxisRules())
+    assert found.shape == expected.shape
+    assert jnp.abs(found - expected).max() <= 1e-6 * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize("queries", [1, 4, 60])
+def test_scores_are_the_same_whichever_comes_first(queries):
+    q = jax.random.normal(jax.random.key(0), (2, 3, queries, 8))
+    k = jax.random.normal(jax.random.key(1), (2, 64, 3, 8))
+    expected = jnp.einsum("BKNH,BSKH->BKNS", q, k)
+    assert jnp.abs(jax.jit(streamed.scores)(q, k) - expected).max() < 1e-5
