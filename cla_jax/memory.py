@@ -17,6 +17,10 @@ from cla_jax.generate import Sampling, _Choice, _loop, _Rows
 from cla_jax.model.transformer import Transformer
 
 
+class TooSmall(ValueError):
+    """The budget does not hold the weights and one sequence."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
     """Bytes, and how many sequences of `context` tokens they leave room for."""
@@ -52,14 +56,14 @@ def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
 def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: int = 256) -> Fit:
     """How many sequences of `context` tokens a device with `budget` bytes can hold.
 
-    Raises ValueError if it cannot hold the weights and one sequence.
+    Raises TooSmall, a ValueError, if it cannot hold the weights and one sequence.
     """
     spec = cache_spec(config, format, batch=1, capacity=context, chunk=chunk)
     weights, kv = weights_bytes(config), int(ledger.predicted(spec, context).allocated)
     workspace = workspace_bytes(spec, spec.chunk)
     sequences = max(budget - weights, 0) // (kv + workspace)
     if sequences < 1:
-        raise ValueError(
+        raise TooSmall(
             f"budget = {budget:,} B is smaller than the weights ({weights:,} B), the KV cache of one "
             f"sequence of {context:,} tokens ({kv:,} B, {format}) and its workspace ({workspace:,} B)"
         )
@@ -84,6 +88,11 @@ class Peak:
 
 def compiled(spec: CacheSpec) -> dict[str, Peak]:
     """The compiler's figures for a chunk of `prefill` and for the `decode` loop; nothing is allocated."""
+    return {k: _peak(phase.compile().memory_analysis()) for k, phase in lowered(spec).items()}
+
+
+def lowered(spec: CacheSpec) -> dict[str, Any]:
+    """Both phases, ready to compile for abstract arrays."""
     config, B = spec.config, spec.batch
     weights = jax.eval_shape(lambda: decoding_weights(_abstract(config)))
     cache = jax.eval_shape(spec.allocate)
@@ -93,7 +102,7 @@ def compiled(spec: CacheSpec) -> dict[str, Peak]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     last = jax.ShapeDtypeStruct((B, config.d_model), config.compute_dtype)
     prompt = jax.ShapeDtypeStruct((B, spec.chunk), jnp.int32)
-    phases = {
+    return {
         "prefill": _prefill_chunk.lower(weights, cache, last, prompt, ints, spec=spec),
         "decode": _loop.lower(
             weights,
@@ -105,7 +114,6 @@ def compiled(spec: CacheSpec) -> dict[str, Peak]:
             steps=64,
         ),
     }
-    return {name: _peak(lowered.compile().memory_analysis()) for name, lowered in phases.items()}
 
 
 def allocator_peak() -> int | None:

@@ -4,8 +4,11 @@
     python -m launch.memory cla_1b --cache dense --cache int8 --context 8192
     python -m launch.memory runs/demo --budget 1GiB --context 128 --compile
 
+    python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --context 2048 --ledger
+
 Nothing is allocated. All bytes are closed forms; --compile adds what the compiler of the backend at hand
-says of a chunk of prefill and of the decode loop, at the batch that fits.
+says of a chunk of prefill and of the decode loop, at the batch that fits. --ledger shows the bytes of a
+token instead: held, written and read, which CLA does not divide alike.
 """
 
 import dataclasses
@@ -14,13 +17,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import experiments
 from cla_jax.config import ModelConfig
 from launch.cli import user_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base ** (i + 1)
@@ -41,6 +47,8 @@ class Arguments:
     cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Tokens of a prompt that go through the model at once.
     chunk: int = 256
+    # Show resident, written and read bytes per token at this context, instead of what fits.
+    ledger: bool = False
     # Ask the compiler too (seconds a line).
     compile: bool = False
     # Print JSON instead of a table.
@@ -76,22 +84,59 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.memory", description=__doc__)
     budget = parse_bytes(arguments.budget)
-    from cla_jax import memory
-    from cla_jax.cache import FORMATS, cache_spec
+    from cla_jax.cache import FORMATS
 
     # In the model's own dtype `dense` says it all.
     formats = arguments.cache or tuple(n for n in FORMATS if n not in ("float32", "bfloat16"))
+    configs = models(arguments.names)
+    if arguments.ledger:
+        lines = _ledger(configs, formats, arguments)
+    else:
+        lines = _fits(configs, formats, arguments, budget)
+    if arguments.json:
+        json.dump(
+            {"budget": budget, "context": arguments.context, "lines": lines}, sys.stdout, indent=1
+        )
+        print()
+    elif arguments.ledger:
+        _print_ledger(lines, arguments)
+    else:
+        _print(lines, arguments, budget)
+
+
+def _ledger(
+    configs: dict[str, ModelConfig], formats: Sequence[str], arguments: Arguments
+) -> list[dict[str, Any]]:
+    from cla_jax.cache import cache_spec, ledger
+
+    context = arguments.context
+    lines = []
+    for name, config in configs.items():
+        for format in formats:
+            # As in decoding: a step writes one token.
+            spec = cache_spec(config, format, batch=1, capacity=context)
+            lines.append(
+                {"name": name, "cache": format} | ledger.predicted(spec, context).per_token(context)
+            )
+    return lines
+
+
+def _fits(
+    configs: dict[str, ModelConfig], formats: Sequence[str], arguments: Arguments, budget: int
+) -> list[dict[str, Any]]:
+    """A line for each model and format. Raises ValueError if nothing fits anywhere."""
+    from cla_jax import memory
+    from cla_jax.cache import cache_spec
+
     lines: list[dict[str, Any]] = []
     errors: list[str] = []
-    for name, config in models(arguments.names).items():
+    for name, config in configs.items():
         for format in formats:
             line: dict[str, Any] = {"name": name, "cache": format}
             options = {"context": arguments.context, "chunk": arguments.chunk}
             try:
                 found = memory.fit(config, format, budget=budget, **options)
-            except ValueError as error:
-                if "budget" not in str(error):
-                    raise
+            except memory.TooSmall as error:
                 errors.append(f"{name}: {error}")
                 lines.append(line | {"sequences": 0})
                 continue
@@ -109,34 +154,53 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.append(line)
     if not any(line["sequences"] for line in lines):
         raise ValueError(errors[0])
-    if arguments.json:
-        json.dump({"budget": budget, "lines": lines}, sys.stdout, indent=1)
-        print()
-        return
-    _print(lines, arguments, budget)
+    return lines
+
+
+def _print_ledger(lines: list[dict[str, Any]], arguments: Arguments) -> None:
+    columns = ("allocated", "resident", "written", "read")
+    table = _table(
+        f"KV bytes of a sequence, per token, at {arguments.context:,} tokens",
+        "written: for a new token. The others: per token of context; read: by one decode step.",
+        columns,
+    )
+    for line in lines:
+        table.add_row(line["name"], line["cache"], *(f"{line[key]:,.0f}" for key in columns))
+    _show(table)
+
+
+def _table(title: str, caption: str, columns: Sequence[str]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption)
+    table.add_column("model", no_wrap=True)
+    table.add_column("cache")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _show(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Cut names help nobody: where the terminal is narrow, lines wrap.
+    console.width = max(console.width, 100)
+    console.print(table)
 
 
 def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from cla_jax.report.rows import human
 
     human_bytes = lambda count: f"{human(count)}B".replace("BB", "GB").replace("KB", "kB")
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Sequences of {arguments.context:,} tokens in {human_bytes(budget)}",
-        caption="Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: a "
-        f"sequence's share while {arguments.chunk:,} tokens of its prompt go through.",
+    compiled = ("prefill compiled", "decode compiled") if arguments.compile else ()
+    table = _table(
+        f"Sequences of {arguments.context:,} tokens in {human_bytes(budget)}",
+        "Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: a sequence's "
+        f"share while {arguments.chunk:,} tokens of its prompt go through.",
+        ("weights", "KV", "work", "fit", *compiled, "binds"),
     )
-    compiled = ["prefill\ncompiled", "decode\ncompiled"] if arguments.compile else []
-    table.add_column("model", no_wrap=True)
-    table.add_column("cache")
-    for column in ("weights", "KV", "work", "fit", *compiled):
-        table.add_column(column, justify="right")
-    table.add_column("binds")
     for line in lines:
         if not line["sequences"]:
             table.add_row(
@@ -152,7 +216,7 @@ def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> No
             *peaks,
             line["binds"],
         )
-    Console().print(table)
+    _show(table)
 
 
 if __name__ == "__main__":

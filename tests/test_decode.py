@@ -68,7 +68,12 @@ def assert_close(a, b):
     assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(b).max()
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "heads", [pytest.param((4, 4), marks=SLOW), pytest.param((4, 2), marks=SLOW), (4, 1)]
+)
 @pytest.mark.parametrize(
     ("kv_map", "windows"),
     [

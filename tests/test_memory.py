@@ -130,6 +130,16 @@ def test_what_cannot_be_answered_is_refused(capsys, argv, words):
     assert words in capsys.readouterr().err
 
 
+def test_the_ledger_of_a_token(capsys):
+    names = ["cla_1b.h128_mqa", "cla_1b.h128_mqa_cla2"]
+    launch_memory.main([*names, "--ledger", "--context", "2048", "--cache", "dense", "--json"])
+    mqa, cla2 = json.loads(capsys.readouterr().out)["lines"]
+    assert (mqa["resident"], mqa["written"], mqa["read"]) == (10240, 10240, 10240)
+    assert (cla2["resident"], cla2["written"], cla2["read"]) == (5120, 5120, 10240)
+    launch_memory.main([*names, "--ledger", "--context", "2048"])
+    assert "cla_1b/h128_mqa_cla2" in capsys.readouterr().out
+
+
 def test_budgets_are_read_as_written():
     assert launch_memory.parse_bytes("80GB") == 80 * 10**9
     assert launch_memory.parse_bytes("1.5GiB") == 3 * 2**29

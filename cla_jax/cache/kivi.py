@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.cache.bits import carrier, kept, restored
-from cla_jax.cache.entries import Entries
+from cla_jax.cache.entries import Entries, put
 from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import EMPTY, KV, Segment
@@ -95,7 +95,7 @@ class Kivi:
         place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
         newest = KV(
             *(
-                held.at[rows_B1, place_BT].set(kept(new, self.dtype), mode="drop")
+                put(held, place_BT, kept(new, self.dtype))
                 for held, new in zip(slot.newest, kv, strict=True)
             )
         )
@@ -109,11 +109,11 @@ class Kivi:
         due = [restored(a[rows_B1, ring_BT], self.dtype) for a in newest]
         group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
 
-        def put(held: jax.Array, new: jax.Array) -> jax.Array:
-            return held.at[rows_B1, group_B1].set(new[:, None], mode="drop")
-
         packed = (*self._pack_keys(due[0]), *self._pack_values(due[1]))
-        return KiviSlot(*map(put, slot[:-1], packed), newest=newest)
+        groups = (
+            put(held, group_B1, new[:, None]) for held, new in zip(slot[:-1], packed, strict=True)
+        )
+        return KiviSlot(*groups, newest=newest)
 
     def segments(
         self, slot: KiviSlot, lengths_B: jax.Array, first: jax.Array, entries: Entries

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.entries import Entries
+from cla_jax.cache.entries import Entries, put
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import KV, Segment
 
@@ -45,13 +45,8 @@ class PerToken:
         return tokens
 
     def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         entries_BT = entries.of(positions_BT)
-
-        def put(held: jax.Array, new: jax.Array) -> jax.Array:
-            return held.at[rows_B1, entries_BT].set(new, mode="drop")
-
-        return jax.tree.map(put, slot, self.encode(kv))
+        return jax.tree.map(lambda held, new: put(held, entries_BT, new), slot, self.encode(kv))
 
     def segments(
         self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
