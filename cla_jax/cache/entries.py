@@ -81,10 +81,4 @@ class Entries:
 def put(held: jax.Array, entries_BT: jax.Array, new: jax.Array) -> jax.Array:
     """`held` [B, E, ...] with `new` [B, T, ...] at the entries; what lies outside of it is dropped."""
     rows_B1 = jnp.arange(entries_BT.shape[0])[:, None]
-    if entries_BT.size > 1:
-        return held.at[rows_B1, entries_BT].set(new, mode="drop")
-    # XLA makes a scatter of one update a choice between two whole slots, which copies the slot.
-    entry = jnp.minimum(entries_BT[0, 0], held.shape[1] - 1)
-    old = jax.lax.dynamic_slice_in_dim(held, entry, 1, axis=1)
-    kept = jnp.where(entry == entries_BT[0, 0], new, old)
-    return jax.lax.dynamic_update_slice_in_dim(held, kept, entry, axis=1)
+    return held.at[rows_B1, entries_BT].set(new, mode="drop")
