@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from cla_jax import cache as caches
-from cla_jax import checkpoint
+from cla_jax import checkpoint, memory
 from cla_jax import mesh as meshes
 from cla_jax.config import MeshConfig, near_choice
 from cla_jax.model.transformer import Transformer
@@ -99,6 +99,8 @@ def evaluate(
                 if per_slot:
                     record["per_slot"] = sensitivity(setup, model, name, chunk=chunk)
             record |= origin
+            if (peak := memory.allocator_peak()) is not None:
+                record["device_peak_bytes"] = peak
             written_as = f"cached-{name}" if name else "full"
             if windows is None:
                 run.write_eval(written_as, record)

@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     )
                 for kind, count in record.get("kv_bytes", {}).items():
                     say(
-                        f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.1f} predicted "
-                        f"{count['counted']:>11,.1f} counted   per token at {record['context']:,}"
+                        f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.10g} predicted "
+                        f"{count['counted']:>11,.10g} counted   per token at {record['context']:,}"
                     )
                 for slot in record.get("per_slot", []):
                     say(
