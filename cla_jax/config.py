@@ -127,6 +127,10 @@ class ModelConfig:
                 f"model.n_layers is {self.n_layers}"
             )
         pattern = tuple(map(int, entries))
+        if max(pattern) >= 2**30:
+            raise ValueError(
+                f"model.windows = {self.windows!r}: a window must be below 2**30; 0 is none"
+            )
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
 
     @property

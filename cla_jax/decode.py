@@ -44,7 +44,7 @@ class Weights:
             return project(x_BTD, self.head, rules)
         B, T, D = x_BTD.shape
         x_ND = streamed.unsplit(x_BTD).reshape(B * T, D)
-        scores = streamed.product(x_ND, streamed.unsplit(self.head)).astype(jnp.float32)
+        scores = streamed.product(x_ND, streamed.unsplit(self.head), jnp.dtype("float32"))
         return scores.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
 
 
@@ -76,13 +76,15 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Appends T tokens to each row: their hidden states [B, T, D], and the cache with them in it.
 
-    Only the first counts_B tokens of a row are text; the rest is padding, neither kept nor seen, and
-    what comes out of it means nothing. `starts_BT`, if given, is the first position each token sees.
+    Only the first counts_B tokens of a row are text; the rest, and what would go beyond the capacity, is
+    padding, neither kept nor seen, and what comes out of it means nothing. `starts_BT`, if given, is the
+    first position each token sees.
     """
     config, rules = spec.config, spec.rules
     # Positions are settled here, once: where a consumer's query stands cannot depend on what its
     # producer has done to a cache in between.
     steps_T = jnp.arange(tokens_BT.shape[1])
+    counts_B = jnp.minimum(counts_B, spec.capacity - cache.lengths_B)
     is_text_BT = steps_T < counts_B[:, None]
     positions_BT = jnp.where(is_text_BT, cache.lengths_B[:, None] + steps_T, -1)
     lengths_B = cache.lengths_B + counts_B

@@ -56,7 +56,9 @@ def open_setup(
         data_dir=data_dir or config.placement.data_dir,
         eval_batch_size=batch_size or config.placement.eval_batch_size,
     )
-    setup = set_up(dataclasses.replace(config, placement=here))
+    # The batch of training need not divide over these devices.
+    batch = here.eval_batch_size
+    setup = set_up(dataclasses.replace(config, batch_size=batch, placement=here))
     run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(setup.rules, setup.mesh)
@@ -95,9 +97,10 @@ def evaluate(
                 record = full_forward(setup, model, **limits)
             else:
                 record = cached_decoding(setup, model, name, chunk=chunk, **limits)
-                record["agreement"] = agreement(setup, model, name, chunk=chunk)
+                sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
+                record["agreement"] = agreement(setup, model, name, **sampled)
                 if per_slot:
-                    record["per_slot"] = sensitivity(setup, model, name, chunk=chunk)
+                    record["per_slot"] = sensitivity(setup, model, name, **sampled)
             record |= origin
             if (peak := memory.allocator_peak()) is not None:
                 record["device_peak_bytes"] = peak

@@ -4,14 +4,17 @@
     spec = cache_spec(model.config, "int8", batch=8, capacity=2048, chunk=256)
     completions = generate(weights, spec, prompts, new_tokens=100, stop=[end])
 
-Three programs are compiled, once for a spec: a chunk of prefill, the first token, and a loop of decode
-steps that stays on the device. Prompts of any lengths and any number of new tokens go through them.
+Three programs are compiled, once for a spec and a way of sampling: a chunk of prefill, the first token,
+and a loop of decode steps that stays on the device. Prompts of any lengths, numbers of new tokens, seeds
+and stop tokens go through them.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +40,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:  # NaN too
-            raise ValueError(f"temperature = {self.temperature} must not be negative")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:  # NaN too
+            raise ValueError(
+                f"temperature = {self.temperature} must be 0 (the likeliest token), or finite and at "
+                "least 1e-6"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -49,7 +55,9 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     """One token a row. Temperature first, then top-k, then top-p of what is left."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # From the peak down: a small temperature overflows nothing that could be drawn.
+    peak_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = (logits_BV - peak_B1) / sampling.temperature
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = descending_BV[:, sampling.top_k - 1, None]
@@ -168,7 +176,7 @@ def generate(
     on_tokens: Callable[[int, list[int]], None] | None = None,
     every: int = 8,
 ) -> list[Completion]:
-    """Continues every prompt, all in one batch; each row's result is that of the row alone.
+    """Continues every prompt, all in one batch; each row's result is that of the row alone, with its seed.
 
     Args:
       weights: from `decoding_weights`.
@@ -188,6 +196,8 @@ def generate(
     limits = _for_each(new_tokens, "new_tokens", prompts)
     if limits and min(limits) < 1:
         raise ValueError(f"new_tokens = {min(limits)} must be positive")
+    if every < 1:
+        raise ValueError(f"every = {every} must be positive")
     check_prompts(prompts, spec, limits)
     vocabulary = spec.config.vocab_size
     n_ids = vocabulary if n_ids is None else n_ids
@@ -235,8 +245,13 @@ def _collect(results: list[Completion], on_tokens, tokens_BN, logprobs_BN) -> No
             on_tokens(row, new)
 
 
+def _is_integer(value: Any) -> TypeGuard[int]:
+    """numpy's integers too."""
+    return isinstance(value, Integral)
+
+
 def _for_each(value: Any, name: str, prompts: Sequence) -> list[int]:
-    values = [value] * len(prompts) if isinstance(value, int) else list(value)
+    values = [int(value)] * len(prompts) if _is_integer(value) else list(value)
     if len(values) != len(prompts):
         raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts")
     return values
@@ -244,12 +259,14 @@ def _for_each(value: Any, name: str, prompts: Sequence) -> list[int]:
 
 def _keys(seeds: int | Sequence[int], prompts: Sequence, spec: CacheSpec) -> jax.Array:
     """A random key for each row."""
-    for seed in [seeds] if isinstance(seeds, int) else seeds:
+    one = int(seeds) if _is_integer(seeds) else None
+    several: Any = seeds if one is None else [one]
+    for seed in several:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed = {seed} must lie in 0 to 2**32 - 1")
     split = spec.rules.spec("batch")
-    if isinstance(seeds, int):
+    if one is not None:
         rows_B = jnp.arange(spec.batch, out_sharding=split)
-        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(rows_B)
-    given = _for_each(seeds, "seeds", prompts) + [0] * (spec.batch - len(prompts))
+        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(one)))(rows_B)
+    given = _for_each(several, "seeds", prompts) + [0] * (spec.batch - len(prompts))
     return jax.vmap(jax.random.key)(jax.device_put(np.array(given, np.uint32), split))

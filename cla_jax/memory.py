@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.config import ModelConfig
 from cla_jax.decode import _prefill_chunk, decoding_weights
-from cla_jax.generate import Sampling, _Choice, _loop, _Rows
+from cla_jax.generate import LOOP, Sampling, _Choice, _loop, _Rows
 from cla_jax.model.transformer import Transformer
 
 
@@ -41,16 +41,19 @@ def weights_bytes(config: ModelConfig) -> int:
 def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     """About what a step of `tokens` tokens a row needs beside weights and cache, for one row.
 
-    The larger of an attention (queries, output; scores, masked scores and weights of one block of the
-    cache; old and new sums) and an MLP (gate, up and their product); the residual stream and a norm of
-    it; and the logits of one token with what sampling makes of them.
+    The keys and values of one block of the cache as attention reads them; the larger of an attention
+    (queries, output; scores, masked scores and weights of one block; old and new sums) and an MLP (gate,
+    up and their product); the residual stream and a norm of it; and the logits of one token with what
+    sampling makes of them.
     """
     config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize
     heads, H = config.n_heads, config.d_head
     block = max(spec.block(p) for p in range(len(spec.formats)))
     attention = heads * (2 * H * width + 3 * block * 4 + 2 * H * 4)
     mlp = 3 * config.d_ff * width
-    return tokens * (2 * config.d_model * width + max(attention, mlp)) + 3 * config.vocab_size * 4
+    decoded = 2 * block * config.n_kv_heads * H * width
+    per_token = 2 * config.d_model * width + max(attention, mlp)
+    return decoded + tokens * per_token + 3 * config.vocab_size * 4
 
 
 def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: int = 256) -> Fit:
@@ -111,7 +114,7 @@ def lowered(spec: CacheSpec) -> dict[str, Any]:
             _Choice(keys, ints, ids, ids),
             spec=spec,
             sampling=Sampling(),
-            steps=64,
+            steps=LOOP,
         ),
     }
 

@@ -149,9 +149,9 @@ def cached_decoding(
     """The same text scored through a KV cache, and the bytes of that cache at the end of a window.
 
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are
-    faster. They change nothing for formats that keep every token by itself; kivi gets slightly worse,
-    since the first tokens of a step find the step's last ones among the newest. Raises ValueError
-    unless the chunk divides seq_len.
+    faster. They change nothing for formats that keep every token by itself; kivi gets worse, since the
+    first tokens of a step find the step's last ones counted among the newest. Raises ValueError unless
+    the chunk divides seq_len.
     """
     weights = decoding_weights(model, setup.rules)
     spec = _spec(setup, format, chunk)

@@ -163,12 +163,49 @@ def test_documents_stay_apart_in_the_cache_too(windows):
     assert jnp.abs(expected - full_logits(model, tokens)).max() > 1e-2
 
 
+@pytest.mark.parametrize("format", ["int8", "kivi4"])
+def test_a_quantised_ring_is_as_good_as_a_whole_slot(format):
+    """Long enough that groups in the ring are written over."""
+    model = make(replace(MODEL, windows="130"))
+    tokens = np.random.default_rng(2).integers(0, 260, (1, 700))
+    weights = decoding_weights(model)
+    last = []
+    for capacity in (200, 700):  # the first is made for steps of 70, the second never wraps
+        spec = cache_spec(
+            model.config, format, batch=1, capacity=700, chunk=70 if capacity == 200 else 699
+        )
+        assert spec.is_ring(0) == (capacity == 200)
+        cache = spec.allocate()
+        for i in range(0, 700, 70):
+            x, cache = step(
+                weights,
+                cache,
+                tokens[:, i : i + 70],
+                np.array([70]),
+                np.zeros((1, 70), np.int32),
+                spec=spec,
+                sized=False,
+            )
+        last.append(x)
+    assert jnp.abs(last[0] - last[1]).max() <= 1e-3 * jnp.abs(last[1]).max()
+
+
 def test_rows_of_a_batch_may_grow_by_different_numbers_of_tokens():
     model = make(replace(MODEL, windows="30"))
     lengths = [T, 61, 7]
     scores, expected = cached_logits(model, TOKENS, 13, lengths=lengths), full_logits(model, TOKENS)
     for row, n in enumerate(lengths):
         assert_close(scores[row, :n], expected[row, :n])
+
+
+def test_tokens_beyond_the_capacity_are_padding():
+    """They were once seen by nobody and counted all the same."""
+    model = make(MODEL)
+    weights, spec = decoding_weights(model), cache_spec(MODEL, batch=1, capacity=100, chunk=60)
+    cache = spec.allocate()
+    for _ in range(3):
+        _, cache = decode(weights, spec, cache, TOKENS[:1, :60], np.array([60]))
+    assert cache.lengths_B.tolist() == [100]
 
 
 def test_an_emptied_cache_is_as_new():

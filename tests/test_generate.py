@@ -183,6 +183,7 @@ def test_sampling_draws_from_the_distribution():
     np.testing.assert_allclose(frequencies(temperature=0), [1, 0, 0, 0])
     squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(frequencies(temperature=1e-6), [1, 0, 0, 0])
     # Top-k first: of the two left, the first has 0.625 and is enough.
     np.testing.assert_allclose(frequencies(top_k=2, top_p=0.6), [1, 0, 0, 0])
 
@@ -210,6 +211,7 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
         ([[1]], {"seeds": -1}, "seed = -1"),
         ([[1]], {"stop": [300]}, "stop"),
         ([[1]], {"n_ids": 300}, "n_ids"),
+        ([[1]], {"every": 0}, "every = 0"),
     ],
 )
 def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monkeypatch):
@@ -221,7 +223,14 @@ def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monke
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-40},
+        {"top_k": -1},
+        {"top_p": 0.0},
+    ],
 )
 def test_bad_sampling_is_refused(options):
     (name,) = options

@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cla_jax.decode import decoding_weights
 from cla_jax.mesh import AxisRules
 from cla_jax.model import streamed
 from cla_jax.model.layers import Linear
+from cla_jax.model.transformer import project
+from tests import reference
 from tests.conftest import MODEL, replace
 
 
@@ -27,6 +30,16 @@ def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
     found = streamed.Streamed.of(linear)(x, AxisRules())
     assert found.shape == expected.shape
     assert jnp.abs(found - expected).max() <= 1e-6 * jnp.abs(expected).max()
+
+
+def test_logits_are_float32_whatever_the_model_computes_in():
+    config = replace(MODEL, compute_dtype="bfloat16", vocab_size=2000)
+    model = reference.randomised(config)
+    weights = decoding_weights(model)
+    x = jax.random.normal(jax.random.key(0), (4, 1, 32)).astype("bfloat16")
+    found, expected = weights.logits(x, AxisRules()), project(x, weights.head, AxisRules())
+    assert found.dtype == jnp.float32
+    assert jnp.abs(found - expected).max() <= 1e-5 * jnp.abs(expected).max()
 
 
 @pytest.mark.parametrize("queries", [1, 4, 60])

@@ -5,8 +5,10 @@ and a zero of its own; values have none, so each token has them, for every 32 ch
 must be whole before it can be quantised: the newest tokens, 128 at least and 159 at most, stay in full
 precision until the oldest 32 of them are due. Scales and zeros are float16.
 
-Unlike the paper's prefill, a token is read back from the cache by the very step that wrote it, so that
-what is measured in chunks of a prompt is never better than what decoding sees.
+A step reads what it has written, back from the cache. So a step of one token, as in decoding, finds the
+newest 128 in full precision; of a step of many tokens, the first find those after them counted among
+the newest, and their own quantised if the step is longer than 128. That is worse than the paper's
+prefill, which attends in full precision; chunks of up to 32 tokens stay close to single steps.
 """
 
 import dataclasses

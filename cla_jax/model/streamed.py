@@ -22,11 +22,12 @@ def serves() -> bool:
     return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
-def product(x_NI: jax.Array, weight_OI: jax.Array) -> jax.Array:
-    """x times the transposed matrix: [tokens, out]."""
+def product(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x times the transposed matrix: [tokens, out], in `dtype` or that of the operands."""
     # The barriers keep XLA from folding the transposes into the product, which is the slow form again.
     x_IN = jax.lax.optimization_barrier(x_NI.T)
-    return jax.lax.optimization_barrier(weight_OI @ x_IN).T
+    y_ON = jnp.matmul(weight_OI, x_IN, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y_ON).T
 
 
 def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:

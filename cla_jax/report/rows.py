@@ -129,7 +129,18 @@ def notes(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.evaluation
     ]
-    return [note for note in (comparison(rows)[1], *missing) if note]
+    wide = [
+        row.name
+        for row in rows
+        if row.cache and (row.evaluation or {}).get("cache_dtype") == "float32"
+    ]
+    units = ""
+    if wide:
+        units = (
+            f"{', '.join(wide)}: what the format does not quantise is float32, as the model computes; rows "
+            "without a cache count 16-bit elements."
+        )
+    return [note for note in (comparison(rows)[1], units, *missing) if note]
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
