@@ -147,6 +147,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
             assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_formats_are_evaluated_beside_each_other(tiny, devices):
     devices(1)
     config = tiny(steps=2)
