@@ -102,12 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_tokens=printed if arguments.stream else None,
         )
     if arguments.stream:
+        printed(0, [])  # the prompt alone, if nothing came
         print()
         return
     for prompt, completion in zip(prompts, completions, strict=True):
-        print(
-            tokenizer.decode([*prompt, *completion.tokens])
-        )  # together: some tokenizers join words
+        # Together: some tokenizers join words.
+        print(tokenizer.decode([*prompt, *completion.tokens]))
 
 
 class _Printer:

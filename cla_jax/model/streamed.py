@@ -56,9 +56,8 @@ class Streamed:
     weight_OI: jax.Array
     bias: jax.Array | None
     outputs: str = dataclasses.field(metadata={"static": True})  # as in `Linear`
-    sizes: tuple[int, ...] = dataclasses.field(
-        metadata={"static": True}
-    )  # of the outputs after B, T
+    # Of the outputs, after B and T.
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, linear: Linear) -> "Streamed":
