@@ -110,13 +110,18 @@ class Run:
         return [records[step] for step in sorted(records)]
 
 
+def run_path(config: Config) -> epath.Path:
+    """Where a run lives."""
+    return epath.Path(config.placement.runs) / config.name
+
+
 def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> Run:
     """The directory for a config: made if new, continued if the same run.
 
     Raises ValueError, showing the difference, if the directory belongs to a run with another identity,
     other data or another tokenizer. A different placement just continues.
     """
-    run = Run(epath.Path(config.placement.runs) / config.name)
+    run = Run(run_path(config))
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"{run.path} is a file: remove it, or use another --name")
     record = {

@@ -58,13 +58,16 @@ def abstract_state(
 
 
 def initial_state(
-    config: Config, optimizer: optax.GradientTransformation, rules: AxisRules, mesh: Mesh
+    config: Config, optimizer: optax.GradientTransformation, abstract: State
 ) -> State:
-    """A fresh state, every array made where it will live. The same numbers on any mesh."""
-    shardings = jax.tree.map(
-        lambda leaf: leaf.sharding, abstract_state(config, optimizer, rules, mesh)
+    """A fresh state as `abstract_state` lays it out. The same numbers on any mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # A program that runs once: on the CPU, optimising it takes several times what it can save.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    initial = jax.jit(
+        lambda: _initial(config, optimizer), out_shardings=shardings, compiler_options=options
     )
-    return jax.jit(lambda: _initial(config, optimizer), out_shardings=shardings)()
+    return initial()
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def restore_or_init(setup: Setup, run: Run) -> State:
     optimizer = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(config, optimizer, setup.rules, setup.mesh)
     state = checkpoint.restore_latest(run.checkpoints, abstract)
-    return initial_state(config, optimizer, setup.rules, setup.mesh) if state is None else state
+    return initial_state(config, optimizer, abstract) if state is None else state
 
 
 def log_start(setup: Setup, run: Run, first_step: int) -> None:

@@ -60,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cla_jax.evaluate import evaluate
     from cla_jax.runs import find_runs
+    from launch import programs
 
     console = Console()
-    for run in find_runs(arguments.runs):
+    runs = find_runs(arguments.runs)
+    programs.remember(runs[0].path.parent)
+    for run in runs:
         console.print(f"[bold]{run.path}")
         with Progress(transient=True, console=Console(file=sys.stderr)) as bar:
 

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.decode import decoding_weights
     from cla_jax.generate import Sampling, generate
     from cla_jax.runs import find_runs
+    from launch import programs
 
     sampling = Sampling(
         temperature=arguments.temperature,
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, *others = find_runs([arguments.run])
     if others:
         raise ValueError(f"{arguments.run} holds several runs; name one of them, {run.path} say")
+    programs.remember(run.path.parent)
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
     texts = arguments.prompt or ("",)

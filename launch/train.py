@@ -58,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After the command line: --help and mistakes in it should not wait for jax.
     from cla_jax.evaluate import during_training
     from cla_jax.train import Diverged, train
-    from launch import distributed
+    from cla_jax.runs import run_path
+    from launch import distributed, programs
 
     distributed.initialize()
+    programs.remember(run_path(configs[0]).parent)
     should_stop = distributed.stop_on_signal()
     for config in configs:
         try:

@@ -24,7 +24,7 @@ def saved(tiny, devices, tmp_path):
     optimizer = make_optimizer(config.optimizer, config.steps)
     rules = axis_rules(config.model, mesh)
     abstract = abstract_state(config, optimizer, rules, mesh)
-    state = initial_state(config, optimizer, rules, mesh)
+    state = initial_state(config, optimizer, abstract)
     states = {step: jax.tree.map(lambda a, s=step: a + s, state) for step in (2, 4)}
     directory = epath.Path(tmp_path / "checkpoints")
     saver = Checkpointer(directory, keep=2)

@@ -9,7 +9,7 @@ from cla_jax import costs
 from cla_jax.config import ModelConfig
 from cla_jax.model.transformer import Execution, Transformer
 from cla_jax.optimizer import make_optimizer
-from cla_jax.state import initial_state
+from cla_jax.state import abstract_state, initial_state
 from tests.conftest import MODEL, replace
 from tests.test_kv_map import maps
 
@@ -151,7 +151,9 @@ def test_training_bytes_equal_the_live_state(tiny, devices):
     config = tiny()
     mesh = make_mesh(config.placement.mesh, devices(1))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = initial_state(config, optimizer, axis_rules(config.model, mesh), mesh)
+    state = initial_state(
+        config, optimizer, abstract_state(config, optimizer, axis_rules(config.model, mesh), mesh)
+    )
     predicted = costs.training_bytes(config.model)
     nbytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     assert nbytes(state.model) == predicted.parameters == predicted.gradients
