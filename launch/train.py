@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     allocator.keep_freed_memory()
     # After the command line: --help and mistakes in it should not wait for jax.
     from cla_jax.evaluate import during_training
-    from cla_jax.train import Diverged, train
     from cla_jax.runs import run_path
+    from cla_jax.train import Diverged, train
     from launch import distributed, programs
 
     distributed.initialize()
