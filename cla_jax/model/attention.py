@@ -144,8 +144,10 @@ def attend_segments(
 
     def step(segment: Segment, i, carry):
         peak_BKN1, total_BKN1, sum_BKNH = carry
+        # A segment of one block does not depend on i: its scores would be taken out of the loop.
+        queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, peak_BKN1))
         kv, keys = segment.read(i), segment.positions(i)[:, None, None, :]
-        s_BKNS = scores(q_BKNH, kv.k_BSKH)
+        s_BKNS = scores(queries_BKNH, kv.k_BSKH)
         s_BKNS = jnp.where((keys <= positions) & (keys >= starts), s_BKNS, MASKED)
         # What a query sums up before its first visible key shrinks to nothing when that key comes.
         new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
