@@ -32,11 +32,11 @@ class KV(NamedTuple):
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
-    """Which keys a query sees, by their positions: [B or 1, 1, T, 1, S]."""
+    """Which keys a query sees, by their positions: [B or 1, 1, T, S]."""
     seen_BTS = keys_BS[:, None, :] <= queries_BT[:, :, None]
     if starts_BT is not None:
         seen_BTS = seen_BTS & (keys_BS[:, None, :] >= starts_BT[:, :, None])
-    return seen_BTS[:, None, :, None, :]
+    return seen_BTS[:, None]
 
 
 def window_starts(
@@ -60,22 +60,42 @@ def attend(
     """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]"""
     if backend == "cudnn":
         return _attend_cudnn(q_BTKGH, kv, starts_BT, rules or AxisRules())
-    B, T, K, G, H = q_BTKGH.shape
+    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     positions = jnp.arange(T)[None]
-    # Heads before positions, merged to one axis N = G * T around the two products: contracting over
-    # two axes, as the gradients of keys and values do, XLA would transpose the weights in memory.
-    q_BKNH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * H**-0.5).reshape(B, K, G * T, H)
+    q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
+    starts_BN = None if starts_BT is None else over_queries(starts_BT)
+    seen_B1NS = visible(over_queries(positions), positions, starts_BN)
     s_BKNS = jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32)
-    seen_B11TS = visible(positions, positions, starts_BT).swapaxes(2, 3)
-    s_BKGTS = jnp.where(seen_B11TS, s_BKNS.reshape(B, K, G, T, T), MASKED)
+    s_BKNS = jnp.where(seen_B1NS, s_BKNS, MASKED)
     # The sum divides the output, which is smaller than the weights; the peak has no gradient.
-    peak_BKGT1 = jax.lax.stop_gradient(s_BKGTS.max(axis=-1, keepdims=True))
-    p_BKGTS = jnp.exp(s_BKGTS - peak_BKGT1)
-    total_BKGT1 = p_BKGTS.sum(axis=-1, keepdims=True)
-    p_BKNS = p_BKGTS.reshape(B, K, G * T, T).astype(kv.v_BSKH.dtype)
+    peak_BKN1 = jax.lax.stop_gradient(s_BKNS.max(axis=-1, keepdims=True))
+    p_BKNS = jnp.exp(s_BKNS - peak_BKN1)
+    total_BKN1 = p_BKNS.sum(axis=-1, keepdims=True)
+    p_BKNS = p_BKNS.astype(kv.v_BSKH.dtype)
     o_BKNH = jnp.einsum("BKNS,BSKH->BKNH", p_BKNS, kv.v_BSKH, preferred_element_type=jnp.float32)
-    o_BKGTH = o_BKNH.reshape(B, K, G, T, H) / total_BKGT1
-    return jnp.einsum("BKGTH->BTKGH", o_BKGTH).astype(q_BTKGH.dtype)
+    return restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype)
+
+
+def _merged(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
+    """The T positions and G query heads of a KV head as one axis N: two plain matrix products follow.
+
+    Contracting over two axes, as the gradients of keys and values do, XLA would transpose the weights
+    of attention in memory. Positions come first, which for MQA is how queries and outputs lie in memory
+    already; heads do where they are split over devices.
+
+    Returns q_BKNH, a function that says [B, T] for N, and one that brings [B, K, N, H] back.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    heads_first = jax.typeof(q_BTKGH).sharding.spec[3] is not None
+    order, sizes = ("BKGTH", (G, T)) if heads_first else ("BKTGH", (T, G))
+
+    def over_queries(a_BT: jax.Array) -> jax.Array:
+        return jnp.tile(a_BT, (1, G)) if heads_first else jnp.repeat(a_BT, G, axis=1)
+
+    def restore(o_BKNH: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{order}->BTKGH", o_BKNH.reshape(B, K, *sizes, H))
+
+    return jnp.einsum(f"BTKGH->{order}", q_BTKGH).reshape(B, K, T * G, H), over_queries, restore
 
 
 def _attend_cudnn(
@@ -86,7 +106,7 @@ def _attend_cudnn(
     def local(q_BTKGH: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
         B, T, K, G, H = q_BTKGH.shape
         positions = jnp.arange(T)[None]
-        mask = visible(positions, positions, starts[0])[:, :, :, 0] if starts else None
+        mask = visible(positions, positions, starts[0]) if starts else None
         o_BTNH = jax.nn.dot_product_attention(
             q_BTKGH.reshape(B, T, K * G, H),
             k,
@@ -137,10 +157,9 @@ def attend_segments(
     """
 
     B, T, K, G, H = q_BTKGH.shape
-    # One axis N = G * T of queries for each KV head, as in `attend`: two plain matrix products a block.
-    q_BKNH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * H**-0.5).reshape(B, K, G * T, H)
-    over_queries = lambda a_BT: jnp.tile(a_BT, (1, G))[:, None, :, None]  # [B, 1, N, 1]
-    positions, starts = over_queries(positions_BT), over_queries(starts_BT)
+    q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
+    over_heads = lambda a_BT: over_queries(a_BT)[:, None, :, None]  # [B, 1, N, 1]
+    positions, starts = over_heads(positions_BT), over_heads(starts_BT)
 
     def step(segment: Segment, i, carry):
         peak_BKN1, total_BKN1, sum_BKNH = carry
@@ -178,8 +197,7 @@ def attend_segments(
         peak_BKN1 = highest_BKN1
     saw_none = peak_BKN1 <= MASKED
     o_BKNH = jnp.where(saw_none, 0, sum_BKNH / jnp.where(saw_none, 1, total_BKN1))
-    o_BTKGH = jnp.einsum("BKGTH->BTKGH", o_BKNH.reshape(B, K, G, T, H))
-    return o_BTKGH.astype(q_BTKGH.dtype)
+    return restore(o_BKNH).astype(q_BTKGH.dtype)
 
 
 # ----------------------------------------------------------------------------- choice of backend
