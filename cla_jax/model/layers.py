@@ -128,6 +128,18 @@ class Mlp(nnx.Module):
         return self.down(hidden_BTF, rules)
 
 
+def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if jax.default_backend() != "cpu":
+        return jnp.cos(angles), jnp.sin(angles)
+    # In a loop, which is not fused with anything: XLA would take cosines and sines anew for every head
+    # of every layer that is unrolled, a twelfth of a small training step. A barrier does not hinder it.
+    cos, sin = jax.lax.map(
+        lambda is_sin: jnp.where(is_sin, jnp.sin(angles), jnp.cos(angles)),
+        jnp.array([False, True]),
+    )
+    return cos, sin
+
+
 class Rope:
     """Rotary position embedding, half-split: dimension i turns with dimension i + H/2."""
 
@@ -135,7 +147,7 @@ class Rope:
         half = config.d_head // 2
         frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-        self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
+        self.cos, self.sin = _cos_and_sin(angles)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotates x_BT...H, any number of head axes, in float32."""
