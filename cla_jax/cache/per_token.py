@@ -1,5 +1,6 @@
 """What the formats have in common that keep every token by itself."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,23 +24,24 @@ class Shape(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerToken:
+class PerToken(abc.ABC):
     """A slot is a pytree of arrays [batch, entries, ...]; a token is encoded and decoded alone."""
 
     dtype: str
     name: str
     longest_block: int = 512
 
+    @abc.abstractmethod
     def encode(self, kv: KV) -> Slot:
         """What is kept of tokens: [B, T, ...] arrays."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, kept: Slot) -> KV:
         """The inverse, in `dtype`, up to the error of the format."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bytes_per_token(self, config: ModelConfig) -> int:
-        raise NotImplementedError
+        """Of keys and values, scales included."""
 
     def entries(self, tokens: int) -> int:
         return tokens

@@ -4,6 +4,7 @@ A scale belongs to one token, so nothing is requantised as the cache grows, and 
 entries in any order. Scales are bfloat16, rounded up so that no element is clipped.
 """
 
+import abc
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -32,11 +33,13 @@ class _EightBit(PerToken):
     codes: str  # dtype of the codes' carrier
     largest: float  # the largest value that a code stands for
 
+    @abc.abstractmethod
     def _codes(self, x: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        """Numbers up to `largest`, rounded and as they are kept."""
 
+    @abc.abstractmethod
     def _values(self, codes: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        """What the codes stand for, float32."""
 
     def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
         heads = (batch, entries, config.n_kv_heads)
