@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +24,6 @@ from cla_jax.config import Config, DataConfig, ModelConfig
 from cla_jax.memory import lowered
 from cla_jax.mesh import axis_rules, make_mesh
 from cla_jax.model.transformer import Execution
-from cla_jax.optimizer import make_optimizer
-from cla_jax.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,11 +51,7 @@ def compile_training(n_layers: int) -> None:
     run = Execution(rules=axis_rules(config.model, mesh))
     prepared: Any = None  # nothing is read
     setup = train.Setup(config=config, prepared=prepared, mesh=mesh, run=run)
-    with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        state = abstract_state(config, optimizer, setup.rules, mesh)
-        batch = jax.ShapeDtypeStruct((1, 4, 257), jnp.int32)
-        train.make_step(setup).lower(state, batch).compile()
+    train.compile_step(setup)
 
 
 def compile_decoding(n_layers: int) -> None:

@@ -20,8 +20,7 @@ from cla_jax import train
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import Execution
-from cla_jax.optimizer import make_optimizer
-from cla_jax.state import abstract_state, initial_state
+from cla_jax.state import initial_state
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -55,10 +54,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         np.int32,
     )
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        state = initial_state(
-            config, optimizer, abstract_state(config, optimizer, setup.rules, mesh)
-        )
+        state = initial_state(config, setup.optimizer, setup.state)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
     step = train.make_step(setup)
     batch = 0

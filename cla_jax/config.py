@@ -264,6 +264,8 @@ class Placement:
     scan_layers: bool = True
     # Attention kernel; auto takes the fastest that serves the model on the hardware.
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # Options of the compiler for the training step: name=value, separated by commas.
+    compiler_options: str = ""
     # Positions of a window whose logits exist at once in the loss.
     loss_chunk: int = 256
     # Steps between lines on the console, in TensorBoard and wandb; metrics.jsonl has every step.
@@ -295,6 +297,9 @@ class Placement:
             )
         if self.eval_every < 0:
             raise ValueError(f"placement.eval_every = {self.eval_every} must not be negative")
+        for option in self.compiler_options.split(",") if self.compiler_options else ():
+            if not all(option.partition("=")):
+                raise ValueError(f"placement.compiler_options: {option!r} must be name=value")
         _choice("placement.remat", self.remat, ("none", "block", "dots"))
         _choice("placement.attention", self.attention, ("auto", "xla", "cudnn"))
 

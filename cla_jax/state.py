@@ -63,7 +63,7 @@ def initial_state(
     """A fresh state as `abstract_state` lays it out. The same numbers on any mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # A program that runs once: on the CPU, optimising it takes several times what it can save.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     initial = jax.jit(
         lambda: _initial(config, optimizer), out_shardings=shardings, compiler_options=options
     )

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -52,6 +53,23 @@ class Setup:
     def end(self) -> int | None:
         """The token that attention must not cross, if documents are kept apart."""
         return None if self.config.data.attend_across_documents else self.prepared.tokenizer.end
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.config.steps)
+
+    @functools.cached_property
+    def state(self) -> State:
+        """Shapes, dtypes and layouts of the run's state."""
+        return abstract_state(self.config, self.optimizer, self.rules, self.mesh)
+
+    @property
+    def batch(self) -> jax.ShapeDtypeStruct:
+        """Shape and layout of the batch of an update: int32 [A, B, T + 1]."""
+        A = self.config.placement.accumulate
+        shape = (A, self.config.batch_size // A, self.config.data.seq_len + 1)
+        spec = PartitionSpec(None, *self.rules.partition("batch", None))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
 
 
 def set_up(config: Config) -> Setup:
@@ -239,10 +257,13 @@ def train(
     # One process holds the lock for all hosts.
     lock = runs.locked(run) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, logging_to(run), jax.set_mesh(setup.mesh):
-        state = restore_or_init(setup, run)
-        first_step = int(state.step)
-        log_start(setup, run, first_step)
-        step_fn = make_step(setup)
+        # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as threads:
+            compiling = threads.submit(compile_step, setup)
+            state = restore_or_init(setup, run)
+            first_step = int(state.step)
+            log_start(setup, run, first_step)
+            step_fn = compiling.result()
         batches = batch_stream(setup, first_step)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
@@ -279,18 +300,47 @@ def is_evaluated(run: Run, step: int) -> bool:
     return any("held_out_loss" in record for record in run.read_metrics() if record["step"] == step)
 
 
-def make_step(setup: Setup) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """The compiled step of a run; the state is donated."""
+StepFn = Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def compile_step(setup: Setup) -> StepFn:
+    """The step of a run, compiled ahead for the shapes and layouts it will meet; the state is donated."""
+    with jax.set_mesh(setup.mesh):  # a property of the thread
+        step = make_step(setup).lower(setup.state, setup.batch)
+        try:
+            return step.compile()
+        except jax.errors.JaxRuntimeError as error:
+            options = setup.config.placement.compiler_options
+            if options and "INVALID_ARGUMENT" in str(error):
+                raise ValueError(f"placement.compiler_options = {options!r}: {error}") from None
+            raise
+
+
+def make_step(setup: Setup) -> Any:
+    """The step of a run under `jax.jit`; the state is donated."""
     config = setup.config
     step = functools.partial(
         train_step,
-        optimizer=make_optimizer(config.optimizer, config.steps),
+        optimizer=setup.optimizer,
         rate=schedule(config.optimizer, config.steps),
         run=setup.run,
         end=setup.end,
         loss_chunk=config.placement.loss_chunk,
     )
-    return jax.jit(step, donate_argnums=0)
+    options = compiler_options(config.placement.compiler_options)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def compiler_options(text: str) -> dict[str, bool | int | str]:
+    """Options of XLA from name=value,...; a flag is true or false, a count a number."""
+
+    def value(text: str) -> bool | int | str:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        return int(text) if text.removeprefix("-").isdecimal() else text
+
+    options = [option.partition("=") for option in text.split(",") if option]
+    return {name.strip(): value(given.strip()) for name, _, given in options}
 
 
 def batch_stream(setup: Setup, first_step: int) -> Any:
@@ -302,16 +352,12 @@ def batch_stream(setup: Setup, first_step: int) -> Any:
         seed=config.seed,
         accumulate=config.placement.accumulate,
     )
-    spec = PartitionSpec(None, *setup.rules.partition("batch", None))
-    return batches.stream(first_step, NamedSharding(setup.mesh, spec))
+    return batches.stream(first_step, setup.batch.sharding)
 
 
 def restore_or_init(setup: Setup, run: Run) -> State:
-    config = setup.config
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_state(config, optimizer, setup.rules, setup.mesh)
-    state = checkpoint.restore_latest(run.checkpoints, abstract)
-    return initial_state(config, optimizer, abstract) if state is None else state
+    state = checkpoint.restore_latest(run.checkpoints, setup.state)
+    return initial_state(setup.config, setup.optimizer, setup.state) if state is None else state
 
 
 def log_start(setup: Setup, run: Run, first_step: int) -> None:

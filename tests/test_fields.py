@@ -65,6 +65,7 @@ PLACEMENT = {
     "placement.remat": "block",
     "placement.scan_layers": False,
     "placement.attention": "cudnn",
+    "placement.compiler_options": "xla_backend_optimization_level=1",
     "placement.loss_chunk": 8,
     "placement.log_every": 1,
     "placement.save_every": 1,

@@ -269,10 +269,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
     """Seen one step late, and on save steps before saving."""
     devices(1)
     config = tiny(steps=6, **{"placement.save_every": 1})
-    make = training.make_step
+    compile_step = training.compile_step
 
     def poisoned(setup):
-        step_fn = make(setup)
+        step_fn = compile_step(setup)
 
         def step(state, batch):
             if int(state.step) + 1 == bad_step:
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
 
         return step
 
-    monkeypatch.setattr(training, "make_step", poisoned)
+    monkeypatch.setattr(training, "compile_step", poisoned)
     with pytest.raises(Diverged, match=f"step {bad_step}: loss is nan"):
         train(config, evaluate=NO_EVALUATION)
     assert int(parameters(config)["step"]) == bad_step - 1
@@ -342,6 +342,42 @@ def test_the_step_compiles_once(tiny, devices):
             state, _ = step(state, next(batches))
         batches.close()
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "mesh"), [(1, MeshConfig()), (8, MeshConfig(data=2, fsdp=2, model=2))]
+)
+def test_the_step_is_compiled_for_the_layouts_it_meets_before_there_is_a_state(
+    tiny, devices, n, mesh
+):
+    """A compiled program takes no other shape, layout or dtype: neither at first nor of its own result."""
+    devices(n)
+    setup = set_up(tiny(**{"placement.mesh": mesh, "placement.accumulate": 2}))
+    step = training.compile_step(setup)
+    with jax.set_mesh(setup.mesh):
+        state = restore_or_init(setup, find_run(setup.config))
+        batches = batch_stream(setup, 0)
+        for _ in range(3):
+            state, metrics = step(state, next(batches))
+        batches.close()
+    assert math.isfinite(float(metrics["loss"]))
+
+
+def test_options_reach_the_compiler(tiny, devices):
+    """Each as the type it has: a wrong one, and an unknown one, are refused by the compiler."""
+    devices(1)
+    option = "placement.compiler_options"
+    good = "xla_backend_optimization_level=1,xla_llvm_disable_expensive_passes=True"
+    training.compile_step(set_up(tiny(**{option: good})))
+    assert training.compiler_options(good) == {
+        "xla_backend_optimization_level": 1,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    for bad in ("xla_no_such_thing=1", "xla_backend_optimization_level=high"):
+        with pytest.raises(ValueError, match=f"placement.compiler_options.*{bad}"):
+            training.compile_step(set_up(tiny(**{option: bad})))
+    with pytest.raises(ValueError, match="'flag' must be name=value"):
+        tiny(**{option: "flag"})
 
 
 def test_log_names_the_formula_and_the_layout(tiny, devices):
