@@ -10,7 +10,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import tyro
@@ -22,8 +21,6 @@ from cla_jax import train
 from cla_jax.cache import cache_spec
 from cla_jax.config import Config, DataConfig, ModelConfig
 from cla_jax.memory import lowered
-from cla_jax.mesh import axis_rules, make_mesh
-from cla_jax.model.transformer import Execution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +44,7 @@ def compile_training(n_layers: int) -> None:
         batch_size=4,
         steps=10,
     )
-    mesh = make_mesh(config.placement.mesh)
-    run = Execution(rules=axis_rules(config.model, mesh))
-    prepared: Any = None  # nothing is read
-    setup = train.Setup(config=config, prepared=prepared, mesh=mesh, run=run)
-    train.compile_step(setup)
+    train.compile_step(train.lay_out(config))
 
 
 def compile_decoding(n_layers: int) -> None:

@@ -15,11 +15,8 @@ import jax
 import numpy as np
 
 from benchmarks.child import Contestant, serve
-from cla_jax import mesh as meshes
 from cla_jax import train
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
-from cla_jax.model.attention import choose_backend
-from cla_jax.model.transformer import Execution
 from cla_jax.state import initial_state
 
 
@@ -38,15 +35,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),
     )
-    mesh = meshes.make_mesh(config.placement.mesh)
-    run = Execution(
-        rules=meshes.axis_rules(config.model, mesh),
-        remat=config.placement.remat,
-        scan_layers=config.placement.scan_layers,
-        attention=choose_backend(config.placement.attention, config.model),
-    )
-    prepared: Any = None  # asked only for the end token, and only where documents are kept apart
-    setup = train.Setup(config=config, prepared=prepared, mesh=mesh, run=run)
+    layout = train.lay_out(config)
+    mesh = layout.mesh
     tokens = np.random.default_rng(0).integers(
         0,
         config.model.vocab_size,
@@ -54,9 +44,9 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         np.int32,
     )
     with jax.set_mesh(mesh):
-        state = initial_state(config, setup.optimizer, setup.state)
+        state = initial_state(config, layout.optimizer, layout.state)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
-    step = train.make_step(setup)
+    step = train.make_step(layout)
     batch = 0
 
     def steps(count: int) -> dict[str, Any]:

@@ -233,7 +233,11 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis; one axis may be -1, which takes the devices that are left."""
 
-    # Copies of the parameters; each sees its own rows of the batch.
+    # Choose data, fsdp and model by the communication rooflines of the chip, and say why.
+    auto: bool = False
+    # TPU slices joined by the data-centre network; each holds the parameters and sees its own rows.
+    slice: int = 1
+    # Copies of the parameters within a slice; each sees its own rows of the batch.
     data: int = 1
     # Parameters split over devices that see different rows (FSDP).
     fsdp: int = -1
@@ -241,12 +245,21 @@ class MeshConfig:
     model: int = 1
 
     def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "model": self.model}
+        sizes = {
+            "slice": self.slice,
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "model": self.model,
+        }
         for axis, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"placement.mesh.{axis} = {size} must be positive, or -1")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"placement.mesh: only one axis may be -1, not all of {sizes}")
+        if self.slice == -1:
+            raise ValueError("placement.mesh.slice = -1: give the number of slices")
+        if self.auto and (self.data, self.fsdp, self.model) != (1, -1, 1):
+            raise ValueError(f"placement.mesh.auto chooses data, fsdp and model: leave out {sizes}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,7 +276,7 @@ class Placement:
     # faster for shallow models.
     scan_layers: bool = True
     # Attention kernel; auto takes the fastest that serves the model on the hardware.
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     # Options of the compiler for the training step: name=value, separated by commas.
     compiler_options: str = ""
     # Positions of a window whose logits exist at once in the loss.
@@ -301,7 +314,7 @@ class Placement:
             if not all(option.partition("=")):
                 raise ValueError(f"placement.compiler_options: {option!r} must be name=value")
         _choice("placement.remat", self.remat, ("none", "block", "dots"))
-        _choice("placement.attention", self.attention, ("auto", "xla", "cudnn"))
+        _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

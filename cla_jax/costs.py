@@ -98,23 +98,3 @@ class TrainingBytes:
 def training_bytes(model: ModelConfig) -> TrainingBytes:
     size = 4 * parameters(model).total
     return TrainingBytes(parameters=size, optimizer=2 * size, gradients=size)
-
-
-# Dense bf16 FLOP/s of a device, by a part of its name: vendor figures, for MFU.
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device kind; None where unknown, and then no MFU is printed."""
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_kind), None)

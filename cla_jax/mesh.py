@@ -6,16 +6,21 @@ PartitionSpec.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cla_jax import chips
 from cla_jax.config import Config, MeshConfig, ModelConfig
 
-MESH_AXES = ("data", "fsdp", "model")
+MESH_AXES = ("slice", "data", "fsdp", "model")
+
+log = logging.getLogger(__name__)
 
 MeshAxis = str | tuple[str, ...] | None
 
@@ -24,7 +29,7 @@ MeshAxis = str | tuple[str, ...] | None
 class AxisRules:
     """Logical axis -> mesh axis. An axis that is not a field, or None, is not split."""
 
-    batch: MeshAxis = ("data", "fsdp")  # rows of a batch
+    batch: MeshAxis = ("slice", "data", "fsdp")  # rows of a batch
     embed: MeshAxis = "fsdp"  # D of a weight
     ff: MeshAxis = "model"
     vocab: MeshAxis = "model"
@@ -61,37 +66,108 @@ class AxisRules:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices. Raises ValueError unless the axes multiply to their number."""
+    """The mesh over all devices. Raises ValueError unless the axes multiply to their number.
+
+    Neighbours along `slice` are on different TPU slices, all other neighbours on one.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.model]
+    sizes = [config.slice, config.data, config.fsdp, config.model]
     known = math.prod(size for size in sizes if size != -1)
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"placement.mesh: data x fsdp x model = {' x '.join(map(str, sizes))} does not make up "
-            f"the {len(devices)} devices"
+            f"placement.mesh: slice x data x fsdp x model = {' x '.join(map(str, sizes))} does not "
+            f"make up the {len(devices)} devices"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices not in (1, config.slice):
+        raise ValueError(
+            f"placement.mesh.slice = {config.slice}, but the devices are {slices} slices"
+        )
+    axis_types = (AxisType.Explicit,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    within, across = (1, *shape[1:]), (shape[0], 1, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
+
+
+def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str]:
+    """The mesh that `placement.mesh.auto` stands for, and why.
+
+    Splitting weights over all chips (FSDP) costs nothing as long as a chip computes longer on its tokens
+    than the weights take to arrive: tokens a chip >= FLOP/s / interconnect bandwidth. Below that, and where
+    a batch has fewer rows than there are chips, heads and widths are split too (tensor parallelism), as
+    little as possible. ("How to Scale Your Model", chapter 5.)
+    """
+    model, slices = config.model, config.placement.mesh.slice
+    count = len(devices) // slices
+    rows = config.batch_size // (config.placement.accumulate * slices)
+    chip = chips.find(devices[0].device_kind)
+    critical = chip.flops / chip.interconnect if chip and chip.axes else 0.0
+    limit = model.d_ff / critical if critical else 1.0  # of devices that a layer's width hides
+    for tensor in (t for t in range(1, count + 1) if count % t == 0):
+        chips_with_rows = count // tensor
+        if rows % chips_with_rows:
+            continue
+        # What FSDP cannot split evenly, copies of the parameters take.
+        fsdp = math.gcd(chips_with_rows, model.d_model)
+        # A chip holds 1 / tensor of the weights it gathers, and does as little of the work on them.
+        tokens = rows // chips_with_rows * config.data.seq_len
+        if tokens >= critical or tensor == count or tensor * 2 > limit:
+            break
+    chosen = dataclasses.replace(
+        config.placement.mesh, auto=False, data=chips_with_rows // fsdp, fsdp=fsdp, model=tensor
+    )
+    why = f"{tokens:,} tokens a device and microbatch"
+    if critical:
+        side = "above" if tokens >= critical else "below"
+        why += (
+            f", {side} the {critical:,.0f} at which gathering weights hides behind computing with them; "
+            f"tensor parallelism hides up to {limit:.1f} devices"
+        )
+    else:
+        why += f"; no bandwidths are known for {devices[0].device_kind}: weights are split over all"
+    return chosen, why
+
+
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Devices that see different rows of a batch."""
+    return mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
-    """The rules for a model on a mesh; refuses, before any array exists, what cannot be split evenly.
+    """The rules for a model on a mesh.
 
     With fewer KV heads than the model axis has devices (MQA has one), the query groups are split and
-    the keys and values replicated over that axis.
+    the keys and values replicated over that axis. A width or vocabulary that the model axis does not
+    divide stays whole, with a warning: each of its devices then does all of that work. Raises ValueError,
+    before any array exists, for an fsdp axis that does not divide d_model: every weight has that axis.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["model"]
-    _divides("model.d_model", model.d_model, "fsdp", fsdp)
-    _divides("model.d_ff", model.d_ff, "model", tensor)
-    _divides("model.vocab_size", model.vocab_size, "model", tensor)
-    if model.n_kv_heads % tensor == 0:
-        return AxisRules(kv_heads="model")
-    if model.q_groups % tensor == 0:
-        return AxisRules(q_groups="model")
-    raise ValueError(
-        f"placement.mesh.model = {tensor} divides neither model.n_kv_heads = {model.n_kv_heads} nor "
-        f"the {model.q_groups} query heads of each"
-    )
+    if model.d_model % fsdp:
+        raise ValueError(
+            f"model.d_model = {model.d_model} is not divisible by placement.mesh.fsdp = {fsdp}"
+        )
+    sizes = {
+        "ff": ("model.d_ff", model.d_ff),
+        "vocab": ("model.vocab_size", model.vocab_size),
+        "kv_heads": ("model.n_kv_heads", model.n_kv_heads),
+        "q_groups": ("query heads of a KV head", model.q_groups),
+    }
+    split = {axis: "model" if size % tensor == 0 else None for axis, (_, size) in sizes.items()}
+    if split["kv_heads"] or tensor == 1:
+        split["q_groups"] = None
+    whole = [sizes[axis] for axis in ("ff", "vocab") if not split[axis]]
+    if not split["kv_heads"] and not split["q_groups"]:
+        whole += [sizes["kv_heads"], sizes["q_groups"]]
+    if whole:
+        log.warning(
+            "SLOW: placement.mesh.model = %d does not divide %s: computed whole on each of its devices",
+            tensor,
+            ", ".join(f"{name} = {size}" for name, size in whole),
+        )
+    return AxisRules(**split)
 
 
 def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:
@@ -111,25 +187,21 @@ def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:
 
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Raises ValueError unless every microbatch splits evenly over the devices that take rows."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
+    sizes = " x ".join(str(mesh.shape[axis]) for axis in ("slice", "data", "fsdp"))
     rows = config.batch_size // config.placement.accumulate
     if rows % shards:
         raise ValueError(
             f"batch_size = {config.batch_size} in placement.accumulate = "
-            f"{config.placement.accumulate} microbatches gives {rows} rows, which data x fsdp = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide"
+            f"{config.placement.accumulate} microbatches gives {rows} rows, which slice x data x fsdp "
+            f"= {sizes} does not divide"
         )
     if config.placement.eval_batch_size % shards:
         raise ValueError(
             f"placement.eval_batch_size = {config.placement.eval_batch_size} is not divisible by "
-            f"data x fsdp = {shards}"
+            f"slice x data x fsdp = {sizes}"
         )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _divides(field: str, size: int, axis: str, parts: int) -> None:
-    if size % parts:
-        raise ValueError(f"{field} = {size} is not divisible by placement.mesh.{axis} = {parts}")

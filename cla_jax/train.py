@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import checkpoint, costs, runs
+from cla_jax import checkpoint, chips, costs, runs
 from cla_jax import mesh as meshes
 from cla_jax.config import Config, check_vocabulary
 from cla_jax.data.loader import Batches
@@ -37,22 +37,18 @@ class Diverged(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a config becomes on the devices at hand; checked before any array exists."""
+class Layout:
+    """What a config becomes on given devices: enough to compile its step, for devices not at hand too."""
 
     config: Config
-    prepared: Prepared
     mesh: Mesh
     run: Execution
+    # The token that attention must not cross, if documents are kept apart.
+    end: int | None
 
     @property
     def rules(self) -> AxisRules:
         return self.run.rules
-
-    @property
-    def end(self) -> int | None:
-        """The token that attention must not cross, if documents are kept apart."""
-        return None if self.config.data.attend_across_documents else self.prepared.tokenizer.end
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -72,21 +68,45 @@ class Setup:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
 
 
-def set_up(config: Config) -> Setup:
-    """Checks the config against devices and data; prepares the data if need be."""
-    placement = config.placement
-    mesh = meshes.make_mesh(placement.mesh)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(Layout):
+    """A layout on the devices at hand, and the data."""
+
+    prepared: Prepared
+
+
+def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
+    """Checks a config against devices, by default those at hand, before any array exists.
+
+    Only the tokenizer knows the end token: here it is 0, which compiles to the same program but for that
+    constant. Raises ValueError where the mesh, the batch or a backend does not fit them.
+    """
+    placement, devices = config.placement, jax.devices() if devices is None else devices
+    mesh_config = placement.mesh
+    if mesh_config.auto:
+        mesh_config, why = meshes.choose_mesh(config, devices)
+        log.info("placement.mesh.auto: %s", why)
+    mesh = meshes.make_mesh(mesh_config, devices)
     rules = meshes.axis_rules(config.model, mesh)
     meshes.check_batch(config, mesh)
+    attention = choose_backend(placement.attention, config.model, config.data.seq_len, devices[0])
     run = Execution(
         rules=rules,
         remat=placement.remat,
         scan_layers=placement.scan_layers,
-        attention=choose_backend(placement.attention, config.model),
+        attention=attention,
     )
-    prepared = prepare(config.data, placement.data_dir)
+    end = None if config.data.attend_across_documents else 0
+    return Layout(config=config, mesh=mesh, run=run, end=end)
+
+
+def set_up(config: Config) -> Setup:
+    """Checks the config against devices and data; prepares the data if need be."""
+    layout = lay_out(config)  # before the data, which take long
+    prepared = prepare(config.data, config.placement.data_dir)
     check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
-    return Setup(config=config, prepared=prepared, mesh=mesh, run=run)
+    end = None if layout.end is None else prepared.tokenizer.end
+    return Setup(config=config, mesh=layout.mesh, run=layout.run, end=end, prepared=prepared)
 
 
 # ----------------------------------------------------------------------------------------- step
@@ -172,7 +192,8 @@ class Journal:
     def __init__(self, config: Config, writer: CompositeWriter, first_step: int):
         self.config, self.writer = config, writer
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
-        self.peak = costs.peak_flops(jax.devices()[0].device_kind)
+        chip = chips.find(jax.devices()[0].device_kind)
+        self.peak = chip.flops if chip else None  # unknown: no MFU is printed
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.first_step, self.clock = first_step, time.monotonic()
         self.started: float | None = None  # set when the first step, with its compilation, is over
@@ -303,28 +324,28 @@ def is_evaluated(run: Run, step: int) -> bool:
 StepFn = Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 
-def compile_step(setup: Setup) -> StepFn:
+def compile_step(layout: Layout) -> StepFn:
     """The step of a run, compiled ahead for the shapes and layouts it will meet; the state is donated."""
-    with jax.set_mesh(setup.mesh):  # a property of the thread
-        step = make_step(setup).lower(setup.state, setup.batch)
+    with jax.set_mesh(layout.mesh):  # a property of the thread
+        step = make_step(layout).lower(layout.state, layout.batch)
         try:
             return step.compile()
         except jax.errors.JaxRuntimeError as error:
-            options = setup.config.placement.compiler_options
+            options = layout.config.placement.compiler_options
             if options and "INVALID_ARGUMENT" in str(error):
                 raise ValueError(f"placement.compiler_options = {options!r}: {error}") from None
             raise
 
 
-def make_step(setup: Setup) -> Any:
+def make_step(layout: Layout) -> Any:
     """The step of a run under `jax.jit`; the state is donated."""
-    config = setup.config
+    config = layout.config
     step = functools.partial(
         train_step,
-        optimizer=setup.optimizer,
+        optimizer=layout.optimizer,
         rate=schedule(config.optimizer, config.steps),
-        run=setup.run,
-        end=setup.end,
+        run=layout.run,
+        end=layout.end,
         loss_chunk=config.placement.loss_chunk,
     )
     options = compiler_options(config.placement.compiler_options)

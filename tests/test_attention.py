@@ -130,26 +130,26 @@ class Gpu:
     device_kind = "NVIDIA H200"
 
 
-def test_choice_of_backend_warns_once_of_a_slow_one(monkeypatch, caplog):
-    monkeypatch.setattr(jax, "devices", lambda *_: [Gpu()])
+def test_choice_of_backend_warns_once_of_a_slow_one(caplog):
     attention._warn_once.cache_clear()
     fast = replace(MODEL, d_head=64, compute_dtype="bfloat16")
-    assert choose_backend("auto", fast) == "cudnn"
+    assert choose_backend("auto", fast, 128, Gpu()) == "cudnn"
     with caplog.at_level(logging.WARNING):
-        assert choose_backend("xla", fast) == "xla"
+        assert choose_backend("xla", fast, 128, Gpu()) == "xla"
         for _ in range(2):
-            assert choose_backend("auto", replace(fast, d_head=46)) == "xla"
+            assert choose_backend("auto", replace(fast, d_head=46), 128, Gpu()) == "xla"
     messages = [record.message for record in caplog.records]
     assert sum("multiple of 8" in message for message in messages) == 1
-    assert sum("'xla' on a GPU" in message for message in messages) == 1
+    assert sum("'xla' where cudnn" in message for message in messages) == 1
     with pytest.raises(ValueError, match=r"'cudnn' cannot be used.*multiple of 8"):
-        choose_backend("cudnn", replace(fast, d_head=46))
+        choose_backend("cudnn", replace(fast, d_head=46), 128, Gpu())
 
 
 def test_on_this_machine_cudnn_is_refused_by_name():
     with pytest.raises(ValueError, match=r"placement.attention = 'cudnn'.*cpu"):
-        choose_backend("cudnn", MODEL)
-    assert choose_backend("auto", MODEL) == choose_backend("xla", MODEL) == "xla"
+        choose_backend("cudnn", MODEL, 32, jax.devices()[0])
+    for asked in ("auto", "xla"):
+        assert choose_backend(asked, MODEL, 32, jax.devices()[0]) == "xla"
 
 
 def test_cudnn_gets_the_heads_and_mask_that_xla_uses(monkeypatch):

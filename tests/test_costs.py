@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 import experiments
-from cla_jax import costs
+from cla_jax import chips, costs
 from cla_jax.config import ModelConfig
 from cla_jax.model.transformer import Execution, Transformer
 from cla_jax.optimizer import make_optimizer
@@ -175,7 +175,8 @@ def test_the_papers_1b_row_without_allocating_it():
 
 
 def test_peak_flops_is_known_by_kind_or_not_at_all():
-    assert costs.peak_flops("NVIDIA H200") == 989e12
-    assert costs.peak_flops("TPU v5 lite") == 197e12
-    assert costs.peak_flops("TPU v5p") == 459e12
-    assert costs.peak_flops("cpu") is None
+    for kind, flops in (("NVIDIA H200", 989e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12)):
+        chip = chips.find(kind)
+        assert chip is not None
+        assert chip.flops == flops
+    assert chips.find("cpu") is None

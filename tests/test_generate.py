@@ -91,9 +91,9 @@ def test_generation_on_a_mesh_gives_the_same_tokens(way):
         cache = spec.allocate()
         held = cache.slots[0].k_BSKH
         expected = {
-            "heads": (("data", "fsdp"), None, "model", None),
-            "replicated": (("data", "fsdp"), None, None, None),
-            "split": (("data", "fsdp"), "model", None, None),
+            "heads": (("slice", "data", "fsdp"), None, "model", None),
+            "replicated": (("slice", "data", "fsdp"), None, None, None),
+            "split": (("slice", "data", "fsdp"), "model", None, None),
         }
         assert tuple(jax.typeof(held).sharding.spec) == expected[way]
 

@@ -305,7 +305,7 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
     writer = types.SimpleNamespace(
         write=lambda step, metrics: written.append((step, metrics)), flush=lambda: None
     )
-    monkeypatch.setattr(training.costs, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(training.chips, "find", lambda kind: types.SimpleNamespace(flops=1e12))
     config = tiny()
     journal = training.Journal(config, writer, first_step=0)
     for step in (1, 2, 3):

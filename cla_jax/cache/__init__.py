@@ -27,7 +27,7 @@ from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import ModelConfig, near_choice
-from cla_jax.mesh import AxisRules
+from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import KV, Segment, attend_segments
 from cla_jax.model.layers import axes
 
@@ -254,11 +254,11 @@ def cache_spec(
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty or rules.cache_entries is None else mesh.shape[rules.cache_entries]
     if not mesh.empty:
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = row_shards(mesh)
         if batch % rows:
             raise ValueError(
-                f"cache: batch = {batch} is not divisible by data x fsdp = {mesh.shape['data']} x "
-                f"{mesh.shape['fsdp']}"
+                f"cache: batch = {batch} is not divisible by the {rows} parts of the mesh that take "
+                "different rows (slice x data x fsdp)"
             )
     return CacheSpec(
         config=config,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
+from cla_jax.model import splash
 from cla_jax.model.layers import axes
 from cla_jax.model.streamed import scores
 
@@ -58,8 +59,8 @@ def attend(
     rules: AxisRules | None = None,
 ) -> jax.Array:
     """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]"""
-    if backend == "cudnn":
-        return _attend_cudnn(q_BTKGH, kv, starts_BT, rules or AxisRules())
+    if backend != "xla":
+        return _attend_kernel(backend, q_BTKGH, kv, starts_BT, rules or AxisRules())
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     positions = jnp.arange(T)[None]
     q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
@@ -98,30 +99,38 @@ def _merged(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
     return jnp.einsum(f"BTKGH->{order}", q_BTKGH).reshape(B, K, T * G, H), over_queries, restore
 
 
-def _attend_cudnn(
-    q_BTKGH: jax.Array, kv: KV, starts_BT: jax.Array | None, rules: AxisRules
+def _attend_kernel(
+    backend: str, q_BTKGH: jax.Array, kv: KV, starts_BT: jax.Array | None, rules: AxisRules
 ) -> jax.Array:
-    """cuDNN flash attention on each device's rows and heads; the kernel itself knows no mesh."""
+    """A kernel on each device's rows and heads; the kernel itself knows no mesh."""
 
     def local(q_BTKGH: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
-        B, T, K, G, H = q_BTKGH.shape
-        positions = jnp.arange(T)[None]
-        mask = visible(positions, positions, starts[0]) if starts else None
-        o_BTNH = jax.nn.dot_product_attention(
-            q_BTKGH.reshape(B, T, K * G, H),
-            k,
-            v,
-            mask=mask,
-            is_causal=True,
-            implementation="cudnn",
-        )
-        return o_BTNH.reshape(B, T, K, G, H)
+        return _KERNELS[backend](q_BTKGH, k, v, starts[0] if starts else None)
 
     starts = () if starts_BT is None else (starts_BT,)
     if rules.spec("batch") is None:
         return local(q_BTKGH, *kv, *starts)
     sharded = jax.shard_map(local, out_specs=rules.partition(*axes("BTKGH")), check_vma=False)
     return sharded(q_BTKGH, *kv, *starts)
+
+
+def _cudnn(
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, starts_BT: jax.Array | None
+) -> jax.Array:
+    B, T, K, G, H = q_BTKGH.shape
+    positions = jnp.arange(T)[None]
+    o_BTNH = jax.nn.dot_product_attention(
+        q_BTKGH.reshape(B, T, K * G, H),
+        k_BSKH,
+        v_BSKH,
+        mask=None if starts_BT is None else visible(positions, positions, starts_BT),
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return o_BTNH.reshape(B, T, K, G, H)
+
+
+_KERNELS = {"cudnn": _cudnn, "splash": splash.attend}
 
 
 # --------------------------------------------------------------------------------- through a cache
@@ -222,28 +231,30 @@ def cudnn_refusal(config: ModelConfig, platform: str, compute_capability: float)
     return None
 
 
-def choose_backend(asked: str, config: ModelConfig) -> str:
-    """Resolves `auto`; warns, once, of a backend slower than the best for the hardware.
+def choose_backend(asked: str, config: ModelConfig, seq_len: int, device: Any) -> str:
+    """Resolves `auto` for a device; warns, once, of a backend slower than the best for the hardware.
 
-    Raises ValueError if `cudnn` was asked for by name and cannot serve the model.
+    Raises ValueError if a kernel was asked for by name and cannot serve the model.
     """
-    device = jax.devices()[0]
     platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
     # "9.0" on NVIDIA; AMD has names such as "gfx90a", and no cuDNN.
     version = str(getattr(device, "compute_capability", ""))
     capability = float(version) if version.replace(".", "").isdigit() else 0.0
-    refusal = cudnn_refusal(config, platform, capability)
-    if asked == "cudnn" and refusal:
-        raise ValueError(f"placement.attention = 'cudnn' cannot be used: {refusal}")
-    if asked == "xla" and refusal is None:
-        _warn_once("placement.attention = 'xla' on a GPU where cuDNN would serve: SLOW ATTENTION")
-    if platform == "gpu" and refusal:
-        _warn_once(f"SLOW ATTENTION: the XLA backend is used instead of cuDNN's, because {refusal}")
-    if platform == "tpu":
-        _warn_once(
-            "SLOW ATTENTION: the XLA backend is used; the splash kernel is not supported yet"
-        )
-    return "cudnn" if refusal is None and asked == "auto" else asked.replace("auto", "xla")
+    no_splash = f"there is no splash kernel on {platform}"
+    refusals = {
+        "cudnn": cudnn_refusal(config, platform, capability),
+        "splash": splash.refusal(config, seq_len) if platform == "tpu" else no_splash,
+    }
+    if asked in refusals:
+        if refusals[asked]:
+            raise ValueError(f"placement.attention = {asked!r} cannot be used: {refusals[asked]}")
+        return asked
+    best = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    if refusal := refusals.get(best):
+        _warn_once(f"SLOW ATTENTION: the XLA backend is used instead of {best}, because {refusal}")
+    elif asked == "xla" and best != "xla":
+        _warn_once(f"SLOW ATTENTION: placement.attention = 'xla' where {best} would serve")
+    return best if asked == "auto" and not refusal else "xla"
 
 
 @functools.cache

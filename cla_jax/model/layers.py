@@ -129,15 +129,20 @@ class Mlp(nnx.Module):
 
 
 def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if jax.default_backend() != "cpu":
-        return jnp.cos(angles), jnp.sin(angles)
-    # In a loop, which is not fused with anything: XLA would take cosines and sines anew for every head
-    # of every layer that is unrolled, a twelfth of a small training step. A barrier does not hinder it.
-    cos, sin = jax.lax.map(
-        lambda is_sin: jnp.where(is_sin, jnp.sin(angles), jnp.cos(angles)),
-        jnp.array([False, True]),
+    def on_cpu(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # In a loop, which is not fused with anything: XLA would take cosines and sines anew for every
+        # head of every layer that is unrolled, a twelfth of a small training step. A barrier does not
+        # hinder it.
+        cos, sin = jax.lax.map(
+            lambda is_sin: jnp.where(is_sin, jnp.sin(angles), jnp.cos(angles)),
+            jnp.array([False, True]),
+        )
+        return cos, sin
+
+    # By the platform compiled for, which need not be the one at hand.
+    return jax.lax.platform_dependent(
+        angles, cpu=on_cpu, default=lambda angles: (jnp.cos(angles), jnp.sin(angles))
     )
-    return cos, sin
 
 
 class Rope:

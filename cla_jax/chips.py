@@ -1,0 +1,60 @@
+"""What an accelerator can do, by kind: figures for plans, rooflines and MFU.
+
+TPU figures are a chip's as jax sees it (one device; of a TPU v7x chip, jax sees the two halves). Sources:
+Google's system pages for FLOP/s, memory and interconnect; "How to Scale Your Model" (Austin et al.,
+2025), chapters 2 and 5, for the one-way bandwidths of links and of the data-centre network; NVIDIA's data
+sheets, dense, SXM.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    flops: float  # dense bfloat16 FLOP/s
+    memory: float  # bytes of HBM
+    memory_bandwidth: float  # bytes/s of HBM
+    link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
+    axes: int = 0  # axes of the interconnect's torus
+    network: float = 0.0  # bytes/s of its share of its host's data-centre network
+
+    @property
+    def interconnect(self) -> float:
+        """Bytes/s through all axes together."""
+        return self.link * self.axes
+
+
+_GIB = 2**30
+
+# By a part of jax's device kind; the first that matches counts.
+CHIPS = {
+    "H200": Chip(flops=989e12, memory=141e9, memory_bandwidth=4.8e12, link=450e9, axes=1),
+    "H100": Chip(flops=989e12, memory=80e9, memory_bandwidth=3.35e12, link=450e9, axes=1),
+    "A100": Chip(flops=312e12, memory=80e9, memory_bandwidth=2.0e12, link=300e9, axes=1),
+    "TPU v4": Chip(
+        flops=275e12, memory=32 * _GIB, memory_bandwidth=1.2e12, link=90e9, axes=3, network=6.25e9
+    ),
+    "TPU v5 lite": Chip(
+        flops=197e12, memory=16 * _GIB, memory_bandwidth=0.82e12, link=90e9, axes=2, network=3.1e9
+    ),
+    "TPU v5e": Chip(
+        flops=197e12, memory=16 * _GIB, memory_bandwidth=0.82e12, link=90e9, axes=2, network=3.1e9
+    ),
+    "TPU v5": Chip(  # v5p; also written "TPU v5p"
+        flops=459e12, memory=95 * _GIB, memory_bandwidth=2.76e12, link=180e9, axes=3, network=6.25e9
+    ),
+    "TPU v6 lite": Chip(
+        flops=918e12, memory=32 * _GIB, memory_bandwidth=1.64e12, link=180e9, axes=2, network=6.25e9
+    ),
+    "TPU v6e": Chip(
+        flops=918e12, memory=32 * _GIB, memory_bandwidth=1.64e12, link=180e9, axes=2, network=6.25e9
+    ),
+    "TPU7x": Chip(
+        flops=1153e12, memory=96 * _GIB, memory_bandwidth=3.7e12, link=100e9, axes=3, network=6.25e9
+    ),
+}
+
+
+def find(device_kind: str) -> Chip | None:
+    """The chip of a jax device kind; None where it is not known."""
+    return next((chip for name, chip in CHIPS.items() if name in device_kind), None)
