@@ -1,6 +1,7 @@
 # make demo       environment, three small models, their comparison (minutes on 2 cores)
 # make test       every test that needs no heavy extra
 # make test-fast  the inner loop
+# make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
 PYTHON ?= python3
@@ -8,8 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
+LIBTPU := $(shell sed -n 's/^plan = \["\(.*\)"\].*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-fast lint golden clean
+.PHONY: demo test test-fast test-pods lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.train demo
@@ -17,10 +19,18 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.compare runs/demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods"
 
 test-fast: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods"
+
+# Not in the environment itself: with libtpu there, every start of jax would look for a TPU.
+test-pods: $(TESTED) $(VENV)/libtpu
+	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n 1 -m pods
+
+$(VENV)/libtpu: pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ $(LIBTPU)
+	touch $@
 
 lint: $(TESTED)
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ class Chip:
     link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
+    sparse_cores: bool = False  # cores that run collectives beside the others
 
     @property
     def interconnect(self) -> float:
@@ -41,16 +42,40 @@ CHIPS = {
         flops=197e12, memory=16 * _GIB, memory_bandwidth=0.82e12, link=90e9, axes=2, network=3.1e9
     ),
     "TPU v5": Chip(  # v5p; also written "TPU v5p"
-        flops=459e12, memory=95 * _GIB, memory_bandwidth=2.76e12, link=180e9, axes=3, network=6.25e9
+        flops=459e12,
+        memory=95 * _GIB,
+        memory_bandwidth=2.76e12,
+        link=180e9,
+        axes=3,
+        network=6.25e9,
+        sparse_cores=True,
     ),
     "TPU v6 lite": Chip(
-        flops=918e12, memory=32 * _GIB, memory_bandwidth=1.64e12, link=180e9, axes=2, network=6.25e9
+        flops=918e12,
+        memory=32 * _GIB,
+        memory_bandwidth=1.64e12,
+        link=180e9,
+        axes=2,
+        network=6.25e9,
+        sparse_cores=True,
     ),
     "TPU v6e": Chip(
-        flops=918e12, memory=32 * _GIB, memory_bandwidth=1.64e12, link=180e9, axes=2, network=6.25e9
+        flops=918e12,
+        memory=32 * _GIB,
+        memory_bandwidth=1.64e12,
+        link=180e9,
+        axes=2,
+        network=6.25e9,
+        sparse_cores=True,
     ),
     "TPU7x": Chip(
-        flops=1153e12, memory=96 * _GIB, memory_bandwidth=3.7e12, link=100e9, axes=3, network=6.25e9
+        flops=1153e12,
+        memory=96 * _GIB,
+        memory_bandwidth=3.7e12,
+        link=100e9,
+        axes=3,
+        network=6.25e9,
+        sparse_cores=True,
     ),
 }
 

@@ -289,7 +289,7 @@ class Placement:
     keep: int = 2
     # Steps between evaluations on the held-out split; 0 for none before the end.
     eval_every: int = 0
-    # Sequences evaluated at once.
+    # Sequences evaluated at once; rounded up to what the devices can share evenly.
     eval_batch_size: int = 32
     # Write TensorBoard files too (needs the extra `tensorboard`).
     tensorboard: bool = False

@@ -57,8 +57,7 @@ def open_setup(
         eval_batch_size=batch_size or config.placement.eval_batch_size,
     )
     # The batch of training need not divide over these devices.
-    batch = here.eval_batch_size
-    setup = set_up(dataclasses.replace(config, batch_size=batch, placement=here))
+    setup = set_up(dataclasses.replace(config, batch_size=jax.device_count(), placement=here))
     run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(setup.rules, setup.mesh)

@@ -49,19 +49,23 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
             _whole(head_VD.astype(x_ND.dtype), rules),
             out_sharding=rules.gathered().spec(*axes("ND")),
         )
+        # Each device's own sum: the sums of all devices are added once, not once a chunk.
         d_head_VD += jnp.einsum(
             "NV,ND->VD",
             d_logits_NV,
             x_ND,
             preferred_element_type=jnp.float32,
-            out_sharding=rules.spec(*axes("VD")),
+            out_sharding=own_sums,
         )
         return (total + loss, d_head_VD), d_x_ND
 
-    zeros = (jnp.zeros(()), jnp.zeros_like(head_VD))
+    own_sums = rules.own_sums(*axes("VD"))
+    zeros = (jnp.zeros(()), jnp.zeros_like(head_VD, out_sharding=own_sums))
     (loss, d_head_VD), d_x = jax.lax.scan(
         step, zeros, _chunks(chunk, x_BTD, targets_BT, weights_BT)
     )
+    if own_sums is not None:
+        d_head_VD = jax.reshard(d_head_VD, rules.spec(*axes("VD")))
     B, T, D = x_BTD.shape
     spec = rules.gathered().spec(None, *axes("BTD"))
     d_x = d_x.reshape(T // chunk, B, chunk, D, out_sharding=spec)

@@ -60,6 +60,14 @@ class AxisRules:
                 seen[mesh_axis] = axis
         return PartitionSpec(*split)
 
+    def own_sums(self, *axes: str | None) -> PartitionSpec | None:
+        """Of the gradient of a weight, summed over a device's own rows only: to be added up over devices.
+
+        None where no mesh is set.
+        """
+        spec = self.gathered().spec(*axes)
+        return None if spec is None else spec.update(unreduced=frozenset(self.batch or ()))
+
     def gathered(self) -> "AxisRules":
         """The rules of a weight at its use: whole along D, still split along heads and widths."""
         return dataclasses.replace(self, embed=None)
@@ -106,10 +114,9 @@ def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str
     chip = chips.find(devices[0].device_kind)
     critical = chip.flops / chip.interconnect if chip and chip.axes else 0.0
     limit = model.d_ff / critical if critical else 1.0  # of devices that a layer's width hides
-    for tensor in (t for t in range(1, count + 1) if count % t == 0):
+    tensor, chips_with_rows, fsdp, tokens = count, 1, 1, rows * config.data.seq_len
+    for tensor in (t for t in range(1, count + 1) if count % t == 0 and rows % (count // t) == 0):
         chips_with_rows = count // tensor
-        if rows % chips_with_rows:
-            continue
         # What FSDP cannot split evenly, copies of the parameters take.
         fsdp = math.gcd(chips_with_rows, model.d_model)
         # A chip holds 1 / tensor of the weights it gathers, and does as little of the work on them.
@@ -195,11 +202,6 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"batch_size = {config.batch_size} in placement.accumulate = "
             f"{config.placement.accumulate} microbatches gives {rows} rows, which slice x data x fsdp "
             f"= {sizes} does not divide"
-        )
-    if config.placement.eval_batch_size % shards:
-        raise ValueError(
-            f"placement.eval_batch_size = {config.placement.eval_batch_size} is not divisible by "
-            f"slice x data x fsdp = {sizes}"
         )
 
 

@@ -65,7 +65,7 @@ def score(
     """
     split = setup.prepared.split("held_out")
     total = len(split) if windows is None else min(windows, len(split))
-    size = setup.config.placement.eval_batch_size
+    size = setup.eval_batch
     spec = setup.rules.spec("batch", None)
     result = Score()
     for i, batch in enumerate(loader.windows(split, size)):
@@ -189,7 +189,7 @@ def _spec(
     return caches.cache_spec(
         setup.config.model,
         format,
-        batch=setup.config.placement.eval_batch_size,
+        batch=setup.eval_batch,
         capacity=seq_len,
         chunk=chunk,
         rules=setup.rules,

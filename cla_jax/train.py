@@ -67,6 +67,12 @@ class Layout:
         spec = PartitionSpec(None, *self.rules.partition("batch", None))
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
 
+    @property
+    def eval_batch(self) -> int:
+        """Rows evaluated at once: as many as asked for, or as the devices can share evenly."""
+        shards = meshes.row_shards(self.mesh)
+        return -(-self.config.placement.eval_batch_size // shards) * shards
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup(Layout):
@@ -126,7 +132,8 @@ def loss_sum(
     starts_BT = None if end is None else document_starts(inputs_BT, end)
     x_BTD = model(inputs_BT, run, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
-    return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, run.rules)
+    with jax.named_scope("loss"):
+        return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, run.rules)
 
 
 def train_step(
@@ -157,9 +164,12 @@ def train_step(
     # The first microbatch starts the sums: adding to zeros would cost a run of one microbatch, which is
     # most runs, a pass over all gradients (a seventh of the step of a small model on the CPU).
     first = jax.value_and_grad(mean_loss)(state.model, tokens_ABT1[0])
-    (loss, gradients), _ = jax.lax.scan(accumulate, first, tokens_ABT1[1:])
+    # One after another: else, to fill its pipelines, XLA holds the activations of two microbatches.
+    first, others = jax.lax.optimization_barrier((first, tokens_ABT1[1:]))
+    (loss, gradients), _ = jax.lax.scan(accumulate, first, others)
     parameters: Any = state.model  # to optax, any pytree
-    updates, moments = optimizer.update(gradients, state.moments, parameters)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(gradients, state.moments, parameters)
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(gradients),

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 import experiments
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, check_batch, choose_mesh, make_mesh
+from cla_jax.train import lay_out
 from tests.conftest import MODEL, replace
 
 
@@ -44,7 +45,7 @@ def test_an_fsdp_axis_must_divide_what_every_weight_has():
     [
         ({"d_ff": 49}, "ff", "model.d_ff = 49"),
         ({"vocab_size": 261}, "vocab", "model.vocab_size = 261"),
-        ({"n_heads": 3}, "q_groups", "n_kv_heads = 1, query heads of a KV head = 3"),
+        ({"n_heads": 3}, "q_groups", "model.n_kv_heads = 1, query heads of a KV head = 3"),
     ],
 )
 def test_what_the_model_axis_does_not_divide_stays_whole(changes, axis, words, caplog):
@@ -76,9 +77,17 @@ def test_auto_splits_weights_over_all_chips_where_that_hides_behind_computing():
 @pytest.mark.parametrize(
     ("rows", "seq_len", "expected"),
     [
-        (256, 1024, MeshConfig(fsdp=128, model=2)),  # 1,024 tokens a chip are too few; two chips' are not
+        (
+            256,
+            1024,
+            MeshConfig(fsdp=128, model=2),
+        ),  # 1,024 tokens a chip are too few; two chips' are not
         (64, 2048, MeshConfig(fsdp=64, model=4)),  # fewer rows than chips
-        (16, 2048, MeshConfig(fsdp=16, model=16)),  # beyond what tensor parallelism hides, but possible
+        (
+            16,
+            2048,
+            MeshConfig(fsdp=16, model=16),
+        ),  # beyond what tensor parallelism hides, but possible
     ],
 )
 def test_auto_splits_heads_and_widths_where_tokens_are_few(rows, seq_len, expected):
@@ -102,7 +111,7 @@ def test_auto_copies_parameters_where_fsdp_cannot_divide_the_model():
 
 
 def test_slices_of_the_devices_must_be_said():
-    with pytest.raises(ValueError, match="mesh.slice = 1, but the devices are 2 slices"):
+    with pytest.raises(ValueError, match=r"mesh.slice = 1, but the devices are 2 slices"):
         make_mesh(MeshConfig(), chips(4, "TPU v5", 2))
 
 
@@ -110,8 +119,11 @@ def test_batch_must_divide(tiny):
     check_batch(tiny(), mesh())
     with pytest.raises(ValueError, match=r"accumulate = 2 microbatches gives 4 rows.* 1 x 1 x 8"):
         check_batch(tiny(**{"placement.accumulate": 2}), mesh())
-    with pytest.raises(ValueError, match="eval_batch_size = 12"):
-        check_batch(tiny(**{"placement.eval_batch_size": 12}), mesh())
+
+
+def test_an_evaluation_takes_as_many_rows_as_the_devices_can_share(tiny):
+    assert lay_out(tiny(**{"placement.eval_batch_size": 12})).eval_batch == 16
+    assert lay_out(tiny(**{"placement.eval_batch_size": 8})).eval_batch == 8
 
 
 def test_specs():

@@ -29,6 +29,10 @@ from cla_jax.model.layers import Linear, Mlp, RMSNorm, Rope, axes, gather, norma
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
 
+UNROLLED = (
+    4  # blocks of a group that are compiled one by one under a scan of groups, if rematerialised
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -52,8 +56,9 @@ class KVProjection(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
-        kv_BTCKH = self.kv(norm(x_BTD), rules)
-        return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
+        with jax.named_scope("kv_projection"):
+            kv_BTCKH = self.kv(norm(x_BTD), rules)
+            return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
 
 
 class Block(nnx.Module):
@@ -70,9 +75,11 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
     ) -> jax.Array:
-        q_BTKGH = rope(self.query(self.attention_norm(x_BTD), rules))
-        x_BTD = x_BTD + self.output(attend(q_BTKGH, kv), rules)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), rules)
+        with jax.named_scope("attention"):
+            q_BTKGH = rope(self.query(self.attention_norm(x_BTD), rules))
+            x_BTD = x_BTD + self.output(attend(q_BTKGH, kv), rules)
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(self.mlp_norm(x_BTD), rules)
 
 
 class Group(nnx.Module):
@@ -108,7 +115,11 @@ class Group(nnx.Module):
             block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
             return block(x_BTD, kv, rope, attend, run.rules), None
 
-        return fold(remat(body, run), x_BTD, self.blocks, scan=run.scan_layers)[0]
+        # Where blocks are rematerialised, what is saved is what enters them. One by one, the first of
+        # them shares it with the projection; a scan would save it twice.
+        size = jax.tree.leaves(self.blocks)[0].shape[0]
+        scan = run.scan_layers and (run.remat == "none" or size > UNROLLED)
+        return fold(remat(body, run), x_BTD, self.blocks, scan=scan)[0]
 
 
 class Transformer(nnx.Module):
@@ -137,8 +148,9 @@ class Transformer(nnx.Module):
         return (self.embedding if self.head is None else self.head)[...]
 
     def embed(self, tokens_BT: jax.Array, rules: AxisRules) -> jax.Array:
-        table = gather(self.embedding, rules, jnp.dtype(self.config.compute_dtype))[...]
-        return table.at[tokens_BT].get(out_sharding=rules.gathered().spec(*axes("BTD")))
+        with jax.named_scope("embedding"):
+            table = gather(self.embedding, rules, jnp.dtype(self.config.compute_dtype))[...]
+            return table.at[tokens_BT].get(out_sharding=rules.gathered().spec(*axes("BTD")))
 
     def __call__(
         self, tokens_BT: jax.Array, run: Execution, starts_BT: jax.Array | None = None
@@ -169,7 +181,8 @@ class Transformer(nnx.Module):
             def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=borrowed):
                 group: Group = item["group"]
                 if stack.owns:
-                    kv = group.keys_and_values(x_BTD, rope, rules, config)
+                    produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
+                    kv = remat(produce, run)(x_BTD)
                 x_BTD = group(x_BTD, kv, rope, attend_within(item["window"]), run, config)
                 return x_BTD, kv if stack.lends else None
 

@@ -1,0 +1,430 @@
+"""What a training run will need on a pod, before there is one: its real step, compiled for the topology.
+
+TPU programs are compiled by libtpu, on any machine. Beside the compiler's figures stand our own: what the
+closed forms say, at once and for any layout. Where the two disagree, one of them is wrong, and worth a look.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax import chips, costs, hlo, kv_map
+from cla_jax.config import Config, near_choice
+from cla_jax.mesh import row_shards
+from cla_jax.model.transformer import UNROLLED
+from cla_jax.state import named
+from cla_jax.train import Layout, lay_out, make_step
+
+# ------------------------------------------------------------------------------------ topologies
+
+# Shapes in chips; of v4, v5p and 7x they are three-dimensional. (Their names in the cloud count cores.)
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+)
+_MEGACORE: dict[str, Any] = {
+    "chip_config_name": "megacore",  # two cores as one device, as jax runs them
+    "chips_per_host_bounds": (2, 2, 1),
+    "wrap": (True, True, True),
+}
+# Our name of a kind: libtpu's name, shapes that are offered, options.
+_KINDS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "v4": ("v4", _CUBE, _MEGACORE),
+    "v5e": ("v5e", _PLANE, {}),
+    "v5p": ("v5p", _CUBE, {}),
+    "v6e": ("v6e", _PLANE, {}),
+    "v7x": ("tpu7x", _CUBE, {}),
+}
+
+
+def topology_names() -> list[str]:
+    return [f"{kind}:{shape}" for kind, (_, shapes, _) in _KINDS.items() for shape in shapes]
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """Devices to compile for: `v5e:16x16` and so on, `here` for those at hand.
+
+    Raises ValueError for a topology that does not exist, and if libtpu is not installed.
+    """
+    if name == "here":
+        return jax.devices()
+    kind, _, shape = name.partition(":")
+    near_choice("kind of TPU", kind, tuple(_KINDS))
+    libtpu_kind, offered, options = _KINDS[kind]
+    if shape not in offered:
+        near = difflib.get_close_matches(shape, offered, n=3, cutoff=0.0)
+        raise ValueError(
+            f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
+            "(shapes are in chips)"
+        )
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "compiling for a TPU needs libtpu: pip install 'cla_jax[plan]', or pip install libtpu"
+        ) from None
+    from jax.experimental import topologies
+
+    with _libtpu_without_a_tpu():
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{libtpu_kind}:{shape}",
+            **options,
+            **({"num_slices": slices} if slices > 1 else {}),
+        )
+    return list(found.devices)
+
+
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: nothing runs on a TPU
+}
+
+
+@contextlib.contextmanager
+def _libtpu_without_a_tpu() -> Iterator[None]:
+    """Keeps libtpu from looking for the machine's TPU, and from writing about it to stderr."""
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    with tempfile.TemporaryFile() as away:
+        stderr = os.dup(2)
+        os.dup2(away.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+# ------------------------------------------------------------------------------------ estimate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Working:
+    """What the backward pass of a block holds at once, fitted to programs of libtpu 0.0.51."""
+
+    ff: float  # arrays [tokens, F]: gate, up, their product, gradients of all three
+    embed: float  # arrays [tokens, D]: residual stream, norms
+    further: float  # arrays [tokens, F] for each further block that is compiled beside it
+    weights: float = 2.0  # copies of its gathered weights: used, and their gradients
+
+
+_WORKING = _Working(ff=7.0, embed=2.0, further=2.5)
+_WORKING_AHEAD = _Working(ff=10.75, embed=3.0, further=1.2)  # with SparseCores more runs at once
+
+
+def estimate(layout: Layout) -> dict[str, int]:
+    """Bytes of a device at the peak of a step, by what they are for, in closed form.
+
+    The peak is in the backward pass of the last group: all that the forward pass left is still there. Of
+    the state the bytes are exact.
+    """
+    config, model, run = layout.config, layout.config.model, layout.run
+    chip = chips.find(layout.mesh.devices.flat[0].device_kind)
+    working = _WORKING_AHEAD if chip and chip.sparse_cores else _WORKING
+    width = jnp.dtype(model.compute_dtype).itemsize
+    per_device = {name: _shard_bytes(leaf) for name, leaf in named(layout.state).items()}
+    parameters = sum(size for name, size in per_device.items() if name.startswith("model."))
+
+    tensor = layout.mesh.shape["model"]
+    split = lambda axis, size: size // tensor if getattr(run.rules, axis) else size
+    D, F, V = model.d_model, split("ff", model.d_ff), split("vocab", model.vocab_size)
+    heads = split("kv_heads", split("q_groups", model.n_heads))
+    Q, KV = heads * model.d_head, 2 * split("kv_heads", model.n_kv_heads) * model.d_head
+    tokens = _rows(layout) * config.data.seq_len
+    chunk = _rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
+    size = max(group.size for group in kv_map.groups(model.resolved_kv_map))
+
+    # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
+    # products give; everything, of which norms and SwiGLU are in float32.
+    left = {"block": D, "dots": 2 * D + Q + 2 * F, "none": 4 * D + 4 * Q + 10 * F}[run.remat]
+    saved = (model.n_layers * left + model.n_slots * KV + 2 * D) * tokens * width
+    beside = size - 1 if size <= UNROLLED and run.remat != "none" else 0
+    if layout.mesh.shape["slice"] > 1:  # such programs are scheduled one block after another
+        beside = 0
+    arrays = working.ff * F + working.embed * D + working.further * F * beside
+    block = arrays * tokens * width
+    gathered = working.weights * (2 * D * Q + D * KV + 3 * D * F) * width
+    # A device's own sum of the head's gradient, float32; the table; a chunk's scores and their gradients.
+    head = V * D * (4 + width)
+    scores = chunk * V * (4 + width)
+    return {
+        "parameters": parameters,
+        "optimizer": sum(per_device.values()) - parameters,
+        # Two while they are added up.
+        "gradients": parameters * (1 if config.placement.accumulate == 1 else 2),
+        "activations": round(saved + block),
+        "logits": round(head + max(0, scores - block - gathered)),
+        "gathered weights": round(gathered),
+    }
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+# ---------------------------------------------------------------------------------------- plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step needs on each device. Bytes and seconds, unless said otherwise."""
+
+    name: str
+    topology: str
+    devices: int
+    device_kind: str
+    mesh: dict[str, int]
+    attention: str
+    remat: str
+    accumulate: int
+    rows: int  # sequences of a device in a microbatch
+    fits: bool
+    memory: float | None  # of a device; None where it is not known
+    peak: int  # by the compiler
+    parts: dict[str, int]  # of the peak; parameters and optimizer exact, the others by our estimate
+    estimate: int  # our closed forms, together
+    flops: float  # of a step on all devices, by `costs.FLOPS_FORMULA`
+    recomputed_flops: float  # on top of them, by rematerialisation
+    collective_bytes: dict[str, int]  # a step hands each device, by kind
+    roofline: dict[str, float]  # seconds of a step that each resource takes, if nothing else did
+    buffers: tuple[hlo.Buffer, ...]  # the largest
+    advice: str  # where it does not fit: what to change first
+    compile_seconds: float
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The least a step can take: the slowest resource, everything else hidden behind it."""
+        return max(self.roofline.values(), default=None)
+
+    def mfu(self) -> float | None:
+        """The most that can be reached: useful FLOPs over what the devices could do in that time."""
+        chip = chips.find(self.device_kind)
+        if chip is None or self.step_seconds is None:
+            return None
+        return self.flops / (self.step_seconds * chip.flops * self.devices)
+
+    def days(self, steps: int) -> float | None:
+        return None if self.step_seconds is None else steps * self.step_seconds / 86_400
+
+
+class DoesNotFit(ValueError):
+    """The compiler found that the program needs more memory than a device has."""
+
+
+def plan(config: Config, name: str, devices: Sequence[Any]) -> Plan:
+    """Compiles the step of a config for devices, which need not be at hand, and says what it needs.
+
+    Raises ValueError, before compiling, where the mesh or the batch does not fit the devices.
+    """
+    layout = lay_out(config, devices)
+    kind = devices[0].device_kind
+    chip = chips.find(kind)
+    estimated = estimate(layout)
+    with tempfile.TemporaryDirectory() as dump:
+        started = time.monotonic()
+        peak, fits = _compile(layout, Path(dump))
+        seconds = time.monotonic() - started
+        text = hlo.find(Path(dump), "after_optimizations.txt")
+        report = hlo.find(Path(dump), "memory-usage-report.txt")
+    inputs = {
+        f"{_HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)}"
+        f"[{','.join(map(str, leaf.sharding.shard_shape(leaf.shape)))}]": path
+        for path, leaf in named(layout.state).items()
+    }
+    collectives = hlo.collective_bytes(text)
+    model, tokens = config.model, config.tokens_per_step
+    flops = costs.train_flops_per_token(model, config.data.seq_len) * tokens
+    recomputed = _recomputed_flops(config) * tokens
+    rest = peak - sum(estimated.values())
+    return Plan(
+        name=config.name,
+        topology=name,
+        devices=len(devices),
+        device_kind=kind,
+        mesh=dict(layout.mesh.shape),
+        attention=layout.run.attention,
+        remat=config.placement.remat,
+        accumulate=config.placement.accumulate,
+        rows=_rows(layout),
+        fits=fits,
+        memory=chip.memory if chip else None,
+        peak=peak,
+        parts=estimated | {"rest": rest},
+        estimate=sum(estimated.values()),
+        flops=flops,
+        recomputed_flops=recomputed,
+        collective_bytes=collectives,
+        roofline=_roofline(layout, chip, flops + recomputed, collectives),
+        buffers=tuple(hlo.largest_buffers(report, text, inputs)),
+        advice="" if fits else _advice(config),
+        compile_seconds=seconds,
+    )
+
+
+_HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
+
+
+def _rows(layout: Layout) -> int:
+    return layout.batch.shape[1] // row_shards(layout.mesh)
+
+
+def _compile(layout: Layout, dump: Path) -> tuple[int, bool]:
+    """Peak bytes of a device by the compiler, and whether they fit."""
+    with jax.set_mesh(layout.mesh):
+        lowered = make_step(layout).lower(layout.state, layout.batch)
+    try:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": os.fspath(dump)})
+    except jax.errors.JaxRuntimeError as error:
+        if peak := needed_bytes(str(error)):
+            return peak, False
+        raise
+    return _peak(compiled.memory_analysis()), True
+
+
+def needed_bytes(message: str) -> int | None:
+    """What the compiler says a program that does not fit would need; None if it says something else."""
+    match = re.search(r"(?:Used |temporaries \()([0-9.]+)([KMGT])\)? (?:of|exceeds)", message)
+    if match is None:
+        return None
+    return round(float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1)))
+
+
+def _peak(analysis: Any) -> int:
+    # Not every backend says when its memory is fullest.
+    everything = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+    return max(getattr(analysis, "peak_memory_in_bytes", 0), 0) or everything
+
+
+def _recomputed_flops(config: Config) -> float:
+    """FLOPs for one token that rematerialisation adds: a forward pass of the blocks, or of attention."""
+    model = config.model
+    count = costs.parameters(model)
+    head = model.vocab_size * model.d_model
+    forward = costs.train_flops_per_token(model, config.data.seq_len) / 3
+    matrices = 2.0 * (count.non_embedding + (head if model.tied_embeddings else count.head))
+    attention = forward - matrices
+    return {
+        "none": 0.0,
+        "dots": attention,
+        "block": 2.0 * count.non_embedding + attention,
+    }[config.placement.remat]
+
+
+def _roofline(
+    layout: Layout, chip: chips.Chip | None, flops: float, collectives: dict[str, int]
+) -> dict[str, float]:
+    """Seconds of a step in which each resource would do its part alone; empty for an unknown chip."""
+    if chip is None:
+        return {}
+    seconds = {"compute": flops / (layout.mesh.size * chip.flops)}
+    if chip.interconnect:
+        seconds["interconnect"] = sum(collectives.values()) / chip.interconnect
+    slices = layout.mesh.shape["slice"]
+    if slices > 1 and chip.network:
+        # Every device adds up its shard of the gradients with its counterparts on the other slices.
+        gradients = costs.training_bytes(layout.config.model).gradients
+        within = layout.mesh.size // slices
+        seconds["network"] = 2 * gradients * (slices - 1) / slices / within / chip.network
+    return seconds
+
+
+def _advice(config: Config) -> str:
+    placement = config.placement
+    if placement.remat != "block":
+        return "placement.remat = block recomputes blocks in the backward pass"
+    if config.batch_size % (2 * placement.accumulate) == 0:
+        return f"placement.accumulate = {2 * placement.accumulate} halves the microbatch"
+    return "more chips, or placement.mesh.model above 1"
+
+
+# -------------------------------------------------------------------------------------- search
+
+MAX_COMPILATIONS = 3
+RECOMPUTES = ("none", "dots", "block")  # values of placement.remat, the cheapest first
+
+
+def search(config: Config, name: str, devices: Sequence[Any]) -> tuple[Plan, int]:
+    """The fastest placement that fits: microbatch and rematerialisation; and how many compilations it took.
+
+    Candidates are ordered by what they recompute and how often they gather weights, and then by
+    microbatch, the largest first. Our estimate says which of them fits; the compiler is asked, and corrects
+    the estimate where it disagrees, up and down. Raises DoesNotFit, a ValueError, if nothing does.
+    """
+    layout = lay_out(config, devices)
+    chip = chips.find(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(
+            f"no memory is known for {devices[0].device_kind}: there is nothing to fit"
+        )
+    rows = config.batch_size // row_shards(layout.mesh)
+    candidates = [
+        dataclasses.replace(
+            config,
+            placement=dataclasses.replace(config.placement, remat=remat, accumulate=accumulate),
+        )
+        for remat in RECOMPUTES
+        for accumulate in range(1, rows + 1)
+        if rows % accumulate == 0
+    ]
+    candidates.sort(key=lambda c: (_expected_seconds(c, layout, chip), c.placement.accumulate))
+    sizes = [sum(estimate(lay_out(candidate, devices)).values()) for candidate in candidates]
+    correction, best, tried = 1.0, None, set[int]()
+    faster = range(len(candidates))  # those that have not been ruled out
+    while len(tried) < MAX_COMPILATIONS:
+        hopeful = (i for i in faster if i not in tried and correction * sizes[i] <= chip.memory)
+        if (index := next(hopeful, None)) is None:
+            break
+        tried.add(index)
+        found = plan(candidates[index], name, devices)
+        correction = found.peak / sizes[index]
+        if found.fits:
+            best = found
+            faster = range(index)
+    if best is None:
+        raise DoesNotFit(
+            f"{config.name} does not fit {name}: one sequence a device, rematerialised by block, is "
+            f"estimated at {correction * min(sizes) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
+            "Take more chips, or placement.mesh.model above 1"
+        )
+    return best, len(tried)
+
+
+def _expected_seconds(config: Config, layout: Layout, chip: chips.Chip) -> float:
+    """Of a step: computing, or gathering and reducing the weights once a microbatch."""
+    flops = costs.train_flops_per_token(config.model, config.data.seq_len) + _recomputed_flops(
+        config
+    )
+    compute = flops * config.tokens_per_step / (layout.mesh.size * chip.flops)
+    if not chip.interconnect:
+        return compute
+    # Gathered forward and backward; an all-reduce moves its bytes twice. 16 bits each.
+    moved = 4 * 2 * costs.parameters(config.model).total * config.placement.accumulate
+    return max(compute, moved / layout.mesh.shape["model"] / chip.interconnect)

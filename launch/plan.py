@@ -1,0 +1,164 @@
+"""What training runs will need on a pod, before there is one: each compiled for the topology.
+
+    python -m launch.plan cla_1b.h128_mqa_cla2 --topology v5e:16x16
+    python -m launch.plan cla_3b --topology v5p:4x4x8 --topology v4:4x4x8
+    python -m launch.plan cla_1b.h128_mqa --topology v5e:16x16 --slices 2 --search
+    python -m launch.plan demo --topology here
+
+Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, and the
+least time a step can take. A topology is kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows all); no
+TPU is needed, but libtpu: pip install 'cla_jax[plan]'. `here` plans for the devices at hand. --search finds
+the fastest microbatch and rematerialisation that fit. Fields of the config come after a lone --:
+
+    python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cla_jax.config import Config
+from launch.cli import user_errors
+
+if TYPE_CHECKING:
+    from cla_jax.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # Experiments or studies.
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    # Kind and shape in chips, v5e:16x16; `here` for the devices at hand. Give it several times.
+    topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # Slices of that topology, joined by the data-centre network.
+    slices: int = 1
+    # Find the fastest microbatch and rematerialisation that fit, in at most 3 compilations.
+    search: bool = False
+    # Print JSON instead of tables.
+    json: bool = False
+    # Print the topologies.
+    list: bool = False
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(
+        Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__
+    )
+    if any(topology != "here" for topology in arguments.topology):
+        os.environ.setdefault(
+            "JAX_PLATFORMS", "cpu"
+        )  # where the program is compiled, not where it runs
+    from cla_jax import plan as planning
+
+    if arguments.list:
+        print("\n".join(planning.topology_names()))
+        return
+    if not arguments.names or not arguments.topology:
+        raise ValueError("name an experiment and a --topology; --help shows how")
+    plans = []
+    for topology in arguments.topology:
+        devices = planning.topology(topology, arguments.slices)
+        label = topology if arguments.slices == 1 else f"{arguments.slices} x {topology}"
+        for config in _configs(arguments, argv[cut + 1 :]):
+            if arguments.search:
+                plan, _ = planning.search(config, label, devices)
+            else:
+                plan = planning.plan(config, label, devices)
+            plans.append(plan)
+            if not arguments.json:
+                _print(plan, config)
+    if arguments.json:
+        json.dump([_as_dict(plan) for plan in plans], sys.stdout, indent=1)
+        print()
+
+
+def _configs(arguments: Arguments, overrides: Sequence[str]) -> list[Config]:
+    from launch.train import parse
+
+    configs = [config for name in arguments.names for config in parse([name, *overrides])]
+    return [
+        dataclasses.replace(
+            config,
+            placement=dataclasses.replace(
+                config.placement,
+                mesh=dataclasses.replace(config.placement.mesh, slice=arguments.slices),
+            ),
+        )
+        for config in configs
+    ]
+
+
+def _as_dict(plan: "Plan") -> dict[str, Any]:
+    return dataclasses.asdict(plan) | {"step_seconds": plan.step_seconds, "mfu": plan.mfu()}
+
+
+def _print(plan: "Plan", config: Config) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from cla_jax.costs import FLOPS_FORMULA
+
+    gib = lambda count: f"{count / 2**30:.2f} GiB"
+    mesh = (
+        " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    )
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    of = f" of {gib(plan.memory)}" if plan.memory else ""
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(
+        f"[bold]{plan.name}[/bold] on {plan.topology}: {plan.devices} devices ({plan.device_kind}) "
+        f"as {mesh}, attention by {plan.attention}, remat {plan.remat}, {plan.rows} sequences a device "
+        f"in each of {plan.accumulate} microbatches",
+        soft_wrap=True,
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, title=f"{verdict}: {gib(plan.peak)}{of} a device")
+    table.add_column("memory of a device at the peak")
+    table.add_column("", justify="right")
+    for part, size in plan.parts.items():
+        table.add_row(part, gib(size))
+    table.add_row("peak, by the compiler", gib(plan.peak))
+    table.add_row(
+        "peak, by our closed forms", f"{gib(plan.estimate)} ({plan.estimate / plan.peak - 1:+.0%})"
+    )
+    console.print(table)
+    buffers = Table(box=box.SIMPLE_HEAD, title="Largest buffers")
+    for column in ("bytes", "shape", "what"):
+        buffers.add_column(column, justify="right" if column == "bytes" else "left")
+    for buffer in plan.buffers:
+        buffers.add_row(gib(buffer.bytes), buffer.shape, buffer.where)
+    console.print(buffers)
+    if not plan.fits:
+        console.print(f"Change first: {plan.advice}", highlight=False)
+    told = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in plan.collective_bytes.items())
+    console.print(
+        f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device is told "
+        f"{told or 'nothing'}.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    mfu, days = plan.mfu(), plan.days(config.steps)
+    if mfu is not None and days is not None:
+        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.roofline.items())
+        console.print(
+            f"Roofline: {times}; so a step takes at least {plan.step_seconds:.3f} s, MFU is at most "
+            f"{mfu:.0%}, and {config.steps:,} steps ({config.steps * config.tokens_per_step:.3g} tokens) "
+            f"take at least {days:.2f} days. FLOPs: {FLOPS_FORMULA}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(f"Compiled in {plan.compile_seconds:.0f} s.", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Reading optimised HLO: texts shaped as TPU programs are, with what has been met in them."""
+
+from cla_jax import hlo
+
+TEXT = """\
+HloModule jit_train_step
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(20), metadata={op_name="jit(train_step)/while/cond/lt"}
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%fused_gather (a: bf16[1,4]) -> bf16[8,4] {
+  ROOT %g = bf16[8,4]{1,0:T(8,128)} all-gather(%a), channel_id=3, replica_groups=[1,8]<=[8]
+}
+
+%fused_gather_rest (a: bf16[1,4]) -> bf16[8,4] {
+  ROOT %g = bf16[8,4]{1,0:T(8,128)} all-gather(%a), channel_id=3, replica_groups=[1,8]<=[8]
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %f = bf16[8,4] fusion(%x), kind=kCustom, calls=%fused_gather
+  %h = bf16[8,4] fusion(%f), kind=kCustom, calls=%fused_gather_rest
+  %s = f32[2,4] reduce-scatter(%y), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %t = (s32[], bf16[8,4]) tuple(%i, %h)
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %w = (s32[], bf16[8,4]) while(%init), condition=%cond, body=%body
+  %r = (f32[16], f32[2]) all-reduce(%a, %b), channel_id=9, replica_groups=mesh['x'=4,'y'=2] {'y'}
+  %m = bf16[20,8,2048]{2,1,0} fusion(%w), metadata={op_name="jit(train_step)/transpose(jvp(mlp))/dot_general"}
+  ROOT %o = f32[16] copy(%r)
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loop_turns_and_once_a_channel():
+    assert hlo.collective_bytes(TEXT) == {
+        "all-gather": 20 * 8 * 4 * 2,
+        "reduce-scatter": 20
+        * 4
+        * (2 * 4 * 4),  # its operand: the result of each of a group of four
+        "all-reduce": 2 * (16 + 2) * 4,
+    }
+
+
+def test_started_collectives_count_what_arrives():
+    text = """\
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %g = (bf16[1,4], bf16[8,4]) all-gather-start(%a), channel_id=1
+  %d = bf16[8,4] all-gather-done(%g)
+  %p = (f32[16], f32[16]) collective-permute-start(%a), channel_id=2
+}
+"""
+    assert hlo.collective_bytes(text) == {"all-gather": 64, "collective-permute": 64}
+
+
+def test_groups_are_read_in_every_notation():
+    for groups, size in (
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups={{0,1},{2,3}}", 2),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+    ):
+        assert hlo._group_size(f"%s = f32[2] reduce-scatter(%y), {groups}, to_apply=%add") == size
+
+
+def test_the_largest_buffers_are_named_by_parameter_or_by_what_computes_them():
+    report = """\
+Memory Space: default (color=0)
+Total bytes: 4096 (4.0KiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+    640.0KiB( 18%);  640.0KiB;            0;                2; u32[], 5\u00d7bf16[20,8,2048]
+     64.0KiB( 20%);   64.0KiB;            0;                1; f32[16384]
+     32.0KiB( 20%);   32.0KiB;            0;                1; f32[8192]
+
+
+Memory Space: vmem (color=1)
+Total bytes: 8192 (4.0KiB)
+  900.00MiB( 18%);  900.00MiB;            0;                1; f32[235929600]
+"""
+    first, second = hlo.largest_buffers(report, TEXT, {"f32[16384]": "model.embedding"}, count=2)
+    assert (first.bytes, first.shape) == (20 * 8 * 2048 * 2, "bf16[20,8,2048]")
+    assert first.where == "mlp/dot_general (backward)"
+    assert (second.bytes, second.where) == (16384 * 4, "model.embedding")

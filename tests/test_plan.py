@@ -1,0 +1,239 @@
+"""The planner, and what it sees of the sharded step; for TPUs with libtpu at hand (`make test-pods`)."""
+
+import importlib.metadata
+import json
+import math
+
+import jax
+import pytest
+
+import experiments
+from cla_jax import chips, hlo, plan
+from cla_jax.config import MeshConfig
+from cla_jax.state import named
+from cla_jax.train import compile_step, lay_out, make_step
+from launch import plan as launch_plan
+from tests.conftest import MODEL, equations, replace
+
+
+def test_a_topology_that_does_not_exist_is_refused_with_those_near_it():
+    with pytest.raises(ValueError, match=r"kind of TPU .v5f.; did you mean .*v5e"):
+        plan.topology("v5f:4x4")
+    with pytest.raises(ValueError, match=r"no topology 'v5e:16x17'; near it: v5e:16x16"):
+        plan.topology("v5e:16x17")
+    with pytest.raises(ValueError, match=r"no topology 'v5p:16x16'.*in chips"):
+        plan.topology("v5p:16x16")
+
+
+def test_without_libtpu_the_planner_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"pip install 'cla_jax\[plan\]'"):
+        plan.topology("v5e:4x4")
+
+
+def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
+    monkeypatch.setattr(plan, "_compile", lambda *_: pytest.fail("compiled"))
+    (config,) = experiments.find("cla_1b.h128_mqa")
+    for changes, words in (
+        ({"placement.mesh": MeshConfig(data=3)}, "3 x -1 x 1 does not make up the 8"),
+        ({"batch_size": 2044}, "gives 2044 rows.* 1 x 1 x 8 does not divide"),
+        ({"model.d_model": 2044}, "d_model = 2044 is not divisible by placement.mesh.fsdp = 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan.plan(replace(config, **changes), "here", jax.devices())
+
+
+def test_the_plan_of_a_mesh_at_hand_adds_up(tiny):
+    found = plan.plan(tiny(**{"placement.remat": "block"}), "here", plan.topology("here"))
+    state = named(lay_out(tiny()).state)
+    local = {k: math.prod(v.sharding.shard_shape(v.shape)) * 4 for k, v in state.items()}
+    assert found.parts["parameters"] == sum(v for k, v in local.items() if k.startswith("model."))
+    assert found.parts["optimizer"] + found.parts["parameters"] == sum(local.values())
+    assert sum(found.parts.values()) == found.peak > sum(local.values())
+    assert found.fits
+    assert found.collective_bytes["all-gather"] > 0
+    assert found.mfu() is None  # nobody knows what a CPU could do
+
+
+class Chip:
+    """A chip that needs what our estimate says, times a factor that only the compiler knows."""
+
+    def __init__(self, monkeypatch, factor):
+        self.factor, self.compiled = factor, 0
+        chip = replace(chips.CHIPS["TPU v5 lite"], memory=64 * 2**30)
+        monkeypatch.setattr(chips, "find", lambda _: chip)
+        monkeypatch.setattr(plan, "_compile", self.compile)
+
+    def peak(self, layout):
+        return round(self.factor * sum(plan.estimate(layout).values()))
+
+    def compile(self, layout, _dump):
+        self.compiled += 1
+        return self.peak(layout), self.peak(layout) <= 64 * 2**30
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+def test_the_search_ends_at_the_fastest_that_fits_though_the_estimate_is_off(monkeypatch, factor):
+    chip = Chip(monkeypatch, factor)
+    (config,) = experiments.find("cla_1b.h128_mqa_cla2")
+    found, compilations = plan.search(config, "v5e:2x4", jax.devices())
+    assert compilations == chip.compiled <= plan.MAX_COMPILATIONS
+    # All there are, one by one: on eight chips 256 rows each.
+    fitting = [
+        (plan.RECOMPUTES.index(remat), accumulate)
+        for remat in plan.RECOMPUTES
+        for accumulate in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        for changes in [{"placement.remat": remat, "placement.accumulate": accumulate}]
+        if chip.peak(lay_out(replace(config, **changes))) <= 64 * 2**30
+    ]
+    assert (plan.RECOMPUTES.index(found.remat), found.accumulate) == min(fitting)
+
+
+def test_the_search_says_what_to_do_where_nothing_fits(monkeypatch):
+    Chip(monkeypatch, 60.0)
+    (config,) = experiments.find("cla_3b.h128_mqa_cla2")
+    with pytest.raises(plan.DoesNotFit, match=r"estimated at .* of 64.0 GiB. Take more chips"):
+        plan.search(config, "v5e:2x4", jax.devices())
+
+
+def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. "
+        "Exceeded hbm capacity by 8.75G."
+    )
+    assert plan.needed_bytes(message) == 24.5 * 2**30
+    other = "the total memory required for HLO temporaries (27.96G) exceeds available HBM (15.75G)"
+    assert plan.needed_bytes(other) == round(27.96 * 2**30)
+    assert plan.needed_bytes("INTERNAL: something else") is None
+    monkeypatch.setattr(plan, "_compile", lambda *_: (plan.needed_bytes(message), False))
+    found = plan.plan(tiny(), "here", jax.devices())
+    assert not found.fits
+    assert "placement.remat = block" in found.advice
+
+
+# ------------------------------------------------------------------------------- the sharded step
+
+
+def compiled_on(config, tmp_path):
+    layout = lay_out(config)
+    plan._compile(layout, tmp_path)
+    return layout, hlo.find(tmp_path, "after_optimizations.txt")
+
+
+def sharded(tiny, **changes):
+    """Weights outweigh activations: eight layers, eight rows of 32 tokens."""
+    model = {
+        "model.n_layers": 8,
+        "model.d_model": 64,
+        "model.d_ff": 256,
+        "placement.loss_chunk": 16,
+    }
+    return tiny(**model, **{"placement.remat": "block"}, **changes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_bytes_of_the_state_fall_as_one_over_n(tiny, devices, n):
+    """All but the norms, which every device keeps."""
+    devices(n)
+    layout = lay_out(sharded(tiny))
+    compiled = compile_step(layout)
+    state = named(layout.state)
+    norms = {k: v for k, v in state.items() if "norm" in k or v.ndim == 0}
+    whole = sum(v.size * 4 for v in norms.values())
+    split = sum(v.size * 4 for k, v in state.items() if k not in norms)
+    tokens = math.prod(layout.batch.sharding.shard_shape(layout.batch.shape)) * 4
+    assert compiled.memory_analysis().argument_size_in_bytes == split // n + whole + tokens
+
+
+def test_no_step_gathers_the_whole_model_at_once(tiny, tmp_path):
+    """What is gathered is one layer's: no array of the program is a whole stack of weights."""
+    layout, text = compiled_on(sharded(tiny), tmp_path)
+    weights = {k: v for k, v in named(layout.state.model).items() if v.ndim > 1}
+    stacked = {v.shape for k, v in weights.items() if "blocks" in k and "norm" not in k}
+    seen = {dims for _, dims, _ in hlo.shapes(text)}
+    assert stacked
+    assert not stacked & seen
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    largest = max(
+        nbytes for line in gathered for _, _, nbytes in hlo.shapes(line.split(" all-gather(")[0])
+    )
+    one_layer = max(math.prod(v.shape[2:]) * 4 for k, v in weights.items() if "blocks" in k)
+    table = MODEL.vocab_size * 64 * 4
+    assert 0 < largest <= max(one_layer, table)
+
+
+def test_keys_and_values_are_computed_once_a_group_and_never_gathered(tiny, tmp_path):
+    """CLA on the mesh: 8 layers in 4 groups of two project 4 times, and no device asks another for them."""
+    config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
+    config = replace(config, **{"placement.scan_layers": False, "placement.remat": "none"})
+    layout = lay_out(config)
+    with jax.set_mesh(layout.mesh):
+        jaxpr = jax.make_jaxpr(make_step(layout))(layout.state, layout.batch)
+    names = [
+        str(e.source_info.name_stack)
+        for e in equations(jaxpr.jaxpr)
+        if "dot_general" in str(e.primitive)
+    ]
+    forward = [name for name in names if "kv_projection" in name and "transpose" not in name]
+    assert len(forward) == 2 * 4  # the first microbatch, and the loop over those after it
+    _, text = compiled_on(config, tmp_path)
+    B, T, H = config.batch_size, config.data.seq_len, config.model.d_head
+    for line in text.splitlines():
+        if " all-gather(" in line or " all-to-all(" in line or " collective-permute(" in line:
+            for _, dims, _ in hlo.shapes(line.split("(")[0]):
+                assert not (
+                    dims and dims[-1] == H and T in dims and math.prod(dims) >= B * T * H // 8
+                ), line
+
+
+# ----------------------------------------------------------------------------------- on TPUs
+
+
+@pytest.mark.pods
+def test_one_step_is_planned_for_a_slice(capsys):
+    """The real step, with the splash kernel, forward and backward; the table and the JSON."""
+    arguments = ["cla_1b.h128_mqa_cla2", "--topology", "v5e:2x4", "--json", "--"]
+    small = ["--model.n-layers", "4", "--batch-size", "16", "--model.d-model", "256"]
+    launch_plan.main([*arguments, *small, "--model.d-ff", "512"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["attention"] == "splash"
+    assert found["devices"] == 8
+    assert 0 < found["mfu"] < 1
+    assert found["collective_bytes"]["all-gather"] > 0
+    assert len(found["buffers"]) == 5
+
+
+@pytest.mark.pods
+@pytest.mark.parametrize(
+    ("d_head", "n_heads", "n_kv_heads"),
+    [(32, 4, 4), (46, 3, 1), (90, 2, 1), (256, 2, 1), (512, 2, 2)],
+)
+def test_splash_compiles_for_every_head_size_of_the_paper(tiny, d_head, n_heads, n_kv_heads):
+    """With documents kept apart too. Compiled, not run."""
+    heads = {"d_head": d_head, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    config = tiny(
+        **{f"model.{name}": value for name, value in heads.items()},
+        **{"data.seq_len": 256, "model.compute_dtype": "bfloat16", "batch_size": 4},
+        **{"data.attend_across_documents": False, "placement.loss_chunk": 128},
+        **{"placement.eval_batch_size": 4},
+    )
+    layout = lay_out(config, plan.topology("v5e:2x2"))
+    assert layout.run.attention == "splash"
+    assert compile_step(layout).memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.pods
+def test_a_step_that_does_not_fit_names_its_largest_buffers():
+    (config,) = experiments.find("cla_3b.h128_mqa_cla2")
+    config = replace(
+        config, **{"batch_size": 64, "placement.remat": "none", "placement.eval_batch_size": 64}
+    )
+    found = plan.plan(config, "v5e:2x2", plan.topology("v5e:2x2"))
+    assert not found.fits
+    assert found.peak > found.memory
+    assert len(found.buffers) == 5
+    assert any(buffer.where for buffer in found.buffers)
