@@ -24,6 +24,7 @@ from typing import Any
 from etils import epath
 
 from cla_jax import config as configs
+from cla_jax import goodput
 from cla_jax.config import Config
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
@@ -92,19 +93,25 @@ class Run:
         files = sorted(directory.glob("*.json")) if directory.exists() else []
         return {file.stem: _read_json(file) for file in files}
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The records by step: of a step that stands there twice, the last whole one counts."""
+    def read_records(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of the metrics, in the order of writing."""
         segments = [self.metrics] if self.metrics.exists() else []
         directory = self.path / "metrics"
         if directory.exists():
             segments += sorted(directory.glob("*.jsonl"))
-        records: dict[int, dict[str, Any]] = {}
         for segment in segments:
             for line in segment.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # torn by a crash
+                with contextlib.suppress(json.JSONDecodeError):  # torn by a crash
+                    yield json.loads(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records by step: of a step that stands there twice, the last whole one counts.
+
+        Those of the run's time are left out: they are of no step. See cla_jax.goodput.
+        """
+        records: dict[int, dict[str, Any]] = {}
+        for record in self.read_records():
+            if not goodput.is_account(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
