@@ -5,6 +5,7 @@
         tokenizer.json
         metrics.jsonl    one record a line; on a remote path metrics/FIRST.jsonl, in segments
         checkpoints/     see cla_jax.checkpoint
+        profile/         traces that placement.profile asked for
         eval/*.json      one file an evaluation
         log.txt
 
@@ -47,6 +48,10 @@ class Run:
     @property
     def metrics(self) -> epath.Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def profile(self) -> epath.Path:
+        return self.path / "profile"
 
     @property
     def is_local(self) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import checkpoint, chips, costs, goodput, runs
+from cla_jax import checkpoint, chips, costs, goodput, profiler, runs
 from cla_jax import mesh as meshes
 from cla_jax.config import Config, check_vocabulary
 from cla_jax.data.loader import Batches
@@ -312,6 +312,9 @@ def train(
             journal = Journal(config, writer, first_step, clock)
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
             stack.callback(journal.booked("checkpoint")(saver.close))
+            steps = config.placement.profiled_steps
+            traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
+            step_fn = stack.enter_context(traced)
             journal.account()
             clock.switch("step")
 
