@@ -107,6 +107,8 @@ def test_a_map_follows_the_depth():
 def test_profiled_steps_count_from_one(tiny):
     assert list(tiny(**{"placement.profile": "4:2"}).placement.profiled_steps) == [4, 5]
     assert not tiny().placement.profiled_steps
+    with pytest.raises(ValueError, match=r"placement\.profile = 'two'"):
+        Placement(profile="two")
 
 
 def test_defaults_are_valid():

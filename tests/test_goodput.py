@@ -117,7 +117,8 @@ def test_a_run_sums_over_its_processes():
     for process in range(3):
         time = Time()
         clock = Clock(now=time)
-        time.advance(5)
+        with clock.booked("compile"):
+            time.advance(5)
         clock.carry_on(earlier(lines, 2 * process))
         clock.switch("step")
         lines.append({"step": 2 * process, **account(clock.seconds())})
@@ -127,7 +128,7 @@ def test_a_run_sums_over_its_processes():
             time.advance(3)
         lines.append({"step": 2 * process + 2, **account(clock.seconds())})
         wall += time.now - 1000
-    assert clock.seconds() == seconds(startup=15, step=33, checkpoint=9)
+    assert clock.seconds() == seconds(compile=15, step=33, checkpoint=9)
     assert sum(clock.seconds().values()) == wall == 57
     assert lines[-1]["goodput"] == pytest.approx(33 / 57, abs=1e-6)
 
