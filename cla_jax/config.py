@@ -289,6 +289,8 @@ class Placement:
     keep: int = 2
     # Steps between evaluations on the held-out split; 0 for none before the end.
     eval_every: int = 0
+    # Write an xprof trace of COUNT steps from STEP on into profile/ of the run: STEP:COUNT; empty for none.
+    profile: str = ""
     # Sequences evaluated at once; rounded up to what the devices can share evenly.
     eval_batch_size: int = 32
     # Write TensorBoard files too (needs the extra `tensorboard`).
@@ -315,6 +317,19 @@ class Placement:
                 raise ValueError(f"placement.compiler_options: {option!r} must be name=value")
         _choice("placement.remat", self.remat, ("none", "block", "dots"))
         _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT
+
+    @functools.cached_property
+    def profiled_steps(self) -> range:
+        """`profile` as the steps to trace, counted from 1."""
+        if not self.profile:
+            return range(0)
+        step, _, count = self.profile.partition(":")
+        if not (step.isdecimal() and count.isdecimal() and int(step) > 0 and int(count) > 0):
+            raise ValueError(
+                f"placement.profile = {self.profile!r} must be STEP:COUNT, two positive numbers"
+            )
+        return range(int(step), int(step) + int(count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,6 +369,11 @@ class Config:
             raise ValueError(
                 f"data.seq_len = {self.data.seq_len} is not divisible by "
                 f"placement.loss_chunk = {self.placement.loss_chunk}"
+            )
+        if self.placement.profiled_steps.start > self.steps:
+            raise ValueError(
+                f"placement.profile = {self.placement.profile!r} begins after the last step: "
+                f"steps = {self.steps}"
             )
 
     @property

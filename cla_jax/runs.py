@@ -5,6 +5,7 @@
         tokenizer.json
         metrics.jsonl    one record a line; on a remote path metrics/FIRST.jsonl, in segments
         checkpoints/     see cla_jax.checkpoint
+        profile/         traces that placement.profile asked for
         eval/*.json      one file an evaluation
         log.txt
 
@@ -24,6 +25,7 @@ from typing import Any
 from etils import epath
 
 from cla_jax import config as configs
+from cla_jax import goodput
 from cla_jax.config import Config
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
@@ -46,6 +48,10 @@ class Run:
     @property
     def metrics(self) -> epath.Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def profile(self) -> epath.Path:
+        return self.path / "profile"
 
     @property
     def is_local(self) -> bool:
@@ -92,19 +98,25 @@ class Run:
         files = sorted(directory.glob("*.json")) if directory.exists() else []
         return {file.stem: _read_json(file) for file in files}
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The records by step: of a step that stands there twice, the last whole one counts."""
+    def read_records(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of the metrics, in the order of writing."""
         segments = [self.metrics] if self.metrics.exists() else []
         directory = self.path / "metrics"
         if directory.exists():
             segments += sorted(directory.glob("*.jsonl"))
-        records: dict[int, dict[str, Any]] = {}
         for segment in segments:
             for line in segment.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # torn by a crash
+                with contextlib.suppress(json.JSONDecodeError):  # torn by a crash
+                    yield json.loads(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records by step: of a step that stands there twice, the last whole one counts.
+
+        Those of the run's time are left out: they are of no step. See cla_jax.goodput.
+        """
+        records: dict[int, dict[str, Any]] = {}
+        for record in self.read_records():
+            if not goodput.is_account(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import checkpoint, chips, costs, runs
+from cla_jax import checkpoint, chips, costs, goodput, profiler, runs
 from cla_jax import mesh as meshes
 from cla_jax.config import Config, check_vocabulary
 from cla_jax.data.loader import Batches
@@ -196,17 +195,21 @@ def tokens_hash(tokens_ABT1: jax.Array) -> jax.Array:
 class Journal:
     """Writes each step's metrics once the next step is under way, so the device never waits.
 
-    Raises Diverged, with the number of the step, when a loss or gradient norm is not finite.
+    The seconds of a step are those that the clock books under it and under its batch. Raises Diverged,
+    with the number of the step, when a loss or gradient norm is not finite.
     """
 
-    def __init__(self, config: Config, writer: CompositeWriter, first_step: int):
-        self.config, self.writer = config, writer
+    def __init__(
+        self, config: Config, writer: CompositeWriter, first_step: int, clock: goodput.Clock
+    ):
+        self.config, self.writer, self.clock = config, writer, clock
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
         chip = chips.find(jax.devices()[0].device_kind)
         self.peak = chip.flops if chip else None  # unknown: no MFU is printed
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.first_step, self.clock = first_step, time.monotonic()
-        self.started: float | None = None  # set when the first step, with its compilation, is over
+        self.first_step = self.written = first_step
+        self.before = self._training_seconds()  # when the step before was written
+        self.started: float | None = None  # set when the first step is over
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Hands in the metrics of update `step` (counted from 1); writes those of the one before."""
@@ -220,13 +223,22 @@ class Journal:
         self.writer.flush()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps what happens inside out of the speed."""
-        before = time.monotonic()
-        yield
-        spent = time.monotonic() - before
-        self.clock += spent
-        self.started = None if self.started is None else self.started + spent
+    def booked(self, bucket: goodput.Bucket) -> Iterator[None]:
+        """Books what happens inside under `bucket`, out of the speed, and writes the run's time so far.
+
+        Then only steps lie between two such records, and a killed process is known to its last step.
+        """
+        with self.clock.booked(bucket):
+            yield
+        self.account()
+
+    def account(self) -> None:
+        """Writes how the time of the run was spent so far."""
+        self.writer.write(self.written, goodput.account(self.clock.seconds()))
+
+    def _training_seconds(self) -> float:
+        seconds = self.clock.seconds()
+        return seconds["data_wait"] + seconds["step"]
 
     def _write(self, handed_in: tuple[int, dict[str, jax.Array]] | None) -> None:
         if handed_in is None:
@@ -236,12 +248,12 @@ class Journal:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise Diverged(f"step {step}: {name} is {values[name]}; nothing of it was saved")
-        now = time.monotonic()
-        seconds, self.clock = now - self.clock, now
+        now = self._training_seconds()
+        seconds, self.before = now - self.before, now
         speed: dict[str, float] = {"seconds": round(seconds, 4)}
         if self.started is None:
             self.started = now
-        else:  # the first step here compiles: its time is no speed
+        else:  # the first step waits for the first batches: its time is no speed
             tokens_per_s = self.config.tokens_per_step / max(seconds, 1e-9)
             speed["tokens_per_s"] = round(tokens_per_s, 1)
             if self.peak:
@@ -251,6 +263,7 @@ class Journal:
             speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
         tokens = step * self.config.tokens_per_step
         self.writer.write(step, {**values, "tokens": tokens, **speed})
+        self.written = step
 
 
 # ----------------------------------------------------------------------------------------- loop
@@ -264,6 +277,7 @@ def train(
     *,
     evaluate: Evaluator,
     should_stop: Callable[[int], bool] = lambda step: False,
+    clock: goodput.Clock | None = None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -271,6 +285,7 @@ def train(
       config: the run.
       evaluate: called every `placement.eval_every` steps and at the end.
       should_stop: asked after every step with its number; on all hosts it must answer alike.
+      clock: books the time of this process; by default one that starts now.
 
     Returns:
       Whether the run is complete; False if it was stopped, after saving.
@@ -279,6 +294,7 @@ def train(
       ValueError: the config, data, run directory or checkpoints do not allow it.
       Diverged: a loss or gradient was not finite.
     """
+    clock = clock or goodput.Clock()
     setup = set_up(config)
     run = runs.open_run(
         config,
@@ -294,35 +310,47 @@ def train(
             state = restore_or_init(setup, run)
             first_step = int(state.step)
             log_start(setup, run, first_step)
-            step_fn = compiling.result()
+            with clock.booked("compile"):
+                step_fn = compiling.result()
         batches = batch_stream(setup, first_step)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
+            clock.carry_on(goodput.earlier(run.read_records(), first_step))
+            stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
             writer = make_writer(run, config, process_index=jax.process_index())
             stack.callback(writer.close)
+            journal = Journal(config, writer, first_step, clock)
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
-            stack.callback(saver.close)
-            journal = Journal(config, writer, first_step)
+            stack.callback(journal.booked("checkpoint")(saver.close))
+            steps = config.placement.profiled_steps
+            traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
+            step_fn = stack.enter_context(traced)
+            journal.account()
+            clock.switch("step")
 
             for step in range(first_step + 1, config.steps + 1):
-                state, metrics = step_fn(state, next(batches))
+                with clock.booked("data_wait"):
+                    batch = next(batches)
+                state, metrics = step_fn(state, batch)
                 journal.record(step, metrics)
                 last, stop = step == config.steps, should_stop(step)
                 evaluation_due = not last and _due(step, config.placement.eval_every)
                 # Before an evaluation too: one that fails must not lose training.
                 if last or stop or evaluation_due or _due(step, config.placement.save_every):
                     journal.flush()
-                    saver.save(state)
+                    with journal.booked("checkpoint"):
+                        saver.save(state)
                 if stop and not last:
                     log.warning("asked to stop: step %d is saved, the run can be resumed", step)
                     return False
                 if evaluation_due:
-                    with journal.paused():
+                    with journal.booked("evaluation"):
                         writer.write(step, evaluate(setup, state.model))
-            if is_evaluated(run, config.steps):
-                log.info("%s is complete already, at step %d", run.path, config.steps)
-            else:
-                writer.write(config.steps, evaluate(setup, state.model))
+            with journal.booked("evaluation"):
+                if is_evaluated(run, config.steps):
+                    log.info("%s is complete already, at step %d", run.path, config.steps)
+                else:
+                    writer.write(config.steps, evaluate(setup, state.model))
     return True
 
 
@@ -413,6 +441,11 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
     )
     flops = costs.train_flops_per_token(config.model, config.data.seq_len)
     log.info("training FLOPs: %.4g a token = %s", flops, costs.FLOPS_FORMULA)
+
+
+def log_time(clock: goodput.Clock) -> None:
+    if jax.process_index() == 0:
+        log.info(goodput.summary(clock.seconds()))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Where metrics go: one small protocol, one class a destination.
 
-Metrics are a flat dict of numbers for a step. `make_writer` gives the process that should write the
-real ones, every other process none.
+Metrics are a flat dict of numbers for a step, or of the run's time up to it. `make_writer` gives the
+process that should write the real ones, every other process none.
 """
 
 import dataclasses
@@ -97,6 +97,8 @@ class ConsoleWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         line = _line(metrics)
+        if not line:
+            return  # the run's time has a line of its own, at the end
         if self.progress is None:
             eta = metrics.get("eta_s")
             ending = "" if eta is None else f"  ETA {eta / 60:.1f} min"

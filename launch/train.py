@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import tyro
 
 import experiments
+from cla_jax import goodput
 from cla_jax.config import Config
 from launch import allocator
 from launch.cli import user_errors
@@ -64,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.initialize()
     programs.remember(run_path(configs[0]).parent)
     should_stop = distributed.stop_on_signal()
+    clock = goodput.Clock(goodput.process_start())
     for config in configs:
         try:
-            complete = train(config, evaluate=during_training, should_stop=should_stop)
+            complete = train(config, evaluate=during_training, should_stop=should_stop, clock=clock)
         except Diverged as error:
             raise SystemExit(f"diverged: {error}") from None
+        clock = goodput.Clock()  # the next row pays for no other's time
         more = config is not configs[-1]
         if not complete or (more and should_stop(config.steps)):
             raise SystemExit(distributed.STOPPED)

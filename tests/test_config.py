@@ -68,6 +68,11 @@ def test_identity_leaves_out_name_and_placement(tiny):
         ({"placement.loss_chunk": 0}, ["placement.loss_chunk = 0"]),
         ({"placement.eval_batch_size": 0}, ["placement.eval_batch_size = 0"]),
         ({"placement.eval_every": -1}, ["placement.eval_every = -1"]),
+        ({"placement.profile": "5"}, ["placement.profile = '5'", "STEP:COUNT"]),
+        ({"placement.profile": "0:5"}, ["placement.profile = '0:5'", "positive"]),
+        ({"placement.profile": "2:0"}, ["placement.profile = '2:0'", "positive"]),
+        ({"placement.profile": "2:-1"}, ["placement.profile = '2:-1'"]),
+        ({"placement.profile": "5:1"}, ["placement.profile = '5:1'", "steps = 4"]),
         ({"placement.remat": "all"}, ["placement.remat"]),
         ({"placement.attention": "flash"}, ["placement.attention = 'flash'", "cudnn"]),
         ({"placement.mesh.data": 0}, ["placement.mesh.data = 0"]),
@@ -97,6 +102,13 @@ def test_from_dict_names_unknown_missing_and_mistyped_fields(tiny):
 def test_a_map_follows_the_depth():
     assert replace(MODEL, n_layers=7).resolved_kv_map == (0, 1, 1, 3, 3, 5, 5)
     assert MODEL.n_slots == 2
+
+
+def test_profiled_steps_count_from_one(tiny):
+    assert list(tiny(**{"placement.profile": "4:2"}).placement.profiled_steps) == [4, 5]
+    assert not tiny().placement.profiled_steps
+    with pytest.raises(ValueError, match=r"placement\.profile = 'two'"):
+        Placement(profile="two")
 
 
 def test_defaults_are_valid():

@@ -1,5 +1,6 @@
 """Every config field is read: changing it changes something that can be seen from outside."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -72,6 +73,7 @@ PLACEMENT = {
     "placement.keep": 3,
     "placement.eval_every": 1,
     "placement.eval_batch_size": 128,
+    "placement.profile": "2:1",
     "placement.tensorboard": True,
     "placement.wandb": "project",
     "placement.runs": "elsewhere",
@@ -163,7 +165,7 @@ def files(directory) -> set[str]:
 
 @pytest.mark.parametrize(
     "field",
-    ["save_every", "keep", "tensorboard", "eval_every", "log_every", "wandb", "runs"],
+    ["save_every", "keep", "tensorboard", "eval_every", "log_every", "wandb", "profile", "runs"],
 )
 def test_a_field_of_the_loop_changes_what_a_run_leaves(tiny, devices, tmp_path, monkeypatch, field):
     devices(1)
@@ -172,6 +174,9 @@ def test_a_field_of_the_loop_changes_what_a_run_leaves(tiny, devices, tmp_path, 
         log=lambda metrics, step: logged.append(step), finish=lambda: None
     )
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: session))
+    # A real trace stands in test_profiler.py.
+    trace = lambda directory: contextlib.nullcontext(Path(directory).mkdir())
+    monkeypatch.setattr(jax.profiler, "trace", trace)
 
     def left_by(name, **changes):
         base = {"placement.save_every": 1} if field == "keep" else {}

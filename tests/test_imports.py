@@ -13,7 +13,7 @@ LAYERS = [
     {"kv_map"},
     {"config"},
     {"costs"},
-    {"runs", "writers", "mesh"},
+    {"goodput", "runs", "writers", "profiler", "mesh"},
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},

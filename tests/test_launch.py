@@ -106,6 +106,18 @@ def test_a_stop_ends_the_study_not_only_the_row(monkeypatch, complete):
             launch_train.main(["smoke"])
 
 
+def test_the_first_row_pays_for_the_start_of_the_process_and_no_row_for_another(monkeypatch):
+    started = []
+    monkeypatch.setattr(distributed, "stop_on_signal", lambda: lambda step: False)
+    monkeypatch.setattr(launch_train.goodput, "process_start", lambda: 123.0)
+    monkeypatch.setattr(launch_train.goodput, "Clock", lambda started="now": started)
+    train = lambda config, *, clock, **_: started.append((config.name, clock)) or True
+    monkeypatch.setattr(training, "train", train)
+    launch_train.main(["demo"])
+    assert started[0] == ("demo/h32_mqa", 123.0)
+    assert {clock for _, clock in started[1:]} == {"now"}
+
+
 def test_a_run_that_diverges_says_so_in_one_line(monkeypatch):
     def train(*_, **__):
         raise training.Diverged("step 3: loss is nan")

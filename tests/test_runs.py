@@ -90,6 +90,18 @@ def test_the_last_whole_record_of_a_step_counts(tiny):
     ]
 
 
+def test_records_of_the_time_of_a_run_are_of_no_step(tiny):
+    run = opened(tiny())
+    lines = [
+        {"step": 0, "goodput": 0.0, "startup_s": 9.0},
+        {"step": 1, "loss": 5.0},
+        {"step": 1, "goodput": 0.5, "startup_s": 9.0},
+    ]
+    run.metrics.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "lo')
+    assert list(run.read_records()) == lines
+    assert run.read_metrics() == [{"step": 1, "loss": 5.0}]
+
+
 def test_segments_of_a_remote_run_are_read_in_order(tiny):
     run = opened(tiny())
     (run.path / "metrics").mkdir()

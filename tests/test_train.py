@@ -1,7 +1,9 @@
+import contextlib
 import functools
 import json
 import logging
 import math
+import time
 import types
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax import checkpoint, costs
+from cla_jax import checkpoint, costs, goodput
 from cla_jax import train as training
 from cla_jax.config import MeshConfig
 from cla_jax.data import tokenizers
@@ -292,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_neither_loss_nor_gradient_may_be_infinite_or_nan(tiny, name, value):
-    journal = training.Journal(tiny(), training.CompositeWriter([]), first_step=0)
+    journal = training.Journal(tiny(), training.CompositeWriter([]), 0, goodput.Clock())
     journal.record(1, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
     journal.record(2, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0), name: jnp.array(value)})
     with pytest.raises(Diverged, match=f"step 2: {name} is {value}"):
@@ -307,7 +309,7 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
     )
     monkeypatch.setattr(training.chips, "find", lambda kind: types.SimpleNamespace(flops=1e12))
     config = tiny()
-    journal = training.Journal(config, writer, first_step=0)
+    journal = training.Journal(config, writer, 0, goodput.Clock())
     for step in (1, 2, 3):
         assert [done for done, _ in written] == list(range(1, step - 1))
         journal.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
@@ -318,6 +320,153 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
     for _, record in written[1:]:
         used = flops * record["tokens_per_s"] / (1e12 * jax.device_count())
         assert record["mfu"] == pytest.approx(used, rel=1e-3)
+
+
+@pytest.fixture
+def timed(devices, monkeypatch):
+    """Trains on a clock that moves only in the parts of a run, by another time in each.
+
+    Start-up takes 100 s, compiling 50 s, a batch 2 s, a step 11 s, a save 3 s, closing the last one
+    0.5 s, an evaluation 7 s. Calling it returns the seconds of the whole.
+    """
+    devices(1)
+    now = 0.0
+    clock = goodput.Clock(now=lambda: now)  # replaced by each run
+
+    def slow(seconds: float, call):
+        def slower(*args):
+            nonlocal now
+            now += seconds
+            return call(*args)
+
+        return slower
+
+    def compile_step(setup):
+        # Another thread: only what the first one waits for it is booked.
+        while clock.bucket != "compile":
+            assert clock.bucket == "startup"
+            time.sleep(0.001)
+        return slow(11, slow(50, compiled)(setup))
+
+    compiled, batches = training.compile_step, training.batch_stream
+
+    def slow_batches(setup, first_step):
+        stream = batches(setup, first_step)
+        with contextlib.closing(stream):
+            while True:
+                yield slow(2, next)(stream)
+
+    monkeypatch.setattr(training, "compile_step", compile_step)
+    monkeypatch.setattr(training, "batch_stream", slow_batches)
+    monkeypatch.setattr(training, "set_up", slow(100, training.set_up))
+    saver = checkpoint.Checkpointer
+    monkeypatch.setattr(saver, "save", slow(3, saver.save))
+    monkeypatch.setattr(saver, "close", slow(0.5, saver.close))
+
+    def run(**options):
+        nonlocal clock, now
+        now = 1e6
+        clock = goodput.Clock(now=lambda: now)
+        evaluate = slow(7, lambda *_: {"held_out_loss": 1.0})
+        with contextlib.suppress(KeyboardInterrupt):
+            train(evaluate=evaluate, clock=clock, **options)
+        assert clock.bucket in ("startup", "step")
+        return now - 1e6
+
+    return run
+
+
+def accounts(config) -> list[dict]:
+    (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
+    return [record for record in run.read_records() if goodput.is_account(record)]
+
+
+def spent(record: dict) -> dict:
+    """The buckets of an account that are not empty."""
+    return {
+        name.removesuffix("_s"): value
+        for name, value in record.items()
+        if name.endswith("_s") and value
+    }
+
+
+def test_time_is_booked_where_it_was_spent_and_nothing_is_left_over(timed, tiny, caplog):
+    config = tiny(**{"placement.eval_every": 3})  # saves at 2, 3 and 4
+    with caplog.at_level(logging.INFO):
+        wall = timed(config=config)
+    first, *_, last = accounts(config)
+    assert (first["step"], spent(first)) == (0, {"startup": 100, "compile": 50})
+    assert spent(last) == {
+        "startup": 100,
+        "compile": 50,
+        "data_wait": 4 * 2,
+        "step": 4 * 11,
+        "checkpoint": 3 * 3 + 0.5,
+        "evaluation": 2 * 7,
+    }
+    assert sum(spent(last).values()) == wall
+    assert last["goodput"] == pytest.approx(44 / wall, abs=1e-6)
+    (line,) = [line for line in caplog.messages if line.startswith("goodput")]
+    assert f"goodput {100 * 44 / wall:.1f} % of {wall:.1f} s" in line
+    # The speed is of steps and their batches, and the same seconds as in the account.
+    assert sum(record["seconds"] for record in metrics(config)) == 4 * (2 + 11)
+    # One at the start, then one after each save, each evaluation and the end.
+    assert [record["step"] for record in accounts(config)] == [0, 2, 3, 3, 4, 4, 4]
+
+
+def test_a_run_that_is_stopped_and_continued_loses_nothing(timed, tiny, caplog):
+    config = tiny(**{"placement.save_every": 3})
+    with caplog.at_level(logging.INFO):
+        wall = timed(config=config, should_stop=lambda step: step == 2)
+    assert "goodput" in caplog.text
+    stopped = spent(accounts(config)[-1])
+    expected = {"startup": 100, "compile": 50, "data_wait": 4, "step": 22, "checkpoint": 3.5}
+    assert stopped == expected
+    assert sum(stopped.values()) == wall
+    wall += timed(config=config)
+    whole = spent(accounts(config)[-1])
+    assert whole == {
+        "startup": 200,
+        "compile": 100,
+        "data_wait": 8,
+        "step": 44,
+        "checkpoint": 3.5 + 2 * 3 + 0.5,
+        "evaluation": 7,
+    }
+    assert sum(whole.values()) == wall
+
+
+def test_steps_of_a_killed_process_that_are_done_again_are_lost(timed, tiny):
+    config = tiny(steps=8, **{"placement.save_every": 3})
+
+    def kill(step):
+        if step == 6:  # before it is saved; step 5 is written
+            raise KeyboardInterrupt
+        return False
+
+    timed(config=config, should_stop=kill)
+    (run,) = find_runs([config.placement.runs])
+    *lines, last = run.metrics.read_text().splitlines()
+    assert goodput.is_account(json.loads(last))
+    run.metrics.write_text("\n".join(lines) + "\n")  # SIGKILL leaves no last account
+    assert json.loads(lines[-1])["step"] == 5
+    wall = timed(config=config)
+    before, *_, last = accounts(config)[2:]
+    assert before["step"] == 3
+    expected = {"startup": 200, "compile": 100, "data_wait": 6, "step": 33, "checkpoint": 3}
+    # Step 6 was under way when step 5 was written.
+    assert spent(before) == expected | {"lost": 3 * (2 + 11)}
+    assert spent(last) == {
+        "startup": 200,
+        "compile": 100,
+        "data_wait": 8 * 2,
+        "step": 8 * 11,
+        "checkpoint": 3 + 2 * 3 + 0.5,
+        "evaluation": 7,
+        "lost": 39,
+    }
+    killed = 100 + 50 + 3 + 6 * (2 + 11)
+    assert sum(spent(last).values()) == killed + wall
 
 
 def test_token_hash_sees_place_and_value_but_not_the_mesh():

@@ -61,6 +61,14 @@ def test_console_prints_plain_lines_without_a_terminal(run):
     assert second == "run  step 10/10  held-out loss 1.5000  perplexity 4.480  1.2500 bits/byte"
 
 
+def test_console_leaves_out_the_time_of_a_run(run):
+    out = io.StringIO()
+    writer = ConsoleWriter(run, 10, Console(file=out))
+    writer.write(3, {"goodput": 0.5, "step_s": 2.0})
+    writer.close()
+    assert out.getvalue() == ""
+
+
 def test_console_draws_a_bar_on_a_terminal(run):
     out = io.StringIO()
     writer = ConsoleWriter(run, 10, Console(file=out, force_terminal=True, width=120))
