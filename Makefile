@@ -9,7 +9,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
-LIBTPU := $(shell sed -n 's/^plan = \["\(.*\)"\].*/\1/p' pyproject.toml)
 
 .PHONY: demo test test-fast test-pods lint golden clean
 
@@ -28,8 +27,10 @@ test-fast: $(TESTED)
 test-pods: $(TESTED) $(VENV)/libtpu
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n 1 -m pods
 
-$(VENV)/libtpu: pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ $(LIBTPU)
+# The version that jax asks for.
+$(VENV)/libtpu: $(TESTED)
+	$(BIN)/python -c "import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('jax') if 'libtpu' in r])" \
+		| xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@
 	touch $@
 
 lint: $(TESTED)

@@ -17,7 +17,6 @@ class Chip:
     link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
-    sparse_cores: bool = False  # cores that run collectives beside the others
 
     @property
     def interconnect(self) -> float:
@@ -48,7 +47,6 @@ CHIPS = {
         link=180e9,
         axes=3,
         network=6.25e9,
-        sparse_cores=True,
     ),
     "TPU v6 lite": Chip(
         flops=918e12,
@@ -57,7 +55,6 @@ CHIPS = {
         link=180e9,
         axes=2,
         network=6.25e9,
-        sparse_cores=True,
     ),
     "TPU v6e": Chip(
         flops=918e12,
@@ -66,7 +63,6 @@ CHIPS = {
         link=180e9,
         axes=2,
         network=6.25e9,
-        sparse_cores=True,
     ),
     "TPU7x": Chip(
         flops=1153e12,
@@ -75,7 +71,6 @@ CHIPS = {
         link=100e9,
         axes=3,
         network=6.25e9,
-        sparse_cores=True,
     ),
 }
 

@@ -65,7 +65,8 @@ def topology_names() -> list[str]:
 def topology(name: str, slices: int = 1) -> list[Any]:
     """Devices to compile for: `v5e:16x16` and so on, `here` for those at hand.
 
-    Raises ValueError for a topology that does not exist, and if libtpu is not installed.
+    Raises ValueError for a topology that does not exist, and if libtpu is not installed. In the environment
+    should stand what keeps libtpu from looking for a TPU here (`launch.plan` sees to it).
     """
     if name == "here":
         return jax.devices()
@@ -86,7 +87,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
         ) from None
     from jax.experimental import topologies
 
-    with _libtpu_without_a_tpu():
+    with _silent_stderr():
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{libtpu_kind}:{shape}",
@@ -96,18 +97,9 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     return list(found.devices)
 
 
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: nothing runs on a TPU
-}
-
-
 @contextlib.contextmanager
-def _libtpu_without_a_tpu() -> Iterator[None]:
-    """Keeps libtpu from looking for the machine's TPU, and from writing about it to stderr."""
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
+def _silent_stderr() -> Iterator[None]:
+    """Keeps from stderr what libtpu writes, past Python, about the TPU that is not there."""
     with tempfile.TemporaryFile() as away:
         stderr = os.dup(2)
         os.dup2(away.fileno(), 2)
@@ -121,18 +113,11 @@ def _libtpu_without_a_tpu() -> Iterator[None]:
 # ------------------------------------------------------------------------------------ estimate
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Working:
-    """What the backward pass of a block holds at once, fitted to programs of libtpu 0.0.51."""
-
-    ff: float  # arrays [tokens, F]: gate, up, their product, gradients of all three
-    embed: float  # arrays [tokens, D]: residual stream, norms
-    further: float  # arrays [tokens, F] for each further block that is compiled beside it
-    weights: float = 2.0  # copies of its gathered weights: used, and their gradients
-
-
-_WORKING = _Working(ff=7.0, embed=2.0, further=2.5)
-_WORKING_AHEAD = _Working(ff=10.75, embed=3.0, further=1.2)  # with SparseCores more runs at once
+# What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
+_FF = 7.0  # arrays [tokens, F]: gate, up, their product, gradients of all three
+_EMBED = 4.0  # arrays [tokens, D]: residual stream, norms
+_FURTHER = 2.0  # arrays [tokens, F] for each further block that is compiled beside it
+_WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
 
 
 def estimate(layout: Layout) -> dict[str, int]:
@@ -142,8 +127,6 @@ def estimate(layout: Layout) -> dict[str, int]:
     the state the bytes are exact.
     """
     config, model, run = layout.config, layout.config.model, layout.run
-    chip = chips.find(layout.mesh.devices.flat[0].device_kind)
-    working = _WORKING_AHEAD if chip and chip.sparse_cores else _WORKING
     width = jnp.dtype(model.compute_dtype).itemsize
     per_device = {name: _shard_bytes(leaf) for name, leaf in named(layout.state).items()}
     parameters = sum(size for name, size in per_device.items() if name.startswith("model."))
@@ -164,9 +147,9 @@ def estimate(layout: Layout) -> dict[str, int]:
     beside = size - 1 if size <= UNROLLED and run.remat != "none" else 0
     if layout.mesh.shape["slice"] > 1:  # such programs are scheduled one block after another
         beside = 0
-    arrays = working.ff * F + working.embed * D + working.further * F * beside
+    arrays = (_FF + _FURTHER * beside) * F + _EMBED * D
     block = arrays * tokens * width
-    gathered = working.weights * (2 * D * Q + D * KV + 3 * D * F) * width
+    gathered = _WEIGHTS * (2 * D * Q + D * KV + 3 * D * F) * width
     # A device's own sum of the head's gradient, float32; the table; a chunk's scores and their gradients.
     head = V * D * (4 + width)
     scores = chunk * V * (4 + width)

@@ -45,6 +45,17 @@ class Arguments:
     list: bool = False
 
 
+def compile_elsewhere() -> None:
+    """Makes jax compute on the CPU, and libtpu not look for a TPU; before the first use of jax."""
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: nothing runs on a TPU
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -53,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__
     )
     if any(topology != "here" for topology in arguments.topology):
-        os.environ.setdefault(
-            "JAX_PLATFORMS", "cpu"
-        )  # where the program is compiled, not where it runs
+        compile_elsewhere()
     from cla_jax import plan as planning
 
     if arguments.list:

@@ -59,6 +59,8 @@ IDENTITY = {
 # Fields that say where and how; what to look at is in the tests below.
 PLACEMENT = {
     "name": "another",
+    "placement.mesh.auto": True,
+    "placement.mesh.slice": 2,
     "placement.mesh.data": 2,
     "placement.mesh.fsdp": 4,
     "placement.mesh.model": 2,
@@ -217,12 +219,13 @@ def test_the_mesh_the_backend_the_names_and_the_evaluation_batch_are_read(tiny, 
         tuple(meshes.make_mesh(tiny(**changes).placement.mesh).shape.values())
         for changes in (
             {},
+            {"placement.mesh.slice": 2},
             {"placement.mesh.data": 2},
             {"placement.mesh.model": 2},
         )
         if devices(8)
     }
-    assert len(shapes) == 3
+    assert len(shapes) == 4
     with pytest.raises(ValueError, match="x 4 x 1 does not make up the 8"):
         meshes.make_mesh(tiny(**{"placement.mesh.fsdp": 4}).placement.mesh)
     devices(1)

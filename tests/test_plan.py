@@ -192,6 +192,11 @@ def test_keys_and_values_are_computed_once_a_group_and_never_gathered(tiny, tmp_
 # ----------------------------------------------------------------------------------- on TPUs
 
 
+@pytest.fixture(autouse=True, scope="module")
+def elsewhere():
+    launch_plan.compile_elsewhere()
+
+
 @pytest.mark.pods
 def test_one_step_is_planned_for_a_slice(capsys):
     """The real step, with the splash kernel, forward and backward; the table and the JSON."""
