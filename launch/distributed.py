@@ -8,8 +8,8 @@ message; P is `--peer-timeout`, 100 seconds unless told, S is `--step-timeout`, 
 - jax is told by process 0, which counts heartbeats, that one is dead or stopped, or process 0 itself falls
   silent: "Terminating process because the JAX distributed service detected fatal errors" within P + 10 s,
   and SIGABRT (-6 to Python, 134 to a shell). The same befalls a stopped process that wakes up too late.
-- A step takes longer than S, since some process lives but does not come forward: "Timeout", the
-  stack of every thread, which says who waits for what, and exit code 1, on every process.
+- A step takes longer than S, since some process lives but does not come forward: "Timeout", the stack of
+  every thread, which says who waits for what, and exit code 1. The others end likewise, or of this one's end.
 
 A launcher should start the run again after any of them, as after 42. What another start would repeat has the
 same code and message on every process: 2 for a mistake of the user's, 1 and "diverged".
