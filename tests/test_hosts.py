@@ -358,6 +358,24 @@ def test_a_dead_or_hung_host_ends_the_others(tmp_path, way):
 
 
 @pytest.mark.slow
+def test_a_host_that_fails_alone_says_why_and_leaves(tmp_path):
+    """Without waiting, at its end, for one that waits for it; that one ends as after a death."""
+    port, processes = f"localhost:{free_port()}", []
+    for i in range(2):
+        own = tmp_path / str(i)
+        own.mkdir()
+        for book in range(9 if i == 0 else 0):
+            (own / f"{book}.txt").write_text(f"word {book} " * 100)
+        flags = (*flags_of_two(i), port, "--peer-timeout", "6", "--data.source", "text:*.txt")
+        command = ("-m", "launch.train", *arguments(tmp_path, "alone"))
+        processes.append(start_one(own, *command, "--data.held-out", "0.4", *flags))
+    left, failed = (process.communicate(timeout=120)[0] for process in processes)
+    assert "error: data.source" in failed
+    assert "Terminating process because the JAX distributed service" in left
+    assert [process.returncode for process in processes] == [-signal.SIGABRT, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["config", "data", "versions"])
 def test_hosts_that_differ_are_all_refused_with_the_difference(tmp_path, what):
     # The mesh is impossible besides, on this host only.
