@@ -11,8 +11,12 @@ message; P is `--peer-timeout`, 100 seconds unless told, S is `--step-timeout`, 
 - A step takes longer than S, since some process lives but does not come forward: "Timeout", the stack of
   every thread, which says who waits for what, and exit code 1. The others end likewise, or of this one's end.
 
-A launcher should start the run again after any of them, as after 42. What another start would repeat has the
-same code and message on every process: 2 for a mistake of the user's, 1 and "diverged".
+Before the run, jax waits 300 s for processes that do not come; at its end, 600 s for those that do not end.
+
+A launcher should start the run again after any of these, as after 42, unless a process says what another
+start would repeat: 2 is a mistake of the user's, and 1 with "diverged" a loss that is not finite. Where all
+processes fail alike, all say so with that code; a process that fails alone leaves after 10 s, and the others
+end as after a death.
 """
 
 import contextlib
