@@ -141,7 +141,7 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
         "identity": configs.identity(config),
         "placement": dataclasses.asdict(config.placement),
         "data_fingerprint": data_fingerprint,
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": versions(),
     }
     if (run.path / "config.json").exists():
         theirs = _read_json(run.path / "config.json")
@@ -234,6 +234,11 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{file} holds no record, but {type(record).__name__}")
     return record
+
+
+def versions() -> dict[str, str]:
+    """The versions here of the packages that decide what a run computes."""
+    return {name: _version(name) for name in _VERSIONED}
 
 
 def _version(package: str) -> str:

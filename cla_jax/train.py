@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -278,6 +279,7 @@ def train(
     evaluate: Evaluator,
     should_stop: Callable[[int], bool] = lambda step: False,
     clock: goodput.Clock | None = None,
+    agree: Callable[[Mapping[str, Any]], None] = lambda facts: None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -286,6 +288,8 @@ def train(
       evaluate: called every `placement.eval_every` steps and at the end.
       should_stop: asked after every step with its number; on all hosts it must answer alike.
       clock: books the time of this process; by default one that starts now.
+      agree: told, before the hosts compute together, what must be the same on all of them; raises
+        ValueError on all of them if it is not.
 
     Returns:
       Whether the run is complete; False if it was stopped, after saving.
@@ -295,7 +299,9 @@ def train(
       Diverged: a loss or gradient was not finite.
     """
     clock = clock or goodput.Clock()
+    agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
     setup = set_up(config)
+    agree({"data": facts_of(setup.prepared), "newest checkpoint": newest_checkpoint(config)})
     run = runs.open_run(
         config,
         data_fingerprint=setup.prepared.path.name,
@@ -352,6 +358,25 @@ def train(
                 else:
                     writer.write(config.steps, evaluate(setup, state.model))
     return True
+
+
+def shared_fields(config: Config) -> dict[str, Any]:
+    """The fields that must be the same on every host: all but the place of the prepared data."""
+    fields = dataclasses.asdict(config)
+    del fields["placement"]["data_dir"]  # a local directory; what is in it is compared
+    return fields
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What two hosts' prepared data have in common if they are the same."""
+    tokenizer = hashlib.sha256(prepared.tokenizer.to_json().encode()).hexdigest()
+    return {"fingerprint": prepared.path.name, "tokenizer": tokenizer, **prepared.totals}
+
+
+def newest_checkpoint(config: Config) -> int | None:
+    """The step from which a run would go on: hosts whose directories are not one file system differ."""
+    steps = checkpoint.steps(runs.run_path(config) / "checkpoints")
+    return steps[-1] if steps else None
 
 
 def is_evaluated(run: Run, step: int) -> bool:

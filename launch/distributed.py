@@ -1,47 +1,202 @@
-"""Several hosts: starting jax.distributed, and stopping all of them at the same step."""
+"""Several hosts, one process each: joining them, holding them to one config, ending them together.
 
+No process waits in silence for one that dies or hangs. Three things end it, whichever is first, all with a
+message; P is `--peer-timeout`, 100 seconds unless told, S is `--step-timeout`, an hour unless told:
+
+- Its collective fails, because a dead process's connections are closed: a traceback and exit code 1, within
+  P + 10 s and usually in 10 s.
+- jax is told by process 0, which counts heartbeats, that one is dead or stopped, or process 0 itself falls
+  silent: "Terminating process because the JAX distributed service detected fatal errors" within P + 10 s,
+  and SIGABRT (-6 to Python, 134 to a shell). The same befalls a stopped process that wakes up too late.
+- A step takes longer than S, since some process lives but does not come forward: "Timeout", the stack of
+  every thread, which says who waits for what, and exit code 1. The others end likewise, or of this one's end.
+
+Before the run, jax waits 300 s for processes that do not come; at its end, 600 s for those that do not end.
+
+A launcher should start the run again after any of these, as after 42, unless a process says what another
+start would repeat: 2 is a mistake of the user's, and 1 with "diverged" a loss that is not finite. Where all
+processes fail alike, all say so with that code; a process that fails alone leaves after 10 s, and the others
+end as after a death.
+"""
+
+import contextlib
+import faulthandler
 import itertools
+import json
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
 
 import jax
+from jax._src import clusters, distributed  # the coordinator's store has no public name
+
+from cla_jax.config import flatten
+from launch.hosts import Hosts
 
 log = logging.getLogger("cla_jax.launch")
 
 STOPPED = 42  # exit code of a run that was asked to stop and has saved
 
+# At the end of a run process 0 is the last, when it has read back the last checkpoint for its checksums.
+_SHUTDOWN_S = 600
+# How long a process that fails waits for others that fail alike, so that each can say why.
+_FAILING_S = 10
+# Between two lines that tell what is waited for.
+_WAITING_S = 60
 
-def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether the environment describes more than one process."""
-    several = lambda name: (
-        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
-    )
-    return (
-        "JAX_COORDINATOR_ADDRESS" in environment
-        or (several("SLURM_NTASKS") and "SLURM_PROCID" in environment)
-        or several("OMPI_COMM_WORLD_SIZE")
-        or len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    )
+_calls = itertools.count()
 
 
-def initialize() -> None:
-    """Joins the other processes, if the environment names any; before the first use of a device.
+def wanted() -> bool:
+    """Whether the environment describes more than one process, as jax itself reads it.
 
-    SLURM, Open MPI and Cloud TPU are recognised by jax itself; otherwise set JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Raises ValueError for an Open MPI that this jax cannot read.
     """
-    if not wanted(os.environ):
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return True
+    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    if "JOB_COMPLETION_INDEX" not in os.environ:
+        kinds.remove(clusters.K8sCluster)  # a pod that is no part of an indexed job
+    cluster = next((kind for kind in kinds if kind.is_env_present()), None)
+    if cluster is None:
+        size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+        if size != "1":
+            raise ValueError(
+                f"OMPI_COMM_WORLD_SIZE = {size}, but this jax does not know how that Open MPI joins its "
+                "processes: give --coordinator, --processes and --process-id"
+            )
+        return False
+    if cluster is clusters.GkeTpuCluster and "MEGASCALE_NUM_SLICES" not in os.environ:
+        # jax would ask Google's metadata server for slices, which a single TPU host may not have.
+        return len(cluster._get_worker_list_in_slice()) > 1
+    return cluster.get_process_count() > 1
+
+
+def initialize(hosts: Hosts) -> None:
+    """Joins the other processes, if flags or environment name any; before the first use of a device."""
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    if hosts.coordinator is not None:
+        address, count, own = hosts.coordinator, hosts.processes, hosts.process_id
+        # A cluster around it must not add to what is said: SLURM, for one, gives a process one device.
+        detection = "deactivate"
+    elif wanted():
+        address, count = os.environ.get("JAX_COORDINATOR_ADDRESS"), number("JAX_NUM_PROCESSES")
+        own, detection = number("JAX_PROCESS_ID"), None
+    else:
         return
-    count, own = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     jax.distributed.initialize(
-        coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        num_processes=None if count is None else int(count),
-        process_id=None if own is None else int(own),
+        coordinator_address=address,
+        num_processes=count,
+        process_id=own,
+        cluster_detection_method=detection,
+        heartbeat_timeout_seconds=hosts.peer_timeout,
+        shutdown_timeout_seconds=_SHUTDOWN_S,
     )
-    log.info("process %d of %d", jax.process_index(), jax.process_count())
+    # Not jax.process_index(): that meets the other processes' devices, whatever their versions are.
+    state = distributed.global_state
+    log.info(
+        "process %d of %d; one that is dead or stopped for %d s ends the others",
+        *(state.process_id, state.num_processes, hosts.peer_timeout),
+    )
+
+
+class joined:
+    """`initialize` for the length of a with statement; a process that fails in it does not linger.
+
+    jax waits at the end of a process for all others. Where they fail alike, that is right. One that fails
+    alone would wait for processes that wait for it: it leaves with its exit code, and they end as after a
+    death.
+    """
+
+    def __init__(self, hosts: Hosts):
+        self.hosts = hosts
+
+    def __enter__(self) -> None:
+        initialize(self.hosts)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        client = distributed.global_state.client
+        code = error.code if isinstance(error, SystemExit) else 1
+        if error is None or client is None or code in (None, 0, STOPPED):
+            return
+        try:
+            client.wait_at_barrier("failing", _FAILING_S * 1000)
+        except jax.errors.JaxRuntimeError:
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+            elif not isinstance(error, SystemExit):
+                traceback.print_exception(kind, error, trace)
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Returns when every process has said the same; all must ask equally often.
+
+    It goes through the coordinator, not through devices: processes that differ may be unable to compute
+    together, and a collective would wait for ever. Waiting is told, once a minute.
+
+    Args:
+      facts: nested dicts of what JSON can hold.
+
+    Raises:
+      ValueError: on every process, naming what differs and on which of them.
+    """
+    state, call = distributed.global_state, next(_calls)
+    if state.client is None:
+        return
+    key = lambda name: f"agree/{call}/{name}"
+    state.client.key_value_set(key(state.process_id), json.dumps(facts))
+    if state.process_id == 0:
+        said = [json.loads(_wait_for(key(i), i)) for i in range(state.num_processes)]
+        state.client.key_value_set(key("verdict"), "\n".join(_differences(said)))
+    if verdict := _wait_for(key("verdict"), 0):
+        raise ValueError(f"the processes do not agree:\n{verdict}")
+
+
+def _wait_for(key: str, process: int) -> str:
+    client = distributed.global_state.client
+    assert client is not None
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _WAITING_S * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            log.warning("waiting for process %d, which is alive, to come as far", process)
+
+
+def _differences(said: list[dict[str, Any]]) -> list[str]:
+    """One line for each fact that is not the same for all: `name: value on process 0; value on ...`."""
+    flat = [flatten(facts) for facts in said]
+    lines = []
+    for name in dict.fromkeys(name for facts in flat for name in facts):
+        holders: dict[str, list[int]] = {}
+        for process, facts in enumerate(flat):
+            holders.setdefault(repr(facts.get(name)), []).append(process)
+        if len(holders) > 1:
+            each = [f"{value} on {_processes(those)}" for value, those in holders.items()]
+            lines.append(f"  {name}: {'; '.join(each)}")
+    return lines
+
+
+def _processes(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"process{'es' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def stop_on_signal() -> Callable[[int], bool]:
@@ -65,3 +220,27 @@ def stop_on_signal() -> Callable[[int], bool]:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     return lambda step: asked.is_set()
+
+
+@contextlib.contextmanager
+def watched(
+    should_stop: Callable[[int], bool], step_timeout: float
+) -> Iterator[Callable[[int], bool]]:
+    """`should_stop`, and the end of one of several processes that stops asking it.
+
+    Heartbeats do not see a process whose Python waits for ever, say for storage; then all others wait for
+    it, alive too. From the first step until the with statement is left, a process that has not asked for
+    `step_timeout` seconds prints the stacks of its threads and exits with code 1.
+    """
+    if jax.process_count() == 1:
+        yield should_stop
+        return
+
+    def ask(step: int) -> bool:
+        faulthandler.dump_traceback_later(step_timeout, exit=True)  # replaces the one before
+        return should_stop(step)
+
+    try:
+        yield ask
+    finally:
+        faulthandler.cancel_dump_traceback_later()

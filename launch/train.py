@@ -10,6 +10,9 @@
 A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
 devices are there; a run with another identity needs another --name. SIGTERM, or Ctrl-C, finishes the step,
 saves, and exits with code 42: start it again to go on.
+
+On several hosts the same command is started on each. They are refused if they differ in anything but
+--placement.data-dir; what ends them together is told in launch/distributed.py.
 """
 
 import logging
@@ -21,14 +24,14 @@ import tyro
 import experiments
 from cla_jax import goodput
 from cla_jax.config import Config
-from launch import allocator
+from launch import allocator, hosts
 from launch.cli import user_errors
 
 
 def parse(argv: Sequence[str]) -> list[Config]:
     """The configs of an experiment or study, with the command line's fields put in."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nExperiments:")
+        print(f"{__doc__}\n{hosts.usage()}\nExperiments:")
         for name, row in experiments.rows().items():
             print(f"  {name:28s}{(row.__doc__ or '').strip().splitlines()[0]}")
         raise SystemExit(0 if argv else 2)
@@ -39,7 +42,8 @@ def parse(argv: Sequence[str]) -> list[Config]:
             default=config,
             args=overrides,
             prog=f"python -m launch.train {name}",
-            description=f"{config.name}: every field of the run, with its default.",
+            description=f"{config.name}: every field of the run, with its default. The flags for several "
+            "processes are in `python -m launch.train --help`.",
         )
         for config in experiments.find(name)
     ]
@@ -51,25 +55,41 @@ def parse(argv: Sequence[str]) -> list[Config]:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    configs = parse(sys.argv[1:] if argv is None else argv)
+    processes, argv = hosts.parse(sys.argv[1:] if argv is None else argv)
+    configs = parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("cla_jax").setLevel(logging.INFO)
 
     allocator.keep_freed_memory()
     # After the command line: --help and mistakes in it should not wait for jax.
+    from launch import distributed
+
+    with distributed.joined(processes):
+        train(configs, processes)
+
+
+@user_errors  # here too: a process that leaves the others needs its exit code
+def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
+    from cla_jax import runs
+    from cla_jax import train as training
     from cla_jax.evaluate import during_training
-    from cla_jax.runs import run_path
-    from cla_jax.train import Diverged, train
     from launch import distributed, programs
 
-    distributed.initialize()
-    programs.remember(run_path(configs[0]).parent)
+    distributed.agree({"runs": [config.name for config in configs], "versions": runs.versions()})
+    programs.remember(runs.run_path(configs[0]).parent)
     should_stop = distributed.stop_on_signal()
     clock = goodput.Clock(goodput.process_start())
     for config in configs:
         try:
-            complete = train(config, evaluate=during_training, should_stop=should_stop, clock=clock)
-        except Diverged as error:
+            with distributed.watched(should_stop, processes.step_timeout) as watched_stop:
+                complete = training.train(
+                    config,
+                    evaluate=during_training,
+                    should_stop=watched_stop,
+                    agree=distributed.agree,
+                    clock=clock,
+                )
+        except training.Diverged as error:
             raise SystemExit(f"diverged: {error}") from None
         clock = goodput.Clock()  # the next row pays for no other's time
         more = config is not configs[-1]

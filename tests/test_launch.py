@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src.clusters import K8sCluster, cloud_tpu_cluster
 
 from cla_jax import train as training
-from launch import distributed
+from launch import distributed, hosts
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
 from launch import train as launch_train
@@ -70,7 +71,14 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     with pytest.raises(SystemExit) as stop:
         launch_train.main(["--help"])
     assert stop.value.code == 0
-    assert "cla_1b.h128_mqa_cla2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for words in (
+        "cla_1b.h128_mqa_cla2",
+        "--coordinator HOST:PORT",
+        "--processes N",
+        "--process-id I",
+    ):
+        assert words in shown
     with pytest.raises(SystemExit):
         launch_train.main(["smoke", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -128,14 +136,116 @@ def test_a_run_that_diverges_says_so_in_one_line(monkeypatch):
     assert stop.value.code == "diverged: step 3: loss is nan"
 
 
-def test_when_several_processes_are_wanted():
-    assert not distributed.wanted({})
-    assert not distributed.wanted({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
-    assert not distributed.wanted({"SLURM_NTASKS": "4"})  # inside salloc, not srun
-    assert not distributed.wanted({"TPU_WORKER_HOSTNAMES": "localhost"})
-    assert distributed.wanted({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
-    assert distributed.wanted({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert distributed.wanted({"JAX_COORDINATOR_ADDRESS": "localhost:1"})
+# What launchers set; the names and counts are those that jax's own detectors read.
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "a[1-4]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, True),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # inside salloc, not srun
+        (ORTE | {"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        (ORTE | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "localhost"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod by itself
+    ],
+)
+def test_when_several_processes_are_wanted(monkeypatch, environment, wanted):
+    monkeypatch.setattr(
+        cloud_tpu_cluster, "running_in_cloud_tpu_vm", any("TPU" in name for name in environment)
+    )
+    for name in [*SLURM, "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.wanted() == wanted
+
+
+def test_pods_of_an_indexed_job_are_counted(monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(K8sCluster, "is_env_present", lambda: True)
+    for count in (1, 2):
+        monkeypatch.setattr(K8sCluster, "get_process_count", lambda count=count: count)
+        assert distributed.wanted() == (count > 1)
+
+
+def test_processes_that_jax_cannot_join_are_not_trained_apart(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises((ValueError, RuntimeError), match=r"--coordinator|mpi4py"):
+        distributed.wanted()
+
+
+def test_flags_for_several_processes_stand_anywhere_and_go_together():
+    flags = ["--coordinator", "10.0.0.1:1234", "--processes", "4", "--process-id=3"]
+    rest = ["smoke", "--placement.mesh.fsdp", "-1", "--steps=7"]
+    assert hosts.parse(rest) == (hosts.Hosts(), rest)
+    for argv in (flags + rest, rest + flags, [*rest[:3], *flags, *rest[3:]]):
+        assert hosts.parse([*argv, "--peer-timeout", "9"]) == (
+            hosts.Hosts(coordinator="10.0.0.1:1234", processes=4, process_id=3, peer_timeout=9),
+            rest,
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--processes 2", "without --coordinator and --process-id"),
+        ("--coordinator a:1 --process-id 0", "without --processes"),
+        ("--coordinator a --processes 2 --process-id 0", "must be HOST:PORT"),
+        ("--coordinator a:1 --processes 2 --process-id 2", "must lie in 0 to --processes - 1 = 1"),
+        ("--coordinator a:1 --processes 0 --process-id 0", "--processes 0 must be positive"),
+        ("--peer-timeout 0", "at least 1 second"),
+        ("--processes two", "invalid int value: 'two'"),
+    ],
+)
+def test_flags_for_several_processes_that_cannot_work_are_refused(capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        launch_train.main(["smoke", *flags.split()])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_explicit_flags_are_all_that_jax_is_told(monkeypatch):
+    """Not the cluster's word too: SLURM's would leave a process one device."""
+    told = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: told.update(arguments))
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    own = hosts.Hosts(coordinator="a:1", processes=2, process_id=1, peer_timeout=9)
+    distributed.initialize(own)
+    assert (told["coordinator_address"], told["num_processes"], told["process_id"]) == ("a:1", 2, 1)
+    assert (told["cluster_detection_method"], told["heartbeat_timeout_seconds"]) == (
+        "deactivate",
+        9,
+    )
+    distributed.initialize(hosts.Hosts())  # now SLURM is asked, by jax
+    assert (told["coordinator_address"], told["cluster_detection_method"]) == (None, None)
+    assert told["heartbeat_timeout_seconds"] == 100
+
+
+def test_a_difference_names_the_field_and_who_holds_which_value():
+    said = [{"config": {"steps": 4, "seed": 0}, "data": 1} for _ in range(12)]
+    said[3] = {"config": {"steps": 5, "seed": 0}, "data": 1}
+    said[4] = {"config": {"steps": 4, "seed": 0}}
+    assert distributed._differences(said) == [
+        "  config.steps: 4 on processes 0, 1, 2, 4, 5, 6, 7, 8 and 3 more; 5 on process 3",
+        "  data: 1 on processes 0, 1, 2, 3, 5, 6, 7, 8 and 3 more; None on process 4",
+    ]
+    assert distributed._differences([said[0]] * 3) == []
 
 
 # ------------------------------------------------------------------------- real processes

@@ -1,0 +1,88 @@
+"""Flags that say which of several processes this one is; nothing here waits for jax."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """The processes of a run, one a host. Without a coordinator the environment is asked for them."""
+
+    # host:port of process 0, which coordinates.
+    coordinator: str | None = None
+    processes: int | None = None
+    # Which of them this is, from 0.
+    process_id: int | None = None
+    # Seconds without a sign of life after which a process counts as dead and ends the others.
+    peer_timeout: int = 100
+    # Seconds that a step may take, with the evaluation and checkpoint beside it.
+    step_timeout: int = 3600
+
+    def __post_init__(self):
+        together = {
+            "--coordinator": self.coordinator,
+            "--processes": self.processes,
+            "--process-id": self.process_id,
+        }
+        missing = [flag for flag, value in together.items() if value is None]
+        if 0 < len(missing) < len(together):
+            raise ValueError(f"{', '.join(together)} go together: without {' and '.join(missing)}")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"--coordinator {self.coordinator!r} must be HOST:PORT")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"--processes {self.processes} must be positive")
+        if self.process_id is not None and not 0 <= self.process_id < (self.processes or 0):
+            raise ValueError(
+                f"--process-id {self.process_id} must lie in 0 to --processes - 1 = "
+                f"{(self.processes or 0) - 1}"
+            )
+        for flag, seconds in (
+            ("--peer-timeout", self.peer_timeout),
+            ("--step-timeout", self.step_timeout),
+        ):
+            if seconds < 1:
+                raise ValueError(f"{flag} {seconds} must be at least 1 second")
+
+
+def parse(argv: Sequence[str]) -> tuple[Hosts, list[str]]:
+    """The processes that the flags of a command line describe, and the rest of the command line.
+
+    Raises ValueError for flags that do not fit together.
+    """
+    found, rest = _parser().parse_known_args(argv)
+    return Hosts(**vars(found)), rest
+
+
+def usage() -> str:
+    """What --help says about these flags."""
+    return _parser().format_help().partition("\n\n")[2]  # without its own usage line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = parser.add_argument_group(
+        "Several processes",
+        "The first three go together. Without them SLURM, Open MPI, Cloud TPU, Kubernetes, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked.",
+    )
+    flags.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, any free port")
+    flags.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    flags.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    flags.add_argument(
+        "--peer-timeout",
+        type=int,
+        metavar="SECONDS",
+        default=Hosts.peer_timeout,
+        help="one that is dead, or stopped, this long ends the others (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--step-timeout",
+        type=int,
+        metavar="SECONDS",
+        default=Hosts.step_timeout,
+        help="one whose step takes this long, evaluation included, ends itself (default: %(default)s)",
+    )
+    return parser
