@@ -7,7 +7,9 @@ closed forms say, at once and for any layout. Where the two disagree, one of the
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import re
@@ -115,8 +117,8 @@ def _silent_stderr() -> Iterator[None]:
 
 # What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
 _FF = 7.0  # arrays [tokens, F]: gate, up, their product, gradients of all three
-_EMBED = 4.0  # arrays [tokens, D]: residual stream, norms
-_FURTHER = 2.0  # arrays [tokens, F] for each further block that is compiled beside it
+_EMBED = 2.0  # arrays [tokens, D]: residual stream, norms
+_FURTHER = 1.6  # arrays [tokens, F] for each further block that is compiled beside it
 _WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
 
 
@@ -217,31 +219,21 @@ class DoesNotFit(ValueError):
     """The compiler found that the program needs more memory than a device has."""
 
 
-def plan(config: Config, name: str, devices: Sequence[Any]) -> Plan:
+def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None = None) -> Plan:
     """Compiles the step of a config for devices, which need not be at hand, and says what it needs.
 
-    Raises ValueError, before compiling, where the mesh or the batch does not fit the devices.
+    What the compiler said is kept in `cache`, if that is given, under the program's own text: a config that
+    changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the
+    mesh or the batch does not fit the devices.
     """
     layout = lay_out(config, devices)
     kind = devices[0].device_kind
     chip = chips.find(kind)
     estimated = estimate(layout)
-    with tempfile.TemporaryDirectory() as dump:
-        started = time.monotonic()
-        peak, fits = _compile(layout, Path(dump))
-        seconds = time.monotonic() - started
-        text = hlo.find(Path(dump), "after_optimizations.txt")
-        report = hlo.find(Path(dump), "memory-usage-report.txt")
-    inputs = {
-        f"{_HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)}"
-        f"[{','.join(map(str, leaf.sharding.shard_shape(leaf.shape)))}]": path
-        for path, leaf in named(layout.state).items()
-    }
-    collectives = hlo.collective_bytes(text)
+    compiled = _compiled(layout, name, cache)
     model, tokens = config.model, config.tokens_per_step
     flops = costs.train_flops_per_token(model, config.data.seq_len) * tokens
     recomputed = _recomputed_flops(config) * tokens
-    rest = peak - sum(estimated.values())
     return Plan(
         name=config.name,
         topology=name,
@@ -252,19 +244,61 @@ def plan(config: Config, name: str, devices: Sequence[Any]) -> Plan:
         remat=config.placement.remat,
         accumulate=config.placement.accumulate,
         rows=_rows(layout),
-        fits=fits,
+        fits=compiled["fits"],
         memory=chip.memory if chip else None,
-        peak=peak,
-        parts=estimated | {"rest": rest},
+        peak=compiled["peak"],
+        parts=estimated | {"rest": compiled["peak"] - sum(estimated.values())},
         estimate=sum(estimated.values()),
         flops=flops,
         recomputed_flops=recomputed,
-        collective_bytes=collectives,
-        roofline=_roofline(layout, chip, flops + recomputed, collectives),
-        buffers=tuple(hlo.largest_buffers(report, text, inputs)),
-        advice="" if fits else _advice(config),
-        compile_seconds=seconds,
+        collective_bytes=compiled["collective_bytes"],
+        roofline=_roofline(layout, chip, flops + recomputed, compiled["collective_bytes"]),
+        buffers=tuple(hlo.Buffer(**buffer) for buffer in compiled["buffers"]),
+        advice="" if compiled["fits"] else _advice(config),
+        compile_seconds=compiled["seconds"],
     )
+
+
+def _compiled(layout: Layout, name: str, cache: Path | None) -> dict[str, Any]:
+    """What the compiler says of the step of a layout, as JSON has it; from the cache if it is there."""
+    with jax.set_mesh(layout.mesh):
+        lowered = make_step(layout).lower(layout.state, layout.batch)
+    options = layout.config.placement.compiler_options
+    versions = [f"{p.metadata['Name']} {p.version}" for p in _compilers()]
+    kind = layout.mesh.devices.flat[0].device_kind
+    key = "\n".join([lowered.as_text(), name, kind, options, *versions])
+    kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if kept and kept.exists():
+        return json.loads(kept.read_text())
+    inputs = {
+        f"{_HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)}"
+        f"[{','.join(map(str, leaf.sharding.shard_shape(leaf.shape)))}]": path
+        for path, leaf in named(layout.state).items()
+    }
+    with tempfile.TemporaryDirectory() as dump:
+        started = time.monotonic()
+        peak, fits = _compile(lowered, Path(dump))
+        seconds = time.monotonic() - started
+        text = hlo.find(Path(dump), "after_optimizations.txt")
+        report = hlo.find(Path(dump), "memory-usage-report.txt")
+    found = {
+        "peak": peak,
+        "fits": fits,
+        "collective_bytes": hlo.collective_bytes(text),
+        "buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(report, text, inputs)],
+        "seconds": seconds,
+    }
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")  # several plans at once
+        partial.write_text(json.dumps(found))
+        partial.replace(kept)
+    return found
+
+
+def _compilers() -> list[importlib.metadata.Distribution]:
+    found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu"))
+    return [distribution for named in found for distribution in named]
 
 
 _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
@@ -274,10 +308,8 @@ def _rows(layout: Layout) -> int:
     return layout.batch.shape[1] // row_shards(layout.mesh)
 
 
-def _compile(layout: Layout, dump: Path) -> tuple[int, bool]:
+def _compile(lowered: Any, dump: Path) -> tuple[int, bool]:
     """Peak bytes of a device by the compiler, and whether they fit."""
-    with jax.set_mesh(layout.mesh):
-        lowered = make_step(layout).lower(layout.state, layout.batch)
     try:
         compiled = lowered.compile(compiler_options={"xla_dump_to": os.fspath(dump)})
     except jax.errors.JaxRuntimeError as error:
@@ -354,7 +386,9 @@ MAX_COMPILATIONS = 3
 RECOMPUTES = ("none", "dots", "block")  # values of placement.remat, the cheapest first
 
 
-def search(config: Config, name: str, devices: Sequence[Any]) -> tuple[Plan, int]:
+def search(
+    config: Config, name: str, devices: Sequence[Any], cache: Path | None = None
+) -> tuple[Plan, int]:
     """The fastest placement that fits: microbatch and rematerialisation; and how many compilations it took.
 
     Candidates are ordered by what they recompute and how often they gather weights, and then by
@@ -386,7 +420,7 @@ def search(config: Config, name: str, devices: Sequence[Any]) -> tuple[Plan, int
         if (index := next(hopeful, None)) is None:
             break
         tried.add(index)
-        found = plan(candidates[index], name, devices)
+        found = plan(candidates[index], name, devices, cache)
         correction = found.peak / sizes[index]
         if found.fits:
             best = found

@@ -15,9 +15,11 @@ the fastest microbatch and rematerialisation that fit. Fields of the config come
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if any(topology != "here" for topology in arguments.topology):
         compile_elsewhere()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cla_jax").setLevel(logging.INFO)
     from cla_jax import plan as planning
 
     if arguments.list:
@@ -77,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices = planning.topology(topology, arguments.slices)
         label = topology if arguments.slices == 1 else f"{arguments.slices} x {topology}"
         for config in _configs(arguments, argv[cut + 1 :]):
+            cache = Path(config.placement.runs) / ".programs" / "plans"
             if arguments.search:
-                plan, _ = planning.search(config, label, devices)
+                plan, _ = planning.search(config, label, devices, cache)
             else:
-                plan = planning.plan(config, label, devices)
+                plan = planning.plan(config, label, devices, cache)
             plans.append(plan)
             if not arguments.json:
                 _print(plan, config)

@@ -58,6 +58,18 @@ def test_the_plan_of_a_mesh_at_hand_adds_up(tiny):
     assert found.mfu() is None  # nobody knows what a CPU could do
 
 
+def test_a_program_is_compiled_once(tiny, tmp_path, monkeypatch):
+    first = plan.plan(tiny(), "here", jax.devices(), tmp_path / "plans")
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert plan.plan(tiny(), "here", jax.devices(), tmp_path / "plans") == first
+        # Neither names nor where the logs go are in the program; the depth is.
+        renamed = plan.plan(tiny(name="other"), "here", jax.devices(), tmp_path / "plans")
+        assert (renamed.name, renamed.peak) == ("other", first.peak)
+    deeper = plan.plan(tiny(**{"model.n_layers": 6}), "here", jax.devices(), tmp_path / "plans")
+    assert deeper.peak > first.peak
+
+
 class Chip:
     """A chip that needs what our estimate says, times a factor that only the compiler knows."""
 
@@ -65,14 +77,16 @@ class Chip:
         self.factor, self.compiled = factor, 0
         chip = replace(chips.CHIPS["TPU v5 lite"], memory=64 * 2**30)
         monkeypatch.setattr(chips, "find", lambda _: chip)
-        monkeypatch.setattr(plan, "_compile", self.compile)
+        monkeypatch.setattr(plan, "_compiled", self.compile)
 
     def peak(self, layout):
         return round(self.factor * sum(plan.estimate(layout).values()))
 
-    def compile(self, layout, _dump):
+    def compile(self, layout, _name, _cache):
         self.compiled += 1
-        return self.peak(layout), self.peak(layout) <= 64 * 2**30
+        peak = self.peak(layout)
+        found = {"peak": peak, "fits": peak <= 64 * 2**30, "seconds": 1.0}
+        return found | {"collective_bytes": {}, "buffers": []}
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
@@ -119,7 +133,8 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
 
 def compiled_on(config, tmp_path):
     layout = lay_out(config)
-    plan._compile(layout, tmp_path)
+    with jax.set_mesh(layout.mesh):
+        plan._compile(make_step(layout).lower(layout.state, layout.batch), tmp_path)
     return layout, hlo.find(tmp_path, "after_optimizations.txt")
 
 
