@@ -1,6 +1,7 @@
 # make demo       environment, three small models, their comparison (minutes on 2 cores)
 # make test       every test that needs no heavy extra
 # make test-fast  the inner loop
+# make test-hosts several processes under jax.distributed; alone, for they wait for one another with limits
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
-.PHONY: demo test test-fast test-pods lint golden clean
+.PHONY: demo test test-fast test-hosts test-pods lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.train demo
@@ -18,10 +19,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.compare runs/demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts"
 
 test-fast: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts"
+
+test-hosts: $(TESTED)
+	$(BIN)/python -m pytest -n 0 -m hosts
 
 # Not in the environment itself: with libtpu there, every start of jax would look for a TPU.
 test-pods: $(TESTED) $(VENV)/libtpu

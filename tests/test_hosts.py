@@ -244,7 +244,7 @@ def save_arrays(tmp_path, name: str, step: int) -> str:
     return str(tmp_path / "saved.npz")
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_a_run_moves_from_two_hosts_to_one_and_back_as_if_it_had_never_moved(tmp_path):
     finish(train(tmp_path, "steady", 1))
     stop_after(tmp_path, "moved", 3, train(tmp_path, "moved", 2))
@@ -291,7 +291,7 @@ def restored(log: str) -> int:
     return step
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_killed_on_four_hosts_then_on_two_a_run_ends_on_one_as_if_never_killed(tmp_path):
     finish([*witnessed(tmp_path, "one", 1), *witnessed(tmp_path, "two", 2)])
     for log in kill_at(tmp_path, "killed", 4, pause=13, saved=10):
@@ -315,7 +315,7 @@ def test_killed_on_four_hosts_then_on_two_a_run_ends_on_one_as_if_never_killed(t
             assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGSTOP", "stalled"])
 def test_a_dead_or_hung_host_ends_the_others(tmp_path, way):
     """By themselves: nothing but the end of the test would end them otherwise."""
@@ -357,7 +357,7 @@ def test_a_dead_or_hung_host_ends_the_others(tmp_path, way):
         assert dead.wait(timeout=120) == -signal.SIGABRT
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_a_host_that_fails_alone_says_why_and_leaves(tmp_path):
     """Without waiting, at its end, for one that waits for it; that one ends as after a death."""
     port, processes = f"localhost:{free_port()}", []
@@ -375,7 +375,7 @@ def test_a_host_that_fails_alone_says_why_and_leaves(tmp_path):
     assert [process.returncode for process in processes] == [-signal.SIGABRT, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("what", ["config", "data", "versions"])
 def test_hosts_that_differ_are_all_refused_with_the_difference(tmp_path, what):
     # The mesh is impossible besides, on this host only.
@@ -413,7 +413,7 @@ def test_hosts_that_differ_are_all_refused_with_the_difference(tmp_path, what):
     assert not (tmp_path / "runs" / what).exists()  # nothing was begun
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_a_loss_that_is_not_finite_ends_all_hosts_at_the_same_step(tmp_path):
     command = ("-m", "launch.train", *arguments(tmp_path, "wild"), "--optimizer.peak-lr", "1e30")
     logs = finish(start(tmp_path, 2, *command), code=1)
