@@ -22,7 +22,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
 def find(dump: Path, ending: str) -> str:
-    """The text of the file of a dump with this ending, of the largest program in it."""
+    """The text of the file of a dump with this ending, of the largest program in it; empty if none."""
     files = sorted(dump.glob(f"*{ending}"), key=lambda file: file.stat().st_size)
     return files[-1].read_text() if files else ""
 
@@ -60,14 +60,15 @@ def collective_bytes(text: str) -> dict[str, int]:
                 continue
             if match := _COLLECTIVE.search(line):
                 result, kind, started = match.groups()
-                size = sum(nbytes for _, _, nbytes in shapes(result))
-                if started and kind == "all-gather":  # (operand, result)
-                    size = max(nbytes for _, _, nbytes in shapes(result))
-                elif started and kind == "collective-permute":
-                    size //= 2
+                sizes = [nbytes for _, _, nbytes in shapes(result)]
+                if started and kind in ("all-gather", "collective-permute"):
+                    sizes = sizes[len(sizes) // 2 :]  # operands, results
+                size = sum(sizes)
                 factor = {"all-reduce": 2, "reduce-scatter": _group_size(line)}.get(kind, 1)
                 channel = re.search(r"channel_id=(\d+)", line)
-                moved[channel[1] if channel else line] = kind, times * factor * size
+                name = channel[1] if channel else line
+                # A first or last turn may stand before or after its loop.
+                moved[name] = max(moved.get(name, (kind, 0)), (kind, times * factor * size))
                 continue
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
@@ -87,7 +88,9 @@ def trip_count(condition: list[str]) -> int:
     constants = [
         int(found) for line in condition for found in re.findall(r"constant\((\d+)\)", line)
     ]
-    return max(constants, default=1)
+    if not constants:
+        raise ValueError("a loop whose condition compares with no constant: " + "".join(condition))
+    return max(constants)
 
 
 def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...], int]]:

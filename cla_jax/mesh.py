@@ -87,17 +87,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"placement.mesh: slice x data x fsdp x model = {' x '.join(map(str, sizes))} does not "
             f"make up the {len(devices)} devices"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Of GPUs the slice is the node, over which FSDP may well run.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices not in (1, config.slice):
         raise ValueError(
-            f"placement.mesh.slice = {config.slice}, but the devices are {slices} slices"
+            f"placement.mesh.slice = {config.slice}, but the devices are {slices} slices: set it to {slices}"
         )
-    axis_types = (AxisType.Explicit,) * len(MESH_AXES)
+    # An axis of the mesh need not be an axis of the torus: 16 x 16 chips may be 128 x 2.
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
-    within, across = (1, *shape[1:]), (shape[0], 1, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-    return Mesh(grid, MESH_AXES, axis_types=axis_types)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within, across = (1, *shape[1:]), (shape[0], 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str]:
@@ -110,6 +115,10 @@ def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str
     """
     model, slices = config.model, config.placement.mesh.slice
     count = len(devices) // slices
+    if count * slices != len(devices) or count == 0:
+        raise ValueError(
+            f"placement.mesh.slice = {slices} does not divide the {len(devices)} devices"
+        )
     rows = config.batch_size // (config.placement.accumulate * slices)
     chip = chips.find(devices[0].device_kind)
     critical = chip.flops / chip.interconnect if chip and chip.axes else 0.0

@@ -27,7 +27,7 @@ from cla_jax.config import Config, near_choice
 from cla_jax.mesh import row_shards
 from cla_jax.model.transformer import UNROLLED
 from cla_jax.state import named
-from cla_jax.train import Layout, lay_out, make_step
+from cla_jax.train import Layout, lay_out, make_step, option_errors
 
 # ------------------------------------------------------------------------------------ topologies
 
@@ -85,7 +85,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            "compiling for a TPU needs libtpu: pip install 'cla_jax[plan]', or pip install libtpu"
+            "compiling for a TPU needs libtpu: pip install -e '.[plan]' in the repository"
         ) from None
     from jax.experimental import topologies
 
@@ -126,7 +126,8 @@ def estimate(layout: Layout) -> dict[str, int]:
     """Bytes of a device at the peak of a step, by what they are for, in closed form.
 
     The peak is in the backward pass of the last group: all that the forward pass left is still there. Of
-    the state the bytes are exact.
+    the state the bytes are exact. Fitted to attention by a kernel: the scores of the XLA backend are added
+    as float32 arrays, roughly.
     """
     config, model, run = layout.config, layout.config.model, layout.run
     width = jnp.dtype(model.compute_dtype).itemsize
@@ -151,6 +152,10 @@ def estimate(layout: Layout) -> dict[str, int]:
         beside = 0
     arrays = (_FF + _FURTHER * beside) * F + _EMBED * D
     block = arrays * tokens * width
+    if run.attention == "xla":
+        scores_of_attention = 3 * _rows(layout) * heads * config.data.seq_len**2 * 4
+        block += scores_of_attention
+        saved += scores_of_attention * (model.n_layers if run.remat == "none" else 0)
     gathered = _WEIGHTS * (2 * D * Q + D * KV + 3 * D * F) * width
     # A device's own sum of the head's gradient, float32; the table; a chunk's scores and their gradients.
     head = V * D * (4 + width)
@@ -231,6 +236,8 @@ def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None =
     chip = chips.find(kind)
     estimated = estimate(layout)
     compiled = _compiled(layout, name, cache)
+    # The compilers of GPUs and CPUs do not mind a program that does not fit.
+    fits = compiled["fits"] and (chip is None or compiled["peak"] <= chip.memory)
     model, tokens = config.model, config.tokens_per_step
     flops = costs.train_flops_per_token(model, config.data.seq_len) * tokens
     recomputed = _recomputed_flops(config) * tokens
@@ -244,7 +251,7 @@ def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None =
         remat=config.placement.remat,
         accumulate=config.placement.accumulate,
         rows=_rows(layout),
-        fits=compiled["fits"],
+        fits=fits,
         memory=chip.memory if chip else None,
         peak=compiled["peak"],
         parts=estimated | {"rest": compiled["peak"] - sum(estimated.values())},
@@ -254,7 +261,7 @@ def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None =
         collective_bytes=compiled["collective_bytes"],
         roofline=_roofline(layout, chip, flops + recomputed, compiled["collective_bytes"]),
         buffers=tuple(hlo.Buffer(**buffer) for buffer in compiled["buffers"]),
-        advice="" if compiled["fits"] else _advice(config),
+        advice="" if fits else _advice(layout),
         compile_seconds=compiled["seconds"],
     )
 
@@ -270,16 +277,18 @@ def _compiled(layout: Layout, name: str, cache: Path | None) -> dict[str, Any]:
     kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if kept and kept.exists():
         return json.loads(kept.read_text())
-    inputs = {
-        f"{_HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)}"
-        f"[{','.join(map(str, leaf.sharding.shard_shape(leaf.shape)))}]": path
-        for path, leaf in named(layout.state).items()
-    }
+    inputs: dict[str, str] = {}
+    for path, leaf in named(layout.state.model).items():
+        dims = ",".join(map(str, leaf.sharding.shard_shape(leaf.shape)))
+        dtype = _HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)
+        # The first of its shape; gradients and moments are of that shape too.
+        inputs.setdefault(f"{dtype}[{dims}]", f"{path}, its gradient, moments, or one like it")
     with tempfile.TemporaryDirectory() as dump:
         started = time.monotonic()
-        peak, fits = _compile(lowered, Path(dump))
+        peak, fits = _compile(lowered, Path(dump), options)
         seconds = time.monotonic() - started
         text = hlo.find(Path(dump), "after_optimizations.txt")
+        assert text or not fits, "the compiler wrote nothing"
         report = hlo.find(Path(dump), "memory-usage-report.txt")
     found = {
         "peak": peak,
@@ -308,10 +317,11 @@ def _rows(layout: Layout) -> int:
     return layout.batch.shape[1] // row_shards(layout.mesh)
 
 
-def _compile(lowered: Any, dump: Path) -> tuple[int, bool]:
-    """Peak bytes of a device by the compiler, and whether they fit."""
+def _compile(lowered: Any, dump: Path, asked: str = "") -> tuple[int, bool]:
+    """Peak bytes of a device by the compiler, and whether they fit. `asked` are the user's options."""
     try:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": os.fspath(dump)})
+        with option_errors(asked):
+            compiled = lowered.compile(compiler_options={"xla_dump_to": os.fspath(dump)})
     except jax.errors.JaxRuntimeError as error:
         if peak := needed_bytes(str(error)):
             return peak, False
@@ -321,7 +331,9 @@ def _compile(lowered: Any, dump: Path) -> tuple[int, bool]:
 
 def needed_bytes(message: str) -> int | None:
     """What the compiler says a program that does not fit would need; None if it says something else."""
-    match = re.search(r"(?:Used |temporaries \()([0-9.]+)([KMGT])\)? (?:of|exceeds)", message)
+    match = re.search(
+        r"(?:Used |temporaries \()([0-9.]+)([KMGT])\)? (?:of|exceeds).*?(?:hbm|HBM)", message
+    )
     if match is None:
         return None
     return round(float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1)))
@@ -371,11 +383,11 @@ def _roofline(
     return seconds
 
 
-def _advice(config: Config) -> str:
-    placement = config.placement
+def _advice(layout: Layout) -> str:
+    placement = layout.config.placement
     if placement.remat != "block":
         return "placement.remat = block recomputes blocks in the backward pass"
-    if config.batch_size % (2 * placement.accumulate) == 0:
+    if _rows(layout) % 2 == 0:
         return f"placement.accumulate = {2 * placement.accumulate} halves the microbatch"
     return "more chips, or placement.mesh.model above 1"
 
@@ -413,11 +425,16 @@ def search(
     ]
     candidates.sort(key=lambda c: (_expected_seconds(c, layout, chip), c.placement.accumulate))
     sizes = [sum(estimate(lay_out(candidate, devices)).values()) for candidate in candidates]
-    correction, best, tried = 1.0, None, set[int]()
+    correction, best, found, tried = 1.0, None, None, set[int]()
     faster = range(len(candidates))  # those that have not been ruled out
     while len(tried) < MAX_COMPILATIONS:
         hopeful = (i for i in faster if i not in tried and correction * sizes[i] <= chip.memory)
-        if (index := next(hopeful, None)) is None:
+        index = next(hopeful, None)
+        smallest = sizes.index(min(sizes))
+        # Before saying that nothing fits, the compiler is asked of the smallest.
+        if best is None and (index is None or len(tried) == MAX_COMPILATIONS - 1):
+            index = smallest if smallest not in tried else index
+        if index is None:
             break
         tried.add(index)
         found = plan(candidates[index], name, devices, cache)
@@ -425,10 +442,11 @@ def search(
         if found.fits:
             best = found
             faster = range(index)
+    assert found is not None
     if best is None:
         raise DoesNotFit(
-            f"{config.name} does not fit {name}: one sequence a device, rematerialised by block, is "
-            f"estimated at {correction * min(sizes) / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
+            f"{config.name} does not fit {name}: one sequence a device, rematerialised by block, needs "
+            f"{found.peak / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
             "Take more chips, or placement.mesh.model above 1"
         )
     return best, len(tried)

@@ -391,13 +391,19 @@ def compile_step(layout: Layout) -> StepFn:
     """The step of a run, compiled ahead for the shapes and layouts it will meet; the state is donated."""
     with jax.set_mesh(layout.mesh):  # a property of the thread
         step = make_step(layout).lower(layout.state, layout.batch)
-        try:
+        with option_errors(layout.config.placement.compiler_options):
             return step.compile()
-        except jax.errors.JaxRuntimeError as error:
-            options = layout.config.placement.compiler_options
-            if options and "INVALID_ARGUMENT" in str(error):
-                raise ValueError(f"placement.compiler_options = {options!r}: {error}") from None
-            raise
+
+
+@contextlib.contextmanager
+def option_errors(options: str) -> Iterator[None]:
+    """Makes the compiler's refusal of an option an error that names the field."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if options and "INVALID_ARGUMENT" in str(error):
+            raise ValueError(f"placement.compiler_options = {options!r}: {error}") from None
+        raise
 
 
 def make_step(layout: Layout) -> Any:

@@ -7,7 +7,7 @@
 
 Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, and the
 least time a step can take. A topology is kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows all); no
-TPU is needed, but libtpu: pip install 'cla_jax[plan]'. `here` plans for the devices at hand. --search finds
+TPU is needed, but libtpu: pip install -e '.[plan]'. `here` plans for the devices at hand. --search finds
 the fastest microbatch and rematerialisation that fit. Fields of the config come after a lone --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
@@ -37,8 +37,8 @@ class Arguments:
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
     # Kind and shape in chips, v5e:16x16; `here` for the devices at hand. Give it several times.
     topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Slices of that topology, joined by the data-centre network.
-    slices: int = 1
+    # Slices of that topology, joined by the data-centre network; 0 for placement.mesh.slice of the config.
+    slices: int = 0
     # Find the fastest microbatch and rematerialisation that fit, in at most 3 compilations.
     search: bool = False
     # Print JSON instead of tables.
@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__
     )
     if any(topology != "here" for topology in arguments.topology):
+        if "here" in arguments.topology:
+            raise ValueError(
+                "--topology here is planned by itself: the others are compiled on the CPU"
+            )
         compile_elsewhere()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("cla_jax").setLevel(logging.INFO)
@@ -76,28 +80,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not arguments.names or not arguments.topology:
         raise ValueError("name an experiment and a --topology; --help shows how")
-    plans = []
+    plans, misfits = [], []
     for topology in arguments.topology:
-        devices = planning.topology(topology, arguments.slices)
-        label = topology if arguments.slices == 1 else f"{arguments.slices} x {topology}"
         for config in _configs(arguments, argv[cut + 1 :]):
-            cache = Path(config.placement.runs) / ".programs" / "plans"
-            if arguments.search:
-                plan, _ = planning.search(config, label, devices, cache)
-            else:
-                plan = planning.plan(config, label, devices, cache)
+            slices = config.placement.mesh.slice
+            devices = planning.topology(topology, slices)
+            label = topology if slices == 1 else f"{slices} x {topology}"
+            cache = _cache(config)
+            try:
+                if arguments.search:
+                    plan, _ = planning.search(config, label, devices, cache)
+                else:
+                    plan = planning.plan(config, label, devices, cache)
+            except planning.DoesNotFit as error:  # the other rows may
+                misfits.append(str(error))
+                continue
             plans.append(plan)
             if not arguments.json:
                 _print(plan, config)
     if arguments.json:
         json.dump([_as_dict(plan) for plan in plans], sys.stdout, indent=1)
         print()
+    if misfits:
+        raise ValueError("\n".join(misfits))
+
+
+def _cache(config: Config) -> Path | None:
+    """Where the compiler's answers are kept; nowhere if the runs are remote or someone else's."""
+    from etils import epath
+
+    from cla_jax.runs import is_local
+
+    runs = Path(config.placement.runs)
+    if not is_local(epath.Path(config.placement.runs)):
+        return None
+    existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+    return runs / ".programs" / "plans" if os.access(existing, os.W_OK) else None
 
 
 def _configs(arguments: Arguments, overrides: Sequence[str]) -> list[Config]:
     from launch.train import parse
 
     configs = [config for name in arguments.names for config in parse([name, *overrides])]
+    if not arguments.slices:
+        return configs
     return [
         dataclasses.replace(
             config,
@@ -125,7 +151,7 @@ def _print(plan: "Plan", config: Config) -> None:
     mesh = (
         " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     )
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = "needs" if not plan.memory else "fits" if plan.fits else "DOES NOT FIT"
     of = f" of {gib(plan.memory)}" if plan.memory else ""
     console = Console()
     console.width = max(console.width, 100)

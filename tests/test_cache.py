@@ -329,7 +329,7 @@ def test_batches_and_splits_that_do_not_fit_the_mesh_are_refused():
     rules = axis_rules(MODEL, mesh)
     with (
         jax.set_mesh(mesh),
-        pytest.raises(ValueError, match="batch = 3 is not divisible by data x"),
+        pytest.raises(ValueError, match="batch = 3 is not divisible by the 4 parts"),
     ):
         cache_spec(MODEL, batch=3, capacity=8, rules=rules)
     with pytest.raises(ValueError, match=r"placement.mesh.model, which is 1"):

@@ -1,5 +1,7 @@
 """Reading optimised HLO: texts shaped as TPU programs are, with what has been met in them."""
 
+import pytest
+
 from cla_jax import hlo
 
 TEXT = """\
@@ -51,9 +53,22 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %g = (bf16[1,4], bf16[8,4]) all-gather-start(%a), channel_id=1
   %d = bf16[8,4] all-gather-done(%g)
   %p = (f32[16], f32[16]) collective-permute-start(%a), channel_id=2
+  %c = ((f32[2], f32[4]), (f32[16], f32[32])) all-gather-start(%a, %b), channel_id=3
 }
 """
-    assert hlo.collective_bytes(text) == {"all-gather": 64, "collective-permute": 64}
+    assert hlo.collective_bytes(text) == {"all-gather": 64 + 192, "collective-permute": 64}
+
+
+def test_a_turn_beside_its_loop_does_not_hide_the_loop():
+    peeled = TEXT.replace(
+        "  %r = ", "  %x = bf16[8,4] fusion(%w), kind=kCustom, calls=%fused_gather\n  %r = "
+    )
+    assert hlo.collective_bytes(peeled) == hlo.collective_bytes(TEXT)
+
+
+def test_a_loop_of_unknown_length_is_not_guessed():
+    with pytest.raises(ValueError, match="compares with no constant"):
+        hlo.trip_count(["  ROOT %lt = pred[] compare(%i, %n), direction=LT"])
 
 
 def test_groups_are_read_in_every_notation():

@@ -110,7 +110,10 @@ class Group(nnx.Module):
         attend: Attend,
         run: Execution,
         config: ModelConfig,
+        in_loop: bool = False,
     ) -> jax.Array:
+        """Runs the blocks; `in_loop` if the group is one turn of a loop over several."""
+
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
             return block(x_BTD, kv, rope, attend, run.rules), None
@@ -119,7 +122,8 @@ class Group(nnx.Module):
         # them shares it with the projection; a scan would save it twice.
         size = jax.tree.leaves(self.blocks)[0].shape[0]
         scan = run.scan_layers and (run.remat == "none" or size > UNROLLED)
-        return fold(remat(body, run), x_BTD, self.blocks, scan=scan)[0]
+        looped = in_loop or (scan and size > 1)
+        return fold(remat(body, run, looped), x_BTD, self.blocks, scan=scan)[0]
 
 
 class Transformer(nnx.Module):
@@ -180,10 +184,12 @@ class Transformer(nnx.Module):
 
             def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=borrowed):
                 group: Group = item["group"]
+                looped = run.scan_layers and len(stack.groups) > 1
                 if stack.owns:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
-                    kv = remat(produce, run)(x_BTD)
-                x_BTD = group(x_BTD, kv, rope, attend_within(item["window"]), run, config)
+                    kv = remat(produce, run, looped)(x_BTD)
+                attend = attend_within(item["window"])
+                x_BTD = group(x_BTD, kv, rope, attend, run, config, looped)
                 return x_BTD, kv if stack.lends else None
 
             # A window is data of the scan: a pattern of them does not break a stack.
@@ -266,8 +272,12 @@ def fold(body: Callable, x: Any, stacked: Any, *, scan: bool) -> tuple[Any, Any]
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
 
-def remat(body: Callable, run: Execution) -> Callable:
-    """The body, rematerialised in the backward pass as `run` says."""
+def remat(body: Callable, run: Execution, in_loop: bool) -> Callable:
+    """The body, rematerialised in the backward pass as `run` says.
+
+    Forward and backward loops are two; outside of a loop, the compiler must be kept from computing once,
+    and holding, what it is told to compute twice.
+    """
     if run.remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -275,5 +285,4 @@ def remat(body: Callable, run: Execution) -> Callable:
         "block": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
     }[run.remat]
-    # In a scan, common subexpressions cannot be eliminated across the loop boundary anyway.
-    return jax.checkpoint(body, policy=policy, prevent_cse=not run.scan_layers)
+    return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
