@@ -1,6 +1,5 @@
 """Eight virtual CPU devices for every test; small configs and the data they share."""
 
-import importlib.metadata
 import os
 import tempfile
 
@@ -10,8 +9,6 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know this flag
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # ... and to remember what it compiled, in this process, the other workers and the next run.
 os.environ.setdefault(
