@@ -13,7 +13,6 @@ import dataclasses
 class Chip:
     flops: float  # dense bfloat16 FLOP/s
     memory: float  # bytes of HBM
-    memory_bandwidth: float  # bytes/s of HBM
     link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
@@ -26,52 +25,22 @@ class Chip:
 
 _GIB = 2**30
 
+_V5E = Chip(flops=197e12, memory=16 * _GIB, link=90e9, axes=2, network=3.1e9)
+_V6E = Chip(flops=918e12, memory=32 * _GIB, link=180e9, axes=2, network=6.25e9)
+
 # By a part of jax's device kind; the first that matches counts.
 CHIPS = {
-    "H200": Chip(flops=989e12, memory=141e9, memory_bandwidth=4.8e12, link=450e9, axes=1),
-    "H100": Chip(flops=989e12, memory=80e9, memory_bandwidth=3.35e12, link=450e9, axes=1),
-    "A100": Chip(flops=312e12, memory=80e9, memory_bandwidth=2.0e12, link=300e9, axes=1),
-    "TPU v4": Chip(
-        flops=275e12, memory=32 * _GIB, memory_bandwidth=1.2e12, link=90e9, axes=3, network=6.25e9
-    ),
-    "TPU v5 lite": Chip(
-        flops=197e12, memory=16 * _GIB, memory_bandwidth=0.82e12, link=90e9, axes=2, network=3.1e9
-    ),
-    "TPU v5e": Chip(
-        flops=197e12, memory=16 * _GIB, memory_bandwidth=0.82e12, link=90e9, axes=2, network=3.1e9
-    ),
-    "TPU v5": Chip(  # v5p; also written "TPU v5p"
-        flops=459e12,
-        memory=95 * _GIB,
-        memory_bandwidth=2.76e12,
-        link=180e9,
-        axes=3,
-        network=6.25e9,
-    ),
-    "TPU v6 lite": Chip(
-        flops=918e12,
-        memory=32 * _GIB,
-        memory_bandwidth=1.64e12,
-        link=180e9,
-        axes=2,
-        network=6.25e9,
-    ),
-    "TPU v6e": Chip(
-        flops=918e12,
-        memory=32 * _GIB,
-        memory_bandwidth=1.64e12,
-        link=180e9,
-        axes=2,
-        network=6.25e9,
-    ),
-    "TPU7x": Chip(
-        flops=1153e12,
-        memory=96 * _GIB,
-        memory_bandwidth=3.7e12,
-        link=100e9,
-        axes=3,
-        network=6.25e9,
-    ),
+    "H200": Chip(flops=989e12, memory=141e9, link=450e9, axes=1),
+    "H100": Chip(flops=989e12, memory=80e9, link=450e9, axes=1),
+    "A100": Chip(flops=312e12, memory=80e9, link=300e9, axes=1),
+    "TPU v4": Chip(flops=275e12, memory=32 * _GIB, link=90e9, axes=3, network=6.25e9),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    # v5p; also written "TPU v5p"
+    "TPU v5": Chip(flops=459e12, memory=95 * _GIB, link=180e9, axes=3, network=6.25e9),
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": Chip(flops=1153e12, memory=96 * _GIB, link=100e9, axes=3, network=6.25e9),
 }
 
 

@@ -66,9 +66,9 @@ def collective_bytes(text: str) -> dict[str, int]:
                 size = sum(sizes)
                 factor = {"all-reduce": 2, "reduce-scatter": _group_size(line)}.get(kind, 1)
                 channel = re.search(r"channel_id=(\d+)", line)
-                name = channel[1] if channel else line
+                key = channel[1] if channel else line
                 # A first or last turn may stand before or after its loop.
-                moved[name] = max(moved.get(name, (kind, 0)), (kind, times * factor * size))
+                moved[key] = max(moved.get(key, (kind, 0)), (kind, times * factor * size))
                 continue
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):

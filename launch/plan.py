@@ -107,15 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _cache(config: Config) -> Path | None:
     """Where the compiler's answers are kept; nowhere if the runs are remote or someone else's."""
-    from etils import epath
-
     from cla_jax.runs import is_local
+    from launch import programs
 
-    runs = Path(config.placement.runs)
-    if not is_local(epath.Path(config.placement.runs)):
-        return None
-    existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
-    return runs / ".programs" / "plans" if os.access(existing, os.W_OK) else None
+    place = programs.directory(config.placement.runs)
+    return Path(place) / "plans" if place is not None and is_local(place) else None
 
 
 def _configs(arguments: Arguments, overrides: Sequence[str]) -> list[Config]:

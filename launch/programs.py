@@ -10,6 +10,16 @@ from cla_jax.runs import is_local
 _MAX_BYTES = 8 << 30  # the least recently used go first
 
 
+def directory(runs: str | os.PathLike[str]) -> epath.Path | None:
+    """Where programs are kept; None if the runs are someone else's, to be read only."""
+    path = epath.Path(runs)
+    if is_local(path):
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not os.access(existing, os.W_OK):
+            return None
+    return path / ".programs"
+
+
 def remember(runs: str | os.PathLike[str]) -> None:
     """Keeps compiled programs in `.programs` of the directory that holds run directories.
 
@@ -17,15 +27,10 @@ def remember(runs: str | os.PathLike[str]) -> None:
     share them and they may be deleted at any time. JAX_COMPILATION_CACHE_DIR in the environment names
     another place; an empty one turns this off.
     """
-    directory = epath.Path(runs)
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    place = directory(runs)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or place is None:
         return
-    if is_local(directory):
-        existing = next(
-            path for path in (directory, *directory.absolute().parents) if path.exists()
-        )
-        if not os.access(existing, os.W_OK):
-            return  # the runs are someone else's, to be read only
+    if is_local(place):
         jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
-    jax.config.update("jax_compilation_cache_dir", os.fspath(directory / ".programs"))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
