@@ -112,6 +112,15 @@ def _group_size(line: str) -> int:
     return 1
 
 
+def allocated_bytes(report: str) -> int:
+    """Bytes of a device's main memory that a program takes, arguments and results included.
+
+    Args:
+      report: of the dump, `memory-usage-report.txt`.
+    """
+    return int(re.findall(r"^Total bytes: (\d+)", report, re.MULTILINE)[0])  # of the first space
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffer:
     """A stretch of memory that one or several values use, one after another."""

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import re
 import tempfile
@@ -64,14 +65,26 @@ def topology_names() -> list[str]:
     return [f"{kind}:{shape}" for kind, (_, shapes, _) in _KINDS.items() for shape in shapes]
 
 
-def topology(name: str, slices: int = 1) -> list[Any]:
-    """Devices to compile for: `v5e:16x16` and so on, `here` for those at hand.
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for, which need not be at hand."""
+
+    name: str  # `v5e:16x16`, or `here` for those at hand
+    slices: int
+    devices: Sequence[Any]
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
+
+
+def topology(name: str, slices: int = 1) -> Topology:
+    """The devices of `v5e:16x16` and so on, several slices of it, or those `here`.
 
     Raises ValueError for a topology that does not exist, and if libtpu is not installed. In the environment
     should stand what keeps libtpu from looking for a TPU here (`launch.plan` sees to it).
     """
     if name == "here":
-        return jax.devices()
+        return Topology(name, 1, jax.devices())
     kind, _, shape = name.partition(":")
     near_choice("kind of TPU", kind, tuple(_KINDS))
     libtpu_kind, offered, options = _KINDS[kind]
@@ -96,7 +109,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
             **options,
             **({"num_slices": slices} if slices > 1 else {}),
         )
-    return list(found.devices)
+    return Topology(name, slices, found.devices)
 
 
 @contextlib.contextmanager
@@ -118,7 +131,7 @@ def _silent_stderr() -> Iterator[None]:
 # What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
 _FF = 7.0  # arrays [tokens, F]: gate, up, their product, gradients of all three
 _EMBED = 2.0  # arrays [tokens, D]: residual stream, norms
-_FURTHER = 1.6  # arrays [tokens, F] for each further block that is compiled beside it
+_FURTHER = 2.4  # arrays [tokens, F] for each further block that is compiled beside it
 _WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
 
 
@@ -224,18 +237,18 @@ class DoesNotFit(ValueError):
     """The compiler found that the program needs more memory than a device has."""
 
 
-def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None = None) -> Plan:
-    """Compiles the step of a config for devices, which need not be at hand, and says what it needs.
+def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
+    """Compiles the step of a config for a topology, and says what it needs.
 
     What the compiler said is kept in `cache`, if that is given, under the program's own text: a config that
     changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the
     mesh or the batch does not fit the devices.
     """
-    layout = lay_out(config, devices)
-    kind = devices[0].device_kind
+    layout = lay_out(config, topology.devices)
+    kind = topology.devices[0].device_kind
     chip = chips.find(kind)
     estimated = estimate(layout)
-    compiled = _compiled(layout, name, cache)
+    compiled = _compiled(layout, topology, cache)
     # The compilers of GPUs and CPUs do not mind a program that does not fit.
     fits = compiled["fits"] and (chip is None or compiled["peak"] <= chip.memory)
     model, tokens = config.model, config.tokens_per_step
@@ -243,8 +256,8 @@ def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None =
     recomputed = _recomputed_flops(config) * tokens
     return Plan(
         name=config.name,
-        topology=name,
-        devices=len(devices),
+        topology=str(topology),
+        devices=len(topology.devices),
         device_kind=kind,
         mesh=dict(layout.mesh.shape),
         attention=layout.run.attention,
@@ -266,14 +279,13 @@ def plan(config: Config, name: str, devices: Sequence[Any], cache: Path | None =
     )
 
 
-def _compiled(layout: Layout, name: str, cache: Path | None) -> dict[str, Any]:
+def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[str, Any]:
     """What the compiler says of the step of a layout, as JSON has it; from the cache if it is there."""
-    with jax.set_mesh(layout.mesh):
-        lowered = make_step(layout).lower(layout.state, layout.batch)
+    lowered = _lower(layout)
     options = layout.config.placement.compiler_options
     versions = [f"{p.metadata['Name']} {p.version}" for p in _compilers()]
     kind = layout.mesh.devices.flat[0].device_kind
-    key = "\n".join([lowered.as_text(), name, kind, options, *versions])
+    key = "\n".join([lowered.as_text(), str(topology), kind, options, *versions])
     kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if kept and kept.exists():
         return json.loads(kept.read_text())
@@ -283,13 +295,17 @@ def _compiled(layout: Layout, name: str, cache: Path | None) -> dict[str, Any]:
         dtype = _HLO_TYPES.get(leaf.dtype.name, leaf.dtype.name)
         # The first of its shape; gradients and moments are of that shape too.
         inputs.setdefault(f"{dtype}[{dims}]", f"{path}, its gradient, moments, or one like it")
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
         started = time.monotonic()
-        peak, fits = _compile(lowered, Path(dump), options)
+        if topology.name == "here":
+            peak, fits = _compile(lowered, dump, options)
+        else:
+            peak, fits = _compile_apart(layout.config, topology, dump)
         seconds = time.monotonic() - started
-        text = hlo.find(Path(dump), "after_optimizations.txt")
+        text = hlo.find(dump, "after_optimizations.txt")
         assert text or not fits, "the compiler wrote nothing"
-        report = hlo.find(Path(dump), "memory-usage-report.txt")
+        report = hlo.find(dump, _REPORT)
     found = {
         "peak": peak,
         "fits": fits,
@@ -305,6 +321,11 @@ def _compiled(layout: Layout, name: str, cache: Path | None) -> dict[str, Any]:
     return found
 
 
+def _lower(layout: Layout) -> Any:
+    with jax.set_mesh(layout.mesh):
+        return make_step(layout).lower(layout.state, layout.batch)
+
+
 def _compilers() -> list[importlib.metadata.Distribution]:
     found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu"))
     return [distribution for named in found for distribution in named]
@@ -317,8 +338,49 @@ def _rows(layout: Layout) -> int:
     return layout.batch.shape[1] // row_shards(layout.mesh)
 
 
+# What libtpu writes when it has laid out the memory, in this order; then it generates code.
+_REPORT = "memory-usage-report.txt"
+_LAST = "after_optimizations_after_buffer_assignment.txt"
+
+
+def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int, bool]:
+    """`_compile`, for a TPU, as far as a plan needs it: in a process that is ended where code generation
+    begins, which takes four fifths of the time."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit jax's threads, dead
+    ours, theirs = spawn.Pipe(duplex=False)
+    arguments = (config, topology.name, topology.slices, dump, theirs)
+    compiler = spawn.Process(target=_compile_for, args=arguments, daemon=True)
+    compiler.start()
+    theirs.close()  # its end is then the end of the pipe
+    try:
+        while not ours.poll(0.1):
+            if hlo.find(dump, _LAST):
+                return hlo.allocated_bytes(hlo.find(dump, _REPORT)), True
+        outcome = ours.recv()
+    except EOFError:
+        compiler.join()
+        raise RuntimeError(f"the compiler died with exit code {compiler.exitcode}") from None
+    finally:
+        compiler.kill()
+        compiler.join()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: Any) -> None:
+    """The process of `_compile_apart`: hands over (peak, fits), or what was raised."""
+    try:
+        layout = lay_out(config, topology(name, slices).devices)
+        with _silent_stderr():
+            found = _compile(_lower(layout), dump, config.placement.compiler_options)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        found = error
+    outcome.send(found)
+
+
 def _compile(lowered: Any, dump: Path, asked: str = "") -> tuple[int, bool]:
-    """Peak bytes of a device by the compiler, and whether they fit. `asked` are the user's options."""
+    """Bytes that the program takes on a device, and whether they fit. `asked` are the user's options."""
     try:
         with option_errors(asked):
             compiled = lowered.compile(compiler_options={"xla_dump_to": os.fspath(dump)})
@@ -326,7 +388,14 @@ def _compile(lowered: Any, dump: Path, asked: str = "") -> tuple[int, bool]:
         if peak := needed_bytes(str(error)):
             return peak, False
         raise
-    return _peak(compiled.memory_analysis()), True
+    analysis = compiled.memory_analysis()
+    # Not its peak of live bytes: allocated is what the layout of the memory takes, gaps included.
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    ), True
 
 
 def needed_bytes(message: str) -> int | None:
@@ -337,17 +406,6 @@ def needed_bytes(message: str) -> int | None:
     if match is None:
         return None
     return round(float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1)))
-
-
-def _peak(analysis: Any) -> int:
-    # Not every backend says when its memory is fullest.
-    everything = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-    return max(getattr(analysis, "peak_memory_in_bytes", 0), 0) or everything
 
 
 def _recomputed_flops(config: Config) -> float:
@@ -398,15 +456,14 @@ MAX_COMPILATIONS = 3
 RECOMPUTES = ("none", "dots", "block")  # values of placement.remat, the cheapest first
 
 
-def search(
-    config: Config, name: str, devices: Sequence[Any], cache: Path | None = None
-) -> tuple[Plan, int]:
+def search(config: Config, topology: Topology, cache: Path | None = None) -> tuple[Plan, int]:
     """The fastest placement that fits: microbatch and rematerialisation; and how many compilations it took.
 
     Candidates are ordered by what they recompute and how often they gather weights, and then by
     microbatch, the largest first. Our estimate says which of them fits; the compiler is asked, and corrects
     the estimate where it disagrees, up and down. Raises DoesNotFit, a ValueError, if nothing does.
     """
+    devices = topology.devices
     layout = lay_out(config, devices)
     chip = chips.find(devices[0].device_kind)
     if chip is None:
@@ -437,7 +494,7 @@ def search(
         if index is None:
             break
         tried.add(index)
-        found = plan(candidates[index], name, devices, cache)
+        found = plan(candidates[index], topology, cache)
         correction = found.peak / sizes[index]
         if found.fits:
             best = found
@@ -445,7 +502,7 @@ def search(
     assert found is not None
     if best is None:
         raise DoesNotFit(
-            f"{config.name} does not fit {name}: one sequence a device, rematerialised by block, needs "
+            f"{config.name} does not fit {topology}: one sequence a device, rematerialised by block, needs "
             f"{found.peak / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
             "Take more chips, or placement.mesh.model above 1"
         )

@@ -83,15 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     plans, misfits = [], []
     for topology in arguments.topology:
         for config in _configs(arguments, argv[cut + 1 :]):
-            slices = config.placement.mesh.slice
-            devices = planning.topology(topology, slices)
-            label = topology if slices == 1 else f"{slices} x {topology}"
+            devices = planning.topology(topology, config.placement.mesh.slice)
             cache = _cache(config)
             try:
                 if arguments.search:
-                    plan, _ = planning.search(config, label, devices, cache)
+                    plan, _ = planning.search(config, devices, cache)
                 else:
-                    plan = planning.plan(config, label, devices, cache)
+                    plan = planning.plan(config, devices, cache)
             except planning.DoesNotFit as error:  # the other rows may
                 misfits.append(str(error))
                 continue

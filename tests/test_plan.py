@@ -3,6 +3,9 @@
 import importlib.metadata
 import json
 import math
+import multiprocessing
+import os
+import time
 
 import jax
 import pytest
@@ -43,12 +46,12 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
         ({"model.d_model": 2044}, "d_model = 2044 is not divisible by placement.mesh.fsdp = 8"),
     ):
         with pytest.raises(ValueError, match=words):
-            plan.plan(replace(config, **changes), "here", jax.devices())
+            plan.plan(replace(config, **changes), plan.topology("here"))
 
 
 def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
     config = tiny(**{"placement.remat": "block"})
-    found = plan.plan(config, "here", plan.topology("here"))
+    found = plan.plan(config, plan.topology("here"))
     state = named(lay_out(tiny()).state)
     local = {k: math.prod(v.sharding.shard_shape(v.shape)) * 4 for k, v in state.items()}
     assert found.parts["parameters"] == sum(v for k, v in local.items() if k.startswith("model."))
@@ -61,18 +64,18 @@ def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
         with monkeypatch.context() as patched:
             chip = replace(chips.CHIPS["H200"], memory=memory)
             patched.setattr(chips, "find", lambda _, chip=chip: chip)
-            assert plan.plan(config, "here", plan.topology("here")).fits is fits
+            assert plan.plan(config, plan.topology("here")).fits is fits
 
 
 def test_a_program_is_compiled_once(tiny, tmp_path, monkeypatch):
-    first = plan.plan(tiny(), "here", jax.devices(), tmp_path / "plans")
+    first = plan.plan(tiny(), plan.topology("here"), tmp_path / "plans")
     with monkeypatch.context() as patched:
         patched.setattr(plan, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert plan.plan(tiny(), "here", jax.devices(), tmp_path / "plans") == first
+        assert plan.plan(tiny(), plan.topology("here"), tmp_path / "plans") == first
         # Neither names nor where the logs go are in the program; the depth is.
-        renamed = plan.plan(tiny(name="other"), "here", jax.devices(), tmp_path / "plans")
+        renamed = plan.plan(tiny(name="other"), plan.topology("here"), tmp_path / "plans")
         assert (renamed.name, renamed.peak) == ("other", first.peak)
-    deeper = plan.plan(tiny(**{"model.n_layers": 6}), "here", jax.devices(), tmp_path / "plans")
+    deeper = plan.plan(tiny(**{"model.n_layers": 6}), plan.topology("here"), tmp_path / "plans")
     assert deeper.peak > first.peak
 
 
@@ -85,7 +88,7 @@ def test_the_compiler_has_the_last_word_on_what_does_not_fit(monkeypatch):
         plan, "estimate", lambda layout: {k: 100 * v for k, v in estimated(layout).items()}
     )
     chip.factor /= 100
-    found, _ = plan.search(config, "v5e:2x4", jax.devices())
+    found, _ = plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
     assert found.fits
 
 
@@ -101,7 +104,7 @@ class Chip:
     def peak(self, layout):
         return round(self.factor * sum(plan.estimate(layout).values()))
 
-    def compile(self, layout, _name, _cache):
+    def compile(self, layout, _topology, _cache):
         self.compiled += 1
         peak = self.peak(layout)
         found = {"peak": peak, "fits": peak <= 64 * 2**30, "seconds": 1.0}
@@ -112,7 +115,7 @@ class Chip:
 def test_the_search_ends_at_the_fastest_that_fits_though_the_estimate_is_off(monkeypatch, factor):
     chip = Chip(monkeypatch, factor)
     (config,) = experiments.find("cla_1b.h128_mqa_cla2")
-    found, compilations = plan.search(config, "v5e:2x4", jax.devices())
+    found, compilations = plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
     assert compilations == chip.compiled <= plan.MAX_COMPILATIONS
     # All there are, one by one: on eight chips 256 rows each.
     fitting = [
@@ -129,7 +132,7 @@ def test_the_search_says_what_to_do_where_nothing_fits(monkeypatch):
     Chip(monkeypatch, 60.0)
     (config,) = experiments.find("cla_3b.h128_mqa_cla2")
     with pytest.raises(plan.DoesNotFit, match=r"needs .* of 64.0 GiB. Take more chips"):
-        plan.search(config, "v5e:2x4", jax.devices())
+        plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
 
 
 def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
@@ -143,14 +146,46 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
     assert plan.needed_bytes("INTERNAL: something else") is None
     assert plan.needed_bytes("in memory space vmem. Used 129.00M of 128.00M vmem.") is None
     monkeypatch.setattr(plan, "_compile", lambda *_: (plan.needed_bytes(message), False))
-    found = plan.plan(tiny(), "here", jax.devices())
+    found = plan.plan(tiny(), plan.topology("here"))
     assert not found.fits
     assert "placement.remat = block" in found.advice
     # Halving one row a device would be refused.
     one = tiny(**{"placement.remat": "block"})
-    assert "more chips" in plan.plan(one, "here", jax.devices()).advice
+    assert "more chips" in plan.plan(one, plan.topology("here")).advice
     two = tiny(**{"placement.remat": "block", "batch_size": 16})
-    assert "accumulate = 2" in plan.plan(two, "here", jax.devices()).advice
+    assert "accumulate = 2" in plan.plan(two, plan.topology("here")).advice
+
+
+def lays_out_the_memory(_config, _name, _slices, dump, _outcome):
+    """A compiler that has written what a plan needs, and would go on for an hour."""
+    (dump / f"m.{plan._REPORT}").write_text("Memory Space: default\nTotal bytes: 12345 (12KiB)\n")
+    (dump / f"m.{plan._LAST}").write_text("ENTRY")
+    time.sleep(3600)
+
+
+def refuses(_config, _name, _slices, _dump, outcome):
+    outcome.send(ValueError("placement.compiler_options = 'a=b': no such option"))
+
+
+def dies(*_):
+    os._exit(11)
+
+
+@pytest.mark.slow
+def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
+    tiny, tmp_path, monkeypatch
+):
+    topology = plan.Topology("v5e:2x4", 1, jax.devices())
+    monkeypatch.setattr(plan, "_compile_for", lays_out_the_memory)
+    assert plan._compile_apart(tiny(), topology, tmp_path) == (12345, True)
+    assert not multiprocessing.active_children()
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.setattr(plan, "_compile_for", refuses)
+    with pytest.raises(ValueError, match="no such option"):
+        plan._compile_apart(tiny(), topology, empty)
+    monkeypatch.setattr(plan, "_compile_for", dies)
+    with pytest.raises(RuntimeError, match="died with exit code 11"):
+        plan._compile_apart(tiny(), topology, empty)
 
 
 # ------------------------------------------------------------------------------- the sharded step
@@ -275,7 +310,7 @@ def test_splash_compiles_for_every_head_size_of_the_paper(tiny, d_head, n_heads,
         **{"data.attend_across_documents": False, "placement.loss_chunk": 128},
         **{"placement.eval_batch_size": 4},
     )
-    layout = lay_out(config, plan.topology("v5e:2x2"))
+    layout = lay_out(config, plan.topology("v5e:2x2").devices)
     assert layout.run.attention == "splash"
     assert compile_step(layout).memory_analysis().temp_size_in_bytes > 0
 
@@ -286,7 +321,7 @@ def test_heads_and_widths_can_be_split_on_every_torus(tiny, topology, slices):
     """An axis of the mesh need not be one of the torus."""
     mesh = MeshConfig(slice=slices, data=2, fsdp=-1, model=2)
     config = tiny(**{"placement.mesh": mesh, "batch_size": 32, "model.compute_dtype": "bfloat16"})
-    layout = lay_out(config, plan.topology(topology, slices))
+    layout = lay_out(config, plan.topology(topology, slices).devices)
     assert layout.mesh.shape["model"] == 2
     assert compile_step(layout).memory_analysis().generated_code_size_in_bytes > 0
 
@@ -297,7 +332,7 @@ def test_a_step_that_does_not_fit_names_its_largest_buffers():
     config = replace(
         config, **{"batch_size": 64, "placement.remat": "none", "placement.eval_batch_size": 64}
     )
-    found = plan.plan(config, "v5e:2x2", plan.topology("v5e:2x2"))
+    found = plan.plan(config, plan.topology("v5e:2x2"))
     assert not found.fits
     assert found.peak > found.memory
     assert len(found.buffers) == 5
