@@ -3,16 +3,26 @@
 import os
 import tempfile
 
-# Tests compile much and run little: the compiler is told to hurry. Its newer emitters of fusions alone
-# take two thirds of the time of compiling a training step.
-os.environ["XLA_FLAGS"] = (
+# Tests compile much and run little: the compiler is told to hurry.
+_FLAGS = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
+# Here even more: the newer emitters of fusions alone take two thirds of the time of compiling a step. With
+# the older ones programs cannot be kept, though: writing one crashes now and then, in jaxlib.
+os.environ["XLA_FLAGS"] = (
+    _FLAGS + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_PLATFORMS"] = "cpu"
 
-# ... and to remember what it compiled, in this process, the other workers and the next run.
+import jax
+
+jax.devices()  # now both are read, and are not for the processes that tests start:
+os.environ["XLA_FLAGS"] = _FLAGS
+del os.environ["JAX_ENABLE_COMPILATION_CACHE"]
+# those remember what they compiled, for each other and for the next run of the tests.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cla_jax-test-programs")
 )
@@ -23,7 +33,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
