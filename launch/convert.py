@@ -128,12 +128,24 @@ def _import(path: Path, run: str, text: Text, tokenizer: str | None) -> None:
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, from the first report on: what is refused before is refused on a clean line."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(transient=True, console=Console(file=sys.stderr))
+    tasks = []
+
+    def progress(done: int, total: int) -> None:
+        if not tasks:
+            bar.start()
+            tasks.append(bar.add_task(name, total=total))
+        bar.update(tasks[0], completed=done)
+
+    try:
+        yield progress
+    finally:
+        if tasks:
+            bar.stop()
 
 
 if __name__ == "__main__":

