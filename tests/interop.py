@@ -14,7 +14,8 @@ from cla_jax.config import ModelConfig
 from cla_jax.data import tokenizers
 from cla_jax.interop import names, safetensors
 from cla_jax.interop.export import hf_config
-from cla_jax.interop.foreign import Foreign, Text, import_run
+from cla_jax.interop.foreign import Foreign, import_run
+from cla_jax.interop.text import Text
 from cla_jax.model.transformer import Execution
 from cla_jax.runs import Run
 from cla_jax.state import named

@@ -9,7 +9,8 @@ import pytest
 from cla_jax import interop
 from cla_jax.data import tokenizers
 from cla_jax.interop import fetch, gguf, names
-from cla_jax.interop.foreign import Text, import_run
+from cla_jax.interop.foreign import import_run
+from cla_jax.interop.text import Text
 from tests import interop as made
 from tests import reference
 from tests.test_interop_hf import cut, refused

@@ -15,8 +15,9 @@ from cla_jax.data import tokenizers
 from cla_jax.evaluate import evaluate
 from cla_jax.interop import hf, names, safetensors
 from cla_jax.interop.export import export, is_llama
-from cla_jax.interop.foreign import Text, import_run
+from cla_jax.interop.foreign import import_run
 from cla_jax.interop.names import Tensor
+from cla_jax.interop.text import Text
 from cla_jax.runs import Run, find_runs
 from launch import convert
 from tests import interop as made
@@ -188,6 +189,18 @@ def test_an_export_replaces_only_an_export(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "new", progress=interrupt_at_once)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "target"]
+
+
+def test_the_command_takes_one_run_and_says_how_to_open_what_it_made(tmp_path, capsys):
+    made.make_run(tmp_path / "runs" / "a")
+    made.make_run(tmp_path / "runs" / "b", kv_map="cla:2")
+    with pytest.raises(SystemExit):
+        convert.main(["export", str(tmp_path / "runs"), str(tmp_path / "out")])
+    assert "holds several runs; name one of them" in capsys.readouterr().err
+    for name, remote in (("a", False), ("b", True)):
+        convert.main(["export", str(tmp_path / "runs" / name), str(tmp_path / name)])
+        assert ("trust_remote_code=True" in capsys.readouterr().out) == remote
+        assert (tmp_path / name / "modeling_cla.py").exists() == remote
 
 
 def interrupt_at_once(*_):

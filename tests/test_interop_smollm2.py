@@ -11,7 +11,8 @@ from cla_jax.data import tokenizers
 from cla_jax.evaluate import evaluate, open_setup
 from cla_jax.interop import fetch
 from cla_jax.interop.export import export
-from cla_jax.interop.foreign import Text, import_run
+from cla_jax.interop.foreign import import_run
+from cla_jax.interop.text import Text
 from cla_jax.runs import Run
 from tests import interop as made
 from tests.test_interop_hf import load

