@@ -276,5 +276,5 @@ def test_bfloat16_is_the_rounded_model(tmp_path):
     ours = names.from_model(parameters(run.config().model))
     assert theirs.dtype == torch.bfloat16
     for name, parameter in theirs.named_parameters():
-        expected = torch.as_tensor(ours[name].read()).bfloat16()
+        expected = torch.tensor(ours[name].read()).bfloat16()
         assert torch.equal(parameter, expected), name
