@@ -20,6 +20,7 @@ from cla_jax.interop.names import Tensor
 from cla_jax.interop.text import Text
 from cla_jax.report import rows
 from cla_jax.runs import Run, find_runs
+from cla_jax.state import named
 from launch import convert
 from tests import interop as made
 from tests import reference
@@ -107,6 +108,30 @@ def test_what_no_experiment_has_survives_too(tmp_path, changes):
     for file in directory.iterdir():
         if file.name != "export.json":
             assert file.read_bytes() == (twice / file.name).read_bytes(), file.name
+
+
+def test_each_tensor_holds_the_parameter_it_is_named_after():
+    """Put together by hand: a round trip would not notice keys and values changing places."""
+    config = dataclasses.replace(made.MODEL, kv_map="cla:2", bias=True)
+    model = reference.randomised(config)
+    ours = {name: np.asarray(array) for name, array in named(model).items()}
+    theirs = names.from_model(model)
+    matrix = lambda array: array.reshape(config.d_model, -1).T
+    kv = ours["stacks.0.projection.kv.weight"][1]  # of the second group, layers 2 and 3
+    block = lambda name: ours[f"stacks.0.blocks.{name}"][1, 0]
+    expected = {
+        "self_attn.k_proj.weight": matrix(kv[:, 0]),
+        "self_attn.v_proj.weight": matrix(kv[:, 1]),
+        "self_attn.v_proj.bias": ours["stacks.0.projection.kv.bias"][1, 1].reshape(-1),
+        "self_attn.q_proj.weight": matrix(block("query.weight")),
+        "self_attn.o_proj.weight": block("output.weight").reshape(-1, config.d_model).T,
+        "mlp.up_proj.weight": block("mlp.up.weight").T,
+        "mlp.gate_proj.weight": block("mlp.gate.weight").T,
+        "mlp.down_proj.weight": block("mlp.down.weight").T,
+        "post_attention_layernorm.weight": block("mlp_norm.scale"),
+    }
+    for name, array in expected.items():
+        np.testing.assert_array_equal(theirs[f"model.layers.2.{name}"].read(), array, name)
 
 
 def test_a_llama_is_what_transformers_calls_one():
