@@ -39,15 +39,20 @@ class Checkpointer:
 
     def save(self, state: State) -> None:
         """Starts saving; returns when the arrays have left the device, so the state may be donated."""
+        self._save(int(state.step), _parts(state))
+
+    def save_model(self, step: int, model: Transformer) -> None:
+        """Like `save`, of a model without a training state: it can be evaluated, not trained on."""
+        self._save(step, {"model": named(model)})
+
+    def _save(self, step: int, parts: dict[str, dict[str, Any]]) -> None:
         self.wait()
-        step = int(state.step)
         path = self.directory / f"{step:08d}"
         if _manifest(path).exists():
             return
         if path.exists() and jax.process_index() == 0:
             log.warning("removing %s, which was interrupted while it was written", path)
             path.rmtree()
-        parts = _parts(state)
         saving = ocp.save_checkpointables_async(_absolute(path), parts)
         arrays = {
             k: [list(a.shape), str(a.dtype)] for part in parts.values() for k, a in part.items()

@@ -17,6 +17,13 @@ from typing import Any, Literal
 from cla_jax import kv_map as kv_maps
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
+# The forms of model.rope_scaling, with the names of their numbers.
+ROPE_SCALINGS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low", "high", "original"),
+    "yarn": ("factor", "fast", "slow", "original", "attention"),
+}
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -78,6 +85,10 @@ class ModelConfig:
     bias: bool = False
     # Base of the rotary frequencies.
     rope_theta: float = 10_000.0
+    # How the rotary frequencies are stretched for contexts longer than those of pretraining: none,
+    # linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL, or yarn:FACTOR:FAST:SLOW:ORIGINAL:ATTENTION; ORIGINAL
+    # is the length pretrained on in tokens, ATTENTION what the rotated vectors are multiplied by.
+    rope_scaling: str = "none"
     # Added to the mean square in RMSNorm.
     norm_eps: float = 1e-5
     # Standard deviation of the initial weights (2405.12981, appendix B: 0.01275 everywhere).
@@ -101,6 +112,7 @@ class ModelConfig:
         _choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
             _positive(f"model.{field}", getattr(self, field))
+        self.resolved_rope_scaling  # noqa: B018  raises for what is none of its forms
         self.resolved_kv_map  # noqa: B018  raises for a map that does not fit the depth
         for layer, source in enumerate(self.resolved_kv_map):
             ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
@@ -132,6 +144,27 @@ class ModelConfig:
                 f"model.windows = {self.windows!r}: a window must be below 2**30; 0 is none"
             )
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
+
+    @functools.cached_property
+    def resolved_rope_scaling(self) -> tuple[str, dict[str, float]]:
+        """`rope_scaling` as its kind and numbers: `("linear", {"factor": 4.0})`."""
+        kind, *texts = self.rope_scaling.split(":")
+        near_choice("model.rope_scaling", kind, ROPE_SCALINGS)
+        names = ROPE_SCALINGS[kind]
+        form = ":".join((kind, *map(str.upper, names)))
+        try:
+            numbers = [float(text) for text in texts]
+        except ValueError:
+            numbers = []
+        if len(numbers) != len(names) or not all(0 < number < float("inf") for number in numbers):
+            raise ValueError(
+                f"model.rope_scaling = {self.rope_scaling!r}: the form is {form}"
+                + (", all positive numbers" if names else "")
+            )
+        values = dict(zip(names, numbers, strict=True))
+        if kind == "llama3" and not values["low"] < values["high"]:
+            raise ValueError(f"model.rope_scaling = {self.rope_scaling!r}: LOW must be below HIGH")
+        return kind, values
 
     @property
     def q_groups(self) -> int:

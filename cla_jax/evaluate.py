@@ -57,7 +57,9 @@ def open_setup(
         eval_batch_size=batch_size or config.placement.eval_batch_size,
     )
     # The batch of training need not divide over these devices.
-    setup = set_up(dataclasses.replace(config, batch_size=jax.device_count(), placement=here))
+    config = dataclasses.replace(config, batch_size=jax.device_count(), placement=here)
+    from_file = config.data.tokenizer.endswith(".json")  # the run has a copy; the file may be gone
+    setup = set_up(config, run.tokenizer_json() if from_file else None)
     run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(setup.rules, setup.mesh)

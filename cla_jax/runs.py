@@ -1,7 +1,8 @@
 """The run directory: the contract between training and everything that comes after it.
 
     runs/NAME/
-        config.json      identity and placement apart, versions, fingerprint of the data
+        config.json      identity and placement apart, versions, fingerprint of the data; the origin of
+                         a model that was imported
         tokenizer.json
         metrics.jsonl    one record a line; on a remote path metrics/FIRST.jsonl, in segments
         checkpoints/     see cla_jax.checkpoint
@@ -9,7 +10,7 @@
         eval/*.json      one file an evaluation
         log.txt
 
-Training writes it; evaluation, generation and reports read only it. Paths are local or gs://.
+Training or an import writes it; evaluation, generation, export and reports read only it. Paths are local or gs://.
 """
 
 import contextlib
@@ -136,13 +137,7 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
     run = Run(run_path(config))
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"{run.path} is a file: remove it, or use another --name")
-    record = {
-        "name": config.name,
-        "identity": configs.identity(config),
-        "placement": dataclasses.asdict(config.placement),
-        "data_fingerprint": data_fingerprint,
-        "versions": versions(),
-    }
+    record = _record(config, data_fingerprint)
     if (run.path / "config.json").exists():
         theirs = _read_json(run.path / "config.json")
         ours = record["identity"] | {"data_fingerprint": data_fingerprint}
@@ -160,6 +155,53 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
     write_atomically(run.path / "config.json", _dump(record))
     write_atomically(run.path / "tokenizer.json", tokenizer_json)
     return run
+
+
+def _record(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    return {
+        "name": config.name,
+        "identity": configs.identity(config),
+        "placement": dataclasses.asdict(config.placement),
+        "data_fingerprint": data_fingerprint,
+        "versions": versions(),
+    }
+
+
+@contextlib.contextmanager
+def new_run(
+    config: Config, *, data_fingerprint: str, tokenizer_json: str, origin: dict[str, Any]
+) -> Iterator[Run]:
+    """Makes a run directory whole or not at all, for a model that was not trained here.
+
+    Yields it under another name, for checkpoints to be written; it gets its own when the block ends, and
+    is removed if that raises. `origin` says where the model is from. Raises ValueError if there is
+    something in its place.
+    """
+    path = run_path(config)
+    if not is_local(path):
+        raise ValueError(f"{path}: a run is imported to a local path; copy it from there")
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or choose another directory")
+    partial = path.parent / f".{path.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process") from None
+        for left in partial.iterdir():  # of a process that was killed
+            if left.name != ".lock":
+                left.rmtree() if left.is_dir() else left.unlink()
+        try:
+            yield Run(partial)
+            write_atomically(partial / "tokenizer.json", tokenizer_json)
+            record = _record(config, data_fingerprint) | {"origin": origin}
+            write_atomically(partial / "config.json", _dump(record))
+            (partial / ".lock").unlink()
+            os.rename(partial, path)
+        except BaseException:
+            partial.rmtree()
+            raise
 
 
 @contextlib.contextmanager
@@ -198,7 +240,9 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
 def _runs_below(directory: epath.Path) -> list[Run]:
     if (directory / "config.json").exists():
         return [Run(directory)]
-    children = sorted(child for child in directory.iterdir() if child.is_dir())
+    children = sorted(
+        child for child in directory.iterdir() if child.is_dir() and child.name[0] != "."
+    )
     return [run for child in children for run in _runs_below(child)]
 
 

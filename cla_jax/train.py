@@ -106,10 +106,13 @@ def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(config=config, mesh=mesh, run=run, end=end)
 
 
-def set_up(config: Config) -> Setup:
-    """Checks the config against devices and data; prepares the data if need be."""
+def set_up(config: Config, tokenizer_json: str | None = None) -> Setup:
+    """Checks the config against devices and data; prepares the data if need be.
+
+    `tokenizer_json`, if given, stands for the file that `data.tokenizer` names.
+    """
     layout = lay_out(config)  # before the data, which take long
-    prepared = prepare(config.data, config.placement.data_dir)
+    prepared = prepare(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
     check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
     end = None if layout.end is None else prepared.tokenizer.end
     return Setup(config=config, mesh=layout.mesh, run=layout.run, end=end, prepared=prepared)

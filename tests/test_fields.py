@@ -35,6 +35,7 @@ IDENTITY = {
     "model.tied_embeddings": False,
     "model.bias": True,
     "model.rope_theta": 500.0,
+    "model.rope_scaling": "linear:2",
     "model.norm_eps": 1e-2,
     "model.init_std": 0.2,
     "model.compute_dtype": "bfloat16",

@@ -20,6 +20,7 @@ LAYERS = [
     {"train", "decode", "generate"},
     {"scoring", "families", "likelihood", "memory", "plan"},
     {"evaluate"},
+    {"interop"},
     {"report"},
     {"experiments"},
     {"launch"},

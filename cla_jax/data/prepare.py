@@ -54,20 +54,25 @@ class Prepared:
 
 
 def prepare(
-    config: DataConfig, data_dir: str | os.PathLike[str], *, progress: Progress | None = None
+    config: DataConfig,
+    data_dir: str | os.PathLike[str],
+    *,
+    tokenizer_json: str | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
     """The prepared data of a config, made if it is not there yet.
 
     Args:
       config: what to prepare.
       data_dir: local directory of all prepared data; processes may share it.
+      tokenizer_json: the tokenizer, where its file need not be at hand: a run directory has a copy.
       progress: called with the number of documents done; by default a line on a terminal.
 
     Raises:
       ValueError: the source or the tokenizer is at fault, a split would be empty, or the prepared
         data has been damaged.
     """
-    path = prepared_path(config, data_dir)
+    path = prepared_path(config, data_dir, tokenizer_json)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_name(f".{path.name}.lock")):
@@ -75,15 +80,17 @@ def prepare(
                 with (
                     _terminal() if progress is None else contextlib.nullcontext(progress) as report
                 ):
-                    _make(config, path, report)
+                    _make(config, path, report, tokenizer_json)
     return open_prepared(path)
 
 
-def prepared_path(config: DataConfig, data_dir: str | os.PathLike[str]) -> Path:
+def prepared_path(
+    config: DataConfig, data_dir: str | os.PathLike[str], tokenizer_json: str | None = None
+) -> Path:
     """The directory of the prepared data of a config: a readable name and a fingerprint.
 
     The fingerprint covers the content of the source and of a tokenizer file, so changed inputs are
-    prepared anew.
+    prepared anew. What counts of a file is the tokenizer in it: a run's own copy has its fingerprint.
     """
     if "://" in os.fspath(data_dir):
         raise ValueError(
@@ -92,7 +99,8 @@ def prepared_path(config: DataConfig, data_dir: str | os.PathLike[str]) -> Path:
         )
     identity = _identity(config) | {"source": sources.fingerprint(config.source)}
     if config.tokenizer.endswith(".json"):
-        identity["tokenizer"] = manifest.sha256(tokenizers.tokenizer_file(config))
+        tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
+        identity["tokenizer"] = manifest.digest({"json": tokenizer.to_json()})
     kind, _, argument = config.source.partition(":")
     words = (kind, Path(argument).name, Path(config.tokenizer).stem, config.seq_len)
     name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(str(word) for word in words if word))
@@ -160,14 +168,14 @@ class _Stream:
         return np.memmap(self.tokens, self.dtype, "r"), np.memmap(self.n_bytes, np.int32, "r")
 
 
-def _make(config: DataConfig, path: Path, progress: Progress) -> None:
+def _make(config: DataConfig, path: Path, progress: Progress, tokenizer_json: str | None) -> None:
     """Prepares into a temporary directory and renames it when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # of a process that was killed: we hold the lock
         shutil.rmtree(partial)
     partial.mkdir()
     try:
-        tokenizer = tokenizers.make_tokenizer(config)
+        tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
         streams = _tokenise(config, tokenizer, partial, progress)
         totals = _write_records(config, tokenizer, streams, partial)
         (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")

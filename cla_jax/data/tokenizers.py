@@ -110,17 +110,26 @@ def load(json_text: str, end_token: str) -> Tokenizer:
     Raises:
       ValueError: the text is not that of a tokenizer, or `end_token` does not fit it.
     """
+    return Tokenizer(_parse(json_text), end_token)
+
+
+def _parse(json_text: str) -> tokenizers.Tokenizer:
     try:
         fields = json.loads(json_text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the tokenizer is not valid JSON: {error}") from error
     match fields:
         case {"model": {}}:
-            return Tokenizer(tokenizers.Tokenizer.from_str(json_text), end_token)
+            return tokenizers.Tokenizer.from_str(json_text)
     raise ValueError(
         "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
         "tokenizers library is needed, not a tokenizer_config.json)"
     )
+
+
+def token(json_text: str, i: int) -> str | None:
+    """The token of an id in a tokenizer.json, None if there is none. Raises ValueError as `load` does."""
+    return _parse(json_text).id_to_token(i)
 
 
 def byte_tokenizer(end_token: str = "<|endoftext|>") -> Tokenizer:
@@ -146,8 +155,10 @@ def train_bpe(texts: Iterable[str], size: int, end_token: str = "<|endoftext|>")
     return Tokenizer(inner, end_token)
 
 
-def make_tokenizer(config: DataConfig) -> Tokenizer:
+def make_tokenizer(config: DataConfig, json_text: str | None = None) -> Tokenizer:
     """The tokenizer a config names; `bpe:SIZE` reads the training split, at most 256 MiB of it.
+
+    `json_text`, if given, is the content of the file it names, which is then not read.
 
     Raises:
       ValueError: the file is missing or is not a tokenizer, or data.end_token does not fit it.
@@ -157,9 +168,10 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
     if config.tokenizer.startswith("bpe:"):
         size = int(config.tokenizer.removeprefix("bpe:"))
         return train_bpe(_sample(config), size, config.end_token)
-    path = tokenizer_file(config)
+    if json_text is None:
+        json_text = tokenizer_file(config).read_text(encoding="utf-8")
     try:
-        return load(path.read_text(encoding="utf-8"), config.end_token)
+        return load(json_text, config.end_token)
     except ValueError as error:
         raise ValueError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
 

@@ -8,6 +8,7 @@ Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes 
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -145,14 +146,43 @@ def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def _frequencies(config: ModelConfig) -> jax.Array:
+    """Radians a position by which each pair of dimensions turns, [H/2]."""
+    half = config.d_head // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    kind, number = config.resolved_rope_scaling
+    if kind == "none":
+        return frequencies
+    slowed = frequencies / number["factor"]
+    if kind == "linear":
+        return slowed
+    # Pairs that turn often within the original context keep their speed, those that turn seldom are
+    # slowed, and those between get a blend.
+    if kind == "llama3":
+        turns = number["original"] * frequencies / (2 * math.pi)
+        kept = (turns - number["low"]) / (number["high"] - number["low"])
+    else:  # yarn blends by the index of a pair instead, between those that turn fast and slow times
+
+        def pair(turns: float) -> float:
+            wavelength = number["original"] / (2 * math.pi * turns)
+            return half * math.log(wavelength) / math.log(config.rope_theta)
+
+        first = max(math.floor(pair(number["fast"])), 0)
+        last = min(math.ceil(pair(number["slow"])), config.d_head - 1)
+        kept = 1 - (jnp.arange(half) - first) / max(last - first, 1e-3)
+    kept = jnp.clip(kept, 0, 1)
+    return kept * frequencies + (1 - kept) * slowed
+
+
 class Rope:
     """Rotary position embedding, half-split: dimension i turns with dimension i + H/2."""
 
     def __init__(self, positions_BT: jax.Array, config: ModelConfig):
-        half = config.d_head // 2
-        frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+        angles = positions_BT[..., None].astype(jnp.float32) * _frequencies(config)
         self.cos, self.sin = _cos_and_sin(angles)
+        kind, number = config.resolved_rope_scaling
+        if kind == "yarn":
+            self.cos, self.sin = self.cos * number["attention"], self.sin * number["attention"]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotates x_BT...H, any number of head axes, in float32."""

@@ -50,6 +50,8 @@ class Row:
     @property
     def progress(self) -> str:
         """`step n/N` for a run, or an evaluation, that stopped early; else empty."""
+        if "origin" in self.record:  # imported: nothing was trained here
+            return ""
         seen = self.evaluation or (self.metrics[-1] if self.metrics else {"step": 0})
         done, steps = seen["step"], self.config.steps
         return f"step {done:,}/{steps:,}" if done < steps else ""

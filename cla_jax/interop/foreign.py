@@ -1,0 +1,114 @@
+"""A foreign model as all formats are read into, and the run directory that is made of it."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cla_jax import checkpoint, runs
+from cla_jax.config import Config, DataConfig, ModelConfig, Placement
+from cla_jax.data import prepare, tokenizers
+from cla_jax.interop import names
+from cla_jax.interop.names import Tensor
+from cla_jax.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A model of another library: what it computes, and its tensors under the names of a Llama."""
+
+    # Where it is from; goes into config.json of the run.
+    origin: dict[str, Any]
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer_json: str
+    # The token that ends a document, as far as the format says.
+    end_token: str | None
+    # The longest context it was made for, if the format says.
+    max_length: int | None = None
+    # What was found and does not go into the model, for the user to know.
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """What an imported model is evaluated on, and how it is computed."""
+
+    # Held-out text, as data.source: sotu, text:GLOB, jsonl:GLOB, tfds:NAME.
+    source: str = "sotu"
+    # Tokens of a window of it; by default 1024, or the model's longest context if that is shorter.
+    seq_len: int | None = None
+    # The token between documents; by default the one that the model calls end of text.
+    end_token: str | None = None
+    # Directory of prepared (tokenised) data.
+    data_dir: str = "data"
+    # Dtype of matrix products and activations.
+    compute_dtype: str = "float32"
+
+
+def import_run(
+    foreign: Foreign,
+    path: str | os.PathLike[str],
+    text: Text = Text(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Run:
+    """Makes a run directory of a foreign model: whole, or none.
+
+    It has a checkpoint at step 0 and the origin in its config; evaluation, generation and export read it
+    like any other. Raises ValueError where the model, its tokenizer or the directory do not allow it.
+    """
+    config = _config(foreign, Path(path), text)
+    tokenizer = tokenizers.load(foreign.tokenizer_json, config.data.end_token)
+    if tokenizer.size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} ids, the model has vocab_size = "
+            f"{config.model.vocab_size} rows: it is another model's tokenizer"
+        )
+    names.check(foreign.tensors, config.model)
+    tokenizer_json = tokenizer.to_json()
+    prepared = prepare.prepared_path(config.data, config.placement.data_dir, tokenizer_json)
+    for note in foreign.notes:
+        log.warning("%s", note)
+    with runs.new_run(
+        config,
+        data_fingerprint=prepared.name,
+        tokenizer_json=tokenizer_json,
+        origin=foreign.origin | {"notes": list(foreign.notes)},
+    ) as run:
+        model = names.to_model(foreign.tensors, config.model, progress)
+        saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
+        saver.save_model(0, model)
+        saver.close()
+    return Run(runs.run_path(config))
+
+
+def _config(foreign: Foreign, path: Path, text: Text) -> Config:
+    end_token = text.end_token or foreign.end_token
+    if end_token is None:
+        raise ValueError("the model names no end token (eos_token_id): say which with --end-token")
+    seq_len = text.seq_len or min(1024, foreign.max_length or 1024)
+    model = dataclasses.replace(foreign.config, compute_dtype=text.compute_dtype)
+    return Config(
+        name=path.name,
+        model=model,
+        data=DataConfig(
+            source=text.source,
+            tokenizer="tokenizer.json",  # the run's own
+            end_token=end_token,
+            seq_len=seq_len,
+        ),
+        # Nothing was trained here: what a further training needs is for that to say.
+        batch_size=1,
+        steps=1,
+        placement=Placement(
+            runs=str(path.parent),
+            data_dir=text.data_dir,
+            eval_batch_size=8,
+            loss_chunk=math.gcd(256, seq_len),
+        ),
+    )

@@ -1,0 +1,264 @@
+"""Models in GGUF files, the format of llama.cpp: Llama architectures, float and simple quantised tensors.
+
+    header      "GGUF", version, number of tensors and of metadata entries
+    metadata    key, type, value: the config and the tokenizer
+    tensors     name, dimensions (the fastest first), type, offset
+    data        from the next multiple of general.alignment on; offsets count from here
+
+Weights become float32, exactly as stored: codes times scales. llama.cpp keeps the rows of query and key
+projections in another order, for a rotation of neighbouring dimensions; that is undone here.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cla_jax.config import ModelConfig, near_choice
+from cla_jax.interop import gguf_tokenizer
+from cla_jax.interop.foreign import Foreign
+from cla_jax.interop.names import Tensor
+
+_SCALARS = {
+    **{0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4"},
+    **{6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
+}
+_STRING, _ARRAY = 8, 9
+
+# ----------------------------------------------------------------------------------- tensor types
+
+
+@dataclasses.dataclass(frozen=True)
+class _Type:
+    name: str
+    values: int  # in a block
+    bytes: int  # of a block
+    decode: Callable[[np.ndarray], np.ndarray]  # uint8 [blocks, bytes] -> float32 [blocks, values]
+
+
+def _floats(dtype: str, blocks: np.ndarray) -> np.ndarray:
+    return blocks.view(dtype).astype(np.float32)
+
+
+def _nibbles(blocks: np.ndarray) -> np.ndarray:
+    """The low halves of 16 bytes, then the high halves, float32 [blocks, 32]."""
+    return np.concatenate([blocks & 15, blocks >> 4], axis=1).astype(np.float32)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return _floats("<f2", blocks[:, :2].copy()) * blocks[:, 2:].view(np.int8)
+
+
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    return _floats("<f2", blocks[:, :2].copy()) * (_nibbles(blocks[:, 2:]) - 8)
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    scale, least = _floats("<f2", blocks[:, :2].copy()), _floats("<f2", blocks[:, 2:4].copy())
+    return scale * _nibbles(blocks[:, 4:]) + least
+
+
+_TYPES = {
+    0: _Type("F32", 1, 4, functools.partial(_floats, "<f4")),
+    1: _Type("F16", 1, 2, functools.partial(_floats, "<f2")),
+    2: _Type("Q4_0", 32, 18, _q4_0),
+    3: _Type("Q4_1", 32, 20, _q4_1),
+    8: _Type("Q8_0", 32, 34, _q8_0),
+}
+
+# ------------------------------------------------------------------------------------------ file
+
+
+class _Cursor:
+    """Reads the head of a file from front to back."""
+
+    def __init__(self, file: Path):
+        self.file, self.offset = file, 0
+        self.bytes = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, "u1")
+
+    def take(self, n: int) -> np.ndarray:
+        if self.offset + n > len(self.bytes):
+            raise ValueError(
+                f"{self.file} is truncated: its head ends after {len(self.bytes):,} bytes"
+            )
+        self.offset += n
+        return self.bytes[self.offset - n : self.offset]
+
+    def number(self, kind: str) -> Any:
+        return self.take(np.dtype(kind).itemsize).view(kind)[0].item()
+
+    def string(self) -> str:
+        return self.take(self.number("<u8")).tobytes().decode(errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            element, count = self.number("<u4"), self.number("<u8")
+            if element in _SCALARS:
+                dtype = np.dtype(_SCALARS[element])
+                return self.take(count * dtype.itemsize).view(dtype).tolist()
+            return [self.value(element) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(
+                f"{self.file}: unknown type {kind} in the metadata: the file is damaged"
+            )
+        return self.number(_SCALARS[kind])
+
+
+def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors, under llama.cpp's names."""
+    cursor = _Cursor(file)
+    if len(cursor.bytes) < 4 or cursor.take(4).tobytes() != b"GGUF":
+        raise ValueError(f"{file} is not a GGUF file")
+    if (version := cursor.number("<u4")) not in (2, 3):
+        raise ValueError(f"{file} is GGUF version {version}; readable are 2 and 3")
+    n_tensors, n_entries = cursor.number("<u8"), cursor.number("<u8")
+    metadata = {cursor.string(): cursor.value(cursor.number("<u4")) for _ in range(n_entries)}
+    entries = []
+    for _ in range(n_tensors):
+        name, n_dimensions = cursor.string(), cursor.number("<u4")
+        shape = tuple(cursor.number("<u8") for _ in range(n_dimensions))[::-1]
+        entries.append((name, shape, cursor.number("<u4"), cursor.number("<u8")))
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-cursor.offset // alignment) * alignment
+    return metadata, {
+        name: _tensor(file, cursor.bytes, name, shape, kind, start + offset)
+        for name, shape, kind, offset in entries
+    }
+
+
+def _tensor(
+    file: Path, content: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> Tensor:
+    if kind not in _TYPES:
+        known = ", ".join(each.name for each in _TYPES.values())
+        raise ValueError(f"{file}: {name} has tensor type {kind}; readable are {known}")
+    type_ = _TYPES[kind]
+    if shape and shape[-1] % type_.values:
+        raise ValueError(f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, no blocks")
+    size = math.prod(shape) // type_.values * type_.bytes
+    if offset + size > len(content):
+        raise ValueError(
+            f"{file} is truncated: {name} ends at byte {offset + size:,} of {len(content):,}"
+        )
+
+    def read() -> np.ndarray:
+        blocks = np.array(content[offset : offset + size]).reshape(-1, type_.bytes)
+        return type_.decode(blocks).reshape(shape)
+
+    return Tensor(shape, read)
+
+
+# ----------------------------------------------------------------------------------------- model
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
+    """The model of a GGUF file.
+
+    Args:
+      file: the file.
+      tokenizer_json: a tokenizer that stands for the one in the file.
+
+    Raises:
+      ValueError: the file is damaged, or has what the architecture cannot express; names the tensor or key.
+    """
+    metadata, found = _parse(file)
+    near_choice(
+        f"general.architecture in {file}:", str(metadata.get("general.architecture")), ("llama",)
+    )
+    config = _config(metadata, found)
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    tensors = {}
+    for name, tensor in found.items():
+        *block, part, kind = name.split(".")
+        if part not in _NAMES:
+            raise ValueError(f"{file}: tensor {name} has no place in the model")
+        prefix = f"model.layers.{block[1]}." if block else ""
+        if part in heads:
+            tensor = _unpermuted(tensor, heads[part])
+        tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
+    end = metadata.get("tokenizer.ggml.eos_token_id")
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    origin = {"format": "gguf", "path": str(file), "name": metadata.get("general.name")}
+    if template := metadata.get("tokenizer.chat_template"):
+        origin["chat_template"] = template
+    return Foreign(
+        origin=origin,
+        config=config,
+        tensors=tensors,
+        tokenizer_json=tokenizer_json or gguf_tokenizer.build(metadata, file),
+        end_token=tokens[end] if end is not None and end < len(tokens) else None,
+        max_length=metadata.get("llama.context_length"),
+    )
+
+
+def _config(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
+    def take(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"llama.{key}", default)
+        if value is None:
+            raise ValueError(f"key llama.{key} is missing")
+        if isinstance(value, list):  # one for each layer
+            if len(set(value)) != 1:
+                raise ValueError(f"key llama.{key} differs from layer to layer: {value}")
+            return value[0]
+        return value
+
+    d_model, n_heads = take("embedding_length"), take("attention.head_count")
+    d_head = take("attention.key_length", d_model // n_heads)
+    only = {
+        "attention.value_length": d_head,
+        "rope.dimension_count": d_head,
+        "rope.scaling.type": "none",
+        "expert_count": 0,
+        "attention.sliding_window": 0,
+    }
+    for key, value in only.items():
+        if (given := take(key, value)) != value:
+            raise ValueError(f"llama.{key} = {given} cannot be expressed, only {value}")
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    return ModelConfig(
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        n_layers=take("block_count"),
+        d_model=d_model,
+        d_ff=take("feed_forward_length"),
+        n_heads=n_heads,
+        n_kv_heads=take("attention.head_count_kv", n_heads),
+        d_head=d_head,
+        kv_norm="block",
+        tied_embeddings="output.weight" not in tensors,
+        bias="blk.0.attn_q.bias" in tensors,
+        rope_theta=take("rope.freq_base", 10_000.0),
+        # A float32 in the file: 1e-5 is meant.
+        norm_eps=float(str(np.float32(take("attention.layer_norm_rms_epsilon")))),
+    )
+
+
+def _unpermuted(tensor: Tensor, heads: int) -> Tensor:
+    """Rows (head, pair, half) of llama.cpp as (head, half, pair); biases too."""
+
+    def read() -> np.ndarray:
+        rows = tensor.read()
+        return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+    return Tensor(tensor.shape, read)

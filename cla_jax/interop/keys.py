@@ -1,0 +1,61 @@
+"""The keys of a foreign config.json: every one is used, checked, known to say nothing, or named."""
+
+from typing import Any
+
+# Keys that say nothing about what is computed from given tokens.
+_SILENT = frozenset(
+    """_name_or_path _commit_hash _attn_implementation architectures attention_dropout auto_map
+    bos_token_id chunk_size_feed_forward decoder_start_token_id dtype gradient_checkpointing id2label
+    initializer_range is_decoder is_encoder_decoder label2id language model_type output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id
+    task_specific_params torch_dtype torchscript transformers_version unk_token_id use_bfloat16
+    use_cache""".split()
+)
+_REQUIRED = object()
+
+
+class Keys:
+    """A config.json that knows which of its keys were asked for. null counts as absent."""
+
+    def __init__(self, values: dict[str, Any], where: str = ""):
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._asked: set[str] = set()
+        self._where = where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def take(self, key: str, default: Any = _REQUIRED, kind: type | None = None) -> Any:
+        """The value of a key. Raises ValueError if it is missing, or not a `kind`."""
+        self._asked.add(key)
+        if key not in self._values:
+            if default is _REQUIRED:
+                raise ValueError(f"key {self._where}{key} is missing")
+            return default
+        value = self._values[key]
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        accepted = (int, float) if kind is float else kind
+        if accepted and (
+            not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)
+        ):
+            raise ValueError(f"key {self._where}{key} = {value!r} is not of type {kind.__name__}")  # type: ignore[union-attr]
+        return value
+
+    def only(self, key: str, *values: Any) -> None:
+        """Raises ValueError unless the key is absent or has one of the values that can be expressed."""
+        given = self.take(key, values[0])
+        if given not in values:
+            raise ValueError(
+                f"key {self._where}{key} = {given!r} cannot be expressed, only "
+                + " or ".join(map(repr, values))
+            )
+
+    def inner(self, key: str) -> "Keys":
+        """The object under a key; empty if there is none."""
+        return Keys(self.take(key, {}, dict), f"{self._where}{key}.")
+
+    def unknown(self) -> list[str]:
+        """The keys that nobody asked for and that may mean something."""
+        found = self._values.keys() - self._asked - _SILENT
+        return [self._where + key for key in sorted(found)]

@@ -1,0 +1,180 @@
+"""Our parameters and the tensors of a Llama checkpoint: one table, read in both directions.
+
+A foreign linear layer is a matrix (out, in); ours is an einsum operand with an axis for each thing that
+has a meaning, and the layers of a stack together: [groups, size, ...]. The table says for one layer which
+tensor holds which parameter and how its axes are flattened. Query head n of the matrix is our head
+(n // G, n % G): the G heads that read one key/value head lie together, there as here.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from cla_jax import kv_map as kv_maps
+from cla_jax.config import ModelConfig
+from cla_jax.model.layers import sizes
+from cla_jax.model.transformer import Transformer
+from cla_jax.state import named, with_named
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when it is asked for, as float32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    ours: str  # the parameter, within its block, projection or model
+    letters: str  # its axes
+    theirs: tuple[str, ...]  # the tensor, within its layer; one for keys and one for values
+    form: str  # the tensor's axes, of which each flattens some of ours
+
+
+_BLOCK = (
+    _Entry("attention_norm.scale", "D", ("input_layernorm.weight",), "D"),
+    _Entry("query.weight", "DKGH", ("self_attn.q_proj.weight",), "KGH,D"),
+    _Entry("query.bias", "KGH", ("self_attn.q_proj.bias",), "KGH"),
+    _Entry("output.weight", "KGHD", ("self_attn.o_proj.weight",), "D,KGH"),
+    _Entry("output.bias", "D", ("self_attn.o_proj.bias",), "D"),
+    _Entry("mlp_norm.scale", "D", ("post_attention_layernorm.weight",), "D"),
+    _Entry("mlp.gate.weight", "DF", ("mlp.gate_proj.weight",), "F,D"),
+    _Entry("mlp.gate.bias", "F", ("mlp.gate_proj.bias",), "F"),
+    _Entry("mlp.up.weight", "DF", ("mlp.up_proj.weight",), "F,D"),
+    _Entry("mlp.up.bias", "F", ("mlp.up_proj.bias",), "F"),
+    _Entry("mlp.down.weight", "FD", ("mlp.down_proj.weight",), "D,F"),
+    _Entry("mlp.down.bias", "D", ("mlp.down_proj.bias",), "D"),
+)
+_KEYS_AND_VALUES = (  # of the layer that produces them
+    _Entry("norm.scale", "D", ("self_attn.kv_norm.weight",), "D"),
+    _Entry("kv.weight", "DCKH", ("self_attn.k_proj.weight", "self_attn.v_proj.weight"), "KH,D"),
+    _Entry("kv.bias", "CKH", ("self_attn.k_proj.bias", "self_attn.v_proj.bias"), "KH"),
+)
+_MODEL = (
+    _Entry("embedding", "VD", ("model.embed_tokens.weight",), "V,D"),
+    _Entry("norm.scale", "D", ("model.norm.weight",), "D"),
+    _Entry("head", "VD", ("lm_head.weight",), "V,D"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """One parameter of one layer: a slice of our array, and the tensors that hold it."""
+
+    array: str
+    index: tuple[int, ...]  # group, and block within the group
+    entry: _Entry
+    tensors: tuple[str, ...]
+
+
+def _places(config: ModelConfig) -> list[_Place]:
+    """All places of a model of this config: none for a head if it is tied, say."""
+    found = [_Place(entry.ours, (), entry, entry.theirs) for entry in _MODEL]
+    for s, stack in enumerate(kv_maps.stacks(config.resolved_kv_map)):
+        for g, group in enumerate(stack.groups):
+            parts = [("projection", (g,), group.first, _KEYS_AND_VALUES)]
+            parts += [("blocks", (g, i), group.first + i, _BLOCK) for i in range(group.size)]
+            for part, index, layer, entries in parts:
+                for entry in entries:
+                    tensors = tuple(f"model.layers.{layer}.{name}" for name in entry.theirs)
+                    found.append(_Place(f"stacks.{s}.{part}.{entry.ours}", index, entry, tensors))
+    known = named(_abstract(config))
+    found = [place for place in found if place.array in known]
+    assert {place.array for place in found} == known.keys()
+    return found
+
+
+def _abstract(config: ModelConfig) -> Transformer:
+    return jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+
+
+def _shape(entry: _Entry, config: ModelConfig) -> tuple[int, ...]:
+    size = sizes(config)
+    return tuple(math.prod(size[letter] for letter in axis) for axis in entry.form.split(","))
+
+
+def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors, with their shapes, that a checkpoint of such a model has: these and no others."""
+    return {
+        name: _shape(place.entry, config) for place in _places(config) for name in place.tensors
+    }
+
+
+def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raises ValueError naming the tensors that are missing, left over or of another shape."""
+    wanted = expected(config)
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
+    problems = [f"missing: {_some(missing)}"] if missing else []
+    problems += [f"not expected: {_some(extra)}"] if extra else []
+    for name, shape in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape)
+            problems.append(f"{name} has shape {found}, the config asks for {shape}")
+    if problems:
+        raise ValueError("the tensors are not those of the config: " + "; ".join(problems[:6]))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def to_model(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Transformer:
+    """The model that a checkpoint holds; its arrays are numpy's, float32.
+
+    Raises ValueError as `check` does, and for numbers that are not finite.
+    """
+    check(tensors, config)
+    size, abstract = sizes(config), _abstract(config)
+    arrays = {name: np.empty(leaf.shape, np.float32) for name, leaf in named(abstract).items()}
+    places = _places(config)
+    for done, place in enumerate(places):
+        entry, parts = place.entry, []
+        for name in place.tensors:
+            tensor = tensors[name].read()
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+            flat = entry.form.replace(",", "")
+            parts.append(tensor.reshape([size[letter] for letter in flat]))
+        array = arrays[place.array][place.index]
+        for part, target in zip(parts, _by_tensor(array, entry), strict=True):
+            ours = entry.letters.replace("C", "")
+            target[...] = part.transpose([flat.index(letter) for letter in ours])
+        progress(done + 1, len(places))
+    return with_named(abstract, arrays)
+
+
+def from_model(model: Transformer) -> dict[str, Tensor]:
+    """The tensors of a model's checkpoint; the inverse of `to_model`."""
+    config, arrays = model.config, named(model)
+
+    def read(place: _Place, c: int) -> np.ndarray:
+        entry, array = place.entry, np.asarray(arrays[place.array])
+        ours, flat = entry.letters.replace("C", ""), entry.form.replace(",", "")
+        part = _by_tensor(array[place.index], entry)[c]
+        part = part.transpose([ours.index(letter) for letter in flat])
+        return np.ascontiguousarray(part.reshape(_shape(entry, config)))
+
+    return {
+        name: Tensor(_shape(place.entry, config), functools.partial(read, place, c))
+        for place in _places(config)
+        for c, name in enumerate(place.tensors)
+    }
+
+
+def _by_tensor(array: np.ndarray, entry: _Entry) -> list[np.ndarray]:
+    """Views of a parameter, one for each tensor that holds it."""
+    if "C" not in entry.letters:
+        return [array]
+    return list(np.moveaxis(array, entry.letters.index("C"), 0))

@@ -1,0 +1,98 @@
+"""Files in the safetensors format: a JSON header with names, dtypes, shapes and places, then the bytes.
+
+8 bytes            length of the header, little-endian
+header             {"name": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, ...}
+data               little-endian, row-major; offsets count from here
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cla_jax.interop.names import Tensor
+
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_LONGEST_HEADER = 100_000_000  # what the format allows
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, read when asked for. Raises ValueError if it is damaged or not of the format."""
+    header, start = _header(file)
+    size = file.stat().st_size - start
+    found = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(lo), int(hi)]}:
+                pass
+            case _:
+                raise ValueError(f"{file}: the header does not describe {name}: {entry}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {dtype}; readable are {', '.join(_DTYPES)}")
+        wanted = _DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        if hi - lo != wanted or lo < 0:
+            raise ValueError(
+                f"{file}: {name}, {dtype} {shape}, needs {wanted} bytes, not the {hi - lo} of its header"
+            )
+        if hi > size:
+            raise ValueError(
+                f"{file} is truncated: {name} ends at byte {start + hi:,} of {start + size:,}"
+            )
+        found[name] = _tensor(file, start + lo, _DTYPES[dtype], tuple(shape))
+    return found
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > _LONGEST_HEADER:
+            raise ValueError(f"{file} is not a safetensors file")
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated: its header alone has {length:,} bytes")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is not a safetensors file: its header is not an object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _tensor(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    def read() -> np.ndarray:
+        count = int(np.prod(shape, dtype=np.int64))
+        values = np.fromfile(file, np.uint8, count * dtype.itemsize, offset=offset)
+        return values.view(dtype).reshape(shape).astype(np.float32)
+
+    return Tensor(shape, read)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], dtype: str, progress: Any = None) -> None:
+    """Writes tensors, converted to `dtype` (F32, F16 or BF16), one in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = _DTYPES[dtype].itemsize * int(np.prod(tensor.shape, dtype=np.int64))
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for done, tensor in enumerate(tensors.values()):
+            out.write(tensor.read().astype(_DTYPES[dtype]).tobytes())
+            if progress:
+                progress(done + 1, len(tensors))
+        out.flush()
+        os.fsync(out.fileno())
