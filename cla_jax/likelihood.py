@@ -12,7 +12,7 @@ and a token's scores over the vocabulary exist only where a continuation is pred
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def _batches(
         size = rows_of(STEP // length)
         for begin in range(0, len(rows), size):
             tokens_BT = np.zeros((size, length), np.int32)
-            forks = Forks(*(np.full((3, size, length), -1, np.int32)))
+            empty: Any = np.full((3, size, length), -1, np.int32)
+            forks = Forks(*empty)
             forks.positions_BT[:] = 0
             places: list[_Place] = []
             for r, row in enumerate(rows[begin : begin + size]):
