@@ -65,8 +65,21 @@ class Fetch:
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Make a directory that transformers opens of a run's newest checkpoint."""
+
+    # The run directory.
+    run: Annotated[str, tyro.conf.Positional]
+    # The directory to make; one that an export made before is replaced.
+    directory: Annotated[str, tyro.conf.Positional]
+    # Dtype of the tensors; float32 keeps every bit.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Fetch, tyro.conf.subcommand("fetch")]
 )
 
@@ -83,6 +96,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     match command:
         case Import():
             _import(Path(command.path).expanduser(), command.run, command.text, command.tokenizer)
+        case Export():
+            from cla_jax.interop.export import export
+            from cla_jax.runs import find_runs
+
+            run, *others = find_runs([command.run])
+            if others:
+                raise ValueError(f"{command.run} holds several runs; name one, {run.path} say")
+            with _bar("exporting") as progress:
+                made = export(run, command.directory, command.dtype, progress)
+            print(f"{made}: open it with transformers")
         case Fetch():
             from cla_jax.interop import fetch
 

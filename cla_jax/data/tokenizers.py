@@ -168,10 +168,10 @@ def make_tokenizer(config: DataConfig, json_text: str | None = None) -> Tokenize
     if config.tokenizer.startswith("bpe:"):
         size = int(config.tokenizer.removeprefix("bpe:"))
         return train_bpe(_sample(config), size, config.end_token)
-    if json_text is None:
-        json_text = tokenizer_file(config).read_text(encoding="utf-8")
+    path = tokenizer_file(config) if json_text is None else None
     try:
-        return load(json_text, config.end_token)
+        text = path.read_text(encoding="utf-8") if path else json_text
+        return load(text or "", config.end_token)
     except ValueError as error:
         raise ValueError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
 

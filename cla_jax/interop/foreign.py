@@ -78,7 +78,7 @@ def import_run(
         config,
         data_fingerprint=prepared.name,
         tokenizer_json=tokenizer_json,
-        origin=foreign.origin | {"notes": list(foreign.notes)},
+        origin=foreign.origin | {"max_length": foreign.max_length, "notes": list(foreign.notes)},
     ) as run:
         model = names.to_model(foreign.tensors, config.model, progress)
         saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)

@@ -23,10 +23,8 @@ from cla_jax.interop import gguf_tokenizer
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.names import Tensor
 
-_SCALARS = {
-    **{0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4"},
-    **{6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
-}
+_SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
+_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 
 # ----------------------------------------------------------------------------------- tensor types

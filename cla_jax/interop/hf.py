@@ -14,7 +14,7 @@ from typing import Any
 
 from cla_jax.config import ModelConfig, near_choice
 from cla_jax.data import tokenizers
-from cla_jax.interop import dolomite, names, safetensors
+from cla_jax.interop import dolomite, safetensors
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
@@ -204,13 +204,14 @@ def _every_layer(keys: Keys, kind: str) -> None:
 def _cla(keys: Keys) -> ModelConfig:
     return dataclasses.replace(
         _llama(keys),
-        kv_map=_sources(keys.take("kv_map", kind=list), "kv_map"),
-        windows=_sources(keys.take("windows", kind=list), "windows"),
+        kv_map=_integers(keys, "kv_map"),
+        windows=_integers(keys, "windows"),
         kv_norm=keys.take("kv_norm", kind=str),
     )
 
 
-def _sources(values: list[Any], key: str) -> str:
+def _integers(keys: Keys, key: str) -> str:
+    values = keys.take(key, kind=list)
     if not values or not all(isinstance(value, int) for value in values):
         raise ValueError(f"key {key} = {values!r} is not a list of integers, one a layer")
     return ",".join(map(str, values))
