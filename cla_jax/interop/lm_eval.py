@@ -236,11 +236,19 @@ class Tasks:
 
     A name may be a task's, a tag's (several tasks), or a group's. With `data`, a directory as
     `task_data` describes it, rows are read from there; without, the harness loads them, from the hub or
-    its cache. Raises ValueError for unknown names and for data that cannot be had.
+    its cache. `index` has the tasks, if not the harness's own. Raises ValueError for unknown names and
+    for data that cannot be had.
     """
 
-    def __init__(self, names: Sequence[str], *, data: str | None = None, shots: int | None = None):
-        self._index = TaskManager()
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        data: str | None = None,
+        shots: int | None = None,
+        index: TaskManager | None = None,
+    ):
+        self._index = index or TaskManager()
         for name in names:
             if name not in (known := self._index.all_tasks):  # thousands: not all are listed
                 near_choice("task", name, difflib.get_close_matches(name, known) or task_data.TASKS)

@@ -12,7 +12,10 @@ Scores = dict[str, dict[str, Any]]  # by task, as eval/tasks-*.json has them
 
 # The first of them that a task has is what is compared.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")
-CAPTION = "Scores of the lm-evaluation-harness ± standard error, by full forward unless the line names a cache."
+CAPTION = (
+    "Scores of the lm-evaluation-harness ± standard error; by full forward unless the line names a "
+    "cache."
+)
 
 
 def scores(rows: Sequence[Row]) -> list[tuple[str, Scores]]:
