@@ -277,3 +277,46 @@ def test_mistakes_are_named(run, school, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[interop\]'"):
         import cla_jax.interop.lm_eval  # noqa: F401
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_the_harness_s_own_backend(tiny, devices, tmp_path):
+    """A plain Llama, exported, through its Hugging Face backend: all that can be asked, in any order."""
+    from lm_eval.models.huggingface import HFLM
+
+    from cla_jax.interop.export import export
+    from cla_jax.interop.lm_eval import Model
+
+    devices(1)
+    config = tiny(steps=30, **{"model.kv_map": "identity", "model.kv_norm": "block"})
+    train(config, evaluate=lambda *_: {})
+    (run,) = find_runs([config.placement.runs])
+    theirs = HFLM(
+        pretrained=str(export(run, tmp_path / "exported")),
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+        max_length=CONTEXT,
+    )
+    setup = open_setup(run)
+    with jax.set_mesh(setup.mesh):
+        _, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+        ours = Model(setup, model, context=CONTEXT)
+        draw = np.random.default_rng(0)
+        speech = "the people of a nation, and in peace we are what others have been before us. " * 2
+        words = lambda low, high: speech[draw.integers(40) :][: draw.integers(low, high)]
+        pairs = [(words(0, 60), " " + words(1, 12)) for _ in range(30)]
+        pairs += [(context, " " + words(1, 12)) for context, _ in pairs]
+        asked = ask("loglikelihood", *pairs)
+        found, expected = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
+        texts = ask("loglikelihood_rolling", *[(words(1, 100),) for _ in range(4)])
+        rolled = ours.loglikelihood_rolling(texts)
+        options = {"max_gen_toks": 12, "until": ["e"], "do_sample": False}
+        prompts = ask("generate_until", *[(words(5, 60), options) for _ in range(4)])
+        generated = ours.generate_until(prompts)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([p for p, _ in found], [p for p, _ in expected], atol=1e-3)
+    np.testing.assert_allclose(
+        rolled, theirs.loglikelihood_rolling(texts, disable_tqdm=True), atol=1e-2
+    )
+    assert generated == theirs.generate_until(prompts, disable_tqdm=True)
