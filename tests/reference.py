@@ -46,11 +46,40 @@ def norm(x, scale, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 
-def rotate(x, theta):
+def turning(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians a position of each pair, one after another, and what rotated vectors are multiplied by."""
+    H, theta = config.d_head, config.rope_theta
+    kind, *rest = config.rope_scaling.split(":")
+    numbers = [float(number) for number in rest]
+    found = []
+    for pair in range(H // 2):
+        speed = theta ** (-2 * pair / H)
+        if kind == "linear":
+            speed /= numbers[0]
+        elif kind == "llama3":
+            factor, low, high, original = numbers
+            wavelength = 2 * np.pi / speed
+            if wavelength > original / low:
+                speed /= factor
+            elif wavelength > original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                speed = (1 - smooth) * speed / factor + smooth * speed
+        elif kind == "yarn":
+            factor, fast, slow, original, _ = numbers
+            lo, hi = np.log(original / (2 * np.pi * np.array([fast, slow]))) / np.log(theta) * H / 2
+            lo, hi = max(np.floor(lo), 0), min(np.ceil(hi), H - 1)
+            ramp = min(max((pair - lo) / (hi - lo), 0), 1)
+            speed = ramp * speed / factor + (1 - ramp) * speed
+        found.append(speed)
+    return np.array(found), numbers[4] if kind == "yarn" else 1.0
+
+
+def rotate(x, config: ModelConfig):
     """x [T, N, H]; pairs (i, i + H/2)."""
     T, _, H = x.shape
-    angle = np.arange(T)[:, None] * theta ** (-2 * np.arange(H // 2) / H)
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    speeds, scale = turning(config)
+    angle = np.arange(T)[:, None] * speeds
+    cos, sin = scale * np.cos(angle)[:, None], scale * np.sin(angle)[:, None]
     a, b = x[..., : H // 2], x[..., H // 2 :]
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -71,12 +100,12 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
                 source = norm(x, p["projection.norm.scale"], eps)
             kv = np.einsum("td,dckh->tckh", source, p["projection.kv.weight"])
             kv = kv + bias("projection.kv")
-            shared[i] = rotate(kv[:, 0], config.rope_theta), kv[:, 1]
+            shared[i] = rotate(kv[:, 0], config), kv[:, 1]
         k, v = shared[config.resolved_kv_map[i]]
         # Query head n reads key/value head n // G.
         k, v = (np.repeat(a, config.q_groups, axis=1) for a in (k, v))
         q = np.einsum("td,dkgh->tkgh", h, p["query.weight"]) + bias("query")
-        q = rotate(q.reshape(T, config.n_heads, H), config.rope_theta)
+        q = rotate(q.reshape(T, config.n_heads, H), config)
         scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H)
         window = config.resolved_windows[i] or T
         seen = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)

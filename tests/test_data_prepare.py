@@ -184,7 +184,11 @@ def test_the_name_is_readable_and_changes_with_what_is_prepared(tmp_path):
     ]
     configs = [DataConfig(**({"seq_len": 64, "held_out": 0.3} | fields)) for fields in variants]
     paths = [prepare.prepared_path(config, tmp_path) for config in configs]
-    tok.write_text(tok.read_text() + "\n")
+    text = tok.read_text()
+    tok.write_text(text + "\n")  # the same tokenizer
+    assert prepare.prepared_path(configs[-2], tmp_path) == paths[-2]
+    tok.write_text(tokenizers.train_bpe(["two two"], 259).to_json())
+    assert prepare.prepared_path(configs[-2], tmp_path, text) == paths[-2]  # a run's copy
     (tmp_path / "in" / "000.txt").write_text("eno")
     paths += [prepare.prepared_path(config, tmp_path) for config in configs[-2:]]
     assert len({path.name for path in paths}) == len(paths)

@@ -95,6 +95,16 @@ def test_windows_equal_an_independent_plain_transformer(kv_map, windows):
     assert np.abs(ours - logits(make(model_config(config.kv_map)))).max() > 1e-3
 
 
+@pytest.mark.parametrize("scaling", ["linear:2", "llama3:8:1:4:16", "yarn:4:4:1:16:1.2"])
+def test_rope_scaling_equals_an_independent_plain_transformer(scaling):
+    """Every pair kept, slowed and between is among the eight of a head."""
+    config = model_config("cla:2", rope_scaling=scaling, rope_theta=50.0, d_head=16)
+    model = make(config)
+    theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
+    assert np.abs(logits(model) - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert np.abs(theirs - logits(make(replace(config, rope_scaling="none")))).max() > 1e-3
+
+
 def test_a_pattern_of_windows_does_not_break_a_stack():
     config = replace(MODEL, kv_map="identity", n_layers=12, windows="3,3,3,3,3,0")
     assert len(make(config).stacks) == 1

@@ -1,11 +1,13 @@
 """Everything that speaks a foreign format: models of other libraries in, ours out."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cla_jax.interop.foreign import Foreign
+if TYPE_CHECKING:
+    from cla_jax.interop.foreign import Foreign
 
 
-def read(path: Path, tokenizer: Path | None = None) -> Foreign:
+def read(path: Path, tokenizer: Path | None = None) -> "Foreign":
     """The model at a path: a directory of Hugging Face's, or a GGUF file.
 
     `tokenizer` is a tokenizer.json that stands for the model's own. Raises ValueError for what is missing,
@@ -13,11 +15,8 @@ def read(path: Path, tokenizer: Path | None = None) -> Foreign:
     """
     from cla_jax.interop import gguf, hf
 
-    if tokenizer is not None and not tokenizer.is_file():
-        raise ValueError(f"{tokenizer} does not exist")
+    for given in (path, *([tokenizer] if tokenizer else [])):
+        if not given.exists():
+            raise ValueError(f"{given} does not exist")
     json_text = tokenizer.read_text(encoding="utf-8") if tokenizer else None
-    if path.is_dir():
-        return hf.read(path, json_text)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    return gguf.read(path, json_text)
+    return (hf if path.is_dir() else gguf).read(path, json_text)

@@ -48,7 +48,9 @@ def export(
     origin = record.get("origin", {})
     max_length = origin.get("max_length") or config.data.seq_len
     written = hf_config(config.model, max_length) | {"dtype": dtype}
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end)
+    ends: dict[str, Any] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end
+    )
     of_tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,

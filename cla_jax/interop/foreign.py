@@ -13,6 +13,7 @@ from cla_jax.config import Config, DataConfig, ModelConfig, Placement
 from cla_jax.data import prepare, tokenizers
 from cla_jax.interop import names
 from cla_jax.interop.names import Tensor
+from cla_jax.interop.text import Text
 from cla_jax.runs import Run
 
 log = logging.getLogger(__name__)
@@ -33,22 +34,6 @@ class Foreign:
     max_length: int | None = None
     # What was found and does not go into the model, for the user to know.
     notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """What an imported model is evaluated on, and how it is computed."""
-
-    # Held-out text, as data.source: sotu, text:GLOB, jsonl:GLOB, tfds:NAME.
-    source: str = "sotu"
-    # Tokens of a window of it; by default 1024, or the model's longest context if that is shorter.
-    seq_len: int | None = None
-    # The token between documents; by default the one that the model calls end of text.
-    end_token: str | None = None
-    # Directory of prepared (tokenised) data.
-    data_dir: str = "data"
-    # Dtype of matrix products and activations.
-    compute_dtype: str = "float32"
 
 
 def import_run(

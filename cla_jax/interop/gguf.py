@@ -21,6 +21,7 @@ import numpy as np
 from cla_jax.config import ModelConfig, near_choice
 from cla_jax.interop import gguf_tokenizer
 from cla_jax.interop.foreign import Foreign
+from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
 
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
@@ -184,14 +185,22 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
     near_choice(
         f"general.architecture in {file}:", str(metadata.get("general.architecture")), ("llama",)
     )
-    config = _config(metadata, found)
+    keys = _keys(metadata)
+    max_length = keys.take("context_length", None)
+    try:
+        config = _config(keys, found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
     tensors = {}
     for name, tensor in found.items():
-        *block, part, kind = name.split(".")
-        if part not in _NAMES:
-            raise ValueError(f"{file}: tensor {name} has no place in the model")
-        prefix = f"model.layers.{block[1]}." if block else ""
+        match name.split("."):
+            case [part, kind] if part in _NAMES:
+                prefix = ""
+            case ["blk", layer, part, kind] if part in _NAMES and layer.isdecimal():
+                prefix = f"model.layers.{layer}."
+            case _:
+                raise ValueError(f"{file}: tensor {name} has no place in the model")
         if part in heads:
             tensor = _unpermuted(tensor, heads[part])
         tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
@@ -206,49 +215,55 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         tensors=tensors,
         tokenizer_json=tokenizer_json or gguf_tokenizer.build(metadata, file),
         end_token=tokens[end] if end is not None and end < len(tokens) else None,
-        max_length=metadata.get("llama.context_length"),
+        max_length=max_length,
+        notes=tuple(f"unknown key {key} in {file.name} was not used" for key in keys.unknown()),
     )
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
-    def take(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
-        if value is None:
-            raise ValueError(f"key llama.{key} is missing")
-        if isinstance(value, list):  # one for each layer
-            if len(set(value)) != 1:
-                raise ValueError(f"key llama.{key} differs from layer to layer: {value}")
-            return value[0]
-        return value
+def _keys(metadata: dict[str, Any]) -> Keys:
+    """What the file says of the architecture; of a value for each layer, the one that all have."""
+    values = {}
+    for key, value in metadata.items():
+        if key.startswith("llama."):
+            if isinstance(value, list):
+                if len(set(value)) != 1:
+                    raise ValueError(f"key {key} differs from layer to layer: {value}")
+                value = value[0]
+            values[key.removeprefix("llama.")] = value
+    return Keys(values, "llama.")
 
-    d_model, n_heads = take("embedding_length"), take("attention.head_count")
-    d_head = take("attention.key_length", d_model // n_heads)
-    only = {
-        "attention.value_length": d_head,
-        "rope.dimension_count": d_head,
-        "rope.scaling.type": "none",
-        "expert_count": 0,
-        "attention.sliding_window": 0,
-    }
-    for key, value in only.items():
-        if (given := take(key, value)) != value:
-            raise ValueError(f"llama.{key} = {given} cannot be expressed, only {value}")
+
+def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
+    d_model = keys.take("embedding_length", kind=int)
+    n_heads = keys.take("attention.head_count", kind=int)
+    d_head = keys.take("attention.key_length", d_model // n_heads, int)
+    keys.only("attention.value_length", d_head)
+    keys.only("rope.dimension_count", d_head)
+    keys.only("expert_count", 0)
+    keys.only("expert_used_count", 0)
+    keys.only("attention.sliding_window", 0)
+    keys.only("rope.scaling.type", "none", "linear")
+    factor = keys.take("rope.scaling.factor", 1.0, float)
+    linear = keys.take("rope.scaling.type", "linear") == "linear" and factor != 1
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
+    table = tensors["token_embd.weight"].shape
+    keys.only("vocab_size", table[0])
     return ModelConfig(
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        n_layers=take("block_count"),
+        vocab_size=table[0],
+        n_layers=keys.take("block_count", kind=int),
         d_model=d_model,
-        d_ff=take("feed_forward_length"),
+        d_ff=keys.take("feed_forward_length", kind=int),
         n_heads=n_heads,
-        n_kv_heads=take("attention.head_count_kv", n_heads),
+        n_kv_heads=keys.take("attention.head_count_kv", n_heads, int),
         d_head=d_head,
         kv_norm="block",
         tied_embeddings="output.weight" not in tensors,
         bias="blk.0.attn_q.bias" in tensors,
-        rope_theta=take("rope.freq_base", 10_000.0),
+        rope_theta=keys.take("rope.freq_base", 10_000.0, float),
+        rope_scaling=f"linear:{factor!r}" if linear else "none",
         # A float32 in the file: 1e-5 is meant.
-        norm_eps=float(str(np.float32(take("attention.layer_norm_rms_epsilon")))),
+        norm_eps=float(str(np.float32(keys.take("attention.layer_norm_rms_epsilon", kind=float)))),
     )
 
 

@@ -32,23 +32,24 @@ def _pre_tokenizers() -> dict[str, list[Any]]:
 
 def build(metadata: dict[str, Any], file: Path) -> str:
     """The tokenizer.json. Raises ValueError naming the key that is missing or not understood."""
-    keys = ("model", "pre", "tokens", "merges", "token_type")
-    missing = [key for key in keys if f"tokenizer.ggml.{key}" not in metadata]
-    values = {key: metadata.get(f"tokenizer.ggml.{key}") for key in keys}
-    known = _pre_tokenizers()
     advice = "give a tokenizer.json with --tokenizer"
-    if values["model"] != "gpt2":
-        raise ValueError(
-            f"{file}: tokenizer.ggml.model = {values['model']!r}; only gpt2 is readable: {advice}"
-        )
-    if missing:
-        raise ValueError(f"{file}: key tokenizer.ggml.{missing[0]} is missing: {advice}")
-    if values["pre"] not in known:
-        raise ValueError(
-            f"{file}: tokenizer.ggml.pre = {values['pre']!r}; readable are {', '.join(known)}: {advice}"
-        )
-    tokens, types = values["tokens"], values["token_type"]
-    merges = [tuple(merge.split(" ")) for merge in values["merges"]]
+
+    def take(key: str, *readable: str) -> Any:
+        name = f"tokenizer.ggml.{key}"
+        if name not in metadata:
+            raise ValueError(f"{file}: key {name} is missing: {advice}")
+        if readable and metadata[name] not in readable:
+            known = " or ".join(readable)
+            raise ValueError(
+                f"{file}: {name} = {metadata[name]!r}; only {known} can be read: {advice}"
+            )
+        return metadata[name]
+
+    cuts = _pre_tokenizers()
+    take("model", "gpt2")
+    cut = take("pre", *cuts)
+    tokens, types = take("tokens"), take("token_type")
+    merges = [tuple(merge.split(" ")) for merge in take("merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or len(types) != len(tokens):
         raise ValueError(f"{file}: tokenizer.ggml.tokens has duplicates, or not a type for each")
@@ -58,9 +59,9 @@ def build(metadata: dict[str, Any], file: Path) -> str:
     if unknown or any(len(merge) != 2 for merge in merges):
         raise ValueError(f"{file}: tokenizer.ggml.merges has what is no token: {unknown[:3]}")
     # Llama 3 takes a word that is a token whole, whatever the merges say.
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=values["pre"] == "llama-bpe")
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.Sequence(known[values["pre"]])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(cuts[cut])
     inner.decoder = decoders.ByteLevel()
     for kind, add in ((_SPECIAL, inner.add_special_tokens), (_USER, inner.add_tokens)):
         add(

@@ -134,10 +134,8 @@ def _kept(
 
 def _check_tied(tensors: Mapping[str, Tensor]) -> None:
     """A stored head beside tied embeddings must be the table, or it would be lost."""
-    table = tensors.get("model.embed_tokens.weight")
-    head = tensors["lm_head.weight"]
-    same = table is not None and table.shape == head.shape
-    if not same or (table.read() != head.read()).any():  # type: ignore[union-attr]
+    head, table = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+    if table and (table.shape != head.shape or (table.read() != head.read()).any()):
         raise ValueError(
             "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight"
         )

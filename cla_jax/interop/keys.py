@@ -3,14 +3,15 @@
 from typing import Any
 
 # Keys that say nothing about what is computed from given tokens.
-_SILENT = frozenset(
-    """_name_or_path _commit_hash _attn_implementation architectures attention_dropout auto_map
-    bos_token_id chunk_size_feed_forward decoder_start_token_id dtype gradient_checkpointing id2label
-    initializer_range is_decoder is_encoder_decoder label2id language model_type output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id
-    task_specific_params torch_dtype torchscript transformers_version unk_token_id use_bfloat16
-    use_cache""".split()
-)
+_SILENT = {
+    *("_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "auto_map"),
+    *("bos_token_id", "decoder_start_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
+    *("attention_dropout", "gradient_checkpointing", "initializer_range", "pretraining_tp"),
+    *("dtype", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache"),
+    *("id2label", "label2id", "language", "problem_type", "task_specific_params"),
+    *("is_decoder", "is_encoder_decoder", "chunk_size_feed_forward", "model_type"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+}
 _REQUIRED = object()
 
 

@@ -44,6 +44,7 @@ class ClaConfig(PreTrainedConfig):
         max_position_embeddings=2048,
         initializer_range=0.02,
         tie_word_embeddings=True,
+        use_cache=True,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -63,6 +64,7 @@ class ClaConfig(PreTrainedConfig):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property

@@ -73,6 +73,7 @@ class _Place:
     tensors: tuple[str, ...]
 
 
+@functools.cache
 def _places(config: ModelConfig) -> list[_Place]:
     """All places of a model of this config: none for a head if it is tied, say."""
     found = [_Place(entry.ours, (), entry, entry.theirs) for entry in _MODEL]

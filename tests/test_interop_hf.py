@@ -1,0 +1,512 @@
+"""Hugging Face directories in and out, without the libraries; beside them: test_interop_torch.py."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import experiments
+from cla_jax import checkpoint, interop
+from cla_jax import mesh as meshes
+from cla_jax.config import MeshConfig
+from cla_jax.data import tokenizers
+from cla_jax.evaluate import evaluate
+from cla_jax.interop import hf, names, safetensors
+from cla_jax.interop.export import export, is_llama
+from cla_jax.interop.foreign import import_run
+from cla_jax.interop.names import Tensor
+from cla_jax.interop.text import Text
+from cla_jax.runs import Run, find_runs
+from launch import convert
+from tests import interop as made
+from tests import reference
+
+
+def edited(directory, **keys):
+    """Changes keys of config.json; None removes one."""
+    file = directory / "config.json"
+    values = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
+
+
+def rewritten(directory, change):
+    """Changes the tensors of model.safetensors."""
+    file = directory / "model.safetensors"
+    tensors = {name: tensor.read() for name, tensor in safetensors.read(file).items()}
+    change(tensors)
+    lazy = {name: Tensor(array.shape, lambda a=array: a) for name, array in tensors.items()}
+    safetensors.write(file, lazy, "F32")
+
+
+# ---------------------------------------------------------------------------------- round trips
+
+
+def shrunk(config):
+    """The structure of a model, a thousandth of its size."""
+    kv_heads = min(config.n_kv_heads, 2)
+    return dataclasses.replace(
+        config,
+        vocab_size=260,
+        d_model=12,
+        d_ff=16,
+        n_kv_heads=kv_heads,
+        n_heads=kv_heads * min(config.q_groups, 3),
+        d_head=4,
+    )
+
+
+@pytest.mark.parametrize("name", experiments.rows())
+def test_every_experiment_survives_export_and_import(tmp_path, name):
+    config = shrunk(experiments.rows()[name]().model)
+    run = import_run(made.foreign(config), tmp_path / "run", Text(seq_len=64))
+    found = hf.read(export(run, tmp_path / "exported"))
+    assert found.notes == ()
+    made.assert_equal_models(
+        names.to_model(found.tensors, found.config), reference.randomised(config)
+    )
+    assert found.config.resolved_kv_map == config.resolved_kv_map
+    assert found.config.resolved_windows == config.resolved_windows
+    same = {
+        "kv_map": config.kv_map,
+        "windows": config.windows,
+        "compute_dtype": config.compute_dtype,
+    }
+    assert dataclasses.replace(found.config, **same) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": True, "tied_embeddings": False},
+        {"kv_map": "cla:2", "windows": "4,4,0,0", "rope_scaling": "linear:2.5"},
+        {"kv_map": "0,0,2,0", "kv_norm": "own", "rope_scaling": "yarn:4:32:1:64:1.1"},
+        {"rope_scaling": "llama3:8:1:4:8192", "norm_eps": 1e-6, "init_std": 0.1},
+    ],
+)
+def test_what_no_experiment_has_survives_too(tmp_path, changes):
+    run = made.make_run(tmp_path / "run", **changes)
+    directory = export(run, tmp_path / "exported")
+    again = interop.read(directory)
+    config = dataclasses.replace(made.MODEL, **changes)
+    made.assert_equal_models(
+        names.to_model(again.tensors, again.config), reference.randomised(config)
+    )
+    back = import_run(again, tmp_path / "back", Text(seq_len=64)).config().model
+    texts = {
+        "kv_map": config.kv_map,
+        "windows": config.windows,
+        "rope_scaling": config.rope_scaling,
+    }
+    assert back.resolved_rope_scaling == config.resolved_rope_scaling
+    assert dataclasses.replace(back, **texts) == config
+    # Once more: every file is the same.
+    twice = export(Run(find_runs([tmp_path / "back"])[0].path), tmp_path / "twice")
+    for file in directory.iterdir():
+        if file.name != "export.json":
+            assert file.read_bytes() == (twice / file.name).read_bytes(), file.name
+
+
+def test_a_llama_is_what_transformers_calls_one():
+    replace = lambda **changes: dataclasses.replace(made.MODEL, **changes)
+    assert is_llama(made.MODEL)
+    assert not is_llama(replace(kv_map="cla:2"))
+    assert not is_llama(replace(kv_norm="own"))
+    assert not is_llama(replace(windows="8"))
+    assert not is_llama(replace(d_model=50))  # 4 heads do not divide it
+
+
+# -------------------------------------------------------------------------- run directories
+
+
+def test_an_imported_run_is_evaluated_wherever_it_lies(tmp_path, devices):
+    """Its tokenizer is its own: neither the source nor the first place of the run is needed."""
+    devices(1)
+    directory = made.write_hf(tmp_path / "hf")
+    text = Text(source="sotu:40", seq_len=32, data_dir=str(tmp_path / "data"))
+    run = import_run(interop.read(directory), tmp_path / "run", text)
+    step, model = load(run)
+    assert step == 0
+    made.assert_equal_models(model, reference.randomised(made.MODEL))
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    run.path.rename(tmp_path / "moved")
+    ((_, record), *_) = evaluate(Run(find_runs([tmp_path / "moved"])[0].path), windows=3)
+    assert 1 < record["perplexity"] < 1e6
+    assert run_record(tmp_path / "moved")["origin"]["model_type"] == "llama"
+
+
+def load(run):
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    return checkpoint.load_model(run, meshes.axis_rules(run.config().model, mesh), mesh)
+
+
+def run_record(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def test_the_end_token_and_the_window_come_from_the_model(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    data = import_run(interop.read(directory), tmp_path / "a").config().data
+    assert (data.end_token, data.seq_len) == (made.END, 64)  # eos_token_id, max_position_embeddings
+    edited(directory, eos_token_id=None)
+    with pytest.raises(ValueError, match=r"names no end token .*--end-token"):
+        import_run(interop.read(directory), tmp_path / "b")
+    data = (
+        import_run(interop.read(directory), tmp_path / "b", Text(end_token=made.END)).config().data
+    )
+    assert data.end_token == made.END
+
+
+def test_an_interrupted_import_leaves_nothing_and_a_killed_one_is_cleared_away(tmp_path):
+    foreign = interop.read(made.write_hf(tmp_path / "hf"))
+    with pytest.raises(KeyboardInterrupt):
+        import_run(foreign, tmp_path / "runs" / "x", progress=interrupt_at_once)
+    assert list((tmp_path / "runs").iterdir()) == []
+    # A kill: whatever was there stays, is no run, and is in nobody's way.
+    partial = tmp_path / "runs" / ".x.partial"
+    (partial / "checkpoints" / "00000000").mkdir(parents=True)
+    (partial / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="neither a run directory nor holds any"):
+        find_runs([tmp_path / "runs"])
+    import_run(foreign, tmp_path / "runs" / "x")
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["x"]
+    with pytest.raises(ValueError, match="exists already"):
+        import_run(foreign, tmp_path / "runs" / "x")
+
+
+def test_an_export_replaces_only_an_export(tmp_path):
+    run = made.make_run(tmp_path / "run", kv_map="cla:2")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not an export"):
+        export(run, target)
+    assert (target / "thesis.txt").exists()
+    first = export(run, tmp_path / "out")
+    assert export(run, tmp_path / "out", "bfloat16") == first
+    assert json.loads((first / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path / "new", progress=interrupt_at_once)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "target"]
+
+
+def test_the_command_takes_one_run_and_says_how_to_open_what_it_made(tmp_path, capsys):
+    made.make_run(tmp_path / "runs" / "a")
+    made.make_run(tmp_path / "runs" / "b", kv_map="cla:2")
+    with pytest.raises(SystemExit):
+        convert.main(["export", str(tmp_path / "runs"), str(tmp_path / "out")])
+    assert "holds several runs; name one of them" in capsys.readouterr().err
+    for name, remote in (("a", False), ("b", True)):
+        convert.main(["export", str(tmp_path / "runs" / name), str(tmp_path / name)])
+        assert ("trust_remote_code=True" in capsys.readouterr().out) == remote
+        assert (tmp_path / name / "modeling_cla.py").exists() == remote
+
+
+def interrupt_at_once(*_):
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def damage(name):
+    """A function that spoils a directory, by name."""
+    shape = (3, 48)
+    layer = "model.layers.1.self_attn"
+    return {
+        "missing": lambda d: rewritten(d, lambda t: t.pop(f"{layer}.k_proj.weight")),
+        "extra": lambda d: rewritten(
+            d, lambda t: t.update({f"{layer}.q_norm.weight": np.ones(10)})
+        ),
+        "shape": lambda d: rewritten(
+            d, lambda t: t.update({"model.embed_tokens.weight": np.ones(shape)})
+        ),
+        "nan": lambda d: rewritten(d, lambda t: t["model.norm.weight"].__setitem__(0, np.nan)),
+        "cut": lambda d: cut(d / "model.safetensors", -1000),
+        "cut-header": lambda d: cut(d / "model.safetensors", 100),
+        "garbage": lambda d: (d / "model.safetensors").write_bytes(b"\x00\xff" * 5000),
+        "text": lambda d: (d / "model.safetensors").write_bytes(
+            b"\x20" + bytes(7) + b"no JSON" * 9
+        ),
+        "no-config": lambda d: (d / "config.json").unlink(),
+        "no-tokenizer": lambda d: (d / "tokenizer.json").unlink(),
+        "no-weights": lambda d: (d / "model.safetensors").unlink(),
+        "config-list": lambda d: (d / "config.json").write_text("[]"),
+        "config-cut": lambda d: cut(d / "config.json", 50),
+        "shard": lambda d: (d / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}'
+        ),
+        "tokenizer": lambda d: (d / "tokenizer.json").write_text(
+            tokenizers.train_bpe([str(i) for i in range(9999)], 300).to_json()
+        ),
+        "head": lambda d: rewritten(
+            d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+        ),
+    }[name]
+
+
+def cut(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+
+BAD_FILES = {
+    "missing": "missing: model.layers.1.self_attn.k_proj.weight",
+    "extra": "not expected: model.layers.1.self_attn.q_norm.weight",
+    "shape": r"model.embed_tokens.weight has shape \(3, 48\), the config asks for \(264, 48\)",
+    "nan": "model.norm.weight has numbers that are not finite",
+    "cut": "model.safetensors is truncated: .* ends at byte",
+    "cut-header": "model.safetensors is truncated: its header alone",
+    "garbage": "model.safetensors is not a safetensors file",
+    "text": "model.safetensors is not a safetensors file",
+    "no-config": "config.json is missing",
+    "no-tokenizer": "tokenizer.json is missing; give one with --tokenizer",
+    "no-weights": "neither model.safetensors nor",
+    "config-list": "config.json is not a JSON object",
+    "config-cut": "config.json is not valid JSON",
+    "shard": "model-00002-of-00002.safetensors, which .* lists, is missing",
+    "tokenizer": r"the tokenizer has 300 ids, the model has vocab_size = 264",
+    "head": "tie_word_embeddings is true, but lm_head.weight is not",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_and_no_run_is_left(tmp_path, capsys, name):
+    damage(name)(directory := made.write_hf(tmp_path / "hf"))
+    refused(directory, tmp_path, BAD_FILES[name], capsys)
+
+
+BAD_KEYS = [
+    ({"model_type": "gpt2"}, "model_type .*'gpt2'"),
+    ({"model_type": None}, "key model_type is missing"),
+    ({"hidden_act": "gelu"}, "key hidden_act = 'gelu' cannot be expressed, only 'silu'"),
+    ({"attention_bias": True}, "key mlp_bias = False cannot be expressed, only True"),
+    ({"quantization_config": {"bits": 4}}, "key quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "key partial_rotary_factor = 0.5"),
+    ({"rope_interleaved": True}, "key rope_interleaved = True"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "key rope_type = 'longrope'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "key rope_parameters.factor is missing"),
+    ({"rope_parameters": {"rope_type": "default", "beta": 1}}, "key rope_parameters.beta"),
+    ({"num_key_value_heads": 3}, "n_heads = 4 is not divisible by model.n_kv_heads = 3"),
+    ({"hidden_size": "wide"}, "key hidden_size = 'wide' is not of type int"),
+    ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
+    (
+        {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},
+        "layer 1 is a consumer itself",
+    ),
+    ({"model_type": "cla", "kv_map": "cla:2"}, "key kv_map = 'cla:2' is not of type list"),
+    ({"model_type": "lckv-llama", "layer_types": "0_3_3_3"}, "layer_types .* later layer"),
+    (
+        {"model_type": "lckv-llama", "layer_types": "0_0s_2_2"},
+        "layer_types .*layer 1 has window 4096",
+    ),
+    ({"model_type": "lckv-llama", "layer_types": "0_x_2_2"}, "key layer_types = '0_x_2_2'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), BAD_KEYS)
+def test_what_cannot_be_expressed_is_refused_by_key(tmp_path, capsys, keys, words):
+    edited(directory := made.write_hf(tmp_path / "hf"), **keys)
+    refused(directory, tmp_path, words, capsys)
+
+
+def refused(path, tmp_path, words, capsys):
+    """The command exits with 2 and these words, and leaves no trace of a run."""
+    data = str(tmp_path / "data")
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["import", str(path), str(tmp_path / "runs" / "x"), "--data-dir", data])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    with pytest.raises(ValueError, match=words):
+        raise ValueError(error)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_keys_nobody_knows_and_tensors_nobody_reads_are_reported(tmp_path, caplog):
+    directory = made.write_hf(tmp_path / "hf", attention_dropout=0.1, logit_scale=2.0)
+    constant = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewritten(directory, lambda t: t.update({constant: np.ones(5)}))
+    convert.main(["import", str(directory), str(tmp_path / "runs" / "x")])
+    assert "unknown key logit_scale" in caplog.text
+    assert f"1 tensors that nothing reads were dropped: {constant}" in caplog.text
+    assert "attention_dropout" not in caplog.text
+    assert len(run_record(tmp_path / "runs" / "x")["origin"]["notes"]) == 2
+
+
+def test_rope_is_read_as_new_and_old_versions_write_it(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    scaling = {"type": "linear", "factor": 2.0}
+    edited(directory, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
+    old = hf.read(directory).config
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    edited(directory, rope_parameters=new, rope_theta=None, rope_scaling=None)
+    assert hf.read(directory).config == old
+    assert (old.rope_theta, old.rope_scaling) == (500.0, "linear:2.0")
+
+
+# ------------------------------------------------------------------------- cross-layer formats
+
+
+def stored(directory, tensors, keys):
+    """A directory with given tensors, arrays by name, and all keys of its config.json."""
+    lazy = {name: Tensor(array.shape, lambda a=array: a) for name, array in tensors.items()}
+    safetensors.write(directory / "model.safetensors", lazy, "F32")
+    (directory / "config.json").write_text(json.dumps(keys))
+    (directory / "tokenizer.json").write_text(tokenizers.byte_tokenizer().to_json())
+    return directory
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_lckv(tmp_path, dead):
+    config = dataclasses.replace(
+        made.MODEL, kv_map="0,0,2,2", windows="0,0,7,7", compute_dtype="bfloat16"
+    )
+    directory = made.write_hf(tmp_path / "hf", config)
+    edited(
+        directory,
+        model_type="lckv-llama",
+        layer_types="0_0_2s_2s",
+        sliding_window=7,
+        kv_map=None,
+        kv_norm=None,
+        windows=None,
+    )
+    names_of_dead = [f"model.layers.{i}.self_attn.{kv}_proj.weight" for i in (1, 3) for kv in "kv"]
+    if dead:
+        rewritten(
+            directory, lambda t: t.update({name: np.ones((20, 48)) for name in names_of_dead})
+        )
+    found = hf.read(directory)
+    made.assert_equal_models(
+        names.to_model(found.tensors, found.config), reference.randomised(config)
+    )
+    assert found.config.resolved_windows == config.resolved_windows
+    assert bool(found.notes) == dead
+    if dead:
+        assert "4 tensors that nothing reads were dropped: model.layers.1" in found.notes[0]
+        edited(directory, model_type="cla", kv_map=[0, 0, 2, 2], windows=[0] * 4, kv_norm="block")
+        with pytest.raises(ValueError, match=r"not expected: model.layers.1.self_attn.k_proj"):
+            import_run(hf.read(directory), tmp_path / "run")
+
+
+def dolomite_tensors(config, nested):
+    """The checkpoint of a random model in the names and the layout of gpt_crosslayer."""
+    ours = {
+        n: tensor.read() for n, tensor in names.from_model(reference.randomised(config)).items()
+    }
+    heads, kv_map = config.n_kv_heads, config.resolved_kv_map
+    out = {
+        "transformer.wte.weight": ours["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": ours["model.norm.weight"],
+    }
+    attention, mlp = ("attn", "mlp") if nested else ("sequence_mixer", "mlp_block")
+    producers = sorted(set(kv_map))
+    for i, source in enumerate(kv_map):
+        group = producers.index(source)
+        owner = f"transformer.h.{group if nested else i}"
+        block = f"{owner}.layers.{i - source}" if nested else owner
+        theirs = f"model.layers.{i}"
+        out[f"{block}.ln_1.weight"] = ours[f"{theirs}.input_layernorm.weight"]
+        out[f"{block}.ln_2.weight"] = ours[f"{theirs}.post_attention_layernorm.weight"]
+        if i == source:
+            out[f"{owner}.kv_proj.ln.weight"] = ours[f"{theirs}.self_attn.kv_norm.weight"]
+        for kind in ("weight", "bias"):
+            part = lambda name, kind=kind, theirs=theirs: ours[f"{theirs}.{name}.{kind}"]
+            out[f"{block}.{attention}.q_attn.{kind}"] = part("self_attn.q_proj")
+            out[f"{block}.{attention}.c_proj.{kind}"] = part("self_attn.o_proj")
+            both = [part("mlp.up_proj"), part("mlp.gate_proj")]
+            out[f"{block}.{mlp}.c_fc.{kind}"] = np.concatenate(both)
+            out[f"{block}.{mlp}.c_proj.{kind}"] = part("mlp.down_proj")
+            if i == source:
+                k, v = (part(f"self_attn.{kv}_proj") for kv in "kv")
+                by_head = [a.reshape(heads, -1, *a.shape[1:]) for a in (k, v)]
+                joined = np.concatenate(by_head, axis=1)
+                out[f"{owner}.kv_proj.kv_attn.{kind}"] = joined.reshape(-1, *k.shape[1:])
+    return out
+
+
+COMMON = {
+    "model_type": "gpt_crosslayer",
+    "vocab_size": 264,
+    "num_attention_heads": 4,
+    "position_embedding_type": "rope",
+    "normalization_function": "rmsnorm",
+    "sharing_pattern": [0, 0, 2, 2, 2],
+    "rope_theta": 10000,
+    "eos_token_id": 256,
+    "m_emb": None,
+}
+OLD = {
+    "n_embd": 48,
+    "n_layer": 5,
+    "n_inner": 64,
+    "n_positions": 128,
+    "attention_head_type": "gqa",
+    "num_key_value_heads": 2,
+    "activation_function": "swiglu",
+    "add_bias": True,
+}
+NEW = {
+    "hidden_size": 48,
+    "num_layers": 5,
+    "max_position_embeddings": 128,
+    "sequence_mixer_blocks": [
+        {
+            "sequence_mixer_type": "softmax_attention",
+            "num_key_value_heads": 2,
+            "attention_head_type": "gqa",
+            "add_bias": True,
+        }
+    ]
+    * 5,
+    "mlp_blocks": [
+        {
+            "mlp_block_type": "MLP",
+            "intermediate_size": 64,
+            "activation_function": "swiglu",
+            "add_bias": True,
+        }
+    ]
+    * 5,
+}
+
+
+@pytest.mark.parametrize(("version", "nested"), [(OLD, True), (NEW, False)])
+def test_gpt_crosslayer(tmp_path, version, nested):
+    config = dataclasses.replace(
+        made.MODEL, n_layers=5, kv_map="0,0,2,2,2", kv_norm="own", bias=True, d_head=12
+    )
+    directory = stored(tmp_path, dolomite_tensors(config, nested), COMMON | version)
+    found = hf.read(directory)
+    assert found.notes == ()
+    assert found.max_length == 128
+    same = dataclasses.replace(
+        found.config, compute_dtype="float32", init_std=config.init_std, kv_map=config.kv_map
+    )
+    assert same == config
+    made.assert_equal_models(names.to_model(found.tensors, config), reference.randomised(config))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "key position_embedding_type"),
+        ({"normalization_function": "layernorm"}, "key normalization_function"),
+        ({"activation_function": "gelu"}, "key activation_function = 'gelu'"),
+        ({"m_residual": 0.5}, "key m_residual = 0.5"),
+        ({"joint_residual_stream": True}, "key joint_residual_stream"),
+        ({"sharing_pattern": [0, 0, 1, 1, 1]}, "key sharing_pattern .*consumer itself"),
+        (
+            {"mlp_blocks": [{"mlp_block_type": "MoE"}] * 5},
+            r"mlp_blocks\[0\].mlp_block_type = 'MoE'",
+        ),
+    ],
+)
+def test_gpt_crosslayer_is_refused_by_key(tmp_path, keys, words):
+    config = dataclasses.replace(
+        made.MODEL, n_layers=5, kv_map="0,0,2,2,2", kv_norm="own", bias=True
+    )
+    stored(tmp_path, dolomite_tensors(config, True), COMMON | OLD | keys)
+    with pytest.raises(ValueError, match=words):
+        hf.read(tmp_path)
