@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cla_jax.interop.lm_eval import Tasks
+from cla_jax.interop.task_data import Tasks
 
 
 def requests(spec: dict[str, Any]) -> dict[str, list[Any]]:

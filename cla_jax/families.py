@@ -42,21 +42,23 @@ def text(context: Sequence[int], continuation: Sequence[int], max_length: int) -
 
 def families(texts: Sequence[Text]) -> list[Family]:
     """The texts in families, such that little is computed; each text in one."""
-    found: list[Family] = []
+    found: list[tuple[int, list[int]]] = []
     trunk: tuple[int, ...] = ()
     for i in sorted(range(len(texts)), key=lambda i: texts[i].tokens):
         mine = texts[i].tokens[: texts[i].given]
         shared = _common(trunk, mine)
         # A shorter trunk is computed anew in each member: does the family still save tokens with one
         # more? Half a trunk is not worth it, for the next text may well share more with this one.
-        n = len(found[-1].members) if found else 0
+        members = found[-1][1] if found else []
+        n = len(members)
         if shared * n > len(trunk) * (n - 1) and 2 * shared >= len(trunk):
             trunk = trunk[:shared]
-            found[-1] = Family(shared, (*found[-1].members, i))
+            members.append(i)
+            found[-1] = (shared, members)
         else:
             trunk = mine
-            found.append(Family(len(mine), (i,)))
-    return found
+            found.append((len(mine), [i]))
+    return [Family(length, tuple(members)) for length, members in found]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -74,19 +76,23 @@ def packed(
     Lengths are `shortest`, and doublings of it for texts that need them.
     """
     pieces: dict[int, list[Family]] = {}
-    for trunk, members in found:
-        longest = max(len(texts[i].tokens) for i in members)
-        length = doubled(shortest, longest)
-        pieces.setdefault(length, [])
-        room = 0
-        for i in members:
-            room -= len(texts[i].tokens) - trunk
-            if room < 0:
-                room = length - len(texts[i].tokens)
-                pieces[length].append(Family(trunk, (i,)))
-            else:
-                pieces[length][-1] = Family(trunk, (*pieces[length][-1].members, i))
-    return {length: _fitted(texts, found, length) for length, found in sorted(pieces.items())}
+    for family in found:
+        length = doubled(shortest, max(len(texts[i].tokens) for i in family.members))
+        pieces.setdefault(length, []).extend(_cut(texts, family, length))
+    return {length: _fitted(texts, some, length) for length, some in sorted(pieces.items())}
+
+
+def _cut(texts: Sequence[Text], family: Family, length: int) -> list[Family]:
+    """The family as several that fit a row of this length, each with the trunk."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in family.members:
+        room -= len(texts[i].tokens) - family.trunk
+        if room < 0:
+            parts.append([])
+            room = length - len(texts[i].tokens)
+        parts[-1].append(i)
+    return [Family(family.trunk, tuple(part)) for part in parts]
 
 
 def _fitted(texts: Sequence[Text], found: list[Family], length: int) -> list[list[Family]]:

@@ -140,14 +140,14 @@ def _tasks(arguments: Arguments) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
 
-    from cla_jax.interop import lm_eval
+    from cla_jax.interop import lm_eval, task_data
 
     say = functools.partial(Console().print, highlight=False, soft_wrap=True)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     runs = _runs(arguments)
     with _bars() as progress:
         progress("loading tasks")
-        tasks = lm_eval.Tasks(names, data=arguments.task_data, shots=arguments.shots)
+        tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
     for run in runs:
         say(f"[bold]{run.path}")
         with _bars() as progress:

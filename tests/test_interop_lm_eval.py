@@ -10,6 +10,7 @@ import pytest
 from cla_jax import checkpoint, report
 from cla_jax.cache import FORMATS
 from cla_jax.evaluate import open_setup
+from cla_jax.interop.task_data import Tasks
 from cla_jax.report import tasks as scores
 from cla_jax.runs import find_runs
 from cla_jax.train import train
@@ -197,7 +198,7 @@ def test_generation_ends_at_stop_strings(model):
 
 @pytest.mark.slow
 def test_every_cache_answers_every_kind_of_task(run, school):
-    from cla_jax.interop.lm_eval import Tasks, evaluate
+    from cla_jax.interop.lm_eval import evaluate
 
     index, data = school
     tasks = Tasks(["quiz", "essay", "dictation"], data=data, index=index)
@@ -214,7 +215,7 @@ def test_every_cache_answers_every_kind_of_task(run, school):
 
 
 def test_scores_are_recorded_together_and_compared(run, school, capsys):
-    from cla_jax.interop.lm_eval import Tasks, evaluate
+    from cla_jax.interop.lm_eval import evaluate
 
     index, data = school
     few = list(evaluate(run, Tasks(["quiz"], data=data, index=index), limit=3))
@@ -249,7 +250,6 @@ def test_scores_are_recorded_together_and_compared(run, school, capsys):
 
 
 def test_a_tag_is_its_tasks_as_far_as_there_are_data(school, caplog):
-    from cla_jax.interop.lm_eval import Tasks
 
     index, data = school
     tasks = Tasks(["exam"], data=data, index=index)
@@ -259,7 +259,7 @@ def test_a_tag_is_its_tasks_as_far_as_there_are_data(school, caplog):
 
 
 def test_mistakes_are_named(run, school, monkeypatch):
-    from cla_jax.interop.lm_eval import Tasks, evaluate
+    from cla_jax.interop.lm_eval import evaluate
 
     index, data = school
     with pytest.raises(ValueError, match="unknown task 'quizz'; did you mean quiz"):
@@ -274,8 +274,12 @@ def test_mistakes_are_named(run, school, monkeypatch):
     with pytest.raises(ValueError, match="limit = 0 must be positive"):
         next(evaluate(run, tasks, limit=0))
     monkeypatch.delitem(sys.modules, "cla_jax.interop.lm_eval")
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ValueError, match=r"pip install -e '.\[interop\]'"):
+    for module in ("lm_eval.tasks", "lm_eval.models.utils"):
+        monkeypatch.setitem(sys.modules, module, None)
+    extra = r"pip install -e '.\[interop\]'"
+    with pytest.raises(ValueError, match=extra):
+        Tasks(["quiz"], data=data)
+    with pytest.raises(ValueError, match=extra):
         import cla_jax.interop.lm_eval  # noqa: F401
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cla_jax.interop import task_data
+from cla_jax.interop.task_data import Tasks
 from launch import tasks as launch
 
 pytestmark = pytest.mark.interop
@@ -136,8 +137,6 @@ def package(tmp_path, monkeypatch):
 def test_what_is_fetched_is_what_the_tasks_of_the_harness_ask(tmp_path, capsys):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
-
-    from cla_jax.interop.lm_eval import Tasks
 
     data = tmp_path / "data"
     launch.main(["fetch", str(data)])

@@ -5,14 +5,12 @@ Tasks, prompts, metrics and the splitting of text into context and continuation 
 for the same weights; how the answers are computed is ours (cla_jax/likelihood.py, cla_jax/generate.py).
 """
 
-import difflib
+import functools
 import itertools
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,11 +18,11 @@ import jax
 from cla_jax import checkpoint, likelihood, runs
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import near_choice
-from cla_jax.decode import decoding_weights
+from cla_jax.decode import Weights, decoding_weights
 from cla_jax.evaluate import open_setup
 from cla_jax.families import doubled, text
 from cla_jax.generate import Sampling, generate
-from cla_jax.interop import task_data
+from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run
@@ -32,24 +30,17 @@ from cla_jax.scoring import Progress
 from cla_jax.train import Setup
 
 try:
-    from datasets.exceptions import DatasetsError
     from lm_eval import evaluator
     from lm_eval import utils as harness
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.tasks import TaskManager
-except ImportError as missing:
-    raise ValueError(
-        f"{missing}: tasks need the lm-evaluation-harness. Install it with pip install -e '.[interop]'"
-    ) from None
+except ImportError as error:
+    raise harness_missing(error) from None
 
 FULL = "full"  # instead of a cache format: the full forward pass, without a cache
 WAYS = (FULL, *FORMATS)
 CHUNK = 16  # tokens a cached decoding step, unless told otherwise
 _NEW_TOKENS = 256  # of a generation that does not say, as in the harness's own backends
-_FEWSHOT_SEED = 1234  # the harness's default
-
-log = logging.getLogger(__name__)
 
 
 class Model(TemplateLM):
@@ -63,7 +54,8 @@ class Model(TemplateLM):
       chunk: tokens a cached decoding step.
       context: tokens that the model reads at most; what is longer loses its beginning.
       prefix: the token that a text without context begins with; by default the end token, as in training.
-      progress: told what is under way, and how far.
+
+    Who wants to know how far it is sets `progress`: called with what is done, it gives a `Progress`.
     """
 
     def __init__(
@@ -75,15 +67,18 @@ class Model(TemplateLM):
         chunk: int = CHUNK,
         context: int | None = None,
         prefix: int | None = None,
-        progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     ):
         super().__init__()
         near_choice("cache format", way, WAYS)
         self.max_length: int = context or setup.config.data.seq_len
-        self._setup, self._model, self._weights = setup, model, decoding_weights(model, setup.rules)
-        self._way, self._chunk, self._progress = way, chunk, progress
+        self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
+        self._setup, self._model, self.way, self.chunk = setup, model, way, chunk
         self._tokenizer = setup.prepared.tokenizer
         self._prefix = self._tokenizer.end if prefix is None else prefix
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return decoding_weights(self._model, self._setup.rules)
 
     # --------------------------------------------------------------------------------- tokens
 
@@ -136,16 +131,16 @@ class Model(TemplateLM):
         """The likelihood of each (context, continuation); what is asked twice is computed once."""
         distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         texts = [text(context, rest, self.max_length) for context, rest in distinct]
-        rules, progress = self._setup.rules, self._progress("log-likelihoods")
-        if self._way == FULL:
+        rules, progress = self._setup.rules, self.progress("log-likelihoods")
+        if self.way == FULL:
             found = likelihood.by_forward(self._model, self._setup.run, texts, progress)
         else:
             found = likelihood.through_cache(
                 self._weights,
                 self._model.config,
-                self._way,
+                self.way,
                 texts,
-                chunk=self._chunk,
+                chunk=self.chunk,
                 rules=rules,
                 progress=progress,
             )
@@ -155,7 +150,7 @@ class Model(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
         del disable_tqdm
-        progress, done = self._progress("generation"), 0
+        progress, done = self.progress("generation"), 0
         results = [""] * len(requests)
         asked = lambda i: json.dumps(requests[i].args[1], sort_keys=True)
         for _, alike in itertools.groupby(sorted(range(len(requests)), key=asked), key=asked):
@@ -189,10 +184,10 @@ class Model(TemplateLM):
         prompts = [prompt[-(self.max_length - new_tokens) :] for prompt in prompts]
         spec = cache_spec(
             self._model.config,
-            "dense" if self._way == FULL else self._way,
+            "dense" if self.way == FULL else self.way,
             batch=size,
             capacity=doubled(SHORTEST, max(map(len, prompts)) + new_tokens),
-            chunk=self._chunk,
+            chunk=self.chunk,
             rules=self._setup.rules,
         )
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -231,81 +226,6 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 # ------------------------------------------------------------------------------------------ tasks
 
 
-class Tasks:
-    """Tasks by name, loaded once: `Tasks(["piqa", "lambada"], data="data/tasks")`.
-
-    A name may be a task's, a tag's (several tasks), or a group's. With `data`, a directory as
-    `task_data` describes it, rows are read from there; without, the harness loads them, from the hub or
-    its cache. `index` has the tasks, if not the harness's own. Raises ValueError for unknown names and
-    for data that cannot be had.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        data: str | None = None,
-        shots: int | None = None,
-        index: TaskManager | None = None,
-    ):
-        self._index = index or TaskManager()
-        for name in names:
-            if name not in (known := self._index.all_tasks):  # thousands: not all are listed
-                near_choice("task", name, difflib.get_close_matches(name, known) or task_data.TASKS)
-        self._data = None if data is None else Path(data).expanduser()
-        self.loaded = {name: self._load(name) for name in names}
-        for loaded in self.loaded.values():
-            for task in loaded["tasks"].values():
-                if shots is not None:
-                    task.set_config("num_fewshot", shots)
-                elif task.get_config("num_fewshot") is None:
-                    task.set_config("num_fewshot", 0)
-                task.set_fewshot_seed(_FEWSHOT_SEED)
-
-    def _load(self, name: str) -> Any:
-        """A task, or several, as the harness's `evaluate` takes them."""
-        if self._data is None:
-            try:
-                return self._index.load([name])
-            except (OSError, DatasetsError) as error:
-                raise ValueError(
-                    f"the data of task {name} could not be loaded: {' '.join(str(error).split())[:300]}. "
-                    "Without a hub: python -m launch.tasks fetch data/tasks, then --task-data data/tasks"
-                ) from None
-        entry = self._index.task_index[name]
-        single = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
-        changes = {each: self._local(each) for each in single}
-        found = [{"task": each, **change} for each, change in changes.items() if change]
-        wanted = [
-            f"{each} ({self._data / task_data.place(self._config(each))})"
-            for each, change in changes.items()
-            if not change
-        ]
-        if not found:
-            raise ValueError(
-                f"there are no local data of {', '.join(wanted)}; {task_data.HOW_TO_GET}"
-            )
-        if wanted:
-            log.warning("%s: left out for want of data: %s", name, ", ".join(wanted))
-        # A group whose members are tasks with changes; there is nothing else to it.
-        loaded = self._index.load([{"group": name, "task": found}])
-        return {"tasks": loaded["tasks"]}
-
-    def _config(self, name: str) -> dict[str, Any]:
-        entry = self._index.task_index[name]
-        config = entry.cfg or {}
-        if entry.kind.name != "TASK" or not config.get("dataset_path"):
-            raise ValueError(
-                f"task {name} is a group, or loads its data itself: with --task-data, name single tasks "
-                "or tags"
-            )
-        return config
-
-    def _local(self, name: str) -> dict[str, Any] | None:
-        assert self._data is not None
-        return task_data.local(self._config(name), self._data)
-
-
 def evaluate(
     run: Run,
     tasks: Tasks,
@@ -332,27 +252,26 @@ def evaluate(
     setup = open_setup(run, **options)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
     with jax.set_mesh(setup.mesh):
-        for way, (name, loaded) in itertools.product(ways, tasks.loaded.items()):
-            answers = Model(
-                setup,
-                model,
-                way=way,
-                chunk=chunk,
-                context=context,
-                progress=lambda what, way=way, name=name: progress(f"{name}, {way}: {what}"),
-            )
-            clock = time.monotonic()
-            found: Any = evaluator.evaluate(
-                lm=answers, task_dict=loaded, limit=limit, log_samples=False
-            )
-            seconds = round(time.monotonic() - clock, 3)
-            how = {"context": answers.max_length, "seconds": seconds}
-            how |= {} if way == FULL else {"chunk": chunk}
-            records = {task: _record(found, loaded, task) | how for task in found["results"]}
-            if limit is None:
-                _write(run, way, step, records)
-            for task, record in records.items():
-                yield way, task, record
+        for way in ways:
+            answers = Model(setup, model, way=way, chunk=chunk, context=context)
+            for name, loaded in tasks.loaded.items():
+                title = f"{name}, {way}"
+                answers.progress = lambda what, title=title: progress(f"{title}: {what}")
+                records = _scored(answers, loaded, limit)
+                if limit is None:
+                    _write(run, way, step, records)
+                for task, record in records.items():
+                    yield way, task, record
+
+
+def _scored(answers: Model, loaded: Any, limit: int | None) -> dict[str, dict[str, Any]]:
+    """The records of one or several tasks, by their names."""
+    clock = time.monotonic()
+    found: Any = evaluator.evaluate(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
+    how = {"context": answers.max_length, "seconds": round(time.monotonic() - clock, 3)}
+    if answers.way != FULL:
+        how["chunk"] = answers.chunk
+    return {task: _record(found, loaded, task) | how for task in found["results"]}
 
 
 def _record(found: Any, loaded: Any, name: str) -> dict[str, Any]:

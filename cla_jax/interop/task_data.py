@@ -1,4 +1,4 @@
-"""Data of downstream tasks in local files, so that evaluating needs no hub.
+"""Downstream tasks and their data: from the hub, or from local files, so that none is needed.
 
     DIR/PATH/NAME/SPLIT.arrow       or .parquet, .jsonl, .csv
 
@@ -11,17 +11,25 @@ supply DIR/EleutherAI/wikitext_document_level/wikitext-2-raw-v1/test.jsonl, a li
 document.
 """
 
+import difflib
 import gzip
 import json
+import logging
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from cla_jax.config import near_choice
 from cla_jax.interop.fetch import Package, download
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
 
 LOADERS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "csv": "csv"}
 SPLITS = ("training_split", "validation_split", "test_split")
@@ -43,6 +51,8 @@ HOW_TO_GET = (
     f"python -m launch.tasks fetch DIR has those of {', '.join(TASKS)}; put others there yourself, as "
     "SPLIT.jsonl, .arrow, .parquet or .csv with the fields that the task reads"
 )
+
+_FEWSHOT_SEED = 1234  # the harness's default
 
 Row = dict[str, Any]
 
@@ -78,6 +88,92 @@ def local(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
         "dataset_kwargs": {"data_files": {split: str(file) for split, (file, _) in found.items()}},
         **{key: split if split in found else None for key, split in splits.items()},
     }
+
+
+def harness_missing(error: ImportError) -> ValueError:
+    return ValueError(
+        f"{error}: tasks need the lm-evaluation-harness. Install it with pip install -e '.[interop]'"
+    )
+
+
+class Tasks:
+    """Tasks by name, loaded once: `Tasks(["piqa", "lambada"], data="data/tasks")`.
+
+    A name may be a task's, a tag's (several tasks), or a group's. With `data`, a directory as
+    this module describes it, rows are read from there; without, the harness loads them, from the hub or
+    its cache. `index` has the tasks, if not the harness's own. Raises ValueError for unknown names and
+    for data that cannot be had.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        data: str | None = None,
+        shots: int | None = None,
+        index: "TaskManager | None" = None,
+    ):
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise harness_missing(error) from None
+
+        self._index = index or TaskManager()
+        for name in names:
+            if name not in (known := self._index.all_tasks):  # thousands: not all are listed
+                near_choice("task", name, difflib.get_close_matches(name, known) or TASKS)
+        self._data = None if data is None else Path(data).expanduser()
+        self.loaded = {name: self._load(name) for name in names}
+        for loaded in self.loaded.values():
+            for task in loaded["tasks"].values():
+                if shots is not None:
+                    task.set_config("num_fewshot", shots)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(_FEWSHOT_SEED)
+
+    def _load(self, name: str) -> Any:
+        """A task, or several, as the harness's `evaluate` takes them."""
+        if self._data is None:
+            from datasets.exceptions import DatasetsError
+
+            try:
+                return self._index.load([name])
+            except (OSError, DatasetsError) as error:
+                raise ValueError(
+                    f"the data of task {name} could not be loaded: {' '.join(str(error).split())[:300]}. "
+                    "Without a hub: python -m launch.tasks fetch data/tasks, then --task-data data/tasks"
+                ) from None
+        entry = self._index.task_index[name]
+        single = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
+        changes = {each: self._local(each) for each in single}
+        found = [{"task": each, **change} for each, change in changes.items() if change]
+        wanted = [
+            f"{each} ({self._data / place(self._config(each))})"
+            for each, change in changes.items()
+            if not change
+        ]
+        if not found:
+            raise ValueError(f"there are no local data of {', '.join(wanted)}; {HOW_TO_GET}")
+        if wanted:
+            log.warning("%s: left out for want of data: %s", name, ", ".join(wanted))
+        # A group whose members are tasks with changes; there is nothing else to it.
+        loaded = self._index.load([{"group": name, "task": found}])
+        return {"tasks": loaded["tasks"]}
+
+    def _config(self, name: str) -> dict[str, Any]:
+        entry = self._index.task_index[name]
+        config = entry.cfg or {}
+        if entry.kind.name != "TASK" or not config.get("dataset_path"):
+            raise ValueError(
+                f"task {name} is a group, or loads its data itself: with --task-data, name single tasks "
+                "or tags"
+            )
+        return config
+
+    def _local(self, name: str) -> dict[str, Any] | None:
+        assert self._data is not None
+        return local(self._config(name), self._data)
 
 
 # ----------------------------------------------------------------------------------------- fetching
