@@ -97,7 +97,7 @@ def _held_out(arguments: Arguments) -> None:
             for name, record in evaluate(
                 run,
                 formats=arguments.cache or ("dense",),
-                chunk=arguments.chunk or 1,
+                chunk=1 if arguments.chunk is None else arguments.chunk,
                 windows=arguments.windows,
                 per_slot=arguments.per_slot,
                 progress=progress,

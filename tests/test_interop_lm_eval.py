@@ -15,6 +15,7 @@ from cla_jax.report import tasks as scores
 from cla_jax.runs import find_runs
 from cla_jax.train import train
 from launch import compare
+from launch import evaluate as launch
 from tests import reference
 
 pytestmark = pytest.mark.interop
@@ -281,6 +282,25 @@ def test_mistakes_are_named(run, school, monkeypatch):
         Tasks(["quiz"], data=data)
     with pytest.raises(ValueError, match=extra):
         import cla_jax.interop.lm_eval  # noqa: F401
+
+
+@pytest.mark.slow
+def test_from_the_command_line(run, tmp_path, capsys):
+    """With all of the harness's tasks, which take a while to be found."""
+    row = {"question": "What rusts?", "support": "Iron rusts.", "correct_answer": "iron"}
+    row |= {f"distractor{i}": word for i, word in enumerate(("wood", "gold", "ice"), 1)}
+    file = tmp_path / "tasks" / "allenai" / "sciq" / "default" / "validation.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text((json.dumps(row) + "\n") * 3)
+    data = ["--task-data", str(tmp_path / "tasks")]
+    launch.main([str(run.path), "--tasks", "sciq", "--cache", "int8", *data])
+    assert "3 examples of validation" in " ".join(capsys.readouterr().out.split())
+    assert run.evals()["tasks-int8"]["tasks"]["sciq"]["n"] == 3
+    for tasks, words in (("scicue", "did you mean sciq"), ("mmlu", "mmlu is a group")):
+        with pytest.raises(SystemExit) as exit:
+            launch.main([str(run.path), "--tasks", tasks, *data])
+        assert exit.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow
