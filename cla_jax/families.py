@@ -68,9 +68,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-def packed(
-    texts: Sequence[Text], found: Sequence[Family], shortest: int
-) -> dict[int, list[list[Family]]]:
+Rows = dict[int, list[list[Family]]]  # by their length in tokens
+
+
+def pack(texts: Sequence[Text], found: Sequence[Family], shortest: int) -> Rows:
     """Rows by their length, each a list of families; those too large for a row are cut into several.
 
     Lengths are `shortest`, and doublings of it for texts that need them.

@@ -22,14 +22,14 @@ from jax.sharding import PartitionSpec
 from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, round_up
 from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decode
-from cla_jax.families import Family, Text, doubled, families, packed
+from cla_jax.families import Family, Rows, Text, doubled, families, pack
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import Forks
 from cla_jax.model.transformer import Execution, Transformer, project
 
 Progress = Callable[[int, int], None]  # (texts done, texts in all)
 
-ROW = 512  # tokens of a packed row, if no text is longer
+ROWS = (128, 192, 256, 384, 512)  # tokens of a packed row, if no text is longer
 STEP = 1024  # tokens of a batch of such rows on a CPU; accelerators take 16 times as many
 CACHED = 8192  # tokens that the rows of a cache have room for, all together
 SHORTEST = 128  # and one row
@@ -66,19 +66,33 @@ def by_forward(
 ) -> list[Likelihood]:
     """The likelihood of each text's targets, families packed into rows of a full forward pass."""
     tally = _Tally(len(texts), progress)
-    for tokens_BT, forks, places in _batches(texts, rows_of(run.rules)):
+    packed = _packed(texts, model.config.d_model)
+    for tokens_BT, forks, places in _batches(texts, packed, rows_of(run.rules)):
         arrays = jax.device_put((tokens_BT, forks), run.rules.spec("batch", None))
         x_BTD = _hidden(model, *arrays, run=run)
         tally.add(_scores(model.head_VD, x_BTD, places, run.rules), places)
     return tally.result()
 
 
+def _packed(texts: Sequence[Text], width: int) -> Rows:
+    """Rows of the length that costs least: long ones leave little room unused, short ones attend to less.
+
+    In rows as long as the model is wide, attention takes about as long as everything else (on a CPU).
+    """
+    found = families(texts)
+
+    def cost(rows: Rows) -> int:
+        return sum(len(some) * length * (length + width) for length, some in rows.items())
+
+    return min((pack(texts, found, shortest) for shortest in ROWS), key=cost)
+
+
 def _batches(
-    texts: Sequence[Text], rows_of: Callable[[int], int]
+    texts: Sequence[Text], packed: Rows, rows_of: Callable[[int], int]
 ) -> Iterator[tuple[np.ndarray, Forks, list[_Place]]]:
     """Rows of families, as many at once as `rows_of(length)` says: tokens, what sees what, targets."""
     tokens = STEP if jax.default_backend() == "cpu" else 16 * STEP
-    for length, rows in packed(texts, families(texts), ROW).items():
+    for length, rows in packed.items():
         size = rows_of(tokens // length)
         for begin in range(0, len(rows), size):
             tokens_BT = np.zeros((size, length), np.int32)

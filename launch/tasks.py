@@ -23,6 +23,12 @@ def tasks(
     command: Annotated[Literal["fetch"], tyro.conf.Positional],
     directory: Annotated[str, tyro.conf.Positional] = "data/tasks",
 ) -> None:
+    """See above.
+
+    Args:
+      command: what to do
+      directory: where the data go; what is there already is kept
+    """
     assert command == "fetch"
     from rich.console import Console
     from rich.progress import Progress

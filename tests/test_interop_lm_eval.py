@@ -286,7 +286,7 @@ def test_mistakes_are_named(run, school, monkeypatch):
 
 @pytest.mark.slow
 def test_from_the_command_line(run, tmp_path, capsys):
-    """With all of the harness's tasks, which take a while to be found."""
+    """With the harness's own tasks; for a wrong name all of them are read, which takes a while."""
     row = {"question": "What rusts?", "support": "Iron rusts.", "correct_answer": "iron"}
     row |= {f"distractor{i}": word for i, word in enumerate(("wood", "gold", "ice"), 1)}
     file = tmp_path / "tasks" / "allenai" / "sciq" / "default" / "validation.jsonl"
@@ -296,7 +296,7 @@ def test_from_the_command_line(run, tmp_path, capsys):
     launch.main([str(run.path), "--tasks", "sciq", "--cache", "int8", *data])
     assert "3 examples of validation" in " ".join(capsys.readouterr().out.split())
     assert run.evals()["tasks-int8"]["tasks"]["sciq"]["n"] == 3
-    for tasks, words in (("scicue", "did you mean sciq"), ("mmlu", "mmlu is a group")):
+    for tasks, words in (("sciqq", "did you mean sciq"), ("mmlu", "mmlu is a group")):
         with pytest.raises(SystemExit) as exit:
             launch.main([str(run.path), "--tasks", tasks, *data])
         assert exit.value.code == 2

@@ -11,7 +11,7 @@ from cla_jax import mesh as meshes
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.families import Family, families, packed, text
+from cla_jax.families import Family, families, pack, text
 from cla_jax.model.transformer import Execution, project
 from cla_jax.state import layout
 from tests import reference
@@ -24,7 +24,7 @@ LONGEST = 40  # tokens that the model is given
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
     """So that few texts fill rows, and several batches, of every kind."""
-    for name, value in {"ROW": 32, "STEP": 64, "CACHED": 512, "SLICE": 8}.items():
+    for name, value in {"ROWS": (32, 48), "STEP": 64, "CACHED": 512, "SLICE": 8}.items():
         monkeypatch.setattr(likelihood, name, value)
 
 
@@ -172,13 +172,20 @@ def test_options_are_a_family_and_questions_are_not():
 
 def test_a_family_too_large_for_a_row_is_cut():
     texts = [text(range(20), [90 + i] * 5, 100) for i in range(6)]
-    ((length, rows),) = packed(texts, families(texts), shortest=32).items()
+    ((length, rows),) = pack(texts, families(texts), shortest=32).items()
     assert length == 32
     assert [[len(family.members) for family in row] for row in rows] == [[2], [2], [2]]
     assert sorted(i for row in rows for family in row for i in family.members) == list(range(6))
     long = [text(range(70), [1], 100), *texts]
-    lengths = packed(long, families(long), shortest=32)
+    lengths = pack(long, families(long), shortest=32)
     assert [(length, len(rows)) for length, rows in lengths.items()] == [(32, 3), (128, 1)]
+
+
+def test_rows_are_of_the_length_that_costs_least():
+    """Two families of 20 tokens leave 24 of twice 32 unused, or 8 of 48; four of 8 fill one of 32."""
+    two = [text([i] * 20, [1], 100) for i in (1, 2)]
+    four = [text([i] * 8, [1], 100) for i in range(4)]
+    assert [list(likelihood._packed(texts, 100)) for texts in (two, four)] == [[48], [32]]
 
 
 def test_what_is_too_long_loses_its_beginning():

@@ -16,6 +16,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -96,6 +97,29 @@ def harness_missing(error: ImportError) -> ValueError:
     )
 
 
+def _index(names: Sequence[str]) -> "TaskManager":
+    """The harness's tasks, as far as they are about these names: all of them take a while to read.
+
+    Raises ValueError if the harness is not there.
+    """
+    try:
+        from lm_eval import tasks
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise harness_missing(error) from None
+
+    home = Path(tasks.__file__).parent
+    words = "|".join(map(re.escape, names))
+    named = re.compile(rf"^\s*(-|(- )?(task|tag|group):)\s*[\"']?({words})[\"']?\s*$", re.MULTILINE)
+    folders = {
+        home / file.relative_to(home).parts[0]
+        for file in home.rglob("*.yaml")
+        if named.search(file.read_text(encoding="utf-8"))
+    }
+    some = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
+    return some if set(names) <= set(some.all_tasks) else TaskManager()
+
+
 class Tasks:
     """Tasks by name, loaded once: `Tasks(["piqa", "lambada"], data="data/tasks")`.
 
@@ -113,12 +137,7 @@ class Tasks:
         shots: int | None = None,
         index: "TaskManager | None" = None,
     ):
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise harness_missing(error) from None
-
-        self._index = index or TaskManager()
+        self._index = index or _index(names)
         for name in names:
             if name not in (known := self._index.all_tasks):  # thousands: not all are listed
                 near_choice("task", name, difflib.get_close_matches(name, known) or TASKS)
