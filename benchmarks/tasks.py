@@ -2,8 +2,8 @@
 
 Both are asked for the same log-likelihoods, those of the first examples of each task, of the same float32
 weights with the same number of threads: ours from a run directory, theirs from an export of it. Every
-contestant is a process of its own that is idle until asked. A round asks each in turn for all tasks, one
-after the other, in an order that rotates. Times are of `loglikelihood` of the harness's model class:
+contestant is a process of its own that is idle until asked. Task by task, a round asks each in turn, in an
+order that rotates. Times are of `loglikelihood` of the harness's model class:
 tokenisation included, loading, prompts and compilation not (ours compiles in a round that does not
 count).
 
@@ -26,6 +26,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,11 +79,8 @@ class Options(CommonOptions):
     output: Path = HERE / "results" / "tasks.json"
 
 
-Answers = dict[str, list[tuple[float, bool]]]  # by task
-
-
-def measure(options: Options) -> dict[str, Any]:
-    """Raw seconds of every task and round, and the answers of each contestant."""
+def measure(options: Options) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """After each task: its name, what is known of each row so far, and the answers of each row to it."""
     spec = {
         "run": options.run,
         "exported": options.exported,
@@ -94,26 +92,28 @@ def measure(options: Options) -> dict[str, Any]:
         "batch": options.peer_batch,
     }
     children: dict[str, Child] = {}
-    rows: dict[str, dict[str, Any]] = {}
     try:
         for row in options.only:
             children[row] = start(row, spec | ROWS[row], options)
-            rows[row] = children[row].about | {"seconds": {task: [] for task in options.tasks}}
-            if row.startswith("ours") and options.rounds > 1:
-                for task in range(len(options.tasks)):
-                    children[row].run(task)
         check_same_model(children)
+        rows = {row: child.about | {"seconds": {}} for row, child in children.items()}
         order = list(options.only)
-        for _, (i, task) in itertools.product(range(options.rounds), enumerate(options.tasks)):
-            for row in order:
-                given = children[row].run(i)
-                rows[row]["seconds"][task].append(given["seconds"])
-                rows[row].setdefault("answers", {})[task] = given["answers"]
-            order = order[1:] + order[:1]
+        for i, task in enumerate(options.tasks):
+            for row in options.only:
+                if row.startswith("ours") and options.rounds > 1:
+                    children[row].run(i)  # compiles
+                rows[row]["seconds"][task] = []
+            answers = {}
+            for _ in range(options.rounds):
+                for row in order:
+                    given = children[row].run(i)
+                    rows[row]["seconds"][task].append(given["seconds"])
+                    answers[row] = given["answers"]
+                order = order[1:] + order[:1]
+            yield task, rows, answers
     finally:
         for child in children.values():
             child.close()
-    return rows
 
 
 def questions(options: Options) -> dict[str, list[int]]:
@@ -147,7 +147,8 @@ def agreement(ours: list, theirs: list, sizes: list[int]) -> dict[str, Any]:
     }
 
 
-def table(rows: dict[str, Any], found: dict[str, Any], tasks: tuple[str, ...]) -> Table:
+def table(rows: dict[str, Any], found: dict[str, Any]) -> Table:
+    tasks = list(next(iter(rows.values()))["seconds"])
     shown = Table(caption="seconds: medians. x: times as fast as torch, ratio of medians (range)")
     shown.add_column("task")
     for row in rows:
@@ -180,31 +181,25 @@ def table(rows: dict[str, Any], found: dict[str, Any], tasks: tuple[str, ...]) -
 
 
 def main(options: Options) -> None:
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
     report: dict[str, Any] = {
         "what": "log-likelihoods of the options of tasks, all contestants interleaved",
         "when": time.strftime("%Y-%m-%d"),
         "machine": machine(options.threads),
         "examples": options.examples,
         "peer_batch": options.peer_batch,
-        "rows": (rows := measure(options)),
+        "agreement": (agreed := {row: {} for row in options.only if row != "torch"}),
     }
-    answers = {row: values.pop("answers") for row, values in rows.items()}
-    report["agreement"] = {}
-    if "torch" in rows:
-        sizes = questions(options)
-        report["agreement"] = {
-            row: {
-                task: agreement(answers[row][task], answers["torch"][task], sizes[task])
-                for task in options.tasks
-            }
-            for row in rows
-            if row != "torch"
-        }
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    console.print(table(rows, report["agreement"], options.tasks))
+    sizes = questions(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    for task, rows, answers in measure(options):
+        if "torch" in answers:
+            for row, found in agreed.items():
+                found[task] = agreement(answers[row], answers["torch"], sizes[task])
+        # After every task: all of them take a while.
+        options.output.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+        console.print(table(rows, agreed))
     console.print(f"wrote {options.output}")
 
 
