@@ -139,9 +139,10 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
         raise ValueError(f"{run.path} is a file: remove it, or use another --name")
     record = _record(config, data_fingerprint)
     if (run.path / "config.json").exists():
-        theirs = _read_json(run.path / "config.json")
+        # By way of a Config: a field that is younger than the run has its default there.
+        theirs = {"data_fingerprint": run.record().get("data_fingerprint")}
         ours = record["identity"] | {"data_fingerprint": data_fingerprint}
-        existing = theirs.get("identity", {}) | {"data_fingerprint": theirs.get("data_fingerprint")}
+        existing = configs.identity(run.config()) | theirs
         difference = configs.difference(ours, existing)
         if difference:
             lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]

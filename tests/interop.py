@@ -59,7 +59,7 @@ def foreign(config: ModelConfig, seed: int = 0) -> Foreign:
 
 def logits(model, tokens) -> np.ndarray:
     """Scores [B, T, V] by full forward."""
-    model = jax.tree.map(jnp.asarray, model)
+    model = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), model)  # off any mesh
     return np.asarray(jax.jit(lambda m, t: m.logits(t, Execution()))(model, jnp.asarray(tokens)))
 
 

@@ -86,3 +86,16 @@ def test_training_loads_nothing_heavy_that_it_does_not_use():
     assert "jax" in loaded
     for package in ("tensorflow_datasets", "grain", "matplotlib", "tensorflow", "torch", "wandb"):
         assert package not in loaded, package
+
+
+def test_foreign_formats_are_read_and_written_without_the_libraries_of_others():
+    """Here they may be installed."""
+    loaded = loaded_after(
+        "import launch.convert, cla_jax.interop.export, cla_jax.interop.gguf, cla_jax.interop.hf"
+    )
+    for package in ("torch", "transformers", "safetensors", "gguf", "lm_eval"):
+        assert package not in loaded, package
+
+
+def test_the_conversion_command_starts_without_jax():
+    assert "jax" not in loaded_after("import launch.convert")

@@ -18,6 +18,7 @@ from cla_jax.interop.export import export, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.names import Tensor
 from cla_jax.interop.text import Text
+from cla_jax.report import rows
 from cla_jax.runs import Run, find_runs
 from launch import convert
 from tests import interop as made
@@ -134,6 +135,8 @@ def test_an_imported_run_is_evaluated_wherever_it_lies(tmp_path, devices):
     ((_, record), *_) = evaluate(Run(find_runs([tmp_path / "moved"])[0].path), windows=3)
     assert 1 < record["perplexity"] < 1e6
     assert run_record(tmp_path / "moved")["origin"]["model_type"] == "llama"
+    (row,) = rows.read(find_runs([tmp_path / "moved"]))
+    assert row.progress == ""  # not a training run that stopped at step 0
 
 
 def load(run):
@@ -226,6 +229,15 @@ def damage(name):
         "cut": lambda d: cut(d / "model.safetensors", -1000),
         "cut-header": lambda d: cut(d / "model.safetensors", 100),
         "garbage": lambda d: (d / "model.safetensors").write_bytes(b"\x00\xff" * 5000),
+        "entry": lambda d: reheaded(
+            d, '{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}'
+        ),
+        "dtype": lambda d: reheaded(
+            d, '{"a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}'
+        ),
+        "size": lambda d: reheaded(
+            d, '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'
+        ),
         "text": lambda d: (d / "model.safetensors").write_bytes(
             b"\x20" + bytes(7) + b"no JSON" * 9
         ),
@@ -246,6 +258,12 @@ def damage(name):
     }[name]
 
 
+def reheaded(directory, header):
+    """A file of four bytes with such a header."""
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    (directory / "model.safetensors").write_bytes(content)
+
+
 def cut(file, length):
     file.write_bytes(file.read_bytes()[:length])
 
@@ -259,6 +277,9 @@ BAD_FILES = {
     "cut-header": "model.safetensors is truncated: its header alone",
     "garbage": "model.safetensors is not a safetensors file",
     "text": "model.safetensors is not a safetensors file",
+    "entry": "model.safetensors: the header does not describe a: ",
+    "dtype": "model.safetensors: a has dtype I8; readable are F32, F16, BF16",
+    "size": r"model.safetensors: a, F32 \[2\], needs 8 bytes, not the 4",
     "no-config": "config.json is missing",
     "no-tokenizer": "tokenizer.json is missing; give one with --tokenizer",
     "no-weights": "neither model.safetensors nor",
@@ -289,6 +310,7 @@ BAD_KEYS = [
     ({"rope_parameters": {"rope_type": "default", "beta": 1}}, "key rope_parameters.beta"),
     ({"num_key_value_heads": 3}, "n_heads = 4 is not divisible by model.n_kv_heads = 3"),
     ({"hidden_size": "wide"}, "key hidden_size = 'wide' is not of type int"),
+    ({"num_attention_heads": 0, "head_dim": None}, "n_heads = 0 must be positive"),
     ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
     (
         {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},

@@ -57,6 +57,17 @@ def test_an_unknown_field_from_another_version_is_named(tiny):
         run.config()
 
 
+def test_a_run_older_than_a_field_goes_on(tiny):
+    """The field has its default: that is what it meant before it could be set."""
+    run = opened(tiny())
+    record = run.record()
+    del record["identity"]["model"]["rope_scaling"]
+    (run.path / "config.json").write_text(json.dumps(record))
+    assert opened(tiny()).path == run.path
+    with pytest.raises(ValueError, match=r"model.rope_scaling: 'none' there, 'linear:2' asked for"):
+        opened(tiny(**{"model.rope_scaling": "linear:2"}))
+
+
 def test_find_runs_takes_runs_and_studies(tiny, tmp_path):
     for name in ("study/a", "study/b", "alone"):
         opened(tiny(name=name))

@@ -63,7 +63,7 @@ def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
         d_ff=d_ff,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        d_head=d_model // n_heads,
+        d_head=d_model // max(n_heads, 1),  # zero is refused there
         kv_norm="own",
         tied_embeddings=keys.take("tie_word_embeddings", True, bool),
         bias=biases.pop() if biases else True,

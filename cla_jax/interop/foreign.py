@@ -59,6 +59,8 @@ def import_run(
     prepared = prepare.prepared_path(config.data, config.placement.data_dir, tokenizer_json)
     for note in foreign.notes:
         log.warning("%s", note)
+    if foreign.max_length and config.data.seq_len > foreign.max_length:
+        log.warning("the model was made for at most %d tokens of context", foreign.max_length)
     with runs.new_run(
         config,
         data_fingerprint=prepared.name,

@@ -236,7 +236,7 @@ def _keys(metadata: dict[str, Any]) -> Keys:
 def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     d_model = keys.take("embedding_length", kind=int)
     n_heads = keys.take("attention.head_count", kind=int)
-    d_head = keys.take("attention.key_length", d_model // n_heads, int)
+    d_head = keys.take("attention.key_length", d_model // max(n_heads, 1), int)
     keys.only("attention.value_length", d_head)
     keys.only("rope.dimension_count", d_head)
     keys.only("expert_count", 0)

@@ -168,7 +168,7 @@ def _llama(keys: Keys) -> ModelConfig:
         keys.take("hidden_size", kind=int),
         keys.take("num_attention_heads", kind=int),
     )
-    d_head = keys.take("head_dim", None, int) or d_model // n_heads
+    d_head = keys.take("head_dim", None, int) or d_model // max(n_heads, 1)
     theta, scaling = rope(keys)
     return ModelConfig(
         vocab_size=keys.take("vocab_size", kind=int),

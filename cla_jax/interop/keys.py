@@ -37,10 +37,9 @@ class Keys:
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         accepted = (int, float) if kind is float else kind
-        if accepted and (
-            not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)
-        ):
-            raise ValueError(f"key {self._where}{key} = {value!r} is not of type {kind.__name__}")  # type: ignore[union-attr]
+        is_odd = isinstance(value, bool) and kind is not bool  # True is an int to Python
+        if kind and accepted and (not isinstance(value, accepted) or is_odd):
+            raise ValueError(f"key {self._where}{key} = {value!r} is not of type {kind.__name__}")
         return value
 
     def only(self, key: str, *values: Any) -> None:

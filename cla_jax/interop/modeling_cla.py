@@ -110,7 +110,7 @@ def frequencies(config, device):
 
         first = max(math.floor(pair(rope["beta_fast"])), 0)
         last = min(math.ceil(pair(rope["beta_slow"])), config.head_dim - 1)
-        kept = 1 - (pairs - first) / max(last - first, 1e-3)
+        kept = 1 - (pairs - first) / (last - first or 1e-3)
     else:
         raise ValueError(f"rope_type = {kind!r} is not known here")
     kept = kept.clamp(0, 1)

@@ -7,16 +7,16 @@ data               little-endian, row-major; offsets count from here
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.interop.names import Tensor
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 _LONGEST_HEADER = 100_000_000  # what the format allows
 
 
@@ -27,7 +27,9 @@ def read(file: Path) -> dict[str, Tensor]:
     found = {}
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(lo), int(hi)]}:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(lo), int(hi)]} if (
+                all(isinstance(size, int) and size >= 0 for size in shape)
+            ):
                 pass
             case _:
                 raise ValueError(f"{file}: the header does not describe {name}: {entry}")
@@ -74,7 +76,12 @@ def _tensor(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) ->
     return Tensor(shape, read)
 
 
-def write(file: Path, tensors: Mapping[str, Tensor], dtype: str, progress: Any = None) -> None:
+def write(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Writes tensors, converted to `dtype` (F32, F16 or BF16), one in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -92,7 +99,6 @@ def write(file: Path, tensors: Mapping[str, Tensor], dtype: str, progress: Any =
         out.write(len(text).to_bytes(8, "little") + text)
         for done, tensor in enumerate(tensors.values()):
             out.write(tensor.read().astype(_DTYPES[dtype]).tobytes())
-            if progress:
-                progress(done + 1, len(tensors))
+            progress(done + 1, len(tensors))
         out.flush()
         os.fsync(out.fileno())

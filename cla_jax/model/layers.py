@@ -169,7 +169,7 @@ def _frequencies(config: ModelConfig) -> jax.Array:
 
         first = max(math.floor(pair(number["fast"])), 0)
         last = min(math.ceil(pair(number["slow"])), config.d_head - 1)
-        kept = 1 - (jnp.arange(half) - first) / max(last - first, 1e-3)
+        kept = 1 - (jnp.arange(half) - first) / (last - first or 1e-3)
     kept = jnp.clip(kept, 0, 1)
     return kept * frequencies + (1 - kept) * slowed
 
