@@ -173,7 +173,7 @@ def generate(
     n_ids: int | None = None,
     sampling: Sampling = Sampling(),
     seeds: int | Sequence[int] = 0,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     every: int = 8,
 ) -> list[Completion]:
     """Continues every prompt, all in one batch; each row's result is that of the row alone, with its seed.
@@ -187,7 +187,8 @@ def generate(
       n_ids: ids from here on are padding of the vocabulary and never drawn.
       sampling: how tokens are drawn.
       seeds: one for each prompt; or one number, from which each row derives its own.
-      on_tokens: called with a row's number and its new tokens, as they come.
+      on_tokens: called with a row's number and its new tokens, as they come; True ends the row, whose
+        last tokens those are.
       every: decode steps between two such calls.
 
     Raises:
@@ -220,29 +221,34 @@ def generate(
     options = {"spec": spec, "sampling": sampling}
     rows, *emitted = _first(weights, x_BD, rows, choice, **options)
     results = [Completion() for _ in prompts]
+    ended = np.zeros(spec.batch, bool)  # by whoever listens
     steps = LOOP if on_tokens is None else every
     for begin in range(1, max(limits) + steps, steps):
         # The next steps are under way before the host looks at the last ones.
         before, done_B = emitted, rows.done_B
         if begin < max(limits):
             done_B = jnp.copy(done_B)  # the loop is given the original
+            if ended.any():
+                rows = rows._replace(done_B=rows.done_B | jax.device_put(ended, split))
             cache, rows, *emitted = _loop(weights, cache, rows, choice, steps=steps, **options)
-        _collect(results, on_tokens, *before)
-        if bool(jnp.all(done_B)):
+        _collect(results, on_tokens, ended, *before)
+        if np.all(ended | np.asarray(done_B)):
             break
-    for result, stopped in zip(results, np.asarray(rows.stopped_B), strict=False):
+    for result, stopped in zip(results, ended | np.asarray(rows.stopped_B), strict=False):
         result.finish = "stop" if stopped else "length"
     return results
 
 
-def _collect(results: list[Completion], on_tokens, tokens_BN, logprobs_BN) -> None:
+def _collect(results: list[Completion], on_tokens, ended, tokens_BN, logprobs_BN) -> None:
     found = zip(results, np.asarray(tokens_BN), np.asarray(logprobs_BN), strict=False)
     for row, (result, tokens_N, logprobs_N) in enumerate(found):
+        if ended[row]:
+            continue
         new = tokens_N[tokens_N >= 0].tolist()
         result.tokens += new
         result.logprobs += logprobs_N[tokens_N >= 0].tolist()
         if new and on_tokens is not None:
-            on_tokens(row, new)
+            ended[row] = on_tokens(row, new) is True
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

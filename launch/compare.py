@@ -23,7 +23,8 @@ def compare(
 ) -> None:
     """Compares runs: accuracy against KV-cache memory, as a table and as a picture.
 
-    Prints the table and writes report.html (one file: table, picture, learning curves, details),
+    Prints the table, and the scores of downstream tasks if there are any, and writes report.html (one
+    file: tables, picture, learning curves, details),
     pareto.png and pareto.svg. Only what the run directories hold is read; nothing is computed anew.
 
     A study, or two runs of different studies:
@@ -44,6 +45,8 @@ def compare(
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
     console.print(report.table(rows))
+    if (scores := report.tasks.table(rows)) is not None:
+        console.print(scores)
     for note in report.notes(rows):
         print(note)  # not through the console, which would break a command into lines
     for file in report.write(rows, directory):

@@ -4,17 +4,26 @@
     python -m launch.evaluate runs/demo/h32_mqa --chunk 16 --windows 64
     python -m launch.evaluate runs/demo --cache int8 --cache kivi4 --cache kivi2
 
+    python -m launch.tasks fetch data/tasks            # once; without it, tasks come from the hub
+    python -m launch.evaluate runs/demo --tasks hellaswag,piqa,sciq --task-data data/tasks
+    python -m launch.evaluate runs/demo --tasks sciq --task-data data/tasks --cache int8 --limit 200
+
 Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV ledger
 (predicted from the config, counted from the live arrays), and writes eval/*.json into each run
 directory; `launch.compare` then shows every format as a point of its own. The held-out text is
 prepared again where it is missing.
+
+With --tasks it scores downstream tasks instead, those of the lm-evaluation-harness (the extra
+`interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -29,10 +38,10 @@ class Arguments:
     # Run directories, or study directories holding some.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # KV cache format to decode through; give it several times: dense (the model's dtype), float32,
-    # bfloat16, int8, fp8, kivi4, kivi2.
+    # bfloat16, int8, fp8, kivi4, kivi2. Of tasks also `full`, no cache, which is their default.
     cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Tokens a cached decoding step; 1 decodes as generation does, more is faster.
-    chunk: int = 1
+    # Tokens a cached decoding step; 1 decodes as generation does, more is faster. By default 1, of tasks 16.
+    chunk: int | None = None
     # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
     # Measure also what the error of each cache slot does by itself.
@@ -45,6 +54,16 @@ class Arguments:
     split_cache: bool = False
     # Where prepared data is, if not where the run was trained; missing data is prepared there.
     data_dir: str | None = None
+    # Tasks of the lm-evaluation-harness to score instead, separated by commas.
+    tasks: str = ""
+    # Directory of the tasks' data (python -m launch.tasks --help); by default they come from the hub.
+    task_data: str | None = None
+    # Score only so many examples of each task; printed, not recorded.
+    limit: int | None = None
+    # Examples of a task shown before each question; by default what the task says, mostly none.
+    shots: int | None = None
+    # Tokens of a task's text that the model reads at most; by default what it was trained with.
+    context: int | None = None
 
 
 @user_errors
@@ -55,62 +74,138 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
     allocator.keep_freed_memory()
+    if arguments.tasks:
+        _tasks(arguments)
+    else:
+        _held_out(arguments)
+
+
+def _held_out(arguments: Arguments) -> None:
+    for name in ("task_data", "limit", "shots", "context"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(
+                f"{name} = {getattr(arguments, name)!r} is of tasks: name some with --tasks"
+            )
     from rich.console import Console
-    from rich.progress import Progress
 
     from cla_jax.evaluate import evaluate
+
+    say = functools.partial(Console().print, highlight=False, soft_wrap=True)
+    for run in _runs(arguments):
+        say(f"[bold]{run.path}")
+        with _bars() as progress:
+            for name, record in evaluate(
+                run,
+                formats=arguments.cache or ("dense",),
+                chunk=1 if arguments.chunk is None else arguments.chunk,
+                windows=arguments.windows,
+                per_slot=arguments.per_slot,
+                progress=progress,
+                **_options(arguments),
+            ):
+                _say_scored(say, name, record)
+
+
+def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -> None:
+    say(
+        f"  {name:16s}perplexity {record['perplexity']:.4f}   "
+        f"{record['bits_per_byte']:.4f} bits/byte   "
+        f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s"
+    )
+    if close := record.get("agreement"):
+        say(
+            f"  {'':16s}beside the full forward: logits differ by "
+            f"{close['mean_logit_difference']:.2g} (at most "
+            f"{close['max_logit_difference']:.2g}), top-1 agrees "
+            f"{close['top1_agreement']:.2%}, KL {close['kl']:.2g} nats a token"
+        )
+    for kind, count in record.get("kv_bytes", {}).items():
+        say(
+            f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.10g} predicted "
+            f"{count['counted']:>11,.10g} counted   per token at {record['context']:,}"
+        )
+    for slot in record.get("per_slot", []):
+        say(
+            f"  {'':16s}slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
+            f"{slot['readers']} layers: alone in this format, KL {slot['kl']:.2g}"
+        )
+
+
+def _tasks(arguments: Arguments) -> None:
+    if arguments.windows is not None or arguments.per_slot:
+        raise ValueError(
+            "windows and per_slot are of the held-out text: leave them out, or --tasks"
+        )
+    # The harness has bars of its own, which would run into ours.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from rich.console import Console
+
+    from cla_jax.interop import lm_eval, task_data
+
+    say = functools.partial(Console().print, highlight=False, soft_wrap=True)
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    runs = _runs(arguments)
+    with _bars() as progress:
+        progress("loading tasks")
+        tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
+    for run in runs:
+        say(f"[bold]{run.path}")
+        with _bars() as progress:
+            for way, task, record in lm_eval.evaluate(
+                run,
+                tasks,
+                ways=arguments.cache or (lm_eval.FULL,),
+                chunk=lm_eval.CHUNK if arguments.chunk is None else arguments.chunk,
+                limit=arguments.limit,
+                context=arguments.context,
+                progress=progress,
+                **_options(arguments),
+            ):
+                values = record["metrics"]
+                errors = {name: values.get(f"{name}_stderr") for name in values}
+                shown = "   ".join(
+                    f"{name} {value:.4f}" + (f" ± {errors[name]:.4f}" if errors[name] else "")
+                    for name, value in values.items()
+                    if not name.endswith("_stderr")
+                )
+                examples = (
+                    f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
+                )
+                say(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+
+
+def _runs(arguments: Arguments) -> list[Any]:
     from cla_jax.runs import find_runs
     from launch import programs
 
-    console = Console()
     runs = find_runs(arguments.runs)
     programs.remember(runs[0].path.parent)
-    for run in runs:
-        console.print(f"[bold]{run.path}")
-        with Progress(transient=True, console=Console(file=sys.stderr)) as bar:
+    return runs
 
-            def progress(name: str, bar: Progress = bar) -> Any:
-                task = bar.add_task(name, total=None)
-                return lambda done, total: bar.update(task, completed=done, total=total)
 
-            records = evaluate(
-                run,
-                formats=arguments.cache or ("dense",),
-                chunk=arguments.chunk,
-                windows=arguments.windows,
-                per_slot=arguments.per_slot,
-                data_dir=arguments.data_dir,
-                mesh=arguments.mesh,
-                split_cache=arguments.split_cache,
-                batch_size=arguments.batch_size or None,
-                progress=progress,
-            )
-            for name, record in records:
-                console.print(
-                    f"  {name:16s}perplexity {record['perplexity']:.4f}   "
-                    f"{record['bits_per_byte']:.4f} bits/byte   "
-                    f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-                say = functools.partial(console.print, highlight=False, soft_wrap=True)
-                if close := record.get("agreement"):
-                    say(
-                        f"  {'':16s}beside the full forward: logits differ by "
-                        f"{close['mean_logit_difference']:.2g} (at most "
-                        f"{close['max_logit_difference']:.2g}), top-1 agrees "
-                        f"{close['top1_agreement']:.2%}, KL {close['kl']:.2g} nats a token"
-                    )
-                for kind, count in record.get("kv_bytes", {}).items():
-                    say(
-                        f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.10g} predicted "
-                        f"{count['counted']:>11,.10g} counted   per token at {record['context']:,}"
-                    )
-                for slot in record.get("per_slot", []):
-                    say(
-                        f"  {'':16s}slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
-                        f"{slot['readers']} layers: alone in this format, KL {slot['kl']:.2g}"
-                    )
+def _options(arguments: Arguments) -> dict[str, Any]:
+    """How a run is opened."""
+    return {
+        "data_dir": arguments.data_dir,
+        "mesh": arguments.mesh,
+        "split_cache": arguments.split_cache,
+        "batch_size": arguments.batch_size or None,
+    }
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str], Any]]:
+    """Progress bars, one for each name that is asked for."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(transient=True, console=Console(file=sys.stderr)) as bars:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar
 
 
 if __name__ == "__main__":

@@ -145,6 +145,24 @@ def test_tokens_are_streamed_as_they_come():
     assert tokens(streamed) == tokens(run(model, PROMPTS, new_tokens=[12, 3, 9, 1], stop=[]))
 
 
+def test_who_listens_may_end_a_row():
+    """Its last tokens are those it was ended with; the other rows are as they were."""
+    model = make(replace(MODEL))
+    alone = run(model, PROMPTS, new_tokens=12, stop=[])
+    ends = {0: 5, 2: 1}  # rows, and how many tokens are enough
+    heard = dict.fromkeys(range(len(PROMPTS)), 0)
+
+    def listen(row, new):
+        heard[row] += len(new)
+        return heard[row] >= ends.get(row, 99)
+
+    ended = run(model, PROMPTS, new_tokens=12, stop=[], on_tokens=listen, every=2)
+    for row, (whole, part) in enumerate(zip(alone, ended, strict=True)):
+        assert part.tokens == whole.tokens[: {0: 5, 2: 1}.get(row, 12)]
+        assert part.finish == ("stop" if row in ends else "length")
+        assert len(part.logprobs) == len(part.tokens) == heard[row]
+
+
 def test_nothing_is_compiled_after_the_first_token_of_each_phase():
     """Other prompts, lengths, limits, seeds and stop tokens run through the same three programs."""
     model = make(replace(MODEL, d_ff=52))  # a shape of its own: nothing is in the cache of programs

@@ -18,7 +18,7 @@ LAYERS = [
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},
     {"train", "decode", "generate"},
-    {"scoring", "memory", "plan"},
+    {"scoring", "families", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},
     {"report"},

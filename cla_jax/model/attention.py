@@ -40,6 +40,33 @@ def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | No
     return seen_BTS[:, None]
 
 
+class Forks(NamedTuple):
+    """Texts that begin alike, packed into rows so that what they share is computed once.
+
+    A row holds families one after the other. A family is a trunk, from which all its texts begin, and
+    then the branches, each the rest of one text. A token sees its own branch and the trunk. Padding has
+    a trunk of -1 and sees padding.
+    """
+
+    positions_BT: jax.Array  # in the text, which rotates the keys and bounds a window
+    trunks_BT: jax.Array  # the column where the token's family begins
+    branches_BT: (
+        jax.Array
+    )  # the column where its branch begins; of a trunk's tokens, where the trunk does
+
+    def visible(self, window: jax.Array | None) -> jax.Array:
+        """Which keys of its row a query sees, [B, T, S]."""
+        of = lambda a_BT: (a_BT[:, :, None], a_BT[:, None, :])  # a query's, a key's
+        position_q, position_s = of(self.positions_BT)
+        trunk_q, trunk_s = of(self.trunks_BT)
+        branch_q, branch_s = of(self.branches_BT)
+        seen_BTS = (position_s <= position_q) & (trunk_s == trunk_q)
+        seen_BTS &= (branch_s == branch_q) | (branch_s == trunk_s)
+        if window is not None:
+            seen_BTS &= (window == 0) | (position_s > position_q - window)
+        return seen_BTS
+
+
 def window_starts(
     positions_BT: jax.Array, window: jax.Array | int, starts_BT: jax.Array
 ) -> jax.Array:
@@ -55,17 +82,24 @@ def attend(
     kv: KV,
     *,
     starts_BT: jax.Array | None = None,
+    seen_BTS: jax.Array | None = None,
     backend: str = "xla",
     rules: AxisRules | None = None,
 ) -> jax.Array:
-    """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]"""
+    """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]
+
+    `seen_BTS`, if given, says instead which keys a query sees; only XLA takes it.
+    """
     if backend != "xla":
         return _attend_kernel(backend, q_BTKGH, kv, starts_BT, rules or AxisRules())
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     positions = jnp.arange(T)[None]
     q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
     starts_BN = None if starts_BT is None else over_queries(starts_BT)
-    seen_B1NS = visible(over_queries(positions), positions, starts_BN)
+    if seen_BTS is None:
+        seen_B1NS = visible(over_queries(positions), positions, starts_BN)
+    else:
+        seen_B1NS = over_queries(seen_BTS)[:, None]
     s_BKNS = jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32)
     s_BKNS = jnp.where(seen_B1NS, s_BKNS, MASKED)
     # The sum divides the output, which is smaller than the weights; the peak has no gradient.
@@ -84,14 +118,14 @@ def _merged(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
     of attention in memory. Positions come first, which for MQA is how queries and outputs lie in memory
     already; heads do where they are split over devices.
 
-    Returns q_BKNH, a function that says [B, T] for N, and one that brings [B, K, N, H] back.
+    Returns q_BKNH, a function that says [B, T, ...] for N, and one that brings [B, K, N, H] back.
     """
     B, T, K, G, H = q_BTKGH.shape
     heads_first = jax.typeof(q_BTKGH).sharding.spec[3] is not None
     order, sizes = ("BKGTH", (G, T)) if heads_first else ("BKTGH", (T, G))
 
     def over_queries(a_BT: jax.Array) -> jax.Array:
-        return jnp.tile(a_BT, (1, G)) if heads_first else jnp.repeat(a_BT, G, axis=1)
+        return jnp.concatenate([a_BT] * G, axis=1) if heads_first else jnp.repeat(a_BT, G, axis=1)
 
     def restore(o_BKNH: jax.Array) -> jax.Array:
         return jnp.einsum(f"{order}->BTKGH", o_BKNH.reshape(B, K, *sizes, H))

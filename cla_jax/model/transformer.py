@@ -24,7 +24,7 @@ from flax import nnx
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import KV, attend, window_starts
+from cla_jax.model.attention import KV, Forks, attend, window_starts
 from cla_jax.model.layers import Linear, Mlp, RMSNorm, Rope, axes, gather, normal
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
@@ -157,17 +157,24 @@ class Transformer(nnx.Module):
             return table.at[tokens_BT].get(out_sharding=rules.gathered().spec(*axes("BTD")))
 
     def __call__(
-        self, tokens_BT: jax.Array, run: Execution, starts_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        run: Execution,
+        starts_BT: jax.Array | None = None,
+        forks: Forks | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D]; `logits` or the loss turns them into scores.
 
-        `starts_BT`, if given, is the first position that each query may see.
+        `starts_BT`, if given, is the first position that each query may see; or `forks` say it all.
         """
         config, rules = self.config, run.rules
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] if forks is None else forks.positions_BT
         rope = Rope(positions_BT, config)
 
         def attend_within(window: jax.Array | None) -> Attend:
+            if forks is not None:
+                seen_BTS = forks.visible(window)
+                return lambda q_BTKGH, kv: attend(q_BTKGH, kv, seen_BTS=seen_BTS)
             seen_from_BT = starts_BT
             if window is not None:
                 any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT

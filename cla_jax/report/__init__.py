@@ -1,6 +1,7 @@
 """Runs compared: accuracy against KV-cache memory, as a table, a picture and an HTML page.
 
     rows     what run directories say, whether they may be compared, the table
+    tasks    scores of downstream tasks
     pareto   the frontier and its picture
     page     the HTML page: picture, table, learning curves, run details
 
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from cla_jax.report import page, pareto
+from cla_jax.report import page, pareto, tasks
+from cla_jax.report.page import notes
 from cla_jax.report.pareto import Point
-from cla_jax.report.rows import Row, common_directory, notes, read, table
+from cla_jax.report.rows import Row, common_directory, read, table
 
-__all__ = ["Point", "Row", "common_directory", "notes", "read", "table", "write"]
+__all__ = ["Point", "Row", "common_directory", "notes", "read", "table", "tasks", "write"]
 
 
 def write(

@@ -10,11 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from cla_jax import config as configs
-from cla_jax.report import pareto
+from cla_jax.report import pareto, tasks
 from cla_jax.report.pareto import COLOURS, Point, shortened
-from cla_jax.report.rows import CAPTION, COLUMNS, Row, comparison, human, lines, notes, points
+from cla_jax.report.rows import CAPTION, COLUMNS, Row, comparison, human, lines, points
+from cla_jax.report.rows import notes as notes_on_rows
 
 HEADINGS = {"perplexity": "held-out perplexity", "bits_per_byte": "held-out bits per byte"}
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What to know about a comparison, and what is missing from it."""
+    return [*notes_on_rows(rows), *tasks.notes(rows)]
 
 
 def plot(rows: Sequence[Row], reference: Sequence[Point] = ()) -> Figure:
@@ -116,7 +122,7 @@ def html(rows: Sequence[Row], title: str, reference: Sequence[Point] = ()) -> st
 <h2>Results</h2>
 {_results(rows)}
 <p class="muted">{escape(CAPTION)}</p>
-<h2>Learning curves</h2>
+{_scores(rows)}<h2>Learning curves</h2>
 {learning}
 <p class="muted">The vertical axes are cut to what follows the first fifth of each curve.</p>
 <h2>Runs</h2>
@@ -148,6 +154,25 @@ def _results(rows: Sequence[Row]) -> str:
         tds = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(cells, sides, strict=True))
         body += f'<tr class="{"best" if texts[0] else ""}">{tds}</tr>\n'
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'
+
+
+def _scores(rows: Sequence[Row]) -> str:
+    """The section of task scores; empty where there are none."""
+    headings, found = tasks.lines(rows)
+    if not found:
+        return ""
+    sides = ["left"] + ["right"] * (len(headings) - 1)
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(sides, cells, strict=True)
+        inside = "".join(f'<{tag} class="{side}">{escape(cell)}</{tag}>' for side, cell in pairs)
+        return f"<tr>{inside}</tr>\n"
+
+    body = "".join(line("td", cells) for cells in found)
+    return (
+        f'<h2>Downstream tasks</h2>\n<div class="scroll"><table>\n<thead>{line("th", headings)}</thead>\n'
+        f'{body}</table></div>\n<p class="muted">{escape(tasks.CAPTION)}</p>\n'
+    )
 
 
 def _details(rows: Sequence[Row]) -> str:

@@ -1,0 +1,45 @@
+"""Log-likelihoods of task options by this repository, as one contestant of `benchmarks.tasks`."""
+# ruff: noqa: E402 - the allocator is set up before jax is imported
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch import allocator
+
+allocator.keep_freed_memory()
+
+import jax
+
+from benchmarks.child import Contestant, serve
+from benchmarks.tasks_common import requests
+from cla_jax import checkpoint
+from cla_jax.evaluate import open_setup
+from cla_jax.interop.lm_eval import Model
+from cla_jax.runs import find_runs
+from launch import programs
+
+
+def contestant(spec: dict[str, Any]) -> Contestant:
+    (run,) = find_runs([spec["run"]])
+    programs.remember(run.path.parent)
+    setup = open_setup(run, spec["data_dir"])
+    asked = requests(spec)
+    with jax.set_mesh(setup.mesh):
+        _, weights = checkpoint.load_model(run, setup.rules, setup.mesh)
+        model = Model(setup, weights, way=spec["way"], context=spec["context"])
+
+    def burst(task: int) -> dict[str, Any]:
+        with jax.set_mesh(setup.mesh):
+            return {"answers": model.loglikelihood(list(asked.values())[task])}
+
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "lm_eval")}
+    return Contestant(burst, {"parameters": parameters, "versions": versions})
+
+
+if __name__ == "__main__":
+    serve(contestant)

@@ -1,0 +1,309 @@
+"""Downstream tasks: the lm-evaluation-harness asks, a run answers.
+
+Tasks, prompts, metrics and the splitting of text into context and continuation are the harness's own
+(github.com/EleutherAI/lm-evaluation-harness), so scores are those that its Hugging Face backend gives
+for the same weights; how the answers are computed is ours (cla_jax/likelihood.py, cla_jax/generate.py).
+"""
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from cla_jax import checkpoint, likelihood, runs
+from cla_jax.cache import FORMATS, cache_spec
+from cla_jax.config import near_choice
+from cla_jax.decode import Weights, decoding_weights
+from cla_jax.evaluate import open_setup
+from cla_jax.families import doubled, text
+from cla_jax.generate import Sampling, generate
+from cla_jax.interop.task_data import Tasks, harness_missing
+from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
+from cla_jax.model.transformer import Transformer
+from cla_jax.runs import Run
+from cla_jax.scoring import Progress
+from cla_jax.train import Setup
+
+try:
+    from lm_eval import evaluator
+    from lm_eval import utils as harness
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    raise harness_missing(error) from None
+
+FULL = "full"  # instead of a cache format: the full forward pass, without a cache
+WAYS = (FULL, *FORMATS)
+CHUNK = 16  # tokens a cached decoding step, unless told otherwise
+_NEW_TOKENS = 256  # of a generation that does not say, as in the harness's own backends
+
+
+class Model(TemplateLM):
+    """A run's model as the harness wants it, on the mesh that is set.
+
+    Args:
+      setup: the tokenizer, the mesh's rules and how a full forward pass runs.
+      model: the weights.
+      way: a cache format, or `full` for full forward passes; what is generated then goes through a
+        dense cache.
+      chunk: tokens a cached decoding step.
+      context: tokens that the model reads at most; what is longer loses its beginning.
+      prefix: the token that a text without context begins with; by default the end token, as in training.
+
+    Who wants to know how far it is sets `progress`: called with what is done, it gives a `Progress`.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: Transformer,
+        *,
+        way: str = FULL,
+        chunk: int = CHUNK,
+        context: int | None = None,
+        prefix: int | None = None,
+    ):
+        super().__init__()
+        near_choice("cache format", way, WAYS)
+        self.max_length: int = context or setup.config.data.seq_len
+        self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
+        self._setup, self._model, self.way, self.chunk = setup, model, way, chunk
+        self._tokenizer = setup.prepared.tokenizer
+        self._prefix = self._tokenizer.end if prefix is None else prefix
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return decoding_weights(self._model, self._setup.rules)
+
+    # --------------------------------------------------------------------------------- tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.end
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        del add_special_tokens  # there are none
+        return self._tokenizer.encode(string).tolist()
+
+    # ---------------------------------------------------------------------------- likelihoods
+
+    def loglikelihood(self, requests, disable_tqdm: bool = True):
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+        # A context of spaces has become one of no tokens.
+        pairs = [(tuple(context) or (self._prefix,), tuple(rest)) for _, context, rest in requests]
+        answers = self._answered(pairs)
+        for (words, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", words, answer)
+        return [(answer.logprob, answer.is_greedy) for answer in answers]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+        del disable_tqdm
+        windows: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in harness.get_rolling_token_windows(
+                tokens, self._prefix, self.max_length, context_len=1
+            ):
+                before, rest = harness.make_disjoint_window(window)
+                windows.append((i, tuple(before), tuple(rest)))
+        totals = [0.0] * len(requests)
+        answers = self._answered([(before, rest) for _, before, rest in windows])
+        for (i, _, _), answer in zip(windows, answers, strict=True):
+            totals[i] += answer.logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _answered(self, pairs: Sequence[tuple[tuple[int, ...], ...]]) -> list[Likelihood]:
+        """The likelihood of each (context, continuation); what is asked twice is computed once."""
+        distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        texts = [text(context, rest, self.max_length) for context, rest in distinct]
+        rules, progress = self._setup.rules, self.progress("log-likelihoods")
+        if self.way == FULL:
+            found = likelihood.by_forward(self._model, self._setup.run, texts, progress)
+        else:
+            found = likelihood.through_cache(
+                self._weights,
+                self._model.config,
+                self.way,
+                texts,
+                chunk=self.chunk,
+                rules=rules,
+                progress=progress,
+            )
+        return [found[distinct[pair]] for pair in pairs]
+
+    # ----------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        del disable_tqdm
+        progress, done = self.progress("generation"), 0
+        results = [""] * len(requests)
+        asked = lambda i: json.dumps(requests[i].args[1], sort_keys=True)
+        for _, alike in itertools.groupby(sorted(range(len(requests)), key=asked), key=asked):
+            # Of like length together, the longest first: what does not fit is found out at once.
+            some = [(i, self.tok_encode(requests[i].args[0]) or [self._prefix]) for i in alike]
+            some.sort(key=lambda each: -len(each[1]))
+            options: dict[str, Any] = dict(
+                normalize_gen_kwargs(requests[some[0][0]].args[1], _NEW_TOKENS)
+            )
+            while some:
+                capacity = min(len(some[0][1]), self.max_length) + options["max_gen_toks"]
+                size = rows_of(self._setup.rules)(CACHED // doubled(SHORTEST, capacity))
+                batch, some = some[:size], some[size:]
+                texts = self._generated([tokens for _, tokens in batch], dict(options), size)
+                for (i, _), words in zip(batch, texts, strict=True):
+                    results[i] = words
+                    self.cache_hook.add_partial("generate_until", requests[i].args, words)
+                progress(done := done + len(batch), len(requests))
+        return results
+
+    def _generated(self, prompts: list[list[int]], options: dict[str, Any], size: int) -> list[str]:
+        """Continuations up to the end token or the first stop string, which are left out."""
+        until = [stop for stop in options.pop("until") if stop]
+        new_tokens = options.pop("max_gen_toks")
+        sampling = _sampling(options)
+        if new_tokens >= self.max_length:
+            raise ValueError(
+                f"{new_tokens} tokens are to be generated, which leaves none of the context of "
+                f"{self.max_length} for the prompt: raise --context"
+            )
+        prompts = [prompt[-(self.max_length - new_tokens) :] for prompt in prompts]
+        spec = cache_spec(
+            self._model.config,
+            "dense" if self.way == FULL else self.way,
+            batch=size,
+            capacity=doubled(SHORTEST, max(map(len, prompts)) + new_tokens),
+            chunk=self.chunk,
+            rules=self._setup.rules,
+        )
+        tokens: list[list[int]] = [[] for _ in prompts]
+
+        def stops(row: int, new: list[int]) -> bool:
+            tokens[row] += new
+            words = self._tokenizer.decode(tokens[row])
+            return any(stop in words for stop in until)
+
+        generate(
+            self._weights,
+            spec,
+            prompts,
+            new_tokens=new_tokens,
+            stop=[self._tokenizer.end],
+            n_ids=self._tokenizer.size,
+            sampling=sampling,
+            on_tokens=stops,
+        )
+        found = map(self._tokenizer.decode, tokens)
+        return [
+            min((words.split(stop)[0] for stop in until), key=len, default=words) for words in found
+        ]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """How a request wants tokens drawn. Raises ValueError for what is not built."""
+    asked = {k: v for k, v in options.items() if k in ("temperature", "top_k", "top_p")}
+    for name in options.keys() - asked.keys() - {"do_sample"}:
+        raise ValueError(
+            f"a task generates with {name} = {options[name]!r}, which is not supported"
+        )
+    return Sampling(**asked) if options["do_sample"] else Sampling(temperature=0)
+
+
+# ------------------------------------------------------------------------------------------ tasks
+
+
+def evaluate(
+    run: Run,
+    tasks: Tasks,
+    *,
+    ways: Sequence[str] = (FULL,),
+    chunk: int = CHUNK,
+    limit: int | None = None,
+    context: int | None = None,
+    progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
+    **options: Any,
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Scores a run on tasks, each way; yields (way, task, record) as they come, and writes them.
+
+    The records of a way are `eval/tasks-WAY.json`, together with those that other evaluations of the same
+    checkpoint have written there. With `limit`, only so many examples of each task are scored, and
+    nothing is written. `options` are those of `open_setup`. Raises ValueError for what the arguments or
+    the run do not allow.
+    """
+    for name, value in (("limit", limit), ("context", context), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value} must be positive")
+    for way in ways:
+        near_choice("cache format", way, WAYS)
+    setup = open_setup(run, **options)
+    step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+    with jax.set_mesh(setup.mesh):
+        for way in ways:
+            answers = Model(setup, model, way=way, chunk=chunk, context=context)
+            for name, loaded in tasks.loaded.items():
+                title = f"{name}, {way}"
+                answers.progress = lambda what, title=title: progress(f"{title}: {what}")
+                records = _scored(answers, loaded, limit)
+                if limit is None:
+                    _write(run, way, step, records)
+                for task, record in records.items():
+                    yield way, task, record
+
+
+def _scored(answers: Model, loaded: Any, limit: int | None) -> dict[str, dict[str, Any]]:
+    """The records of one or several tasks, by their names."""
+    clock = time.monotonic()
+    found: Any = evaluator.evaluate(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
+    how = {"context": answers.max_length, "seconds": round(time.monotonic() - clock, 3)}
+    if answers.way != FULL:
+        how["chunk"] = answers.chunk
+    return {task: _record(found, loaded, task) | how for task in found["results"]}
+
+
+def _record(found: Any, loaded: Any, name: str) -> dict[str, Any]:
+    """What the harness found for a task, or a group of tasks, as plain numbers."""
+    metrics = {
+        key.removesuffix(",none"): value
+        for key, value in found["results"][name].items()
+        if isinstance(value, (int, float)) and key != "sample_len"
+    }
+    record: dict[str, Any] = {"metrics": metrics}
+    if task := loaded["tasks"].get(name):
+        config = task.config
+        record |= {
+            "n": found["n-samples"][name]["effective"],
+            "split": config.test_split if task.has_test_docs() else config.validation_split,
+            "shots": config.num_fewshot,
+            "version": found["versions"].get(name),
+            "data": {"path": config.dataset_path, "name": config.dataset_name}
+            | (config.dataset_kwargs or {}),
+        }
+    return record
+
+
+def _write(run: Run, way: str, step: int, records: dict[str, Any]) -> None:
+    name = f"tasks-{way}"
+    before = run.evals().get(name, {})
+    kept = before["tasks"] if before.get("step") == step else {}
+    record = {
+        "method": "lm-evaluation-harness",
+        "cache": "" if way == FULL else way,
+        "step": step,
+        "versions": runs.versions() | {"lm_eval": metadata.version("lm_eval")},
+        "tasks": dict(sorted((kept | records).items())),
+    }
+    run.write_eval(name, record)

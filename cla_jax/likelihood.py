@@ -1,0 +1,311 @@
+"""Log-likelihoods of continuations, what texts have in common being computed once.
+
+The options of a question are texts that begin alike. Texts that do are a family: a trunk, which all of
+them begin with, and a branch each. A family's trunk goes through the model once,
+
+    by full forward       trunk and branches side by side in a row, kept apart by what a token may see
+    through a KV cache    the trunk's cache is copied for each branch, which then decodes on
+
+and a token's scores over the vocabulary exist only where a continuation is predicted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, round_up
+from cla_jax.config import ModelConfig
+from cla_jax.decode import Weights, decode
+from cla_jax.families import Family, Rows, Text, doubled, families, pack
+from cla_jax.mesh import AxisRules, row_shards
+from cla_jax.model.attention import Forks
+from cla_jax.model.transformer import Execution, Transformer, project
+
+Progress = Callable[[int, int], None]  # (texts done, texts in all)
+
+ROWS = (128, 192, 256, 384, 512)  # tokens of a packed row, if no text is longer
+STEP = 1024  # tokens of a batch of such rows on a CPU; accelerators take 16 times as many
+CACHED = 8192  # tokens that the rows of a cache have room for, all together
+SHORTEST = 128  # and one row
+SLICE = 256  # tokens whose scores over the vocabulary exist at once
+
+
+class Likelihood(NamedTuple):
+    logprob: float  # of all targets, natural logarithm
+    is_greedy: bool  # whether each target is the likeliest token
+
+
+class _Place(NamedTuple):
+    """Where in a batch a target is predicted, and for which text."""
+
+    text: int
+    row: int
+    column: int
+    target: int
+
+
+# ------------------------------------------------------------------------------- by full forward
+
+
+@functools.partial(jax.jit, static_argnames="run")
+def _hidden(model: Transformer, tokens_BT, forks: Forks, *, run: Execution) -> jax.Array:
+    return model(tokens_BT, run, forks=forks)
+
+
+def by_forward(
+    model: Transformer,
+    run: Execution,
+    texts: Sequence[Text],
+    progress: Progress = lambda done, total: None,
+) -> list[Likelihood]:
+    """The likelihood of each text's targets, families packed into rows of a full forward pass."""
+    tally = _Tally(len(texts), progress)
+    packed = _packed(texts, model.config.d_model)
+    for tokens_BT, forks, places in _batches(texts, packed, rows_of(run.rules)):
+        arrays = jax.device_put((tokens_BT, forks), run.rules.spec("batch", None))
+        x_BTD = _hidden(model, *arrays, run=run)
+        tally.add(_scores(model.head_VD, x_BTD, places, run.rules), places)
+    return tally.result()
+
+
+def _packed(texts: Sequence[Text], width: int) -> Rows:
+    """Rows of the length that costs least: long ones leave little room unused, short ones attend to less.
+
+    In rows as long as the model is wide, attention takes about as long as everything else (on a CPU).
+    """
+    found = families(texts)
+
+    def cost(rows: Rows) -> int:
+        return sum(len(some) * length * (length + width) for length, some in rows.items())
+
+    return min((pack(texts, found, shortest) for shortest in ROWS), key=cost)
+
+
+def _batches(
+    texts: Sequence[Text], packed: Rows, rows_of: Callable[[int], int]
+) -> Iterator[tuple[np.ndarray, Forks, list[_Place]]]:
+    """Rows of families, as many at once as `rows_of(length)` says: tokens, what sees what, targets."""
+    tokens = STEP if jax.default_backend() == "cpu" else 16 * STEP
+    for length, rows in packed.items():
+        size = rows_of(tokens // length)
+        for begin in range(0, len(rows), size):
+            tokens_BT = np.zeros((size, length), np.int32)
+            empty: Any = np.full((3, size, length), -1, np.int32)
+            forks = Forks(*empty)
+            forks.positions_BT[:] = 0
+            places: list[_Place] = []
+            for r, row in enumerate(rows[begin : begin + size]):
+                column = 0
+                for family in row:
+                    column = _lay(family, texts, tokens_BT, forks, places, r, column)
+            yield tokens_BT, forks, places
+
+
+def _lay(
+    family: Family,
+    texts: Sequence[Text],
+    tokens_BT: np.ndarray,
+    forks: Forks,
+    places: list[_Place],
+    r: int,
+    column: int,
+) -> int:
+    """Puts a family into row r from a column on; returns the column after it."""
+    start, trunk = column, family.trunk
+
+    def put(tokens: Sequence[int], position: int) -> int:
+        """Tokens that begin at a position of the text, as a branch."""
+        end = column + len(tokens)
+        tokens_BT[r, column:end] = tokens
+        forks.positions_BT[r, column:end] = np.arange(position, position + len(tokens))
+        forks.trunks_BT[r, column:end] = start
+        forks.branches_BT[r, column:end] = column
+        return end
+
+    column = put(texts[family.members[0]].tokens[:trunk], 0)
+    for i in family.members:
+        column = put(texts[i].tokens[trunk:], trunk)
+        first = column - len(texts[i].targets)
+        places += [_Place(i, r, first + t, target) for t, target in enumerate(texts[i].targets)]
+    return column
+
+
+# ---------------------------------------------------------------------------- through a KV cache
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _chunk(weights: Weights, cache: Cache, tokens_BT, counts_B, *, spec: CacheSpec):
+    return decode(weights, spec, cache, tokens_BT, counts_B)
+
+
+@jax.jit
+def _handed_out(cache: Cache, rows_B: jax.Array) -> Cache:
+    """A cache whose rows are copies of the named rows of another."""
+    return jax.tree.map(lambda a: a.at[rows_B].get(out_sharding=_layout(a)), cache)
+
+
+def _layout(array: jax.Array) -> PartitionSpec | None:
+    return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(array).sharding.spec
+
+
+def through_cache(
+    weights: Weights,
+    config: ModelConfig,
+    format: str | CacheFormat,
+    texts: Sequence[Text],
+    *,
+    chunk: int,
+    rules: AxisRules = AxisRules(),
+    progress: Progress = lambda done, total: None,
+) -> list[Likelihood]:
+    """The likelihood of each text's targets, decoded through a cache in steps of `chunk` tokens.
+
+    A branch starts from a copy of its trunk's cache, in the state that decoding the trunk left it in: for
+    formats that keep every token by itself that is what decoding the whole text would give. (KIVI's is
+    too, but for where its steps begin: see cache/kivi.py.)
+    """
+    tally = _Tally(len(texts), progress)
+    by_capacity: dict[int, list[Family]] = {}
+    for family in families(texts):
+        longest = max(len(texts[i].tokens) for i in family.members)
+        capacity = doubled(SHORTEST, longest)
+        by_capacity.setdefault(capacity, []).append(family)
+    for capacity, found in sorted(by_capacity.items()):
+        batch = rows_of(rules)(CACHED // capacity)
+        spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
+        found.sort(key=lambda family: family.trunk)
+        for begin in range(0, len(found), batch):
+            _decode_families(weights, spec, texts, found[begin : begin + batch], tally)
+    return tally.result()
+
+
+def _decode_families(
+    weights: Weights,
+    spec: CacheSpec,
+    texts: Sequence[Text],
+    found: Sequence[Family],
+    tally: "_Tally",
+) -> None:
+    """Trunks first, as many as the cache has rows; then their branches, of like length together."""
+    trunks = [texts[members[0]].tokens[:trunk] for trunk, members in found]
+    cache = _feed(weights, spec, spec.allocate(), trunks)
+    branches = [(r, i) for r, family in enumerate(found) for i in family.members]
+    branches.sort(key=lambda branch: len(texts[branch[1]].tokens) - found[branch[0]].trunk)
+    for begin in range(0, len(branches), spec.batch):
+        some = branches[begin : begin + spec.batch]
+        rows = np.zeros(spec.batch, np.int32)
+        rows[: len(some)] = [r for r, _ in some]
+        copies = _handed_out(cache, jax.device_put(rows, spec.rules.spec("batch")))
+        places = [
+            _Place(i, row, texts[i].given - found[r].trunk + t, target)
+            for row, (r, i) in enumerate(some)
+            for t, target in enumerate(texts[i].targets)
+        ]
+        rest = [texts[i].tokens[found[r].trunk :] for r, i in some]
+
+        def score(first: int, x_BTD: jax.Array, places: list[_Place] = places) -> None:
+            here = [p for p in places if first <= p.column < first + spec.chunk]
+            moved = [p._replace(column=p.column - first) for p in here]
+            tally.add(_scores(weights.head, x_BTD, moved, spec.rules), moved)
+
+        _feed(weights, spec, copies, rest, score)
+
+
+def _feed(
+    weights: Weights,
+    spec: CacheSpec,
+    cache: Cache,
+    texts: Sequence[Sequence[int]],
+    visit: Callable[[int, jax.Array], None] = lambda first, x_BTD: None,
+) -> Cache:
+    """Appends a text to each row; `visit` is shown each chunk's first column and hidden states [B, T, D]."""
+    T = spec.chunk
+    tokens_BT = np.zeros((spec.batch, round_up(max(map(len, texts)), T)), np.int32)
+    lengths_B = np.zeros(spec.batch, np.int32)
+    for row, tokens in enumerate(texts):
+        tokens_BT[row, : len(tokens)] = tokens
+        lengths_B[row] = len(tokens)
+    rules = spec.rules
+    for first in range(0, tokens_BT.shape[1], T):
+        arrays = jax.device_put(
+            (tokens_BT[:, first : first + T], np.clip(lengths_B - first, 0, T)),
+            (rules.spec("batch", None), rules.spec("batch")),
+        )
+        x_BTD, cache = _chunk(weights, cache, *arrays, spec=spec)
+        visit(first, x_BTD)
+    return cache
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def _slice_scores(head_VD, x_BTD, rows_N, columns_N, targets_N, *, rules):
+    """The log-probability of each target, and whether it is the likeliest token."""
+    whole = rules.spec(None, None)
+    x_ND = x_BTD.at[rows_N, columns_N].get(out_sharding=whole)
+    # One row of N positions, which no mesh axis splits.
+    here = dataclasses.replace(rules, batch=None)
+    logits_NV = project(x_ND[None], head_VD, here)[0]
+    if whole is not None:
+        logits_NV = jax.reshard(logits_NV, whole)
+    is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
+    chosen_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=-1)
+    logprob_N = chosen_N - jax.nn.logsumexp(logits_NV, axis=-1)
+    return logprob_N, jnp.argmax(logits_NV, axis=-1) == targets_N
+
+
+def _scores(
+    head_VD: jax.Array, x_BTD: jax.Array, places: Sequence[_Place], rules: AxisRules
+) -> Iterable[tuple[jax.Array, jax.Array]]:
+    """(log-probability, is likeliest) of the targets at some places, in slices of one size."""
+    found = []
+    for begin in range(0, len(places), SLICE):
+        some = np.zeros((3, SLICE), np.int32)
+        part = places[begin : begin + SLICE]
+        some[:, : len(part)] = np.array([place[1:] for place in part]).T
+        arrays = jax.device_put(tuple(some), rules.spec(None))
+        found.append(_slice_scores(head_VD, x_BTD, *arrays, rules=rules))
+    return found
+
+
+class _Tally:
+    """Sums over the targets of each text. The host looks at a batch when the next is under way."""
+
+    def __init__(self, texts: int, progress: Progress):
+        self._logprobs = np.zeros(texts)
+        self._greedy = np.ones(texts, bool)
+        self._seen: set[int] = set()
+        self._progress = progress
+        self._waiting: tuple[Iterable, Sequence[_Place]] = ((), ())
+
+    def add(self, slices: Iterable[tuple[jax.Array, jax.Array]], places: Sequence[_Place]) -> None:
+        waiting, self._waiting = self._waiting, (slices, places)
+        self._collect(*waiting)
+
+    def result(self) -> list[Likelihood]:
+        self.add((), ())
+        return [
+            Likelihood(float(p), bool(g)) for p, g in zip(self._logprobs, self._greedy, strict=True)
+        ]
+
+    def _collect(self, slices: Iterable, places: Sequence[_Place]) -> None:
+        for n, (logprob_N, is_likeliest_N) in enumerate(slices):
+            texts = [place.text for place in places[n * SLICE : (n + 1) * SLICE]]
+            np.add.at(self._logprobs, texts, np.asarray(logprob_N)[: len(texts)])
+            np.logical_and.at(self._greedy, texts, np.asarray(is_likeliest_N)[: len(texts)])
+            self._seen.update(texts)
+        self._progress(len(self._seen), len(self._logprobs))
+
+
+def rows_of(rules: AxisRules) -> Callable[[int], int]:
+    """Rows of a batch: at least so many, and as many as the devices can share evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty or rules.batch is None else row_shards(mesh)
+    return lambda wanted: round_up(max(wanted, 1), shards)

@@ -1,0 +1,84 @@
+"""Scores of downstream tasks, as a table: a line for a run, and for each cache it was scored through."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from cla_jax.report.rows import Row
+
+Scores = dict[str, dict[str, Any]]  # by task, as eval/tasks-*.json has them
+
+# The first of them that a task has is what is compared.
+METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")
+CAPTION = (
+    "Scores of the lm-evaluation-harness ± standard error; by full forward unless the line names a "
+    "cache."
+)
+
+
+def scores(rows: Sequence[Row]) -> list[tuple[str, Scores]]:
+    """(label, scores) of each eval/tasks-*.json of the runs."""
+    found = []
+    for row in rows:
+        if row.cache:  # the run's own row has the files of all caches
+            continue
+        for stem in sorted(stem for stem in row.evals if stem.startswith("tasks-")):
+            record, cache = row.evals[stem], stem.removeprefix("tasks-")
+            label = row.name if cache == "full" else f"{row.name}, {cache}"
+            if record["step"] < row.config.steps and "origin" not in row.record:
+                label += f"  step {record['step']:,}/{row.config.steps:,}"
+            found.append((label, record["tasks"]))
+    return found
+
+
+def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the cells of each line below them; no line where no run was scored."""
+    found = scores(rows)
+    metrics = {
+        task: next((name for name in METRICS if name in score["metrics"]), "")
+        for _, tasks in found
+        for task, score in tasks.items()
+    }
+    shown = {task: metric for task, metric in sorted(metrics.items()) if metric}
+    headings = ["run", *(f"{task}\n{metric}" for task, metric in shown.items())]
+    return headings, [
+        [label, *(_cell(tasks.get(task), metric) for task, metric in shown.items())]
+        for label, tasks in found
+    ]
+
+
+def _cell(score: dict[str, Any] | None, metric: str) -> str:
+    if score is None or metric not in score["metrics"]:
+        return "—"
+    error = score["metrics"].get(f"{metric}_stderr")
+    return f"{score['metrics'][metric]:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def table(rows: Sequence[Row]) -> Table | None:
+    """The scores for a terminal; None where no run was scored."""
+    headings, found = lines(rows)
+    if not found:
+        return None
+    made = Table(caption=Text(CAPTION), caption_justify="left")
+    for i, heading in enumerate(headings):
+        made.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+    for cells in found:
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Tasks whose scores are not of the same questions, asked alike."""
+    asked: dict[str, set[Any]] = {}
+    for _, tasks in scores(rows):
+        for task, score in tasks.items():
+            how = tuple(score.get(key) for key in ("n", "split", "shots", "version"))
+            asked.setdefault(task, set()).add(how)
+    return [
+        f"{task}: the scores are not comparable; (examples, split, shots, version) are "
+        + " and ".join(map(str, sorted(ways, key=str)))
+        for task, ways in asked.items()
+        if len(ways) > 1
+    ]

@@ -1,0 +1,196 @@
+"""Likelihoods against full forward passes of each text alone, and how texts become families."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cla_jax import likelihood
+from cla_jax import mesh as meshes
+from cla_jax.cache import FORMATS, cache_spec
+from cla_jax.config import MeshConfig
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.families import Family, families, pack, text
+from cla_jax.model.transformer import Execution, project
+from cla_jax.state import layout
+from tests import reference
+from tests.conftest import MODEL
+
+LOSSLESS = ("dense", "float32")
+LONGEST = 40  # tokens that the model is given
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    """So that few texts fill rows, and several batches, of every kind."""
+    for name, value in {"ROWS": (32, 48), "STEP": 64, "CACHED": 512, "SLICE": 8}.items():
+        monkeypatch.setattr(likelihood, name, value)
+
+
+def questions(seed: int = 0) -> list:
+    """Contexts with options, some alike, of one token, repeated; texts alone, and ones too long."""
+    draw = np.random.default_rng(seed)
+    some = lambda low, high: draw.integers(0, 256, draw.integers(low, high)).tolist()
+    pairs = []
+    for _ in range(6):
+        context, ending = some(1, 30), some(1, 5)
+        pairs += [(context, some(1, 9)) for _ in range(4)]  # options of a question
+        pairs += [([*context, *some(1, 4)], ending) for _ in range(2)]  # contexts that differ late
+        pairs += [(context, [3]), (context, [4]), (context, [3])]  # no and yes, and no again
+        pairs += [([256], some(1, 12)), (some(1, 60), some(1, 12)), (some(60, 90), some(5, 40))]
+        pairs += [([], some(2, 9))]
+    return [text(context or [256], ending, LONGEST) for context, ending in pairs]
+
+
+def by_itself(model, texts):
+    """Each text alone, through the plain reference, in float64."""
+    found = []
+    for tokens, targets in texts:
+        logits = reference.logits(model, model.config, np.array(tokens))
+        logits = logits[len(tokens) - len(targets) :]
+        top = logits.max(-1, keepdims=True)
+        log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        logprob = log_p[np.arange(len(targets)), list(targets)].sum()
+        found.append((logprob, bool((logits.argmax(-1) == targets).all())))
+    return found
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert [f.is_greedy for f in found] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([f.logprob for f in found], [p for p, _ in expected], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_map": "0,0,2,0", "windows": "0"},
+        {"kv_map": "identity", "windows": "6,0", "n_kv_heads": 2},
+    ],
+)
+def test_packed_rows_give_what_each_text_gives_alone(changes):
+    model = reference.randomised(dataclasses.replace(MODEL, **changes))
+    texts = questions()
+    # Make some of them what the model would say.
+    for i in range(0, len(texts), 3):
+        tokens, targets = texts[i]
+        for t in range(len(targets)):
+            at = len(tokens) - len(targets) + t
+            best = int(reference.logits(model, model.config, np.array(tokens))[at].argmax())
+            targets = (*targets[:t], best, *targets[t + 1 :])
+            tokens = (*tokens[: at + 1], best, *tokens[at + 2 :])[: len(tokens)]
+        texts[i] = texts[i]._replace(tokens=tokens, targets=targets)
+    expected = by_itself(model, texts)
+    assert 0.2 < np.mean([greedy for _, greedy in expected]) < 0.8
+    seen = []
+    found = likelihood.by_forward(
+        model, Execution(), texts, progress=lambda done, total: seen.append((done, total))
+    )
+    assert_same(found, expected)
+    assert seen == sorted(seen)
+    assert seen[-1] == (len(texts), len(texts))
+    weights = decoding_weights(model)
+    for format in LOSSLESS:
+        found = likelihood.through_cache(weights, model.config, format, texts, chunk=5)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - set(LOSSLESS)))
+def test_a_lossy_cache_gives_what_decoding_each_text_through_it_gives(format):
+    """The copies of a trunk are the trunk, bit for bit; only KIVI's steps must begin alike for that."""
+    model = reference.randomised(MODEL)
+    weights = decoding_weights(model)
+    texts = questions()[:14]
+    found = likelihood.through_cache(weights, MODEL, format, texts, chunk=1)
+    spec = cache_spec(MODEL, format, batch=1, capacity=128, chunk=1)
+    step = jax.jit(lambda cache, token: decode(weights, spec, cache, token, np.array([1])))
+    scores = jax.jit(lambda x: project(x, weights.head, spec.rules))
+    expected = []
+    for tokens, targets in texts:
+        cache, x = spec.allocate(), []
+        for token in tokens:
+            x_B1D, cache = step(cache, np.array([[token]]))
+            x.append(scores(x_B1D)[0, 0])
+        logits = np.asarray(x[len(tokens) - len(targets) :], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        logprob = log_p[np.arange(len(targets)), list(targets)].sum()
+        expected.append((logprob, bool((logits.argmax(-1) == targets).all())))
+    assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_a_cache_that_quantises_old_tokens_is_copied_whole():
+    """KIVI beyond its newest tokens: trunks of more than 128 tokens, branches that make groups due."""
+    model = reference.randomised(MODEL)
+    weights = decoding_weights(model)
+    draw = np.random.default_rng(1)
+    trunk = draw.integers(0, 256, 161).tolist()
+    texts = [text(trunk, draw.integers(0, 256, n).tolist(), 512) for n in (2, 31, 40, 64)]
+    assert families(texts) == [Family(160, tuple(families(texts)[0].members))]
+    found = likelihood.through_cache(weights, MODEL, "kivi2", texts, chunk=1)
+    alone = [
+        likelihood.through_cache(weights, MODEL, "kivi2", [each], chunk=1)[0] for each in texts
+    ]
+    assert_same(found, alone, tolerance=1e-5)
+    exact = by_itself(model, texts)
+    assert max(abs(f.logprob - p) for f, (p, _) in zip(found, exact, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4, fsdp=1, model=2), MeshConfig(fsdp=8)])
+def test_on_several_devices(mesh, devices):
+    devices(8)
+    made = meshes.make_mesh(mesh)
+    rules = meshes.axis_rules(MODEL, made)
+    model = reference.randomised(MODEL)
+    texts = questions()[:30]
+    expected = by_itself(model, texts)
+    with jax.set_mesh(made):
+        model = jax.device_put(model, layout(model, rules, made))
+        assert_same(likelihood.by_forward(model, Execution(rules=rules), texts), expected)
+        weights = decoding_weights(model, rules)
+        found = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=8, rules=rules)
+    assert_same(found, expected)
+
+
+# ------------------------------------------------------------------------------------- families
+
+
+def test_options_are_a_family_and_questions_are_not():
+    """Texts with a common beginning that is not worth a trunk stay apart."""
+    opening = [1, 2]  # "Question:"
+    texts = [
+        text([*opening, *range(10 * q, 10 * q + 20)], [option, 7], 100)
+        for q in range(3)
+        for option in (91, 92, 93)
+    ]
+    found = families(texts)
+    assert sorted(family.members for family in found) == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
+    # The last token of a context predicts: it is the branch's.
+    assert {family.trunk for family in found} == {21}
+
+
+def test_a_family_too_large_for_a_row_is_cut():
+    texts = [text(range(20), [90 + i] * 5, 100) for i in range(6)]
+    ((length, rows),) = pack(texts, families(texts), shortest=32).items()
+    assert length == 32
+    assert [[len(family.members) for family in row] for row in rows] == [[2], [2], [2]]
+    assert sorted(i for row in rows for family in row for i in family.members) == list(range(6))
+    long = [text(range(70), [1], 100), *texts]
+    lengths = pack(long, families(long), shortest=32)
+    assert [(length, len(rows)) for length, rows in lengths.items()] == [(32, 3), (128, 1)]
+
+
+def test_rows_are_of_the_length_that_costs_least():
+    """Two families of 20 tokens leave 24 of twice 32 unused, or 8 of 48; four of 8 fill one of 32."""
+    two = [text([i] * 20, [1], 100) for i in (1, 2)]
+    four = [text([i] * 8, [1], 100) for i in range(4)]
+    assert [list(likelihood._packed(texts, 100)) for texts in (two, four)] == [[48], [32]]
+
+
+def test_what_is_too_long_loses_its_beginning():
+    assert text([1, 2, 3, 4], [5, 6], 3) == ((3, 4, 5), (5, 6))
+    with pytest.raises(ValueError, match="a continuation has 4 tokens: 1 to 3 can be scored"):
+        text([1], [2, 3, 4, 5], 3)
+    with pytest.raises(ValueError, match="a continuation has 0 tokens"):
+        text([1], [], 3)
