@@ -57,6 +57,11 @@ def grid() -> Trials:
     return sweeping.grid(tiny(), {"optimizer.peak_lr": (1e-3, 3e-3), "seed": range(3)})
 
 
+def seeds() -> Trials:
+    """Twelve seeds of the same run."""
+    return sweeping.grid(tiny(), {"seed": range(12)})
+
+
 def learning_rate() -> Trials:
     """The paper's search for a learning rate, from a high one: a few runs of seconds."""
     return sweeping.learning_rates(tiny(), start=1e-2)
@@ -77,4 +82,4 @@ def search(directory: str | os.PathLike[str]) -> Trials:
     return sweeping.searched(directory, make, trials=6, parallel=2)
 
 
-SWEEPS = (grid, learning_rate, search)
+SWEEPS = (grid, seeds, learning_rate, search)

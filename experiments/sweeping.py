@@ -158,6 +158,8 @@ def searched(
         if number == len(study.get_trials(deepcopy=False)):
             if len(waiting) >= parallel:
                 raise Pending(f"{' and '.join(waiting)} must end before more is tried")
+            if sampler is None:  # one seed for all would suggest the same again after each restart
+                study.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
             asked = study.ask()
             make(asked)
             asked.set_user_attr("made", True)
@@ -201,7 +203,7 @@ def _study(directory: str | os.PathLike[str], sampler: Any) -> tuple[Any, Any]:
     study = optuna.create_study(
         study_name="sweep",
         storage=optuna.storages.JournalStorage(journal),
-        sampler=sampler or optuna.samplers.TPESampler(seed=0, constant_liar=True),
+        sampler=sampler,
         load_if_exists=True,
     )
     return study, optuna

@@ -225,9 +225,10 @@ class Launcher:
             if self.stopping or not self.waits or not busy:
                 break
             self._sleep()
-        if self.pool is not None and self.pool.running:
-            print(f"asking {len(self.pool.running)} trials to save and end", flush=True)
-            self.pool.stop()
+        if self.pool is not None:
+            if self.stopping and self.pool.running:
+                print(f"asking {len(self.pool.running)} trials to save and end", flush=True)
+            self.pool.end(self.stopping)
         return self._conclude(plan, states)
 
     def _sleep(self) -> None:

@@ -39,6 +39,7 @@ from launch.records import Record
 
 COMPLETE, AGAIN, FAILED = 0, 42, 1
 
+_TRAIN = (sys.executable, "-m", "launch.train")
 _USER_ERROR = 2
 _ABORTED = (134, -signal.SIGABRT)  # jax ends a process so when another host is dead or silent
 # Where engines say which host of a trial this is.
@@ -133,7 +134,7 @@ class Trial:
     def _attempt(self, lock: IO | None) -> tuple[int, str]:
         """Trains; the exit code and the last error."""
         self._save(status="running", attempts=self.state.attempts + 1)
-        command = [sys.executable, "-m", "launch.train", os.fspath(self.record.trial)]
+        command = [*_TRAIN, os.fspath(self.record.trial)]
         held = () if lock is None or not self.record.is_local else (lock.fileno(),)
         with self._output() as (out, tail):
             self.child = subprocess.Popen(

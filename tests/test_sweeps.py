@@ -118,8 +118,9 @@ def test_a_search_suggests_tells_and_is_rebuilt_from_its_journal(tmp_path):
         names, found = played(search(), lambda config: seen.setdefault(rate_of(config), None))
         for rate in seen:
             first = next(iter(seen))
-                seen[rate] = math.inf if rate == first else math.log(rate / 1e-2) ** 2
+            seen[rate] = math.inf if rate == first else math.log(rate / 1e-2) ** 2
         assert list(before) == list(seen)[: len(before)]  # the trials stay what they were
+    assert len(seen) == 6
     names, found = played(search(), lambda config: seen[rate_of(config)])
     assert names == [f"trial-000{i}" for i in range(6)]
     assert rate_of(found.config) == min(seen, key=lambda rate: seen[rate])

@@ -105,9 +105,9 @@ class Pool:
             del self.running[name]
         return ended
 
-    def stop(self) -> None:
-        """Asks all to save and end, and waits for them."""
-        for _, process in self.running.values():
+    def end(self, ask: bool) -> None:
+        """Waits for all to end, having asked them to save and to do so."""
+        for _, process in self.running.values() if ask else ():
             process.terminate()
         for _, process in self.running.values():
             process.wait()

@@ -59,9 +59,12 @@ class Sky:
         resources: dict[str, Any] = {"accelerators": self.accelerators}
         if trial.resources.topology and not self.accelerators:
             found = tpus.find(trial.resources.topology)
+            if not found.kind.runtime:
+                raise ValueError(
+                    f"--topology {trial.resources.topology}: unknown to SkyPilot; take jobset"
+                )
             resources["accelerators"] = f"tpu-{found.accelerator_type}"
-            if found.kind.runtime:
-                resources["accelerator_args"] = {"runtime_version": found.kind.runtime}
+            resources["accelerator_args"] = {"runtime_version": found.kind.runtime}
             setup += "\npip install 'jax[tpu]'"
         # The trial's record has the limits: exit code 1 ends the job, the others start it again.
         resources["job_recovery"] = {

@@ -1,7 +1,10 @@
 """Writes YAML: nested dicts and lists of strings, numbers and booleans, in their order."""
 
 import json
+import re
 from typing import Any
+
+_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")  # to YAML 1.1 no strings
 
 
 def dump(value: Any, indent: int = 0) -> str:
@@ -31,11 +34,8 @@ def _item(value: Any, indent: int) -> str:
 
 
 def _key(key: str) -> str:
-    return (
-        key
-        if key.replace("_", "").replace("-", "").isalnum() and not key.isdigit()
-        else json.dumps(key)
-    )
+    plain = re.fullmatch(r"[A-Za-z][\w.-]*", key, re.ASCII) and key.lower() not in _WORDS
+    return key if plain else json.dumps(key)
 
 
 def _scalar(value: Any) -> str:
