@@ -2,6 +2,7 @@
 # make test       every test that needs no heavy extra
 # make test-fast  the inner loop
 # make test-hosts several processes under jax.distributed; alone, for they wait for one another with limits
+# make test-engines launch engines as they are: a SLURM cluster, gcloud, xpk, SkyPilot; alone, root, minutes
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
-.PHONY: demo test test-fast test-hosts test-pods lint golden clean
+.PHONY: demo test test-fast test-hosts test-engines test-pods lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.train demo
@@ -19,13 +20,24 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.compare runs/demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts and not engines"
 
 test-fast: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts and not engines"
 
 test-hosts: $(TESTED)
 	$(BIN)/python -m pytest -n 0 -m hosts
+
+test-engines: $(TESTED) $(VENV)/engines
+	@command -v slurmctld munged > /dev/null || { apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	PATH="$(CURDIR)/$(VENV)/engines/bin:$$PATH" $(BIN)/python -m pytest -n 0 -m engines
+
+# Peers with an environment of their own: they and our runtime ask for different versions of the same packages.
+$(VENV)/engines: pyproject.toml
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check xpk==1.16.0 skypilot==0.14.1
+	touch $@
 
 # Not in the environment itself: with libtpu there, every start of jax would look for a TPU.
 test-pods: $(TESTED) $(VENV)/libtpu

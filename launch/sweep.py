@@ -215,13 +215,14 @@ class Launcher:
                 self._collect(plan)
             states = self.states(plan)
             todo = [name for name, (state, _) in states.items() if state == "todo"]
-            busy = sum(state in ("running", "queued") for state, _ in states.values())
+            busy = [name for name, (state, _) in states.items() if state in ("running", "queued")]
             if self.pool is not None:
-                todo = todo[: self.pool.free(busy - len(self.pool.running))]
+                elsewhere = [name for name in busy if name not in self.pool.running]
+                todo = todo[: self.pool.free(len(elsewhere))]
             self._say(plan, states)
             if todo and not self.stopping:
                 self._submit(_only(plan, todo))
-                busy += len(todo)
+                busy += todo
             if self.stopping or not self.waits or not busy:
                 break
             self._sleep()
