@@ -149,7 +149,7 @@ def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None
     """
     record = run.record()
     theirs = record.get("identity", {}) | {key: record.get(key) for key in further}
-    difference = configs.difference(configs.identity(config) | further, theirs)
+    difference = configs.difference(configs.identity(config) | dict(further), theirs)
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(

@@ -83,9 +83,9 @@ class Trial:
         self.arguments = arguments
         self.record = Record(epath.Path(arguments.trial[0]), arguments.trial[1])
         self.config = self.record.config()
-        self.leader = not arguments.host and not any(
-            int(os.environ.get(name) or 0) for name in _HOST_NUMBERS
-        )
+        numbers = [arguments.host, *(int(os.environ.get(name) or 0) for name in _HOST_NUMBERS)]
+        self.number = next((number for number in numbers if number), 0)
+        self.leader = self.number == 0
         self.state = self.record.state()
         self.child: subprocess.Popen | None = None
         self.stopping = False
@@ -160,8 +160,7 @@ class Trial:
         if not self.record.is_local:
             yield subprocess.PIPE, list
             return
-        number = self.arguments.host or int(os.environ.get("SLURM_PROCID") or 0)
-        log = self.record.log if self.leader else self.record.path / f"log-{number}.txt"
+        log = self.record.log if self.leader else self.record.path / f"log-{self.number}.txt"
         with open(log, "ab") as out:
             start = out.tell()
 

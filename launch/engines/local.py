@@ -90,7 +90,7 @@ class Pool:
         with open(log, "ab") as out:
             process = subprocess.Popen(
                 [*job.command, *keep],
-                env=os.environ | slot | environment,
+                env=os.environ | slot | dict(environment),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is the launcher's to pass on
