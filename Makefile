@@ -3,6 +3,7 @@
 # make test-fast  the inner loop
 # make test-hosts several processes under jax.distributed; alone, for they wait for one another with limits
 # make test-interop  beside torch, transformers and lm-eval, and with a real model, which it downloads
+# make test-engines launch engines as they are: a SLURM cluster, gcloud, xpk, SkyPilot; alone, root, minutes
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
@@ -12,8 +13,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 INTEROP := $(VENV)/.installed-interop
+# What has no target of its own.
+HERE := not pods and not hosts and not interop and not engines
 
-.PHONY: demo test test-fast test-hosts test-interop test-pods lint golden clean
+.PHONY: demo test test-fast test-hosts test-engines test-interop test-pods lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.train demo
@@ -21,16 +24,27 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.compare runs/demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not pods and not hosts and not interop"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(HERE)"
 
 test-fast: $(TESTED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not pods and not hosts and not interop"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(HERE) and not slow"
 
 test-hosts: $(TESTED)
 	$(BIN)/python -m pytest -n 0 -m hosts
 
 test-interop: $(INTEROP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m interop
+
+test-engines: $(TESTED) $(VENV)/engines
+	@command -v slurmctld munged > /dev/null || { apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	PATH="$(CURDIR)/$(VENV)/engines/bin:$$PATH" $(BIN)/python -m pytest -n 0 -m engines
+
+# Peers with an environment of their own: they and our runtime ask for different versions of the same packages.
+$(VENV)/engines: pyproject.toml
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check xpk==1.16.0 skypilot==0.14.1
+	touch $@
 
 # Not in the environment itself: with libtpu there, every start of jax would look for a TPU.
 test-pods: $(TESTED) $(VENV)/libtpu

@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run, is_local, write_atomically
+from cla_jax.runs import saved_steps as steps
 from cla_jax.state import State, named, with_layout, with_named
 
 log = logging.getLogger(__name__)
@@ -80,14 +81,6 @@ class Checkpointer:
             old = self.directory / f"{step:08d}"
             _manifest(old).unlink()  # first: what has no manifest does not count
             old.rmtree()
-
-
-def steps(directory: epath.Path) -> list[int]:
-    """The steps of the complete checkpoints, ascending."""
-    if not directory.exists():
-        return []
-    manifests = [file for file in directory.glob("*.json") if file.stem.isdigit()]
-    return sorted(int(file.stem) for file in manifests)
 
 
 def restore_latest(directory: epath.Path, abstract: State) -> State | None:

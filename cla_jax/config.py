@@ -11,7 +11,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from cla_jax import kv_map as kv_maps
@@ -430,6 +430,40 @@ def identity(config: Config) -> dict[str, Any]:
     """The half of the config that says which run it is, as nested dicts."""
     fields = dataclasses.asdict(config)
     return {key: fields[key] for key in fields if key not in ("name", "placement")}
+
+
+def to_record(config: Config) -> dict[str, Any]:
+    """A config as the files of a run hold it: name, identity and placement."""
+    placement = dataclasses.asdict(config.placement)
+    return {"name": config.name, "identity": identity(config), "placement": placement}
+
+
+def from_record(record: dict[str, Any]) -> Config:
+    """The inverse of `to_record`; other keys are left alone. Raises ValueError for what is no config."""
+    try:
+        fields = {"name": record["name"], "placement": record["placement"]}
+        return from_dict(Config, fields | record["identity"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a run's config: {error}") from None
+
+
+def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`dataclasses.replace` by dotted names: `replaced(config, {"optimizer.peak_lr": 1e-3, "seed": 1})`.
+
+    The changes are made together, so two fields may change that are only valid together. Raises ValueError
+    for an unknown field, with the nearest names.
+    """
+    here: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        field, _, rest = path.partition(".")
+        near_choice("field", field, [known.name for known in dataclasses.fields(config)])
+        if rest:
+            below.setdefault(field, {})[rest] = value
+        else:
+            here[field] = value
+    here |= {field: replaced(getattr(config, field), inner) for field, inner in below.items()}
+    return dataclasses.replace(config, **here)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,9 +19,9 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -64,14 +64,7 @@ class Run:
 
     def config(self) -> Config:
         """The config that the run was last started with. Raises ValueError naming a broken file."""
-        record = self.record()
-        try:
-            fields = {"name": record["name"], "placement": record["placement"]}
-            return configs.from_dict(Config, fields | record["identity"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path / 'config.json'} is not a run's config: {error}"
-            ) from None
+        return read_config(self.path / "config.json")
 
     def check_data(self, fingerprint: str, tokenizer_json: str) -> None:
         """Raises ValueError unless data and tokenizer are those that the run was trained with."""
@@ -139,18 +132,7 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
         raise ValueError(f"{run.path} is a file: remove it, or use another --name")
     record = _record(config, data_fingerprint)
     if (run.path / "config.json").exists():
-        # By way of a Config: a field that is younger than the run has its default there.
-        theirs = {"data_fingerprint": run.record().get("data_fingerprint")}
-        ours = record["identity"] | {"data_fingerprint": data_fingerprint}
-        existing = configs.identity(run.config()) | theirs
-        difference = configs.difference(ours, existing)
-        if difference:
-            lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
-            raise ValueError(
-                f"{run.path} holds another run:\n"
-                + "\n".join(lines)
-                + "\nGive this one a directory of its own with --name, or remove that one."
-            )
+        check_identity(run, config, {"data_fingerprint": data_fingerprint})
         if (run.path / "tokenizer.json").exists():
             run.check_data(data_fingerprint, tokenizer_json)
     write_atomically(run.path / "config.json", _dump(record))
@@ -159,13 +141,8 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
 
 
 def _record(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    return {
-        "name": config.name,
-        "identity": configs.identity(config),
-        "placement": dataclasses.asdict(config.placement),
-        "data_fingerprint": data_fingerprint,
-        "versions": versions(),
-    }
+    further = {"data_fingerprint": data_fingerprint, "versions": versions()}
+    return configs.to_record(config) | further
 
 
 @contextlib.contextmanager
@@ -186,10 +163,8 @@ def new_run(
     partial = path.parent / f".{path.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process") from None
+        if not try_lock(lock):
+            raise ValueError(f"{path} is being written by another process")
         for left in partial.iterdir():  # of a process that was killed
             if left.name != ".lock":
                 left.rmtree() if left.is_dir() else left.unlink()
@@ -205,6 +180,24 @@ def new_run(
             raise
 
 
+def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None:
+    """Raises ValueError, showing the difference, if a run directory belongs to another run.
+
+    `further`: what else of its config.json must be the same.
+    """
+    record = run.record()
+    # By way of a Config: a field that is younger than the run has its default there.
+    theirs = configs.identity(run.config()) | {key: record.get(key) for key in further}
+    difference = configs.difference(configs.identity(config) | dict(further), theirs)
+    if difference:
+        lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
+        raise ValueError(
+            f"{run.path} holds another run:\n"
+            + "\n".join(lines)
+            + "\nGive this one a directory of its own with --name, or remove that one."
+        )
+
+
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
     """Keeps a second process of this machine from training the same run; a crash frees it.
@@ -215,11 +208,29 @@ def locked(run: Run) -> Iterator[None]:
         yield
         return
     with open(run.path / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{run.path} is being trained by another process") from None
+        if not try_lock(file):
+            raise ValueError(f"{run.path} is being trained by another process")
         yield
+
+
+def try_lock(file: IO, *, shared: bool = False) -> bool:
+    """Locks an open file until it is closed, here and in child processes that inherit it; False if it is.
+
+    A shared lock is one of many, for those who only look whether a process holds a lock of its own.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def saved_steps(checkpoints: epath.Path) -> list[int]:
+    """The steps of the complete checkpoints, ascending: those with a manifest."""
+    if not checkpoints.exists():
+        return []
+    manifests = [file for file in checkpoints.glob("*.json") if file.stem.isdigit()]
+    return sorted(int(file.stem) for file in manifests)
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
@@ -258,11 +269,24 @@ def write_atomically(file: epath.Path, text: str) -> None:
         file.write_text(text)  # object stores replace whole objects
         return
     temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}"
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except OSError:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_config(file: epath.Path) -> Config:
+    """The config in a file that holds one: a run's config.json. Raises ValueError naming the file."""
+    record = _read_json(file)
+    try:
+        return configs.from_record(record)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _dump(record: dict[str, Any]) -> str:

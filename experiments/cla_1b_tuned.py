@@ -6,7 +6,8 @@ The rates are the printed ones; the grid they stand on is 3e-4 times powers of 1
 import dataclasses
 
 from cla_jax.config import Config
-from experiments import cla_1b
+from experiments import cla_1b, sweeping
+from experiments.sweeping import Trials
 
 
 def _tuned(row: Config, peak_lr: float) -> Config:
@@ -33,3 +34,14 @@ def h64_mqa() -> Config:
 
 
 ROWS = (h128_mqa, h128_mqa_cla2, h64_mqa)
+
+
+def learning_rate() -> Trials:
+    """How the rates were found: from 3e-4 in steps of 1.5, the three models side by side."""
+    models = (cla_1b.h128_mqa, cla_1b.h128_mqa_cla2, cla_1b.h64_mqa)
+    return sweeping.together(
+        *(sweeping.learning_rates(model(), f"{model.__name__}.lr") for model in models)
+    )
+
+
+SWEEPS = (learning_rate,)

@@ -7,6 +7,8 @@ half as wide, at that same half. Everything else is equal.
 import dataclasses
 
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from experiments import sweeping
+from experiments.sweeping import Trials
 
 
 def h32_mqa() -> Config:
@@ -48,3 +50,20 @@ def h16_mqa() -> Config:
 
 
 ROWS = (h32_mqa, h32_mqa_cla2, h16_mqa)
+
+
+def seeds() -> Trials:
+    """Three seeds of each row: nine runs, and how far seeds alone move a perplexity."""
+    for row in ROWS:
+        for seed in range(3):
+            yield f"{row.__name__}.seed-{seed}", dataclasses.replace(row(), seed=seed)
+
+
+def learning_rate() -> Trials:
+    """The paper's search for a learning rate, for every row; the rows side by side."""
+    return sweeping.together(
+        *(sweeping.learning_rates(row(), f"{row.__name__}.lr", start=1e-3) for row in ROWS)
+    )
+
+
+SWEEPS = (seeds, learning_rate)

@@ -1,6 +1,21 @@
 """Smoke test: every part of a training run, in seconds."""
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+import os
+from typing import TYPE_CHECKING
+
+from cla_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Placement,
+    replaced,
+)
+from experiments import sweeping
+from experiments.sweeping import Trials
+
+if TYPE_CHECKING:
+    import optuna
 
 
 def tiny() -> Config:
@@ -35,3 +50,36 @@ def tiny() -> Config:
 
 
 ROWS = (tiny,)
+
+
+def grid() -> Trials:
+    """Two learning rates, three seeds: six runs of seconds."""
+    return sweeping.grid(tiny(), {"optimizer.peak_lr": (1e-3, 3e-3), "seed": range(3)})
+
+
+def seeds() -> Trials:
+    """Twelve seeds of the same run."""
+    return sweeping.grid(tiny(), {"seed": range(12)})
+
+
+def learning_rate() -> Trials:
+    """The paper's search for a learning rate, from a high one: a few runs of seconds."""
+    return sweeping.learning_rates(tiny(), start=1e-2)
+
+
+def search(directory: str | os.PathLike[str]) -> Trials:
+    """Optuna looks for a learning rate and a warm-up: six runs, two at a time."""
+
+    def make(trial: "optuna.Trial") -> Config:
+        return replaced(
+            tiny(),
+            {
+                "optimizer.peak_lr": trial.suggest_float("peak_lr", 1e-3, 1e-1, log=True),
+                "optimizer.warmup_fraction": trial.suggest_float("warmup", 0.0, 0.5),
+            },
+        )
+
+    return sweeping.searched(directory, make, trials=6, parallel=2)
+
+
+SWEEPS = (grid, seeds, learning_rate, search)

@@ -1,1 +1,1 @@
-"""Entry points: `python -m launch.train`, `.evaluate`, `.generate`, `.compare`."""
+"""Entry points: `python -m launch.train`, `.evaluate`, `.generate`, `.compare`, `.sweep` and others."""

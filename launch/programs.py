@@ -2,7 +2,6 @@
 
 import os
 
-import jax
 from etils import epath
 
 from cla_jax.runs import is_local
@@ -27,6 +26,8 @@ def remember(runs: str | os.PathLike[str]) -> None:
     share them and they may be deleted at any time. JAX_COMPILATION_CACHE_DIR in the environment names
     another place; an empty one turns this off.
     """
+    import jax  # launching, which asks only where programs are, should not wait for it
+
     place = directory(runs)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or place is None:
         return

@@ -6,6 +6,7 @@
     python -m launch.train demo                                   # all rows of a study, one by one
     python -m launch.train demo.h32_mqa --model.kv-map cla:3 --name demo/h32_mqa_cla3
     python -m launch.train NAME --help                            # every field and its default
+    python -m launch.train runs/demo/h32_mqa/config.json --name demo/again    # as another run was
 
 A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
 devices are there; a run with another identity needs another --name. SIGTERM, or Ctrl-C, finishes the step,
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 import tyro
+from etils import epath
 
 import experiments
 from cla_jax import goodput
@@ -45,12 +47,21 @@ def parse(argv: Sequence[str]) -> list[Config]:
             description=f"{config.name}: every field of the run, with its default. The flags for several "
             "processes are in `python -m launch.train --help`.",
         )
-        for config in experiments.find(name)
+        for config in _found(name)
     ]
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise ValueError(f"--name gives every row of the study {name!r} the same directory")
     return configs
+
+
+def _found(name: str) -> list[Config]:
+    """The configs of an experiment or study, or the one in a file like a run's config.json."""
+    if not name.endswith(".json"):
+        return experiments.find(name)
+    from cla_jax import runs
+
+    return [runs.read_config(epath.Path(name))]
 
 
 @user_errors

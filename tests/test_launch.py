@@ -12,6 +12,7 @@ import pytest
 from jax._src.clusters import K8sCluster, cloud_tpu_cluster
 
 from cla_jax import train as training
+from cla_jax.config import to_record
 from launch import distributed, hosts
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
@@ -27,6 +28,19 @@ def test_fields_are_overridden_by_flag():
     )
     assert (config.optimizer.peak_lr, config.model.kv_map, config.steps) == (1e-3, "cla:4", 7)
     assert [c.steps for c in launch_train.parse(["demo", "--steps", "9"])] == [9, 9, 9]
+
+
+def test_a_run_is_trained_again_from_its_config(tmp_path):
+    (config,) = launch_train.parse(["demo.h32_mqa", "--steps", "7"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_record(config) | {"versions": {}}))
+    assert launch_train.parse([str(file)]) == [config]
+    (renamed,) = launch_train.parse([str(file), "--name", "again"])
+    assert (renamed.name, renamed.steps) == ("again", 7)
+    for content, words in (("{}", "not a run's config"), ("x", "not valid JSON")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            launch_train.parse([str(file)])
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ from cla_jax.scoring import Progress
 from cla_jax.train import Setup
 
 try:
-    from lm_eval import evaluator
-    from lm_eval import utils as harness
+    import lm_eval.utils as harness
     from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import evaluate as evaluated
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise harness_missing(error) from None
@@ -267,7 +267,7 @@ def evaluate(
 def _scored(answers: Model, loaded: Any, limit: int | None) -> dict[str, dict[str, Any]]:
     """The records of one or several tasks, by their names."""
     clock = time.monotonic()
-    found: Any = evaluator.evaluate(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
+    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
     how = {"context": answers.max_length, "seconds": round(time.monotonic() - clock, 3)}
     if answers.way != FULL:
         how["chunk"] = answers.chunk

@@ -103,12 +103,12 @@ def _index(names: Sequence[str]) -> "TaskManager":
     Raises ValueError if the harness is not there.
     """
     try:
-        from lm_eval import tasks
+        import lm_eval.tasks as tasks
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise harness_missing(error) from None
 
-    home = Path(tasks.__file__).parent
+    home = Path(str(tasks.__file__)).parent
     words = "|".join(map(re.escape, names))
     named = re.compile(rf"^\s*(-|(- )?(task|tag|group):)\s*[\"']?({words})[\"']?\s*$", re.MULTILINE)
     folders = {

@@ -1,0 +1,209 @@
+"""Sweeps: generators that yield the trials of a study as (name, config).
+
+    def seeds() -> Trials:
+        '''Three seeds of one model.'''
+        for seed in range(3):
+            yield f"seed-{seed}", replaced(h32_mqa(), {"seed": seed})
+
+What `yield` gives back is the trial's `Result`. A grid ignores it, and all its trials are known at once. A
+sweep whose next trial depends on an earlier one asks the result for its perplexity, which raises `Pending`
+while there is none: the trials yielded up to there are what can be started now. Launching runs the generator
+from its beginning whenever a trial has ended, so its state is rebuilt from the run directories alone; a sweep
+must therefore yield the same trials whenever it is given the same results.
+
+What a generator returns is what the sweep has found, `learning_rates` the best of its trials.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cla_jax.config import Config, replaced
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Pending(Exception):
+    """A sweep cannot go on before a trial has ended."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What has become of a trial: its held-out metrics after its last step, if it has come so far."""
+
+    name: str
+    config: Config
+    metrics: Mapping[str, float] | None = None
+    diverged: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.diverged or self.metrics is not None
+
+    @property
+    def perplexity(self) -> float:
+        """Held-out perplexity; infinite for a trial that diverged. Raises Pending while there is none."""
+        if self.metrics is not None:
+            return self.metrics["perplexity"]
+        if self.diverged:
+            return math.inf
+        raise Pending(f"{self.name} has no result yet")
+
+
+# What `yield` takes, gives back, and what the sweep returns at its end.
+Trials = Generator[tuple[str, Config], Result, Any]
+
+
+# --------------------------------------------------------------------------------------- grids
+
+
+def grid(
+    base: Config, axes: Mapping[str, Iterable[Any] | Mapping[str, Mapping[str, Any]]]
+) -> Trials:
+    """Every combination of the axes, the last one running fastest.
+
+    An axis is a field with its values, or any word with named changes of several fields:
+
+        grid(h32_mqa(), {
+            "optimizer.peak_lr": (1e-3, 3e-3),
+            "heads": {"32": {}, "16": {"model.n_heads": 8, "model.d_head": 16}},
+            "seed": range(3),
+        })
+
+    yields `peak_lr=0.001,heads=32,seed=0` and eleven more.
+    """
+    choices = []
+    for axis, values in axes.items():
+        label = axis.rpartition(".")[2]
+        named = values if isinstance(values, Mapping) else {v: {axis: v} for v in values}
+        choices.append([(f"{label}={_word(value)}", changes) for value, changes in named.items()])
+    for combination in itertools.product(*choices):
+        labels, changes = zip(*combination, strict=True) if combination else ((), ())
+        merged = {field: value for change in changes for field, value in change.items()}
+        yield ",".join(labels) or "only", replaced(base, merged)
+
+
+def _word(value: Any) -> str:
+    """A value as part of a file name: 0.001, cla-2."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
+
+
+# ------------------------------------------------------------------------- dependent sweeps
+
+
+def learning_rates(
+    base: Config, name: str = "lr", *, start: float = 3e-4, factor: float = 1.5, most: int = 20
+) -> Trials:
+    """The paper's search for a learning rate (2405.12981, tables 3 and 4).
+
+    From `start` the rate is multiplied by `factor` until the held-out perplexity stops improving; a run
+    that diverges has not improved. Returns the Result of the best rate. `most` bounds the trials.
+    """
+    best = None
+    for i in range(most):
+        rate = start * factor**i
+        config = replaced(base, {"optimizer.peak_lr": rate})
+        result = yield f"{name}-{rate:.3g}", config
+        if not result.perplexity < (best.perplexity if best else math.inf):
+            break
+        best = result
+    return best
+
+
+def together(*sweeps: Trials) -> Trials:
+    """Several dependent sweeps side by side, each waiting for its own trials; a list of what they find."""
+    found, pending = [], []
+    for sweep in sweeps:
+        try:
+            found.append((yield from sweep))
+        except Pending as waits:
+            pending.append(str(waits))
+    if pending:
+        raise Pending("; ".join(pending))
+    return found
+
+
+# --------------------------------------------------------------------------------------- search
+
+
+def searched(
+    directory: str | os.PathLike[str],
+    make: Callable[["optuna.Trial"], Config],
+    *,
+    trials: int,
+    parallel: int = 1,
+    sampler: "optuna.samplers.BaseSampler | None" = None,
+) -> Trials:
+    """A search by Optuna for the config with the least held-out perplexity; needs the extra `search`.
+
+    Args:
+      directory: of the sweep's own files: a sweep function that takes an argument is given it. Optuna's
+        journal lies there and needs no server, but a file system, which several machines may share.
+      make: from Optuna's trial, which suggests values, to a config.
+      trials: how many are tried.
+      parallel: how many may be without a result at a time; the fewer, the more is learned from.
+      sampler: by default Optuna's tree of Parzen estimators, seeded.
+
+    Returns the Result with the least perplexity. Trials that fail or diverge are told to Optuna as failed.
+    """
+    study, optuna = _study(directory, sampler)
+    best, waiting = None, []
+    for number in range(trials):
+        if number == len(study.get_trials(deepcopy=False)):
+            if len(waiting) >= parallel:
+                raise Pending(f"{' and '.join(waiting)} must end before more is tried")
+            if sampler is None:  # one seed for all would suggest the same again after each restart
+                study.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
+            asked = study.ask()
+            make(asked)
+            asked.set_user_attr("made", True)
+        asked = study.get_trials(deepcopy=False)[number]
+        if "made" not in asked.user_attrs:  # its launcher was killed just then
+            if not asked.state.is_finished():
+                study.tell(number, state=optuna.trial.TrialState.FAIL)
+            continue
+        config = make(optuna.trial.FixedTrial(asked.params))  # type: ignore  # suggests as a Trial does
+        result = yield f"trial-{number:04d}", config
+        if not result.known:
+            waiting.append(result.name)
+            continue
+        if not asked.state.is_finished():
+            if math.isfinite(result.perplexity):
+                study.tell(number, result.perplexity)
+            else:
+                study.tell(number, state=optuna.trial.TrialState.FAIL)
+        if best is None or result.perplexity < best.perplexity:
+            best = result
+    if waiting:
+        raise Pending(f"{' and '.join(waiting)} must end")
+    return best
+
+
+def _study(directory: str | os.PathLike[str], sampler: Any) -> tuple[Any, Any]:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError(
+            "a searched sweep needs the extra: pip install 'cla_jax[search]'"
+        ) from None
+    path = os.fspath(directory)
+    if "://" in path:
+        raise ValueError(
+            f"a searched sweep keeps a journal, which {path} cannot: take a file system"
+        )
+    os.makedirs(path, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = optuna.storages.journal.JournalFileBackend(os.path.join(path, "optuna.log"))
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=optuna.storages.JournalStorage(journal),
+        sampler=sampler,
+        load_if_exists=True,
+    )
+    return study, optuna

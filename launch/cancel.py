@@ -1,0 +1,72 @@
+"""Cancel a sweep, or some of its trials: what runs saves and ends, what waits never starts.
+
+    python -m launch.cancel smoke.grid
+    python -m launch.cancel smoke.grid peak_lr=0.001,seed=0
+    python -m launch.cancel gs://BUCKET/runs/cla_1b
+
+Nothing is lost: `python -m launch.sweep SWEEP --again` goes on from the checkpoints. Trials that are done
+stay done.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from cla_jax.config import near_choice
+from launch import engines, records
+from launch.cli import user_errors
+from launch.records import Record, Submission
+from launch.status import find, line
+from launch.sweep import engine_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # The sweep's name or directory, and trials of it; without trials, all.
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP [TRIAL ...]")
+    ]
+    # Directory of all run directories, for a sweep given by name.
+    runs: str = "runs"
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.cancel", description=__doc__)
+    if not arguments.names:
+        raise ValueError("name a sweep: python -m launch.cancel SWEEP")
+    sweep = find(arguments.names[0], arguments.runs)
+    known = records.names(sweep)
+    for name in arguments.names[1:]:
+        near_choice("trial", name, known)
+    chosen = [Record(sweep, name) for name in arguments.names[1:] or known]
+    unfinished = [record for record in chosen if line(record)["state"] != "done"]
+    # First the mark: a runner that is told to stop must find it.
+    for record in unfinished:
+        record.cancel()
+    by_engine: dict[str, list[Submission]] = {}
+    for record in unfinished:
+        if submission := record.submission():
+            by_engine.setdefault(submission.engine, []).append(submission)
+    failed = []
+    for name, submissions in by_engine.items():
+        engine = engine_of(name)
+        engines.check_tools(engine)
+        for command in engine.cancel(submissions):
+            try:
+                engines.call(command)
+            except ValueError as error:  # the others are cancelled all the same
+                failed.append(str(error))
+    for record in unfinished:
+        print(f"{record.name}  cancelled")
+    if any(submission.engine == "local" for those in by_engine.values() for submission in those):
+        print(f"running trials notice within {records.HEARTBEAT_S} s, save and end")
+    if failed:
+        raise ValueError("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

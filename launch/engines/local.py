@@ -1,0 +1,128 @@
+"""Engine `local`: a pool of processes on this machine, each with its share of cores or devices."""
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from launch.engines import Job
+from launch.records import Submission
+from launch.trials import LaunchPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+    """Trials at the same time on this machine."""
+
+    # How many at a time; 0 for one a GPU, or without GPUs one for every four cores, at least one.
+    workers: int = 0
+    # Cores for each, which it keeps to; 0 for an equal share of all.
+    cores: int = 0
+
+    tools: ClassVar[Mapping[str, str]] = {}
+    here: ClassVar[bool] = True
+    topology: ClassVar[str] = "none"
+
+    def __post_init__(self):
+        if self.workers < 0 or self.cores < 0:
+            raise ValueError("--local.workers and --local.cores must not be negative")
+        if (self.workers or 1) * (self.cores or 1) > len(cores()):
+            raise ValueError(
+                f"--local.workers {self.workers} of {self.cores or 1} cores each: there are {len(cores())}"
+            )
+
+    def slots(self) -> list[dict[str, str]]:
+        """The environment of each place in the pool, and under `cores` what it keeps to."""
+        devices = gpus()
+        workers = self.workers or len(devices) or max(1, len(cores()) // 4)
+        share = self.cores or max(1, len(cores()) // workers)
+        found = []
+        for i in range(workers):
+            mine = cores()[i * share % len(cores()) :][:share]
+            slot = {"cores": ",".join(map(str, mine)), "OMP_NUM_THREADS": str(len(mine))}
+            if devices:
+                per = max(1, len(devices) // workers)
+                slot["CUDA_VISIBLE_DEVICES"] = ",".join(devices[i * per % len(devices) :][:per])
+            found.append(slot)
+        return found
+
+    def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
+        """A job a trial; the pool adds a place's cores and devices when it starts it."""
+        return [
+            Job(
+                files={},
+                command=trial.command,
+                jobs={trial.name: trial.job(numbers.get(trial.name, 1))},
+            )
+            for trial in plan.trials
+        ]
+
+    def alive(self, submitted: Sequence[Submission]) -> set[str]:  # noqa: ARG002
+        """None: locks say who runs."""
+        return set()
+
+    def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:  # noqa: ARG002
+        """Runners look for the mark of a cancellation themselves."""
+        return []
+
+
+class Pool:
+    """Processes that this launcher has started, one a place."""
+
+    def __init__(self, local: Local):
+        self.slots = local.slots()
+        self.running: dict[
+            str, tuple[int, subprocess.Popen]
+        ] = {}  # by trial: its place and process
+
+    def free(self, elsewhere: int) -> int:
+        """Places left; trials that outlived an earlier launcher take some too."""
+        return max(0, len(self.slots) - len(self.running) - elsewhere)
+
+    def start(self, name: str, job: Job, environment: Mapping[str, str], log: Path) -> None:
+        taken = {place for place, _ in self.running.values()}
+        place = next(i for i in range(len(self.slots)) if i not in taken)
+        slot = dict(self.slots[place])
+        keep = ("--cores", slot.pop("cores")) if hasattr(os, "sched_setaffinity") else ()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as out:
+            process = subprocess.Popen(
+                [*job.command, *keep],
+                env=os.environ | slot | dict(environment),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is the launcher's to pass on
+            )
+        self.running[name] = (place, process)
+
+    def ended(self) -> dict[str, int]:
+        """The trials that have ended since, with their exit codes."""
+        codes = {name: process.poll() for name, (_, process) in self.running.items()}
+        ended = {name: code for name, code in codes.items() if code is not None}
+        for name in ended:
+            del self.running[name]
+        return ended
+
+    def end(self, ask: bool) -> None:
+        """Waits for all to end, having asked them to save and to do so."""
+        for _, process in self.running.values() if ask else ():
+            process.terminate()
+        for _, process in self.running.values():
+            process.wait()
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [device for device in visible.split(",") if device not in ("", "-1")]
+    found = Path("/dev").glob("nvidia[0-9]*")
+    return [str(i) for i in sorted(int(device.name.removeprefix("nvidia")) for device in found)]

@@ -1,0 +1,158 @@
+"""Engine `queued-resources`: Cloud TPU slices through gcloud, one queued resource a trial."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from launch import tpus
+from launch.engines import Job, call, check_shared, one_by_one
+from launch.records import Submission
+from launch.trials import LaunchPlan
+
+# What counts as waiting or running; the others, SUSPENDED after a preemption among them, never run again.
+_ALIVE = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+_METADATA = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
+)
+
+# Runs on every worker, at every boot. The host that keeps the record gives the slice back at the end,
+# whatever the end was; one that has failed for good costs nothing more.
+SCRIPT = """\
+#!/bin/bash
+export HOME=/root
+mkdir -p /opt/cla_jax && cd /opt/cla_jax
+host=$(curl -s -H 'Metadata-Flavor: Google' {metadata})
+if [ ! -e /opt/cla_jax.ready ]; then
+    set -e
+    {setup}
+    touch /opt/cla_jax.ready
+    set +e
+fi
+{exports}while true; do
+    {command} --host "$host"
+    code=$?
+    echo "{name}: exit code $code"
+    case $code in
+        42|134|137|139|143) sleep 10 ;;
+        *) break ;;
+    esac
+done
+if [ "$host" = 0 ]; then
+    gcloud compute tpus queued-resources delete {job} --zone={zone}{project} --force --async --quiet
+fi
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueuedResources:
+    """Slices of Cloud TPU, waited for in Google's queue."""
+
+    # Zone with the TPUs, us-central1-a.
+    zone: str = ""
+    # Project; empty for gcloud's own.
+    project: str = ""
+    # Spot capacity: cheap, preempted at any time, then asked for again by --wait or the next launch.
+    spot: bool = False
+    # A reservation's capacity.
+    reserved: bool = False
+    # The VM's software; empty for what belongs to the kind of TPU.
+    runtime_version: str = ""
+    # Shell line that installs this package in /opt/cla_jax of a fresh worker.
+    setup: str = ""
+    # Interpreter on the workers.
+    python: str = "python3"
+    # Service account that the workers act as; it must be allowed to delete queued resources.
+    service_account: str = ""
+    # Give up waiting for capacity after this long, 6h.
+    valid_until_duration: str = ""
+
+    tools: ClassVar[Mapping[str, str]] = {
+        "gcloud": "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+    }
+    here: ClassVar[bool] = False
+    topology: ClassVar[str] = "needed"
+
+    def __post_init__(self):
+        if self.spot and self.reserved:
+            raise ValueError("--queued-resources.spot and .reserved exclude each other")
+
+    def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
+        check_shared(plan)
+        resources = plan.trials[0].resources
+        found = tpus.find(resources.topology)
+        if not self.zone:
+            raise ValueError(
+                "--queued-resources.zone is missing: where the TPUs are, us-central1-a"
+            )
+        if not self.setup:
+            raise ValueError(
+                "--queued-resources.setup is missing: the shell line that installs the package on a worker, "
+                "'git clone URL . && pip install -e .[gcs] jax[tpu]'"
+            )
+        if resources.slices > 1:
+            raise ValueError(
+                f"--slices {resources.slices}: queued-resources takes one; jobset takes more"
+            )
+        runtime = self.runtime_version or found.kind.runtime
+        if not runtime:
+            raise ValueError(
+                f"--topology {resources.topology}: no TPU VMs of that kind; take jobset"
+            )
+        jobs = []
+        for trial, job in one_by_one(plan.trials, numbers):
+            exports = [f"export {name}={shlex.quote(v)}\n" for name, v in trial.environment.items()]
+            script = SCRIPT.format(
+                metadata=_METADATA,
+                setup=self.setup,
+                exports="".join(exports),
+                command=trial.shell(),
+                name=trial.name,
+                job=job,
+                zone=self.zone,
+                project=f" --project={self.project}" if self.project else "",
+            )
+            flags = {
+                "node-id": job,
+                **self._where(),
+                "accelerator-type": found.accelerator_type,
+                "runtime-version": runtime,
+                "labels": f"cla-jax-job={job}",
+                "metadata-from-file": f"startup-script={{files}}/{job}.sh",
+                "service-account": self.service_account,
+                "scopes": "cloud-platform",
+                "valid-until-duration": self.valid_until_duration,
+            }
+            command = [*_GCLOUD, "create", job]
+            command += [f"--{flag}={value}" for flag, value in flags.items() if value]
+            command += [f"--{flag}" for flag in ("spot", "reserved") if getattr(self, flag)]
+            jobs.append(
+                Job(
+                    files={f"{job}.sh": script},
+                    command=(*command, "--async", "--quiet"),
+                    jobs={trial.name: job},
+                    group=" ".join(f"--{flag}={value}" for flag, value in self._where().items()),
+                )
+            )
+        return jobs
+
+    def _where(self) -> dict[str, str]:
+        return {"zone": self.zone} | ({"project": self.project} if self.project else {})
+
+    def alive(self, submitted: Sequence[Submission]) -> set[str]:
+        found = set()
+        for group in {job.group for job in submitted}:
+            for resource in json.loads(call([*_GCLOUD, "list", *group.split(), "--format=json"])):
+                if resource.get("state", {}).get("state") in _ALIVE:
+                    found.add(resource["name"].rpartition("/")[2])
+        return found & {job.job for job in submitted}
+
+    def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
+        return [
+            (*_GCLOUD, "delete", job.job, *job.group.split(), "--force", "--async", "--quiet")
+            for job in submitted
+        ]
+
+
+_GCLOUD = ("gcloud", "compute", "tpus", "queued-resources")

@@ -1,0 +1,122 @@
+"""Whether the trials of a plan fit what they are to run on, before anything is paid for."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from etils import epath
+
+from cla_jax.config import Config, OptimizerConfig, Placement, replaced
+from cla_jax.runs import is_local, write_atomically
+from launch import programs
+from launch.trials import LaunchPlan
+
+_LIBRARY = Path(__file__).parents[1] / "cla_jax"
+# What of the placement does not change what a step needs.
+_BESIDE = (
+    "log_every",
+    "save_every",
+    "keep",
+    "eval_every",
+    "profile",
+    "eval_batch_size",
+    "tensorboard",
+    "wandb",
+    "runs",
+    "data_dir",
+)
+
+
+def shape(config: Config) -> Config:
+    """The config with everything put aside that does not change what its step needs.
+
+    Two hundred trials that differ in learning rate, seed and text have one shape, and it is compiled once.
+    """
+    usual = Placement()
+    return replaced(
+        config,
+        {
+            "name": "shape",
+            "steps": 1000,
+            "seed": 0,
+            "optimizer": OptimizerConfig(),
+            "data.source": "sotu",
+            "data.tokenizer": "tokenizer.json",
+            "data.end_token": "",
+            "data.held_out": 0.5,
+            **{f"placement.{field}": getattr(usual, field) for field in _BESIDE},
+        },
+    )
+
+
+def misfits(
+    plan: LaunchPlan, progress: Callable[[str], None] = lambda said: None
+) -> dict[str, str]:
+    """The trials that cannot run on the plan's topology, each with the reason.
+
+    A shape is compiled once for a topology; the verdict is kept beside the compiled programs, under the
+    shape, the compiler's version and the library's own text. Raises ValueError for a topology that the
+    planner does not know, and if libtpu is missing.
+    """
+    shapes: dict[Config, list[str]] = {}
+    for trial in plan.trials:
+        shapes.setdefault(shape(trial.config), []).append(trial.name)
+    resources = plan.trials[0].resources
+    if not resources.topology:
+        return {}
+    library, place = _library(), _place(plan)
+    reasons = {}
+    for number, (config, names) in enumerate(shapes.items(), 1):
+        key = json.dumps([dataclasses.asdict(config), dataclasses.asdict(resources), library])
+        file = place / f"fits-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        if file.exists():
+            reason = json.loads(file.read_text())["reason"]
+        else:
+            progress(
+                f"compiling shape {number} of {len(shapes)} for {resources.topology}: {names[0]}"
+            )
+            reason = _ask(config, resources.topology, resources.slices, Path(place))
+            write_atomically(file, json.dumps({"reason": reason}) + "\n")
+        reasons |= dict.fromkeys(names, reason) if reason else {}
+    return reasons
+
+
+def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
+    """Why a config does not fit, by the planner; empty if it does."""
+    from launch.plan import compile_elsewhere
+
+    compile_elsewhere()
+    from cla_jax import plan as planning
+
+    devices = planning.topology(topology, slices)
+    try:
+        found = planning.plan(config, devices, cache)
+    except ValueError as error:  # the mesh or the batch does not fit the devices
+        return str(error)
+    if found.fits:
+        return ""
+    gib = lambda size: f"{size / 2**30:.1f} GiB"
+    of = f" of {gib(found.memory)}" if found.memory else ""
+    return f"does not fit {devices}: needs {gib(found.peak)}{of} a device. Change first: {found.advice}"
+
+
+def _place(plan: LaunchPlan) -> epath.Path:
+    """Beside the compiled programs; in the user's cache where the runs are remote, or someone else's."""
+    beside = programs.directory(plan.trials[0].config.placement.runs)
+    if beside is None or not is_local(beside):
+        beside = epath.Path(Path.home() / ".cache" / "cla_jax")
+    return beside / "plans"
+
+
+def _library() -> str:
+    """What decides a step besides its config: our own text, and the compilers."""
+    digest = hashlib.sha256()
+    for file in sorted(_LIBRARY.rglob("*.py")):
+        digest.update(file.read_bytes())
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+        for found in importlib.metadata.distributions(name=name):
+            digest.update(f"{name} {found.version}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""How the trials of a sweep fare, from their files alone.
+
+    python -m launch.status smoke.grid                 # a sweep launched from here
+    python -m launch.status gs://BUCKET/runs/cla_1b    # its directory
+    python -m launch.status smoke.grid --json
+    python -m launch.status smoke.grid --once          # no live table, also where there is no terminal
+
+State, step, loss, tokens/s, time to go, preemptions, failures and the last error of every trial. It asks no
+engine: a trial that was handed over and has not begun is waiting; one whose runner has been silent for 90
+seconds is dead, and launching the sweep again starts it from its checkpoint.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from etils import epath
+
+import experiments
+from cla_jax.config import near_choice
+from launch import records, trials
+from launch.cli import user_errors
+from launch.records import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STYLES = {
+    "running": "green",
+    "done": "bold",
+    "failed": "red",
+    "dead": "yellow",
+    "stopped": "yellow",
+    "cancelled": "dim",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # The sweep's name, or its directory.
+    sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP")]
+    # Print JSON instead of a table, once.
+    json: bool = False
+    # Print the table once.
+    once: bool = False
+    # Seconds between two looks.
+    every: float = 5.0
+    # Directory of all run directories, for a sweep given by name.
+    runs: str = "runs"
+
+
+def find(sweep: str, runs: str) -> epath.Path:
+    """The directory of a sweep. Raises ValueError, with the nearest names, if there is none."""
+    for path in (epath.Path(sweep), epath.Path(runs) / trials.sweep_name(sweep)):
+        if (path / ".sweep").exists():
+            return path
+    if "/" not in sweep:
+        near_choice("sweep", sweep, experiments.sweeps())
+    raise ValueError(f"{sweep} was never launched: no .sweep in {sweep} nor in {path}")
+
+
+def line(record: Record) -> dict[str, Any]:
+    """What is known of a trial, as JSON has it; a trial whose files are damaged says so."""
+    try:
+        config, state = record.config(), record.state()
+        last = records.last_step(record.run)
+        result = records.result(record.run, config.steps)
+    except ValueError as error:
+        return {"trial": record.name, "state": "unreadable", "error": str(error)}
+    submission = record.submission()
+    status: str = state.status
+    if result is not None:
+        status = "done"
+    elif record.is_cancelled and status != "running":
+        status = "cancelled"
+    elif status == "running":
+        unlocked = record.is_local and not record.is_locked
+        status = "dead" if unlocked or state.silent else status
+    return {
+        "trial": record.name,
+        "state": status,
+        "step": last.get("step", 0),
+        "steps": config.steps,
+        "loss": last.get("loss"),
+        "tokens_per_s": last.get("tokens_per_s") if status == "running" else None,
+        "eta_s": last.get("eta_s") if status == "running" else None,
+        "perplexity": result["perplexity"] if result else None,
+        "attempts": state.attempts,
+        "preemptions": state.preemptions,
+        "failures": state.failures,
+        "error": state.error,
+        "engine": submission.engine if submission else "",
+        "job": submission.job if submission else "",
+        "host": state.host,
+    }
+
+
+def lines(sweep: epath.Path) -> list[dict[str, Any]]:
+    """A line for each trial. Raises ValueError if the directory is no sweep."""
+    return records.in_parallel(lambda name: line(Record(sweep, name)), records.names(sweep))
+
+
+def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
+    """The lines for a terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = trials.count(line["state"] for line in found)
+    made = Table(box=box.SIMPLE_HEAD, title=Text(f"{sweep}: {summary or 'no trial yet'}"))
+    for column in ("trial", "state", "step", "loss", "perplexity", "tokens/s", "ETA"):
+        left = column in ("trial", "state")
+        made.add_column(column, justify="left" if left else "right", no_wrap=True)
+    made.add_column("pre-\nempted", justify="right")
+    made.add_column("failed", justify="right")
+    made.add_column("last error", overflow="fold")
+    show = lambda form, value: "" if value is None else form.format(value)
+    for line in found:
+        if line["state"] == "unreadable":
+            made.add_row(line["trial"], "unreadable", *[""] * 7, Text(line["error"]))
+            continue
+        made.add_row(
+            Text(line["trial"]),
+            Text(line["state"], style=_STYLES.get(line["state"], "")),
+            f"{line['step']:,}/{line['steps']:,}",
+            show("{:.4f}", line["loss"]),
+            show("{:.4f}", line["perplexity"]),
+            show("{:,.0f}", line["tokens_per_s"]),
+            _duration(line["eta_s"]),
+            str(line["preemptions"] or ""),
+            str(line["failures"] or ""),
+            Text(line["error"].splitlines()[0] if line["error"] else ""),
+        )
+    return made
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.status", description=__doc__)
+    sweep = find(arguments.sweep, arguments.runs)
+    if arguments.json:
+        json.dump(lines(sweep), sys.stdout, indent=1)
+        print()
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file or a pipe has no width that a table should fit
+    found = lines(sweep)
+    if arguments.once or not console.is_terminal:
+        console.print(table(sweep, found))
+        return
+    unfinished = ("waiting", "running", "stopped", "dead")
+    with Live(table(sweep, found), console=console, auto_refresh=False) as live:
+        while any(line["state"] in unfinished for line in found):
+            try:
+                time.sleep(arguments.every)
+            except KeyboardInterrupt:
+                return
+            found = lines(sweep)
+            live.update(table(sweep, found), refresh=True)
+
+
+if __name__ == "__main__":
+    main()

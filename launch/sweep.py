@@ -1,0 +1,421 @@
+"""Launch a sweep: on this machine, on SLURM, on Cloud TPU, on GKE, or through SkyPilot.
+
+    python -m launch.sweep smoke.grid --local.workers 2           # six runs of seconds, two at a time
+    python -m launch.sweep demo.learning_rate                     # trials that depend on earlier ones
+    python -m launch.sweep cla_1b --engine slurm --slurm.partition gpu --slurm.gpus 8 --slurm.time 12:00:00
+    python -m launch.sweep cla_1b --engine jobset --topology v5e:16x16 --jobset.image IMAGE --dry-run \\
+        -- --placement.runs gs://BUCKET/runs
+
+Launching again is always right: what is done is skipped, what waits or runs is left alone, what died goes on
+from its checkpoint, and trials that had to wait for results are started. --wait does that by itself until the
+sweep is complete; `local` always waits. A trial that failed for good or was cancelled stays so until --again.
+Where a topology is named, each distinct shape is first compiled for it, and trials that do not fit are
+refused. Fields for every trial come after a lone --. Watch with `python -m launch.status SWEEP`, end with
+`python -m launch.cancel SWEEP`; docs/launch.md goes through each engine.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from etils import epath
+
+import experiments
+from cla_jax.config import near_choice
+from cla_jax.runs import is_local
+from launch import engines, fitting, records, trials
+from launch.cli import user_errors
+from launch.engines.jobset import JobSet, Xpk
+from launch.engines.local import Local, Pool
+from launch.engines.queued_resources import QueuedResources
+from launch.engines.sky import Sky
+from launch.engines.slurm import Slurm
+from launch.records import Submission
+from launch.trials import LaunchPlan, Retry
+
+STOPPED = 42  # as launch.train: the trials were told to save, launch again to go on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # The sweep, or a study, whose rows it then is.
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    # local, slurm, queued-resources, jobset, xpk or sky.
+    engine: str = "local"
+    # Print what would be submitted, and submit nothing.
+    dry_run: bool = False
+    # Directory to write the files of a dry run to, instead of printing them.
+    out: str = ""
+    # Stay until the sweep is complete: submit what depends on results, and again what died.
+    wait: bool = False
+    # Seconds between two looks at the trials with --wait.
+    every: float = 10.0
+    # Start again what failed for good or was cancelled.
+    again: bool = False
+    # TPUs of a trial, kind and shape in chips: v5e:16x16.
+    topology: str = ""
+    # Slices of that topology for each trial.
+    slices: int = 1
+    # The engine's own word for a priority: a number (slurm), a priority class (jobset), low to high (xpk).
+    priority: str = ""
+    # Variable for the environment of the trials, NAME=VALUE; give it several times.
+    env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # When a trial is given up.
+    retry: Retry = Retry()
+    # Processes of this machine.
+    local: Local = Local()
+    # A job array.
+    slurm: Slurm = Slurm()
+    # Cloud TPU through gcloud.
+    queued_resources: QueuedResources = QueuedResources()
+    # Pods on GKE.
+    jobset: JobSet = JobSet()
+    # Pods on GKE through xpk.
+    xpk: Xpk = Xpk()
+    # SkyPilot managed jobs.
+    sky: Sky = Sky()
+
+
+ENGINES = ("local", "slurm", "queued-resources", "jobset", "xpk", "sky")
+
+
+def chosen(arguments: Arguments) -> Any:
+    """The engine with its options. Raises ValueError with the nearest names."""
+    near_choice("engine", arguments.engine, ENGINES)
+    engine = getattr(arguments, arguments.engine.replace("-", "_"))
+    if engine.topology == "needed" and not arguments.topology:
+        raise ValueError(f"engine {arguments.engine} needs a --topology, v5e:16x16")
+    if engine.topology == "none" and arguments.topology:
+        raise ValueError(f"engine {arguments.engine} has no --topology: it takes what is there")
+    return engine
+
+
+def engine_of(name: str) -> Any:
+    """The engine that a trial was submitted to, with its usual options: enough to ask after its jobs."""
+    return getattr(Arguments(name=""), name.replace("-", "_"))
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    listed = "".join(
+        f"\n    {name:28s}{(sweep.__doc__ or '').strip().splitlines()[0]}"
+        for name, sweep in experiments.sweeps().items()
+    )
+    arguments = tyro.cli(
+        Arguments,
+        args=argv[:cut],
+        prog="python -m launch.sweep",
+        description=f"{__doc__}\nSweeps:\n{listed}",
+    )
+    launcher = Launcher(arguments, argv[cut + 1 :])
+    if arguments.dry_run:
+        launcher.show()
+        return
+    engines.check_tools(launcher.engine)
+    raise SystemExit(launcher.run())
+
+
+class Launcher:
+    """Hands the trials of a sweep to an engine, once or until all have ended."""
+
+    def __init__(self, arguments: Arguments, overrides: Sequence[str]):
+        self.arguments, self.overrides = arguments, overrides
+        self.engine = chosen(arguments)
+        self.results = trials.Results()
+        self.checked: dict[str, str] = {}  # trials asked about, with why they are refused or ""
+        self.stuck: dict[str, str] = {}  # trials that this launcher gives up, with the reason
+        self.said: dict[str, str] = {}
+        self.stopping = False
+        self.pool = Pool(self.engine) if isinstance(self.engine, Local) else None
+        self.waits = arguments.wait or self.pool is not None
+
+    def plan(self, dry: bool = False) -> LaunchPlan:
+        """From the sweep and what the run directories say by now."""
+        arguments = self.arguments
+        environment = {}
+        for setting in arguments.env:
+            name, equals, value = setting.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"--env {setting!r} must be NAME=VALUE")
+            environment[name] = value
+        return trials.make(
+            arguments.name,
+            overrides=self.overrides,
+            result=self.results,
+            resources=trials.resources(arguments.topology, arguments.slices),
+            environment=environment,
+            priority=arguments.priority,
+            retry=arguments.retry,
+            python=getattr(self.engine, "python", sys.executable),
+            dry=dry,
+        )
+
+    # --------------------------------------------------------------------------- dry run
+
+    def show(self) -> None:
+        """Prints or writes what would be submitted."""
+        plan = self.plan(dry=True)
+        states = self.states(plan)
+        todo = _only(plan, [name for name, (state, _) in states.items() if state == "todo"])
+        out = Path(self.arguments.out or f"{plan.directory}/.sweep/jobs")
+        for name, (state, reason) in states.items():
+            if state != "todo":
+                print(f"# {name}: {state}{reason and f': {reason}'}")
+        jobs = self.engine.jobs(todo, self._numbers(todo)) if todo.trials else []
+        commands = [_shell(job, out) for job in jobs]
+        if self.arguments.out:
+            out.mkdir(parents=True, exist_ok=True)
+            contents = {name: text for job in jobs for name, text in job.files.items()}
+            for name, text in contents.items():
+                (out / name).write_text(text)
+            (out / "submit.sh").write_text("\n".join(["set -e", *commands]) + "\n")
+            print(f"wrote {len(contents) + 1} files to {out}; submit.sh has the commands")
+        else:
+            for job, command in zip(jobs, commands, strict=True):
+                for name, text in job.files.items():
+                    print(f"# ---- {out / name}\n{text}", end="")
+                print(command)
+        print(f"# {len(todo.trials)} of {len(plan.trials)} trials would be submitted")
+        if plan.waits_for:
+            print(f"# more to come: {plan.waits_for}")
+
+    # ---------------------------------------------------------------------------- launch
+
+    def run(self) -> int:
+        """Submits what is to be submitted; the exit code."""
+        plan = self.plan(dry=True)  # before anything is made, what is wrong with the sweep
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        try:
+            with records.launching(plan.directory):
+                record = {"name": self.arguments.name, "engine": self.arguments.engine}
+                records.write(plan.directory / ".sweep" / "sweep.json", record)
+                if self.arguments.again:
+                    records.in_parallel(lambda trial: _record(plan, trial.name).lift(), plan.trials)
+                return self._loop()
+        except OSError as error:
+            raise ValueError(f"{error.filename or plan.directory}: {error.strerror}") from error
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def _loop(self) -> int:
+        while True:
+            plan = self.plan()
+            if self.pool is not None:
+                self._collect(plan)
+            states = self.states(plan)
+            todo = [name for name, (state, _) in states.items() if state == "todo"]
+            busy = [name for name, (state, _) in states.items() if state in ("running", "queued")]
+            if self.pool is not None:
+                elsewhere = [name for name in busy if name not in self.pool.running]
+                todo = todo[: self.pool.free(len(elsewhere))]
+            self._say(plan, states)
+            if todo and not self.stopping:
+                self._submit(_only(plan, todo))
+                busy += todo
+            if self.stopping or not self.waits or not busy:
+                break
+            self._sleep()
+        if self.pool is not None:
+            if self.stopping and self.pool.running:
+                print(f"asking {len(self.pool.running)} trials to save and end", flush=True)
+            self.pool.end(self.stopping)
+        return self._conclude(plan, states)
+
+    def _sleep(self) -> None:
+        pause = 0.5 if self.pool is not None else self.arguments.every
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self.stopping:
+            time.sleep(0.1)
+
+    def _collect(self, plan: LaunchPlan) -> None:
+        """Gives up trials whose runner itself is broken; others are judged by their records."""
+        assert self.pool is not None
+        for name, code in self.pool.ended().items():
+            record = _record(plan, name)
+            if (
+                code > 0
+                and code != STOPPED
+                and record.state().status != "failed"
+                and not record.is_cancelled
+            ):
+                said = (record.path / "runner.log").read_text().strip().splitlines()
+                self.stuck[name] = f"exit code {code}: {said[-1] if said else 'no word'}"
+
+    def states(self, plan: LaunchPlan) -> dict[str, tuple[str, str]]:
+        """What is to be done about each trial: todo, or why nothing is: (state, reason)."""
+        alive = self._alive(plan)
+        new = [trial for trial in plan.trials if trial.name not in self.checked]
+        if new:
+            misfits = fitting.misfits(dataclasses.replace(plan, trials=tuple(new)), _progress)
+            for trial in new:
+                wrong = trials.misplaced(trial.config, _record(plan, trial.name))
+                self.checked[trial.name] = wrong or misfits.get(trial.name, "")
+        state = lambda trial: self._state(trial, plan, alive)
+        found = records.in_parallel(state, plan.trials)
+        return {trial.name: pair for trial, pair in zip(plan.trials, found, strict=True)}
+
+    def _state(self, trial: trials.Trial, plan: LaunchPlan, alive: set[str]) -> tuple[str, str]:
+        if reason := self.checked[trial.name]:
+            return "refused", reason
+        if (
+            trial.config.name in self.results.known
+            and not self.results.known[trial.config.name].diverged
+        ):
+            return "done", ""
+        if reason := self.stuck.get(trial.name):
+            return "stuck", reason
+        record = _record(plan, trial.name)
+        if not record.path.exists():
+            return "todo", ""
+        state = record.state()
+        if record.is_cancelled:
+            return "cancelled", ""
+        if state.status == "failed":
+            return "failed", state.error
+        ours = self.pool is not None and trial.name in self.pool.running
+        heard = not self.engine.here and state.status == "running" and not state.silent
+        if ours or record.is_locked or heard:
+            return "running", ""
+        submission = record.submission()
+        if submission and submission.job in alive:
+            return "queued", ""
+        queued = not self.pool and self.said.get(trial.name) in ("submitted", "queued")
+        if submission and queued and state.attempts == submission.attempts:
+            return self._give_up(trial.name)
+        return "todo", ""
+
+    def _give_up(self, name: str) -> tuple[str, str]:
+        self.stuck[name] = "left the queue without an attempt: see the engine's own log of the job"
+        return "stuck", self.stuck[name]
+
+    def _alive(self, plan: LaunchPlan) -> set[str]:
+        """Jobs that wait or run, asked of every engine that ever got one."""
+        if not (plan.directory / ".sweep").exists():
+            return set()
+        submissions = records.in_parallel(lambda t: _record(plan, t.name).submission(), plan.trials)
+        by_engine: dict[str, list[Submission]] = {}
+        for trial, submission in zip(plan.trials, submissions, strict=True):
+            if submission and trial.config.name not in self.results.known:
+                by_engine.setdefault(submission.engine, []).append(submission)
+        found = set()
+        for name, theirs in by_engine.items():
+            engine = engine_of(name)
+            engines.check_tools(engine)
+            found |= engine.alive(theirs)
+        return found
+
+    def _numbers(self, plan: LaunchPlan) -> dict[str, int]:
+        before = records.in_parallel(lambda t: _record(plan, t.name).submission(), plan.trials)
+        return {
+            trial.name: submission.number + 1 if submission else 1
+            for trial, submission in zip(plan.trials, before, strict=True)
+        }
+
+    def _submit(self, plan: LaunchPlan) -> None:
+        """Writes the records of trials and hands them over; what fails is told, the others go on."""
+        numbers = self._numbers(plan)
+        for trial in plan.trials:
+            further = {"command": trial.command, "retry": dataclasses.asdict(trial.retry)}
+            _record(plan, trial.name).write_trial(trial.config, further)
+        files = plan.directory / ".sweep" / "jobs"
+        if not is_local(files):
+            files = epath.Path(tempfile.mkdtemp(prefix="cla_jax-jobs-"))
+        files.mkdir(parents=True, exist_ok=True)
+        for job in self.engine.jobs(plan, numbers):
+            for name, text in job.files.items():
+                (files / name).write_text(text)
+            try:
+                printed = self._hand_over(plan, job, files)
+            except ValueError as error:
+                self.stuck |= dict.fromkeys(job.jobs, str(error))
+                continue
+            for name, pattern in job.jobs.items():
+                record = _record(plan, name)
+                submission = Submission(
+                    engine=self.arguments.engine,
+                    job=pattern.replace("{}", printed.strip().partition(";")[0]),
+                    number=numbers[name],
+                    group=job.group,
+                    attempts=record.state().attempts,
+                )
+                record.write_submission(submission)
+                self.said[name] = "submitted"
+
+    def _hand_over(self, plan: LaunchPlan, job: engines.Job, files: epath.Path) -> str:
+        if self.pool is None:
+            return engines.call([word.replace("{files}", os.fspath(files)) for word in job.command])
+        (name,) = job.jobs
+        trial = next(trial for trial in plan.trials if trial.name == name)
+        log = Path(_record(plan, name).path) / "runner.log"
+        self.pool.start(name, job, trial.environment, log)
+        return ""
+
+    # ------------------------------------------------------------------------------ words
+
+    def _say(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> None:
+        """A line for each trial whose state has changed."""
+        done = sum(state == "done" for state, _ in states.values())
+        for name, (state, reason) in states.items():
+            if state == "todo" or self.said.get(name) == state:
+                continue
+            if (self.said.get(name), state) == ("submitted", "queued"):
+                self.said[name] = state
+                continue
+            self.said[name] = state
+            if state == "done":
+                known = self.results.known[f"{trials.sweep_name(plan.sweep)}/{name}"]
+                reason = f"perplexity {known.perplexity:.4f} ({done} of {len(states)})"
+            print(f"{name}  {state}{reason and f': {reason}'}", flush=True)
+
+    def _conclude(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> int:
+        for name in self.stuck.keys() - {n for n, (s, _) in states.items() if s == "stuck"}:
+            states = {**states, name: ("stuck", self.stuck[name])}
+            print(f"{name}  stuck: {self.stuck[name]}", flush=True)
+        submitted = [n for n, s in self.said.items() if s == "submitted"] if not self.waits else []
+        words = {n: s for n, (s, _) in states.items()} | dict.fromkeys(submitted, "submitted")
+        print(f"{plan.directory}: {trials.count(words.values())}", flush=True)
+        if plan.waits_for:
+            how = "" if self.waits else "; launch again then, or now with --wait"
+            print(f"more to come: {plan.waits_for}{how}", flush=True)
+        elif plan.found is not None:
+            for best in plan.found if isinstance(plan.found, list) else [plan.found]:
+                print(f"best: {best.name}, perplexity {best.perplexity:.4f}", flush=True)
+        print(f"watch: python -m launch.status {plan.directory}", flush=True)
+        if self.stopping:
+            return STOPPED
+        bad = {"failed", "refused", "stuck"} & set(words.values())
+        return 1 if bad else 0
+
+
+def _record(plan: LaunchPlan, name: str) -> records.Record:
+    return records.Record(plan.directory, name)
+
+
+def _only(plan: LaunchPlan, names: Sequence[str]) -> LaunchPlan:
+    chosen = set(names)
+    return dataclasses.replace(plan, trials=tuple(t for t in plan.trials if t.name in chosen))
+
+
+def _shell(job: engines.Job, files: Path) -> str:
+    import shlex
+
+    return shlex.join(word.replace("{files}", str(files)) for word in job.command)
+
+
+def _progress(said: str) -> None:
+    print(said, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The launch plan: a sweep as data that every engine can render, made without any engine."""
+
+import collections
+import dataclasses
+import hashlib
+import inspect
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from etils import epath
+
+import experiments
+from cla_jax import config as configs
+from cla_jax import runs
+from cla_jax.config import Config
+from experiments.sweeping import Pending, Result
+from launch import records, tpus
+from launch.records import Record
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,=+-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retry:
+    """When a trial is given up: so many failures, or preemptions, in a row without a new checkpoint."""
+
+    failures: int = 3
+    preemptions: int = 100
+    # Seconds before a failure is tried again; doubled each time, up to a minute.
+    delay: float = 5.0
+
+    def __post_init__(self):
+        for field in ("failures", "preemptions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--retry.{field} {getattr(self, field)} must be at least 1")
+        if self.delay < 0:
+            raise ValueError(f"--retry.delay {self.delay} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a trial runs on. Without a topology: what the engine gives it."""
+
+    topology: str = ""  # of one slice, v5e:16x16
+    slices: int = 1
+    hosts: int = 1  # of all slices together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of a sweep, and how to start it."""
+
+    name: str
+    config: Config
+    directory: str  # of the run
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    resources: Resources
+    priority: str
+    retry: Retry
+
+    def job(self, number: int = 1) -> str:
+        """A name that every engine accepts, the same for the same trial and submission: a-z, 0-9 and -."""
+        digest = hashlib.sha256(f"{self.directory} {number}".encode()).hexdigest()[:8]
+        word = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")[:24].strip("-")
+        return f"t-{word}-{digest}"
+
+    def shell(self) -> str:
+        """The command as a line for a shell."""
+        return shlex.join(self.command)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """Trials that can be started now, and what the sweep waits for beyond them."""
+
+    sweep: str
+    directory: epath.Path
+    trials: tuple[Trial, ...]
+    waits_for: str = ""  # empty: there will be no more trials
+    found: Any = None  # what the sweep returned, once it has ended
+
+
+def sweep_name(sweep: str) -> str:
+    """`demo.learning_rate` is the study `demo/learning_rate`."""
+    return sweep.replace(".", "/")
+
+
+def make(
+    sweep: str,
+    *,
+    overrides: Sequence[str] = (),
+    result: Callable[[Config], Result] | None = None,
+    resources: Resources = Resources(),
+    environment: Mapping[str, str] | None = None,
+    priority: str = "",
+    retry: Retry = Retry(),
+    python: str = sys.executable,
+    dry: bool = False,
+) -> LaunchPlan:
+    """The plan of a sweep, from its function and the results so far.
+
+    Args:
+      sweep: its name.
+      overrides: fields for every trial, as launch.train takes them.
+      result: what has become of a trial; by default nothing has.
+      environment: variables for the trials.
+      priority: the engine's word for it.
+      python: the interpreter where the trials run.
+      dry: leave the sweep's own files alone, working on a copy.
+
+    Raises:
+      ValueError: for an unknown sweep or field, a name that is given twice or cannot be a directory.
+    """
+    function = experiments.find_sweep(sweep)
+    trials: dict[str, Trial] = {}
+    change = _changes(overrides)
+    directory = None
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = []
+        if inspect.signature(function).parameters:
+            # Where the sweep's runs are is known from a config alone; the files of a sweep lie beside them.
+            first = change(next(iter(experiments.rows().values()))())
+            own = _directory(first, sweep) / ".sweep"
+            arguments = [_copy(own, Path(scratch)) if dry else own]
+        generator = function(*arguments)
+        waits_for, found, answer = "", None, None
+        while True:
+            try:
+                name, config = generator.send(answer)  # type: ignore  # None the first time
+            except Pending as waits:
+                waits_for = str(waits)
+                break
+            except StopIteration as end:
+                found = end.value
+                break
+            config = dataclasses.replace(change(config), name=f"{sweep_name(sweep)}/{name}")
+            _check_name(name, trials)
+            here = _directory(config, sweep)
+            if directory not in (None, here):
+                raise ValueError(
+                    f"trial {name!r} has placement.runs = {config.placement.runs!r}, others not"
+                )
+            directory = here
+            config = _sliced(config, resources.slices)
+            trials[name] = _trial(
+                *(name, config, here, python, resources, environment or {}, priority, retry)
+            )
+            unknown = Result(name=name, config=config)
+            answer = unknown if result is None else result(config)
+    if directory is None:
+        raise ValueError(f"the sweep {sweep!r} yields no trial")
+    return LaunchPlan(
+        sweep=sweep,
+        directory=directory,
+        trials=tuple(trials.values()),
+        waits_for=waits_for,
+        found=found,
+    )
+
+
+def _trial(
+    name: str,
+    config: Config,
+    sweep: epath.Path,
+    python: str,
+    resources: Resources,
+    environment: Mapping[str, str],
+    priority: str,
+    retry: Retry,
+) -> Trial:
+    options = {
+        "--failures": (retry.failures, Retry.failures),
+        "--preemptions": (retry.preemptions, Retry.preemptions),
+        "--delay": (retry.delay, Retry.delay),
+        "--hosts": (resources.hosts, 1),
+    }
+    flags = [str(x) for flag, (v, usual) in options.items() if v != usual for x in (flag, v)]
+    return Trial(
+        name=name,
+        config=config,
+        directory=str(sweep / name),
+        command=(python, "-m", "launch.trial", str(sweep), name, *flags),
+        environment=dict(environment),
+        resources=resources,
+        priority=priority,
+        retry=retry,
+    )
+
+
+def _directory(config: Config, sweep: str) -> epath.Path:
+    return epath.Path(config.placement.runs) / sweep_name(sweep)
+
+
+def _check_name(name: str, others: Iterable[str]) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"trial {name!r}: a name becomes a directory: letters, digits and . _ , = + -, the first of "
+            "them a letter or digit"
+        )
+    if name in others:
+        raise ValueError(f"two trials are called {name!r}: each needs a run directory of its own")
+
+
+def _sliced(config: Config, slices: int) -> Config:
+    return config if slices == 1 else configs.replaced(config, {"placement.mesh.slice": slices})
+
+
+def _copy(own: epath.Path, scratch: Path) -> Path:
+    """What a sweep keeps for itself: the plain files of its directory."""
+    for file in own.glob("*.log") if own.exists() else ():
+        (scratch / file.name).write_bytes(file.read_bytes())
+    return scratch
+
+
+def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
+    """Puts a command line's fields into a config. tyro reads the values once, for two hundred trials."""
+    if not overrides:
+        return lambda config: config
+    read: dict[str, Any] = {}
+
+    def change(config: Config) -> Config:
+        if not read:
+            usage = "python -m launch.sweep NAME [FLAGS] --"
+            parsed = tyro.cli(Config, default=config, args=list(overrides), prog=usage)
+            values = configs.flatten(dataclasses.asdict(parsed))
+            flags = [
+                flag[2:].partition("=")[0].replace("-", "_")
+                for flag in overrides
+                if flag[:2] == "--"
+            ]
+            for flag in flags:
+                head, _, last = flag.rpartition(".")
+                positive = f"{head}.{last.removeprefix('no_')}".lstrip(".")
+                read.update({field: values[field] for field in (flag, positive) if field in values})
+        return configs.replaced(config, read)
+
+    return change
+
+
+# ------------------------------------------------------------------------------ how trials fare
+
+
+class Results:
+    """Looks results up in run directories, each only until there is one."""
+
+    def __init__(self):
+        self.known: dict[str, Result] = {}
+
+    def __call__(self, config: Config) -> Result:
+        if config.name not in self.known:
+            record = record_of(config)
+            unknown = Result(name=record.name, config=config)
+            if misplaced(config, record):
+                return unknown
+            metrics = records.result(record.run, config.steps)
+            found = dataclasses.replace(unknown, metrics=metrics, diverged=record.state().diverged)
+            if not found.known:
+                return unknown
+            self.known[config.name] = found
+        return self.known[config.name]
+
+
+def record_of(config: Config) -> Record:
+    """The record of a trial, whose config is named SWEEP/TRIAL."""
+    sweep, _, name = config.name.rpartition("/")
+    return Record(epath.Path(config.placement.runs) / sweep, name)
+
+
+def misplaced(config: Config, record: Record) -> str:
+    """Why a trial cannot have its run directory; empty if it can."""
+    if not (record.run.path / "config.json").exists():
+        return ""
+    try:
+        runs.check_identity(record.run, config, {})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def count(statuses: Iterable[str]) -> str:
+    """`3 done, 1 failed`."""
+    return ", ".join(f"{n} {status}" for status, n in collections.Counter(statuses).items())
+
+
+def resources(topology: str, slices: int) -> Resources:
+    """Raises ValueError for a topology that does not exist."""
+    if not topology:
+        if slices != 1:
+            raise ValueError(f"--slices {slices} needs a --topology")
+        return Resources()
+    return Resources(topology=topology, slices=slices, hosts=tpus.find(topology).hosts * slices)
