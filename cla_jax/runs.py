@@ -88,17 +88,12 @@ class Run:
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written."""
-        directory = self.path / "eval"
-        files = sorted(directory.glob("*.json")) if directory.exists() else []
-        return {file.stem: _read_json(file) for file in files}
+        return {file.stem: _read_json(file) for file in files(self.path / "eval", ".json")}
 
     def read_records(self) -> Iterator[dict[str, Any]]:
         """Every whole line of the metrics, in the order of writing."""
         segments = [self.metrics] if self.metrics.exists() else []
-        directory = self.path / "metrics"
-        if directory.exists():
-            segments += sorted(directory.glob("*.jsonl"))
-        for segment in segments:
+        for segment in segments + files(self.path / "metrics", ".jsonl"):
             for line in segment.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # torn by a crash
                     yield json.loads(line)
@@ -227,10 +222,16 @@ def try_lock(file: IO, *, shared: bool = False) -> bool:
 
 def saved_steps(checkpoints: epath.Path) -> list[int]:
     """The steps of the complete checkpoints, ascending: those with a manifest."""
-    if not checkpoints.exists():
-        return []
-    manifests = [file for file in checkpoints.glob("*.json") if file.stem.isdigit()]
-    return sorted(int(file.stem) for file in manifests)
+    return sorted(int(file.stem) for file in files(checkpoints, ".json") if file.stem.isdigit())
+
+
+def files(directory: epath.Path, suffix: str) -> list[epath.Path]:
+    """What a directory has with a suffix, sorted; nothing if it does not exist.
+
+    Not by a glob: that takes a bracket anywhere in the path for a pattern.
+    """
+    found = directory.iterdir() if directory.exists() else ()
+    return sorted(file for file in found if file.suffix == suffix)
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:

@@ -214,7 +214,7 @@ def _sliced(config: Config, slices: int) -> Config:
 
 def _copy(own: epath.Path, scratch: Path) -> Path:
     """What a sweep keeps for itself: the plain files of its directory."""
-    for file in own.glob("*.log") if own.exists() else ():
+    for file in runs.files(own, ".log"):
         (scratch / file.name).write_bytes(file.read_bytes())
     return scratch
 

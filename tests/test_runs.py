@@ -132,6 +132,15 @@ def test_evaluations_by_name(tiny):
     assert run.evals()["full"] == {"perplexity": 3.5}
 
 
+def test_a_name_may_look_like_a_pattern(tiny):
+    run = opened(tiny(name="study/cla[2]*"))
+    run.write_eval("full", {"perplexity": 3.5})
+    assert list(run.evals()) == ["full"]
+    runs.write_atomically(run.checkpoints / "00000004.json", "{}")
+    runs.write_atomically(run.checkpoints / "notes.json", "{}")
+    assert runs.saved_steps(run.checkpoints) == [4]
+
+
 def test_a_write_that_fails_leaves_the_old_content(tiny, monkeypatch):
     run = opened(tiny())
     run.write_eval("full", {"perplexity": 3.5})
