@@ -188,6 +188,7 @@ def searched(
 def _study(directory: str | os.PathLike[str], sampler: Any) -> tuple[Any, Any]:
     try:
         import optuna
+        from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise ValueError(
             "a searched sweep needs the extra: pip install 'cla_jax[search]'"
@@ -199,7 +200,7 @@ def _study(directory: str | os.PathLike[str], sampler: Any) -> tuple[Any, Any]:
         )
     os.makedirs(path, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = optuna.storages.journal.JournalFileBackend(os.path.join(path, "optuna.log"))
+    journal = JournalFileBackend(os.path.join(path, "optuna.log"))
     study = optuna.create_study(
         study_name="sweep",
         storage=optuna.storages.JournalStorage(journal),
