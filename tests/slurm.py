@@ -64,7 +64,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def cluster(directory: Path) -> Iterator[Mapping[str, str]]:
-    """Starts a cluster and yields the environment in which `sbatch` and the others talk to it."""
+    """Starts a cluster and yields what the environment of `sbatch` and the others needs to talk to it."""
     directory.mkdir(mode=0o755)
     for part in ("state", "spool"):
         (directory / part).mkdir()
@@ -98,9 +98,12 @@ def cluster(directory: Path) -> Iterator[Mapping[str, str]]:
                 _wait_for((directory / "munge.socket").exists, directory)
         idle = ["sinfo", "--noheader", "--format=%t"]
         _wait_for(lambda: "idle" in _output(idle, environment), directory)
-        yield environment
+        yield {"SLURM_CONF": str(configuration)}
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, check=False)
+        deadline = time.monotonic() + 60
+        while _output(["squeue", "--noheader"], environment) and time.monotonic() < deadline:
+            time.sleep(0.5)  # their processes end while there is a slurmd to see to it
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(daemons):

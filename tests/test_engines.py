@@ -566,3 +566,64 @@ def test_a_job_that_cannot_be_handed_over_is_told_with_the_tools_words(
 def test_more_cores_than_there_are_is_refused():
     with pytest.raises(ValueError, match=f"there are {len(cores())}"):
         Local(workers=2, cores=len(cores()))
+
+
+# -------------------------------------------------------------------------------- the pool
+
+# Stands in for `python -m launch.trial DIRECTORY NAME`: what the orders beside it say of the trial.
+RUNNER = """#!{python}
+import json, pathlib, sys, time
+directory, name = map(str, sys.argv[3:5])
+sweep = pathlib.Path(directory)
+with open({log!r}, "a") as log:
+    log.write(name + "\\n")
+order = json.loads(pathlib.Path({orders!r}).read_text()).get(name, "finish")
+if order == "finish":
+    (sweep / name).mkdir(parents=True, exist_ok=True)
+    line = {{"step": 40, "perplexity": 7.0}}
+    (sweep / name / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
+    time.sleep(1.2)  # done, and not yet ended
+elif order == "crash":
+    sys.exit("Traceback: the runner is broken")
+"""
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch, capsys):
+    """Launches smoke.grid with a stand-in for runners: `pool({trial: order})`; exit code, words, starts."""
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    log, orders, runner = (tmp_path / name for name in ("log", "orders", "runner"))
+    text = RUNNER.format(python=sys.executable, log=str(log), orders=str(orders))
+    runner.write_text(text)
+    runner.chmod(0o755)
+
+    class FakeSys:
+        argv, stderr, executable = sys.argv, sys.stderr, str(runner)
+
+    monkeypatch.setattr(sweep, "sys", FakeSys)
+
+    def launch(said, *flags):
+        orders.write_text(json.dumps(said))
+        log.write_text("")
+        with pytest.raises(SystemExit) as stop:
+            sweep.main(["smoke.grid", *flags, "--", "--placement.runs", str(tmp_path / "runs")])
+        return stop.value.code, capsys.readouterr().out, log.read_text().split()
+
+    return launch
+
+
+def test_a_pool_of_one_trains_every_trial_and_only_once(pool):
+    code, said, started = pool({}, "--local.workers", "1")
+    assert (code, len(started), len(set(started))) == (0, 6, 6)
+    assert "6 done" in said
+    code, said, started = pool({}, "--local.workers", "1")
+    assert (code, started) == (0, [])
+
+
+def test_a_broken_runner_is_not_started_for_ever(pool):
+    broken = "peak_lr=0.001,seed=1"
+    code, said, started = pool({broken: "crash"}, "--local.workers", "2", "--local.cores", "1")
+    assert (code, started.count(broken)) == (1, 1)
+    assert f"{broken}  stuck: exit code 1: Traceback: the runner is broken" in said
+    assert "5 done" in said
+    assert "1 stuck" in said

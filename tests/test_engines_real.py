@@ -32,6 +32,16 @@ ENVIRONMENT.pop("JAX_COMPILATION_CACHE_DIR", None)
 pytestmark = pytest.mark.engines
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_running(tmp_path):
+    """Trials outlive a launcher that is killed: after a test that failed nothing else would end them."""
+    yield
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if str(tmp_path) in (directory / "cmdline").read_bytes().decode(errors="replace"):
+                _kill(int(directory.name))
+
+
 def launch(tmp_path, sweep, *flags, runs="runs", fields=(), environment=ENVIRONMENT):
     """A launcher, as a process."""
     return subprocess.Popen(
