@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -370,6 +371,7 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
 
 def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: Any) -> None:
     """The process of `_compile_apart`: hands over (peak, fits), or what was raised."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         layout = lay_out(config, topology(name, slices).devices)
         with _silent_stderr():
@@ -377,6 +379,14 @@ def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: An
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         found = error
     outcome.send(found)
+
+
+def _end_with_parent() -> None:
+    """Whoever asked may be killed; nobody would then end the compiler before it has done all its work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _compile(lowered: Any, dump: Path, asked: str = "") -> tuple[int, bool]:

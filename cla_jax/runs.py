@@ -96,7 +96,9 @@ class Run:
         for segment in segments + files(self.path / "metrics", ".jsonl"):
             for line in segment.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # torn by a crash
-                    yield json.loads(line)
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records by step: of a step that stands there twice, the last whole one counts.

@@ -40,6 +40,7 @@ class Result:
     config: Config
     metrics: Mapping[str, float] | None = None
     diverged: bool = False
+    failed: bool = False  # for good, for now: `launch.sweep --again` may still bring a result
 
     @property
     def known(self) -> bool:
@@ -170,6 +171,10 @@ def searched(
             continue
         config = make(optuna.trial.FixedTrial(asked.params))  # type: ignore  # suggests as a Trial does
         result = yield f"trial-{number:04d}", config
+        if result.failed and not result.known:  # nothing to learn from, nothing to wait for
+            if not asked.state.is_finished():
+                study.tell(number, state=optuna.trial.TrialState.FAIL)
+            continue
         if not result.known:
             waiting.append(result.name)
             continue

@@ -144,6 +144,8 @@ def _tasks(arguments: Arguments) -> None:
 
     say = functools.partial(Console().print, highlight=False, soft_wrap=True)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     runs = _runs(arguments)
     with _bars() as progress:
         progress("loading tasks")

@@ -185,12 +185,6 @@ def names(sweep: epath.Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if (path / "trial.json").exists())
 
 
-def engine(sweep: epath.Path) -> str:
-    """The engine that a sweep was last handed to; empty if it never was."""
-    file = sweep / ".sweep" / "sweep.json"
-    return json.loads(file.read_text())["engine"] if file.exists() else ""
-
-
 def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Many small files, which on a remote file system take a while each."""
     with ThreadPoolExecutor(16) as threads:
@@ -212,7 +206,7 @@ def last_records(run: Run) -> list[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):  # empty, or torn by a crash
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def result(run: Run, steps: int) -> dict[str, float] | None:
@@ -242,7 +236,10 @@ def write(file: epath.Path, fields: dict[str, Any]) -> None:
 
 def _read(file: epath.Path, cls: type[T]) -> T | None:
     try:
-        return configs.from_dict(cls, json.loads(file.read_text()))
+        fields = json.loads(file.read_text())
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds no record, but {type(fields).__name__}")
+        return configs.from_dict(cls, fields)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -69,9 +69,9 @@ def line(record: Record) -> dict[str, Any]:
         config, state = record.config(), record.state()
         last = records.last_step(record.run)
         result = records.result(record.run, config.steps)
+        submission = record.submission()
     except ValueError as error:
         return {"trial": record.name, "state": "unreadable", "error": str(error)}
-    submission = record.submission()
     status: str = state.status
     if result is not None:
         status = "done"

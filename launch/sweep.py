@@ -30,6 +30,7 @@ from etils import epath
 import experiments
 from cla_jax.config import near_choice
 from cla_jax.runs import is_local
+from experiments.sweeping import Result
 from launch import engines, fitting, records, trials
 from launch.cli import user_errors
 from launch.engines.jobset import JobSet, Xpk
@@ -99,6 +100,7 @@ def chosen(arguments: Arguments) -> Any:
 
 def engine_of(name: str) -> Any:
     """The engine that a trial was submitted to, with its usual options: enough to ask after its jobs."""
+    near_choice("engine", name, ENGINES)
     return getattr(Arguments(name=""), name.replace("-", "_"))
 
 
@@ -134,6 +136,7 @@ class Launcher:
         self.checked: dict[str, str] = {}  # trials asked about, with why they are refused or ""
         self.stuck: dict[str, str] = {}  # trials that this launcher gives up, with the reason
         self.said: dict[str, str] = {}
+        self.written: set[str] = set()  # trials whose records this launcher has written
         self.stopping = False
         self.pool = Pool(self.engine) if isinstance(self.engine, Local) else None
         self.waits = arguments.wait or self.pool is not None
@@ -201,6 +204,7 @@ class Launcher:
                 records.write(plan.directory / ".sweep" / "sweep.json", record)
                 if self.arguments.again:
                     records.in_parallel(lambda trial: _record(plan, trial.name).lift(), plan.trials)
+                    self.results.known.clear()  # some may have been known to diverge
                 return self._loop()
         except OSError as error:
             raise ValueError(f"{error.filename or plan.directory}: {error.strerror}") from error
@@ -210,16 +214,20 @@ class Launcher:
 
     def _loop(self) -> int:
         while True:
+            # First who has ended, then the results: what ended in between would be started again.
+            ended = {} if self.pool is None else self.pool.ended()
             plan = self.plan()
-            if self.pool is not None:
-                self._collect(plan)
+            self._collect(plan, ended)
             states = self.states(plan)
             todo = [name for name, (state, _) in states.items() if state == "todo"]
+            self._write(_only(plan, todo))
             busy = [name for name, (state, _) in states.items() if state in ("running", "queued")]
             if self.pool is not None:
                 elsewhere = [name for name in busy if name not in self.pool.running]
                 todo = todo[: self.pool.free(len(elsewhere))]
-                busy += self.pool.running  # what is done, too, until its process has ended
+                busy += (
+                    self.pool.running
+                )  # a trial that is done, or cancelled, may not have ended yet
             self._say(plan, states)
             if todo and not self.stopping:
                 self._submit(_only(plan, todo))
@@ -239,10 +247,9 @@ class Launcher:
         while time.monotonic() < until and not self.stopping:
             time.sleep(0.1)
 
-    def _collect(self, plan: LaunchPlan) -> None:
+    def _collect(self, plan: LaunchPlan, ended: Mapping[str, int]) -> None:
         """Gives up trials whose runner itself is broken; others are judged by their records."""
-        assert self.pool is not None
-        for name, code in self.pool.ended().items():
+        for name, code in ended.items():
             record = _record(plan, name)
             if (
                 code > 0
@@ -255,13 +262,14 @@ class Launcher:
 
     def states(self, plan: LaunchPlan) -> dict[str, tuple[str, str]]:
         """What is to be done about each trial: todo, or why nothing is: (state, reason)."""
-        alive = self._alive(plan)
         new = [trial for trial in plan.trials if trial.name not in self.checked]
         if new:
             misfits = fitting.misfits(dataclasses.replace(plan, trials=tuple(new)), _progress)
             for trial in new:
                 wrong = trials.misplaced(trial.config, _record(plan, trial.name))
                 self.checked[trial.name] = wrong or misfits.get(trial.name, "")
+        sound = [trial.name for trial in plan.trials if not self.checked[trial.name]]
+        alive = self._alive(_only(plan, sound))
         state = lambda trial: self._state(trial, plan, alive)
         found = records.in_parallel(state, plan.trials)
         return {trial.name: pair for trial, pair in zip(plan.trials, found, strict=True)}
@@ -285,7 +293,9 @@ class Launcher:
         if state.status == "failed":
             return "failed", state.error
         ours = self.pool is not None and trial.name in self.pool.running
-        heard = not self.engine.here and state.status == "running" and not state.silent
+        # Without locks, by its signs of life.
+        unlocked = not self.engine.here or not record.is_local
+        heard = unlocked and state.status == "running" and not state.silent
         if ours or record.is_locked or heard:
             return "running", ""
         submission = record.submission()
@@ -323,12 +333,17 @@ class Launcher:
             for trial, submission in zip(plan.trials, before, strict=True)
         }
 
-    def _submit(self, plan: LaunchPlan) -> None:
-        """Writes the records of trials and hands them over; what fails is told, the others go on."""
-        numbers = self._numbers(plan)
+    def _write(self, plan: LaunchPlan) -> None:
+        """Writes the records of trials: also those that wait for a place can be seen and cancelled."""
         for trial in plan.trials:
-            further = {"command": trial.command, "retry": dataclasses.asdict(trial.retry)}
-            _record(plan, trial.name).write_trial(trial.config, further)
+            if trial.name not in self.written:
+                further = {"command": trial.command, "retry": dataclasses.asdict(trial.retry)}
+                _record(plan, trial.name).write_trial(trial.config, further)
+                self.written.add(trial.name)
+
+    def _submit(self, plan: LaunchPlan) -> None:
+        """Hands trials over; what fails is told, the others go on."""
+        numbers = self._numbers(plan)
         files = plan.directory / ".sweep" / "jobs"
         if not is_local(files):
             files = epath.Path(tempfile.mkdtemp(prefix="cla_jax-jobs-"))
@@ -336,22 +351,29 @@ class Launcher:
         for job in self.engine.jobs(plan, numbers):
             for name, text in job.files.items():
                 (files / name).write_text(text)
+            # Before too: a launcher that is killed meanwhile must find what it asked for.
+            self._note(plan, job, numbers, "")
             try:
                 printed = self._hand_over(plan, job, files)
             except ValueError as error:
                 self.stuck |= dict.fromkeys(job.jobs, str(error))
                 continue
-            for name, pattern in job.jobs.items():
-                record = _record(plan, name)
-                submission = Submission(
-                    engine=self.arguments.engine,
-                    job=pattern.replace("{}", printed.strip().partition(";")[0]),
-                    number=numbers[name],
-                    group=job.group,
-                    attempts=record.state().attempts,
-                )
-                record.write_submission(submission)
-                self.said[name] = "submitted"
+            self._note(plan, job, numbers, printed.strip().partition(";")[0])
+            self.said |= dict.fromkeys(job.jobs, "submitted")
+
+    def _note(
+        self, plan: LaunchPlan, job: engines.Job, numbers: Mapping[str, int], printed: str
+    ) -> None:
+        for name, pattern in job.jobs.items():
+            record = _record(plan, name)
+            submission = Submission(
+                engine=self.arguments.engine,
+                job=pattern.replace("{}", printed),
+                number=numbers[name],
+                group=job.group,
+                attempts=record.state().attempts,
+            )
+            record.write_submission(submission)
 
     def _hand_over(self, plan: LaunchPlan, job: engines.Job, files: epath.Path) -> str:
         if self.pool is None:
@@ -390,7 +412,8 @@ class Launcher:
             how = "" if self.waits else "; launch again then, or now with --wait"
             print(f"more to come: {plan.waits_for}{how}", flush=True)
         elif plan.found is not None:
-            for best in plan.found if isinstance(plan.found, list) else [plan.found]:
+            found = plan.found if isinstance(plan.found, list) else [plan.found]
+            for best in (one for one in found if isinstance(one, Result)):
                 print(f"best: {best.name}, perplexity {best.perplexity:.4f}", flush=True)
         print(f"watch: python -m launch.status {plan.directory}", flush=True)
         if self.stopping:

@@ -84,7 +84,8 @@ class Trial:
         self.record = Record(epath.Path(arguments.trial[0]), arguments.trial[1])
         self.config = self.record.config()
         numbers = [arguments.host, *(int(os.environ.get(name) or 0) for name in _HOST_NUMBERS)]
-        self.number = next((number for number in numbers if number), 0)
+        # A trial of one host may run on any host of something larger.
+        self.number = next((n for n in numbers if n), 0) if arguments.hosts > 1 else 0
         self.leader = self.number == 0
         self.state = self.record.state()
         self.child: subprocess.Popen | None = None

@@ -23,6 +23,7 @@ from experiments.sweeping import Pending, Result
 from launch import records, tpus
 from launch.records import Record
 
+RESERVED = ("lock", "sweep.json", "jobs", "optuna.log")  # beside the records of trials
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,=+-]*")
 
 
@@ -204,6 +205,8 @@ def _check_name(name: str, others: Iterable[str]) -> None:
             f"trial {name!r}: a name becomes a directory: letters, digits and . _ , = + -, the first of "
             "them a letter or digit"
         )
+    if name in RESERVED:
+        raise ValueError(f"trial {name!r}: a sweep has a file of its own with that name")
     if name in others:
         raise ValueError(f"two trials are called {name!r}: each needs a run directory of its own")
 
@@ -259,10 +262,13 @@ class Results:
             unknown = Result(name=record.name, config=config)
             if misplaced(config, record):
                 return unknown
-            metrics = records.result(record.run, config.steps)
-            found = dataclasses.replace(unknown, metrics=metrics, diverged=record.state().diverged)
+            metrics, state = records.result(record.run, config.steps), record.state()
+            given_up = state.status == "failed"
+            found = dataclasses.replace(
+                unknown, metrics=metrics, diverged=state.diverged, failed=given_up
+            )
             if not found.known:
-                return unknown
+                return found
             self.known[config.name] = found
         return self.known[config.name]
 
@@ -274,11 +280,12 @@ def record_of(config: Config) -> Record:
 
 
 def misplaced(config: Config, record: Record) -> str:
-    """Why a trial cannot have its run directory; empty if it can."""
-    if not (record.run.path / "config.json").exists():
-        return ""
+    """Why a trial cannot have its run directory and its record; empty if it can."""
     try:
-        runs.check_identity(record.run, config, {})
+        for read in (record.state, record.submission):
+            read()  # damaged, they are this trial's trouble alone
+        if (record.run.path / "config.json").exists():
+            runs.check_identity(record.run, config, {})
     except ValueError as error:
         return str(error)
     return ""

@@ -243,7 +243,7 @@ def test_a_slurm_array_has_a_task_a_trial():
     lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if "#SBATCH" in line]
     for line in ("array=0-5%3", "partition=gpu", "time=1:00", "nodes=2", "gpus-per-node=8"):
         assert line in lines
-    assert {"requeue", "signal=TERM@120", "account=a", "cpus-per-task=4"} <= set(lines)
+    assert {"requeue", "signal=TERM@120", "account=a -C x", "cpus-per-task=4"} <= set(lines)
     assert "launch.trial /shared/runs/smoke/grid" in script
     assert '"$trial" --hosts 2' in script
     assert list(job.jobs.values()) == [f"{{}}_{i}" for i in range(6)]
@@ -577,6 +577,8 @@ directory, name = map(str, sys.argv[3:5])
 sweep = pathlib.Path(directory)
 with open({log!r}, "a") as log:
     log.write(name + "\\n")
+seen = pathlib.Path({log!r} + ".seen")
+seen.exists() or seen.write_text(str(len(list((sweep / ".sweep").glob("*/trial.json")))))
 order = json.loads(pathlib.Path({orders!r}).read_text()).get(name, "finish")
 if order == "finish":
     (sweep / name).mkdir(parents=True, exist_ok=True)
@@ -627,3 +629,33 @@ def test_a_broken_runner_is_not_started_for_ever(pool):
     assert f"{broken}  stuck: exit code 1: Traceback: the runner is broken" in said
     assert "5 done" in said
     assert "1 stuck" in said
+
+
+def test_a_damaged_record_is_one_trial_s_trouble(pool, tmp_path):
+    bad = tmp_path / "runs/smoke/grid/.sweep/peak_lr=0.001,seed=1/state.json"
+    bad.parent.mkdir(parents=True)
+    for content in ("{", "[]"):
+        bad.write_text(content)
+        code, said, started = pool({}, "--local.workers", "2", "--local.cores", "1")
+        assert code == 1
+        assert "peak_lr=0.001,seed=1" not in started
+        assert "1 refused" in said
+        assert "5 done" in said
+
+
+def test_what_diverged_is_started_again_once_when_it_is_asked_for(pool, tmp_path):
+    state = tmp_path / "runs/smoke/grid/.sweep/peak_lr=0.001,seed=1/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"status": "failed", "diverged": True, "error": "diverged: x"}))
+    flags = ("--local.workers", "2", "--local.cores", "1")
+    code, _, started = pool({}, *flags)
+    assert (code, len(started)) == (1, 5)
+    code, said, started = pool({}, *flags, "--again")
+    assert (code, started) == (0, ["peak_lr=0.001,seed=1"])
+    assert "6 done" in said
+
+
+def test_every_trial_has_its_record_before_the_first_is_started(pool, tmp_path):
+    """So that those that wait for a place can be seen, and cancelled."""
+    pool({}, "--local.workers", "1")
+    assert (tmp_path / "log.seen").read_text() == "6"

@@ -246,7 +246,13 @@ def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbe
         assert len(call("squeue", "--noheader", "--array").splitlines()) == 6
         # A job in the other partition takes all cores: what runs in this one is told to save, and requeued.
         under_way(sweep, steps)
-        call("sbatch", "--partition=urgent", f"--ntasks={os.cpu_count()}", "--wrap=sleep 5")
+        call(
+            "sbatch",
+            "--partition=urgent",
+            f"--ntasks={os.cpu_count()}",
+            "--wrap=sleep 5",
+            "--output=/dev/null",
+        )
         preempted = lambda: [x for x in lines(sweep).values() if x["preemptions"]]
         wait_for(preempted, "nothing was preempted")
         requeued = wait_for(

@@ -557,3 +557,16 @@ def test_gpt_crosslayer_is_refused_by_key(tmp_path, keys, words):
     stored(tmp_path, dolomite_tensors(config, True), COMMON | OLD | keys)
     with pytest.raises(ValueError, match=words):
         hf.read(tmp_path)
+
+
+def test_a_begin_token_of_its_own_is_kept(tmp_path):
+    """Its id and its token, for a chat template may say it."""
+    directory = made.write_hf(tmp_path / "llama")
+    edited(directory, bos_token_id=65)
+    run = import_run(interop.read(directory), tmp_path / "runs" / "x")
+    out = export(run, tmp_path / "out")
+    config, tokenizer = (
+        json.loads((out / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    assert (config["bos_token_id"], config["eos_token_id"]) == (65, 256)
+    assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("A", made.END)

@@ -134,6 +134,23 @@ def test_a_search_suggests_tells_and_is_rebuilt_from_its_journal(tmp_path):
     assert study.best_trial.params["rate"] == rate_of(found.config)
 
 
+def test_a_search_goes_on_past_what_failed_for_good(tmp_path):
+    make = lambda trial: replaced(
+        smoke.tiny(), {"optimizer.peak_lr": trial.suggest_float("rate", 1e-4, 1e-1)}
+    )
+    sweep, answer, names = sweeping.searched(tmp_path, make, trials=4, parallel=2), None, []
+    while len(names) < 4:
+        name, config = sweep.send(answer)
+        names.append(name)
+        failed = name in ("trial-0000", "trial-0001")
+        metrics = None if failed else {"perplexity": 5.0}
+        answer = Result(name=name, config=config, metrics=metrics, failed=failed)
+    assert names == [f"trial-000{i}" for i in range(4)]
+    with pytest.raises(StopIteration) as end:
+        sweep.send(answer)
+    assert end.value.value.name in ("trial-0002", "trial-0003")
+
+
 def test_a_trial_that_a_killed_launcher_did_not_finish_asking_for_is_passed_over(tmp_path):
     def killed(trial):
         trial.suggest_float("a", 0.1, 1)

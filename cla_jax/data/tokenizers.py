@@ -120,7 +120,10 @@ def _parse(json_text: str) -> tokenizers.Tokenizer:
         raise ValueError(f"the tokenizer is not valid JSON: {error}") from error
     match fields:
         case {"model": {}}:
-            return tokenizers.Tokenizer.from_str(json_text)
+            try:
+                return tokenizers.Tokenizer.from_str(json_text)
+            except Exception as error:  # the library raises no narrower one
+                raise ValueError(f"the JSON is not that of a tokenizer: {error}") from error
     raise ValueError(
         "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
         "tokenizers library is needed, not a tokenizer_config.json)"
@@ -130,6 +133,17 @@ def _parse(json_text: str) -> tokenizers.Tokenizer:
 def token(json_text: str, i: int) -> str | None:
     """The token of an id in a tokenizer.json, None if there is none. Raises ValueError as `load` does."""
     return _parse(json_text).id_to_token(i)
+
+
+def token_id(json_text: str, token: str) -> int | None:
+    """The inverse of `token`."""
+    return _parse(json_text).token_to_id(token)
+
+
+def adds_special_tokens(json_text: str) -> bool:
+    """Whether the tokenizer of a tokenizer.json, left alone, puts special tokens around a text."""
+    inner = _parse(json_text)
+    return inner.encode("a").ids != inner.encode("a", add_special_tokens=False).ids
 
 
 def byte_tokenizer(end_token: str = "<|endoftext|>") -> Tokenizer:

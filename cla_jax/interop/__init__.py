@@ -18,5 +18,5 @@ def read(path: Path, tokenizer: Path | None = None) -> "Foreign":
     for given in (path, *([tokenizer] if tokenizer else [])):
         if not given.exists():
             raise ValueError(f"{given} does not exist")
-    json_text = tokenizer.read_text(encoding="utf-8") if tokenizer else None
+    json_text = hf.text(tokenizer) if tokenizer else None
     return (hf if path.is_dir() else gguf).read(path, json_text)

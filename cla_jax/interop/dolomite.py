@@ -122,6 +122,8 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     found = {}
     for name, tensor in tensors.items():
         for new, part in _cut(name, tensor, groups, nested, config):
+            if new in found:
+                raise ValueError(f"tensor {name}: another is {new} already")
             found[new] = part
     return found
 
@@ -136,14 +138,14 @@ def _cut(
     if name in whole:
         return [(whole[name], tensor)]
     words = name.split(".")
-    if words[:2] != ["transformer", "h"] or not words[2].isdecimal():
+    if words[:2] != ["transformer", "h"] or len(words) < 4 or not words[2].isdecimal():
         return [(name, tensor)]
     layer, rest = int(words[2]), words[3:]
     if nested:  # the number is that of a group
         if layer >= len(groups):
             return [(name, tensor)]
         layer = groups[layer].first
-        if rest[0] == "layers":
+        if rest[0] == "layers" and len(rest) > 2 and rest[1].isdecimal():
             layer, rest = layer + int(rest[1]), rest[2:]
     prefix, kind = f"model.layers.{layer}", rest[-1]
     match rest[:-1]:

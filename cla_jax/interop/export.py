@@ -48,15 +48,16 @@ def export(
     origin = record.get("origin", {})
     max_length = origin.get("max_length") or config.data.seq_len
     written = hf_config(config.model, max_length) | {"dtype": dtype}
-    ends: dict[str, Any] = dict.fromkeys(
-        ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end
-    )
+    # Here a document begins and ends with one token; an imported model may have another to begin with.
+    begin = origin.get("begin_token") or tokenizer.end_token
+    ends: dict[str, Any] = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.end)
+    ends["bos_token_id"] = tokenizers.token_id(tokenizer.to_json(), begin)
     of_tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        # A document begins and ends with it.
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), config.data.end_token),
+        "bos_token": begin,
+        **dict.fromkeys(("eos_token", "pad_token"), config.data.end_token),
     }
     if template := origin.get("chat_template"):
         of_tokenizer["chat_template"] = template

@@ -69,8 +69,10 @@ def import_run(
     ) as run:
         model = names.to_model(foreign.tensors, config.model, progress)
         saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
-        saver.save_model(0, model)
-        saver.close()
+        try:
+            saver.save_model(0, model)
+        finally:
+            saver.close()  # nothing may still be written when an interrupted import is removed
     return Run(runs.run_path(config))
 
 
@@ -78,7 +80,8 @@ def _config(foreign: Foreign, path: Path, text: Text) -> Config:
     end_token = text.end_token or foreign.end_token
     if end_token is None:
         raise ValueError("the model names no end token (eos_token_id): say which with --end-token")
-    seq_len = text.seq_len or min(1024, foreign.max_length or 1024)
+    longest = min(1024, foreign.max_length or 1024)
+    seq_len = longest if text.seq_len is None else text.seq_len
     model = dataclasses.replace(foreign.config, compute_dtype=text.compute_dtype)
     return Config(
         name=path.name,
@@ -96,6 +99,6 @@ def _config(foreign: Foreign, path: Path, text: Text) -> Config:
             runs=str(path.parent),
             data_dir=text.data_dir,
             eval_batch_size=8,
-            loss_chunk=math.gcd(256, seq_len),
+            loss_chunk=math.gcd(256, seq_len) or 1,
         ),
     )

@@ -124,6 +124,8 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         shape = tuple(cursor.number("<u8") for _ in range(n_dimensions))[::-1]
         entries.append((name, shape, cursor.number("<u4"), cursor.number("<u8")))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{file}: key general.alignment = {alignment!r} is not a positive integer")
     start = -(-cursor.offset // alignment) * alignment
     return metadata, {
         name: _tensor(file, cursor.bytes, name, shape, kind, start + offset)
@@ -204,9 +206,10 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         if part in heads:
             tensor = _unpermuted(tensor, heads[part])
         tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
-    end = metadata.get("tokenizer.ggml.eos_token_id")
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    tokens: dict[Any, str] = dict(enumerate(metadata.get("tokenizer.ggml.tokens", [])))
+    begin, end = (tokens.get(metadata.get(f"tokenizer.ggml.{k}_token_id")) for k in ("bos", "eos"))
     origin = {"format": "gguf", "path": str(file), "name": metadata.get("general.name")}
+    origin["begin_token"] = begin
     if template := metadata.get("tokenizer.chat_template"):
         origin["chat_template"] = template
     return Foreign(
@@ -214,7 +217,7 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         config=config,
         tensors=tensors,
         tokenizer_json=tokenizer_json or gguf_tokenizer.build(metadata, file),
-        end_token=tokens[end] if end is not None and end < len(tokens) else None,
+        end_token=end,
         max_length=max_length,
         notes=tuple(f"unknown key {key} in {file.name} was not used" for key in keys.unknown()),
     )

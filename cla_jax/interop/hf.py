@@ -21,7 +21,7 @@ from cla_jax.interop.names import Tensor
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Constants that old checkpoints store and that follow from the config.
-_CONSTANTS = ("rotary_emb.inv_freq", "attn.bias", "masked_bias")
+_CONSTANTS = (".rotary_emb.inv_freq",)
 
 
 def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
@@ -48,19 +48,22 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     tensors, dropped = _kept(_tensors(directory), config, family)
-    tokenizer_json = tokenizer_json or _text(directory / "tokenizer.json")
-    max_length = keys.take("max_position_embeddings", keys.take("n_positions", None))
-    ends = keys.take("eos_token_id", None)
+    tokenizer_json = tokenizer_json or text(directory / "tokenizer.json")
+    max_length = keys.take("max_position_embeddings", keys.take("n_positions", None, int), int)
+    begin, end = (_token(tokenizer_json, key, keys) for key in ("bos_token_id", "eos_token_id"))
     notes = [f"unknown key {key} in config.json was not used" for key in keys.unknown()]
     if dropped:
         shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
         notes.append(f"{len(dropped)} tensors that nothing reads were dropped: {shown}")
+    if tokenizers.adds_special_tokens(tokenizer_json):
+        notes.append("its tokenizer puts special tokens around a text; here none are put there")
+    origin = {"format": "hf", "path": str(directory), "model_type": family, "begin_token": begin}
     return Foreign(
-        origin={"format": "hf", "path": str(directory), "model_type": family} | _chat(directory),
+        origin=origin | _chat(directory),
         config=config,
         tensors=tensors,
         tokenizer_json=tokenizer_json,
-        end_token=_token(tokenizer_json, ends[0] if isinstance(ends, list) and ends else ends),
+        end_token=end,
         max_length=max_length,
         notes=tuple(notes),
     )
@@ -69,7 +72,7 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
 # ---------------------------------------------------------------------------------------- files
 
 
-def _text(file: Path) -> str:
+def text(file: Path) -> str:
     if not file.is_file():
         advice = "; give one with --tokenizer" if file.name == "tokenizer.json" else ""
         raise ValueError(f"{file} is missing{advice}")
@@ -81,7 +84,7 @@ def _text(file: Path) -> str:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(_text(file))
+        values = json.loads(text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -96,8 +99,8 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
             raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
         return safetensors.read(directory / _SINGLE)
     shard_of = _json(directory / _INDEX).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise ValueError(f"{directory / _INDEX} has no weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
+        raise ValueError(f"{directory / _INDEX} has no weight_map of tensors to files")
     found: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
         file = directory / shard
@@ -141,8 +144,12 @@ def _check_tied(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _token(tokenizer_json: str, i: Any) -> str | None:
-    """The token of an id."""
+def _token(tokenizer_json: str, key: str, keys: Keys) -> str | None:
+    """The token whose id, or the first of whose ids, stands under a key."""
+    given = keys.take(key, None)
+    i = next(iter(given), None) if isinstance(given, list) else given
+    if i is not None and (type(i) is not int or not 0 <= i < 2**32):
+        raise ValueError(f"key {key} = {given!r} is no token id")
     return None if i is None else tokenizers.token(tokenizer_json, i)
 
 
@@ -150,7 +157,7 @@ def _chat(directory: Path) -> dict[str, str]:
     """The chat template, which goes with the model wherever it is exported to."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return {"chat_template": _text(file)}
+        return {"chat_template": text(file)}
     config = directory / "tokenizer_config.json"
     template = _json(config).get("chat_template") if config.is_file() else None
     return {"chat_template": template} if isinstance(template, str) else {}
@@ -275,7 +282,7 @@ def _yarn_attention(inner: Keys, factor: float) -> float:
     def grown(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    over, under = inner.take("mscale", 0.0), inner.take("mscale_all_dim", 0.0)
+    over, under = inner.take("mscale", 0.0, float), inner.take("mscale_all_dim", 0.0, float)
     derived = grown(over) / grown(under) if over and under else grown(1.0)
     return inner.take("attention_factor", derived, float)
 

@@ -5,7 +5,7 @@ from typing import Any
 # Keys that say nothing about what is computed from given tokens.
 _SILENT = {
     *("_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "auto_map"),
-    *("bos_token_id", "decoder_start_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
+    *("decoder_start_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
     *("attention_dropout", "gradient_checkpointing", "initializer_range", "pretraining_tp"),
     *("dtype", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache"),
     *("id2label", "label2id", "language", "problem_type", "task_specific_params"),

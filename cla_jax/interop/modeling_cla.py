@@ -252,6 +252,7 @@ class ClaModel(ClaPreTrainedModel):
 
 
 class ClaForCausalLM(ClaPreTrainedModel, GenerationMixin):
+    accepts_loss_kwargs = False  # forward takes them and has no use for num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):

@@ -6,6 +6,7 @@ data               little-endian, row-major; offsets count from here
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def read(file: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{file}: the header does not describe {name}: {entry}")
         if dtype not in _DTYPES:
             raise ValueError(f"{file}: {name} has dtype {dtype}; readable are {', '.join(_DTYPES)}")
-        wanted = _DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        wanted = _DTYPES[dtype].itemsize * math.prod(shape)
         if hi - lo != wanted or lo < 0:
             raise ValueError(
                 f"{file}: {name}, {dtype} {shape}, needs {wanted} bytes, not the {hi - lo} of its header"
@@ -59,7 +60,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         text = stream.read(length)
     try:
         header = json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{file} is not a safetensors file: its header is not an object")

@@ -74,10 +74,9 @@ def one_by_one(trials: Iterable[Trial], numbers: Mapping[str, int]) -> list[tupl
 
 def check_shared(plan: LaunchPlan) -> None:
     """Raises ValueError if the runs lie in a place that only this machine can name."""
-    placement = plan.trials[0].config.placement
-    for field, place in (("runs", placement.runs), ("data_dir", placement.data_dir)):
-        if "://" not in place and not place.startswith("/") and field == "runs":
-            raise ValueError(
-                f"placement.{field} = {place!r} means another place on another machine: give gs://... (with "
-                f"the extra `gcs`) or the absolute path of a mount, -- --placement.{field} gs://BUCKET/runs"
-            )
+    runs = plan.trials[0].config.placement.runs
+    if "://" not in runs and not runs.startswith("/"):
+        raise ValueError(
+            f"placement.runs = {runs!r} means another place on another machine: give gs://... (with the "
+            "extra `gcs`) or the absolute path of a mount, -- --placement.runs gs://BUCKET/runs"
+        )

@@ -25,10 +25,10 @@ export HOME=/root
 mkdir -p /opt/cla_jax && cd /opt/cla_jax
 host=$(curl -s -H 'Metadata-Flavor: Google' {metadata})
 if [ ! -e /opt/cla_jax.ready ]; then
-    set -e
+    ( set -e
     {setup}
-    touch /opt/cla_jax.ready
-    set +e
+    )
+    [ $? = 0 ] && touch /opt/cla_jax.ready  # if not, the trial ends at once, and the slice is given back
 fi
 {exports}while true; do
     {command} --host "$host"

@@ -1,6 +1,7 @@
 """Engine `slurm`: a job array, requeued when it is preempted; several nodes of a trial join by themselves."""
 
 import dataclasses
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -94,10 +95,12 @@ class Slurm:
             "gpus-per-node": self.gpus or "",
             "priority": first.priority,
         }
-        directives = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
+        # sbatch splits its lines at blanks, and knows double quotes.
+        quoted = lambda value: json.dumps(value) if " " in str(value) else value
+        directives = [f"#SBATCH --{k}={quoted(v)}" for k, v in options.items() if v != ""]
         directives += [
             "#SBATCH --requeue",
-            *(f"#SBATCH {flag}" for flag in shlex.split(self.sbatch)),
+            *([f"#SBATCH {self.sbatch}"] if self.sbatch else []),
         ]
         exports = [f"export {name}={shlex.quote(v)}\n" for name, v in first.environment.items()]
         # All trials have the same command but for the name.

@@ -40,4 +40,4 @@ def _key(key: str) -> str:
 
 def _scalar(value: Any) -> str:
     """JSON, which is YAML too."""
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
