@@ -116,7 +116,8 @@ def test_a_lossy_cache_gives_what_decoding_each_text_through_it_gives(format):
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         logprob = log_p[np.arange(len(targets)), list(targets)].sum()
         expected.append((logprob, bool((logits.argmax(-1) == targets).all())))
-    assert_same(found, expected)
+    # Batches of other sizes round otherwise, and now and then a number then gets the next code.
+    assert_same(found, expected, tolerance=5e-3)
 
 
 @pytest.mark.slow
