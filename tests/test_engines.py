@@ -17,7 +17,7 @@ from launch import engines, fitting, sweep, tpus, trials
 from launch.engines import yaml
 from launch.engines.jobset import RESTARTED, JobSet, Xpk
 from launch.engines.local import Local, cores
-from launch.engines.queued_resources import QueuedResources
+from launch.engines.queued_resources import QueuedResources, listing
 from launch.engines.sky import Sky
 from launch.engines.slurm import Slurm
 from launch.records import Submission
@@ -133,6 +133,7 @@ def test_queued_resources_are_asked_for_with_flags_that_gcloud_has():
     submitted = [Submission(engine="queued-resources", job="a", group="--zone=z --project=p")]
     (command,) = engine.cancel(submitted)
     assert flags_of(list(command), "delete") <= GCLOUD_FLAGS["delete"]
+    assert flags_of(listing(submitted[0].group), "list") == GCLOUD_FLAGS["list"]
     assert command[5:8] == ("a", "--zone=z", "--project=p")
 
 

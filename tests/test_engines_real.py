@@ -22,6 +22,7 @@ import yaml as pyyaml
 from launch import records, status, tpus
 from launch.engines.jobset import RESTARTED
 from launch.engines.local import cores
+from launch.engines.queued_resources import listing
 from tests import slurm
 from tests.test_engines import CLOUD, IMAGE, jobs, planned
 
@@ -340,6 +341,8 @@ def test_gcloud_takes_every_line(tmp_path, topology):
     assert complaints(deletion) == ""
     submission = records.Submission(engine="", job="x", group=job.group)
     assert complaints(engine.cancel([submission])[0]) == ""
+    assert complaints(listing(job.group)) == ""
+    assert "--zoned" in complaints([*listing(job.group), "--zoned=a"])
 
 
 @pytest.mark.parametrize(

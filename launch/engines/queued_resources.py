@@ -143,7 +143,7 @@ class QueuedResources:
     def alive(self, submitted: Sequence[Submission]) -> set[str]:
         found = set()
         for group in {job.group for job in submitted}:
-            for resource in json.loads(call([*_GCLOUD, "list", *group.split(), "--format=json"])):
+            for resource in json.loads(call(listing(group))):
                 if resource.get("state", {}).get("state") in _ALIVE:
                     found.add(resource["name"].rpartition("/")[2])
         return found & {job.job for job in submitted}
@@ -156,3 +156,8 @@ class QueuedResources:
 
 
 _GCLOUD = ("gcloud", "compute", "tpus", "queued-resources")
+
+
+def listing(group: str) -> list[str]:
+    """The line that shows the queued resources of a zone, and project, as JSON."""
+    return [*_GCLOUD, "list", *group.split(), "--format=json"]
