@@ -243,7 +243,7 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
 
     What the compiler said is kept in `cache`, if that is given, under the program's own text: a config that
     changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the
-    mesh or the batch does not fit the devices.
+    mesh or the batch does not fit the devices; ChildProcessError if the compiler was killed.
     """
     layout = lay_out(config, topology.devices)
     kind = topology.devices[0].device_kind
@@ -360,7 +360,10 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
         outcome = ours.recv()
     except EOFError:
         compiler.join()
-        raise RuntimeError(f"the compiler died with exit code {compiler.exitcode}") from None
+        raise ChildProcessError(
+            f"the compiler died with exit code {compiler.exitcode}; if that is -9, this machine has too "
+            "little memory for it"
+        ) from None
     finally:
         compiler.kill()
         compiler.join()

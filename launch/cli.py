@@ -17,15 +17,16 @@ _OURS = tuple(f"{_ROOT / name}/" for name in ("cla_jax", "experiments", "launch"
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     """Makes a `ValueError` of this project, which is how it reports a user's mistake, an exit.
 
-    Its message goes to stderr after `error: `, without a traceback, and the exit code is 2. Every
-    other exception, a library's ValueError included, is a bug of ours and keeps its traceback.
+    Its message goes to stderr after `error: `, without a traceback, and the exit code is 2; so does that
+    of a `ChildProcessError`, a process of ours that was killed. Every other exception, a library's
+    ValueError included, is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, ChildProcessError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
             if not frame.f_code.co_filename.startswith(_OURS):
                 raise

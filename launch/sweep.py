@@ -147,14 +147,14 @@ class Launcher:
         environment = {}
         for setting in arguments.env:
             name, equals, value = setting.partition("=")
-            if not equals or not name.isidentifier():
+            if not equals or not (name.isascii() and name.isidentifier()):
                 raise ValueError(f"--env {setting!r} must be NAME=VALUE")
             environment[name] = value
         return trials.make(
             arguments.name,
             overrides=self.overrides,
             result=self.results,
-            resources=trials.resources(arguments.topology, arguments.slices),
+            resources=trials.resources(arguments.topology, arguments.slices, self.engine.vms),
             environment=environment,
             priority=arguments.priority,
             retry=arguments.retry,

@@ -73,6 +73,11 @@ class Slice:
         return self.chips // CHIPS_PER_HOST
 
     @property
+    def vms(self) -> int:
+        """Cloud TPU VMs, which are GKE's hosts but for eight chips of a v5e or v6e: those are one VM."""
+        return 1 if self.kind.dimensions == 2 and self.shape == "2x4" else self.hosts
+
+    @property
     def accelerator_type(self) -> str:
         return f"{self.kind.accelerator}-{self.chips * self.kind.counts}"
 

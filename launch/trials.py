@@ -296,10 +296,12 @@ def count(statuses: Iterable[str]) -> str:
     return ", ".join(f"{n} {status}" for status, n in collections.Counter(statuses).items())
 
 
-def resources(topology: str, slices: int) -> Resources:
-    """Raises ValueError for a topology that does not exist."""
+def resources(topology: str, slices: int, vms: bool = False) -> Resources:
+    """What a trial gets, on GKE or in Cloud TPU VMs. Raises ValueError for a topology that does not exist."""
     if not topology:
         if slices != 1:
             raise ValueError(f"--slices {slices} needs a --topology")
         return Resources()
-    return Resources(topology=topology, slices=slices, hosts=tpus.find(topology).hosts * slices)
+    slice_ = tpus.find(topology)
+    hosts = slice_.vms if vms else slice_.hosts
+    return Resources(topology=topology, slices=slices, hosts=hosts * slices)

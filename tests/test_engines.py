@@ -44,11 +44,18 @@ GCLOUD_FLAGS = {
 }
 
 
-def planned(name="smoke.grid", runs="gs://bucket/runs", topology="v5e:16x16", slices=1, **options):
+def planned(
+    name="smoke.grid",
+    runs="gs://bucket/runs",
+    topology="v5e:16x16",
+    slices=1,
+    vms=False,
+    **options,
+):
     return trials.make(
         name,
         overrides=["--placement.runs", runs],
-        resources=trials.resources(topology, slices),
+        resources=trials.resources(topology, slices, vms),
         environment={"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b='2'"},
         priority="low",
         python="python3",
@@ -70,6 +77,8 @@ def test_topologies_have_the_names_of_clouds():
     )
     assert tpus.find("v5p:4x4x8").accelerator_type == "v5p-256"  # cores: two a chip
     assert tpus.find("v4:2x2x1").hosts == 1
+    assert (tpus.find("v5e:2x4").hosts, tpus.find("v5e:4x4").hosts) == (2, 4)
+    assert (tpus.find("v5e:2x4").vms, tpus.find("v5e:4x4").vms) == (1, 4)  # v5litepod-8 is one VM
 
 
 def test_every_topology_of_the_planner_is_known_to_the_engines():
@@ -130,6 +139,9 @@ def test_queued_resources_are_asked_for_with_flags_that_gcloud_has():
         deletion = next(line for line in script.splitlines() if "gcloud" in line).split()
         assert deletion[4:6] == ["delete", name]
         assert flags_of(deletion, "delete") <= GCLOUD_FLAGS["delete"]
+    small = planned(topology="v6e:2x4", vms=engine.vms)
+    (script,) = jobs(engine, small)[0].files.values()
+    assert "--hosts" not in script  # one VM waits for no other
     submitted = [Submission(engine="queued-resources", job="a", group="--zone=z --project=p")]
     (command,) = engine.cancel(submitted)
     assert flags_of(list(command), "delete") <= GCLOUD_FLAGS["delete"]
@@ -354,6 +366,7 @@ def test_a_missing_tool_is_named_with_how_to_get_it(monkeypatch, tmp_path, name)
         (["smoke.grid", "--engine", "jobset"], "engine jobset needs a --topology"),
         (["smoke.grid", "--topology", "v5e:4x4"], "engine local has no --topology"),
         (["smoke.grid", "--env", "A"], "--env 'A' must be NAME=VALUE"),
+        (["smoke.grid", "--env", "ñ=1"], "--env 'ñ=1' must be NAME=VALUE"),
         (["smoke.grid", "--local.workers", "100000"], "there are"),
         (["smoke.grid", "--retry.failures", "0"], "--retry.failures 0 must be at least 1"),
     ],

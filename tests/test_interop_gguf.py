@@ -62,6 +62,9 @@ def entry(key: str, value) -> bytes:
             return text(key) + struct.pack("<If", 6, value)
         case int():
             return text(key) + struct.pack("<II", 4, value)
+        case [[*inner], *_]:
+            items = struct.pack(f"<IQ{len(inner)}i", 5, len(inner), *inner)
+            return text(key) + struct.pack("<IIQ", 9, 9, 1) + items
         case [str(), *_]:
             items = b"".join(map(text, value))
             return text(key) + struct.pack("<IIQ", 9, 8, len(value)) + items
@@ -117,10 +120,10 @@ def write(file, kind="F32", change=lambda tensors: None, **changes):
             part.removeprefix(f"layers.{words[1]}.") if layer else name.removesuffix(f".{which}")
         )
         heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(known)
-        stored = array if heads is None else permuted(array, heads)
+        stored = array if heads is None or not array.ndim else permuted(array, heads)
         code = kind if array.ndim == 2 else "F32"
         content, exact = packed(code, stored)
-        if heads is not None:  # back again, by a look-up of where each row went
+        if stored is not array:  # back again, by a look-up of where each row went
             went = permuted(np.arange(len(array)), heads)
             exact = exact[np.argsort(went)]
         values[name] = exact
@@ -195,6 +198,11 @@ BAD = {
         "tensor rope_freqs has no place",
     ),
     "shape": ({"change": lambda t: t.update({K: np.ones((32, 32))})}, rf"{K} has shape \(32, 32\)"),
+    "nested": ({"llama__rope__sections": [[16, 24]]}, "unknown type 9 in the metadata"),
+    "scalar": (
+        {"change": lambda t: t.update({K: np.ones(())})},
+        "attn_k.weight has 0 dimensions: the file is damaged",
+    ),
     "type": ({"kind": "Q5_K"}, "tensor type 99; readable are F32, F16, Q4_0"),
 }
 

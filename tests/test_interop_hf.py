@@ -263,6 +263,11 @@ def damage(name):
         "size": lambda d: reheaded(
             d, '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'
         ),
+        "overlap": lambda d: reheaded(
+            d,
+            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+            '"b": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}',
+        ),
         "text": lambda d: (d / "model.safetensors").write_bytes(
             b"\x20" + bytes(7) + b"no JSON" * 9
         ),
@@ -271,9 +276,8 @@ def damage(name):
         "no-weights": lambda d: (d / "model.safetensors").unlink(),
         "config-list": lambda d: (d / "config.json").write_text("[]"),
         "config-cut": lambda d: cut(d / "config.json", 50),
-        "shard": lambda d: (d / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}'
-        ),
+        "config-deep": lambda d: (d / "config.json").write_text("[" * 100_000),
+        "shard": lambda d: indexed(d).unlink(),
         "tokenizer": lambda d: (d / "tokenizer.json").write_text(
             tokenizers.train_bpe([str(i) for i in range(9999)], 300).to_json()
         ),
@@ -281,6 +285,14 @@ def damage(name):
             d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
         ),
     }[name]
+
+
+def indexed(directory):
+    """Adds an index whose only shard is not there. Returns the file that is."""
+    (directory / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}'
+    )
+    return directory / "model.safetensors"
 
 
 def reheaded(directory, header):
@@ -305,11 +317,13 @@ BAD_FILES = {
     "entry": "model.safetensors: the header does not describe a: ",
     "dtype": "model.safetensors: a has dtype I8; readable are F32, F16, BF16",
     "size": r"model.safetensors: a, F32 \[2\], needs 8 bytes, not the 4",
+    "overlap": "model.safetensors: a and b share bytes",
     "no-config": "config.json is missing",
     "no-tokenizer": "tokenizer.json is missing; give one with --tokenizer",
     "no-weights": "neither model.safetensors nor",
     "config-list": "config.json is not a JSON object",
     "config-cut": "config.json is not valid JSON",
+    "config-deep": "config.json is not valid JSON",
     "shard": "model-00002-of-00002.safetensors, which .* lists, is missing",
     "tokenizer": r"the tokenizer has 300 ids, the model has vocab_size = 264",
     "head": "tie_word_embeddings is true, but lm_head.weight is not",
@@ -320,6 +334,11 @@ BAD_FILES = {
 def test_a_bad_file_is_named_and_no_run_is_left(tmp_path, capsys, name):
     damage(name)(directory := made.write_hf(tmp_path / "hf"))
     refused(directory, tmp_path, BAD_FILES[name], capsys)
+
+
+def test_an_index_left_beside_a_whole_file_is_not_read(tmp_path):
+    indexed(directory := made.write_hf(tmp_path / "hf"))
+    assert "model.layers.0.mlp.up_proj.weight" in hf.read(directory).tensors
 
 
 BAD_KEYS = [
@@ -337,6 +356,7 @@ BAD_KEYS = [
     ({"hidden_size": "wide"}, "key hidden_size = 'wide' is not of type int"),
     ({"num_attention_heads": 0, "head_dim": None}, "n_heads = 0 must be positive"),
     ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
+    ({"num_hidden_layers": 10**6}, "38 tensors are too few for 1,000,000 layers"),
     (
         {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},
         "layer 1 is a consumer itself",

@@ -184,7 +184,7 @@ def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
     with pytest.raises(ValueError, match="no such option"):
         plan._compile_apart(tiny(), topology, empty)
     monkeypatch.setattr(plan, "_compile_for", dies)
-    with pytest.raises(RuntimeError, match="died with exit code 11"):
+    with pytest.raises(ChildProcessError, match="died with exit code 11"):
         plan._compile_apart(tiny(), topology, empty)
 
 

@@ -101,7 +101,9 @@ class _Cursor:
             if element in _SCALARS:
                 dtype = np.dtype(_SCALARS[element])
                 return self.take(count * dtype.itemsize).view(dtype).tolist()
-            return [self.value(element) for _ in range(count)]
+            if element == _STRING:
+                return [self.string() for _ in range(count)]
+            kind = element  # arrays of arrays: llama.cpp does not read them either
         if kind not in _SCALARS:
             raise ValueError(
                 f"{self.file}: unknown type {kind} in the metadata: the file is damaged"
@@ -121,6 +123,8 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     entries = []
     for _ in range(n_tensors):
         name, n_dimensions = cursor.string(), cursor.number("<u4")
+        if not 1 <= n_dimensions <= 4:
+            raise ValueError(f"{file}: {name} has {n_dimensions} dimensions: the file is damaged")
         shape = tuple(cursor.number("<u8") for _ in range(n_dimensions))[::-1]
         entries.append((name, shape, cursor.number("<u4"), cursor.number("<u8")))
     alignment = metadata.get("general.alignment", 32)
@@ -140,7 +144,7 @@ def _tensor(
         known = ", ".join(each.name for each in _TYPES.values())
         raise ValueError(f"{file}: {name} has tensor type {kind}; readable are {known}")
     type_ = _TYPES[kind]
-    if shape and shape[-1] % type_.values:
+    if shape[-1] % type_.values:
         raise ValueError(f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, no blocks")
     size = math.prod(shape) // type_.values * type_.bytes
     if offset + size > len(content):

@@ -85,7 +85,7 @@ def text(file: Path) -> str:
 def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -93,11 +93,13 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of all files; with an index, exactly those that it lists."""
-    if not (directory / _INDEX).is_file():
-        if not (directory / _SINGLE).is_file():
-            raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+    """The tensors of the one file, or of exactly the shards that an index lists."""
+    if (
+        directory / _SINGLE
+    ).is_file():  # before an index that may have been left there, as transformers
         return safetensors.read(directory / _SINGLE)
+    if not (directory / _INDEX).is_file():
+        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
     shard_of = _json(directory / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
         raise ValueError(f"{directory / _INDEX} has no weight_map of tensors to files")

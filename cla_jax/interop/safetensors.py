@@ -5,6 +5,7 @@ header             {"name": {"dtype": "F32", "shape": [...], "data_offsets": [fr
 data               little-endian, row-major; offsets count from here
 """
 
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, read when asked for. Raises ValueError if it is damaged or not of the format."""
     header, start = _header(file)
     size = file.stat().st_size - start
-    found = {}
+    found, spans = {}, []
     for name, entry in header.items():
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(lo), int(hi)]} if (
@@ -46,6 +47,11 @@ def read(file: Path) -> dict[str, Tensor]:
                 f"{file} is truncated: {name} ends at byte {start + hi:,} of {start + size:,}"
             )
         found[name] = _tensor(file, start + lo, _DTYPES[dtype], tuple(shape))
+        spans.append((lo, hi, name))
+    spans.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{file}: {name} and {other} share bytes: the header is damaged")
     return found
 
 

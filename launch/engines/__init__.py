@@ -37,6 +37,8 @@ class Engine(Protocol):
     here: bool
     # Whether a topology is needed, is allowed, or means nothing.
     topology: str
+    # Whether its TPUs are Cloud TPU VMs.
+    vms: bool
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         """The jobs of all trials of a plan. `numbers`: which submission of each trial this is, from 1."""

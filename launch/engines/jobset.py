@@ -48,6 +48,7 @@ class JobSet:
     tools: ClassVar[Mapping[str, str]] = _KUBECTL
     here: ClassVar[bool] = False
     topology: ClassVar[str] = "needed"
+    vms: ClassVar[bool] = False
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
@@ -210,6 +211,7 @@ class Xpk:
     tools: ClassVar[Mapping[str, str]] = _KUBECTL | {"xpk": "pip install xpk"}
     here: ClassVar[bool] = False
     topology: ClassVar[str] = "needed"
+    vms: ClassVar[bool] = False
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)

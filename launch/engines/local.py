@@ -24,6 +24,7 @@ class Local:
     tools: ClassVar[Mapping[str, str]] = {}
     here: ClassVar[bool] = True
     topology: ClassVar[str] = "none"
+    vms: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.workers < 0 or self.cores < 0:

@@ -73,6 +73,7 @@ class QueuedResources:
     }
     here: ClassVar[bool] = False
     topology: ClassVar[str] = "needed"
+    vms: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.spot and self.reserved:

@@ -34,6 +34,7 @@ class Sky:
     tools: ClassVar[Mapping[str, str]] = {"sky": "pip install 'skypilot[gcp]'"}
     here: ClassVar[bool] = False
     topology: ClassVar[str] = "allowed"
+    vms: ClassVar[bool] = True
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)

@@ -68,6 +68,7 @@ class Slurm:
     tools: ClassVar[Mapping[str, str]] = dict.fromkeys(("sbatch", "squeue", "scancel"), _GET)
     here: ClassVar[bool] = True
     topology: ClassVar[str] = "none"
+    vms: ClassVar[bool] = False
 
     def __post_init__(self):
         for field in ("nodes", "cpus", "gpus", "at_once"):
