@@ -42,27 +42,39 @@ from jax._src import compiler
 
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 
-# What jax keeps of traced programs are millions of objects, none of them garbage.
-gc.set_threshold(200_000, 50, 100)
+# What jax keeps of traced programs are millions of objects, hardly any of them garbage.
+gc.set_threshold(100_000, 10, 10)
+
+_programs: dict[bytes, Any] = {}
 
 
 def _compile_equal_programs_once() -> None:
     """For jax, programs are equal if they are of the same Python function; tests make those anew."""
-    compile_program, compiled = compiler.backend_compile_and_load, {}
+    compile_program = compiler.backend_compile_and_load
 
     def compile_once(backend, module, devices, options, host_callbacks):
         if host_callbacks:
             return compile_program(backend, module, devices, options, host_callbacks)
         text = module.operation.get_asm(enable_debug_info=False).encode()
         key = hashlib.sha256(text + options.SerializeAsString() + str(devices).encode()).digest()
-        if key not in compiled:
-            compiled[key] = compile_program(backend, module, devices, options, host_callbacks)
-        return compiled[key]
+        if key not in _programs:
+            _programs[key] = compile_program(backend, module, devices, options, host_callbacks)
+        return _programs[key]
 
     compiler.backend_compile_and_load = compile_once
 
 
 _compile_equal_programs_once()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forgets a module's programs after it: each maps memory, and a process may have 65,530 such maps."""
+    yield
+    _programs.clear()
+    jax.clear_caches()
+    gc.collect()
+
 
 MODEL = ModelConfig(
     vocab_size=260,
