@@ -16,6 +16,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?\("
 )
+# For TPUs a reduce-scatter is a fusion: an all-reduce, and the part of it that the device keeps.
+_FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -65,6 +67,8 @@ def collective_bytes(text: str) -> dict[str, int]:
                     sizes = sizes[len(sizes) // 2 :]  # operands, results
                 size = sum(sizes)
                 factor = {"all-reduce": 2, "reduce-scatter": _group_size(line)}.get(kind, 1)
+                if kind == "all-reduce" and name.startswith(_FUSED_REDUCE_SCATTER):
+                    kind, factor = "reduce-scatter", 1
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else line
                 # A first or last turn may stand before or after its loop.

@@ -36,6 +36,7 @@ class AxisRules:
     kv_heads: MeshAxis = None  # K, if the mesh divides it; else the split moves to G
     q_groups: MeshAxis = None
     cache_entries: MeshAxis = None  # entries of a KV cache, dealt out in blocks
+    sequence: MeshAxis = None  # T of what the backward pass keeps of the residual stream
 
     def spec(self, *axes: str | None) -> PartitionSpec | None:
         """The PartitionSpec of an array with these logical axes; None where no mesh is set.
@@ -184,6 +185,18 @@ def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
             ", ".join(f"{name} = {size}" for name, size in whole),
         )
     return AxisRules(**split)
+
+
+def split_residuals(rules: AxisRules, mesh: Mesh, seq_len: int) -> AxisRules:
+    """The rules with the residual stream, where it is kept for the backward pass, split along the model axis.
+
+    There all of its devices hold the same otherwise. A reduce-scatter where attention or MLP end, and an
+    all-gather where they begin, move together what an all-reduce does; recomputing gathers once more.
+    (2205.05198, section 4.2.2.)
+    """
+    size = mesh.shape["model"]
+    split = size > 1 and seq_len % size == 0
+    return dataclasses.replace(rules, sequence="model") if split else rules
 
 
 def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:

@@ -51,6 +51,14 @@ class Layout:
         return self.run.rules
 
     @property
+    def training(self) -> Execution:
+        """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
+        if self.run.remat != "block":  # little of what is kept then is the residual stream
+            return self.run
+        rules = meshes.split_residuals(self.rules, self.mesh, self.config.data.seq_len)
+        return dataclasses.replace(self.run, rules=rules)
+
+    @property
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.config.steps)
 
@@ -416,7 +424,7 @@ def make_step(layout: Layout) -> Any:
         train_step,
         optimizer=layout.optimizer,
         rate=schedule(config.optimizer, config.steps),
-        run=layout.run,
+        run=layout.training,
         end=layout.end,
         loss_chunk=config.placement.loss_chunk,
     )

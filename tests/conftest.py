@@ -8,6 +8,7 @@ _FLAGS = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 # Here even more: the newer emitters of fusions alone take two thirds of the time of compiling a step. With
 # the older ones programs cannot be kept, though: writing one crashes now and then, in jaxlib.

@@ -21,10 +21,16 @@ HloModule jit_train_step
   ROOT %g = bf16[8,4]{1,0:T(8,128)} all-gather(%a), channel_id=3, replica_groups=[1,8]<=[8]
 }
 
+%all-reduce-scatter.3 (a: bf16[8,4]) -> bf16[2,4] {
+  %r.1 = bf16[8,4] all-reduce(%a), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %part = bf16[2,4] dynamic-slice(%r.1, %i, %zero), dynamic_slice_sizes={2,4}
+}
+
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %f = bf16[8,4] fusion(%x), kind=kCustom, calls=%fused_gather
   %h = bf16[8,4] fusion(%f), kind=kCustom, calls=%fused_gather_rest
   %s = f32[2,4] reduce-scatter(%y), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %c = bf16[2,4] fusion(%h), kind=kCustom, calls=%all-reduce-scatter.3
   ROOT %t = (s32[], bf16[8,4]) tuple(%i, %h)
 }
 
@@ -40,9 +46,8 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 def test_collectives_count_as_often_as_their_loop_turns_and_once_a_channel():
     assert hlo.collective_bytes(TEXT) == {
         "all-gather": 20 * 8 * 4 * 2,
-        "reduce-scatter": 20
-        * 4
-        * (2 * 4 * 4),  # its operand: the result of each of a group of four
+        # Operands: the result of each of a group of four; what a fusion for a TPU adds up and cuts.
+        "reduce-scatter": 20 * (4 * (2 * 4 * 4) + 8 * 4 * 2),
         "all-reduce": 2 * (16 + 2) * 4,
     }
 

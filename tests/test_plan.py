@@ -273,6 +273,26 @@ def test_no_device_asks_another_for_keys_or_values(tiny, tmp_path, remat):
             assert H not in dims[-1:] or not of_positions & set(dims), line
 
 
+def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
+    """By tensor parallelism too: its devices would all keep the same."""
+    config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
+    config = replace(config, **{"model.d_ff": 96, "batch_size": 32})
+    odd = replace(config, **{"placement.loss_chunk": 64, "data.seq_len": 33})
+    assert lay_out(odd).training.rules.sequence is None
+    groups, rows, T, D = 4, config.batch_size // 4, config.data.seq_len, config.model.d_model
+
+    def kept(part, name):
+        (dump := tmp_path / name).mkdir()
+        layout, text = compiled_on(config, dump)
+        seen = {dims for _, dims, _ in hlo.shapes(text)}
+        assert {(groups, rows, T // n, D) for n in (1, 2)} & seen == {(groups, rows, part, D)}
+        return plan.estimate(layout)["activations"]
+
+    split = kept(T // 2, "split")
+    monkeypatch.setattr("cla_jax.mesh.split_residuals", lambda rules, mesh, seq_len: rules)
+    assert kept(T, "whole") - split == config.model.n_layers * rows * T // 2 * D * 4
+
+
 # ----------------------------------------------------------------------------------- on TPUs
 
 

@@ -153,8 +153,9 @@ def find_run(config):
 def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
     config = tiny(steps=10)
     alone, _ = losses(config, 1, MeshConfig(), devices)
-    for mesh in (MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, model=2)):
-        spread, layouts = losses(config, 8, mesh, devices)
+    tensor = MeshConfig(data=2, fsdp=2, model=2)
+    for mesh, remat in ((MeshConfig(fsdp=8), "none"), (tensor, "none"), (tensor, "block")):
+        spread, layouts = losses(tiny(steps=10, **{"placement.remat": remat}), 8, mesh, devices)
         for (a, hash_a), (b, hash_b) in zip(alone, spread, strict=True):
             assert b == pytest.approx(a, rel=1e-6)
             assert hash_a == hash_b

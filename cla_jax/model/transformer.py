@@ -25,7 +25,17 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import KV, Forks, attend, window_starts
-from cla_jax.model.layers import Linear, Mlp, RMSNorm, Rope, axes, gather, normal
+from cla_jax.model.layers import (
+    Linear,
+    Mlp,
+    RMSNorm,
+    Rope,
+    axes,
+    gather,
+    in_parts,
+    normal,
+    whole,
+)
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
 
@@ -57,7 +67,7 @@ class KVProjection(nnx.Module):
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
-            kv_BTCKH = self.kv(norm(x_BTD), rules)
+            kv_BTCKH = self.kv(whole(norm(x_BTD), rules), rules)
             return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
 
 
@@ -76,10 +86,10 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
     ) -> jax.Array:
         with jax.named_scope("attention"):
-            q_BTKGH = rope(self.query(self.attention_norm(x_BTD), rules))
+            q_BTKGH = rope(self.query(whole(self.attention_norm(x_BTD), rules), rules))
             x_BTD = x_BTD + self.output(attend(q_BTKGH, kv), rules)
         with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(self.mlp_norm(x_BTD), rules)
+            return x_BTD + self.mlp(whole(self.mlp_norm(x_BTD), rules), rules)
 
 
 class Group(nnx.Module):
@@ -183,7 +193,7 @@ class Transformer(nnx.Module):
                 q_BTKGH, kv, starts_BT=seen_from_BT, backend=run.attention, rules=rules
             )
 
-        x_BTD = self.embed(tokens_BT, rules)
+        x_BTD = in_parts(self.embed(tokens_BT, rules), rules)
         lent: dict[int, KV] = {}
         for stack, groups in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
             borrowed = None if stack.owns else lent[stack.groups[0].source]
@@ -205,7 +215,7 @@ class Transformer(nnx.Module):
             x_BTD, kvs = fold(body, x_BTD, items, scan=run.scan_layers)
             if stack.lends:
                 lent |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
-        return self.norm(x_BTD)
+        return whole(self.norm(x_BTD), rules)
 
     def logits(self, tokens_BT: jax.Array, run: Execution, starts_BT=None) -> jax.Array:
         """Scores of the next token in float32, [B, T, V]. For short inputs: training never holds them."""
