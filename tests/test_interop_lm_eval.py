@@ -215,6 +215,25 @@ def test_every_cache_answers_every_kind_of_task(run, school):
             assert found[way, task]["metrics"][metric] == pytest.approx(exact, rel=close, abs=0.25)
 
 
+def test_every_way_is_asked_with_the_same_solved_examples(run, school, monkeypatch):
+    from cla_jax.interop import lm_eval
+
+    asked = []
+    loglikelihood = lm_eval.Model.loglikelihood
+
+    def recorded(self, requests, **options):
+        asked.append([request.args for request in requests])
+        return loglikelihood(self, requests, **options)
+
+    monkeypatch.setattr(lm_eval.Model, "loglikelihood", recorded)
+    index, data = school
+    tasks = Tasks(["quiz"], data=data, index=index, shots=2)
+    found = [record for *_, record in lm_eval.evaluate(run, tasks, ways=("full", "dense"))]
+    assert asked[0] == asked[1]
+    assert len({context for context, _ in asked[0]}) == 9  # each question has examples of its own
+    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"])
+
+
 def test_scores_are_recorded_together_and_compared(run, school, capsys):
     from cla_jax.interop.lm_eval import evaluate
 
