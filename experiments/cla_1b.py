@@ -29,7 +29,7 @@ def _row(name: str, d_head: int, n_heads: int, n_kv_heads: int, kv_map: str = "i
             kv_map=kv_map,
         ),
         data=DataConfig(
-            source="jsonl:slimpajama/train/**/*.jsonl.gz",
+            source="jsonl:slimpajama/train/**/*.jsonl.zst",
             tokenizer="gpt-neox-20b.json",
             seq_len=2048,
             held_out=0.0001,

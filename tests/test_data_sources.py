@@ -10,10 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backports import zstd
 
 from cla_jax.data import sources
 
 TEXTS = ["one", "zwei 😀", "cafe\u0301 <|endoftext|>"]
+
+
+def zstd_open(path, mode, **options):
+    return zstd.open(path, mode, options={zstd.CompressionParameter.checksum_flag: 1}, **options)
+
+
+PACKERS = [(".gz", gzip.open), (".xz", lzma.open), (".zst", zstd_open)]
 
 
 def write_jsonl(path: Path, texts=TEXTS, opener=open) -> Path:
@@ -49,11 +57,23 @@ def test_a_glob_descends(tmp_path):
     assert list(sources.documents(f"text:{tmp_path}/**/*.txt")) == ["deep"]
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [("", open), (".gz", gzip.open), (".xz", lzma.open)])
+@pytest.mark.parametrize(("suffix", "opener"), [("", open), *PACKERS])
 def test_json_lines_plain_and_packed(tmp_path, suffix, opener):
     write_jsonl(tmp_path / f"a.jsonl{suffix}", [TEXTS[0], "", TEXTS[1]], opener)
     write_jsonl(tmp_path / f"b.jsonl{suffix}", [TEXTS[2]], opener)
     assert list(sources.documents(f"jsonl:{tmp_path}/*.jsonl{suffix}")) == TEXTS
+
+
+def test_packed_files_may_be_of_several_parts_and_zstd_is_asked_for(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstd.compress(b'{"text": "%d"}\n' % i) for i in range(3)))
+    assert list(sources.documents(f"jsonl:{path}")) == ["0", "1", "2"]
+    for name in ("compression.zstd", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl\.zst: to read \.zst, pip install 'cla_jax\[zstd"
+    ):
+        list(sources.documents(f"jsonl:{path}"))
 
 
 def test_json_lines_stream(tmp_path):
@@ -97,7 +117,7 @@ def test_no_file_matches(tmp_path, kind):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-@pytest.mark.parametrize(("suffix", "opener"), [(".gz", gzip.open), (".xz", lzma.open)])
+@pytest.mark.parametrize(("suffix", "opener"), PACKERS)
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_a_damaged_packed_file_is_named(tmp_path, suffix, opener, damage, kind):
     path = tmp_path / f"a.jsonl{suffix}"
@@ -109,7 +129,7 @@ def test_a_damaged_packed_file_is_named(tmp_path, suffix, opener, damage, kind):
         content[len(content) // 2] ^= 0xFF
         content[-6] ^= 0xFF  # a flip may decode to other JSON lines: the checksum still tells
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.jsonl\.[gx]z.*(is damaged|is not|has a lone)"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl\{suffix}.*(is damaged|is not|has a lone)"):
         list(sources.documents(f"{kind}:{path}"))
 
 

@@ -3,6 +3,7 @@
 A document is a non-empty string. Sources stream: memory holds one document (or one line) at a time.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -11,10 +12,11 @@ import importlib.resources
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cla_jax.config import near_choice
 
@@ -22,8 +24,8 @@ SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.
 _HASHED_WHOLE = 1 << 26
 _HASHED_END = 1 << 20
-# What the standard library raises for damaged or truncated .gz and .xz files.
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+# The standard library's module from Python 3.14 on; before, it is a package.
+_ZSTD = ("compression.zstd", "backports.zstd")
 
 
 def documents(source: str) -> Iterator[str]:
@@ -33,7 +35,7 @@ def documents(source: str) -> Iterator[str]:
       source: `sotu` or `sotu:N` (the embedded corpus or its first N addresses); `text:GLOB`, a file
         is a document; `jsonl:GLOB`, a line is an object with the field `text`; `tfds:NAME[/CONFIG]`
         or `tfds:DIRECTORY` (of a prepared dataset), the feature `text` of the split `train`. Files
-        come in the order of their paths and may be .gz or .xz.
+        come in the order of their paths and may be .gz, .xz or .zst.
 
     Raises:
       ValueError: no file matches, or a file is damaged, is not UTF-8, or has a line that is not an
@@ -107,19 +109,34 @@ def _file_identity(path: Path, whole: bool) -> list[Any]:
     return [path.name, stat.st_size, ends.hexdigest()]
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:
+def _open(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        return _zstd(path).open(path, "rb")
     return path.open("rb")
+
+
+def _zstd(path: Path) -> Any:
+    for name in _ZSTD:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    raise ValueError(f"{path}: to read .zst, pip install 'cla_jax[zstd]'")
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What is raised for damaged or truncated packed files; a module that is not loaded raised nothing."""
+    zstd = (module.ZstdError for name in _ZSTD if (module := sys.modules.get(name)))
+    return (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, *zstd)
 
 
 def _text_file(path: Path) -> Iterator[str]:
     try:
         with _open(path) as file:
             content = file.read()
-    except _DAMAGE as error:
+    except _damage() as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
     yield _decode(content, str(path), 1)
 
@@ -151,7 +168,7 @@ def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes]]:
         for line in file:
             number += 1
             yield number, line
-    except _DAMAGE as error:
+    except _damage() as error:
         raise ValueError(f"{name} is damaged or truncated after line {number}: {error}") from error
 
 
