@@ -80,8 +80,9 @@ def evaluate(
     """Evaluates a run by full forward and through each cache format; yields and writes the records.
 
     With `windows`, only that many windows are scored, and nothing is written: a part of the held-out
-    split is no result of the run. `per_slot` adds what each slot's error does by itself; `options` are
-    those of `open_setup`. Raises ValueError for what the arguments or the run do not allow.
+    split is no result of the run. A record of a later step is kept. `per_slot` adds what each slot's error
+    does by itself; `options` are those of `open_setup`. Raises ValueError for what the arguments or the
+    run do not allow.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")

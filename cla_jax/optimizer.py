@@ -1,5 +1,7 @@
 """AdamW with clipping under warm-up and cosine decay, from its config."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 
@@ -23,6 +25,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
+@functools.cache  # jax knows a function it has traced by identity
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -84,7 +84,12 @@ class Run:
         return file.read_text()
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
-        write_atomically(self.path / "eval" / f"{name}.json", _dump(record))
+        """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now."""
+        file, known = self.path / "eval" / f"{name}.json", {}
+        with contextlib.suppress(ValueError):  # none yet, or a damaged one
+            known = _read_json(file)
+        if known.get("step", 0) <= record.get("step", 0):
+            write_atomically(file, _dump(record))
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written."""
@@ -94,8 +99,8 @@ class Run:
         """Every whole line of the metrics, in the order of writing."""
         segments = [self.metrics] if self.metrics.exists() else []
         for segment in segments + files(self.path / "metrics", ".jsonl"):
-            for line in segment.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # torn by a crash
+            for line in segment.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):  # torn by a crash, or damaged
                     record = json.loads(line)
                     if isinstance(record, dict):
                         yield record
@@ -125,8 +130,6 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
     other data or another tokenizer. A different placement just continues.
     """
     run = Run(run_path(config))
-    if run.path.exists() and not run.path.is_dir():
-        raise ValueError(f"{run.path} is a file: remove it, or use another --name")
     record = _record(config, data_fingerprint)
     if (run.path / "config.json").exists():
         check_identity(run, config, {"data_fingerprint": data_fingerprint})
@@ -196,17 +199,21 @@ def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Keeps a second process of this machine from training the same run; a crash frees it.
+def locked(path: epath.Path) -> Iterator[None]:
+    """Keeps a second process of this machine from training the run at a path; a crash frees it.
 
     Raises ValueError if one does. A remote run directory cannot be locked.
     """
-    if not run.is_local:
+    for place in (path, *path.parents) if is_local(path) else (path,):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file: remove it, or use another --name")
+    if not is_local(path):
         yield
         return
-    with open(run.path / ".lock", "w") as file:
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "w") as file:
         if not try_lock(file):
-            raise ValueError(f"{run.path} is being trained by another process")
+            raise ValueError(f"{path} is being trained by another process")
         yield
 
 

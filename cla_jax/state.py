@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax.config import Config
+from cla_jax.config import Config, ModelConfig
 from cla_jax.mesh import AxisRules, replicated
 from cla_jax.model.layers import is_param
 from cla_jax.model.transformer import Transformer
@@ -45,8 +45,8 @@ def with_layout(shapes: Any, rules: AxisRules, mesh: Mesh) -> Any:
     )
 
 
-def _initial(config: Config, optimizer: optax.GradientTransformation) -> State:
-    model: Any = Transformer(jax.random.key(config.seed), config.model)
+def _initial(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation) -> State:
+    model: Any = Transformer(jax.random.key(seed), config)
     return State(step=jnp.zeros((), jnp.int32), model=model, moments=optimizer.init(model))
 
 
@@ -54,7 +54,10 @@ def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, rules: AxisRules, mesh: Mesh
 ) -> State:
     """Shapes, dtypes and layouts of a state; nothing is allocated."""
-    return with_layout(jax.eval_shape(lambda: _initial(config, optimizer)), rules, mesh)
+    shapes = jax.jit(_initial, static_argnums=(0, 1, 2)).eval_shape(
+        config.seed, config.model, optimizer
+    )
+    return with_layout(shapes, rules, mesh)
 
 
 def initial_state(
@@ -65,9 +68,9 @@ def initial_state(
     # A program that runs once: on the CPU, optimising it takes several times what it can save.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     initial = jax.jit(
-        lambda: _initial(config, optimizer), out_shardings=shardings, compiler_options=options
+        _initial, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
     )
-    return initial()
+    return initial(config.seed, config.model, optimizer)
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cla_jax import checkpoint, chips, costs, goodput, profiler, runs
 from cla_jax import mesh as meshes
-from cla_jax.config import Config, check_vocabulary
+from cla_jax.config import Config, OptimizerConfig, check_vocabulary
 from cla_jax.data.loader import Batches
 from cla_jax.data.prepare import Prepared, prepare
 from cla_jax.loss import cross_entropy
@@ -313,14 +313,7 @@ def train(
     agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
     setup = set_up(config)
     agree({"data": facts_of(setup.prepared), "newest checkpoint": newest_checkpoint(config)})
-    run = runs.open_run(
-        config,
-        data_fingerprint=setup.prepared.path.name,
-        tokenizer_json=setup.prepared.tokenizer.to_json(),
-    )
-    # One process holds the lock for all hosts.
-    lock = runs.locked(run) if jax.process_index() == 0 else contextlib.nullcontext()
-    with lock, logging_to(run), jax.set_mesh(setup.mesh):
+    with opened(setup) as run, jax.set_mesh(setup.mesh):
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
         with ThreadPoolExecutor(1, thread_name_prefix="compile") as threads:
             compiling = threads.submit(compile_step, setup)
@@ -419,17 +412,27 @@ def option_errors(options: str) -> Iterator[None]:
 
 def make_step(layout: Layout) -> Any:
     """The step of a run under `jax.jit`; the state is donated."""
-    config = layout.config
-    step = functools.partial(
-        train_step,
-        optimizer=layout.optimizer,
-        rate=schedule(config.optimizer, config.steps),
+    config, placement = layout.config, layout.config.placement
+    return _step(
+        config.optimizer,
+        config.steps,
+        placement.compiler_options,
         run=layout.training,
         end=layout.end,
-        loss_chunk=config.placement.loss_chunk,
+        loss_chunk=placement.loss_chunk,
     )
-    options = compiler_options(config.placement.compiler_options)
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+@functools.lru_cache(maxsize=4)  # a process may train many runs, and each keeps its program
+def _step(optimizer: OptimizerConfig, steps: int, options: str, **static: Any) -> Any:
+    """One function for all equal runs of a process: to jax, another function is another program."""
+    step = functools.partial(
+        train_step,
+        optimizer=make_optimizer(optimizer, steps),
+        rate=schedule(optimizer, steps),
+        **static,
+    )
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options))
 
 
 def compiler_options(text: str) -> dict[str, bool | int | str]:
@@ -488,6 +491,21 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
 def log_time(clock: goodput.Clock) -> None:
     if jax.process_index() == 0:
         log.info(goodput.summary(clock.seconds()))
+
+
+@contextlib.contextmanager
+def opened(setup: Setup) -> Iterator[Run]:
+    """The run's directory, kept from other processes; the log is copied into it."""
+    # One process holds the lock for all hosts; and before it, nothing is written.
+    path = runs.run_path(setup.config)
+    with runs.locked(path) if jax.process_index() == 0 else contextlib.nullcontext():
+        run = runs.open_run(
+            setup.config,
+            data_fingerprint=setup.prepared.path.name,
+            tokenizer_json=setup.prepared.tokenizer.to_json(),
+        )
+        with logging_to(run):
+            yield run
 
 
 @contextlib.contextmanager

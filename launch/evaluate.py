@@ -110,7 +110,7 @@ def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -
     say(
         f"  {name:16s}perplexity {record['perplexity']:.4f}   "
         f"{record['bits_per_byte']:.4f} bits/byte   "
-        f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s"
+        f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s, step {record['step']:,}"
     )
     if close := record.get("agreement"):
         say(

@@ -139,6 +139,10 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
     alone = dict(evaluate(run, chunk=32))
     assert alone["full"]["step"] == config.steps
     assert run.evals() == alone
+    later = alone["full"] | {"step": config.steps + 1}
+    run.write_eval("full", later)
+    assert "full" in dict(evaluate(run, chunk=32))
+    assert run.evals()["full"] == later  # the checkpoint of an earlier step does not replace it
     devices(8)
     ways = [{}, {"mesh": MeshConfig(data=4, fsdp=1, model=2), "split_cache": True}]
     for way in ways:
@@ -158,9 +162,8 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices):
     assert run.evals().keys() == records.keys()
     int8 = run.evals()["cached-int8"]
     dense = run.evals()["cached-dense"]
-    assert int8["kv_bytes"]["resident"]["counted"] == 2 * 2 * (
-        8 + 2
-    )  # slots, K and V, codes and scale
+    # Slots, K and V, codes and scale.
+    assert int8["kv_bytes"]["resident"]["counted"] == 2 * 2 * (8 + 2)
     assert dense["kv_bytes"]["resident"]["counted"] == 2 * 2 * 8 * 4
     assert [slot["readers"] for slot in int8["per_slot"]] == [2, 2]
     rows = report.read([run])

@@ -64,9 +64,12 @@ def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, 
         (["smok"], "did you mean smoke"),
         (["demo", "--name", "x"], "same directory"),
         (["smoke", "--placement.mesh.fsdp", "3"], "does not make up the 8 devices"),
+        (["smoke", "--placement.runs", str(ROOT / "LICENSE")], f"{ROOT / 'LICENSE'} is a file"),
+        (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], str(ROOT / "LICENSE")),
     ],
 )
-def test_user_errors_are_one_line(capsys, argv, words):
+def test_user_errors_are_one_line(capsys, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         launch_train.main(argv)
     assert stop.value.code == 2
@@ -319,10 +322,18 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The arrays that a run ends with which nothing happens to."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    process = start(directory, "undisturbed")
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    return final_arrays(directory, "undisturbed")
+
+
 @pytest.mark.slow
-def test_killed_at_random_steps_ends_bit_for_bit_as_never_killed(tmp_path):
-    undisturbed = start(tmp_path, "undisturbed", "--placement.save-every", "5")
-    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr.read()
+def test_killed_at_random_steps_ends_bit_for_bit_as_never_killed(tmp_path, undisturbed):
     draw = random.Random(time.time_ns())
     kills = 0
     while True:
@@ -342,13 +353,11 @@ def test_killed_at_random_steps_ends_bit_for_bit_as_never_killed(tmp_path):
         assert code == -signal.SIGKILL
         kills += 1
     assert kills >= 3
-    assert_same_bits(final_arrays(tmp_path, "killed"), final_arrays(tmp_path, "undisturbed"))
+    assert_same_bits(final_arrays(tmp_path, "killed"), undisturbed)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path):
-    undisturbed = start(tmp_path, "undisturbed")
-    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr.read()
+def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path, undisturbed):
     process = start(tmp_path, "stopped")
     wait_for_step(process, tmp_path, "stopped", 7)
     process.terminate()
@@ -360,7 +369,7 @@ def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path):
     manifests = (tmp_path / "runs/stopped/checkpoints").glob("*.json")
     assert stopped_at in [int(manifest.stem) for manifest in manifests]
     assert start(tmp_path, "stopped").wait(timeout=200) == 0
-    assert_same_bits(final_arrays(tmp_path, "stopped"), final_arrays(tmp_path, "undisturbed"))
+    assert_same_bits(final_arrays(tmp_path, "stopped"), undisturbed)
 
 
 @pytest.mark.slow

@@ -176,6 +176,8 @@ def test_a_torn_line_of_metrics_is_skipped(tmp_path):
     whole = rows(run)[0].metrics
     with open(run.metrics, "a") as file:
         file.write('{"step": 31, "loss": 2.')
+    with open(run.metrics, "ab") as file:
+        file.write(b'\n{"step": 31, "\xff": 2}\n')  # damaged
     assert rows(run)[0].metrics == whole
     assert len(whole) == 30
 

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +110,14 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tiny, devices):
 def test_a_run_is_trained_by_one_process_at_a_time(tiny, devices):
     devices(1)
     config = tiny()
+    other = tiny(**{"placement.eval_batch_size": 128})
 
     def meanwhile(*_):
+        (record,) = Path(config.placement.runs).glob("*/config.json")
+        before = record.read_text()
         with pytest.raises(ValueError, match="is being trained by another process"):
-            train(config, evaluate=NO_EVALUATION)
+            train(other, evaluate=NO_EVALUATION)
+        assert record.read_text() == before
         return {"held_out_loss": 1.0}
 
     assert train(config, evaluate=meanwhile)
