@@ -95,7 +95,8 @@ def restore_latest(directory: epath.Path, abstract: State) -> State | None:
 def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer]:
     """(step, model) of a run's newest checkpoint that verifies, on any mesh; changes nothing.
 
-    The optimiser is not read. Raises ValueError if there is no checkpoint that can be trusted.
+    The optimiser is not read, nor is damage to it looked for. Raises ValueError if there is no
+    checkpoint that can be trusted.
     """
     config = run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
@@ -105,17 +106,19 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
         arrays = _load_parts(path, {"model": named(abstract)})["model"]
         return int(path.name), with_named(abstract, arrays)
 
-    restored = _restore(run.checkpoints, load, set_aside=False)
+    restored = _restore(run.checkpoints, load, set_aside=False, unread="training")
     if restored is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train it first")
     return restored
 
 
-def _restore(directory: epath.Path, load: Any, *, set_aside: bool) -> Any:
+def _restore(
+    directory: epath.Path, load: Any, *, set_aside: bool, unread: str | None = None
+) -> Any:
     damaged: dict[epath.Path, str] = {}
     for step in reversed(steps(directory)):
         path = directory / f"{step:08d}"
-        problem = verify(path)
+        problem = verify(path, unread)
         if problem is None:
             restored = load(path)
             # Only now that a good one is loaded: otherwise the next start would begin from nothing.
@@ -132,14 +135,20 @@ def _restore(directory: epath.Path, load: Any, *, set_aside: bool) -> Any:
     return None
 
 
-def verify(path: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is as it was written."""
+def verify(path: epath.Path, unread: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is as it was written.
+
+    A part that is not going to be read is left out.
+    """
     try:
-        expected_files = json.loads(_manifest(path).read_text())["files"]
+        manifest = json.loads(_manifest(path).read_text())
+        expected_files, _ = manifest["files"], manifest["arrays"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"checkpoint manifest {_manifest(path)} is not readable: {error!r}"
     present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
     for name, expected in expected_files.items():
+        if name.split("/")[0] == unread:
+            continue
         if name not in present:
             return f"checkpoint file {path / name} is missing"
         found = _checksum(present[name])

@@ -39,8 +39,8 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(array, named(b)[name], err_msg=name)
 
 
-def data_file(directory, step):
-    return max(checkpoint._files(directory / f"{step:08d}"), key=lambda f: f.stat().length)
+def data_file(directory, step, part="."):
+    return max(checkpoint._files(directory / f"{step:08d}" / part), key=lambda f: f.stat().length)
 
 
 def test_the_newest_is_restored_bit_for_bit(saved):
@@ -94,9 +94,12 @@ def test_who_only_reads_uses_the_one_before_and_moves_nothing(saved, tiny):
     config = tiny()
     run = open_run(config, data_fingerprint="", tokenizer_json="{}")
     directory.rename(run.checkpoints)
-    flip_a_byte(data_file(run.checkpoints, 4))
     mesh = make_mesh(MeshConfig())
-    step, model = checkpoint.load_model(run, axis_rules(config.model, mesh), mesh)
+    load = lambda: checkpoint.load_model(run, axis_rules(config.model, mesh), mesh)
+    flip_a_byte(data_file(run.checkpoints, 4, "training"))
+    assert load()[0] == 4  # the optimiser's damage is nothing to a reader of the model
+    flip_a_byte(data_file(run.checkpoints, 4, "model"))
+    step, model = load()
     assert step == 2
     assert_equal(model, states[2].model)
     assert steps(run.checkpoints) == [2, 4]
@@ -124,7 +127,11 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
 
 def test_a_broken_manifest_is_damage_too(saved):
     directory, abstract, states = saved
-    (directory / "00000004.json").write_text('{"step": 4, "files"')
+    file = directory / "00000004.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({"files": whole["files"]}))  # without its arrays
+    assert "is not readable" in (checkpoint.verify(directory / "00000004") or "")
+    file.write_text('{"step": 4, "files"')
     assert_equal(restore_latest(directory, abstract), states[2])
 
 
