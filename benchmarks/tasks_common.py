@@ -8,6 +8,7 @@ from cla_jax.interop.task_data import Tasks
 def requests(spec: dict[str, Any]) -> dict[str, list[Any]]:
     """The log-likelihood requests of the first examples of each task."""
     tasks = Tasks(spec["tasks"], data=spec["task_data"])
+    tasks.draw_alike()
     asked = {}
     for name, loaded in tasks.loaded.items():
         (task,) = loaded["tasks"].values()

@@ -94,9 +94,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of the one file, or of exactly the shards that an index lists."""
-    if (
-        directory / _SINGLE
-    ).is_file():  # before an index that may have been left there, as transformers
+    # Before an index, which may have been left there; as transformers does.
+    if (directory / _SINGLE).is_file():
         return safetensors.read(directory / _SINGLE)
     if not (directory / _INDEX).is_file():
         raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")

@@ -22,7 +22,7 @@ from cla_jax.decode import Weights, decoding_weights
 from cla_jax.evaluate import open_setup
 from cla_jax.families import doubled, text
 from cla_jax.generate import Sampling, generate
-from cla_jax.interop.task_data import FEWSHOT_SEED, Tasks, harness_missing
+from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run
@@ -254,6 +254,7 @@ def evaluate(
     with jax.set_mesh(setup.mesh):
         for way in ways:
             answers = Model(setup, model, way=way, chunk=chunk, context=context)
+            tasks.draw_alike()
             for name, loaded in tasks.loaded.items():
                 title = f"{name}, {way}"
                 answers.progress = lambda what, title=title: progress(f"{title}: {what}")
@@ -266,8 +267,6 @@ def evaluate(
 
 def _scored(answers: Model, loaded: Any, limit: int | None) -> dict[str, dict[str, Any]]:
     """The records of one or several tasks, by their names."""
-    for task in loaded["tasks"].values():  # the same solved examples, however often it is asked
-        task.set_fewshot_seed(FEWSHOT_SEED)
     clock = time.monotonic()
     found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
     how = {"context": answers.max_length, "seconds": round(time.monotonic() - clock, 3)}

@@ -109,9 +109,8 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
     """Raises ValueError naming the tensors that are missing, left over or of another shape."""
-    if (
-        len(tensors) < config.n_layers
-    ):  # by itself: a damaged number of layers may be in the millions
+    # By itself, for a damaged number of layers may be in the millions.
+    if len(tensors) < config.n_layers:
         raise ValueError(f"{len(tensors)} tensors are too few for {config.n_layers:,} layers")
     wanted = expected(config)
     missing = [name for name in wanted if name not in tensors]

@@ -53,7 +53,7 @@ HOW_TO_GET = (
     "SPLIT.jsonl, .arrow, .parquet or .csv with the fields that the task reads"
 )
 
-FEWSHOT_SEED = 1234  # the harness's default
+_FEWSHOT_SEED = 1234  # the harness's default
 
 Row = dict[str, Any]
 
@@ -149,7 +149,12 @@ class Tasks:
                     task.set_config("num_fewshot", shots)
                 elif task.get_config("num_fewshot") is None:
                     task.set_config("num_fewshot", 0)
-                task.set_fewshot_seed(FEWSHOT_SEED)
+
+    def draw_alike(self) -> None:
+        """Makes every task draw its solved examples anew: the same ones, however often it is asked."""
+        for loaded in self.loaded.values():
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(_FEWSHOT_SEED)
 
     def _load(self, name: str) -> Any:
         """A task, or several, as the harness's `evaluate` takes them."""
