@@ -201,11 +201,10 @@ def test_a_bad_trial_leaves_the_others_alone(tmp_path):
         assert len(steps_of(record.run)) == 4  # evaluated, not trained again
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_named_and_costs_nothing(tmp_path):
     disk = tmp_path / "runs"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(disk)]  # fails if not root
     subprocess.run(mount, check=True)
     try:
         fields = ("--steps", "6", "--placement.save-every", "2")

@@ -1,0 +1,50 @@
+"""The rules of docs/design.md that are about the source itself."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
+SKIPS = {"skip", "skipif", "importorskip", "xfail"}
+
+
+def nodes(folder: str, kind: type) -> list[tuple[str, Any]]:
+    """The nodes of a kind in the files of a folder, with where they are."""
+    found = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.walk(ast.parse(file.read_text()))
+        found += [(f"{file.relative_to(ROOT)}:{n.lineno}", n) for n in tree if isinstance(n, kind)]
+    assert found, f"nothing was read in {folder}"
+    return found
+
+
+def is_clock(node: ast.AST) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="time"), attr=name)):
+            return name.removesuffix("_ns") in CLOCKS
+    return False
+
+
+def test_no_test_measures_a_time():
+    """Deadlines are sums with a clock; a duration, which might be asserted, would be a difference."""
+    differences = [(at, node) for at, node in nodes("tests", ast.BinOp) if type(node.op) is ast.Sub]
+    assert [at for at, node in differences if any(map(is_clock, ast.walk(node)))] == []
+
+
+def test_no_test_can_pass_by_skipping():
+    assert [at for at, node in nodes("tests", ast.Attribute) if node.attr in SKIPS] == []
+
+
+@pytest.mark.parametrize("folder", ["cla_jax", "launch", "experiments", "benchmarks", "tests"])
+def test_what_is_caught_broadly_is_raised_again(folder):
+    broad = (None, "Exception", "BaseException")
+    swallowed = [
+        at
+        for at, node in nodes(folder, ast.ExceptHandler)
+        if (node.type and ast.unparse(node.type)) in broad
+        and not isinstance(node.body[-1], ast.Raise)
+    ]
+    assert swallowed == []
