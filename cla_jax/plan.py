@@ -160,9 +160,7 @@ def estimate(layout: Layout) -> dict[str, int]:
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
     # products give; everything, of which norms and SwiGLU are in float32.
     entry = D // tensor if layout.training.rules.sequence else D
-    left = {"block": entry, "dots": entry + D + Q + 2 * F, "none": 4 * D + 4 * Q + 10 * F}[
-        run.remat
-    ]
+    left = {"block": entry, "dots": 2 * D + Q + 2 * F, "none": 4 * D + 4 * Q + 10 * F}[run.remat]
     saved = (model.n_layers * left + model.n_slots * KV + 2 * D) * tokens * width
     beside = size - 1 if size <= UNROLLED and run.remat != "none" else 0
     if layout.mesh.shape["slice"] > 1:  # such programs are scheduled one block after another

@@ -225,9 +225,7 @@ class Launcher:
             if self.pool is not None:
                 elsewhere = [name for name in busy if name not in self.pool.running]
                 todo = todo[: self.pool.free(len(elsewhere))]
-                busy += (
-                    self.pool.running
-                )  # a trial that is done, or cancelled, may not have ended yet
+                busy += self.pool.running  # what is done, or cancelled, may not have ended yet
             self._say(plan, states)
             if todo and not self.stopping:
                 self._submit(_only(plan, todo))

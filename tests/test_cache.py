@@ -145,15 +145,20 @@ def test_kivi_quantises_whole_groups_and_keeps_128():
     assert ((n - q) < 160).all()
 
 
+@functools.cache
+def decoded_whole(H):
+    """A model of head size H, texts of 300 tokens, and the scores of what follows them."""
+    config = replace(MODEL, d_head=H, n_heads=2, n_kv_heads=1, kv_map="0,0,2,0")
+    model = make(config)
+    tokens = np.random.default_rng(0).integers(0, 260, (2, 300))
+    return decoding_weights(model), config, tokens, model.logits(tokens, Execution())[:, -1]
+
+
 @pytest.mark.parametrize("H", HEADS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_decodes_close_to_the_full_forward(name, H):
     """The closer the more bits it has; the same whatever the chunks, for those that keep tokens apart."""
-    config = replace(MODEL, d_head=H, n_heads=2, n_kv_heads=1, kv_map="0,0,2,0")
-    model = make(config)
-    tokens = np.random.default_rng(0).integers(0, 260, (2, 300))
-    expected = model.logits(tokens, Execution())[:, -1]
-    weights = decoding_weights(model)
+    weights, config, tokens, expected = decoded_whole(H)
     logits = {}
     for chunk in (1, 70) if name in ("int8", "fp8") else (70,):
         spec = cache_spec(config, name, batch=2, capacity=300, chunk=chunk)

@@ -140,9 +140,8 @@ def test_flops_count_what_windows_leave_to_see():
     )
     pairs = sum(t + 1 - min(t + 1, W) for t in range(T)) / T
     exact = 3 * 4 * MODEL.n_layers * MODEL.n_heads * MODEL.d_head * pairs
-    assert extra == pytest.approx(
-        exact, rel=0.05
-    )  # halving for causality is T / 2, not (T + 1) / 2
+    # Halving for causality is T / 2, not (T + 1) / 2.
+    assert extra == pytest.approx(exact, rel=0.05)
 
 
 def test_training_bytes_equal_the_live_state(tiny, devices):

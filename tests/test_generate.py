@@ -35,10 +35,14 @@ def tokens(completions):
     return [completion.tokens for completion in completions]
 
 
+@jax.jit
+def scores(model, tokens):
+    return model.logits(tokens, Execution())
+
+
 def by_full_forward(model, prompt, new_tokens):
     """Greedy continuation and its log-probabilities, without any cache."""
     text, logprobs = list(prompt), []
-    scores = jax.jit(lambda model, tokens: model.logits(tokens, Execution()))
     for _ in range(new_tokens):
         padded = jnp.array([text + [0] * (64 - len(text))])
         row = scores(model, padded)[0, len(text) - 1]
@@ -104,8 +108,8 @@ def test_every_format_can_be_split_over_devices(format):
     model = make(MODEL)
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, model=2))
     rules = split_cache(axis_rules(MODEL, mesh), mesh)
-    prompts = [list(range(n)) for n in (200, 7, 160, 130)]
-    options = {"capacity": 600, "sampling": GREEDY, "new_tokens": 150, "stop": []}
+    prompts = [list(range(n)) for n in (210, 7, 180, 150)]  # KIVI's next groups fill up after some
+    options = {"capacity": 600, "sampling": GREEDY, "new_tokens": 20, "stop": []}
     alone = run(model, prompts, format=format, **options)
     with jax.set_mesh(mesh):
         weights = decoding_weights(jax.device_put(model, layout(model, rules, mesh)), rules)
@@ -113,8 +117,8 @@ def test_every_format_can_be_split_over_devices(format):
         options.pop("capacity")
         spread = generate(weights, spec, prompts, n_ids=257, **options)
     for a, b in zip(alone, spread, strict=True):
-        assert a.tokens[:20] == b.tokens[:20]  # afterwards a near tie may fall the other way
-        assert a.logprobs[:20] == pytest.approx(b.logprobs[:20], abs=1e-2)
+        assert a.tokens == b.tokens
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-2)
 
 
 def test_generation_stops_at_any_of_the_stop_tokens_and_says_so():

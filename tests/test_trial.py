@@ -287,10 +287,11 @@ def test_status_reads_the_end_of_long_metrics(record, capsys):
 
 def test_a_silent_runner_is_dead_where_there_are_no_locks(record, monkeypatch):
     monkeypatch.setattr(Record, "is_local", property(lambda self: False))
-    state = State(status="running", updated=time.time())
+    now = time.time()
+    state = State(status="running", updated=now)
     record.write_state(state)
     assert status.line(record)["state"] == "running"
-    record.write_state(dataclasses.replace(state, updated=time.time() - records.SILENT_S - 5))
+    record.write_state(dataclasses.replace(state, updated=now - records.SILENT_S - 5))
     assert status.line(record)["state"] == "dead"
 
 

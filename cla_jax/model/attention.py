@@ -50,9 +50,7 @@ class Forks(NamedTuple):
 
     positions_BT: jax.Array  # in the text, which rotates the keys and bounds a window
     trunks_BT: jax.Array  # the column where the token's family begins
-    branches_BT: (
-        jax.Array
-    )  # the column where its branch begins; of a trunk's tokens, where the trunk does
+    branches_BT: jax.Array  # the column where its branch begins; its trunk, if it has none
 
     def visible(self, window: jax.Array | None) -> jax.Array:
         """Which keys of its row a query sees, [B, T, S]."""
