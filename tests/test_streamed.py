@@ -8,7 +8,7 @@ from cla_jax.model import streamed
 from cla_jax.model.layers import Linear
 from cla_jax.model.transformer import project
 from tests import reference
-from tests.conftest import MODEL, replace
+from tests.conftest import MODEL, equations, replace
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,22 @@ def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
     found = streamed.Streamed.of(linear)(x, AxisRules())
     assert found.shape == expected.shape
     assert jnp.abs(found - expected).max() <= 1e-6 * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "cores", "parts"),
+    [(1, 1024, 4, 4), (1, 1022, 4, 2), (1, 1021, 4, 1), (1, 1024, 99, 8), (2, 1024, 4, 1)],
+)
+def test_a_product_with_one_token_is_dealt_out_to_the_cores(tokens, out, cores, parts, monkeypatch):
+    """In equal parts, none too small."""
+    monkeypatch.setattr(streamed, "_cores", lambda: cores)
+    x = jax.random.normal(jax.random.key(0), (tokens, 64))
+    weight = jax.random.normal(jax.random.key(1), (out, 64))  # 256 KiB
+    found = streamed.product(x, weight)
+    assert jnp.abs(found - x @ weight.T).max() <= 1e-5 * jnp.abs(found).max()
+    traced = jax.make_jaxpr(lambda x, weight: streamed.product(x, weight))(x, weight)
+    (product,) = [eqn for eqn in equations(traced) if eqn.primitive.name == "dot_general"]
+    assert product.outvars[0].aval.shape == (parts, out // parts, tokens)
 
 
 def test_logits_are_float32_whatever_the_model_computes_in():

@@ -6,7 +6,9 @@ backends nothing here is used.
 """
 
 import dataclasses
+import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from jax.sharding import PartitionSpec
 
 from cla_jax.mesh import AxisRules
 from cla_jax.model.layers import Linear, axes
+
+SMALLEST_PART = 1 << 15  # bytes of a matrix that are worth another thread
 
 
 def serves() -> bool:
@@ -24,10 +28,28 @@ def serves() -> bool:
 
 def product(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x times the transposed matrix: [tokens, out], in `dtype` or that of the operands."""
+    N, (out, _) = len(x_NI), weight_OI.shape
+    # XLA gives a matrix times a vector to one thread, however large; of a batch of them, each thread
+    # takes its own, and finds it in the cache of its core at the next step. Several tokens it spreads itself.
+    P = _parts(weight_OI) if N == 1 else 1
+    weight_POI = weight_OI.reshape(P, out // P, -1)
     # The barriers keep XLA from folding the transposes into the product, which is the slow form again.
-    x_IN = jax.lax.optimization_barrier(x_NI.T)
-    y_ON = jnp.matmul(weight_OI, x_IN, preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(y_ON).T
+    x_PIN = jnp.broadcast_to(jax.lax.optimization_barrier(x_NI.T), (P, x_NI.shape[1], N))
+    y_PON = jnp.einsum("POI,PIN->PON", weight_POI, x_PIN, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y_PON.reshape(out, N)).T
+
+
+def _parts(weight_OI: jax.Array) -> int:
+    """Into how many equal parts a product with one token is cut: one a core, unless they get too small."""
+    most = min(_cores(), weight_OI.size * weight_OI.dtype.itemsize // SMALLEST_PART)
+    return next(n for n in range(max(most, 1), 0, -1) if weight_OI.shape[0] % n == 0)
+
+
+@functools.cache
+def _cores() -> int:
+    """That this process may use, which is how many threads XLA has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
