@@ -8,7 +8,7 @@ read block by block up to the current length.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +88,8 @@ def decode(
     is_text_BT = steps_T < counts_B[:, None]
     positions_BT = jnp.where(is_text_BT, cache.lengths_B[:, None] + steps_T, -1)
     lengths_B = cache.lengths_B + counts_B
-    rope = Rope(positions_BT, config)
+    rope = Rope.at(positions_BT, config)
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-    run = Execution(rules=rules)
     slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
     spec_BTD = rules.gathered().spec(*axes("BTD"))
@@ -100,20 +99,28 @@ def decode(
         if group.owns:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             slots[p] = spec.write(p, slots[p], kv, positions_BT)
-        seen_from_BT = window_starts(positions_BT, spec.windows[p], any_BT)
-
-        def attend(q_BTKGH: jax.Array, slot: Any, p=p, seen_from_BT=seen_from_BT) -> jax.Array:
-            return spec.attend(
-                p,
-                slot,
-                q_BTKGH,
-                positions_BT=positions_BT,
-                starts_BT=seen_from_BT,
-                lengths_B=lengths_B,
-            )
-
-        x_BTD = blocks(x_BTD, slots[p], rope, attend, run, config)
+        seen = Seen(positions_BT, window_starts(positions_BT, spec.windows[p], any_BT), lengths_B)
+        x_BTD = _group(blocks, x_BTD, slots[p], rope, seen, spec=spec, p=spec.like(p))
     return weights.norm(x_BTD), Cache(tuple(slots), lengths_B)
+
+
+class Seen(NamedTuple):
+    """Which tokens of a cache the queries of a step see: positions starts_BT to their own."""
+
+    positions_BT: jax.Array
+    starts_BT: jax.Array
+    lengths_B: jax.Array
+
+
+# Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.
+@functools.partial(jax.jit, static_argnames=("spec", "p"))
+def _group(
+    blocks: Group, x_BTD: jax.Array, slot: Any, rope: Rope, seen: Seen, *, spec: CacheSpec, p: int
+) -> jax.Array:
+    def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
+        return spec.attend(p, slot, q_BTKGH, **seen._asdict())
+
+    return blocks(x_BTD, slot, rope, attend, Execution(rules=spec.rules), spec.config)
 
 
 # -------------------------------------------------------------------------------------- prefill

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.config import ModelConfig
-from cla_jax.decode import decode, decoding_weights, prefill
+from cla_jax.decode import _group, decode, decoding_weights, prefill
 from cla_jax.model.transformer import Execution, document_starts, project
 from tests import reference
 from tests.conftest import MODEL, replace
@@ -259,8 +259,10 @@ def test_a_consumer_one_position_off_would_be_noticed(monkeypatch):
         late = positions_BT + 1 - len(calls) % 2  # the second layer of the two
         return attend(self, *args, positions_BT=late, **options)
 
+    _group.clear_cache()
     monkeypatch.setattr(CacheSpec, "attend", advanced)
     ours = cached_logits(model, TOKENS, 75, tag="advanced")
+    _group.clear_cache()
     assert jnp.abs(ours - full_logits(model, TOKENS)).max() > 1e-2
 
 
@@ -279,6 +281,18 @@ def test_no_slot_is_allocated_or_written_for_a_consumer(monkeypatch):
         lambda cache: decode(weights, spec, cache, TOKENS, np.full(3, T)), spec.allocate()
     )
     assert len(written) == 2
+
+
+def test_equal_groups_are_traced_once():
+    """By the format and window of their slot, and their own shape."""
+    config = replace(MODEL, n_layers=8, kv_map="0,0,2,2,4,4,6,7", windows="0,0,0,0,9,9,0,0")
+    weights = decoding_weights(make(config))
+    spec = cache_spec(config, batch=3, capacity=T, chunk=T)
+    assert [spec.like(p) for p in range(5)] == [0, 0, 2, 0, 0]
+    rows = (spec.allocate(), TOKENS, np.full(3, T), TOKENS)
+    text = step.lower(weights, *rows, spec=spec, sized=False).as_text()
+    assert text.count("call @_group") == 5
+    assert text.count("func.func private @_group") == 3
 
 
 @pytest.mark.parametrize("kv_map", ["0,0,2,2", "0,0,2,0", "0,1,0,1"])

@@ -8,6 +8,7 @@ Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes 
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
 
+import dataclasses
 import math
 from typing import Any, TypeVar
 
@@ -195,15 +196,22 @@ def _frequencies(config: ModelConfig) -> jax.Array:
     return kept * frequencies + (1 - kept) * slowed
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, half-split: dimension i turns with dimension i + H/2."""
 
-    def __init__(self, positions_BT: jax.Array, config: ModelConfig):
+    cos: jax.Array  # [B, T, H/2]
+    sin: jax.Array
+
+    @classmethod
+    def at(cls, positions_BT: jax.Array, config: ModelConfig) -> "Rope":
         angles = positions_BT[..., None].astype(jnp.float32) * _frequencies(config)
-        self.cos, self.sin = _cos_and_sin(angles)
+        cos, sin = _cos_and_sin(angles)
         kind, number = config.resolved_rope_scaling
         if kind == "yarn":
-            self.cos, self.sin = self.cos * number["attention"], self.sin * number["attention"]
+            cos, sin = cos * number["attention"], sin * number["attention"]
+        return cls(cos, sin)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotates x_BT...H, any number of head axes, in float32."""

@@ -179,7 +179,7 @@ class Transformer(nnx.Module):
         """
         config, rules = self.config, run.rules
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if forks is None else forks.positions_BT
-        rope = Rope(positions_BT, config)
+        rope = Rope.at(positions_BT, config)
 
         def attend_within(window: jax.Array | None) -> Attend:
             if forks is not None:
