@@ -200,6 +200,20 @@ def test_predicted_bytes_are_those_of_the_live_cache(name, H):
         assert ledger.counted(spec, cache, step) == ledger.predicted(spec, context)
 
 
+@pytest.mark.parametrize("kv_map", ["identity", "cla:2", "0,1,0,1,0,1", "0,1,2,1,2,2"])
+def test_every_reader_of_a_slot_is_counted(kv_map):
+    """Equal groups are traced once in a program, and each reads all the same."""
+    config = replace(MODEL, n_layers=6, kv_map=kv_map)
+    weights, spec = decoding_weights(make(config)), cache_spec(config, batch=2, capacity=100)
+    one = jnp.ones((2, 1), jnp.int32)
+    step = lambda spec, cache: decode(weights, spec, cache, one, one[:, 0])
+    cache = spec.allocate()
+    step(spec, cache)  # known to jax already
+    found = ledger.counted(spec, type(cache)(cache.slots, jnp.full(2, 100)), step)
+    assert found == ledger.predicted(spec, 100)
+    assert found.read == config.n_layers * found.resident / config.n_slots
+
+
 def test_bytes_in_numbers():
     """MQA with H = 128 at 2048 tokens in 16 bits, two slots of four layers, by hand."""
     config = ModelConfig(
