@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from cla_jax.mesh import AxisRules
 from cla_jax.model.layers import Linear, axes
 
-SMALLEST_PART = 1 << 15  # bytes of a matrix that are worth another thread
+SMALLEST_PART = 1 << 18  # bytes of a matrix that are worth waking another thread
 
 
 def serves() -> bool:
