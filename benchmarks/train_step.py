@@ -10,7 +10,7 @@ The machine must be quiet. With another busy process about, torch's threads wait
 every parallel region and it falls to a fraction of its speed, which flatters us. The column `cores`
 tells: on a quiet machine it is near --threads for every row.
 
-    python -m benchmarks.train_step                          both shapes, ours and torch
+    python -m benchmarks.train_step                          both shapes, ours both ways and torch
     python -m benchmarks.train_step --shape 7m --rounds 9
     python -m benchmarks.train_step --only ours              no torch needed
     python -m benchmarks.train_step --only ours ours-cla2 torch torch-compile
@@ -79,7 +79,7 @@ class Options(CommonOptions):
     # Shapes to measure.
     shape: tuple[Literal["7m", "100m"], ...] = ("7m", "100m")
     # Rows to measure; see above.
-    only: tuple[Row, ...] = ("ours", "torch")
+    only: tuple[Row, ...] = ("ours", "ours-unrolled", "torch")
     # Bursts of every contestant; the table shows their medians.
     rounds: int = 7
     # Steps a burst; 0 takes the shape's own.
