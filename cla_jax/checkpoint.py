@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from cla_jax.data.manifest import digest
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run, is_local, write_atomically
@@ -76,6 +77,7 @@ class Checkpointer:
             return
         files = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
         manifest = {"step": int(path.name), "files": files, "arrays": arrays}
+        manifest["checksum"] = digest(manifest)
         write_atomically(_manifest(path), json.dumps(manifest, indent=1))
         for step in steps(self.directory)[: -self.keep]:
             old = self.directory / f"{step:08d}"
@@ -141,10 +143,9 @@ def verify(path: epath.Path, unread: str | None = None) -> str | None:
     A part that is not going to be read is left out.
     """
     try:
-        manifest = json.loads(_manifest(path).read_text())
-        expected_files, _ = manifest["files"], manifest["arrays"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"checkpoint manifest {_manifest(path)} is not readable: {error!r}"
+        expected_files = _read_manifest(path)["files"]
+    except ValueError as error:
+        return str(error)
     present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
     for name, expected in expected_files.items():
         if name.split("/")[0] == unread:
@@ -181,7 +182,7 @@ def _load(path: epath.Path, abstract: State) -> State:
 
 
 def _load_parts(path: epath.Path, abstract: dict[str, dict[str, Any]]) -> dict[str, dict]:
-    saved = json.loads(_manifest(path).read_text())["arrays"]
+    saved = _read_manifest(path)["arrays"]
     for part in abstract.values():
         for name, leaf in part.items():
             if saved.get(name) != [list(leaf.shape), str(leaf.dtype)]:
@@ -209,6 +210,22 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 def _manifest(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.json"
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any]:
+    """Raises ValueError if it is damaged."""
+    file = _manifest(path)
+    try:
+        manifest = json.loads(file.read_text())
+        # Those written before manifests had a checksum of their own are taken as they are.
+        intact = manifest.pop("checksum", None) in (None, digest(manifest))
+        whole = all(set(sizes) == {"bytes", "sha256"} for sizes in manifest["files"].values())
+        whole = whole and isinstance(manifest["arrays"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint manifest {file} is not readable: {error!r}") from None
+    if not (intact and whole):
+        raise ValueError(f"checkpoint manifest {file} was altered")
+    return manifest
 
 
 def _files(path: epath.Path) -> list[epath.Path]:

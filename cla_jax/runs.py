@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ from etils import epath
 from cla_jax import config as configs
 from cla_jax import goodput
 from cla_jax.config import Config
+
+log = logging.getLogger(__name__)
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
@@ -81,15 +84,23 @@ class Run:
         file = self.path / "tokenizer.json"
         if not file.exists():
             raise ValueError(f"{file} is missing: the run has not started training, or was altered")
-        return file.read_text()
+        try:
+            return file.read_text()
+        except ValueError as error:  # not UTF-8
+            raise ValueError(f"{file} is damaged: {error}") from None
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
         """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now."""
-        file, known = self.path / "eval" / f"{name}.json", {}
+        file, known = self.path / "eval" / f"{name}.json", None
         with contextlib.suppress(ValueError):  # none yet, or a damaged one
-            known = _read_json(file)
-        if known.get("step", 0) <= record.get("step", 0):
-            write_atomically(file, _dump(record))
+            known = _read_json(file).get("step")
+        step = record.get("step", 0)
+        if isinstance(known, int) and known > step:
+            log.warning(
+                "%s is of step %d and kept; this evaluation is of step %d", file, known, step
+            )
+            return
+        write_atomically(file, _dump(record))
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written."""
@@ -102,7 +113,7 @@ class Run:
             for line in segment.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):  # torn by a crash, or damaged
                     record = json.loads(line)
-                    if isinstance(record, dict):
+                    if isinstance(record, dict) and isinstance(record.get("step"), int):
                         yield record
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -123,11 +134,14 @@ def run_path(config: Config) -> epath.Path:
     return epath.Path(config.placement.runs) / config.name
 
 
-def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> Run:
-    """The directory for a config: made if new, continued if the same run.
+def open_run(
+    config: Config, *, data_fingerprint: str, tokenizer_json: str, write: bool = True
+) -> Run:
+    """The directory for a config: made if new, continued if the same run; `write` off only checks.
 
     Raises ValueError, showing the difference, if the directory belongs to a run with another identity,
-    other data or another tokenizer. A different placement just continues.
+    other data or another tokenizer, or if nothing says whose its checkpoints are. A different placement
+    just continues.
     """
     run = Run(run_path(config))
     record = _record(config, data_fingerprint)
@@ -135,8 +149,14 @@ def open_run(config: Config, *, data_fingerprint: str, tokenizer_json: str) -> R
         check_identity(run, config, {"data_fingerprint": data_fingerprint})
         if (run.path / "tokenizer.json").exists():
             run.check_data(data_fingerprint, tokenizer_json)
-    write_atomically(run.path / "config.json", _dump(record))
-    write_atomically(run.path / "tokenizer.json", tokenizer_json)
+    elif saved_steps(run.checkpoints):
+        raise ValueError(
+            f"{run.path / 'config.json'} is missing, and with it what run the checkpoints beside it are "
+            "of: restore it, or give this run a directory of its own with --name"
+        )
+    if write:
+        write_atomically(run.path / "config.json", _dump(record))
+        write_atomically(run.path / "tokenizer.json", tokenizer_json)
     return run
 
 
@@ -204,9 +224,11 @@ def locked(path: epath.Path) -> Iterator[None]:
 
     Raises ValueError if one does. A remote run directory cannot be locked.
     """
-    for place in (path, *path.parents) if is_local(path) else (path,):
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: remove it, or use another --name")
+    for place in path.parents if is_local(path) else ():
         if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} is a file: remove it, or use another --name")
+            raise ValueError(f"{place} is a file: --placement.runs or --name has to lead elsewhere")
     if not is_local(path):
         yield
         return

@@ -496,11 +496,12 @@ def log_time(clock: goodput.Clock) -> None:
 @contextlib.contextmanager
 def opened(setup: Setup) -> Iterator[Run]:
     """The run's directory, kept from other processes; the log is copied into it."""
-    # One process holds the lock for all hosts; and before it, nothing is written.
-    path = runs.run_path(setup.config)
-    with runs.locked(path) if jax.process_index() == 0 else contextlib.nullcontext():
+    # One process holds the lock for all hosts, and it alone writes; before that, nothing is written.
+    path, writes = runs.run_path(setup.config), jax.process_index() == 0
+    with runs.locked(path) if writes else contextlib.nullcontext():
         run = runs.open_run(
             setup.config,
+            write=writes,
             data_fingerprint=setup.prepared.path.name,
             tokenizer_json=setup.prepared.tokenizer.to_json(),
         )

@@ -1,5 +1,6 @@
 """What every entry point does alike."""
 
+import errno
 import functools
 import sys
 import traceback
@@ -11,6 +12,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _ROOT = Path(__file__).parents[1]
+# Of paths that are not what they were given for.
+_PATHS = {
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
 _OURS = tuple(f"{_ROOT / name}/" for name in ("cla_jax", "experiments", "launch"))
 
 
@@ -19,24 +30,29 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
 
     Its message goes to stderr after `error: `, without a traceback, and the exit code is 2; so does that
     of a `ChildProcessError`, a process of ours that was killed, and of a path that is not what it was
-    given for (a file for a directory, one that may not be read). Every other exception, a library's
-    ValueError included, is a bug of ours and keeps its traceback.
+    given for (a file for a directory, one that may not be read, too long a name). Every other exception,
+    a library's ValueError included, is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            if error.filename is None:
+        except (ValueError, OSError, ImportError) as error:
+            if (words := _words(error)) is None:
                 raise
-            print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-            sys.exit(2)
-        except (ValueError, ChildProcessError) as error:
-            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            if not frame.f_code.co_filename.startswith(_OURS):
-                raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {words}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped
+
+
+def _words(error: ValueError | OSError | ImportError) -> str | None:
+    """What to tell the user about their mistake; None if it is one of ours."""
+    if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return "paths of gs:// need an extra: pip install 'cla_jax[gcs]'"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    told = isinstance(error, ValueError | ChildProcessError)
+    return str(error) if told and frame.f_code.co_filename.startswith(_OURS) else None

@@ -180,6 +180,8 @@ def _runs(arguments: Arguments) -> list[Any]:
     from cla_jax.runs import find_runs
     from launch import programs
 
+    if not arguments.runs:
+        raise ValueError("give at least one run or study: python -m launch.evaluate runs/NAME")
     runs = find_runs(arguments.runs)
     programs.remember(runs[0].path.parent)
     return runs

@@ -61,7 +61,7 @@ def parse_bytes(text: str) -> int:
     try:
         assert match is not None
         return round(float(match[1]) * UNITS[match[2]])
-    except (AssertionError, KeyError, ValueError):
+    except (AssertionError, KeyError, ValueError, OverflowError):
         raise ValueError(
             f"budget = {text!r}: write it as 80GB (10^9), 80GiB (2^30) or bytes"
         ) from None
@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # In the model's own dtype `dense` says it all.
     formats = arguments.cache or tuple(n for n in FORMATS if n not in ("float32", "bfloat16"))
+    if not arguments.names:
+        raise ValueError(
+            "give at least one experiment, study or run: python -m launch.memory cla_1b"
+        )
     configs = models(arguments.names)
     if arguments.ledger:
         lines = _ledger(configs, formats, arguments)

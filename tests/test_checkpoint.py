@@ -131,6 +131,18 @@ def test_a_broken_manifest_is_damage_too(saved):
     whole = json.loads(file.read_text())
     file.write_text(json.dumps({"files": whole["files"]}))  # without its arrays
     assert "is not readable" in (checkpoint.verify(directory / "00000004") or "")
+    altered = {**whole, "arrays": {**whole["arrays"], "embedding": [[1, 2], "float32"]}}
+    unmarked = {key: value for key, value in whole.items() if key != "checksum"}
+    file.write_text(json.dumps(unmarked))  # written before manifests had checksums
+    assert checkpoint.verify(directory / "00000004") is None
+    for damaged in (
+        altered,
+        {**unmarked, "files": []},
+        {**unmarked, "arrays": []},
+        {**unmarked, "files": {name: {"bites": 1} for name in whole["files"]}},
+    ):
+        file.write_text(json.dumps(damaged))
+        assert str(file) in (checkpoint.verify(directory / "00000004") or "")
     file.write_text('{"step": 4, "files"')
     assert_equal(restore_latest(directory, abstract), states[2])
 
@@ -202,6 +214,7 @@ def test_another_model_is_refused_with_the_array(saved):
     manifest = json.loads((directory / "00000004.json").read_text())
     name = "stacks.0.blocks.mlp.up.weight"
     manifest["arrays"][name][0][-1] = 7
+    del manifest["checksum"]
     (directory / "00000004.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"array {name} is .*7.*the config asks for"):
         restore_latest(directory, abstract)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backports import zstd
 
 from cla_jax.data import sources
+
+zstd = sources._zstd(Path("a.zst"))
 
 TEXTS = ["one", "zwei 😀", "cafe\u0301 <|endoftext|>"]
 

@@ -264,7 +264,7 @@ def test_scores_are_recorded_together_and_compared(run, school, capsys):
     assert "acc_norm" in capsys.readouterr().out
     assert "Downstream tasks" in (run.path / "report.html").read_text()
     # Of another checkpoint, nothing is kept.
-    run.write_eval("tasks-full", full | {"step": 1})
+    (run.path / "eval" / "tasks-full.json").write_text(json.dumps(full | {"step": 1}))
     list(evaluate(run, Tasks(["essay"], data=data, index=index)))
     assert list(run.evals()["tasks-full"]["tasks"]) == ["essay"]
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import random
@@ -65,7 +66,8 @@ def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, 
         (["demo", "--name", "x"], "same directory"),
         (["smoke", "--placement.mesh.fsdp", "3"], "does not make up the 8 devices"),
         (["smoke", "--placement.runs", str(ROOT / "LICENSE")], f"{ROOT / 'LICENSE'} is a file"),
-        (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], str(ROOT / "LICENSE")),
+        (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], "LICENSE' is a file"),
+        (["smoke", "--name", "a" * 300], "File name too long"),
     ],
 )
 def test_user_errors_are_one_line(capsys, argv, words, tmp_path, monkeypatch):
@@ -76,6 +78,15 @@ def test_user_errors_are_one_line(capsys, argv, words, tmp_path, monkeypatch):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+@pytest.mark.parametrize("module", ["evaluate", "memory", "compare"])
+def test_commands_without_runs_say_what_they_want(capsys, module):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"launch.{module}").main([])
+    assert stop.value.code == 2
+    assert "error: give at least one" in (line := capsys.readouterr().err)
+    assert f"python -m launch.{module}" in line
 
 
 def test_unknown_fields_name_the_nearest(capsys):

@@ -177,9 +177,19 @@ def test_a_torn_line_of_metrics_is_skipped(tmp_path):
     with open(run.metrics, "a") as file:
         file.write('{"step": 31, "loss": 2.')
     with open(run.metrics, "ab") as file:
-        file.write(b'\n{"step": 31, "\xff": 2}\n')  # damaged
+        file.write(b'\n{"step": 31, "\xff": 2}\n{}\n{"stfp": 31}\n')  # damaged
     assert rows(run)[0].metrics == whole
     assert len(whole) == 30
+
+
+def test_an_evaluation_without_its_scores_is_named(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    (run.path / "eval" / "full.json").write_text('{"step": 30}')
+    with pytest.raises(
+        ValueError, match=r"eval/full\.json has no bits_per_byte, perplexity, tokens"
+    ):
+        rows(run)
 
 
 def test_a_further_cache_format_is_a_line_and_a_point_of_its_own(tmp_path):

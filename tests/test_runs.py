@@ -154,6 +154,48 @@ def test_a_write_that_fails_leaves_the_old_content(tiny, monkeypatch):
     assert run.evals()["full"] == {"perplexity": 3.5}
 
 
+def test_checkpoints_without_a_config_belong_to_nobody(tiny):
+    """Another run would be taken for theirs."""
+    run = opened(tiny())
+    runs.write_atomically(run.checkpoints / "00000004.json", "{}")
+    (run.path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing.*restore it"):
+        opened(tiny(seed=7))
+    assert not (run.path / "config.json").exists()
+
+
+def test_who_does_not_write_only_checks(tiny):
+    """As all hosts but the first, which holds the lock."""
+    options = {"data_fingerprint": "f", "tokenizer_json": "{}"}
+    run = runs.open_run(tiny(), **options, write=False)
+    assert not run.path.exists()
+    runs.open_run(tiny(), **options)
+    before = (run.path / "config.json").read_text()
+    runs.open_run(tiny(**{"placement.log_every": 77}), **options, write=False)
+    assert (run.path / "config.json").read_text() == before
+    with pytest.raises(ValueError, match="holds another run"):
+        runs.open_run(tiny(seed=7), **options, write=False)
+
+
+def test_a_damaged_evaluation_is_replaced_and_a_later_one_is_kept_and_named(tiny, caplog):
+    run = opened(tiny())
+    for damaged in ("[]", '{"step": "x"}', "{"):
+        runs.write_atomically(run.path / "eval" / "full.json", damaged)
+        run.write_eval("full", {"step": 4})
+        assert run.evals()["full"] == {"step": 4}
+    assert not caplog.records
+    run.write_eval("full", {"step": 2})
+    assert run.evals()["full"] == {"step": 4}
+    assert "full.json is of step 4 and kept" in caplog.text
+
+
+def test_a_damaged_tokenizer_is_named(tiny):
+    run = opened(tiny())
+    (run.path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        run.tokenizer_json()
+
+
 def test_a_run_without_tokenizer_says_so(tiny):
     run = opened(tiny())
     (run.path / "tokenizer.json").unlink()

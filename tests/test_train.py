@@ -25,6 +25,7 @@ from cla_jax.train import (
     Diverged,
     batch_stream,
     make_step,
+    opened,
     restore_or_init,
     set_up,
     tokens_hash,
@@ -122,6 +123,15 @@ def test_a_run_is_trained_by_one_process_at_a_time(tiny, devices):
 
     assert train(config, evaluate=meanwhile)
     assert train(config, evaluate=NO_EVALUATION)  # the lock is free again
+
+
+def test_further_hosts_neither_lock_nor_write(tiny, devices, monkeypatch):
+    devices(1)
+    with opened(set_up(tiny())) as run:
+        before = (run.path / "config.json").read_text()
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with opened(set_up(tiny(**{"placement.eval_batch_size": 128}))):
+            assert (run.path / "config.json").read_text() == before
 
 
 def losses(config, n, mesh: MeshConfig, devices):

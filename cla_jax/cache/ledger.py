@@ -111,7 +111,7 @@ def _used(spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray) -> float:
 
 
 class _Apart(int):
-    """A slot unlike any other, itself included: jax traces anew what it knows of equal groups."""
+    """A slot unlike any other, even of its number: jax traces anew what it knows of equal groups."""
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

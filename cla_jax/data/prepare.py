@@ -97,6 +97,10 @@ def prepared_path(
             f"placement.data_dir = {os.fspath(data_dir)!r} must be a local directory: prepared "
             "data is read at random"
         )
+    if Path(data_dir).exists() and not Path(data_dir).is_dir():
+        raise ValueError(
+            f"placement.data_dir = {os.fspath(data_dir)!r} is a file: name a directory"
+        )
     identity = _identity(config) | {"source": sources.fingerprint(config.source)}
     if config.tokenizer.endswith(".json"):
         tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)

@@ -21,6 +21,8 @@ from cla_jax.runs import Run, is_local
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
 
+_SCORES = ("perplexity", "bits_per_byte", "tokens")  # of every evaluation but those of tasks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -72,6 +74,12 @@ def read(runs: Sequence[Run]) -> list[Row]:
 
 def _read(run: Run, name: str) -> list[Row]:
     evals = run.evals()
+    for stem, record in evals.items():
+        if missing := {"step", *(() if stem.startswith("tasks-") else _SCORES)} - set(record):
+            what = ", ".join(sorted(missing))
+            raise ValueError(
+                f"{run.path / 'eval' / stem}.json has no {what}: evaluate the run again"
+            )
     row = Row(
         name=name,
         path=str(run.path),
