@@ -1,11 +1,15 @@
 """The state of a run: parameters, optimiser moments, step; and its layout on a mesh."""
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax._src import config as jax_config  # has no public name for a setting of one thread
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cla_jax.config import Config, ModelConfig
@@ -65,12 +69,25 @@ def initial_state(
 ) -> State:
     """A fresh state as `abstract_state` lays it out. The same numbers on any mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # A program that runs once: on the CPU, optimising it takes several times what it can save.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    initial = jax.jit(
-        _initial, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
-    )
-    return initial(config.seed, config.model, optimizer)
+    with _compiled_to_run_once() as options:
+        initial = jax.jit(
+            _initial, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
+        )
+        return initial(config.seed, config.model, optimizer)
+
+
+@contextlib.contextmanager
+def _compiled_to_run_once() -> Iterator[dict[str, Any] | None]:
+    """Options of the compiler: on the CPU, optimising takes several times what one run can save."""
+    if jax.default_backend() != "cpu":
+        yield None
+    elif jax.__version_info__ >= (0, 11):
+        yield {"xla_backend_optimization_level": 0}
+    else:
+        # Without the newer emitters of fusions it compiles in half the time. It is not kept on disk:
+        # jaxlib has crashed writing programs of the older ones.
+        with jax_config.persistent_cache_min_compile_time_secs(math.inf):
+            yield {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
     allocator.keep_freed_memory()
+    allocator.collect_garbage_rarely()
     if arguments.tasks:
         _tasks(arguments)
     else:

@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("cla_jax").setLevel(logging.INFO)
 
     allocator.keep_freed_memory()
+    allocator.collect_garbage_rarely()
     # After the command line: --help and mistakes in it should not wait for jax.
     from launch import distributed
 

@@ -71,6 +71,8 @@ def test_a_second_start_compiles_nothing_and_damage_only_costs_time(tmp_path):
     start("a")
     kept = {file: file.read_bytes() for file in (tmp_path / ".programs").glob("*-cache")}
     assert any("train_step" in file.name for file in kept)
+    if jax.__version_info__ < (0, 11):  # the first state's is of the older emitters
+        assert not any("initial" in file.name for file in kept)
     assert "Persistent compilation cache hit for 'jit_train_step'" in start("b")
     for file, content in kept.items():
         file.write_bytes(content[: len(content) // 2])
