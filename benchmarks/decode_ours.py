@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launch import allocator
 
-allocator.keep_freed_memory()
+allocator.set_up()
 
 import jax
 import numpy as np

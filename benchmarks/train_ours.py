@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launch import allocator
 
-allocator.keep_freed_memory()  # as `launch.train` does
+allocator.set_up()  # as `launch.train` does
 
 import jax
 import numpy as np

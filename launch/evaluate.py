@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
-    allocator.keep_freed_memory()
-    allocator.collect_garbage_rarely()
+    allocator.set_up()
     if arguments.tasks:
         _tasks(arguments)
     else:

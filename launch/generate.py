@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from launch import allocator
 from launch.cli import user_errors
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Arguments, args=argv, prog="python -m launch.generate", description=__doc__
     )
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    allocator.set_up()
 
     import jax
 

@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("cla_jax").setLevel(logging.INFO)
 
-    allocator.keep_freed_memory()
-    allocator.collect_garbage_rarely()
+    allocator.set_up()
     # After the command line: --help and mistakes in it should not wait for jax.
     from launch import distributed
 
