@@ -136,7 +136,9 @@ def test_any_model_any_chunk_any_lengths(config, chunk, lengths):
     weights = decoding_weights(model)
     spec = cache_spec(config, batch=3, capacity=160, chunk=chunk)
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-    last, cache = prefill(weights, spec, spec.allocate(), prompts)
+    empty = spec.allocate()
+    last, cache = prefill(weights, spec, empty, prompts)
+    assert all(array.is_deleted() for array in jax.tree.leaves(empty.slots))  # filled in place
     rows, at = np.arange(3), np.array(lengths)
     assert_close(project(last[:, None], weights.head, spec.rules)[:, 0], expected[rows, at - 1])
     for i in range(20):

@@ -38,6 +38,18 @@ def test_no_test_can_pass_by_skipping():
     assert [at for at, node in nodes("tests", ast.Attribute) if node.attr in SKIPS] == []
 
 
+def test_a_compiled_function_takes_its_cache_over():
+    """Else every call would hold two. One copies a cache: the rows of a trunk, for its branches."""
+    kept, taken_over = set(), set()
+    for _, node in nodes("cla_jax", ast.FunctionDef):
+        jitted = [how for how in map(ast.unparse, node.decorator_list) if "jax.jit" in how]
+        if jitted and "cache" in [argument.arg for argument in node.args.args]:
+            donated = jitted[0].partition("donate_argnames=")[2]
+            (taken_over if "'cache'" in donated else kept).add(node.name)
+    assert kept == {"_handed_out"}
+    assert {"_prefill_chunk", "_loop"} <= taken_over
+
+
 @pytest.mark.parametrize("folder", ["cla_jax", "launch", "experiments", "benchmarks", "tests"])
 def test_what_is_caught_broadly_is_raised_again(folder):
     broad = (None, "Exception", "BaseException")
