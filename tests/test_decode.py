@@ -68,29 +68,30 @@ def assert_close(a, b):
     assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(b).max()
 
 
-SLOW = pytest.mark.slow
+MAPS = {
+    "identity": "0",
+    "cla:2": "0",
+    "cla:3": "20,20,50,50,50",
+    "0,0,2,0,0": "0,0,33,0,0",
+    "0,1,2,1,2": "0",
+}
 
 
 @pytest.mark.parametrize(
-    "heads", [pytest.param((4, 4), marks=SLOW), pytest.param((4, 2), marks=SLOW), (4, 1)]
-)
-@pytest.mark.parametrize(
-    ("kv_map", "windows"),
-    [
-        ("identity", "0"),
-        ("cla:2", "0"),
-        ("cla:3", "20,20,50,50,50"),
-        ("0,0,2,0,0", "0,0,33,0,0"),
-        ("0,1,2,1,2", "0"),
+    ("kv_map", "heads"),
+    [(kv_map, (4, 1)) for kv_map in MAPS]
+    + [
+        pytest.param(kv_map, (4, n_kv_heads), marks=pytest.mark.slow)
+        for kv_map, n_kv_heads in zip(MAPS, (4, 2, 4, 2, 2), strict=True)
     ],
 )
-def test_cached_decoding_equals_the_full_forward(kv_map, windows, heads):
+def test_cached_decoding_equals_the_full_forward(kv_map, heads):
     n_heads, n_kv_heads = heads
     config = replace(
         MODEL,
         n_layers=5,
         kv_map=kv_map,
-        windows=windows,
+        windows=MAPS[kv_map],
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         d_head=6,
