@@ -211,6 +211,13 @@ def test_sampling_draws_from_the_distribution():
     np.testing.assert_allclose(frequencies(top_k=2, top_p=0.6), [1, 0, 0, 0])
 
 
+def test_every_step_draws_anew():
+    """Of a model that knows nothing; with one draw for all steps it would say one word for ever."""
+    model = jax.tree.map(jnp.zeros_like, make(MODEL))
+    (completion,) = run(model, PROMPTS[:1], new_tokens=40, stop=[])
+    assert len(set(completion.tokens)) > 30  # of 40, from 257
+
+
 def test_log_probabilities_are_the_models_whatever_the_sampling():
     model = make(MODEL)
     (completion,) = run(model, PROMPTS[:1], sampling=Sampling(temperature=2.0, top_k=3), stop=[])
