@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
+LINTED := $(VENV)/.installed-lint
 INTEROP := $(VENV)/.installed-interop
 # What has no target of its own.
 HERE := not pods and not hosts and not interop and not engines
@@ -56,7 +57,7 @@ $(VENV)/libtpu: $(TESTED)
 		| xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@
 	touch $@
 
-lint: $(TESTED)
+lint: $(LINTED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -75,6 +76,10 @@ $(INSTALLED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
 $(TESTED): $(VENV)/pyvenv.cfg requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $(INSTALLED) $@
+
+$(LINTED): $(TESTED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
+	touch $@
 
 $(INTEROP): $(TESTED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,interop]"

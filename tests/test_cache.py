@@ -148,7 +148,9 @@ def test_kivi_quantises_whole_groups_and_keeps_128():
 @functools.cache
 def decoded_whole(H):
     """A model of head size H, texts of 300 tokens, and the scores of what follows them."""
-    config = replace(MODEL, d_head=H, n_heads=2, n_kv_heads=1, kv_map="0,0,2,0")
+    kv_map = "0,0,2,0" if H == 46 else "0,0"  # one size with several slots, one of them lent late
+    n_layers = kv_map.count(",") + 1
+    config = replace(MODEL, d_head=H, n_heads=2, n_layers=n_layers, kv_map=kv_map)
     model = make(config)
     tokens = np.random.default_rng(0).integers(0, 260, (2, 300))
     return decoding_weights(model), config, tokens, model.logits(tokens, Execution())[:, -1]
@@ -160,7 +162,7 @@ def test_every_format_decodes_close_to_the_full_forward(name, H):
     """The closer the more bits it has; the same whatever the chunks, for those that keep tokens apart."""
     weights, config, tokens, expected = decoded_whole(H)
     logits = {}
-    for chunk in (1, 70) if name in ("int8", "fp8") else (70,):
+    for chunk in (1, 70) if name in ("int8", "fp8") and H == 46 else (70,):
         spec = cache_spec(config, name, batch=2, capacity=300, chunk=chunk)
         last, _ = prefill(weights, spec, spec.allocate(), tokens.tolist())
         logits[chunk] = project(last[:, None], weights.head, spec.rules)[:, 0]
@@ -185,12 +187,12 @@ def test_predicted_bytes_are_those_of_the_live_cache(name, H):
         d_head=H,
         n_heads=2,
         n_kv_heads=2,
-        n_layers=5,
-        kv_map="0,0,2,0,4",
-        windows="0,0,60,0,0",
+        n_layers=4,
+        kv_map="0,0,2,0",
+        windows="0,0,60,0",
     )
     weights = decoding_weights(make(config))
-    for capacity, context in ((300, 300), (300, 130), (96, 50)):
+    for capacity, context in ((300, 130), (300, 300), (96, 50))[: 3 if H == 46 else 1]:
         spec = cache_spec(config, name, batch=2, capacity=capacity, chunk=8)
         cache = spec.allocate()
         cache = type(cache)(cache.slots, jnp.full(2, context))
@@ -308,7 +310,7 @@ WIDE = replace(MODEL, d_model=64, n_layers=4, n_heads=4, d_head=64, kv_map="cla:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_decode_step_copies_no_cache_and_no_stacked_weights(name, heads, batch):
     """Temporaries of the compiled loop stay under 5 % of the cache: nothing is dequantised whole."""
-    config = replace(WIDE, n_kv_heads={"mqa": 1, "mha": 4}[heads])
+    config = replace(WIDE, n_kv_heads={"mqa": 1, "mha": 4}[heads], n_layers=4 if batch == 1 else 2)
     compiled, cache = compiled_loop(cache_spec(config, name, batch=batch, capacity=2**18 // batch))
     assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * ledger.nbytes(cache)
     assert_updated_in_place(compiled, cache)

@@ -25,11 +25,10 @@ RUN = Execution()
 TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 260)
 
 
-def model_config(kv_map="cla:2", heads="mqa", **changes):
+def model_config(kv_map="cla:2", heads="mqa", n_layers=5, **changes):
     n_heads, n_kv_heads = HEADS[heads]
-    return replace(
-        MODEL, n_layers=5, kv_map=kv_map, n_heads=n_heads, n_kv_heads=n_kv_heads, **changes
-    )
+    heads = {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    return replace(MODEL, n_layers=n_layers, kv_map=kv_map, **heads, **changes)
 
 
 make = functools.cache(reference.randomised)
@@ -129,14 +128,14 @@ def loss_and_gradients(model, run):
 @pytest.mark.parametrize(
     ("kv_map", "scanned", "unrolled"),  # each remat in both, with shared keys and values
     [
-        ("identity", "block", "dots"),
-        ("cla:3", "dots", "block"),
-        ("0,0,2,0,0", "block", "dots"),
-        ("0,1,2,1,2", "dots", "block"),
+        ("0,1,2", "block", "dots"),
+        ("0,0,2,2", "dots", "block"),
+        ("0,0,2,0", "block", "dots"),
+        ("0,1,0,1", "dots", "block"),
     ],
 )
 def test_scan_and_remat_change_nothing(kv_map, scanned, unrolled):
-    model = make(model_config(kv_map))
+    model = make(model_config(kv_map, n_layers=kv_map.count(",") + 1))
     expected = loss_and_gradients(model, Execution(scan_layers=False, remat="none"))
     for scan, remat in [(True, "none"), (True, scanned), (False, unrolled)]:
         value, gradients = loss_and_gradients(model, Execution(scan_layers=scan, remat=remat))
@@ -196,8 +195,8 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
     """Only producers have a projection, each gets a gradient, and together they are right."""
     config = model_config(kv_map)
     model = make(config)
-    loss = jax.jit(lambda m: (m.logits(TOKENS, RUN) ** 2).mean())
-    gradients = jax.jit(jax.grad(loss))(model)
+    loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, RUN) ** 2).mean()))
+    _, gradients = loss(model)
     for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), gradients.stacks, strict=True):
         if stack.owns:
             weight = group.projection.kv.weight[...]
@@ -211,7 +210,7 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
         model, {name: p + eps * direction[name] for name, p in named(model).items()}
     )
     slope = sum(float((g * direction[name]).sum()) for name, g in named(gradients).items())
-    measured = float(loss(moved(1e-3)) - loss(moved(-1e-3))) / 2e-3
+    measured = float(loss(moved(1e-3))[0] - loss(moved(-1e-3))[0]) / 2e-3
     assert measured == pytest.approx(slope, rel=2e-2)
 
 

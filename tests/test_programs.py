@@ -50,10 +50,12 @@ def test_runs_that_are_only_read_get_nothing(tmp_path, settings, monkeypatch):
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_damage_only_costs_time(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    environment |= {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler", "XLA_FLAGS": ""}
+    environment |= {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
     def start(name: str) -> str:
         command = [sys.executable, "-m", "launch.train", "smoke", "--name", name, "--steps", "2"]
+        command += ["--model.n-layers", "1", "--model.kv-map", "identity"]
         command += [
             "--placement.runs",
             str(tmp_path),
