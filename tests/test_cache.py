@@ -43,6 +43,20 @@ def test_entries_hold_the_newest_tokens_once(ring, shards):
         assert kept == list(range(max(n - total, 0), n) if ring else range(min(n, total)))
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_no_block_is_read_that_holds_nothing_seen(shards):
+    """What a window or the start of a document hides costs no time."""
+    for first, newest in [(0, 0), (0, 15), (7, 8), (8, 8), (17, 30), (31, 31)]:
+        for shard in range(shards):
+            part = Entries(32 // shards, False, 4, shards, shard, unit=4)
+            entries = [int(part.of(jnp.int32(p))) for p in range(first, newest + 1)]
+            held = {entry // 4 for entry in entries if entry < part.capacity}
+            begin, end = map(int, part.blocks(jnp.int32(first), jnp.int32(newest)))
+            # A shard that holds none of them reads at most one block, for all shards read alike.
+            assert held <= set(range(begin, end))
+            assert end - begin <= len(held) + (shards > 1)
+
+
 def test_padding_and_positions_beyond_the_end_are_dropped():
     """dynamic_update_slice would clamp them onto the last entries without a word."""
     part = Entries(8, ring=False, block=8)
