@@ -5,7 +5,7 @@
 
 Orbax restores a flipped byte without a word, so a checkpoint counts from the moment its manifest,
 written after the commit, is there; and every load verifies it. A directory without a manifest was
-interrupted and is ignored. Older checkpoints are removed only after a newer manifest is written.
+interrupted and is ignored. It is removed, as older checkpoints are, only after a newer manifest is written.
 """
 
 import concurrent.futures
@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from typing import Any
 
 import jax
@@ -83,6 +84,9 @@ class Checkpointer:
             old = self.directory / f"{step:08d}"
             _manifest(old).unlink()  # first: what has no manifest does not count
             old.rmtree()
+        for left in _interrupted(self.directory):
+            log.warning("removing %s, which was interrupted while it was written", left)
+            left.rmtree()
 
 
 def restore_latest(directory: epath.Path, abstract: State) -> State | None:
@@ -129,7 +133,7 @@ def _restore(
                     _set_aside(bad)
             return restored
         damaged[path] = problem
-        log.warning("%s; using the checkpoint before it", problem)
+        log.warning("%s; looking for one before it", problem)
     if damaged:
         raise ValueError(
             "no checkpoint is left that can be trusted: " + "; ".join(damaged.values())
@@ -191,6 +195,17 @@ def _load_parts(path: epath.Path, abstract: dict[str, dict[str, Any]]) -> dict[s
                     f"the config asks for {[list(leaf.shape), str(leaf.dtype)]}"
                 )
     return ocp.load_checkpointables(_absolute(path), abstract)
+
+
+def _interrupted(directory: epath.Path) -> list[epath.Path]:
+    """What a kill left of saving or of removing a checkpoint; orbax writes beside the final name."""
+    name = re.compile(r"\d{8}(\.orbax-checkpoint-tmp.*)?")
+    whole = {f"{step:08d}" for step in steps(directory)}
+    return [
+        path
+        for path in directory.iterdir()
+        if name.fullmatch(path.name) and path.name not in whole and path.is_dir()
+    ]
 
 
 def _set_aside(path: epath.Path) -> None:

@@ -107,6 +107,6 @@ def evaluate(
             if (peak := memory.allocator_peak()) is not None:
                 record["device_peak_bytes"] = peak
             written_as = f"cached-{name}" if name else "full"
+            yield written_as, record  # first: it is known even where it cannot be written
             if windows is None:
                 run.write_eval(written_as, record)
-            yield written_as, record

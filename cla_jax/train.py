@@ -357,7 +357,8 @@ def train(
                     with journal.booked("evaluation"):
                         writer.write(step, evaluate(setup, state.model))
             with journal.booked("evaluation"):
-                if is_evaluated(run, config.steps):
+                # Of steps that were done again, on another mesh say, an evaluation is not the old one.
+                if first_step >= config.steps and is_evaluated(run, config.steps):
                     log.info("%s is complete already, at step %d", run.path, config.steps)
                 else:
                     writer.write(config.steps, evaluate(setup, state.model))

@@ -35,6 +35,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import dataclasses
 import gc
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ MODEL = ModelConfig(
 def data_dir(tmp_path_factory):
     """Prepared data of the whole test session."""
     return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory):
+    """Documents so short that every window holds several."""
+    file = tmp_path_factory.mktemp("corpus") / "short.jsonl"
+    texts = [f"document {i} of a few words" for i in range(200)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return f"jsonl:{file}"
 
 
 @pytest.fixture

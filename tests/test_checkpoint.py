@@ -252,3 +252,17 @@ def test_restores_onto_another_mesh_bit_for_bit(saved, tiny, shape):
     assert_equal(restored, states[4])
     for name, leaf in named(restored).items():
         assert leaf.sharding == named(abstract)[name].sharding
+
+
+def test_what_a_kill_left_is_removed_after_the_next_checkpoint(saved):
+    """A save cut short, a removal cut short; what was set aside is kept."""
+    directory, abstract, states = saved
+    for left in ("00000001", "00000003.orbax-checkpoint-tmp", "00000002.damaged"):
+        (directory / left).mkdir()
+        (directory / left / "part").write_text("x")
+    saver = Checkpointer(directory, keep=2)
+    saver.save(jax.tree.map(lambda a: a + 1, states[4]))
+    saver.close()
+    names = {path.name for path in directory.iterdir() if path.is_dir()}
+    assert names == {"00000004", "00000005", "00000002.damaged"}
+    assert_equal(restore_latest(directory, abstract), jax.tree.map(lambda a: a + 1, states[4]))

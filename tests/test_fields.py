@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import sys
 import types
 from collections.abc import Iterator
@@ -122,20 +121,13 @@ def base_outcomes():
     return {}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Documents so short that every window holds several."""
-    file = tmp_path_factory.mktemp("corpus") / "short.jsonl"
-    texts = [f"document {i} of a few words" for i in range(200)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return f"jsonl:{file}"
-
-
 @pytest.mark.slow  # a compilation a field
 @pytest.mark.parametrize("field", IDENTITY)
-def test_an_identity_field_changes_what_is_computed(tiny, devices, field, base_outcomes, corpus):
+def test_an_identity_field_changes_what_is_computed(
+    tiny, devices, field, base_outcomes, short_documents
+):
     devices(1)
-    base = {"data.source": corpus, "placement.scan_layers": False}
+    base = {"data.source": short_documents, "placement.scan_layers": False}
     if field in OF_LAYERS:
         base |= {"model.n_layers": 2}
     else:

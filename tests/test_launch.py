@@ -407,6 +407,9 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     first, again, other = capsys.readouterr().out.split("Fellow citizens")[1:]
     assert first == again != other
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
+    with pytest.raises(SystemExit):
+        launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
+    assert "prompt 1 is not UTF-8: b'\\xffbad'" in capsys.readouterr().err
     for argv, words in (
         ([str(tmp_path / "nowhere")], "nowhere does not exist"),
         ([run, "--windows", "0"], "windows = 0"),

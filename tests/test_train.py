@@ -85,6 +85,18 @@ def test_a_finished_run_is_left_alone(tiny, devices, caplog):
     assert "complete already" in caplog.text
 
 
+def test_steps_done_again_are_evaluated_again(tiny, devices):
+    devices(1)
+    config = tiny()  # saves at 2 and 4
+    losses = iter((1.0, 2.0))
+    evaluate = lambda *_: {"held_out_loss": next(losses)}
+    train(config, evaluate=evaluate)
+    (run,) = find_runs([config.placement.runs])
+    (run.checkpoints / "00000004.json").unlink()
+    assert train(config, evaluate=evaluate)
+    assert metrics(config)[-1]["held_out_loss"] == 2.0
+
+
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tiny, devices):
     devices(1)
     config = tiny()
