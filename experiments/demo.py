@@ -27,11 +27,11 @@ def h32_mqa() -> Config:
             init_std=0.05,
             compute_dtype="float32",
         ),
-        data=DataConfig(source="sotu", tokenizer="bpe:2048", seq_len=256, held_out=0.03),
+        data=DataConfig(source="sotu", tokenizer="bpe:2048", seq_len=256, held_out=0.02),
         optimizer=OptimizerConfig(peak_lr=3e-3),
         batch_size=4,
-        steps=300,
-        placement=Placement(log_every=50, save_every=100, scan_layers=False),
+        steps=240,
+        placement=Placement(log_every=40, save_every=80, scan_layers=False),
     )
 
 
