@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
     texts = arguments.prompt or ("",)
     for i, text in enumerate(texts):
-        if any(
-            "\udc80" <= character <= "\udcff" for character in text
-        ):  # how Python keeps such bytes
+        if any("\udc80" <= c <= "\udcff" for c in text):  # how Python keeps bytes that are not
             raise ValueError(f"prompt {i} is not UTF-8: {text.encode(errors='surrogateescape')!r}")
     # Training saw every document begin after an end token.
     prompts = [[tokenizer.end, *tokenizer.encode(text).tolist()] for text in texts]
