@@ -78,11 +78,8 @@ MAPS = {
 
 
 @pytest.mark.parametrize(
-    (
-        "kv_map",
-        "n_kv_heads",
-        "chunks",
-    ),  # step by step, chunked with the last one padded, in one pass
+    # Chunks: step by step, chunked with the last one padded, in one pass.
+    ("kv_map", "n_kv_heads", "chunks"),
     [(kv_map, 1, (1, 47, T)) for kv_map in MAPS]
     + [
         pytest.param(kv_map, n_kv_heads, (47,), marks=pytest.mark.slow)
