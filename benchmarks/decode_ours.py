@@ -4,6 +4,7 @@
 import importlib.metadata
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,35 @@ import numpy as np
 
 from benchmarks.child import Contestant, serve
 from benchmarks.common import first_and_rest
-from cla_jax.cache import cache_spec
+from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.config import ModelConfig
-from cla_jax.decode import decoding_weights
+from cla_jax.decode import Weights, decoding_weights
 from cla_jax.generate import LOOP, Sampling, generate
 from cla_jax.model.transformer import Transformer
+
+
+def timed(
+    weights: Weights, cache: CacheSpec, prompts: list[list[int]]
+) -> Callable[[int], tuple[float, float]]:
+    """Generates so many tokens, greedily: seconds until the first was handed over, and until the end."""
+
+    def call(new_tokens: int) -> tuple[float, float]:
+        stamps: list[float] = []
+        begin = time.perf_counter()
+        completions = generate(
+            weights,
+            cache,
+            prompts,
+            new_tokens=new_tokens,
+            sampling=Sampling(temperature=0),
+            on_tokens=lambda *_: stamps.append(time.perf_counter()),
+            every=LOOP,  # the program that runs when nobody listens
+        )
+        end = time.perf_counter()
+        assert all(len(completion.tokens) == new_tokens for completion in completions)
+        return stamps[0] - begin, end - begin
+
+    return call
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -54,21 +79,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
     prompts = ids.tolist()  # lists, as a tokenizer gives them
 
-    def call(new_tokens: int) -> tuple[float, float]:
-        stamps: list[float] = []
-        begin = time.perf_counter()
-        completions = generate(
-            weights,
-            cache,
-            prompts,
-            new_tokens=new_tokens,
-            sampling=Sampling(temperature=0),
-            on_tokens=lambda *_: stamps.append(time.perf_counter()),
-            every=LOOP,  # the program that runs when nobody listens
-        )
-        end = time.perf_counter()
-        assert all(len(completion.tokens) == new_tokens for completion in completions)
-        return stamps[0] - begin, end - begin
+    call = timed(weights, cache, prompts)
 
     def burst(new_tokens: int) -> dict[str, Any]:
         before = compiled

@@ -55,15 +55,15 @@ class Arguments:
     json: bool = False
 
 
-def parse_bytes(text: str) -> int:
-    """80GB, 1.5GiB, 1000. Raises ValueError for anything else."""
+def parse_bytes(text: str, field: str = "budget") -> int:
+    """80GB, 1.5GiB, 1000. Raises ValueError, which names the field, for anything else."""
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
     try:
         assert match is not None
         return round(float(match[1]) * UNITS[match[2]])
     except (AssertionError, KeyError, ValueError, OverflowError):
         raise ValueError(
-            f"budget = {text!r}: write it as 80GB (10^9), 80GiB (2^30) or bytes"
+            f"{field} = {text!r}: write it as 80GB (10^9), 80GiB (2^30) or bytes"
         ) from None
 
 
