@@ -15,7 +15,6 @@ A model that fits into a CPU's caches can reach more than its memory's bandwidth
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +104,8 @@ def decoder(weights: Weights, spec: CacheSpec, options: Options) -> Callable[[],
     def measure() -> dict[str, float]:
         times = first_and_rest(call, options.context, options.new_tokens)
         step = times["decode_seconds"] / (options.new_tokens - 1)
+        if step <= 0:
+            raise ValueError(f"new_tokens = {options.new_tokens} are over too soon to be timed")
         return {"first_token_seconds": times["first_token_seconds"], "step_seconds": step}
 
     measure()  # compiles
@@ -178,11 +179,17 @@ def table(result: dict[str, Any]) -> Table:
 def main(options: Options) -> None:
     found = models([options.name])
     if len(found) != 1:
-        sys.exit(f"error: name = {options.name!r} names {len(found)} models; one is measured")
+        raise ValueError(f"name = {options.name!r} names {len(found)} models; one is measured")
     ((name, config),) = found.items()
-    for field, least in (("new_tokens", 2), ("rounds", 1)):  # a step makes the second token
+    for field, least in (("context", 1), ("new_tokens", 2), ("rounds", 1)):
         if (given := getattr(options, field)) < least:
-            sys.exit(f"error: {field} = {given} must be at least {least}")
+            raise ValueError(f"{field} = {given} must be at least {least}")
+    if not options.batch:
+        raise ValueError("batch: give at least one")
+    if parse_bytes(options.probe, "probe") < 1 << 20:
+        raise ValueError(f"probe = {options.probe!r} must be at least 1MiB")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.open("a").close()  # before minutes are spent on what goes there
     result = {
         "what": "bytes a decode step must read over its time, beside the bandwidth measured",
         "when": time.strftime("%Y-%m-%d"),
@@ -196,7 +203,6 @@ def main(options: Options) -> None:
         **measure(config, options),
     }
     Console().print(table(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {options.output}")
 

@@ -41,14 +41,14 @@ def weights_bytes(config: ModelConfig) -> int:
 def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     """About what a step of `tokens` tokens a row needs beside weights and cache, for one row.
 
-    The keys and values of one block of the cache as attention reads them; the larger of an attention
+    The keys and values of the longest block of the cache as attention reads them; the larger of an attention
     (queries, output; scores, masked scores and weights of one block; old and new sums) and an MLP (gate,
     up and their product); the residual stream and a norm of it; and the logits of one token with what
     sampling makes of them.
     """
     config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize
     heads, H = config.n_heads, config.d_head
-    block = max(spec.block(p) for p in range(len(spec.formats)))
+    block = max(max(spec.block(p), format.in_full) for p, format in enumerate(spec.formats))
     attention = heads * (2 * H * width + 3 * block * 4 + 2 * H * 4)
     mlp = 3 * config.d_ff * width
     decoded = 2 * block * config.n_kv_heads * H * width

@@ -28,7 +28,7 @@ from launch.cli import user_errors
 if TYPE_CHECKING:
     from rich.table import Table
 
-UNITS = {"": 1, "B": 1} | {
+UNITS = {"": 1, "B": 1, "kB": 1000} | {
     f"{prefix}{unit}": base ** (i + 1)
     for unit, base in (("B", 1000), ("iB", 1024))
     for i, prefix in enumerate("KMGT")
@@ -73,7 +73,7 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
 
     found: dict[str, ModelConfig] = {}
     for name in names:
-        if Path(name).exists():
+        if name and Path(name).exists():
             found |= {str(run.path): run.config().model for run in find_runs([name])}
         else:
             found |= {config.name: config.model for config in experiments.find(name)}
@@ -84,10 +84,17 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.memory", description=__doc__)
     budget = parse_bytes(arguments.budget)
+    for field in ("context", "chunk"):
+        if getattr(arguments, field) < 1:
+            raise ValueError(f"{field} = {getattr(arguments, field)} must be positive")
+    if arguments.ledger and arguments.compile:
+        raise ValueError("--ledger shows the bytes of a token; leave it or --compile out")
     from cla_jax.cache import FORMATS
 
     # In the model's own dtype `dense` says it all.
-    formats = arguments.cache or tuple(n for n in FORMATS if n not in ("float32", "bfloat16"))
+    formats = tuple(dict.fromkeys(arguments.cache)) or tuple(
+        n for n in FORMATS if n not in ("float32", "bfloat16")
+    )
     if not arguments.names:
         raise ValueError(
             "give at least one experiment, study or run: python -m launch.memory cla_1b"
@@ -190,7 +197,8 @@ def _show(table: "Table") -> None:
 
     console = Console()
     # Cut names help nobody: where the terminal is narrow, lines wrap.
-    console.width = max(console.width, 100)
+    wide = console.options.update(width=10_000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
 
 
@@ -202,7 +210,7 @@ def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> No
     table = _table(
         f"Sequences of {arguments.context:,} tokens in {human_bytes(budget)}",
         "Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: a sequence's "
-        f"share while {arguments.chunk:,} tokens of its prompt go through.",
+        f"share while {min(arguments.chunk, arguments.context):,} tokens of its prompt go through.",
         ("weights", "KV", "work", "fit", *compiled, "binds"),
     )
     for line in lines:

@@ -348,7 +348,7 @@ def short_name(dtype) -> str:
     ("format", "options", "words"),
     [
         ("dens", {}, r"unknown cache format 'dens'; did you mean dense"),
-        ("dense", {"capacity": 0}, "capacity = 0 must be positive"),
+        ("dense", {"capacity": 0}, "capacity = 0 must be a positive integer"),
         ("dense", {"batch": 0}, "batch = 0"),
         ("dense", {"chunk": 0}, "chunk = 0"),
         ([make_format("int8", "float32")], {}, "1 cache formats for a model of 2 slots"),

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,16 @@ def test_sharing_doubles_what_fits_when_the_cache_binds():
     assert 1.9 < fits["h128_mqa_cla2"].sequences / fits["h128_mqa"].sequences < 2.01
 
 
+@pytest.mark.parametrize(("format", "capacity", "chunk"), [("kivi2", 1024, 128), ("kivi4", 128, 1)])
+def test_what_fits_by_the_closed_forms_fits_by_the_compiler(format, capacity, chunk):
+    """Where the newest tokens, which kivi reads at once, are more than a block of the others."""
+    config = replace(MODEL, d_model=128, d_ff=256, n_heads=8, d_head=32)
+    spec = cache_spec(config, format, batch=32, capacity=capacity, chunk=chunk)
+    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().slots)
+    for phase in memory.compiled(spec).values():
+        assert phase.total < held + 32 * memory.workspace_bytes(spec, chunk)
+
+
 def test_the_compiler_agrees_with_the_closed_forms():
     """In float32, where the CPU's compiler widens nothing."""
     config = replace(MODEL, d_model=128, d_ff=256, n_heads=8, d_head=32)
@@ -120,7 +133,7 @@ def test_the_table_and_its_json(capsys):
         (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
         (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["dem"], "unknown experiment 'dem'; did you mean demo"),
-        (["demo", "--context", "0"], "capacity = 0"),
+        (["demo", "--context", "0"], "context = 0"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(capsys, argv, words):
@@ -128,6 +141,25 @@ def test_what_cannot_be_answered_is_refused(capsys, argv, words):
         launch_memory.main(argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_tables_of_the_docs_are_what_the_commands_print(capsys):
+    """docs/memory.md: below a command of launch.memory, a table of some of its lines and columns."""
+    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    blocks = re.findall(
+        r"```bash\npython -m launch.memory (.*?)```\n\n(\|.*?)\n\n", text, re.DOTALL
+    )
+    assert len(blocks) == 2
+    for command, table in blocks:
+        launch_memory.main(shlex.split(command.replace("\\\n", " ")))
+        shown = [line.replace("/", " ").split() for line in capsys.readouterr().out.splitlines()]
+        _, _, *rows = [
+            [cell.strip(" *").replace(" ", "") for cell in row.strip("|").split("|")]
+            for row in table.splitlines()
+        ]
+        assert len(rows) > 5
+        for row in rows:
+            assert any(set(row) <= set(line) for line in shown), row
 
 
 def test_the_ledger_of_a_token(capsys):

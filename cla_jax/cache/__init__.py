@@ -15,6 +15,7 @@ pytree of arrays that a decode step is given and returns.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import jax
@@ -46,6 +47,11 @@ class CacheFormat(Protocol):
     @property
     def longest_block(self) -> int:
         """Tokens that may be read at once, so that what is decoded stays small beside the cache."""
+        ...
+
+    @property
+    def in_full(self) -> int:
+        """Tokens that a slot has room for, and attention reads at once, beside its entries."""
         ...
 
     def entries(self, tokens: int) -> int:
@@ -236,7 +242,7 @@ class CacheSpec:
 
 def cache_spec(
     config: ModelConfig,
-    format: str | CacheFormat | Sequence[CacheFormat] = "dense",
+    format: str | CacheFormat | Sequence[str | CacheFormat] = "dense",
     *,
     batch: int,
     capacity: int,
@@ -245,17 +251,19 @@ def cache_spec(
 ) -> CacheSpec:
     """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
 
-    Several formats are one for each slot. Where `rules` split a slot's entries, the mesh must be set.
-    Raises ValueError for what no cache can be made of.
+    Several formats, or their names, are one for each slot. Where `rules` split a slot's entries, the
+    mesh must be set. Raises ValueError for what no cache can be made of.
     """
-    if isinstance(format, str):
-        format = make_format(format, config.compute_dtype)
-    formats = tuple(format) if isinstance(format, Sequence) else (format,) * config.n_slots
+    if isinstance(format, str) or not isinstance(format, Sequence):
+        format = [format] * config.n_slots
+    formats = tuple(
+        make_format(one, config.compute_dtype) if isinstance(one, str) else one for one in format
+    )
     if len(formats) != config.n_slots:
         raise ValueError(f"{len(formats)} cache formats for a model of {config.n_slots} slots")
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"cache: {name} = {value} must be positive")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"cache: {name} = {value} must be a positive integer")
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty or rules.cache_entries is None else mesh.shape[rules.cache_entries]
     if not mesh.empty:

@@ -50,6 +50,7 @@ class Kivi:
     dtype: str
     name: str
     longest_block: int = 256
+    in_full: int = RING
 
     @property
     def per_byte(self) -> int:

@@ -30,6 +30,7 @@ class PerToken(abc.ABC):
     dtype: str
     name: str
     longest_block: int = 512
+    in_full: int = 0
 
     @abc.abstractmethod
     def encode(self, kv: KV) -> Slot:

@@ -217,7 +217,7 @@ def _cells(row: Row, on_frontier: bool) -> list[str]:
         model.kv_map,
         human(count.non_embedding),
         human(count.total),
-        f"{row.kv_bytes:,.10g}",
+        per_token(row.kv_bytes),
         f"{full['perplexity']:,.3f}" if full else "—",
         f"{scored['bits_per_byte']:.4f}" if scored else "—",
         f"{cached['perplexity']:,.3f}" if cached else "—",
@@ -238,6 +238,11 @@ def table(rows: Sequence[Row]) -> Table:
             texts[1].append(f"  {row.progress}", style="yellow")
         made.add_row(*texts, style="bold" if cells[0] else "")
     return made
+
+
+def per_token(count: float) -> str:
+    """Bytes a token, with a decimal only where they are not whole: 20, 284.9."""
+    return f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
 
 
 def human(count: float) -> str:
