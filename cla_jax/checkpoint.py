@@ -118,6 +118,11 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     return restored
 
 
+def fingerprint(run: Run, step: int) -> str:
+    """Tells a checkpoint from another one of the same step: of its files' checksums."""
+    return digest(_read_manifest(run.checkpoints / f"{step:08d}"))
+
+
 def _restore(
     directory: epath.Path, load: Any, *, set_aside: bool, unread: str | None = None
 ) -> Any:

@@ -175,11 +175,25 @@ def prefill(
     return last_BD, cache
 
 
+def check_weights(weights: Weights, spec: CacheSpec) -> None:
+    """Raises ValueError for the weights of a model that the cache is not made for."""
+    config = spec.config
+    blocks: Any = [group.blocks for group in weights.groups]
+    theirs = weights.embedding.shape, list(map(len, blocks))
+    groups = kv_maps.groups(config.resolved_kv_map)
+    ours = (config.vocab_size, config.d_model), [group.size for group in groups]
+    if theirs != ours:
+        raise ValueError(
+            "the weights are of another model than the cache: embedding and layers of each group are "
+            f"{theirs}, those of the cache's config {ours}"
+        )
+
+
 def check_prompts(
     prompts: Sequence[Sequence[int]], spec: CacheSpec, new_tokens: Sequence[int] | None = None
 ) -> int:
     """The longest prompt's length. Raises ValueError for prompts that the cache or model cannot take."""
-    if not prompts:
+    if not len(prompts):
         raise ValueError("there is no prompt")
     if len(prompts) > spec.batch:
         raise ValueError(f"{len(prompts)} prompts for a cache of {spec.batch} rows")
@@ -187,6 +201,8 @@ def check_prompts(
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: start it with the end token, as training does")
+        if np.asarray(prompt).dtype.kind not in "iu":
+            raise ValueError(f"prompt {i} is not a sequence of token ids, which are integers")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(
                 f"prompt {i} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it "

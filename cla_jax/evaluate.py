@@ -1,17 +1,18 @@
 """Evaluating runs: held-out perplexity and bits per byte, by full forward and through KV caches."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from cla_jax import cache as caches
 from cla_jax import checkpoint, memory
 from cla_jax import mesh as meshes
+from cla_jax.cache import FORMATS, cache_spec, ledger
 from cla_jax.config import MeshConfig, near_choice
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import Run
+from cla_jax.runs import Run, saved_steps
 from cla_jax.scoring import (
     Progress,
     agreement,
@@ -21,6 +22,8 @@ from cla_jax.scoring import (
     sensitivity,
 )
 from cla_jax.train import Setup, set_up
+
+log = logging.getLogger(__name__)
 
 
 def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
@@ -67,33 +70,63 @@ def open_setup(
     return setup
 
 
+def check(run: Run, *, formats: Sequence[str], chunk: int) -> None:
+    """Raises ValueError for a run that `evaluate` cannot evaluate so, before anything is loaded."""
+    for name in formats:
+        near_choice("cache format", name, FORMATS)
+    try:
+        check_chunk(chunk, run.config().data.seq_len)
+    except ValueError as error:
+        raise ValueError(f"{run.path}: {error}") from None
+    if not saved_steps(run.checkpoints):
+        raise ValueError(f"{run.path} has no checkpoint yet: train it first")
+
+
 def evaluate(
     run: Run,
     *,
-    formats: tuple[str, ...] = ("dense",),
+    formats: Sequence[str] = ("dense",),
     chunk: int = 1,
     windows: int | None = None,
     per_slot: bool = False,
+    again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     **options: Any,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Evaluates a run by full forward and through each cache format; yields and writes the records.
 
-    With `windows`, only that many windows are scored, and nothing is written: a part of the held-out
-    split is no result of the run. A record of a later step is kept. `per_slot` adds what each slot's error
-    does by itself; `options` are those of `open_setup`. Raises ValueError for what the arguments or the
-    run do not allow.
+    What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what
+    was interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing
+    is written: a part of the held-out split is no result of the run. A record of a later step is kept.
+    `per_slot` adds what each slot's error does by itself; `options` are those of `open_setup`. Raises
+    ValueError for what the arguments or the run do not allow, and at the end the OSError of a record that
+    could not be written.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
-    for name in formats:
-        near_choice("cache format", name, caches.FORMATS)
+    formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
+    check(run, formats=formats, chunk=chunk)
     setup = open_setup(run, **options)
-    check_chunk(chunk, setup.config.data.seq_len)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
-    origin = {"step": step, "data_fingerprint": setup.prepared.path.name}
+    origin = {
+        "step": step,
+        "checkpoint": checkpoint.fingerprint(run, step),
+        "data_fingerprint": setup.prepared.path.name,
+    }
+    notes = {name: _pointless(setup, name) for name in formats}
+    unwritten: OSError | None = None
     with jax.set_mesh(setup.mesh):
         for name in ("", *formats):
+            written_as = f"cached-{name}" if name else "full"
+            known = {} if again or windows else run.eval(written_as)
+            asked = origin | ({"chunk": chunk} if name else {})
+            has_slots = "per_slot" in known or not (name and per_slot)
+            if has_slots and asked.items() <= known.items():
+                log.warning("%s is recorded already (--again evaluates it anew)", written_as)
+                yield written_as, known
+                continue
+            if note := notes.get(name):
+                log.warning(note)
             limits = {"windows": windows, "progress": progress(name or "full forward")}
             if not name:
                 record = full_forward(setup, model, **limits)
@@ -106,7 +139,25 @@ def evaluate(
             record |= origin
             if (peak := memory.allocator_peak()) is not None:
                 record["device_peak_bytes"] = peak
-            written_as = f"cached-{name}" if name else "full"
             yield written_as, record  # first: it is known even where it cannot be written
             if windows is None:
-                run.write_eval(written_as, record)
+                try:
+                    run.write_eval(written_as, record)
+                except OSError as error:
+                    unwritten = error
+    if unwritten is not None:
+        raise unwritten
+
+
+def _pointless(setup: Setup, name: str) -> str | None:
+    """What to say of a format that holds no less than dense does in windows as short as the run's."""
+    context = setup.config.data.seq_len
+    dense, held = (
+        ledger.predicted(
+            cache_spec(setup.config.model, n, batch=1, capacity=context), context
+        ).resident
+        for n in ("dense", name)
+    )
+    if name == "dense" or held < dense:
+        return None
+    return f"{name}: holds no less than dense in windows of {context} tokens, so it tells little"

@@ -21,9 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
-from cla_jax.decode import Weights, check_prompts, decode, prefill
+from cla_jax.decode import Weights, check_prompts, check_weights, decode, prefill
 
 LOOP = 64  # decode steps between two looks of the host, if nobody listens
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    """numpy's integers too."""
+    return isinstance(value, Integral)
+
 
 # ------------------------------------------------------------------------------------- sampling
 
@@ -45,8 +51,8 @@ class Sampling:
                 f"temperature = {self.temperature} must be 0 (the likeliest token), or finite and at "
                 "least 1e-6"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k} must not be negative")
+        if not _is_integer(self.top_k) or self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k} must be an integer, and not negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
 
@@ -199,14 +205,15 @@ def generate(
         raise ValueError(f"new_tokens = {min(limits)} must be positive")
     if limits and max(limits) >= 1 << 31:
         raise ValueError(f"new_tokens = {max(limits)} is more than positions can count")
-    if every < 1:
-        raise ValueError(f"every = {every} must be positive")
+    if not _is_integer(every) or every < 1:
+        raise ValueError(f"every = {every} must be a positive integer")
+    check_weights(weights, spec)
     check_prompts(prompts, spec, limits)
     vocabulary = spec.config.vocab_size
     n_ids = vocabulary if n_ids is None else n_ids
     for name, ids in (("stop", stop), ("n_ids - 1", [n_ids - 1])):
-        if not all(0 <= i < vocabulary for i in ids):
-            raise ValueError(f"{name} = {ids} lies outside the vocabulary of {vocabulary}")
+        if not all(_is_integer(i) and 0 <= i < vocabulary for i in ids):
+            raise ValueError(f"{name} = {ids} lies outside the vocabulary of {vocabulary} ids")
 
     missing = spec.batch - len(prompts)
     ids = np.arange(vocabulary)
@@ -250,16 +257,13 @@ def _collect(results: list[Completion], on_tokens, ended, tokens_BN, logprobs_BN
         result.tokens += new
         result.logprobs += logprobs_N[tokens_N >= 0].tolist()
         if new and on_tokens is not None:
-            ended[row] = on_tokens(row, new) is True
-
-
-def _is_integer(value: Any) -> TypeGuard[int]:
-    """numpy's integers too."""
-    return isinstance(value, Integral)
+            ended[row] = bool(on_tokens(row, new))
 
 
 def _for_each(value: Any, name: str, prompts: Sequence) -> list[int]:
-    values = [int(value)] * len(prompts) if _is_integer(value) else list(value)
+    values = [value] * len(prompts) if np.ndim(value) == 0 else list(value)
+    if not all(map(_is_integer, values)):
+        raise ValueError(f"{name} = {value} must be an integer, or one for each prompt")
     if len(values) != len(prompts):
         raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts")
     return values
@@ -267,14 +271,13 @@ def _for_each(value: Any, name: str, prompts: Sequence) -> list[int]:
 
 def _keys(seeds: int | Sequence[int], prompts: Sequence, spec: CacheSpec) -> jax.Array:
     """A random key for each row."""
-    one = int(seeds) if _is_integer(seeds) else None
-    several: Any = seeds if one is None else [one]
-    for seed in several:
+    given = _for_each(seeds, "seeds", prompts)
+    for seed in given:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed = {seed} must lie in 0 to 2**32 - 1")
     split = spec.rules.spec("batch")
-    if one is not None:
+    if _is_integer(seeds):
         rows_B = jnp.arange(spec.batch, out_sharding=split)
-        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(one)))(rows_B)
-    given = _for_each(several, "seeds", prompts) + [0] * (spec.batch - len(prompts))
+        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(int(seeds))))(rows_B)
+    given += [0] * (spec.batch - len(prompts))
     return jax.vmap(jax.random.key)(jax.device_put(np.array(given, np.uint32), split))

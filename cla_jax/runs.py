@@ -91,16 +91,20 @@ class Run:
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
         """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now."""
-        file, known = self.path / "eval" / f"{name}.json", None
-        with contextlib.suppress(ValueError):  # none yet, or a damaged one
-            known = _read_json(file).get("step")
-        step = record.get("step", 0)
+        file = self.path / "eval" / f"{name}.json"
+        known, step = self.eval(name).get("step"), record.get("step", 0)
         if isinstance(known, int) and known > step:
             log.warning(
                 "%s is of step %d and kept; this evaluation is of step %d", file, known, step
             )
             return
         write_atomically(file, _dump(record))
+
+    def eval(self, name: str) -> dict[str, Any]:
+        """One evaluation; {} if there is none yet, or a damaged one."""
+        with contextlib.suppress(ValueError):
+            return _read_json(self.path / "eval" / f"{name}.json")
+        return {}
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written."""
@@ -307,9 +311,10 @@ def write_atomically(file: epath.Path, text: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, file)
-    except OSError:  # a full disk, say
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:  # a full disk, say
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, os.fspath(file)) from error
 
 
 def read_config(file: epath.Path) -> Config:

@@ -198,7 +198,12 @@ def _spec(
 
 def check_chunk(chunk: int, seq_len: int) -> None:
     if chunk < 1 or seq_len % chunk:
-        raise ValueError(f"chunk = {chunk} does not divide data.seq_len = {seq_len}")
+        nearest = min(
+            (d for d in range(1, seq_len + 1) if not seq_len % d), key=lambda d: abs(d - chunk)
+        )
+        raise ValueError(
+            f"chunk = {chunk} does not divide data.seq_len = {seq_len}; {nearest} does"
+        )
 
 
 def _one_step(weights: Weights) -> Callable:

@@ -1,12 +1,15 @@
 """What every entry point does alike."""
 
+import contextlib
 import errno
 import functools
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,7 +25,8 @@ _PATHS = {
     errno.EROFS,
     errno.ENAMETOOLONG,
 }
-_OURS = tuple(f"{_ROOT / name}/" for name in ("cla_jax", "experiments", "launch"))
+_OURS = tuple(f"{_ROOT / name}/" for name in ("benchmarks", "cla_jax", "experiments", "launch"))
+_INTERRUPTED = 130  # what a shell says of SIGINT
 
 
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
@@ -30,15 +34,21 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
 
     Its message goes to stderr after `error: `, without a traceback, and the exit code is 2; so does that
     of a `ChildProcessError`, a process of ours that was killed, and of a path that is not what it was
-    given for (a file for a directory, one that may not be read, too long a name). Every other exception,
-    a library's ValueError included, is a bug of ours and keeps its traceback.
+    given for (a file for a directory, one that may not be read, too long a name), and of more memory than
+    the device has. Ctrl-C exits with 130, a reader of stdout that has gone with 1. Every other exception, a
+    library's ValueError included, is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            _leave(_INTERRUPTED)
+        except BrokenPipeError:
+            _leave(1)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             if (words := _words(error)) is None:
                 raise
             print(f"error: {words}", file=sys.stderr)
@@ -47,12 +57,23 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def _words(error: ValueError | OSError | ImportError) -> str | None:
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: the threads of a compiler at work do not survive Python's own end."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _words(error: Exception) -> str | None:
     """What to tell the user about their mistake; None if it is one of ours."""
     if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "paths of gs:// need an extra: pip install 'cla_jax[gcs]'"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return f"the device has too little memory for this: {str(error).splitlines()[0]}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     told = isinstance(error, ValueError | ChildProcessError)
     return str(error) if told and frame.f_code.co_filename.startswith(_OURS) else None

@@ -11,7 +11,8 @@
 Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV ledger
 (predicted from the config, counted from the live arrays), and writes eval/*.json into each run
 directory; `launch.compare` then shows every format as a point of its own. The held-out text is
-prepared again where it is missing.
+prepared again where it is missing. Launched again it goes on: what is recorded of the same checkpoint,
+evaluated in the same way, is shown and not evaluated again (--again).
 
 With --tasks it scores downstream tasks instead, those of the lm-evaluation-harness (the extra
 `interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json.
@@ -46,6 +47,8 @@ class Arguments:
     windows: int | None = None
     # Measure also what the error of each cache slot does by itself.
     per_slot: bool = False
+    # Evaluate also what is recorded already, of this checkpoint and with these options.
+    again: bool = False
     # Windows evaluated at once; 0 for what the run was trained with.
     batch_size: int = 0
     # Devices along each axis; by default the batch is spread over all of them.
@@ -88,25 +91,39 @@ def _held_out(arguments: Arguments) -> None:
             )
     from rich.console import Console
 
-    from cla_jax.evaluate import evaluate
+    from cla_jax.evaluate import check, evaluate
 
     say = functools.partial(Console().print, highlight=False, soft_wrap=True)
+    formats = arguments.cache or ("dense",)
+    chunk = 1 if arguments.chunk is None else arguments.chunk
+    ready, refused = [], []
     for run in _runs(arguments):
+        try:
+            check(run, formats=formats, chunk=chunk)
+            ready.append(run)
+        except ValueError as error:
+            refused.append(str(error))
+    for run in ready:
         say(f"[bold]{run.path}")
         with _bars() as progress:
             for name, record in evaluate(
                 run,
-                formats=arguments.cache or ("dense",),
-                chunk=1 if arguments.chunk is None else arguments.chunk,
+                formats=formats,
+                chunk=chunk,
                 windows=arguments.windows,
                 per_slot=arguments.per_slot,
+                again=arguments.again,
                 progress=progress,
                 **_options(arguments),
             ):
                 _say_scored(say, name, record)
+    if refused:
+        raise ValueError("; ".join(refused))
 
 
 def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -> None:
+    from cla_jax.report.rows import per_token
+
     say(
         f"  {name:16s}perplexity {record['perplexity']:.4f}   "
         f"{record['bits_per_byte']:.4f} bits/byte   "
@@ -121,8 +138,8 @@ def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -
         )
     for kind, count in record.get("kv_bytes", {}).items():
         say(
-            f"  {'':16s}KV bytes {kind:9s}{count['predicted']:>11,.10g} predicted "
-            f"{count['counted']:>11,.10g} counted   per token at {record['context']:,}"
+            f"  {'':16s}KV bytes {kind:9s}{per_token(count['predicted']):>12s} predicted "
+            f"{per_token(count['counted']):>12s} counted   per token at {record['context']:,}"
         )
     for slot in record.get("per_slot", []):
         say(

@@ -1,3 +1,4 @@
+import errno
 import math
 
 import jax
@@ -6,12 +7,13 @@ import pytest
 
 from cla_jax import cache as caches
 from cla_jax import checkpoint, costs
+from cla_jax import evaluate as evaluation
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import evaluate, open_setup
 from cla_jax.model.transformer import Execution, project
 from cla_jax.report import rows as report
-from cla_jax.runs import find_runs
+from cla_jax.runs import Run, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, sensitivity
 from cla_jax.train import set_up, train
 from tests import reference
@@ -159,7 +161,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
 
 
 @pytest.mark.slow
-def test_formats_are_evaluated_beside_each_other(tiny, devices):
+def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     devices(1)
     config = tiny(steps=2, **{"model.n_layers": 2})
     train(config, evaluate=lambda *_: {})
@@ -177,6 +179,37 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices):
     assert [(row.cache, row.kv_bytes) for row in rows] == [("", 32), ("int8", 20)]
     with pytest.raises(ValueError, match="unknown cache format 'int4'; did you mean int8"):
         next(evaluate(run, formats=("int4",)))
+
+    # What was interrupted goes on; what is recorded in this way, of this checkpoint, is not done twice.
+    (run.path / "eval" / "cached-int8.json").unlink()
+    done = []
+    for name in ("full_forward", "cached_decoding"):
+        real = getattr(evaluation, name)
+        noted = lambda *a, real=real, **k: done.append(a[2:]) or real(*a, **k)
+        monkeypatch.setattr(evaluation, name, noted)
+    same = {"formats": ("dense", "int8"), "chunk": 32}
+    assert dict(evaluate(run, **same, per_slot=True)).keys() == records.keys()
+    assert done == [("int8",)]
+    done.clear()
+    assert dict(evaluate(run, **same)) == run.evals()
+    assert done == []
+    run.write_eval("cached-dense", dense | {"checkpoint": "another of this step"})
+    list(evaluate(run, **same))
+    assert done == [("dense",)]
+    assert run.evals()["cached-dense"]["checkpoint"] == dense["checkpoint"]
+    done.clear()
+    for more in ({"again": True}, {"chunk": 16}, {"windows": 1}):
+        list(evaluate(run, **same | {"formats": ("dense", "dense")} | more))
+    assert done == [(), ("dense",), ("dense",), (), ("dense",)]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Run, "write_eval", full)
+    seen = []
+    with pytest.raises(OSError, match="No space left"):
+        seen += [seen.append(name) for name, _ in evaluate(run, formats=("int8",), again=True)]
+    assert seen == ["full", "cached-int8"]  # all is told, whatever could not be kept
 
 
 def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):

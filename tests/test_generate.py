@@ -164,7 +164,7 @@ def test_who_listens_may_end_a_row():
 
     def listen(row, new):
         heard[row] += len(new)
-        return heard[row] >= ends.get(row, 99)
+        return np.bool_(heard[row] >= ends.get(row, 99))
 
     ended = run(model, PROMPTS, new_tokens=12, stop=[], on_tokens=listen, every=2)
     for row, (whole, part) in enumerate(zip(alone, ended, strict=True)):
@@ -247,6 +247,13 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
         ([[1]], {"stop": [300]}, "stop"),
         ([[1]], {"n_ids": 300}, "n_ids"),
         ([[1]], {"every": 0}, "every = 0"),
+        ([[1]], {"every": 1.5}, "every = 1.5"),
+        ([[1.5]], {}, "prompt 0 is not a sequence of token ids"),
+        ([["a"]], {}, "prompt 0 is not a sequence of token ids"),
+        ([[1]], {"new_tokens": 2.5}, "new_tokens = 2.5 must be an integer"),
+        ([[1]], {"new_tokens": None}, "new_tokens = None must be an integer"),
+        ([[1]], {"seeds": 1.5}, "seeds = 1.5 must be an integer"),
+        ([[1]], {"stop": [1.5]}, "stop"),
     ],
 )
 def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monkeypatch):
@@ -254,6 +261,19 @@ def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monke
     monkeypatch.setattr(engine, "prefill", None)  # would be called first
     with pytest.raises(ValueError, match=words):
         run(model, prompts, **options)
+
+
+def test_weights_of_another_model_are_refused():
+    spec = cache_spec(MODEL, batch=1, capacity=8)
+    for other in ({"kv_map": "identity"}, {"vocab_size": 300}):
+        weights = decoding_weights(make(replace(MODEL, **other)))
+        with pytest.raises(ValueError, match="the weights are of another model than the cache"):
+            generate(weights, spec, [[1]], new_tokens=1)
+
+
+def test_ids_may_be_arrays():
+    prompts = np.array([[1, 2, 3], [4, 5, 6]])
+    assert tokens(run(make(MODEL), prompts)) == tokens(run(make(MODEL), prompts.tolist()))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +284,7 @@ def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monke
         {"temperature": float("inf")},
         {"temperature": 1e-40},
         {"top_k": -1},
+        {"top_k": 1.5},
         {"top_p": 0.0},
     ],
 )

@@ -2,6 +2,8 @@ import importlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +114,31 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("--optimizer.peak-lr", "Which layer's keys and values each layer reads"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        ("KeyboardInterrupt", 130, "interrupted\n"),
+        ("BrokenPipeError", 1, ""),
+        ("__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 2, "9 bytes\n"),
+    ],
+)
+def test_what_is_no_bug_ends_without_a_traceback(raised, code, words):
+    program = f"""
+from launch.cli import user_errors
+@user_errors
+def main():
+    print("said before")
+    raise {raised}
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (code, "said before\n")
+    assert ended.stderr.endswith(words)
+    assert len(ended.stderr.splitlines()) == bool(words)
 
 
 def test_an_error_of_a_library_keeps_its_traceback():
@@ -407,17 +434,28 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     first, again, other = capsys.readouterr().out.split("Fellow citizens")[1:]
     assert first == again != other
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = [found for found in examples if "completions" in found]
+    exec(example.replace("runs/demo/h32_mqa_cla2", run), found := {})
+    assert [len(completion.tokens) > 0 for completion in found["completions"]] == [True, True]
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
     assert "prompt 1 is not UTF-8: b'\\xffbad'" in capsys.readouterr().err
+    # Of a study, what can be evaluated is.
+    (tmp_path / "runs/smoke/untrained").mkdir()
+    shutil.copy(tmp_path / "runs/smoke/tiny/config.json", tmp_path / "runs/smoke/untrained")
+    (tmp_path / "runs/smoke/tiny/eval/full.json").unlink()
+    study = str(tmp_path / "runs" / "smoke")
     for argv, words in (
         ([str(tmp_path / "nowhere")], "nowhere does not exist"),
         ([run, "--windows", "0"], "windows = 0"),
         ([run, "--chunk", "3"], "chunk = 3 does not divide"),
         ([run, "--chunk", "0"], "chunk = 0"),
+        ([study], "untrained has no checkpoint yet"),
         ([run, "--limit", "3"], "limit = 3 is of tasks: name some with --tasks"),
         ([run, "--tasks", "sciq", "--windows", "3"], "are of the held-out text"),
     ):
         with pytest.raises(SystemExit):
             launch_evaluate.main(argv)
         assert words in capsys.readouterr().err
+    assert (tmp_path / "runs/smoke/tiny/eval/full.json").exists()
