@@ -330,9 +330,11 @@ def test_a_decode_step_copies_no_cache_and_no_stacked_weights(name, heads, batch
     assert_updated_in_place(compiled, cache)
 
 
-def test_nor_is_a_cache_of_one_block_copied():
-    """Its only block does not depend on the loop over blocks, so XLA would read it outside of it."""
-    assert_updated_in_place(*compiled_loop(cache_spec(WIDE, "dense", batch=1, capacity=256)))
+@pytest.mark.parametrize(("name", "capacity"), [("dense", 256), ("kivi4", 1024)])
+def test_nor_is_a_small_cache_copied(name, capacity):
+    """One block does not depend on the loop over blocks, so XLA would read it outside of it; and of
+    KIVI's newest tokens, which are little of a large cache, it would quantise from a copy."""
+    assert_updated_in_place(*compiled_loop(cache_spec(WIDE, name, batch=1, capacity=capacity)))
 
 
 def short_name(dtype) -> str:

@@ -109,10 +109,17 @@ class Kivi:
         oldest_B = quantized_tokens(length_B - count_B)
         due_B = quantized_tokens(length_B) > oldest_B
         ring_BT = (oldest_B[:, None] + jnp.arange(GROUP)) % RING
-        due = [restored(a[rows_B1, ring_BT], self.dtype) for a in newest]
         group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
 
-        packed = (*self._pack_keys(due[0]), *self._pack_values(due[1]))
+        def quantize(newest: KV) -> Sequence[jax.Array]:
+            k, v = (restored(a[rows_B1, ring_BT], self.dtype) for a in newest)
+            return *self._pack_keys(k), *self._pack_values(v)
+
+        def nothing(newest: KV) -> Sequence[jax.Array]:
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(quantize, newest))
+
+        # Once in 32 tokens; and in a program of its own, or XLA would write a second ring for it to read.
+        packed = jax.lax.cond(jnp.any(due_B), quantize, nothing, newest)
         groups = (
             put(held, group_B1, new[:, None]) for held, new in zip(slot[:-1], packed, strict=True)
         )
