@@ -53,7 +53,7 @@ def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     mlp = 3 * config.d_ff * width
     decoded = 2 * block * config.n_kv_heads * H * width
     per_token = 2 * config.d_model * width + max(attention, mlp)
-    return decoded + tokens * per_token + 3 * config.vocab_size * 4
+    return decoded + tokens * per_token + 4 * config.vocab_size * 4
 
 
 def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: int = 256) -> Fit:

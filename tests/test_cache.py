@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cla_jax import cache as caches
 from cla_jax.cache import FORMATS, cache_spec, ledger, make_format
 from cla_jax.cache.entries import Entries
 from cla_jax.cache.kivi import quantized_tokens
@@ -55,6 +56,29 @@ def test_no_block_is_read_that_holds_nothing_seen(shards):
             # A shard that holds none of them reads at most one block, for all shards read alike.
             assert held <= set(range(begin, end))
             assert end - begin <= len(held) + (shards > 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("start", "length"), [(0, 300), (0, 700), (1990, 2000)])
+def test_attention_reads_what_is_seen_not_the_capacity(name, start, length, monkeypatch):
+    """Of a step's new token, in a cache for many more: blocks from its first key on to its own."""
+    spec = cache_spec(MODEL, name, batch=2, capacity=8192)
+    slot, found = spec.allocate().slots[0], []
+    monkeypatch.setattr(caches, "attend_segments", lambda q, segments, **_: found.extend(segments))
+    newest = jnp.full((2, 1), length - 1)
+    spec.attend(
+        0,
+        slot,
+        jnp.zeros((2, 1, 1, 2, 8)),
+        positions_BT=newest.at[1].set(-1),  # padding, which sees nothing
+        starts_BT=jnp.array([[start], [0]]),
+        lengths_B=jnp.array([length, length]),
+    )
+    ring = spec.formats[0].in_full
+    blocks = [max(int(segment.end - segment.first), 0) for segment in found]
+    if ring:
+        assert blocks.pop() == 1  # the newest tokens, at once
+    assert sum(blocks) * spec.block(0) < length - start + 2 * spec.block(0)
 
 
 def test_padding_and_positions_beyond_the_end_are_dropped():

@@ -116,7 +116,9 @@ class Kivi:
             return *self._pack_keys(k), *self._pack_values(v)
 
         def nothing(newest: KV) -> Sequence[jax.Array]:
-            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(quantize, newest))
+            return jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(quantize, newest)
+            )
 
         # Once in 32 tokens; and in a program of its own, or XLA would write a second ring for it to read.
         packed = jax.lax.cond(jnp.any(due_B), quantize, nothing, newest)

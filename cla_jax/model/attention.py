@@ -223,7 +223,10 @@ def attend_segments(
         return new_peak, total_BKN1, sum_BKNH * shrink_BKN1 + values_BKNH
 
     zeros_BKN1 = jnp.zeros((B, K, G * T, 1))
-    carry = (zeros_BKN1 + MASKED, zeros_BKN1, jnp.zeros((B, K, G * T, H)))
+    # Zeros that hang on the queries (no position is less than -1): plain ones XLA's CPU compiler would
+    # make for all layers of a step at its begin, and hold until their turn.
+    sum_BKNH = jnp.where(positions < -1, q_BKNH, 0).astype(jnp.float32)
+    carry = (zeros_BKN1 + MASKED, zeros_BKN1, sum_BKNH)
     for segment in segments:
         # A loop even where one block is all: outside of one, XLA fuses the write of a slot into its
         # readers, and then copies the slot.
