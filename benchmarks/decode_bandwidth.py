@@ -14,6 +14,7 @@ A model that fits into a CPU's caches can reach more than its memory's bandwidth
 
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import HERE, first_and_rest, machine
+from cla_jax import memory
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decoding_weights
@@ -128,7 +130,10 @@ def measure(config: ModelConfig, options: Options) -> dict[str, Any]:
     model = jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
     weights = decoding_weights(model)
     del model
-    decoders = {batch: decoder(weights, spec, options) for batch, spec in specs.items()}
+    decoders, peaks = {}, {}
+    for batch, spec in sorted(specs.items()):  # an allocator tells the highest peak so far
+        decoders[batch] = decoder(weights, spec, options)
+        peaks[batch] = memory.allocator_peak()
     rounds: dict[str, list[float]] = {name: [] for name in probed}
     steps: dict[int, list[dict[str, float]]] = {batch: [] for batch in decoders}
     for _ in range(options.rounds):
@@ -146,6 +151,7 @@ def measure(config: ModelConfig, options: Options) -> dict[str, Any]:
             {
                 "batch": batch,
                 "bytes": needed,
+                "device_peak_bytes": peaks[batch],
                 "tokens_per_s": batch / step,
                 "bytes_per_s": reached,
                 "fraction": reached / bandwidth,
@@ -195,7 +201,7 @@ def main(options: Options) -> None:
         "when": time.strftime("%Y-%m-%d"),
         "name": name,
         "device": jax.devices()[0].device_kind,
-        "machine": machine(len(jax.devices())),
+        "machine": machine(len(os.sched_getaffinity(0))),
         "jax": jax.__version__,
         "cache": options.cache,
         "context": options.context,

@@ -83,8 +83,9 @@ def decode(
     config, rules = spec.config, spec.rules
     # Positions are settled here, once: where a consumer's query stands cannot depend on what its
     # producer has done to a cache in between.
-    steps_T = jnp.arange(tokens_BT.shape[1])
-    counts_B = jnp.minimum(counts_B, spec.capacity - cache.lengths_B)
+    T = tokens_BT.shape[1]
+    steps_T = jnp.arange(T)
+    counts_B = jnp.minimum(jnp.minimum(counts_B, T), spec.capacity - cache.lengths_B)
     is_text_BT = steps_T < counts_B[:, None]
     positions_BT = jnp.where(is_text_BT, cache.lengths_B[:, None] + steps_T, -1)
     lengths_B = cache.lengths_B + counts_B

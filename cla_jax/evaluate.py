@@ -113,6 +113,7 @@ def evaluate(
         "checkpoint": checkpoint.fingerprint(run, step),
         "data_fingerprint": setup.prepared.path.name,
     }
+    peak = memory.allocator_peak() or 0
     notes = {name: _pointless(setup, name) for name in formats}
     unwritten: OSError | None = None
     with jax.set_mesh(setup.mesh):
@@ -137,7 +138,8 @@ def evaluate(
                 if per_slot:
                     record["per_slot"] = sensitivity(setup, model, name, **sampled)
             record |= origin
-            if (peak := memory.allocator_peak()) is not None:
+            before, peak = peak, memory.allocator_peak() or 0
+            if peak > before:  # else it is that of something else
                 record["device_peak_bytes"] = peak
             yield written_as, record  # first: it is known even where it cannot be written
             if windows is None:

@@ -120,7 +120,10 @@ def lowered(spec: CacheSpec) -> dict[str, Any]:
 
 
 def allocator_peak() -> int | None:
-    """The most bytes that were in use at once on the first device; None where the backend does not say."""
+    """The most bytes that this process has had in use at once on the first device, since it started.
+
+    None where the backend does not say, as on CPUs.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 

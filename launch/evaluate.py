@@ -141,6 +141,8 @@ def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -
             f"  {'':16s}KV bytes {kind:9s}{per_token(count['predicted']):>12s} predicted "
             f"{per_token(count['counted']):>12s} counted   per token at {record['context']:,}"
         )
+    if peak := record.get("device_peak_bytes"):
+        say(f"  {'':16s}device memory in use at most: {peak:,} bytes, by its allocator")
     for slot in record.get("per_slot", []):
         say(
             f"  {'':16s}slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "

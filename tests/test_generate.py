@@ -138,6 +138,16 @@ def test_generation_stops_at_any_of_the_stop_tokens_and_says_so():
     assert (free.finish, stopped.finish) == ("length", "stop")
 
 
+def test_a_row_that_is_done_meets_no_stop_token():
+    """It goes on drawing while others are at work; nothing of that counts."""
+    model, options = make(MODEL), {"new_tokens": [2, 12]}
+    expected = run(model, PROMPTS[:2], stop=[], **options)
+    drawn = {token for completion in expected for token in completion.tokens}
+    completions = run(model, PROMPTS[:2], stop=sorted(set(range(257)) - drawn), **options)
+    assert completions == expected
+    assert [completion.finish for completion in completions] == ["length", "length"]
+
+
 def test_tokens_are_streamed_as_they_come():
     model = make(MODEL)
     calls = []
