@@ -153,6 +153,7 @@ def test_the_table_and_its_json(capsys):
         ),
         (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
         (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
+        (["runs/nowhere"], "runs/nowhere does not exist"),
         (["dem"], "unknown experiment 'dem'; did you mean demo"),
         (["demo", "--context", "0"], "context = 0"),
     ],
