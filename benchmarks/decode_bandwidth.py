@@ -201,7 +201,7 @@ def main(options: Options) -> None:
         "when": time.strftime("%Y-%m-%d"),
         "name": name,
         "device": jax.devices()[0].device_kind,
-        "machine": machine(len(os.sched_getaffinity(0))),
+        "machine": machine(os.cpu_count() or 1),
         "jax": jax.__version__,
         "cache": options.cache,
         "context": options.context,
