@@ -104,6 +104,7 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     The optimiser is not read, nor is damage to it looked for. Raises ValueError if there is no
     checkpoint that can be trusted.
     """
+    check_saved(run)
     config = run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     abstract = with_layout(shapes, rules, mesh)
@@ -112,10 +113,13 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
         arrays = _load_parts(path, {"model": named(abstract)})["model"]
         return int(path.name), with_named(abstract, arrays)
 
-    restored = _restore(run.checkpoints, load, set_aside=False, unread="training")
-    if restored is None:
+    return _restore(run.checkpoints, load, set_aside=False, unread="training")
+
+
+def check_saved(run: Run) -> None:
+    """Raises ValueError for a run without checkpoints."""
+    if not steps(run.checkpoints):
         raise ValueError(f"{run.path} has no checkpoint yet: train it first")
-    return restored
 
 
 def fingerprint(run: Run, step: int) -> str:

@@ -202,12 +202,13 @@ def check_prompts(
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: start it with the end token, as training does")
-        if np.asarray(prompt).dtype.kind not in "iu":
+        ids = np.asarray(prompt)
+        if ids.dtype.kind not in "iu" or ids.ndim != 1:
             raise ValueError(f"prompt {i} is not a sequence of token ids, which are integers")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
+        if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(
                 f"prompt {i} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it "
-                f"has {min(prompt)} to {max(prompt)}"
+                f"has {ids.min()} to {ids.max()}"
             )
         new = new_tokens[i] if new_tokens else 0
         if len(prompt) + new > spec.capacity:

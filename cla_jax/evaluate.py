@@ -12,7 +12,7 @@ from cla_jax import mesh as meshes
 from cla_jax.cache import FORMATS, cache_spec, ledger
 from cla_jax.config import MeshConfig, near_choice
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import Run, saved_steps
+from cla_jax.runs import Run
 from cla_jax.scoring import (
     Progress,
     agreement,
@@ -78,8 +78,7 @@ def check(run: Run, *, formats: Sequence[str], chunk: int) -> None:
         check_chunk(chunk, run.config().data.seq_len)
     except ValueError as error:
         raise ValueError(f"{run.path}: {error}") from None
-    if not saved_steps(run.checkpoints):
-        raise ValueError(f"{run.path} has no checkpoint yet: train it first")
+    checkpoint.check_saved(run)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ _PATHS = {
     errno.ENAMETOOLONG,
 }
 _OURS = tuple(f"{_ROOT / name}/" for name in ("benchmarks", "cla_jax", "experiments", "launch"))
+_STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
 
 
@@ -47,6 +49,8 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             print("interrupted", file=sys.stderr)
             _leave(_INTERRUPTED)
         except BrokenPipeError:
+            if not _reader_has_gone():
+                raise
             _leave(1)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if (words := _words(error)) is None:
@@ -55,6 +59,13 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(2)
 
     return wrapped
+
+
+def _reader_has_gone() -> bool:
+    """Of our stdout; another pipe that breaks is none of the user's doing."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _leave(code: int) -> NoReturn:

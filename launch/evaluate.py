@@ -118,7 +118,7 @@ def _held_out(arguments: Arguments) -> None:
             ):
                 _say_scored(say, name, record)
     if refused:
-        raise ValueError("; ".join(refused))
+        raise ValueError("; ".join(dict.fromkeys(refused)))
 
 
 def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -> None:

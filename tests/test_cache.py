@@ -375,7 +375,9 @@ def short_name(dtype) -> str:
     [
         ("dens", {}, r"unknown cache format 'dens'; did you mean dense"),
         ("dense", {"capacity": 0}, "capacity = 0 must be a positive integer"),
+        ("dense", {"capacity": 1.5}, "capacity = 1.5 must be a positive integer"),
         ("dense", {"batch": 0}, "batch = 0"),
+        (["dense", "int9"], {}, "unknown cache format 'int9'"),
         ("dense", {"chunk": 0}, "chunk = 0"),
         ([make_format("int8", "float32")], {}, "1 cache formats for a model of 2 slots"),
     ],

@@ -211,6 +211,12 @@ def test_tokens_beyond_the_capacity_are_padding():
     assert cache.lengths_B.tolist() == [100]
 
 
+def test_no_more_tokens_are_counted_than_a_step_has():
+    weights, spec = decoding_weights(make(MODEL)), cache_spec(MODEL, batch=2, capacity=100, chunk=8)
+    _, cache = decode(weights, spec, spec.allocate(), TOKENS[:2, :8], np.array([3, 50]))
+    assert cache.lengths_B.tolist() == [3, 8]
+
+
 def test_an_emptied_cache_is_as_new():
     """Nothing of its former rows is seen, in rings and quantised slots too."""
     config = replace(MODEL, n_layers=4, kv_map="cla:2", windows="0,0,20,20")

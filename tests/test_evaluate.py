@@ -188,7 +188,7 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     rows = report.read([run])
     assert [(row.cache, row.kv_bytes) for row in rows] == [("", 32), ("int8", 20)]
     with pytest.raises(ValueError, match="unknown cache format 'int4'; did you mean int8"):
-        next(evaluate(run, formats=("int4",)))
+        next(evaluate(run, formats="int4"))
 
     # What was interrupted goes on; what is recorded in this way, of this checkpoint, is not done twice.
     (run.path / "eval" / "cached-int8.json").unlink()
@@ -216,10 +216,14 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Run, "write_eval", full)
-    seen = []
+    peaks = iter([100, 300, 300, 400])  # before, and after each
+    monkeypatch.setattr(evaluation.memory, "allocator_peak", lambda: next(peaks))
+    seen = {}
     with pytest.raises(OSError, match="No space left"):
-        seen += [seen.append(name) for name, _ in evaluate(run, formats=("int8",), again=True)]
-    assert seen == ["full", "cached-int8"]  # all is told, whatever could not be kept
+        seen.update(evaluate(run, formats=("dense", "int8"), again=True))
+    # All is told, whatever could not be kept; and a peak of whoever reached it.
+    told = {name: record.get("device_peak_bytes") for name, record in seen.items()}
+    assert told == {"full": 300, "cached-dense": None, "cached-int8": 400}
 
 
 def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):

@@ -259,6 +259,7 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
         ([[1]], {"every": 0}, "every = 0"),
         ([[1]], {"every": 1.5}, "every = 1.5"),
         ([[1.5]], {}, "prompt 0 is not a sequence of token ids"),
+        ([[[1]]], {}, "prompt 0 is not a sequence of token ids"),
         ([["a"]], {}, "prompt 0 is not a sequence of token ids"),
         ([[1]], {"new_tokens": 2.5}, "new_tokens = 2.5 must be an integer"),
         ([[1]], {"new_tokens": None}, "new_tokens = None must be an integer"),

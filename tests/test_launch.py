@@ -120,7 +120,6 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     ("raised", "code", "words"),
     [
         ("KeyboardInterrupt", 130, "interrupted\n"),
-        ("BrokenPipeError", 1, ""),
         ("__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 2, "9 bytes\n"),
     ],
 )
@@ -141,13 +140,39 @@ main()
     assert len(ended.stderr.splitlines()) == bool(words)
 
 
-def test_an_error_of_a_library_keeps_its_traceback():
-    @user_errors
-    def main():
-        np.zeros(3).reshape(2)
+def test_who_reads_only_the_first_lines_sees_no_traceback():
+    program = """
+from launch.cli import user_errors
+@user_errors
+def main():
+    for i in range(100_000):
+        print(i)
+main()
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
-    with pytest.raises(ValueError, match="reshape"):
-        main()
+
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        (lambda: np.zeros(3).reshape(2), ValueError),
+        (lambda: os.write(closed_pipe(), b"x"), BrokenPipeError),  # not stdout
+    ],
+)
+def test_an_error_of_a_library_keeps_its_traceback(fails, error):
+    with pytest.raises(error):
+        user_errors(fails)()
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return write
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -149,8 +149,9 @@ def test_a_write_that_fails_leaves_the_old_content(tiny, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as failed:
         run.write_eval("full", {"perplexity": 9.0})
+    assert failed.value.filename == str(run.path / "eval" / "full.json")  # not a temporary one
     assert run.evals()["full"] == {"perplexity": 3.5}
 
 

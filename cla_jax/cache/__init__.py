@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +49,8 @@ class CacheFormat(Protocol):
         """Tokens that may be read at once, so that what is decoded stays small beside the cache."""
         ...
 
-    @property
-    def in_full(self) -> int:
-        """Tokens that a slot has room for, and attention reads at once, beside its entries."""
-        ...
+    # Tokens that a slot has room for, and attention reads at once, beside its entries.
+    in_full: ClassVar[int]
 
     def entries(self, tokens: int) -> int:
         """Entries that a slot for so many tokens needs, before rounding up to blocks."""

@@ -13,7 +13,7 @@ prefill, which attends in full precision; chunks of up to 32 tokens stay close t
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Kivi:
     dtype: str
     name: str
     longest_block: int = 256
-    in_full: int = RING
+    in_full: ClassVar[int] = RING
 
     @property
     def per_byte(self) -> int:
@@ -116,9 +116,7 @@ class Kivi:
             return *self._pack_keys(k), *self._pack_values(v)
 
         def nothing(newest: KV) -> Sequence[jax.Array]:
-            return jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(quantize, newest)
-            )
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(quantize, newest))
 
         # Once in 32 tokens; and in a program of its own, or XLA would write a second ring for it to read.
         packed = jax.lax.cond(jnp.any(due_B), quantize, nothing, newest)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class PerToken(abc.ABC):
     dtype: str
     name: str
     longest_block: int = 512
-    in_full: int = 0
+    in_full: ClassVar[int] = 0
 
     @abc.abstractmethod
     def encode(self, kv: KV) -> Slot:
