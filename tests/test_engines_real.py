@@ -98,25 +98,37 @@ def test_twelve_trials_and_their_launcher_are_killed_and_nothing_is_trained_twic
     start = lambda: launch(tmp_path, "smoke.seeds", *pool, fields=fields)
     sweep = records.epath.Path(tmp_path / "runs/smoke/seeds")
     draw = random.Random(time.time_ns())
-    launcher, kills, launchers = start(), 0, 0
-    while launcher.poll() is None:
-        time.sleep(draw.uniform(2, 8))
-        if kills >= 6 and launchers >= 2:
-            break
-        busy = [line for line in lines(sweep).values() if line["state"] == "running"]
-        if busy and draw.random() < 0.7:
-            record = records.Record(sweep, draw.choice(busy)["trial"])
-            # The runner alone, the training alone, or both.
-            victims = _processes(record, draw.choice(("launch.trial", "launch.train", "")))
-            for pid in victims:
-                _kill(pid)
-            kills += bool(victims)
-        elif launchers < 4:
+    launcher = start()
+    wait_for(lambda: len(lines(sweep)) == 12, "twelve trials were not planned")
+    names = list(lines(sweep))
+    # The runner alone, the training alone, both, or the launcher; each when some trial has come so far, not
+    # after so many seconds: a fast machine would be done before.
+    whats = [*("launch.trial", "launch.train", "") * 2, "launch.sweep", "launch.sweep"]
+    due = [(draw.choice(names), draw.randrange(0, steps // 2), what) for what in whats]
+    deadline = time.monotonic() + 400
+    while due:
+        assert launcher.poll() is None, f"the sweep ended before {due}"
+        assert time.monotonic() < deadline, f"nothing has come as far as {due}"
+        time.sleep(0.1)
+        running = [line for line in lines(sweep).values() if line["state"] == "running"]
+        came = {line["trial"]: line["step"] for line in running}
+        reached = [event for event in due if came.get(event[0], -1) >= event[1]]
+        if not reached:
+            continue
+        name, _, what = event = draw.choice(reached)
+        time.sleep(draw.uniform(0, 0.3))  # a moment of its own in the step or the save
+        if what == "launch.sweep":
             launcher.kill()
             launcher.communicate()
-            launchers += 1
             launcher = start()
-    assert launcher.poll() is None, "too few kills: the sweep ended before them"
+            due.remove(event)
+            continue
+        record = records.Record(sweep, name)
+        # A training whose runner was killed goes on alone.
+        if victims := _processes(record, what) or _processes(record, ""):
+            for pid in victims:
+                _kill(pid)
+            due.remove(event)
     out = finish(launcher)
     assert "12 done" in out
     found = lines(sweep)
