@@ -257,7 +257,7 @@ def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbe
         assert "queued" in finish(start())  # and nothing was submitted twice
         assert len(call("squeue", "--noheader", "--array").splitlines()) == 6
         # A job in the other partition takes all cores: what runs in this one is told to save, and requeued.
-        under_way(sweep, steps)
+        under_way(sweep, range(1, 90))
         call(
             "sbatch",
             "--partition=urgent",
@@ -272,11 +272,11 @@ def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbe
         )
         for job, *_ in requeued:  # two minutes early
             call("scontrol", "update", f"jobid={job}", "StartTime=now")
-        # Another is killed where it stands.
-        name = under_way(sweep, steps)
-        call("scancel", "--signal=KILL", records.Record(sweep, name).submission().job)
-        killed = lambda: lines(sweep)[name]["state"] in ("dead", "stopped", "done")
-        wait_for(killed, "it was not killed")
+        # Another is killed where it stands; scancel would tell it first, and it would save.
+        name = under_way(sweep, range(31, 90))  # after the first save
+        for pid in _processes(records.Record(sweep, name), ""):
+            _kill(pid)
+        wait_for(lambda: lines(sweep)[name]["state"] == "dead", "it was not killed")
         process = start("--wait", "--every", "2")
         while process.poll() is None:
             for job, *_ in queue(call):
@@ -308,11 +308,11 @@ def queue(call):
 
 
 def under_way(sweep, steps):
-    """Waits for a trial that is in the middle of training; its name."""
+    """Waits for a trial that runs and is at one of these steps; its name."""
 
     def found():
         for line in lines(sweep).values():
-            if line["state"] == "running" and 0 < line["step"] < steps - 30:
+            if line["state"] == "running" and line["step"] in steps:
                 return line["trial"]
         return None
 
