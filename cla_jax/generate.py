@@ -275,9 +275,14 @@ def _keys(seeds: int | Sequence[int], prompts: Sequence, spec: CacheSpec) -> jax
     for seed in given:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed = {seed} must lie in 0 to 2**32 - 1")
-    split = spec.rules.spec("batch")
     if _is_integer(seeds):
-        rows_B = jnp.arange(spec.batch, out_sharding=split)
-        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(int(seeds))))(rows_B)
+        return _derived_keys(np.uint32(seeds), spec=spec)
     given += [0] * (spec.batch - len(prompts))
-    return jax.vmap(jax.random.key)(jax.device_put(np.array(given, np.uint32), split))
+    given_B = jax.device_put(np.array(given, np.uint32), spec.rules.spec("batch"))
+    return jax.vmap(jax.random.key)(given_B)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _derived_keys(seed: jax.Array, *, spec: CacheSpec) -> jax.Array:
+    rows_B = jnp.arange(spec.batch, out_sharding=spec.rules.spec("batch"))
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows_B)

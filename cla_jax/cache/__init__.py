@@ -160,6 +160,7 @@ class CacheSpec:
         here = self.entries(p) // self.shards
         return here if here <= LONGEST_BLOCK else self.formats[p].longest_block
 
+    @functools.partial(jax.jit, static_argnums=0)  # one dispatch, not one an array
     def allocate(self) -> Cache:
         """An empty cache, every array made where it will live."""
 
