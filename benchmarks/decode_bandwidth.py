@@ -195,7 +195,10 @@ def main(options: Options) -> None:
     if parse_bytes(options.probe, "probe") < 1 << 20:
         raise ValueError(f"probe = {options.probe!r} must be at least 1MiB")
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not options.output.exists()
     options.output.open("a").close()  # before minutes are spent on what goes there
+    if is_new:
+        options.output.unlink()
     result = {
         "what": "bytes a decode step must read over its time, beside the bandwidth measured",
         "when": time.strftime("%Y-%m-%d"),

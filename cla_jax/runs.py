@@ -85,9 +85,10 @@ class Run:
         if not file.exists():
             raise ValueError(f"{file} is missing: the run has not started training, or was altered")
         try:
-            return file.read_text()
-        except ValueError as error:  # not UTF-8
+            json.loads(text := file.read_text())
+        except ValueError as error:  # or not UTF-8
             raise ValueError(f"{file} is damaged: {error}") from None
+        return text
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
         """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now."""

@@ -15,7 +15,7 @@ prepared again where it is missing. Launched again it goes on: what is recorded 
 evaluated in the same way, is shown and not evaluated again (--again).
 
 With --tasks it scores downstream tasks instead, those of the lm-evaluation-harness (the extra
-`interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json.
+`interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json. They go on alike.
 """
 
 import contextlib
@@ -179,6 +179,7 @@ def _tasks(arguments: Arguments) -> None:
                 chunk=lm_eval.CHUNK if arguments.chunk is None else arguments.chunk,
                 limit=arguments.limit,
                 context=arguments.context,
+                again=arguments.again,
                 progress=progress,
                 **_options(arguments),
             ):

@@ -264,9 +264,44 @@ def test_scores_are_recorded_together_and_compared(run, school, capsys):
     assert "acc_norm" in capsys.readouterr().out
     assert "Downstream tasks" in (run.path / "report.html").read_text()
     # Of another checkpoint, nothing is kept.
-    (run.path / "eval" / "tasks-full.json").write_text(json.dumps(full | {"step": 1}))
-    list(evaluate(run, Tasks(["essay"], data=data, index=index)))
-    assert list(run.evals()["tasks-full"]["tasks"]) == ["essay"]
+    for other in ({"step": 1}, {"checkpoint": "another"}):
+        (run.path / "eval" / "tasks-full.json").write_text(json.dumps(full | other))
+        list(evaluate(run, Tasks(["essay"], data=data, index=index)))
+        assert list(run.evals()["tasks-full"]["tasks"]) == ["essay"]
+
+
+def test_what_is_recorded_is_not_scored_again(run, school, monkeypatch, caplog):
+    from cla_jax.interop import lm_eval
+
+    scored = []
+    evaluated = lm_eval.evaluated
+
+    def counted(task_dict, **options):
+        scored.append(sorted(task_dict["tasks"]))
+        return evaluated(task_dict=task_dict, **options)
+
+    monkeypatch.setattr(lm_eval, "evaluated", counted)
+    index, data = school
+
+    def evaluate(*names, shots=0, **options):
+        scored.clear()
+        tasks = Tasks(names, data=data, index=index, shots=shots)
+        return list(lm_eval.evaluate(run, tasks, **options)), list(scored)
+
+    first, _ = evaluate("quiz", "exam")
+    assert evaluate("quiz", "exam", "essay")[1] == [["essay"]]  # as after an interruption
+    assert "exam, full is recorded already (--again scores it anew)" in caplog.text
+    metrics = lambda found: [(task, record["metrics"]) for _, task, record in found]
+    recorded, what = evaluate("quiz", "exam")
+    assert (metrics(recorded), what) == (metrics(first), [])
+    again, what = evaluate("quiz", again=True)
+    assert what == [["quiz"]]
+    assert metrics(again) == metrics(first)[:1]
+    # Asked in another way, it is something else; and a part of a task is never a record.
+    for other in ({"shots": 1}, {"context": 20}, {"ways": ("int8",)}, {"limit": 2}):
+        assert evaluate("quiz", **other)[1] == [["quiz"]]
+    assert evaluate("quiz", ways=("int8",))[1] == []
+    assert evaluate("quiz", ways=("int8",), chunk=8)[1] == [["quiz"]]
 
 
 def test_a_tag_is_its_tasks_as_far_as_there_are_data(school, caplog):

@@ -190,9 +190,10 @@ def test_a_damaged_evaluation_is_replaced_and_a_later_one_is_kept_and_named(tiny
     assert "full.json is of step 4 and kept" in caplog.text
 
 
-def test_a_damaged_tokenizer_is_named(tiny):
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"", b'{"model": {'])
+def test_a_damaged_tokenizer_is_named(tiny, damaged):
     run = opened(tiny())
-    (run.path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    (run.path / "tokenizer.json").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         run.tokenizer_json()
 

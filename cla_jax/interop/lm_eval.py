@@ -8,6 +8,7 @@ for the same weights; how the answers are computed is ours (cla_jax/likelihood.p
 import functools
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -36,6 +37,8 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise harness_missing(error) from None
+
+log = logging.getLogger(__name__)
 
 FULL = "full"  # instead of a cache format: the full forward pass, without a cache
 WAYS = (FULL, *FORMATS)
@@ -234,15 +237,16 @@ def evaluate(
     chunk: int = CHUNK,
     limit: int | None = None,
     context: int | None = None,
+    again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     **options: Any,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scores a run on tasks, each way; yields (way, task, record) as they come, and writes them.
 
     The records of a way are `eval/tasks-WAY.json`, together with those that other evaluations of the same
-    checkpoint have written there. With `limit`, only so many examples of each task are scored, and
-    nothing is written. `options` are those of `open_setup`. Raises ValueError for what the arguments or
-    the run do not allow.
+    checkpoint have written there; a task that is among them, asked in the same way, is not scored again,
+    unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
+    `options` are those of `open_setup`. Raises ValueError for what the arguments or the run do not allow.
     """
     for name, value in (("limit", limit), ("context", context), ("chunk", chunk)):
         if value is not None and value < 1:
@@ -251,6 +255,7 @@ def evaluate(
         near_choice("cache format", way, WAYS)
     setup = open_setup(run, **options)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+    origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
     with jax.set_mesh(setup.mesh):
         for way in ways:
             answers = Model(setup, model, way=way, chunk=chunk, context=context)
@@ -258,53 +263,73 @@ def evaluate(
             for name, loaded in tasks.loaded.items():
                 title = f"{name}, {way}"
                 answers.progress = lambda what, title=title: progress(f"{title}: {what}")
-                records = _scored(answers, loaded, limit)
-                if limit is None:
-                    _write(run, way, step, records)
+                asked, known = _asked(answers, loaded), _known(run, way, origin)
+                recorded = {task: known.get(task, {}) for task in asked}
+                same = all(asked[task].items() <= recorded[task].items() for task in asked)
+                if same and limit is None and not again:
+                    log.warning("%s is recorded already (--again scores it anew)", title)
+                    records = recorded
+                else:
+                    records = _scored(answers, loaded, limit, asked)
+                    if limit is None:
+                        _write(run, way, origin, known | records)
                 for task, record in records.items():
                     yield way, task, record
 
 
-def _scored(answers: Model, loaded: Any, limit: int | None) -> dict[str, dict[str, Any]]:
-    """The records of one or several tasks, by their names."""
-    clock = time.monotonic()
-    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
-    how = {"context": answers.max_length, "seconds": round(time.monotonic() - clock, 3)}
+def _asked(answers: Model, loaded: Any) -> dict[str, dict[str, Any]]:
+    """What of the records of tasks, and of groups of tasks, is known before they are scored."""
+    how: dict[str, Any] = {"context": answers.max_length}
     if answers.way != FULL:
         how["chunk"] = answers.chunk
-    return {task: _record(found, loaded, task) | how for task in found["results"]}
-
-
-def _record(found: Any, loaded: Any, name: str) -> dict[str, Any]:
-    """What the harness found for a task, or a group of tasks, as plain numbers."""
-    metrics = {
-        key.removesuffix(",none"): value
-        for key, value in found["results"][name].items()
-        if isinstance(value, (int, float)) and key != "sample_len"
+    groups = loaded.get("groups", {}).items()
+    found: dict[str, dict[str, Any]] = {
+        name: how for name, group in groups if group.has_aggregation
     }
-    record: dict[str, Any] = {"metrics": metrics}
-    if task := loaded["tasks"].get(name):
+    for name, task in loaded["tasks"].items():
         config = task.config
-        record |= {
-            "n": found["n-samples"][name]["effective"],
+        found[name] = how | {
             "split": config.test_split if task.has_test_docs() else config.validation_split,
             "shots": config.num_fewshot,
-            "version": found["versions"].get(name),
+            "version": task.VERSION,
             "data": {"path": config.dataset_path, "name": config.dataset_name}
             | (config.dataset_kwargs or {}),
         }
-    return record
+    return found
 
 
-def _write(run: Run, way: str, step: int, records: dict[str, Any]) -> None:
-    name = f"tasks-{way}"
-    before = run.evals().get(name, {})
-    kept = before["tasks"] if before.get("step") == step else {}
+def _scored(
+    answers: Model, loaded: Any, limit: int | None, asked: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The records of one or several tasks, by their names, as plain numbers."""
+    clock = time.monotonic()
+    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
+    seconds = round(time.monotonic() - clock, 3)
+    records: dict[str, dict[str, Any]] = {}
+    for name, results in found["results"].items():
+        metrics = {
+            key.removesuffix(",none"): value
+            for key, value in results.items()
+            if isinstance(value, (int, float)) and key != "sample_len"
+        }
+        records[name] = {"metrics": metrics, **asked.get(name, {}), "seconds": seconds}
+        if name in loaded["tasks"]:
+            records[name]["n"] = found["n-samples"][name]["effective"]
+    return records
+
+
+def _known(run: Run, way: str, origin: dict[str, Any]) -> dict[str, Any]:
+    """The records there are of tasks asked this way, of the same checkpoint."""
+    before = run.evals().get(f"tasks-{way}", {})
+    return before["tasks"] if origin.items() <= before.items() else {}
+
+
+def _write(run: Run, way: str, origin: dict[str, Any], records: dict[str, Any]) -> None:
     record = {
         "method": "lm-evaluation-harness",
         "cache": "" if way == FULL else way,
-        "step": step,
+        **origin,
         "versions": runs.versions() | {"lm_eval": metadata.version("lm_eval")},
-        "tasks": dict(sorted((kept | records).items())),
+        "tasks": dict(sorted(records.items())),
     }
-    run.write_eval(name, record)
+    run.write_eval(f"tasks-{way}", record)
