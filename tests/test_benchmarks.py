@@ -33,3 +33,16 @@ def test_what_a_decode_step_reads_is_counted(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / round_["step_seconds"])
         reached = sum(row["bytes"].values()) / round_["step_seconds"]
         assert row["fraction"] == pytest.approx(reached / result["bandwidth"])
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_fails_leaves_no_empty_file(tmp_path):
+    run = ["-m", "benchmarks.decode_bandwidth", "smoke.tiny", "--cache", "int9", "--probe", "1MiB"]
+    output = tmp_path / "out.json"
+    command = [sys.executable, *run, f"--output={output}"]
+    for before in (None, "{}"):
+        if before:
+            output.write_text(before)
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "did you mean int8" in ran.stderr
+        assert (output.read_text() if output.exists() else None) == before
