@@ -1,0 +1,50 @@
+"""How values that others wrote appear in messages: on one line, printable, and of bounded length."""
+
+import reprlib
+import unicodedata
+from typing import Any
+
+LONGEST = 300  # characters of a message that are somebody else's words
+_VALUE = 80
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    """The text on one line: control characters are escaped, and the middle of a long text is left out.
+
+    No terminal obeys it: escape sequences, line ends and marks that change the direction of writing are
+    spelled `\\x1b`, `\\n` and `\\u202e`.
+    """
+    text = str(text)
+    if len(text) > longest:  # before the loop below: it may be a gigabyte
+        half = (longest - 3) // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    if text.isascii() and text.isprintable():
+        return text
+    escaped = "".join(map(_character, text))
+    return escaped if len(escaped) <= 2 * longest else escaped[: 2 * longest] + "..."
+
+
+def shown(value: Any, longest: int = _VALUE) -> str:
+    """The repr of a value as `printable` has it; of a long or deep one, the beginning."""
+    return printable(_Short(longest).repr(value), longest)
+
+
+def _character(character: str) -> str:
+    # Everything of the categories C (control, format, surrogate, private) and the two line ends of Unicode.
+    if unicodedata.category(character)[0] != "C" and character not in "\u2028\u2029":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class _Short(reprlib.Repr):
+    """Of every part no more than a message has room for."""
+
+    def __init__(self, longest: int):
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxtuple, self.maxset = 3, 8, 4, 8, 8
+        self.maxstring = self.maxlong = self.maxother = longest
+
+    def repr_int(self, x: int, level: int) -> str:
+        del level
+        # Python itself writes no integer of more than 4,300 digits.
+        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 4096 else repr(x)
