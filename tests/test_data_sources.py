@@ -1,6 +1,8 @@
 """Documents: every form of source, and every way in which one can be broken."""
 
+import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cla_jax.config import DataConfig
 from cla_jax.data import sources
 
 zstd = sources._zstd(Path("a.zst"))
@@ -22,7 +25,7 @@ def zstd_open(path, mode, **options):
     return zstd.open(path, mode, options={zstd.CompressionParameter.checksum_flag: 1}, **options)
 
 
-PACKERS = [(".gz", gzip.open), (".xz", lzma.open), (".zst", zstd_open)]
+PACKERS = [(".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open), (".zst", zstd_open)]
 
 
 def write_jsonl(path: Path, texts=TEXTS, opener=open) -> Path:
@@ -58,7 +61,9 @@ def test_a_glob_descends(tmp_path):
     assert list(sources.documents(f"text:{tmp_path}/**/*.txt")) == ["deep"]
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [("", open), *PACKERS])
+@pytest.mark.parametrize(
+    ("suffix", "opener"), [("", open), *PACKERS, (".GZ", gzip.open), (".Bz2", bz2.open)]
+)
 def test_json_lines_plain_and_packed(tmp_path, suffix, opener):
     write_jsonl(tmp_path / f"a.jsonl{suffix}", [TEXTS[0], "", TEXTS[1]], opener)
     write_jsonl(tmp_path / f"b.jsonl{suffix}", [TEXTS[2]], opener)
@@ -96,13 +101,54 @@ def test_json_lines_stream(tmp_path):
         (b'["text"]\n', "line 2 is not an object with a field 'text'"),
         (b'{"text": "\xff"}\n', "line 2 is not valid UTF-8"),
         (b'{"text": "\\ud83d"}\n', "line 2 has a lone surrogate"),
+        (b'{"text": "a", "n": ' + b"7" * 5000 + b"}\n", "line 2 .*5,000 digits"),
+        (b'{"text": "a", "n": ' + b"[" * 200_000 + b"\n", "line 2 is nested too deeply"),
+        (b"3\n", "line 2 is not an object with a field 'text'"),
+        (b'{"body": "a", "n": 3}\n', r"line 2 is not an .*jsonl\.FIELD.*\['body'\]"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line)
-    with pytest.raises(ValueError, match=rf"a\.jsonl, {message}"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, {message}") as error:
         list(sources.documents(f"jsonl:{path}"))
+    assert len(str(error.value)) < 500
+
+
+def test_what_json_has_no_name_for_may_stand_beside_the_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "score": NaN, "tag": 1, "tag": 2}\n')
+    assert list(sources.documents(f"jsonl:{path}")) == ["a"]
+
+
+def test_another_field_of_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "content": "b", "a.b": "c"}\n')
+    assert list(sources.documents(f"jsonl.content:{path}")) == ["b"]
+    assert list(sources.documents(f"jsonl.a.b:{path}")) == ["c"]
+    prints = {sources.fingerprint(f"{kind}:{path}") for kind in ("jsonl", "jsonl.content")}
+    assert len(prints) == 2
+    with pytest.raises(ValueError, match="only jsonl and tfds have fields"):
+        DataConfig(source=f"text.content:{path}", seq_len=8)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark, lines = b"\xef\xbb\xbf", b'{"text": "a"}\n'
+    (tmp_path / "a.jsonl").write_bytes(
+        mark + lines + mark + lines
+    )  # two files, one after the other
+    (tmp_path / "a.txt").write_bytes(mark + b"a\n")
+    assert list(sources.documents(f"jsonl:{tmp_path}/a.jsonl")) == ["a", "a"]
+    assert list(sources.documents(f"text:{tmp_path}/a.txt")) == ["a\n"]
+
+
+def test_what_was_prepared_with_the_mark_in_the_text_is_not_found_again(tmp_path):
+    for name, text in (("plain.txt", b"a\n"), ("marked.txt", b"\xef\xbb\xbfa\n")):
+        (tmp_path / name).write_bytes(text)
+        before = ["text", [name, len(text), hashlib.sha256(text).hexdigest()]]
+        before = hashlib.sha256(json.dumps(before).encode()).hexdigest()[:16]
+        same = sources.fingerprint(f"text:{tmp_path}/{name}") == before
+        assert same == (name == "plain.txt")
 
 
 def test_a_text_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
@@ -115,6 +161,41 @@ def test_a_text_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
 def test_no_file_matches(tmp_path, kind):
     with pytest.raises(ValueError, match=r"data\.source = .*no file matches"):
         sources.documents(f"{kind}:{tmp_path}/*.nothing")
+
+
+def test_brackets_of_a_path_are_found(tmp_path):
+    directory = tmp_path / "[2024] data"
+    directory.mkdir()
+    (directory / "a.txt").write_text("one")
+    (directory / "b.txt").write_text("two")
+    assert list(sources.documents(f"text:{directory}/a.txt")) == ["one"]
+    assert list(sources.documents(f"text:{directory}/*.txt")) == ["one", "two"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "a.txt").write_text("one")
+    (plain / "b.txt").write_text("two")
+    assert list(sources.documents(f"text:{plain}/[b-z].txt")) == ["two"]  # a choice, as before
+    (plain / "[b-z].txt").write_text("three")
+    with pytest.raises(ValueError, match=r"\[\[\] for a bracket"):
+        sources.documents(f"text:{plain}/[b-z].txt")
+    assert list(sources.documents(f"text:{plain}/[[]b-z].txt")) == ["three"]
+
+
+def test_what_matches_and_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    for read in (sources.documents, sources.fingerprint):
+        with pytest.raises(ValueError, match=r"b\.txt is a link to a file that does not exist"):
+            read(f"text:{tmp_path}/*.txt")
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match=r"b\.txt is no file"):
+        sources.documents(f"text:{tmp_path}/*.txt")
+
+
+def test_a_directory_given_as_source_is_said_to_be_one(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a directory: .*text:'{tmp_path}/\*'"):
+        sources.documents(f"text:{tmp_path}")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])

@@ -104,6 +104,18 @@ def test_offsets_out_of_order_give_no_negative_bytes():
     assert list(counts) == [3, 0, 1, 2]
 
 
+def test_a_tokenizer_that_chooses_at_random_does_so_no_more(trained):
+    fields = json.loads(trained.to_json())
+    fields["model"]["dropout"] = 0.5
+    random = hf.Tokenizer.from_str(json.dumps(fields))
+    text = "the Congress of the United States"
+    assert len({tuple(random.encode(text).ids) for _ in range(20)}) > 1
+    loaded = tokenizers.load(json.dumps(fields), END)
+    assert {tuple(loaded.encode(text)) for _ in range(20)} == {tuple(trained.encode(text))}
+    assert loaded.to_json() == trained.to_json()  # in a run's copy it is off too
+    assert loaded == trained
+
+
 def test_a_batch_equals_its_texts(tokenizer):
     batch = tokenizer.encode_batch_with_bytes(ODD)
     for (ids, n_bytes), text in zip(batch, ODD, strict=True):
@@ -194,6 +206,12 @@ def test_a_tokenizer_file(tmp_path, trained):
     assert tokenizers.make_tokenizer(DataConfig(tokenizer=str(path), seq_len=8)) == trained
 
 
+def test_a_tokenizer_file_with_a_byte_order_mark(tmp_path, trained):
+    path = tmp_path / "tok.json"
+    path.write_bytes(b"\xef\xbb\xbf" + trained.to_json().encode())
+    assert tokenizers.make_tokenizer(DataConfig(tokenizer=str(path), seq_len=8)) == trained
+
+
 def test_an_unknown_end_token_names_the_field_and_the_nearest(tmp_path, trained):
     path = tmp_path / "tokenizer.json"
     path.write_text(trained.to_json(), encoding="utf-8")
@@ -209,7 +227,7 @@ def test_an_unknown_end_token_names_the_field_and_the_nearest(tmp_path, trained)
         (b"{", "not valid JSON"),
         (b'{"tokenizer_class": "x"}', "no object 'model'"),
         (b"[1]", "no object 'model'"),
-        (b"\xff", "utf-8"),
+        (b"\xff", "UTF-8"),
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content, message):

@@ -69,8 +69,8 @@ def prepare(
       progress: called with the number of documents done; by default a line on a terminal.
 
     Raises:
-      ValueError: the source or the tokenizer is at fault, a split would be empty, or the prepared
-        data has been damaged.
+      ValueError: the source or the tokenizer is at fault or changes while it is read, a split would
+        be empty, or the prepared data has been damaged.
     """
     path = prepared_path(config, data_dir, tokenizer_json)
     if not path.exists():
@@ -180,10 +180,17 @@ def _make(config: DataConfig, path: Path, progress: Progress, tokenizer_json: st
     partial.mkdir()
     try:
         tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
+        before = sources.stamp(config.source)
         streams = _tokenise(config, tokenizer, partial, progress)
         totals = _write_records(config, tokenizer, streams, partial)
         (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         manifest.write(partial, _identity(config) | {"totals": totals})
+        now = prepared_path(config, path.parent, tokenizer_json)
+        if now != path or sources.stamp(config.source) != before:
+            raise ValueError(
+                f"data.source = {config.source!r} or the file of data.tokenizer changed while the text was "
+                "prepared: start again when it is complete"
+            )
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

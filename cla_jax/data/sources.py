@@ -3,7 +3,9 @@
 A document is a non-empty string. Sources stream: memory holds one document (or one line) at a time.
 """
 
+import bz2
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -14,11 +16,13 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cla_jax.config import near_choice
+from cla_jax import files
+from cla_jax.config import near_choice, split_source
+from cla_jax.messages import shown
 
 SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.
@@ -26,6 +30,7 @@ _HASHED_WHOLE = 1 << 26
 _HASHED_END = 1 << 20
 # The standard library's module from Python 3.14 on; before, it is a package.
 _ZSTD = ("compression.zstd", "backports.zstd")
+_BOM = b"\xef\xbb\xbf"  # a byte order mark: some editors begin UTF-8 with it
 
 
 def documents(source: str) -> Iterator[str]:
@@ -34,19 +39,20 @@ def documents(source: str) -> Iterator[str]:
     Args:
       source: `sotu` or `sotu:N` (the embedded corpus or its first N addresses); `text:GLOB`, a file
         is a document; `jsonl:GLOB`, a line is an object with the field `text`; `tfds:NAME[/CONFIG]`
-        or `tfds:DIRECTORY` (of a prepared dataset), the feature `text` of the split `train`. Files
-        come in the order of their paths and may be .gz, .xz or .zst.
+        or `tfds:DIRECTORY` (of a prepared dataset), the feature `text` of the split `train`.
+        `jsonl.FIELD:` and `tfds.FIELD:` read another field. Files come in the order of their paths
+        and may be .gz, .xz, .bz2 or .zst.
 
     Raises:
       ValueError: no file matches, or a file is damaged, is not UTF-8, or has a line that is not an
         object with a text; names the file and the line. Raised when the document is reached.
     """
-    kind, argument = _parse(source)
+    kind, field, argument = split_source(source)
     if kind == "sotu":
         return _sotu(source, argument)
     if kind == "tfds":
-        return _tfds(source, argument)
-    read = _text_file if kind == "text" else _jsonl_file
+        return _tfds(source, argument, field)
+    read = _text_file if kind == "text" else functools.partial(_jsonl_file, field=field)
     return (text for path in _files(source, argument) for text in read(path) if text)
 
 
@@ -56,8 +62,8 @@ def fingerprint(source: str) -> str:
     Files count by name, size and content; when they exceed 64 MiB together, by name, size
     and both ends. A tfds dataset counts by its version and shard lengths.
     """
-    kind, argument = _parse(source)
-    identity: list[Any] = [kind]
+    kind, field, argument = split_source(source)
+    identity: list[Any] = [kind if field in ("", "text") else f"{kind}.{field}"]
     if kind == "sotu":
         identity += [_sotu_limit(source, argument), hashlib.sha256(_sotu_bytes()).hexdigest()]
     elif kind == "tfds":
@@ -68,8 +74,23 @@ def fingerprint(source: str) -> str:
     else:
         paths = _files(source, argument)
         whole = sum(path.stat().st_size for path in paths) <= _HASHED_WHOLE
-        identity += [_file_identity(path, whole) for path in paths]
+        for path in paths:
+            identity.append(_file_identity(path, whole))
+            if kind == "text" and _begins_with_mark(path):
+                identity.append("without its byte order mark")
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def stamp(source: str) -> list[tuple[str, int, int, int]]:
+    """What changes when a file of a source is written to, as soon as it is written to.
+
+    For large files the fingerprint does not see all of the content. Empty for other sources.
+    """
+    kind, _, argument = split_source(source)
+    if kind not in ("text", "jsonl"):
+        return []
+    stats = ((path, path.stat()) for path in _files(source, argument))
+    return [(str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -84,18 +105,38 @@ def is_held_out(text: str, share: float) -> bool:
 # --------------------------------------------------------------------------------------- files
 
 
-def _parse(source: str) -> tuple[str, str]:
-    kind, _, argument = source.partition(":")
-    near_choice("data.source", kind, ("sotu", "text", "jsonl", "tfds"))
-    return kind, argument
-
-
 def _files(source: str, pattern: str) -> list[Path]:
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = [Path(name) for name in sorted(found) if os.path.isfile(name)]
+    found = _matching(source, os.path.expanduser(pattern))
+    paths = []
+    for name in map(Path, sorted(found)):
+        if name.is_file():
+            paths.append(name)
+        elif not name.is_dir():  # a link to nothing, a pipe
+            what = "is a link to a file that does not exist" if name.is_symlink() else "is no file"
+            raise ValueError(f"data.source = {source!r}: {files.name(name)} {what}")
     if not paths:
+        if len(found) == 1:
+            kind = source.partition(":")[0]
+            hint = f"name the files in it, as in {kind}:'{files.name(found[0])}/*'"
+            raise ValueError(
+                f"data.source = {source!r}: {files.name(found[0])} is a directory: {hint}"
+            )
         raise ValueError(f"data.source = {source!r}: no file matches {pattern!r}")
     return paths
+
+
+def _matching(source: str, pattern: str) -> list[str]:
+    """The paths that match a pattern, in which [...] is one of some characters or stands for itself."""
+    as_choice = glob.glob(pattern, recursive=True)
+    if "[" not in pattern:
+        return as_choice
+    as_written = glob.glob(pattern.replace("[", "[[]"), recursive=True)
+    if as_choice and as_written and as_choice != as_written:
+        raise ValueError(
+            f"data.source = {source!r} matches {files.name(as_choice[0])} and, with its brackets as "
+            f"they are, {files.name(as_written[0])}: write [[] for a bracket of the name"
+        )
+    return as_choice or as_written
 
 
 def _file_identity(path: Path, whole: bool) -> list[Any]:
@@ -109,13 +150,21 @@ def _file_identity(path: Path, whole: bool) -> list[Any]:
     return [path.name, stat.st_size, ends.hexdigest()]
 
 
+def _begins_with_mark(path: Path) -> bool:
+    with _reading(path), _open(path) as file:
+        return file.read(len(_BOM)) == _BOM
+
+
 def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".zst":
-        return _zstd(path).open(path, "rb")
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path, "rb")
+        case ".xz":
+            return lzma.open(path, "rb")
+        case ".bz2":
+            return bz2.open(path, "rb")
+        case ".zst":
+            return _zstd(path).open(path, "rb")
     return path.open("rb")
 
 
@@ -126,50 +175,67 @@ def _zstd(path: Path) -> Any:
     raise ValueError(f"{path}: to read .zst, pip install 'cla_jax[zstd]'")
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    """What is raised for damaged or truncated packed files; a module that is not loaded raised nothing."""
+@contextlib.contextmanager
+def _reading(path: Path, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Makes what is raised for damaged or truncated packed files a ValueError that names the file."""
+    # A module that is not loaded raised nothing.
     zstd = (module.ZstdError for name in _ZSTD if (module := sys.modules.get(name)))
-    return (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, *zstd)
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, *zstd) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of the disk, not of the content
+            raise
+        raise ValueError(f"{files.name(path)} is damaged or truncated{where()}: {error}") from error
 
 
 def _text_file(path: Path) -> Iterator[str]:
-    try:
-        with _open(path) as file:
-            content = file.read()
-    except _damage() as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
-    yield _decode(content, str(path), 1)
+    with _reading(path), _open(path) as file:
+        content = file.read()
+    yield _decode(content.removeprefix(_BOM), files.name(path), 1)
 
 
-def _jsonl_file(path: Path) -> Iterator[str]:
+def _jsonl_file(path: Path, field: str = "text") -> Iterator[str]:
     with _open(path) as file:
-        yield from _jsonl(file, str(path))
+        yield from _jsonl(file, path, field)
 
 
-def _jsonl(file: Iterable[bytes], name: str) -> Iterator[str]:
-    for number, line in _lines(file, name):
+def _jsonl(file: Iterable[bytes], path: Path, field: str = "text") -> Iterator[str]:
+    for number, line in _lines(file, path):
         if not line.strip():
             continue
-        where = f"{name}, line {number}"
-        try:
-            record = json.loads(_decode(line, name, number))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not valid JSON: {error}") from error
-        match record:
-            case {"text": str(text)}:
-                yield _checked(text, where)
-            case _:
-                raise ValueError(f"{where} is not an object with a field 'text' that is a string")
+        where = f"{files.name(path)}, line {number}"
+        # Beside the text may stand what JSON has no name for: only the text is used.
+        record = files.parse_json(
+            _decode(line.removeprefix(_BOM), files.name(path), number),
+            where,
+            finite=False,
+            duplicates=True,
+        )
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(_no_text(record, field, where))
+        yield _checked(text, where)
 
 
-def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+def _no_text(record: Any, field: str, where: str) -> str:
+    message = f"{where} is not an object with a field {field!r} that is a string"
+    fields = record.items() if isinstance(record, dict) else ()
+    texts = [key for key, value in fields if isinstance(value, str)]
+    if not texts:
+        return message
+    return (
+        f"{message}; of another field: data.source = jsonl.FIELD:..., FIELD one of {shown(texts)}"
+    )
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
-    try:
+    with _reading(path, lambda: f" after line {number}"):
         for line in file:
             number += 1
             yield number, line
-    except _damage() as error:
-        raise ValueError(f"{name} is damaged or truncated after line {number}: {error}") from error
 
 
 def _decode(content: bytes, name: str, first_line: int) -> str:
@@ -211,7 +277,7 @@ def _sotu(source: str, argument: str) -> Iterator[str]:
     limit = _sotu_limit(source, argument)
     resource = importlib.resources.files("cla_jax.data").joinpath("corpus/sotu.jsonl.xz")
     with resource.open("rb") as packed, lzma.open(packed, "rb") as file:
-        for _, text in zip(range(limit), _jsonl(file, "sotu.jsonl.xz"), strict=False):
+        for _, text in zip(range(limit), _jsonl(file, Path("sotu.jsonl.xz")), strict=False):
             yield text
 
 
@@ -246,13 +312,13 @@ def _tfds_by_name(name: str) -> Any:
         return tfds.builder(name, file_format="array_record")
 
 
-def _tfds(source: str, name: str) -> Iterator[str]:
+def _tfds(source: str, name: str, field: str) -> Iterator[str]:
     builder = _tfds_builder(source, name)
-    if "text" not in builder.info.features:
+    if field not in builder.info.features:
         known = ", ".join(builder.info.features)
-        raise ValueError(f"data.source = {source!r} has no feature 'text', only {known}")
+        raise ValueError(f"data.source = {source!r} has no feature {field!r}, only {known}")
     for index, example in enumerate(builder.as_data_source(split="train")):
-        text, where = example["text"], f"{source}, example {index}"
+        text, where = example[field], f"{source}, example {index}"
         # Datasets on disk give bytes; tfds.testing.mock_data gives str.
         text = _decode(text, where, 1) if isinstance(text, bytes) else _checked(str(text), where)
         if text:

@@ -12,11 +12,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cla_jax import files
 from cla_jax.config import DataConfig, near_choice
 from cla_jax.data import sources
 
 # BPE is learned from the first bytes of the training split: more text changes few merges.
 _BPE_SAMPLE_BYTES = 1 << 28
+# Settings of a tokenizer's model that make it choose at random: of BPE, and of Unigram.
+_RANDOM = ("dropout", "alpha", "nbest_size")
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -27,7 +30,8 @@ class Tokenizer:
     Special tokens are never made from text: a document that spells the end token goes on.
 
     Args:
-      inner: the tokenizer; truncation, padding and added special tokens are switched off.
+      inner: the tokenizer; truncation, padding, added special tokens and random choices (dropout)
+        are switched off, so that equal texts always have equal ids.
       end_token: the token that ends a document.
 
     Raises:
@@ -42,6 +46,9 @@ class Tokenizer:
         inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
+        for setting in _RANDOM:
+            if getattr(inner.model, setting, None) is not None:
+                setattr(inner.model, setting, None)
         self._inner = inner
         self.end_token = end_token
         self.end: int = vocabulary[end_token]
@@ -184,7 +191,7 @@ def make_tokenizer(config: DataConfig, json_text: str | None = None) -> Tokenize
         return train_bpe(_sample(config), size, config.end_token)
     path = tokenizer_file(config) if json_text is None else None
     try:
-        text = path.read_text(encoding="utf-8") if path else json_text
+        text = files.read_text(path, files.TOKENIZER_BYTES) if path else json_text
         return load(text or "", config.end_token)
     except ValueError as error:
         raise ValueError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
