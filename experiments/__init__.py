@@ -11,11 +11,12 @@ A sweep is a generator of (name, config), listed in its module's SWEEPS (see exp
 from collections.abc import Callable, Iterator
 
 from cla_jax.config import Config, near_choice
-from experiments import cla_1b, cla_1b_tuned, cla_3b, demo, smoke
+from experiments import cla_1b, cla_1b_tuned, cla_3b, demo, small, smoke
 from experiments.sweeping import Trials
 
 STUDIES = {
     "demo": demo,
+    "small": small,
     "smoke": smoke,
     "cla_1b": cla_1b,
     "cla_1b_tuned": cla_1b_tuned,

