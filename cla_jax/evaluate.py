@@ -33,6 +33,9 @@ def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
         "held_out_loss": record["nll"] / record["tokens"],
         "perplexity": record["perplexity"],
         "bits_per_byte": record["bits_per_byte"],
+        # What tells a comparison whether two runs were scored on the same text.
+        "held_out_tokens": record["tokens"],
+        "held_out_bytes": record["bytes"],
     }
 
 

@@ -19,6 +19,7 @@ def compare(
         tyro.conf.arg(metavar="PATH ...", help_behavior_hint=""),
     ],
     *,
+    context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="")] = None,
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = "",
 ) -> None:
     """Compares runs: accuracy against KV-cache memory, as a table and as a picture.
@@ -31,8 +32,12 @@ def compare(
         python -m launch.compare runs/tiny
         python -m launch.compare runs/tiny/mqa runs/mine/cla2 --out comparison
 
+    What caches hold at a context that is longer than the window of training:
+        python -m launch.compare runs/tiny --context 32768
+
     Args:
       paths: run directories, or study directories that hold some; local or gs://
+      context: count KV bytes for so many tokens of context (default: the window of training)
       out: where to write (default: the one directory given, or the common parent of several)
     """
     if not paths:
@@ -40,7 +45,7 @@ def compare(
     directory = out or report.common_directory(paths)
     if not directory:
         raise ValueError("the paths have no directory in common; say where to write with --out DIR")
-    rows = report.read(runs.find_runs(paths))
+    rows = report.read(runs.find_runs(paths), context)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit

@@ -1,6 +1,8 @@
 """Reports: what is compared, what is drawn, and that any text may stand in a run."""
 
+import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from rich.console import Console
 
 from cla_jax import costs, report, runs
@@ -25,14 +29,15 @@ FINGERPRINT = "sotu-byte-64-abc"
 
 def make(directory, name="tiny/a", *, source="sotu", tokenizer="{}", fingerprint=FINGERPRINT, **kw):
     model = {"n_kv_heads": 1, "d_head": 32, "kv_map": "identity"}
-    model |= {key: kw.pop(key) for key in tuple(kw) if key in model}
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    model |= {key: kw.pop(key) for key in tuple(kw) if key in known}
     config = Config(
         name=name,
+        steps=kw.pop("steps", 30),
         model=ModelConfig(vocab_size=257, n_layers=4, d_model=64, d_ff=96, n_heads=4, **model),
         data=DataConfig(seq_len=64, source=source),
         placement=Placement(runs=str(directory)),
         batch_size=8,
-        steps=30,
         **kw,
     )
     return runs.open_run(config, data_fingerprint=fingerprint, tokenizer_json=tokenizer)
@@ -54,12 +59,14 @@ def evaluate(run, perplexity, *, step=30, cached=True, **other):
         run.write_eval("cached-dense", full | close)
 
 
-def log(run, last=30):
+def log(run, last=30, *, evaluated=None, **totals):
     records = [
         {"step": step, "loss": 5 - 0.1 * step, "tokens_per_s": 1000.0 * step}
         for step in range(1, last + 1)
     ]
-    records.append({"step": last, "held_out_loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.1})
+    if evaluated is not None:
+        scores = {"held_out_loss": 3.0, "perplexity": evaluated, "bits_per_byte": 1.1}
+        records.append({"step": last, **scores, **totals})
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -125,12 +132,11 @@ def test_the_columns_of_a_finished_run(tmp_path):
         "parameters\nno embed.": reading.human(costs.parameters(model).non_embedding),
         "parameters\ntotal": reading.human(costs.parameters(model).total),
         "KV bytes\nper token": "256",  # K and V, 1 head of 32, 2 bytes, 2 slots
-        "perplexity\nfull": "12.500",
+        "perplexity": "12.500",
         "bits per\nbyte": "0.9110",
         "perplexity\ncached": "12.501",
-        "training\ntokens/s": "15,500",  # the median, not the mean of a curve with a tail
     }
-    assert "step" not in printed(rows(run)).replace("per token", "")
+    assert "step 30/30" not in printed(rows(run))
 
 
 def test_lines_are_sorted_by_bytes_then_perplexity_and_the_frontier_is_marked(tmp_path):
@@ -150,13 +156,41 @@ def test_a_run_without_evaluation_shows_dashes_and_says_what_to_do(tmp_path):
     log(run)
     found = rows(run, other)
     line = cells(found, "un evaluated")
-    assert [line[key] for key in ("perplexity\nfull", "bits per\nbyte", "perplexity\ncached")] == [
+    assert [line[key] for key in ("perplexity", "bits per\nbyte", "perplexity\ncached")] == [
         "—"
     ] * 3
     command = f"python -m launch.evaluate '{run.path}'"
     assert report.notes(found) == [f"un evaluated is not evaluated: {command}"]
     assert escape(command) in html(found)
     assert [point.quality for point in reading.points(found)] == [math.inf, 9.0]
+
+
+def test_what_training_measured_is_compared_until_there_is_an_evaluation(tmp_path):
+    found = [make(tmp_path, f"tiny/{i}", seed=i) for i in range(3)]
+    for run in found:
+        log(run, evaluated=20.0 + run.config().seed)
+    assert [cells(rows(*found), str(i))["perplexity"] for i in range(3)] == [
+        "20.000*",
+        "21.000*",
+        "22.000*",
+    ]
+    assert cells(rows(*found), "0")[""] == "●"
+    assert [point.quality for point in reading.points(rows(*found))] == [20.0, 21.0, 22.0]
+    assert "* from training" in reading.caption(rows(*found))
+    assert "* from training" in html(rows(*found))
+    # One line, one command, and not a run that is not compared.
+    study = f"python -m launch.evaluate {tmp_path / 'tiny'}"
+    told = "are not evaluated (*: what training measured is shown)"
+    assert report.notes(rows(*found)) == [f"3 of 3 runs {told}: {study}"]
+    two = f"python -m launch.evaluate {found[0].path} {found[1].path}"
+    assert report.notes(rows(*found[:2])) == [f"2 of 2 runs {told}: {two}"]
+    # The later step counts; of the same step, what was evaluated apart from training.
+    evaluate(found[0], 19.0, step=30)
+    evaluate(found[1], 19.5, step=20)
+    assert cells(rows(*found), "0")["perplexity"] == "19.000"
+    assert cells(rows(*found), "1")["perplexity"] == "21.000*"
+    assert report.notes(rows(found[0])) == []
+    assert "* from training" not in reading.caption(rows(found[0]))
 
 
 @pytest.mark.parametrize(("logged", "evaluated"), [(12, None), (30, 12)])
@@ -195,17 +229,51 @@ def test_an_evaluation_without_its_scores_is_named(tmp_path):
 def test_a_further_cache_format_is_a_line_and_a_point_of_its_own(tmp_path):
     run = make(tmp_path)
     evaluate(run, 10.0)
-    resident = {"resident": {"predicted": 288, "counted": 288}}
     record = {"perplexity": 10.2, "bits_per_byte": 0.84, "step": 30, "tokens": 1000}
-    run.write_eval("cached-int8", record | {"kv_bytes": resident})
+    run.write_eval("cached-int8", record)
     found = rows(run)
     full, int8 = reading.points(found)
     assert (full.kv_bytes, full.quality) == (512, 10.0)
-    assert (int8.label, int8.kv_bytes, int8.quality) == ("a, int8", 288, 10.2)
+    # K and V of 4 slots: 32 codes and a scale of 16 bits.
+    assert (int8.label, int8.kv_bytes, int8.quality) == ("a, int8", 272, 10.2)
     assert int8.series != full.series
+    assert int8.colour == full.colour  # one run
     line = cells(found, "a, int8")
-    assert (line["KV bytes\nper token"], line["perplexity\nfull"]) == ("288", "—")
+    assert (line["KV bytes\nper token"], line["perplexity"]) == ("272", "10.200")
     assert line["perplexity\ncached"] == "10.200"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_format_does_not_quantise_counts_16_bits_whatever_the_model_computes_in(
+    tmp_path, dtype
+):
+    run = make(tmp_path, compute_dtype=dtype)
+    evaluate(run, 10.0)
+    for cache in ("int8", "kivi4", "bfloat16", "float32"):
+        run.write_eval(f"cached-{cache}", run.evals()["full"])
+    at = lambda context: {
+        row.cache: row.kv_bytes for row in report.read([run], context) if row.cache or not context
+    }
+    # 64 tokens: none is old enough for kivi to quantise it.
+    assert at(None) == {"": 512, "int8": 272, "kivi4": 512, "bfloat16": 512, "float32": 1024}
+    # 128 newest tokens in full, 1,920 as 16 + 4 bytes of keys and as many of values, 4 slots.
+    assert at(2048)["kivi4"] == 4 * (128 * 128 + 1920 * 40) / 2048 == 182
+    assert at(2048)["int8"] == 272
+    assert "at 2,048 tokens of context" in reading.caption(report.read([run], 2048))
+
+
+def test_a_context_too_short_for_a_cache_format_is_told(tmp_path):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    for cache in ("int8", "kivi4"):
+        run.write_eval(f"cached-{cache}", run.evals()["full"])
+    (note,) = report.notes(rows(run))
+    assert note.startswith("A kivi4 cache does not quantise its newest tokens")
+    assert "saves nothing at 64 tokens of context and 68% at 32,768" in note
+    assert "launch.compare --context 32768" in note
+    (note,) = report.notes(report.read([run], 256))
+    assert "saves 34% at 256 tokens" in note
+    assert report.notes(report.read([run], 32_768)) == []
 
 
 def test_cached_decoding_of_another_checkpoint_is_not_shown(tmp_path):
@@ -275,13 +343,13 @@ def two(tmp_path, a=None, b=None):
 
 def test_one_tokenizer_and_text_compare_by_perplexity(tmp_path):
     found = two(tmp_path)
-    assert reading.comparison(found) == ("perplexity", "")
+    assert reading.comparison(found) == reading.Comparison(measure="perplexity")
     assert report.notes(found) == []
 
 
 def test_two_tokenizers_compare_by_bits_per_byte_and_say_so(tmp_path):
     found = two(tmp_path, b={"tokenizer": '{"other": 1}', "fingerprint": "sotu-bpe-64-def"})
-    assert reading.comparison(found)[0] == "bits_per_byte"
+    assert reading.comparison(found).measure == "bits_per_byte"
     assert all(point.quality == pytest.approx(math.log2(10) / 4) for point in reading.points(found))
     figure = page.plot(found)
     for told in (*report.notes(found), html(found), " ".join(t.get_text() for t in figure.texts)):
@@ -289,10 +357,60 @@ def test_two_tokenizers_compare_by_bits_per_byte_and_say_so(tmp_path):
     assert figure.axes[0].get_ylabel().startswith("held-out bits per byte")
 
 
-def test_two_texts_are_not_comparable(tmp_path):
-    measure, warning = reading.comparison(two(tmp_path, b={"source": "sotu:9", "fingerprint": "x"}))
-    assert measure == "bits_per_byte"
-    assert warning.startswith("Not comparable")
+def two_texts(directory, how):
+    if how == "another source":
+        return two(directory, b={"source": "sotu:9", "fingerprint": "x"})
+    found = make(directory, "tiny/a"), make(directory, "tiny/b", fingerprint="x")
+    for run, count in zip(found, (4000, 4001), strict=True):
+        if how == "changed":
+            evaluate(run, 10.0, bytes=count)
+        else:
+            log(run, evaluated=10.0, held_out_tokens=1000, held_out_bytes=count)
+    return rows(*found)
+
+
+@pytest.mark.parametrize("how", ["another source", "changed", "changed, by training"])
+def test_two_texts_are_not_comparable_and_have_no_frontier(tmp_path, how):
+    found = two_texts(tmp_path, how)
+    compared = reading.comparison(found)
+    assert (compared.measure, compared.ranked) == ("bits_per_byte", False)
+    assert compared.warning.startswith("Not comparable")
+    assert compared.warning in report.notes(found)
+    assert [cells[0] for _, cells in reading.lines(found)] == ["", ""]
+    assert "Pareto frontier" not in reading.caption(found)
+    (axes,) = page.plot(found).axes
+    assert not axes.get_lines()
+    assert len(axes.collections) == 2  # the points, and no shaded area
+
+
+def test_runs_of_different_lengths_are_told(tmp_path):
+    a, b = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b", steps=60)
+    evaluate(a, 10.0)
+    evaluate(b, 9.0, step=60)
+    (note,) = report.notes(rows(a, b))
+    assert "trained on different numbers of tokens, 15.4K to 30.7K" in note
+    assert note in html(rows(a, b))
+    evaluate(b, 9.0, step=60)
+    (b.path / "eval" / "full.json").unlink()
+    evaluate(b, 9.5, step=30)  # unfinished, and as long as the other
+    assert report.notes(rows(a, b)) == []
+
+
+def test_captions_say_tokens_steps_seed_and_data(tmp_path):
+    a, b = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b", seed=7)
+    for run in (a, b):
+        evaluate(run, 10.0)
+    found = rows(a, b)
+    told = (
+        "Trained on 15,360 tokens (30 steps of 512), seed 0 and 7. Data: sotu, tokenizer byte. "
+        "Held out: 5 % of the documents, 1,000 tokens, in windows of 64."
+    )
+    assert reading.setting(found) == told
+    assert told in reading.caption(found)
+    assert html(found).count(told) == 2  # below the table, and the curves
+    for width in (8.4, 4.6):
+        drawn = " ".join(text.get_text() for text in page.plot(found, width=width).texts)
+        assert told in " ".join(drawn.split())
 
 
 def test_changed_data_or_a_partial_evaluation_is_told(tmp_path):
@@ -316,6 +434,7 @@ def test_the_plot_draws_points_frontier_and_grey_reference():
     assert labels == ["reference", "2 layers", "10 layers", "s"]
     assert [text.get_text() for text in axes.texts].count("paper") == 1
     (line,) = axes.get_lines()
+    assert not plot(points, ranked=False).axes[0].get_lines()
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     corners = [[512, top], [512, 9.0], [1024, 9.0], [1024, 8.0], [right, 8.0]]
     assert np.asarray(line.get_xydata()).tolist() == corners
@@ -331,24 +450,87 @@ def test_reference_points_are_perplexities(tmp_path):
 
 
 def test_unfinished_points_are_hollow_and_the_legend_shows_a_finished_one():
-    (dots,) = plot([at(2, 5.0, unfinished=True), at(1, 6.0)]).axes[0].collections[:1]
-    colours = [to_rgba(pareto.COLOURS[0]), to_rgba(pareto.SURFACE)]
-    assert np.asarray(dots.get_facecolor()).tolist() == [list(colour) for colour in colours]
+    (axes,) = plot([at(2, 5.0, unfinished=True), at(1, 6.0, colour=1)]).axes
+    colours = [to_rgba(pareto.SURFACE), to_rgba(pareto.COLOURS[1])]
+    dots = [np.asarray(dots.get_facecolor())[0].tolist() for dots in axes.collections[:2]]
+    assert dots == [list(colour) for colour in colours]
+    (key,) = axes.get_legend().legend_handles
+    assert key.get_markerfacecolor() != pareto.SURFACE
 
 
-def test_labels_do_not_overlap_where_there_is_room():
-    points = [
-        at(512 * 2**i, 9 - 0.1 * i - j / 3, label=f"run-{i}-{j}")
-        for i in range(4)
-        for j in range(2)
-    ]
-    figure = plot(points)
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) == 8
-    frame = figure.axes[0].get_window_extent()
+def test_a_run_has_one_colour_in_every_picture(tmp_path):
+    found = []
+    for i, kv_map in enumerate(("cla:4", "identity", "cla:2")):  # not in the order of sharing
+        run = make(tmp_path, f"tiny/{i}", kv_map=kv_map)
+        evaluate(run, 10.0 + i)
+        log(run)
+        found.append(run)
+    found = rows(*found)
+    colours = {point.label: pareto.COLOURS[point.colour] for point in reading.points(found)}
+    assert len(set(colours.values())) == 3
+    drawn = {
+        dots.get_offsets()[0][1]: to_hex(dots.get_facecolor()[0])
+        for dots in page.plot(found).axes[0].collections[:3]
+    }
+    assert drawn == {10.0 + i: colours[str(i)] for i in range(3)}
+    for figure in page.curves(found):
+        assert [line.get_color() for line in figure.axes[0].get_lines()] == list(colours.values())
+    for name, colour in colours.items():
+        assert re.search(rf'solid {colour}"></i>{name}</li>', html(found))
+
+
+SPREAD = [(512 * 2**i, 9 - 0.1 * i - j / 3) for i in range(4) for j in range(2)]
+STACKED = [(512, 9 + i / 50) for i in range(12)]
+CLOSE = [(512 + i % 8, 9 + (i * 7 % 40) / 400) for i in range(40)]
+
+
+@pytest.mark.parametrize("width", [8.4, 4.6])
+@pytest.mark.parametrize(
+    ("pairs", "least"),
+    [(SPREAD, 8), (STACKED, 10), (CLOSE, 15)],
+    ids=("spread", "stacked", "close"),
+)
+def test_labels_never_overlap(pairs, least, width):
+    """One that has no room is left out, and how many are is told."""
+    figure = plot(
+        [at(*pair, label=f"run={i},seed={i}") for i, pair in enumerate(pairs)], width=width
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    # Of an annotation with a leader, without the leader.
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    if width > 6:
+        assert len(boxes) >= least
+    told = " ".join(text.get_text() for text in figure.texts)
+    assert (f"{len(pairs) - len(boxes)} label" in told) == (len(boxes) < len(pairs))
+    frame = axes.get_window_extent()
+    radius = 5 * figure.dpi / 72
+    centres = axes.transData.transform(pairs)
+    dots = [Bbox([centre - radius, centre + radius]) for centre in centres]
     for i, box in enumerate(boxes):
         assert frame.x0 <= box.x0 < box.x1 <= frame.x1
-        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.overlaps(other) for other in (*boxes[:i], *dots))
+
+
+def test_ticks_do_not_overlap():
+    sizes = (16_384, 16_896, 17_920, 20_480, 24_576, 131_072)
+    figure = plot([at(size, 9 - i / 10) for i, size in enumerate(sizes)])
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert 3 <= len(boxes) < len(sizes)
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
+def test_long_words_above_the_picture_are_cut_into_lines(tmp_path):
+    found = two(tmp_path, b={"tokenizer": '{"other": 1}', "source": "sotu:9", "fingerprint": "x"})
+    for width in (8.4, 4.6):
+        figure = page.plot(found, width=width)
+        figure.draw_without_rendering()
+        top = figure.axes[0].get_legend().get_window_extent().y1
+        for text in figure.texts:
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert top <= box.y0 < box.y1 <= figure.bbox.y1
 
 
 def test_nothing_evaluated_still_makes_a_report(tmp_path):
@@ -387,7 +569,8 @@ def test_markup_and_mathtext_in_a_name_are_text(tmp_path):
     found = nasty(tmp_path)
     assert "$x_{$ [red]" in printed(found)
     pareto.saved(page.plot(found), "png")  # mathtext would raise
-    pareto.saved(page.curves(found), "png")
+    for figure in page.curves(found):
+        pareto.saved(figure, "png")
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
@@ -397,7 +580,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     text = html(rows(run))
     assert "http" not in text
     assert not re.search(r'(src|href)="(?!#)', text)
-    assert text.count("<svg") == text.count("</svg>") == 2
+    assert text.count("<svg") == text.count("</svg>") == 4
     for detail in ("prefers-color-scheme: dark", FINGERPRINT, "var(--ink)", "jaxlib"):
         assert detail in text
     for colour in (pareto.INK, pareto.SURFACE):
@@ -415,8 +598,7 @@ def test_settings_that_differ_are_shown(tmp_path):
 def test_a_further_cache_is_no_further_run(tmp_path):
     run = make(tmp_path)
     evaluate(run, 10.0)
-    record = run.evals()["full"] | {"kv_bytes": {"resident": {"counted": 288}}}
-    run.write_eval("cached-int8", record)
+    run.write_eval("cached-int8", run.evals()["full"])
     text = html(rows(run))
     assert "1 run, compared" in text
     assert text.count("<details>") == 1

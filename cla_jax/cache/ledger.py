@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax.cache import Cache, CacheSpec
+from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.config import ModelConfig
 from cla_jax.model.attention import EMPTY, Segment
 
 
@@ -54,6 +55,17 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
         written=sum(spec.formats[p].written_bytes(config, spec.entries(p)) for p in slots),
         read=sum(held(p) * spec.readers[p] for p in slots),
     )
+
+
+def resident_at_16_bits(config: ModelConfig, format: str, context: int) -> float:
+    """Bytes per token of context, if what the format does not quantise has 16 bits: for comparisons.
+
+    What a model computes in need not be what it would be served in, and formats that quantise less would
+    otherwise look worse for a float32 model.
+    """
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+    spec = cache_spec(config, format, batch=1, capacity=context)
+    return predicted(spec, context).resident / context
 
 
 def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 # Legible on white and on a dark page alike. Eight colours and seven markers: 56 looks.
@@ -46,7 +48,8 @@ class Point:
     label: str
     kv_bytes: float  # resident, per token of context
     quality: float  # less is better
-    series: str = ""  # points of a series share colour and marker, and a line of the legend
+    series: str = ""  # points of a series share a marker, and a line of the legend
+    colour: int = 0  # which of COLOURS, counted round: a run has the same one in every picture
     unfinished: bool = False  # drawn hollow
 
 
@@ -67,76 +70,127 @@ def frontier(points: Sequence[Point]) -> list[int]:
 
 
 def plot(
-    points: Sequence[Point], *, quality: str, subtitle: str, reference: Sequence[Point] = ()
+    points: Sequence[Point],
+    *,
+    quality: str,
+    subtitle: str,
+    reference: Sequence[Point] = (),
+    ranked: bool = True,
+    width: float = 8.4,
 ) -> Figure:
     """Quality over KV bytes, with the frontier of `points`; `reference` is grey, not part of it.
 
-    `quality` names the vertical axis; the legend lists the series as they first occur in `points`.
+    `quality` names the vertical axis; the legend lists the series as they first occur in `points`. Where
+    points are not `ranked`, there is no frontier. `width` is in inches.
     """
     points = [point for point in points if math.isfinite(point.quality)]
     names = list(dict.fromkeys(point.series for point in points))
-    entries = len(names) + bool(reference)
-    columns = 5 if entries <= 5 else 3
+    looks = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(names)}
+    # A letter is about half as wide as high.
+    subtitle = textwrap.fill(subtitle, int((width * 72 - 20) / (0.5 * _SUBTITLE)))
+    entries = ["reference"] * bool(reference) + names
+    columns = max(1, int(width * 72 / (40 + 5 * max(map(len, entries), default=1))))
+    lines = 1.35 * (subtitle.count("\n") + 1) * _SUBTITLE
+    rows = 15 * math.ceil(len(entries) / columns)
+    height = 72 * max(5.4, 0.75 * width) + lines + rows - 28
     with styled():
-        figure = Figure(figsize=(8.4, 5.4))
+        figure = Figure(figsize=(width, height / 72))
         FigureCanvasAgg(figure)  # measures texts
-        figure.text(0.022, 0.945, "Accuracy against KV-cache memory", size=14.5, weight="bold")
-        figure.text(0.022, 0.904, subtitle, size=9.5, color=MUTED)
-        top = 0.875 - 0.046 * math.ceil(entries / columns)
-        figure.subplots_adjust(left=0.095, right=0.975, bottom=0.125, top=top)
+        from_top = lambda points: 1 - points / height
+        figure.text(
+            0.022, from_top(24), "Accuracy against KV-cache memory", size=14.5, weight="bold"
+        )
+        figure.text(0.022, from_top(32), subtitle, size=_SUBTITLE, color=MUTED, va="top")
         axes = figure.add_subplot()
-        axes.set_xlabel("resident KV cache, bytes per token of context     ← smaller is better")
-        axes.set_ylabel(f"{quality}     ← lower is better")
+        figure.subplots_adjust(
+            left=58 / (72 * width), right=0.975, bottom=46 / height, top=from_top(40 + lines + rows)
+        )
+        few = width > 6
+        axes.set_xlabel(
+            "resident KV cache, bytes per token of context     ← smaller is better"
+            if few
+            else "KV bytes per token  ← smaller is better"
+        )
+        axes.set_ylabel(
+            f"{quality}     ← lower is better" if few else f"{quality}  ← lower is better"
+        )
         if not points:
             axes.set_title("no run has been evaluated yet", y=0.5, size=10, color=MUTED)
             axes.set(xticks=[], yticks=[])
             return figure
         axes.set_xscale("log")
         axes.margins(0.13, 0.16)
-        if reference:
-            _scatter(axes, reference, "reference", "#9aa3ad", "o", 52)
-        for i, name in enumerate(names):
-            marker, size = _MARKERS[i % len(_MARKERS)]
-            members = [point for point in points if point.series == name]
-            _scatter(axes, members, name, COLOURS[i % len(COLOURS)], marker, size)
+        for point in reference:
+            _draw(axes, point, "#9aa3ad", "o", 52)
+        for point in points:
+            _draw(axes, point, COLOURS[point.colour % len(COLOURS)], *looks[point.series])
         axes.autoscale_view()
         axes.autoscale(False)
-        _ticks(axes, [point.kv_bytes for point in (*points, *reference)])
-        best = [points[i] for i in frontier(points)]
-        line = _draw_frontier(axes, best)
+        sizes = [point.kv_bytes for point in (*points, *reference)]
+        if len(set(sizes)) == 1:
+            axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
+        _ticks(axes, sizes)
+        best = [points[i] for i in frontier(points)] if ranked else []
+        line = _draw_frontier(axes, best) if best else []
         others = [point for point in points if point not in best]
-        _annotate(axes, [*best, *others, *reference], best, line)
+        left_out = _annotate(axes, [*best, *others, *reference], best, line)
+        if left_out:
+            plural = "labels have" if left_out > 1 else "label has"
+            figure.text(
+                0.975, 5 / height, f"{left_out} {plural} no room", ha="right", size=8, color=MUTED
+            )
+        keys = [_key("reference", "#9aa3ad", "o", 52)] * bool(reference)
+        keys += [_key(name, MUTED, *look) for name, look in looks.items()]
         look = {"columnspacing": 1.3, "handletextpad": 0.2, "borderaxespad": 0.2}
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=columns, **look)
+        axes.legend(
+            handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=columns, **look
+        )
     return figure
 
 
-def _scatter(
-    axes: Axes, points: Sequence[Point], label: str, colour: str, marker: str, size: float
-) -> None:
-    points = sorted(points, key=lambda point: point.unfinished)  # the first is in the legend
+_SUBTITLE = 9.5  # points
+
+
+def _draw(axes: Axes, point: Point, colour: str, marker: str, size: float) -> None:
     axes.scatter(
-        [point.kv_bytes for point in points],
-        [point.quality for point in points],
+        [point.kv_bytes],
+        [point.quality],
         s=size,
         marker=marker,
-        label=label,
-        facecolors=[SURFACE if point.unfinished else colour for point in points],
-        edgecolors=[colour if point.unfinished else SURFACE for point in points],
-        linewidths=[1.8 if point.unfinished else 1.2 for point in points],
+        facecolors=SURFACE if point.unfinished else colour,
+        edgecolors=colour if point.unfinished else SURFACE,
+        linewidths=1.8 if point.unfinished else 1.2,
         zorder=4,
+    )
+
+
+def _key(label: str, colour: str, marker: str, size: float) -> Line2D:
+    """What the legend shows of a series: a finished point."""
+    return Line2D(
+        [], [], linestyle="", marker=marker, markersize=0.9 * size**0.5, color=colour, label=label
     )
 
 
 def _ticks(axes: Axes, sizes: Sequence[float]) -> None:
     """A tick at each cache size that occurs, as far as the labels have room."""
-    left, right = axes.get_xlim()
+    place = lambda size: axes.transData.transform((size, 1))[0]
     ticks: list[float] = []
-    for size in sorted(sizes):
-        if not ticks or math.log(size / ticks[-1]) > 0.08 * math.log(right / left):
+    end = -math.inf  # of the label before, in pixels
+    for size in sorted(set(sizes)):
+        width, _ = _extent(axes, f"{size:,.0f}", 10)
+        if place(size) - width / 2 > end + 6:
             ticks.append(size)
+            end = place(size) + width / 2
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.set_xticks([], minor=True)
+
+
+def _extent(axes: Axes, text: str, size: float) -> tuple[float, float]:
+    """Width and height of a text in pixels."""
+    drawn = axes.text(0, 0, text, size=size, transform=axes.transAxes)
+    box = drawn.get_window_extent()
+    drawn.remove()
+    return box.width, box.height
 
 
 def _draw_frontier(axes: Axes, best: Sequence[Point]) -> list[Bbox]:
@@ -152,47 +206,70 @@ def _draw_frontier(axes: Axes, best: Sequence[Point]) -> list[Bbox]:
     ]
 
 
-# Where a label may stand, by preference: offset in points of its nearest edge or corner.
+# Where a label may stand, by preference: offset in points of its nearest edge or corner. Those farther
+# away are joined to their point by a line.
 _PLACES = ((6, 3.5), (9, 0), (0, 7.5), (6, -3.5), (-6, 3.5), (-9, 0), (-6, -3.5), (0, -7.5))
+_FAR = tuple(
+    (round(radius * math.cos(angle), 1), round(radius * math.sin(angle), 1))
+    for radius in (18, 28, 40, 54, 70, 88)
+    for angle in np.arange(0, 2 * math.pi, math.pi / 8)
+)
 
 
 def _annotate(
     axes: Axes, points: Sequence[Point], best: Sequence[Point], line: Sequence[Bbox]
-) -> None:
-    """Labels the points, in order, each where it overlaps least with what is there already.
+) -> int:
+    """Labels the points, in order, each where it meets nothing; returns how many had no room.
 
     Those of the frontier prefer the places in reverse: no other point can be below them.
     """
-    frame, radius = axes.get_window_extent(), 6 * axes.figure.dpi / 72
+    frame, pixels = axes.get_window_extent(), axes.figure.dpi / 72
+    radius = 5.5 * pixels
     centres = axes.transData.transform([(point.kv_bytes, point.quality) for point in points])
     taken = [*line, *(Bbox([centre - radius, centre + radius]) for centre in centres)]
-    for point in points:
-        choices = []
-        for x, y in _PLACES[::-1] if point in best else _PLACES:
-            label = axes.annotate(
-                shortened(point.label),
-                (point.kv_bytes, point.quality),
-                xytext=(x, y),
-                textcoords="offset points",
-                ha="left" if x > 0 else "right" if x else "center",
-                va="bottom" if y > 0 else "top" if y else "center",
-                size=8.5,
-                color=INK if point in best else MUTED,
-                zorder=5,
+    left_out = 0
+    for point, centre in zip(points, centres, strict=True):
+        text = shortened(point.label)
+        extent = np.array(_extent(axes, text, 8.5))
+        near = _PLACES[::-1] if point in best else _PLACES
+        for offset in (*near, *_FAR):
+            # The nearest edge or corner of the label is at the offset.
+            sides = (np.sign(offset) - 1) / 2
+            corner = centre + np.array(offset) * pixels + sides * extent
+            box = Bbox([corner, corner + extent])
+            inside = (
+                frame.x0 <= box.x0
+                and box.x1 <= frame.x1
+                and frame.y0 <= box.y0 <= box.y1 <= frame.y1
             )
-            box = label.get_window_extent()
-            outside = box.width * box.height - _overlap(box, frame)
-            crowding = sum(_overlap(box, other) for other in taken) + 4 * outside
-            choices.append((round(crowding), len(choices), label, box))
-        (*_, box), *rest = sorted(choices)
-        taken.append(box)
-        for _, _, label, _ in rest:
-            label.remove()
+            leader = [] if offset in near else _along(centre, centre + np.array(offset) * pixels)
+            clear = not any(box.overlaps(other) for other in taken)
+            if inside and clear and not any(box.contains(*at) for box in taken for at in leader):
+                break
+        else:
+            left_out += 1
+            continue
+        taken += [box, *(Bbox([at - 1, at + 1]) for at in leader)]
+        axes.annotate(
+            text,
+            (point.kv_bytes, point.quality),
+            xytext=offset,
+            textcoords="offset points",
+            ha="left" if offset[0] > 0 else "right" if offset[0] else "center",
+            va="bottom" if offset[1] > 0 else "top" if offset[1] else "center",
+            size=8.5,
+            color=INK if point in best else MUTED,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 5}
+            if leader
+            else None,
+            zorder=5,
+        )
+    return left_out
 
 
-def _overlap(a: Bbox, b: Bbox) -> float:
-    common = Bbox.intersection(a, b)
-    return common.width * common.height if common else 0.0
+def _along(start: np.ndarray, end: np.ndarray) -> list[np.ndarray]:
+    """Points on the way from a point of the plot, outside its marker, to its label."""
+    return [start + share * (end - start) for share in np.linspace(0.55, 0.95, 6)]
 
 
 def shortened(text: str, most: int = 36) -> str:

@@ -1,11 +1,11 @@
 """What runs say: rows, whether they may be compared, their points, and the table."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import shlex
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ from rich.text import Text
 from cla_jax import costs
 from cla_jax.config import Config
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import Run, is_local
+from cla_jax.runs import Run, find_runs, is_local
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
 
 _SCORES = ("perplexity", "bits_per_byte", "tokens")  # of every evaluation but those of tasks
+TRAINING = "training"  # the method of an evaluation that training made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,26 @@ class Row:
     evals: dict[str, Record]
     metrics: list[Record]
     tokenizer: str  # digest of tokenizer.json
-    cache: str = ""  # of cached decoding; empty: by full forward, bytes of a dense 16-bit cache
+    cache: str = ""  # the format of cached decoding; empty: by full forward
     evaluation: Record | None  # the one that is compared
+    context: int  # tokens of context that KV bytes are counted for
 
-    @property
+    @functools.cached_property
     def kv_bytes(self) -> float:
-        if self.cache and self.evaluation:
-            return self.evaluation["kv_bytes"]["resident"]["counted"]
-        return costs.kv_bytes(self.config.model, self.config.data.seq_len).resident
+        """Resident KV bytes per token of context; what a format does not quantise has 16 bits."""
+        if not self.cache:
+            return costs.kv_bytes(self.config.model, self.context).resident
+        return self._cached_bytes(self.cache, self.context)
+
+    def saving(self, context: int) -> float:
+        """What the cache holds at a context, as a share of a 16-bit cache."""
+        held = self._cached_bytes(self.cache, context)
+        return held / costs.kv_bytes(self.config.model, context).resident
+
+    def _cached_bytes(self, cache: str, context: int) -> float:
+        from cla_jax.cache import ledger  # imports jax, which other rows do not need
+
+        return ledger.resident_at_16_bits(self.config.model, cache, context)
 
     @property
     def sharing(self) -> float:
@@ -50,29 +63,41 @@ class Row:
         return self.config.model.n_layers / self.config.model.n_slots
 
     @property
+    def from_training(self) -> bool:
+        """Whether the evaluation is the one that training made."""
+        return (self.evaluation or {}).get("method") == TRAINING
+
+    @property
+    def trained_steps(self) -> int | None:
+        """Steps that the evaluated, or the newest, parameters were trained for; None if imported."""
+        if "origin" in self.record:
+            return None
+        return (self.evaluation or (self.metrics[-1] if self.metrics else {"step": 0}))["step"]
+
+    @property
     def progress(self) -> str:
         """`step n/N` for a run, or an evaluation, that stopped early; else empty."""
-        if "origin" in self.record:  # imported: nothing was trained here
-            return ""
-        seen = self.evaluation or (self.metrics[-1] if self.metrics else {"step": 0})
-        done, steps = seen["step"], self.config.steps
-        return f"step {done:,}/{steps:,}" if done < steps else ""
+        done, steps = self.trained_steps, self.config.steps
+        return "" if done is None or done >= steps else f"step {done:,}/{steps:,}"
 
 
-def read(runs: Sequence[Run]) -> list[Row]:
+def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
     """A row a run, named by its path below what all share, and one for each eval/cached-NAME.json.
 
-    Raises ValueError naming a file that is missing or broken.
+    `context` is what KV bytes are counted for, by default the window that a run was trained with. Raises
+    ValueError naming a file that is missing or broken.
     """
+    if context is not None and context < 1:
+        raise ValueError(f"context = {context} must be positive")
     common = common_directory(run.path.parent for run in runs)
     found = []
     for run in runs:
         path = _absolute(run.path)
-        found += _read(run, str(path.relative_to(common) if common else path))
+        found += _read(run, str(path.relative_to(common) if common else path), context)
     return found
 
 
-def _read(run: Run, name: str) -> list[Row]:
+def _read(run: Run, name: str, context: int | None) -> list[Row]:
     evals = run.evals()
     for stem, record in evals.items():
         if missing := {"step", *(() if stem.startswith("tasks-") else _SCORES)} - set(record):
@@ -80,15 +105,17 @@ def _read(run: Run, name: str) -> list[Row]:
             raise ValueError(
                 f"{run.path / 'eval' / stem}.json has no {what}: evaluate the run again"
             )
+    config, metrics = run.config(), run.read_metrics()
     row = Row(
         name=name,
         path=str(run.path),
-        config=run.config(),
+        config=config,
         record=run.record(),
         evals=evals,
-        metrics=run.read_metrics(),
+        metrics=metrics,
         tokenizer=hashlib.sha256(run.tokenizer_json().encode()).hexdigest(),
-        evaluation=evals.get("full"),
+        evaluation=_newest(evals.get("full"), _made_by_training(metrics)),
+        context=context or config.data.seq_len,
     )
     # Through a dense cache a model is the same point again, to the last digits.
     stems = [stem for stem in evals if stem.startswith("cached-") and stem != "cached-dense"]
@@ -97,6 +124,23 @@ def _read(run: Run, name: str) -> list[Row]:
         dataclasses.replace(row, name=f"{name}, {cache}", cache=cache, evaluation=evaluation)
         for cache, evaluation in caches.items()
     ]
+
+
+def _made_by_training(metrics: Sequence[Record]) -> Record | None:
+    """The last evaluation among the metrics, as if it were one of eval/*.json."""
+    scores = {"perplexity", "bits_per_byte"}
+    last = next((record for record in reversed(metrics) if scores <= set(record)), None)
+    if last is None:
+        return None
+    totals = {key: last.get(f"held_out_{key}") for key in ("tokens", "bytes")}
+    return {"method": TRAINING, **{key: last[key] for key in ("step", *scores)}, **totals}
+
+
+def _newest(full: Record | None, training: Record | None) -> Record | None:
+    """The evaluation of the later step; of the same step, the one that was made apart from training."""
+    if full is None or training is None:
+        return full or training
+    return training if training["step"] > full["step"] else full
 
 
 def common_directory(paths: Iterable[str | os.PathLike[str]]) -> epath.Path | None:
@@ -111,8 +155,17 @@ def _absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
-def comparison(rows: Sequence[Row]) -> tuple[Measure, str]:
-    """In which measure rows are ranked, and a warning that may be empty.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Whether and how rows may be compared."""
+
+    measure: Measure  # by which they are ranked
+    ranked: bool = True  # False: no row is better than another
+    warning: str = ""
+
+
+def comparison(rows: Sequence[Row]) -> Comparison:
+    """In which measure rows are ranked, if they may be, and a warning.
 
     A perplexity is per token, so it says nothing about another tokenizer. Bits per byte survive
     that, but not another text.
@@ -120,42 +173,98 @@ def comparison(rows: Sequence[Row]) -> tuple[Measure, str]:
     found = [(row, row.config.data, row.evaluation) for row in rows if row.evaluation]
     texts = {(data.source, data.held_out) for _, data, _ in found}
     tokenizers = {(row.tokenizer, data.end_token) for row, data, _ in found}
-    tokens = {(row.record["data_fingerprint"], scored["tokens"]) for row, _, scored in found}
-    if len(texts) > 1:
-        return "bits_per_byte", "Not comparable: the runs were evaluated on different text."
+    known = lambda key: {scored[key] for _, _, scored in found if scored.get(key) is not None}
+    # One text has one number of bytes. (The first token is not scored, and is as long as the tokenizer
+    # makes it.)
+    if len(texts) > 1 or (len(tokenizers) == 1 and len(known("bytes")) > 1):
+        return Comparison(
+            measure="bits_per_byte",
+            ranked=False,
+            warning="Not comparable: the runs were evaluated on different text.",
+        )
     if len(tokenizers) > 1:
-        return "bits_per_byte", (
-            "The tokenizers differ, so perplexities are not comparable: compare bits per byte."
+        return Comparison(
+            measure="bits_per_byte",
+            warning="The tokenizers differ, so perplexities are not comparable: compare bits per byte.",
         )
-    if len(tokens) > 1:
-        return "perplexity", "Compare with care: context lengths or the evaluated tokens differ."
-    return "perplexity", ""
+    fingerprints = {row.record["data_fingerprint"] for row, _, _ in found}
+    if len(fingerprints) > 1 or len(known("tokens")) > 1:
+        warning = "Compare with care: context lengths or the evaluated tokens differ."
+        return Comparison(measure="perplexity", warning=warning)
+    return Comparison(measure="perplexity")
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What to know about a comparison: its warning, and how to evaluate what is not evaluated."""
-    missing = [
-        f"{row.name} is not evaluated: python -m launch.evaluate {shlex.quote(row.path)}"
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """What to know before one reads a comparison."""
+    found = [comparison(rows).warning, _lengths(rows), *_caches(rows)]
+    return [note for note in found if note]
+
+
+def _lengths(rows: Sequence[Row]) -> str:
+    """A warning where runs were trained for longer than others."""
+    tokens = {
+        row.trained_steps * row.config.tokens_per_step
         for row in rows
-        if not row.evaluation
-    ]
-    wide = [
-        row.name
-        for row in rows
-        if row.cache and (row.evaluation or {}).get("cache_dtype") == "float32"
-    ]
-    units = ""
-    if wide:
-        units = (
-            f"{', '.join(wide)}: what the format does not quantise is float32, as the model computes; rows "
-            "without a cache count 16-bit elements."
-        )
-    return [note for note in (comparison(rows)[1], units, *missing) if note]
+        if row.evaluation and row.trained_steps is not None
+    }
+    if len(tokens) < 2:
+        return ""
+    return (
+        f"The runs were trained on different numbers of tokens, {human(min(tokens))} to "
+        f"{human(max(tokens))}: a part of what they differ in is training."
+    )
+
+
+_LONG = 32_768  # a context at which every format shows what it saves
+
+
+def _caches(rows: Sequence[Row]) -> list[str]:
+    """Where a context is too short for a cache format to show what it saves, one note a format."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if not row.cache or row.cache in found:
+            continue
+        here, long = row.saving(row.context), row.saving(_LONG)
+        if here > 1.1 * long:
+            little = "nothing" if here >= 1 else f"{1 - here:.0%}"
+            found[row.cache] = (
+                f"A {row.cache} cache does not quantise its newest tokens: of the bytes of a 16-bit cache "
+                f"it saves {little} at {row.context:,} tokens of context and {1 - long:.0%} at {_LONG:,}; "
+                f"see python -m launch.compare --context {_LONG}."
+            )
+    return list(found.values())
+
+
+def missing(rows: Sequence[Row]) -> str:
+    """One line with the command that evaluates what is not evaluated, if anything is."""
+    runs = [row for row in rows if not row.cache]
+    found = [row for row in runs if not row.evaluation or row.from_training]
+    if not found:
+        return ""
+    names = found[0].name if len(found) == 1 else f"{len(found)} of {len(runs)} runs"
+    verb = "is" if len(found) == 1 else "are"
+    how = " (*: what training measured is shown)" if any(row.from_training for row in found) else ""
+    command = shlex.join(("python", "-m", "launch.evaluate", *_arguments(found, runs)))
+    return f"{names} {verb} not evaluated{how}: {command}"
+
+
+def _arguments(missing: Sequence[Row], compared: Sequence[Row]) -> list[str]:
+    """Paths that name these rows, a study's for all of its runs: what is evaluated is not done again."""
+    known = {row.path for row in compared}
+    by_parent: dict[str, list[str]] = {}
+    for row in missing:
+        by_parent.setdefault(str(epath.Path(row.path).parent), []).append(row.path)
+    found = []
+    for parent, paths in by_parent.items():
+        whole = len(paths) > 1 and {str(run.path) for run in find_runs([parent])} <= known
+        found += [parent] if whole else paths
+    return found
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """A point a row, in the measure of `comparison`; one that is not evaluated is infinitely bad."""
-    measure, _ = comparison(rows)
+    measure = comparison(rows).measure
+    numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
     found = []
     for row in rows:
         layers = f"{row.sharing:.3g} layers per KV" if row.sharing > 1 else "1 layer per KV"
@@ -164,71 +273,128 @@ def points(rows: Sequence[Row]) -> list[Point]:
             kv_bytes=row.kv_bytes,
             quality=row.evaluation[measure] if row.evaluation else math.inf,
             series=f"{layers}, {row.cache} cache" if row.cache else layers,
+            colour=numbers[row.path],
             unfinished=bool(row.progress),
         )
         found.append(point)
     return found
 
 
+def setting(rows: Sequence[Row]) -> str:
+    """What the runs were trained on and for how long, their seeds and their held-out text."""
+    configs = [row.config for row in rows]
+    trained = [row for row in rows if row.trained_steps is not None]
+    parts = []
+    if trained:
+        tokens = [row.trained_steps * row.config.tokens_per_step for row in trained]  # type: ignore
+        steps = [row.trained_steps for row in trained]
+        per_step = [row.config.tokens_per_step for row in trained]
+        seeds = [row.config.seed for row in trained]
+        parts.append(
+            f"Trained on {_range(tokens)} tokens ({_range(steps)} steps of {_range(per_step)}), "
+            f"seed {_range(seeds)}."
+        )
+    if len(trained) < len(rows):
+        parts.append(f"{len(rows) - len(trained)} imported.")
+    data = [config.data for config in configs]
+    scored = [tokens for row in rows if (tokens := (row.evaluation or {}).get("tokens"))]
+    held_out = " and ".join(dict.fromkeys(f"{100 * one.held_out:.3g} %" for one in data))
+    parts.append(
+        f"Data: {_words(one.source for one in data)}, tokenizer {_words(one.tokenizer for one in data)}. "
+        f"Held out: {held_out} of the documents{f', {_range(scored)} tokens' if scored else ''}, in "
+        f"windows of {_range([one.seq_len for one in data])}."
+    )
+    return " ".join(parts)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """`7`, `0, 1 and 2`, or `1,024 to 8,192`."""
+    values = [f"{value:,}" for value in sorted(set(numbers))]
+    if len(values) > 3:
+        return f"{values[0]} to {values[-1]}"
+    return " and ".join(filter(None, (", ".join(values[:-1]), values[-1])))
+
+
+def _words(texts: Iterable[str]) -> str:
+    """Up to three different texts, and how many there are beyond them."""
+    values = list(dict.fromkeys(texts))
+    shown = " and ".join(values[:3])
+    return shown if len(values) <= 3 else f"{shown} and {len(values) - 3} more"
+
+
 # -------------------------------------------------------------------------------------- table
 
+# What the comparison is about comes first: a narrow screen shows it without scrolling.
 COLUMNS: dict[str, Literal["left", "right", "center"]] = {
     "": "center",
     "run": "left",
+    "KV bytes\nper token": "right",
+    "perplexity": "right",
+    "bits per\nbyte": "right",
+    "perplexity\ncached": "right",
     "heads\nq/kv": "right",
     "d_head": "right",
     "kv_map": "left",
     "parameters\nno embed.": "right",
     "parameters\ntotal": "right",
-    "KV bytes\nper token": "right",
-    "perplexity\nfull": "right",
-    "bits per\nbyte": "right",
-    "perplexity\ncached": "right",
-    "training\ntokens/s": "right",
 }
-CAPTION = (
-    "● on the Pareto frontier. KV bytes: resident, per token of context, 16-bit "
-    "elements unless the line names a cache. Perplexity and bits per byte: held-out split."
-)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What the table shows, and of what."""
+    contexts = [row.context for row in rows]
+    parts = []
+    if comparison(rows).ranked:
+        parts.append("● on the Pareto frontier.")
+    parts.append(
+        f"KV bytes: resident, per token at {_range(contexts)} tokens of context, 16-bit elements where a "
+        "cache does not quantise them."
+    )
+    parts.append(
+        "Perplexity and bits per byte: held-out split, by full forward or through the cache that the line "
+        "names."
+    )
+    if any(row.from_training for row in rows):
+        parts.append("* from training.")
+    return " ".join((*parts, setting(rows)))
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
     """The lines of the table as (row, a cell for each of COLUMNS), by KV bytes, then quality.
 
-    The first cell is empty for what is not on the frontier.
+    The first cell is empty for what is not on the frontier, and for all where rows are not ranked.
     """
     found = points(rows)
-    best = frontier(found)
+    best = frontier(found) if comparison(rows).ranked else []
     order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))
     return [(rows[i], _cells(rows[i], i in best)) for i in order]
 
 
 def _cells(row: Row, on_frontier: bool) -> list[str]:
     model, scored, count = row.config.model, row.evaluation, costs.parameters(row.config.model)
-    full, cached = (None, scored) if row.cache else (scored, row.evals.get("cached-dense"))
-    if full and cached and cached["step"] != full["step"]:
+    cached = scored if row.cache else row.evals.get("cached-dense")
+    if scored and cached and cached["step"] != scored["step"]:
         cached = None  # of another checkpoint
-    speeds = [record["tokens_per_s"] for record in row.metrics if "tokens_per_s" in record]
+    mark = "*" if row.from_training else ""
     return [
         "●" if on_frontier else "",
         row.name,
+        per_token(row.kv_bytes),
+        f"{scored['perplexity']:,.3f}{mark}" if scored else "—",
+        f"{scored['bits_per_byte']:.4f}{mark}" if scored else "—",
+        f"{cached['perplexity']:,.3f}" if cached else "—",
         f"{model.n_heads}/{model.n_kv_heads}",
         str(model.d_head),
         model.kv_map,
         human(count.non_embedding),
         human(count.total),
-        per_token(row.kv_bytes),
-        f"{full['perplexity']:,.3f}" if full else "—",
-        f"{scored['bits_per_byte']:.4f}" if scored else "—",
-        f"{cached['perplexity']:,.3f}" if cached else "—",
-        f"{statistics.median(speeds):,.0f}" if speeds else "—",
     ]
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The comparison for a terminal."""
     # Text throughout: names may hold what rich would read as markup.
-    made = Table(caption=Text(CAPTION), caption_justify="left")
+    made = Table(caption=Text(caption(rows)), caption_justify="left")
     for heading, justify in COLUMNS.items():
         fold = heading in ("run", "kv_map")
         made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")
