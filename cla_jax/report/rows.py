@@ -283,16 +283,14 @@ def points(rows: Sequence[Row]) -> list[Point]:
 def setting(rows: Sequence[Row]) -> str:
     """What the runs were trained on and for how long, their seeds and their held-out text."""
     configs = [row.config for row in rows]
-    trained = [row for row in rows if row.trained_steps is not None]
+    trained = [(row.config, steps) for row in rows if (steps := row.trained_steps) is not None]
     parts = []
     if trained:
-        tokens = [row.trained_steps * row.config.tokens_per_step for row in trained]  # type: ignore
-        steps = [row.trained_steps for row in trained]
-        per_step = [row.config.tokens_per_step for row in trained]
-        seeds = [row.config.seed for row in trained]
         parts.append(
-            f"Trained on {_range(tokens)} tokens ({_range(steps)} steps of {_range(per_step)}), "
-            f"seed {_range(seeds)}."
+            f"Trained on {_range([steps * one.tokens_per_step for one, steps in trained])} tokens "
+            f"({_range([steps for _, steps in trained])} steps of "
+            f"{_range([one.tokens_per_step for one, _ in trained])}), "
+            f"seed {_range([one.seed for one, _ in trained])}."
         )
     if len(trained) < len(rows):
         parts.append(f"{len(rows) - len(trained)} imported.")
