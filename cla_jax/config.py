@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from cla_jax import kv_map as kv_maps
+from cla_jax.messages import shown
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
 # The forms of model.rope_scaling, with the names of their numbers.
@@ -30,13 +31,36 @@ ROPE_SCALINGS = {
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:  # NaN too
-        raise ValueError(f"{name} = {value} must be positive")
+    if not 0 < value < float("inf"):  # NaN is neither
+        raise ValueError(f"{name} = {shown(value)} must be positive, and finite")
+
+
+# What numbers may be at most: far above any model, and below what would take hours only to count.
+_MOST = {
+    "n_layers": 10_000,
+    **dict.fromkeys(("n_heads", "n_kv_heads", "d_head"), 2**20),
+    **dict.fromkeys(("d_model", "d_ff"), 2**24),
+    **dict.fromkeys(("vocab_size", "seq_len", "batch_size", "eval_batch_size"), 2**31 - 1),
+    **dict.fromkeys(("accumulate", "loss_chunk", "keep"), 2**31 - 1),
+    **dict.fromkeys(("steps", "log_every", "save_every", "eval_every"), 2**40),
+}
+
+
+def _bounded(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for a field above the limit that it has."""
+    for name in _MOST.keys() & {field.name for field in dataclasses.fields(config)}:
+        if (value := getattr(config, name)) > _MOST[name]:
+            raise ValueError(f"{prefix}{name} = {shown(value)} must be at most {_MOST[name]:,}")
+
+
+def _digits(text: str, most: int = 18) -> bool:
+    """Whether a text is a plain number of at most so many digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= most
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} = {value!r} must be one of {', '.join(choices)}")
+        raise ValueError(f"{name} = {shown(value)} must be one of {', '.join(choices)}")
 
 
 def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
@@ -44,9 +68,9 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value in choices:
         return
-    near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(value[:100], choices, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
-    raise ValueError(f"unknown {what} {value!r}; {hint}")
+    raise ValueError(f"unknown {what} {shown(value)}; {hint}")
 
 
 SOURCES = ("sotu", "text", "jsonl", "tfds")
@@ -64,11 +88,11 @@ def check_source(name: str, source: str) -> None:
     kind, _, argument = split_source(source)
     near_choice(name, kind, SOURCES)
     if "." in source.partition(":")[0] and kind not in ("jsonl", "tfds"):
-        raise ValueError(f"{name} = {source!r}: only jsonl and tfds have fields")
+        raise ValueError(f"{name} = {shown(source)}: only jsonl and tfds have fields")
     if kind != "sotu" and not argument:
-        raise ValueError(f"{name} = {source!r} needs an argument: {kind}:...")
-    if kind == "sotu" and argument and not (argument.isdecimal() and int(argument) >= 2):
-        raise ValueError(f"{name} = {source!r}: sotu:N takes N >= 2 documents")
+        raise ValueError(f"{name} = {shown(source)} needs an argument: {kind}:...")
+    if kind == "sotu" and argument and not (_digits(argument) and int(argument) >= 2):
+        raise ValueError(f"{name} = {shown(source)}: sotu:N takes N >= 2 documents")
 
 
 # ------------------------------------------------------------------------------------- classes
@@ -121,6 +145,7 @@ class ModelConfig:
     def __post_init__(self):
         for field in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads"):
             _positive(f"model.{field}", getattr(self, field))
+        _bounded(self, "model.")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not divisible by "
@@ -140,7 +165,7 @@ class ModelConfig:
             ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
             if ours != theirs:
                 raise ValueError(
-                    f"model.windows = {self.windows!r}: layer {layer} has window {ours}, but it reads "
+                    f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it reads "
                     f"the keys and values of layer {source}, whose window is {theirs}"
                 )
 
@@ -153,17 +178,19 @@ class ModelConfig:
     def resolved_windows(self) -> tuple[int, ...]:
         """`windows` as a tuple with one window a layer; 0 for none."""
         entries = self.windows.replace(" ", "").split(",")
-        if not all(entry.isdecimal() for entry in entries):
-            raise ValueError(f"model.windows = {self.windows!r}: write it as 1024 or 1024,1024,0")
+        if not all(map(_digits, entries)):
+            raise ValueError(
+                f"model.windows = {shown(self.windows)}: write it as 1024 or 1024,1024,0"
+            )
         if len(entries) > self.n_layers:
             raise ValueError(
-                f"model.windows = {self.windows!r} has {len(entries)} entries, "
+                f"model.windows = {shown(self.windows)} has {len(entries)} entries, "
                 f"model.n_layers is {self.n_layers}"
             )
         pattern = tuple(map(int, entries))
         if max(pattern) >= 2**30:
             raise ValueError(
-                f"model.windows = {self.windows!r}: a window must be below 2**30; 0 is none"
+                f"model.windows = {shown(self.windows)}: a window must be below 2**30; 0 is none"
             )
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
 
@@ -180,12 +207,14 @@ class ModelConfig:
             numbers = []
         if len(numbers) != len(names) or not all(0 < number < float("inf") for number in numbers):
             raise ValueError(
-                f"model.rope_scaling = {self.rope_scaling!r}: the form is {form}"
+                f"model.rope_scaling = {shown(self.rope_scaling)}: the form is {form}"
                 + (", all positive numbers" if names else "")
             )
         values = dict(zip(names, numbers, strict=True))
         if kind == "llama3" and not values["low"] < values["high"]:
-            raise ValueError(f"model.rope_scaling = {self.rope_scaling!r}: LOW must be below HIGH")
+            raise ValueError(
+                f"model.rope_scaling = {shown(self.rope_scaling)}: LOW must be below HIGH"
+            )
         return kind, values
 
     @property
@@ -221,14 +250,15 @@ class DataConfig:
 
     def __post_init__(self):
         _positive("data.seq_len", self.seq_len)
+        _bounded(self, "data.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
         check_source("data.source", self.source)
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
-            if not size.isdigit() or int(size) < BYTE_VOCABULARY:
+            if not _digits(size) or int(size) < BYTE_VOCABULARY:
                 raise ValueError(
-                    f"data.tokenizer = {self.tokenizer!r}: bpe:SIZE takes an integer of at least "
+                    f"data.tokenizer = {shown(self.tokenizer)}: bpe:SIZE takes an integer of at least "
                     f"{BYTE_VOCABULARY}"
                 )
         elif self.tokenizer != "byte" and not self.tokenizer.endswith(".json"):
@@ -276,8 +306,10 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"optimizer.weight_decay = {self.weight_decay} must not be negative")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(
+                f"optimizer.weight_decay = {self.weight_decay} must be finite and not negative"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,6 +388,7 @@ class Placement:
     def __post_init__(self):
         for field in ("accumulate", "loss_chunk", "log_every", "save_every", "eval_batch_size"):
             _positive(f"placement.{field}", getattr(self, field))
+        _bounded(self, "placement.")
         if self.keep < 2:
             raise ValueError(
                 f"placement.keep = {self.keep} must be at least 2: the checkpoint before the newest "
@@ -365,7 +398,7 @@ class Placement:
             raise ValueError(f"placement.eval_every = {self.eval_every} must not be negative")
         for option in self.compiler_options.split(",") if self.compiler_options else ():
             if not all(option.partition("=")):
-                raise ValueError(f"placement.compiler_options: {option!r} must be name=value")
+                raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
         _choice("placement.remat", self.remat, ("none", "block", "dots"))
         _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT
@@ -376,9 +409,9 @@ class Placement:
         if not self.profile:
             return range(0)
         step, _, count = self.profile.partition(":")
-        if not (step.isdecimal() and count.isdecimal() and int(step) > 0 and int(count) > 0):
+        if not (_digits(step) and _digits(count) and int(step) > 0 and int(count) > 0):
             raise ValueError(
-                f"placement.profile = {self.profile!r} must be STEP:COUNT, two positive numbers"
+                f"placement.profile = {shown(self.profile)} must be STEP:COUNT, two positive numbers"
             )
         return range(int(step), int(step) + int(count))
 
@@ -403,12 +436,13 @@ class Config:
     def __post_init__(self):
         _positive("batch_size", self.batch_size)
         _positive("steps", self.steps)
+        _bounded(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
         parts = self.name.split("/")
         if not all(parts) or any(part in (".", "..") for part in parts):
             raise ValueError(
-                f"name = {self.name!r} must be a relative path without empty, . or .. parts"
+                f"name = {shown(self.name)} must be a relative path without empty, . or .. parts"
             )
         check_vocabulary(self.data.known_vocabulary, self.model, self.data.tokenizer)
         if self.batch_size % self.placement.accumulate:
@@ -437,7 +471,7 @@ def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
     if ids > model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {model.vocab_size} is smaller than the {ids} ids of "
-            f"data.tokenizer = {tokenizer!r}"
+            f"data.tokenizer = {shown(tokenizer)}"
         )
 
 
@@ -524,8 +558,13 @@ def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    if typing.get_origin(hint) in (Literal, types.UnionType):
-        return  # literals are checked by the class itself
+    if typing.get_origin(hint) is Literal:
+        return _choice(name, value, typing.get_args(hint))
+    if typing.get_origin(hint) is types.UnionType:
+        return None
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (hint is not bool and isinstance(value, bool)):
-        raise ValueError(f"{name} = {value!r} is not of type {getattr(hint, '__name__', hint)}")
+        raise ValueError(
+            f"{name} = {shown(value)} is not of type {getattr(hint, '__name__', hint)}"
+        )
+    return None

@@ -10,6 +10,7 @@ file holds. What is not the file's fault (no descriptors left, a disk that fails
 Paths are local or remote (gs://).
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -145,6 +146,21 @@ def read_lines(
             whole = ends
 
 
+@contextlib.contextmanager
+def about(file: PathLike) -> Iterator[None]:
+    """A ValueError about the content of a file names the file, on one line of bounded length."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name(file)}: {printable(error)}") from None
+
+
+def exists(file: PathLike) -> bool:
+    """Whether there is something under a path, be it a link to nothing or to itself."""
+    path = os.fspath(file)
+    return epath.Path(path).exists() if "://" in path else os.path.lexists(path)
+
+
 def name(file: PathLike) -> str:
     """A path as messages have it."""
     return printable(os.fspath(file))
@@ -153,14 +169,18 @@ def name(file: PathLike) -> str:
 # ---------------------------------------------------------------------------------------- JSON
 
 
-def read_json(file: PathLike, limit: int = JSON_BYTES, *, links: bool = True) -> Any:
-    """What a JSON file holds. Raises ValueError as `read_text` and `parse_json` do."""
-    return parse_json(read_bytes(file, limit, links=links), name(file))
+def read_json(
+    file: PathLike, limit: int = JSON_BYTES, *, links: bool = True, finite: bool = True
+) -> Any:
+    """What a JSON file holds. Raises ValueError as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(file, limit, links=links), name(file), finite=finite)
 
 
-def read_object(file: PathLike, limit: int = JSON_BYTES, *, links: bool = True) -> dict[str, Any]:
+def read_object(
+    file: PathLike, limit: int = JSON_BYTES, *, links: bool = True, finite: bool = True
+) -> dict[str, Any]:
     """The object that a JSON file holds. Raises ValueError as `read_json` does, and for anything else."""
-    return as_object(read_json(file, limit, links=links), name(file))
+    return as_object(read_json(file, limit, links=links, finite=finite), name(file))
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:

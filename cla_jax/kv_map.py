@@ -15,11 +15,14 @@ Example, six layers with CLA2 (Brandon et al. 2024, section 3):
     slots    0, 2, 4           (half the KV cache)
 """
 
+import bisect
 import dataclasses
 import difflib
 import itertools
 from collections.abc import Callable
 from typing import Literal
+
+from cla_jax.messages import shown
 
 KvMap = tuple[int, ...]
 
@@ -69,14 +72,17 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
         raise ValueError(f"kv_map has {len(kv_map)} entries but model.n_layers is {n_layers}")
     for layer, source in enumerate(kv_map):
         if not 0 <= source < n_layers:
-            raise ValueError(f"kv_map[{layer}] is {source}; sources are layers 0 to {n_layers - 1}")
+            raise ValueError(
+                f"kv_map[{layer}] is {shown(source)}; sources are layers 0 to {n_layers - 1}"
+            )
         if source > layer:
             raise ValueError(
-                f"kv_map[{layer}] is {source}: layer {layer} would read the keys and values of a later layer"
+                f"kv_map[{layer}] is {source}: layer {layer} would read the keys and values of a "
+                "later layer"
             )
         if kv_map[source] != source:
             raise ValueError(
-                f"kv_map[{layer}] is {source}, but layer {source} is a consumer itself "
+                f"kv_map[{layer}] is {shown(source)}, but layer {source} is a consumer itself "
                 f"(kv_map[{source}] is {kv_map[source]})"
             )
 
@@ -131,7 +137,7 @@ def cla(n_layers: int, factor: int, short_group: Literal["first", "last"] = "fir
     """
     _positive("cla", "factor", factor, n_layers)
     if short_group not in ("first", "last"):
-        raise ValueError(f"cla: short_group is {short_group!r}; it is 'first' or 'last'")
+        raise ValueError(f"cla: short_group is {shown(short_group)}; it is 'first' or 'last'")
     offset = n_layers % factor if short_group == "first" else 0
     return tuple(
         0 if layer < offset else layer - (layer - offset) % factor for layer in range(n_layers)
@@ -198,20 +204,24 @@ def lasagna(n_layers: int, n_kv_layers: int) -> KvMap:
     """
     _positive("lasagna", "n_kv_layers", n_kv_layers, n_layers)
     producers = [p * n_layers // n_kv_layers for p in range(n_kv_layers)]
-    return tuple(max(p for p in producers if p <= layer) for layer in range(n_layers))
+    return tuple(producers[bisect.bisect(producers, layer) - 1] for layer in range(n_layers))
 
 
 def trailing(n_layers: int, n_shared: int) -> KvMap:
     """The last `n_shared` layers read the K/V of the layer before them (Gemma 3n, one layer type)."""
     if not 0 <= n_shared < n_layers:
-        raise ValueError(f"trailing: n_shared is {n_shared}; it must lie in 0 to {n_layers - 1}")
+        raise ValueError(
+            f"trailing: n_shared is {shown(n_shared)}; it must lie in 0 to {n_layers - 1}"
+        )
     own = n_layers - n_shared
     return (*range(own), *[own - 1] * n_shared)
 
 
 def _positive(name: str, field: str, value: int, n_layers: int) -> None:
     if not 1 <= value <= n_layers:
-        raise ValueError(f"{name}: {field} is {value}; it must lie in 1 to n_layers = {n_layers}")
+        raise ValueError(
+            f"{name}: {field} is {shown(value)}; it must lie in 1 to n_layers = {n_layers}"
+        )
 
 
 def _at_least(name: str, n_layers: int, least: int) -> None:
@@ -249,20 +259,22 @@ def resolve(text: str, n_layers: int) -> KvMap:
         try:
             kv_map = tuple(int(entry) for entry in text.split(","))
         except ValueError:
-            raise ValueError(f"kv_map {text!r}: write the sources as integers, 0,0,2,2") from None
+            raise ValueError(
+                f"kv_map {shown(text)}: write the sources as integers, 0,0,2,2"
+            ) from None
     elif name in _BUILDERS:
         builder, usage = _BUILDERS[name]
         least, most = usage.count(":") - usage.count("["), usage.count(":")
         if not least <= len(arguments) <= most:
-            raise ValueError(f"kv_map {text!r}: the form is {name}{usage}")
+            raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}")
         try:
             numbers = [int(argument) for argument in arguments[:1]]
         except ValueError:
-            raise ValueError(f"kv_map {text!r}: the form is {name}{usage}") from None
+            raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}") from None
         kv_map = builder(n_layers, *numbers, *arguments[1:])
     else:
-        near = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name[:100], _BUILDERS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown kv_map {text!r}{hint} (known: {forms()})")
+        raise ValueError(f"unknown kv_map {shown(text)}{hint} (known: {forms()})")
     validate(kv_map, n_layers)
     return kv_map

@@ -19,6 +19,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -27,7 +28,7 @@ from typing import IO, Any
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import goodput
+from cla_jax import files, goodput
 from cla_jax.config import Config
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,8 @@ class Run:
         file = self.path / "tokenizer.json"
         if not file.exists():
             raise ValueError(f"{file} is missing: the run has not started training, or was altered")
-        try:
-            json.loads(text := file.read_text())
-        except ValueError as error:  # or not UTF-8
-            raise ValueError(f"{file} is damaged: {error}") from None
+        text = files.read_text(file, files.TOKENIZER_BYTES, links=False)
+        files.parse_json(text, f"the tokenizer {file}", duplicates=True)
         return text
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
@@ -109,17 +108,18 @@ class Run:
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written."""
-        return {file.stem: _read_json(file) for file in files(self.path / "eval", ".json")}
+        return {file.stem: _read_json(file) for file in listed(self.path / "eval", ".json")}
 
     def read_records(self) -> Iterator[dict[str, Any]]:
-        """Every whole line of the metrics, in the order of writing."""
+        """Every whole line of the metrics, in the order of writing; see `metrics_record`.
+
+        Raises ValueError if a file of them is none that can be read.
+        """
         segments = [self.metrics] if self.metrics.exists() else []
-        for segment in segments + files(self.path / "metrics", ".jsonl"):
-            for line in segment.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):  # torn by a crash, or damaged
-                    record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("step"), int):
-                        yield record
+        for segment in segments + listed(self.path / "metrics", ".jsonl"):
+            for line in files.read_lines(segment, links=False):
+                if (record := metrics_record(line)) is not None:
+                    yield record
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records by step: of a step that stands there twice, the last whole one counts.
@@ -132,6 +132,19 @@ class Run:
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
+
+
+def metrics_record(line: bytes) -> dict[str, Any] | None:
+    """A line of the metrics; None for one that a crash has torn, or that is no record of numbers."""
+    try:
+        record = files.parse_json(line, "a line of the metrics", finite=False)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not files.is_a(step := record.get("step"), int):
+        return None
+    numbers = {key: value for key, value in record.items() if value is not None}
+    whole = all(files.is_a(value, float) for value in numbers.values())
+    return numbers if whole and 0 <= step < 2**53 else None
 
 
 def run_path(config: Config) -> epath.Path:
@@ -258,15 +271,19 @@ def try_lock(file: IO, *, shared: bool = False) -> bool:
 
 def saved_steps(checkpoints: epath.Path) -> list[int]:
     """The steps of the complete checkpoints, ascending: those with a manifest."""
-    return sorted(int(file.stem) for file in files(checkpoints, ".json") if file.stem.isdigit())
+    return sorted(
+        int(file.stem)
+        for file in listed(checkpoints, ".json")
+        if re.fullmatch(r"\d{8,18}", file.stem, re.ASCII)
+    )
 
 
-def files(directory: epath.Path, suffix: str) -> list[epath.Path]:
-    """What a directory has with a suffix, sorted; nothing if it does not exist.
+def listed(directory: epath.Path, suffix: str) -> list[epath.Path]:
+    """What a directory has with a suffix, sorted; nothing if it is none.
 
     Not by a glob: that takes a bracket anywhere in the path for a pattern.
     """
-    found = directory.iterdir() if directory.exists() else ()
+    found = directory.iterdir() if directory.is_dir() else ()
     return sorted(file for file in found if file.suffix == suffix)
 
 
@@ -321,10 +338,8 @@ def write_atomically(file: epath.Path, text: str) -> None:
 def read_config(file: epath.Path) -> Config:
     """The config in a file that holds one: a run's config.json. Raises ValueError naming the file."""
     record = _read_json(file)
-    try:
+    with files.about(file):
         return configs.from_record(record)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 def _dump(record: dict[str, Any]) -> str:
@@ -332,15 +347,8 @@ def _dump(record: dict[str, Any]) -> str:
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} holds no record, but {type(record).__name__}")
-    return record
+    # An evaluation of a model that diverged may hold infinite numbers; a config refuses them itself.
+    return files.read_object(file, links=False, finite=False)
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from typing import IO, Any, Literal, TypeVar
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import goodput, runs
+from cla_jax import files, goodput, runs
 from cla_jax.config import Config
 from cla_jax.runs import Run, is_local, write_atomically
 
@@ -147,7 +147,7 @@ class Record:
         """Whether a runner of this file system is at it; False for a remote directory."""
         if not self.is_local or not (self.path / "lock").exists():
             return False
-        with open(self.path / "lock", "rb") as lock:
+        with files.opened(self.path / "lock", links=False) as lock:
             return not runs.try_lock(lock, shared=True)
 
 
@@ -198,22 +198,18 @@ def last_records(run: Run) -> list[dict[str, Any]]:
     """The last lines of a run's metrics, however long they are; see Run.read_records."""
     if not run.is_local or not run.metrics.exists():
         return list(run.read_records())
-    with open(run.metrics, "rb") as file:
+    with files.opened(run.metrics, links=False) as file:
         start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
         file.seek(start)
-        lines = file.read().split(b"\n")[1 if start else 0 :]
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # empty, or torn by a crash
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+        lines = file.read(2 * _TAIL).split(b"\n")[1 if start else 0 :]
+    return [record for line in lines if (record := runs.metrics_record(line)) is not None]
 
 
 def result(run: Run, steps: int) -> dict[str, float] | None:
     """The held-out metrics of a run after its last step; None while there are none."""
     found = None
     for record in last_records(run):
-        if record["step"] == steps and "perplexity" in record:
+        if record["step"] == steps and record.get("perplexity") is not None:
             found = record
     return found
 
@@ -235,14 +231,11 @@ def write(file: epath.Path, fields: dict[str, Any]) -> None:
 
 
 def _read(file: epath.Path, cls: type[T]) -> T | None:
-    try:
-        fields = json.loads(file.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds no record, but {type(fields).__name__}")
-        return configs.from_dict(cls, fields)
-    except FileNotFoundError:
+    if not files.exists(file):
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not readable: {error}; remove it to begin its count anew"
-        ) from None
+    try:
+        fields = files.read_object(file, links=False)
+        with files.about(file):
+            return configs.from_dict(cls, fields)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to begin its count anew") from None

@@ -12,6 +12,7 @@ seconds is dead, and launching the sweep again starts it from its checkpoint.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

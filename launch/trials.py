@@ -217,7 +217,7 @@ def _sliced(config: Config, slices: int) -> Config:
 
 def _copy(own: epath.Path, scratch: Path) -> Path:
     """What a sweep keeps for itself: the plain files of its directory."""
-    for file in runs.files(own, ".log"):
+    for file in runs.listed(own, ".log"):
         (scratch / file.name).write_bytes(file.read_bytes())
     return scratch
 

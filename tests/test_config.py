@@ -118,3 +118,56 @@ def test_profiled_steps_count_from_one(tiny):
 def test_defaults_are_valid():
     Placement()
     DataConfig(seq_len=8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "most"),
+    [
+        ("model.n_layers", 10**18, "10,000"),
+        ("model.d_ff", 2**31, "16,777,216"),
+        ("model.vocab_size", 2**31, "2,147,483,647"),
+        ("data.seq_len", 10**400, "2,147,483,647"),
+        ("batch_size", 2**40, "2,147,483,647"),
+        ("placement.save_every", 10**18, "1,099,511,627,776"),
+        ("steps", 10**5000, "1,099,511,627,776"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
+)
+def test_numbers_have_a_limit(tiny, field, value, most):
+    with pytest.raises(ValueError) as caught:
+        configs.replaced(tiny(), {field: value})
+    assert field in str(caught.value)
+    assert f"must be at most {most}" in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model.norm_eps", "model.rope_theta", "optimizer.peak_lr", "optimizer.weight_decay"],
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(tiny, field, value):
+    with pytest.raises(ValueError, match=rf"{field} = (inf|nan) must be .*finite"):
+        configs.replaced(tiny(), {field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("model.windows", "9" * 5000),
+        ("model.windows", "1," * 10**6),
+        ("model.kv_map", "0," * 10**6),
+        ("model.kv_map", "cla:" + "9" * 5000),
+        ("model.kv_map", "x" * 10**6),
+        ("model.rope_scaling", "x" * 10**6),
+        ("data.tokenizer", "bpe:" + "9" * 5000),
+        ("data.source", "sotu:²"),
+        ("placement.profile", "9" * 5000 + ":1"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_odd_texts_cost_a_short_message(tiny, field, text):
+    with pytest.raises(ValueError) as caught:
+        configs.replaced(tiny(), {field: text})
+    assert field.rpartition(".")[2] in str(caught.value)
+    assert len(str(caught.value)) < 500

@@ -221,7 +221,7 @@ def test_an_evaluation_without_its_scores_is_named(tmp_path):
     evaluate(run, 10.0)
     (run.path / "eval" / "full.json").write_text('{"step": 30}')
     with pytest.raises(
-        ValueError, match=r"eval/full\.json has no bits_per_byte, perplexity, tokens"
+        ValueError, match=r"eval/full\.json: field perplexity is missing: evaluate the run again"
     ):
         rows(run)
 

@@ -295,13 +295,67 @@ def test_a_silent_runner_is_dead_where_there_are_no_locks(record, monkeypatch):
     assert status.line(record)["state"] == "dead"
 
 
-def test_a_damaged_record_is_one_line_among_others(record, capsys):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (".sweep/one/state.json", '{"attempts": "many"}'),
+        (".sweep/one/state.json", '{"status": ["running"]}'),
+        (".sweep/one/state.json", '{"status": "flying"}'),
+        (".sweep/one/state.json", '{"error": 7}'),
+        (".sweep/one/state.json", '{"updated": 1e999}'),
+        (".sweep/one/state.json", "[" * 10**5),
+        (".sweep/one/state.json", "/dev/zero"),
+        (".sweep/one/state.json", None),
+        (".sweep/one/submission.json", '{"engine": 1, "job": "a"}'),
+        (".sweep/one/submission.json", None),
+        (".sweep/one/trial.json", '{"name": []}'),
+        (".sweep/one/trial.json", "9" * 5000),
+        (".sweep/one/trial.json", "/dev/zero"),
+        ("one/metrics.jsonl", "/dev/zero"),
+        ("one/metrics.jsonl", None),
+    ],
+    ids=lambda value: str(value)[-30:],
+)
+def test_a_damaged_record_is_one_line_among_others(record, capsys, file, content):
     Record(record.sweep, "two").write_trial(smoke.tiny(), {})
-    (record.path / "state.json").write_text('{"attempts": "many"}')
+    path = record.sweep / file
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(path)
+    elif content.startswith("/"):
+        os.symlink(content, path)
+    else:
+        path.write_text(content)
     status.main([str(record.sweep), "--once"])
     shown = capsys.readouterr().out
     assert "unreadable" in shown
     assert "1 unreadable, 1 waiting" in shown
+    assert path.name in shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": "3", "loss": 1.0},
+        {"step": 3, "loss": "low"},
+        {"step": 10**300, "loss": 1.0},
+        {"step": 3, "loss": 1.0, "tokens_per_s": [], "eta_s": {}},
+        {"step": 4, "perplexity": "good"},
+        {"step": True, "loss": 2.0},
+        [1, 2],
+    ],
+    ids=str,
+)
+def test_a_line_of_the_metrics_that_is_no_record_of_numbers_is_passed_over(record, capsys, line):
+    whole = {"step": 2, "loss": 0.5, "eta_s": float("inf"), "tokens_per_s": float("nan")}
+    record.run.path.mkdir()
+    record.run.metrics.write_text(json.dumps(whole) + "\n" + json.dumps(line) + "\n{torn")
+    record.write_state(State(status="running", updated=time.time()))
+    with record.locked():
+        status.main([str(record.sweep), "--once"])
+    assert "2/30" in capsys.readouterr().out
+    assert [each["step"] for each in record.run.read_metrics()] == [2]
 
 
 @pytest.mark.parametrize(

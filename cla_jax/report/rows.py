@@ -13,15 +13,20 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from cla_jax import costs
+from cla_jax import costs, files
 from cla_jax.config import Config
+from cla_jax.messages import shown
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import Run, find_runs, is_local
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
 
-_SCORES = ("perplexity", "bits_per_byte", "tokens")  # of every evaluation but those of tasks
+_SCORES = {
+    "perplexity": float,
+    "bits_per_byte": float,
+    "tokens": int,
+}  # of every evaluation but those of tasks
 TRAINING = "training"  # the method of an evaluation that training made
 
 
@@ -98,19 +103,19 @@ def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
 
 
 def _read(run: Run, name: str, context: int | None) -> list[Row]:
-    evals = run.evals()
-    for stem, record in evals.items():
-        if missing := {"step", *(() if stem.startswith("tasks-") else _SCORES)} - set(record):
-            what = ", ".join(sorted(missing))
-            raise ValueError(
-                f"{run.path / 'eval' / stem}.json has no {what}: evaluate the run again"
-            )
+    evals, record = run.evals(), run.record()
+    files.field(record, "data_fingerprint", str, run.path / "config.json")
+    for stem, scored in evals.items():
+        try:
+            _check(stem, scored, run.path / "eval" / f"{stem}.json")
+        except ValueError as error:
+            raise ValueError(f"{error}: evaluate the run again") from None
     config, metrics = run.config(), run.read_metrics()
     row = Row(
         name=name,
         path=str(run.path),
         config=config,
-        record=run.record(),
+        record=record,
         evals=evals,
         metrics=metrics,
         tokenizer=hashlib.sha256(run.tokenizer_json().encode()).hexdigest(),
@@ -141,6 +146,22 @@ def _newest(full: Record | None, training: Record | None) -> Record | None:
     if full is None or training is None:
         return full or training
     return training if training["step"] > full["step"] else full
+
+
+def _check(stem: str, record: Record, file: epath.Path) -> None:
+    """Raises ValueError unless an evaluation has what is shown of it."""
+    files.field(record, "step", int, file)
+    if stem.startswith("tasks-"):
+        for task, score in files.field(record, "tasks", dict, file).items():
+            metrics = score.get("metrics") if isinstance(score, dict) else None
+            if not isinstance(metrics, dict):
+                raise ValueError(f"{files.name(file)}: task {shown(task)} has no metrics")
+            for metric in metrics:
+                files.field({metric: metrics[metric]}, metric, float, file, 0.0)
+        return
+    for name, kind in _SCORES.items():
+        files.field(record, name, kind, file)
+    files.field(record, "bytes", int, file, None)
 
 
 def common_directory(paths: Iterable[str | os.PathLike[str]]) -> epath.Path | None:
