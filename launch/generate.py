@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rules=rules,
         )
         _, model = checkpoint.load_model(run, rules, mesh)
-        printed = _Printer(prompts[0], tokenizer)
+        printer = _Printer(prompts[0], tokenizer)
         completions = generate(
             decoding_weights(model, rules),
             spec,
@@ -106,11 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             n_ids=tokenizer.size,
             sampling=sampling,
             seeds=arguments.seed,
-            on_tokens=printed if arguments.stream else None,
+            on_tokens=printer if arguments.stream else None,
         )
     if arguments.stream:
-        printed(0, [])  # the prompt alone, if nothing came
-        print()
+        printer.finish()
         return
     for prompt, completion in zip(prompts, completions, strict=True):
         # Together: some tokenizers join words.
@@ -118,17 +117,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _Printer:
-    """Prints a text as its tokens come; what may still change (half a character) waits."""
+    """Prints a text as its tokens come."""
 
     def __init__(self, prompt: Sequence[int], tokenizer: "Tokenizer"):
-        self.ids, self.tokenizer, self.shown = list(prompt), tokenizer, ""
+        self.stream = tokenizer.stream()
+        self.waiting = self.stream.add(prompt)  # printed with the first token, after all checks
 
     def __call__(self, _row: int, tokens: list[int]) -> None:
-        self.ids += tokens
-        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        sys.stdout.write(text.removeprefix(self.shown))
+        self._write(self.stream.add(tokens))
+
+    def finish(self) -> None:
+        self._write(self.stream.finish() + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(self.waiting + text)
         sys.stdout.flush()
-        self.shown = text
+        self.waiting = ""
 
 
 if __name__ == "__main__":

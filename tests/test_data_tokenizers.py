@@ -236,3 +236,76 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"data\.tokenizer = .*tok\.json.*{message}"):
         tokenizers.make_tokenizer(DataConfig(tokenizer=str(path), seq_len=8))
+
+
+# ------------------------------------------------------------------------------------- streaming
+
+
+def byte_fallback(*, decoder=None, lower=False):
+    """As of Llama 2 and Mistral: words with ▁ for spaces, and a token for each byte."""
+    words = ["<unk>", "<s>", END, *"▁abcé日", "▁the", "ing"]
+    hexes = [f"<0x{byte:02x}>" if lower else f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {word: i for i, word in enumerate([*words, *hexes])}
+    inner = hf.Tokenizer(hf.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    steps = [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    inner.decoder = decoder or hf.decoders.Sequence([*steps, hf.decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens(["<s>", END])
+    return tokenizers.Tokenizer(inner, END)
+
+
+def words_with(decoder):
+    """Words under a decoder; the spelling is what decoders look for."""
+    words = ["[UNK]", END, "a", "##b", "b</w>", "n't", ".", "▁c", "|", "<pad>", "�", "x</w>y", " "]
+    inner = hf.Tokenizer(hf.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    inner.decoder = decoder
+    inner.add_special_tokens([END])
+    return tokenizers.Tokenizer(inner, END)
+
+
+d = hf.decoders
+STREAMED = {
+    "byte": tokenizers.byte_tokenizer,
+    "byte-level": lambda: tokenizers.train_bpe(["日本語 naïve 😀"] * 9, 280),
+    "byte-fallback": byte_fallback,
+    "byte-fallback-lower": lambda: byte_fallback(lower=True),
+    "byte-fallback-alone": lambda: byte_fallback(decoder=d.ByteFallback()),
+    "byte-fallback-late": lambda: byte_fallback(
+        decoder=d.Sequence([d.Replace("é", "<0xE6>"), d.ByteFallback(), d.Fuse()])
+    ),
+    "none": lambda: words_with(None),
+    "metaspace": lambda: words_with(d.Metaspace()),
+    "word-piece": lambda: words_with(d.WordPiece()),
+    "bpe-suffix": lambda: words_with(d.BPEDecoder()),
+    "ctc": lambda: words_with(d.CTC()),
+    "joined": lambda: words_with(d.Sequence([d.Fuse(), d.Replace("ab", "-")])),
+    "stripped": lambda: words_with(d.Sequence([d.Fuse(), d.Strip(" ", 1, 0)])),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_streamed_text_is_the_text(name):
+    """However ids are cut into pieces, whatever they are, and however the decoder joins them."""
+    tokenizer = STREAMED[name]()
+    draw = np.random.default_rng(0)
+    frequent = tokenizer.encode("日本 ab 😀é�a").tolist()
+    for _ in range(300):
+        # Whole characters, parts of them, special tokens, ids without a token.
+        some = [frequent, range(tokenizer.size + 2)]
+        ids = [int(draw.choice(some[draw.integers(2)])) for _ in range(draw.integers(24))]
+        start = int(draw.integers(len(frequent)))
+        ids[len(ids) // 2 : len(ids) // 2] = frequent[start : start + 9]
+        stream, pieces = tokenizer.stream(), []
+        while ids[sum(map(len, pieces)) :]:
+            begin = sum(map(len, pieces))
+            pieces.append(ids[begin : begin + int(draw.integers(1, 4))])
+        text = "".join(map(stream.add, pieces)) + stream.finish()
+        assert text == tokenizer.decode(ids), ids
+
+
+def test_text_is_streamed_as_soon_as_it_is_final():
+    stream = tokenizers.byte_tokenizer().stream()
+    assert [stream.add([byte]) for byte in "a日b".encode()] == ["a", "", "", "日", "b"]
+    fallback = byte_fallback()
+    stream = fallback.stream()
+    assert stream.add(fallback.encode("日")) == "日"  # a token of its own
+    assert [stream.add([i]) for i in fallback.encode("😀a")] == ["", "", "", "", "😀a"]

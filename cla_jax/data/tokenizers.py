@@ -3,6 +3,7 @@
 Every tokenizer, the byte one included, is a `tokenizers.Tokenizer` and stored as its JSON.
 """
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,14 +102,101 @@ class Tokenizer:
         End tokens and ids the tokenizer does not have (rows that pad an embedding table) are
         dropped.
         """
-        kept = [int(i) for i in ids if 0 <= i < self.size and i != self.end]
+        kept = self._kept(ids)
         if self._is_byte:
             return bytes(kept).decode(errors="replace")
         return self._inner.decode(kept, skip_special_tokens=True)
 
+    def _kept(self, ids: Iterable[int]) -> list[int]:
+        """The ids that stand for text, as far as their numbers tell."""
+        return [int(i) for i in ids if 0 <= i < self.size and i != self.end]
+
+    def stream(self) -> "TextStream":
+        """Decodes ids as they come; the pieces together are what `decode` makes of all ids."""
+        return TextStream(self, _streamable(self._inner))
+
     def to_json(self) -> str:
         """The content of a tokenizer.json from which `load` makes an equal tokenizer."""
         return self._inner.to_str(pretty=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamable:
+    """How much of a text is final while more ids may follow."""
+
+    final: bool  # False: nothing is known before the last id
+    pending: frozenset[int] = (
+        frozenset()
+    )  # a run of these ids at the end may still change as a whole
+
+
+class TextStream:
+    """The text of ids, piece by piece. A piece is given out when no later id can change it.
+
+    Half a character waits for its other half. Where single bytes are tokens of their own (byte
+    fallback), a run of them waits for its end: one bad byte changes how all of them are decoded. For a
+    decoder whose rules are not known here, the whole text comes at the end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rule: _Streamable):
+        self._tokenizer, self._rule = tokenizer, rule
+        self._ids: list[int] = []
+        self._given = ""
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that is final now and was not before."""
+        self._ids += self._tokenizer._kept(ids)
+        if not self._rule.final:
+            return ""
+        end = len(self._ids)
+        while end and self._ids[end - 1] in self._rule.pending:
+            end -= 1
+        return self._give(self._tokenizer.decode(self._ids[:end]).rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        return self._give(self._tokenizer.decode(self._ids))
+
+    def _give(self, text: str) -> str:
+        if len(text) <= len(self._given):  # what was held back is held back still
+            return ""
+        piece, self._given = text[len(self._given) :], text
+        return piece
+
+
+# Decoders that decide about a token by itself, or from those before it.
+_BY_TOKEN = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "Strip", "CTC"}
+_JOINING = ("Fuse", "ByteLevel")
+
+
+def _streamable(inner: tokenizers.Tokenizer) -> _Streamable:
+    """What the decoder of a tokenizer allows."""
+    if inner.decoder is None:
+        return _Streamable(final=True)
+    decoder = json.loads(inner.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    joined = next((i for i, kind in enumerate(kinds) if kind in _JOINING), len(kinds))
+    # Once tokens are joined, a replacement could see two of them as one.
+    after = all(
+        step["type"] == "Fuse" or (step["type"] == "Strip" and step["stop"] == 0)
+        for step in steps[joined + 1 :]
+    )
+    if not after or not set(kinds[:joined]) <= _BY_TOKEN:
+        return _Streamable(final=False)
+    if "ByteFallback" not in kinds:
+        return _Streamable(final=True)
+    for step in steps[: kinds.index("ByteFallback")]:
+        if step["type"] != "Replace" or step["pattern"] != {"String": "▁"}:
+            return _Streamable(final=False)  # it could make a byte of another token
+    # Special tokens are left out of a text, so bytes before and after one stand side by side.
+    added = inner.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    tokens = inner.get_vocab(with_added_tokens=True)
+    is_byte = lambda token: len(token) == 6 and token[:3] == "<0x" and token[-1] == ">"
+    return _Streamable(
+        final=True, pending=frozenset(special | {i for t, i in tokens.items() if is_byte(t)})
+    )
 
 
 def load(json_text: str, end_token: str) -> Tokenizer:
