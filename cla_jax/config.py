@@ -240,6 +240,9 @@ class DataConfig:
     tokenizer: str = "byte"
     # The token between documents.
     end_token: str = "<|endoftext|>"
+    # The token that every text begins behind, where the model reads it in place of the end token before
+    # the text. Empty: the end token itself.
+    begin_token: str = ""
     # Target tokens a window.
     seq_len: int
     # Share of the documents that is held out, chosen by a hash of the text.

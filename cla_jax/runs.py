@@ -30,6 +30,7 @@ from etils import epath
 from cla_jax import config as configs
 from cla_jax import files, goodput
 from cla_jax.config import Config
+from cla_jax.files import is_a
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,15 @@ class Run:
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
                 "with; restore it, or give the run a directory of its own with --name"
             )
+
+    def origin(self) -> dict[str, Any]:
+        """Where an imported model is from; empty for one that was trained here."""
+        return self.record().get("origin") or {}
+
+    def end_ids(self, end: int, size: int) -> list[int]:
+        """The ids that end a text: `end`, and those below `size` that an imported model has besides."""
+        others = self.origin().get("end_ids") or []
+        return list(dict.fromkeys([end, *(i for i in others if is_a(i, int) and 0 <= i < size)]))
 
     def tokenizer_json(self) -> str:
         file = self.path / "tokenizer.json"

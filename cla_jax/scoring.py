@@ -22,7 +22,7 @@ from cla_jax.cache import CacheFormat, ledger
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
 from cla_jax.loss import cross_entropy
-from cla_jax.model.transformer import Transformer, document_starts
+from cla_jax.model.transformer import Transformer, document_starts, inputs_of
 from cla_jax.train import Setup, loss_sum
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
@@ -91,9 +91,9 @@ def score(
 # ---------------------------------------------------------------------------------- two methods
 
 
-@functools.partial(jax.jit, static_argnames=("run", "end", "loss_chunk"))
-def _full_nll(model, tokens_BT1, weights_BT, *, run, end, loss_chunk):
-    return loss_sum(model, tokens_BT1, weights_BT, run=run, end=end, loss_chunk=loss_chunk)
+@functools.partial(jax.jit, static_argnames=("run", "end", "begins", "loss_chunk"))
+def _full_nll(model, tokens_BT1, weights_BT, **static):
+    return loss_sum(model, tokens_BT1, weights_BT, **static)
 
 
 def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, Any]:
@@ -103,12 +103,13 @@ def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, A
         model,
         run=setup.run,
         end=setup.end,
+        begins=setup.begins,
         loss_chunk=setup.config.placement.loss_chunk,
     )
     return {"method": "full forward"} | score(setup, nll, **limits).record()
 
 
-def _teacher_forced(weights, cache, tokens_BT1, spec, end, visit, carry, *more_BT):
+def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry, *more_BT):
     """Feeds whole windows through an emptied cache, `spec.chunk` tokens a step.
 
     `visit(carry, x_BtD, targets_Bt, *more_Bt) -> carry` sees the hidden states of every step.
@@ -127,20 +128,22 @@ def _teacher_forced(weights, cache, tokens_BT1, spec, end, visit, carry, *more_B
         x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
         return (cache, visit(carry, x_BtD, *seen)), None
 
-    xs = tuple(map(steps, (inputs_BT, starts_BT, targets_BT, *more_BT)))
+    read_BT = inputs_of(inputs_BT, begins)
+    xs = tuple(map(steps, (read_BT, starts_BT, targets_BT, *more_BT)))
     (cache, carry), _ = jax.lax.scan(step, (cache.emptied(), carry), xs)
     return carry, cache
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "end"), donate_argnames="cache")
-def _cached_nll(weights, cache, tokens_BT1, weights_BT, *, spec, end):
+@functools.partial(jax.jit, static_argnames=("spec", "end", "begins"), donate_argnames="cache")
+def _cached_nll(weights, cache, tokens_BT1, weights_BT, *, spec, end, begins):
     """Teacher-forced decoding of whole windows: (summed nll, cache)."""
 
     def visit(total, x_BtD, targets_Bt, weights_Bt):
         head = weights.head
         return total + cross_entropy(x_BtD, head, targets_Bt, weights_Bt, spec.chunk, spec.rules)
 
-    return _teacher_forced(weights, cache, tokens_BT1, spec, end, visit, jnp.zeros(()), weights_BT)
+    zero = jnp.zeros(())
+    return _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, zero, weights_BT)
 
 
 def cached_decoding(
@@ -159,7 +162,8 @@ def cached_decoding(
 
     def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
         nonlocal cache
-        total, cache = _cached_nll(weights, cache, tokens_BT1, weights_BT, spec=spec, end=setup.end)
+        ends = {"end": setup.end, "begins": setup.begins}
+        total, cache = _cached_nll(weights, cache, tokens_BT1, weights_BT, spec=spec, **ends)
         return total
 
     scored = score(setup, nll, **limits).record()
@@ -219,12 +223,14 @@ def _one_step(weights: Weights) -> Callable:
 # ------------------------------------------------------------------------------------ agreement
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "run", "end"), donate_argnames="cache")
-def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end):
+@functools.partial(
+    jax.jit, static_argnames=("spec", "run", "end", "begins"), donate_argnames="cache"
+)
+def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end, begins):
     """Sums over the tokens of windows of how far cached logits are from those of the full forward."""
     inputs_BT = tokens_BT1[:, :-1]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    full_BTD = model(inputs_BT, run, starts_BT)
+    full_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
 
     def visit(carry, x_BtD, _, weights_Bt, full_BtD):
         ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
@@ -244,7 +250,7 @@ def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end)
     names = ("mean_logit_difference", "top1_agreement", "kl", "max_logit_difference")
     carry = {name: jnp.zeros(()) for name in names}
     return _teacher_forced(
-        weights, cache, tokens_BT1, spec, end, visit, carry, weights_BT, full_BTD
+        weights, cache, tokens_BT1, spec, end, begins, visit, carry, weights_BT, full_BTD
     )
 
 
@@ -269,7 +275,15 @@ def agreement(
     def visit(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
         nonlocal cache
         found, cache = _agreement(
-            model, weights, cache, tokens_BT1, weights_BT, spec=spec, run=setup.run, end=setup.end
+            model,
+            weights,
+            cache,
+            tokens_BT1,
+            weights_BT,
+            spec=spec,
+            run=setup.run,
+            end=setup.end,
+            begins=setup.begins,
         )
         for name, value in found.items():
             join = max if name.startswith("max") else float.__add__

@@ -23,7 +23,7 @@ from cla_jax.data.prepare import Prepared, prepare
 from cla_jax.loss import cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import choose_backend
-from cla_jax.model.transformer import Execution, Transformer, document_starts
+from cla_jax.model.transformer import Execution, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
 from cla_jax.runs import Run
 from cla_jax.state import State, abstract_state, initial_state
@@ -45,6 +45,8 @@ class Layout:
     run: Execution
     # The token that attention must not cross, if documents are kept apart.
     end: int | None
+    # (end, begin): the model reads the second for the first, if texts have a begin token.
+    begins: tuple[int, int] | None
 
     @property
     def rules(self) -> AxisRules:
@@ -92,8 +94,8 @@ class Setup(Layout):
 def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     """Checks a config against devices, by default those at hand, before any array exists.
 
-    Only the tokenizer knows the end token: here it is 0, which compiles to the same program but for that
-    constant. Raises ValueError where the mesh, the batch or a backend does not fit them.
+    Only the tokenizer knows the end and begin tokens: here they are 0, which compiles to the same program
+    but for those constants. Raises ValueError where the mesh, the batch or a backend does not fit them.
     """
     placement, devices = config.placement, jax.devices() if devices is None else devices
     mesh_config = placement.mesh
@@ -111,7 +113,8 @@ def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         attention=attention,
     )
     end = None if config.data.attend_across_documents else 0
-    return Layout(config=config, mesh=mesh, run=run, end=end)
+    begins = (0, 0) if config.data.begin_token else None
+    return Layout(config=config, mesh=mesh, run=run, end=end, begins=begins)
 
 
 def set_up(config: Config, tokenizer_json: str | None = None) -> Setup:
@@ -122,8 +125,17 @@ def set_up(config: Config, tokenizer_json: str | None = None) -> Setup:
     layout = lay_out(config)  # before the data, which take long
     prepared = prepare(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
     check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
-    end = None if layout.end is None else prepared.tokenizer.end
-    return Setup(config=config, mesh=layout.mesh, run=layout.run, end=end, prepared=prepared)
+    tokenizer = prepared.tokenizer
+    end = None if layout.end is None else tokenizer.end
+    begins = layout.begins and (tokenizer.end, tokenizer.begin(config.data.begin_token))
+    return Setup(
+        config=config,
+        mesh=layout.mesh,
+        run=layout.run,
+        end=end,
+        begins=begins,
+        prepared=prepared,
+    )
 
 
 # ----------------------------------------------------------------------------------------- step
@@ -136,12 +148,13 @@ def loss_sum(
     *,
     run: Execution,
     end: int | None,
+    begins: tuple[int, int] | None = None,
     loss_chunk: int,
 ) -> jax.Array:
     """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens."""
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    x_BTD = model(inputs_BT, run, starts_BT)
+    x_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
     with jax.named_scope("loss"):
         return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, run.rules)
@@ -155,6 +168,7 @@ def train_step(
     rate: optax.Schedule,
     run: Execution,
     end: int | None,
+    begins: tuple[int, int] | None = None,
     loss_chunk: int,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from A microbatches of B windows; a pure function of (state, batch).
@@ -165,7 +179,9 @@ def train_step(
 
     def mean_loss(model: Transformer, tokens_BT1: jax.Array) -> jax.Array:
         weights_BT = jnp.ones_like(tokens_BT1[:, 1:], jnp.float32)
-        total = loss_sum(model, tokens_BT1, weights_BT, run=run, end=end, loss_chunk=loss_chunk)
+        total = loss_sum(
+            model, tokens_BT1, weights_BT, run=run, end=end, begins=begins, loss_chunk=loss_chunk
+        )
         return total / (A * B * (T1 - 1))
 
     def accumulate(carry, tokens_BT1):
@@ -420,6 +436,7 @@ def make_step(layout: Layout) -> Any:
         placement.compiler_options,
         run=layout.training,
         end=layout.end,
+        begins=layout.begins,
         loss_chunk=placement.loss_chunk,
     )
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # The run directory.
@@ -60,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.config import MeshConfig
     from cla_jax.data import tokenizers
     from cla_jax.decode import decoding_weights
+    from cla_jax.files import is_a
     from cla_jax.generate import Sampling, generate
     from cla_jax.runs import find_runs
     from launch import programs
@@ -79,10 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for i, text in enumerate(texts):
         if any("\udc80" <= c <= "\udcff" for c in text):  # how Python keeps bytes that are not
             raise ValueError(f"prompt {i} is not UTF-8: {text.encode(errors='surrogateescape')!r}")
-    # Training saw every document begin after an end token.
-    prompts = [[tokenizer.end, *tokenizer.encode(text).tolist()] for text in texts]
+    # Training saw every document begin after an end token, or this one in its place.
+    begin = tokenizer.begin(config.data.begin_token)
+    prompts = [[begin, *tokenizer.encode(text).tolist()] for text in texts]
     if arguments.stream and len(texts) > 1:
         raise ValueError(f"stream: {len(texts)} prompts cannot be printed at once")
+    longest = run.origin().get("max_length")
+    reach = max(map(len, prompts)) + max(arguments.new_tokens, 1)
+    if is_a(longest, int) and reach > longest:
+        log.warning("the model was made for at most %d tokens of context, not %d", longest, reach)
     # One device: a handful of rows gains nothing from more.
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     rules = meshes.axis_rules(config.model, mesh)
@@ -91,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config.model,
             arguments.cache,
             batch=len(prompts),
-            capacity=max(map(len, prompts)) + max(arguments.new_tokens, 1),
+            capacity=reach,
             chunk=arguments.chunk,
             rules=rules,
         )
@@ -102,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             spec,
             prompts,
             new_tokens=arguments.new_tokens,
-            stop=[tokenizer.end],
+            stop=run.end_ids(tokenizer.end, tokenizer.size),
             n_ids=tokenizer.size,
             sampling=sampling,
             seeds=arguments.seed,

@@ -43,6 +43,7 @@ IDENTITY = {
     "data.source": "sotu:7",
     "data.tokenizer": "bpe:257",
     "data.end_token": "<|end|>",
+    "data.begin_token": "Ċ",
     "data.seq_len": 16,
     "data.held_out": 0.5,
     "data.attend_across_documents": False,

@@ -18,11 +18,16 @@ from tests.test_interop_hf import cut, refused
 CONFIG = dataclasses.replace(
     made.MODEL, d_model=64, d_ff=96, d_head=16, n_layers=2, tied_embeddings=False
 )
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
+UNREADABLE = {"Q5_K": 13, "?": 99}
 
 
 def packed(kind: str, array: np.ndarray) -> tuple[bytes, np.ndarray]:
     """An array as a tensor type stores it, block by block, and the values that are then in it."""
+    if kind == "BF16":  # the upper half of a float32, rounded to even
+        bits = array.astype("<f4").view("<u4")
+        upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        return upper.tobytes(), (upper.astype("<u4") << 16).view("<f4")
     if kind in ("F32", "F16"):
         stored = array.astype("<f4" if kind == "F32" else "<f2")
         return stored.tobytes(), stored.astype(np.float32)
@@ -58,6 +63,8 @@ def entry(key: str, value) -> bytes:
     match value:
         case str():
             return text(key) + struct.pack("<I", 8) + text(value)
+        case bool():
+            return text(key) + struct.pack("<I?", 7, value)
         case float():
             return text(key) + struct.pack("<If", 6, value)
         case int():
@@ -105,7 +112,7 @@ def permuted(array: np.ndarray, heads: int) -> np.ndarray:
     return np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(array.shape)
 
 
-def write(file, kind="F32", change=lambda tensors: None, **changes):
+def write(file, kind="F32", change=lambda tensors: None, freqs=None, **changes):
     """Writes a random model; returns the values that are in the file, under the names of a Llama."""
     model = names.from_model(reference.randomised(CONFIG))
     tensors = {name: tensor.read() for name, tensor in model.items()}
@@ -130,10 +137,15 @@ def write(file, kind="F32", change=lambda tensors: None, **changes):
         label = f"{layer}{theirs[known]}.{which}" if known in theirs else name
         infos += text(label) + struct.pack("<I", array.ndim)
         infos += struct.pack(f"<{array.ndim}Q", *array.shape[::-1])
-        infos += struct.pack("<IQ", TYPES.get(code, 99), len(data))
+        infos += struct.pack("<IQ", (TYPES | UNREADABLE)[code], len(data))
+        data += content + bytes(-len(content) % 32)
+    if freqs is not None:
+        infos += text("rope_freqs.weight") + struct.pack("<IQIQ", 1, len(freqs), 0, len(data))
+        content = np.array(freqs, "<f4").tobytes()
         data += content + bytes(-len(content) % 32)
     entries = metadata(**changes)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries))
+    count = len(tensors) + (freqs is not None)
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, len(entries))
     head += b"".join(entry(key, value) for key, value in entries.items()) + infos
     file.write_bytes(head + bytes(-len(head) % 32) + data)
     return values
@@ -181,6 +193,48 @@ def test_another_tokenizer_stands_for_one_that_is_not_understood(tmp_path):
     assert interop.read(tmp_path / "m.gguf", tmp_path / "t.json").tokenizer_json == text
 
 
+def test_the_rotation_of_llama_3_is_read_from_its_divisors(tmp_path):
+    """As its converter computes them, of 8 pairs of dimensions; divisors of one change nothing."""
+    theta, factor, original = 500000.0, 32.0, 8192
+    divisors = []
+    for pair in range(8):
+        wavelength = 2 * np.pi * theta ** (pair / 8)
+        smooth = (original / wavelength - 1) / (4 - 1)
+        if wavelength < original / 4:
+            divisors.append(1.0)
+        elif wavelength > original / 1:
+            divisors.append(factor)
+        else:
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    assert len(set(divisors)) > 2
+    write(tmp_path / "m.gguf", freqs=divisors, llama__rope__freq_base=theta)
+    found = interop.read(tmp_path / "m.gguf")
+    assert found.config.rope_scaling == "llama3:32.0:1.0:4.0:8192"
+    names.check(found.tensors, found.config)
+    write(tmp_path / "m.gguf", freqs=np.ones(8))
+    assert interop.read(tmp_path / "m.gguf").config.rope_scaling == "none"
+
+
+def test_a_big_endian_file_is_called_that(tmp_path, capsys):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 1, 1) + bytes(100))
+    refused(tmp_path / "m.gguf", tmp_path, "m.gguf is big-endian", capsys)
+
+
+def test_every_end_token_and_the_begin_token_are_read(tmp_path):
+    ids = {f"tokenizer__ggml__{k}_token_id": i for k, i in (("bos", 1), ("eot", 257), ("eom", 258))}
+    write(tmp_path / "m.gguf", **ids)
+    found = interop.read(tmp_path / "m.gguf")
+    assert (found.end_token, found.end_ids) == (made.END, (256, 257, 258))
+    assert found.begins_with is None
+    for changes in (
+        {"tokenizer__ggml__add_bos_token": True},
+        {"tokenizer__ggml__pre": "llama-bpe"},
+    ):
+        write(tmp_path / "m.gguf", **ids, **changes)
+        found = interop.read(tmp_path / "m.gguf")
+        assert found.begins_with == found.origin["begin_token"] == "\u0101"  # the byte 1
+
+
 K = "model.layers.1.self_attn.k_proj.weight"
 BAD = {
     "architecture": ({"general__architecture": "qwen2"}, "general.architecture .*'qwen2'"),
@@ -203,14 +257,24 @@ BAD = {
         {"change": lambda t: t.update({K: np.ones(())})},
         "attn_k.weight has 0 dimensions: the file is damaged",
     ),
-    "type": ({"kind": "Q5_K"}, "tensor type 99; readable are F32, F16, Q4_0"),
+    "type-by-name": ({"kind": "Q5_K"}, "has tensor type Q5_K; readable are F32, F16, Q4_0"),
+    "split": ({"split__count": 3}, "m.gguf is one of 3 files of a split model: join them"),
+    "end": (
+        {"tokenizer__ggml__eos_token_id": 4000},
+        "eos_token_id = 4000 is none of its 260 tokens",
+    ),
+    "frequencies": (
+        {"freqs": [1.0, 1, 2, 3, 4, 5, 6, 8]},
+        "rope_freqs.weight scales .* up to 8, and not",
+    ),
+    "type": ({"kind": "?"}, "tensor type 99, which is not known here; readable are F32, F16, Q4_0"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, capsys, name, monkeypatch):
     changes, words = BAD[name]
-    if name == "type":
+    if name.startswith("type"):
         monkeypatch.setattr(
             "tests.test_interop_gguf.packed", lambda _, array: (array.tobytes(), array)
         )

@@ -1,27 +1,35 @@
 """Hugging Face directories in and out, without the libraries; beside them: test_interop_torch.py."""
 
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 import experiments
-from cla_jax import checkpoint, interop
+from cla_jax import checkpoint, interop, scoring
 from cla_jax import mesh as meshes
+from cla_jax.cache import cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.data import tokenizers
+from cla_jax.decode import decoding_weights
 from cla_jax.evaluate import evaluate
 from cla_jax.interop import hf, names, safetensors
 from cla_jax.interop.export import export, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.names import Tensor
 from cla_jax.interop.text import Text
+from cla_jax.model.transformer import Execution
 from cla_jax.report import rows
 from cla_jax.runs import Run, find_runs
 from cla_jax.state import named
+from cla_jax.train import loss_sum
 from launch import convert
+from launch import generate as launch_generate
 from tests import interop as made
 from tests import reference
 
@@ -258,7 +266,7 @@ def damage(name):
             d, '{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}'
         ),
         "dtype": lambda d: reheaded(
-            d, '{"a": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}'
+            d, '{"a": {"dtype": "I3", "shape": [4], "data_offsets": [0, 4]}}'
         ),
         "size": lambda d: reheaded(
             d, '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'
@@ -315,7 +323,7 @@ BAD_FILES = {
     "garbage": "model.safetensors is not a safetensors file",
     "text": "model.safetensors is not a safetensors file",
     "entry": "model.safetensors: the header does not describe a: ",
-    "dtype": "model.safetensors: a has dtype I8; readable are F32, F16, BF16",
+    "dtype": "model.safetensors: a has dtype I3; readable are F32, F16, BF16, F64",
     "size": r"model.safetensors: a, F32 \[2\], needs 8 bytes, not the 4",
     "overlap": "model.safetensors: a and b share bytes",
     "no-config": "config.json is missing",
@@ -345,13 +353,13 @@ BAD_KEYS = [
     ({"model_type": "gpt2"}, "model_type .*'gpt2'"),
     ({"model_type": None}, "key model_type is missing"),
     ({"hidden_act": "gelu"}, "key hidden_act = 'gelu' cannot be expressed, only 'silu'"),
-    ({"attention_bias": True}, "key mlp_bias = False cannot be expressed, only True"),
+    ({"attention_bias": True}, "missing: model.layers.0.self_attn.k_proj.bias"),
+    ({"eos_token_id": [256, "a"]}, r"key eos_token_id = \[256, 'a'\] is no token id"),
     ({"quantization_config": {"bits": 4}}, "key quantization_config"),
     ({"partial_rotary_factor": 0.5}, "key partial_rotary_factor = 0.5"),
     ({"rope_interleaved": True}, "key rope_interleaved = True"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "key rope_type = 'longrope'"),
     ({"rope_parameters": {"rope_type": "linear"}}, "key rope_parameters.factor is missing"),
-    ({"rope_parameters": {"rope_type": "default", "beta": 1}}, "key rope_parameters.beta"),
     ({"num_key_value_heads": 3}, "n_heads = 4 is not divisible by model.n_kv_heads = 3"),
     ({"hidden_size": "wide"}, "key hidden_size = 'wide' is not of type int"),
     ({"num_attention_heads": 0, "head_dim": None}, "n_heads = 0 must be positive"),
@@ -590,3 +598,284 @@ def test_a_begin_token_of_its_own_is_kept(tmp_path):
     )
     assert (config["bos_token_id"], config["eos_token_id"]) == (65, 256)
     assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("A", made.END)
+
+
+# -------------------------------------------------- what transformers loads, in all its variants
+
+
+def index_of(directory, **more):
+    """An index for the one file, under another name, that places further tensors there."""
+    (directory / "model.safetensors").rename(directory / "m-1.safetensors")
+    listed = dict.fromkeys(safetensors.read(directory / "m-1.safetensors"), "m-1.safetensors")
+    index = {"weight_map": listed | more}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def with_stored(directory, arrays):
+    """Adds arrays of any dtype to model.safetensors, as other libraries write them."""
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    names_of = {"<i8": "I64", "<f8": "F64", "|b1": "BOOL"}
+    for name, array in arrays.items():
+        span = [len(data), len(data) + array.nbytes]
+        dtype = names_of[array.dtype.str]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": span}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def with_added(directory, **token):
+    file = directory / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["added_tokens"].append(fields["added_tokens"][0] | token)
+    file.write_text(json.dumps(fields))
+
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+LOADABLE = {
+    "head-only": lambda d: rewritten(d, lambda t: t.update({HEAD: t.pop(TABLE)})),
+    "head-in-index": lambda d: index_of(d, **{HEAD: "m-1.safetensors"}),
+    "constants-in-index": lambda d: index_of(d, **{"model.rotary_emb.inv_freq": "m-1.safetensors"}),
+    "pad-token": lambda d: with_added(d, id=264, content="<pad>"),
+    "constants": lambda d: with_stored(
+        d,
+        {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5),
+            "model.layers.0.self_attn.masked_bias": np.ones(1, bool),
+            "model.position_ids": np.arange(64),
+        },
+    ),
+    "rope": lambda d: edited(
+        d, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "finetuned": True}
+    ),
+}
+NOTED = {"pad-token": "<pad>", "rope": "rope_parameters.finetuned", "constants": "position_ids"}
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_a_variant_that_transformers_loads_is_the_same_model(tmp_path, name):
+    LOADABLE[name](directory := made.write_hf(tmp_path / "hf"))
+    run = import_run(interop.read(directory), tmp_path / "run")
+    made.assert_equal_models(load(run)[1], reference.randomised(made.MODEL))
+    notes = " ".join(run.origin()["notes"])
+    assert (notes != "") == (name in NOTED)
+    assert NOTED.get(name, "") in notes
+
+
+def test_weights_of_64_bits_are_rounded(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    norm = np.linspace(0, 1, 48)
+    rewritten(directory, lambda t: t.pop("model.norm.weight"))
+    with_stored(directory, {"model.norm.weight": norm})
+    tensor = hf.read(directory).tensors["model.norm.weight"]
+    np.testing.assert_array_equal(tensor.read(), norm.astype(np.float32))
+
+
+def test_a_weight_of_another_dtype_is_refused(tmp_path, capsys):
+    directory = made.write_hf(tmp_path / "hf")
+    rewritten(directory, lambda t: t.pop("model.norm.weight"))
+    with_stored(directory, {"model.norm.weight": np.arange(48)})
+    refused(directory, tmp_path, "model.norm.weight has dtype I64; readable are F32", capsys)
+
+
+@pytest.mark.parametrize("without", ["mlp", "attention"])
+def test_biases_in_one_part_are_zeros_in_the_other(tmp_path, without):
+    config = dataclasses.replace(made.MODEL, bias=True)
+    directory = made.write_hf(tmp_path / "hf", config)
+    where = {"mlp": ".mlp.", "attention": ".self_attn."}[without]
+    is_gone = lambda name: where in name and name.endswith(".bias")
+    edited(directory, **{f"{without}_bias": None})  # absent: false, as in the class
+    rewritten(directory, lambda t: [t.pop(name) for name in list(t) if is_gone(name)])
+    found = hf.read(directory)
+    assert found.config.bias
+    for name, tensor in names.from_model(reference.randomised(config)).items():
+        expected = np.zeros(tensor.shape) if is_gone(name) else tensor.read()
+        np.testing.assert_array_equal(found.tensors[name].read(), expected, name)
+    assert f"the {without} has no biases" in found.notes[0]
+
+
+def test_absent_and_null_differ_where_the_class_has_a_default(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    edited(directory, model_type="mistral")
+    assert hf.read(directory).config.windows == "4096"
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": None}))
+    assert hf.read(directory).config.windows == "0"
+
+
+def test_our_exported_file_and_our_reader_have_the_same_defaults():
+    """Read from its text: importing it takes torch."""
+    tree = ast.parse(Path(hf.__file__).with_name("modeling_cla.py").read_text())
+    (config,) = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "ClaConfig"]
+    (init,) = [n for n in config.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    theirs = {
+        argument.arg: ast.literal_eval(default)
+        for argument, default in zip(init.args.args[1:], init.args.defaults, strict=True)
+    }
+    assert hf.DEFAULTS["cla"].items() <= theirs.items()
+    sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    other = {"num_attention_heads", "rope_parameters", "use_cache"}
+    assert theirs.keys() - hf.DEFAULTS["cla"].keys() == sizes | other
+
+
+# ------------------------------------------------------------------------- begin and end tokens
+
+
+def special(directory, *tokens):
+    """A tokenizer whose ids from 257 on are special tokens."""
+    for i, token in enumerate(tokens):
+        with_added(directory, id=257 + i, content=token)
+
+
+def beginning(directory, token):
+    """A tokenizer that puts a token before every text."""
+    file = directory / "tokenizer.json"
+    inner = hf_tokenizers.Tokenizer.from_file(str(file))
+    inner.post_processor = hf_tokenizers.processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, inner.token_to_id(token))]
+    )
+    inner.save(str(file))
+
+
+def test_every_end_token_ends_a_text_and_is_exported(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    special(directory, "<eot>", "<eom>")
+    edited(directory, eos_token_id=[256, 257])
+    (directory / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
+    run = import_run(interop.read(directory), tmp_path / "run")
+    assert run.config().data.end_token == made.END
+    assert run.origin()["end_ids"] == run.end_ids(256, 264) == [256, 257, 258]
+    out = export(run, tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == [256, 257, 258]
+    assert hf.read(out).end_ids == (256, 257, 258)
+    # Another token between documents: the model's own still end what it generates.
+    other = import_run(interop.read(directory), tmp_path / "other", Text(end_token="<eom>"))
+    assert other.end_ids(258, 264) == [258, 256, 257]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("generation_config.json", {"eos_token_id": 256}),
+        ("tokenizer_config.json", {"eos_token": made.END}),
+        ("tokenizer_config.json", {"eos_token": {"content": made.END}}),
+    ],
+)
+def test_an_end_token_is_found_in_every_file_that_names_it(tmp_path, file, content):
+    edited(directory := made.write_hf(tmp_path / "hf"), eos_token_id=None)
+    (directory / file).write_text(json.dumps(content))
+    found = hf.read(directory)
+    assert (found.end_token, found.end_ids) == (made.END, (256,))
+
+
+def test_generation_ends_at_any_end_token(tmp_path, capsys, devices):
+    """A model that writes a, b, <eot>, c, c, ...: each token by the one before it."""
+    devices(1)
+    directory = made.write_hf(tmp_path / "hf", tie_word_embeddings=False)
+    special(directory, "<eot>")
+    edited(directory, eos_token_id=[256, 257])
+
+    def chain(tensors):
+        for name in tensors:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensors[name][:] = 0
+        tensors["model.norm.weight"][:] = 1
+        tensors[HEAD] = np.zeros((264, 48), np.float32)
+        for before, after in ((ord("a"), ord("b")), (ord("b"), 257), (257, ord("c"))):
+            tensors[HEAD][after] += 30 * tensors[TABLE][before]
+
+    rewritten(directory, chain)
+    import_run(interop.read(directory), tmp_path / "run")
+    prompt = ["--prompt", "a", "--new-tokens", "4", "--temperature", "0"]
+    launch_generate.main([str(tmp_path / "run"), *prompt])
+    assert capsys.readouterr().out == "ab\n"
+
+
+@pytest.mark.parametrize("flag", [None, "", "<s>"])
+def test_texts_begin_behind_the_token_that_the_tokenizer_puts_there(tmp_path, flag):
+    directory = made.write_hf(tmp_path / "hf", bos_token_id=257)
+    special(directory, "<s>")
+    assert hf.read(directory).begins_with is None  # it has one and does not use it
+    beginning(directory, "<s>")
+    run = import_run(interop.read(directory), tmp_path / "run", Text(begin_token=flag))
+    expected = "" if flag == "" else "<s>"
+    assert run.config().data.begin_token == expected
+    out = json.loads((export(run, tmp_path / "out") / "config.json").read_text())
+    assert out["bos_token_id"] == 257
+    # tokenizer_config.json overrules the file, as in transformers.
+    (directory / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert hf.read(directory).begins_with is None
+
+
+@pytest.mark.parametrize("attend", [True, False])
+def test_a_begin_token_is_read_in_place_of_the_end_token(attend):
+    """In training, by full forward and through a cache; targets keep the end token."""
+    config = dataclasses.replace(made.MODEL, n_layers=2, vocab_size=264)
+    model = reference.randomised(config)
+    tokens = np.array([[256, *b"ab", 256, *b"cdefg"]])
+    read = np.where(tokens == 256, 257, tokens)
+    starts = None if attend else jax.numpy.array([[0, 0, 0, 3, 3, 3, 3, 3]])
+    model = jax.tree.map(jax.numpy.asarray, model)
+    x = model(jax.numpy.asarray(read[:, :-1]), Execution(), starts)
+    log_p = jax.nn.log_softmax(x @ model.head_VD.T)
+    expected = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], -1).sum()
+    end = None if attend else 256
+    ends = {"end": end, "begins": (256, 257)}
+    weights = jax.numpy.ones((1, 8))
+    total = loss_sum(
+        model, jax.numpy.asarray(tokens), weights, run=Execution(), loss_chunk=8, **ends
+    )
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    spec = cache_spec(config, "dense", batch=1, capacity=8, chunk=4)
+    cached, _ = scoring._cached_nll(
+        decoding_weights(model),
+        spec.allocate(),
+        jax.numpy.asarray(tokens),
+        weights,
+        spec=spec,
+        **ends,
+    )
+    assert float(cached) == pytest.approx(float(expected), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+
+def test_chat_templates_by_name_are_kept(tmp_path):
+    directory = made.write_hf(tmp_path / "hf")
+    named = [{"name": "default", "template": "A"}, {"name": "rag", "template": "B"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    run = import_run(interop.read(directory), tmp_path / "run")
+    out = json.loads((export(run, tmp_path / "out") / "tokenizer_config.json").read_text())
+    assert out["chat_template"] == named
+    # Newer versions have files.
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "chat_template.jinja").write_text("A")
+    assert hf.read(directory).origin["chat_template"] == "A"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("B")
+    assert hf.read(directory).origin["chat_template"] == named
+
+
+def test_a_longer_context_than_the_model_s_is_warned_of(tmp_path, caplog, devices):
+    devices(1)
+    run = import_run(interop.read(made.write_hf(tmp_path / "hf")), tmp_path / "run")
+    launch_generate.main(
+        [str(run.path), "--prompt", "a", "--new-tokens", "63", "--temperature", "0"]
+    )
+    assert "the model was made for at most 64 tokens of context, not 65" in caplog.text
+
+
+def test_a_parameter_without_a_tensor_is_named(monkeypatch):
+    """As where somebody gives the model a parameter that a Llama does not have."""
+    monkeypatch.setattr(names, "_BLOCK", names._BLOCK[1:])
+    names._places.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"parameter stacks.0.blocks.attention_norm.scale .* no tensor"
+    ):
+        names.expected(made.MODEL)
+    names._places.cache_clear()

@@ -41,7 +41,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, end_token: str):
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        _check_end_token(inner, vocabulary, end_token)
+        _check_token(inner, vocabulary, end_token, "data.end_token")
         # Marks it as special where it was an ordinary token; its id stays.
         inner.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
         inner.encode_special_tokens = True
@@ -68,6 +68,12 @@ class Tokenizer:
 
     def __hash__(self) -> int:
         return hash((self.to_json(), self.end_token))
+
+    def begin(self, token: str) -> int:
+        """The id that a text begins behind, of data.begin_token. Raises ValueError if there is none."""
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        _check_token(self._inner, vocabulary, token or self.end_token, "data.begin_token")
+        return vocabulary[token or self.end_token]
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32, without an end token."""
@@ -230,15 +236,35 @@ def token(json_text: str, i: int) -> str | None:
     return _parse(json_text).id_to_token(i)
 
 
+def is_special(json_text: str, i: int) -> bool:
+    """Whether an id is that of a special token."""
+    found = _parse(json_text).get_added_tokens_decoder().get(i)
+    return found is not None and found.special
+
+
+def without_added(json_text: str, size: int) -> tuple[str, list[str]]:
+    """A tokenizer.json without the added tokens whose ids are `size` or more, and those tokens."""
+    fields = json.loads(json_text)
+    added = list(fields.get("added_tokens") or [])
+    fields["added_tokens"] = [token for token in added if token["id"] < size]
+    dropped = [token["content"] for token in added if token["id"] >= size]
+    return json.dumps(fields, ensure_ascii=False) if dropped else json_text, dropped
+
+
 def token_id(json_text: str, token: str) -> int | None:
     """The inverse of `token`."""
     return _parse(json_text).token_to_id(token)
 
 
-def adds_special_tokens(json_text: str) -> bool:
-    """Whether the tokenizer of a tokenizer.json, left alone, puts special tokens around a text."""
+def added_tokens(json_text: str) -> tuple[list[str], list[str]]:
+    """The special tokens that the tokenizer of a tokenizer.json, left alone, puts before and after a text."""
     inner = _parse(json_text)
-    return inner.encode("a").ids != inner.encode("a", add_special_tokens=False).ids
+    inner.no_truncation()
+    inner.no_padding()
+    found = inner.encode("a")
+    plain = [i for i, special in enumerate(found.special_tokens_mask) if not special]
+    first, last = (plain[0], plain[-1]) if plain else (0, -1)
+    return found.tokens[:first], found.tokens[last + 1 :]
 
 
 def byte_tokenizer(end_token: str = "<|endoftext|>") -> Tokenizer:
@@ -319,11 +345,13 @@ def _byte_level(end_token: str) -> tokenizers.Tokenizer:
     return inner
 
 
-def _check_end_token(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], token: str) -> None:
+def _check_token(
+    inner: tokenizers.Tokenizer, vocabulary: dict[str, int], token: str, field: str
+) -> None:
     if token in vocabulary:
         return
     special = [added.content for added in inner.get_added_tokens_decoder().values()]
-    near_choice("data.end_token", token, special or difflib.get_close_matches(token, vocabulary))
+    near_choice(field, token, special or difflib.get_close_matches(token, vocabulary))
 
 
 def _byte_counts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:

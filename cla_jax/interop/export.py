@@ -41,16 +41,17 @@ def export(
         raise ValueError(
             f"{path} exists and is not an export: remove it, or choose another directory"
         )
-    config, record = run.config(), run.record()
+    config = run.config()
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     step, model = checkpoint.load_model(run, meshes.axis_rules(config.model, mesh), mesh)
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
-    origin = record.get("origin", {})
+    origin = run.origin()
     max_length = origin.get("max_length") or config.data.seq_len
     written = hf_config(config.model, max_length) | {"dtype": dtype}
     # Here a document begins and ends with one token; an imported model may have another to begin with.
-    begin = origin.get("begin_token") or tokenizer.end_token
-    ends: dict[str, Any] = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.end)
+    begin = config.data.begin_token or origin.get("begin_token") or tokenizer.end_token
+    end, *others = run.end_ids(tokenizer.end, config.model.vocab_size)
+    ends: dict[str, Any] = {"eos_token_id": [end, *others] if others else end, "pad_token_id": end}
     ends["bos_token_id"] = tokenizers.token_id(tokenizer.to_json(), begin)
     of_tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -30,6 +30,10 @@ class Foreign:
     tokenizer_json: str
     # The token that ends a document, as far as the format says.
     end_token: str | None
+    # The ids of all tokens that end a text: that of `end_token`, and others.
+    end_ids: tuple[int, ...] = ()
+    # The token that its tokenizer puts before every text, if it does.
+    begins_with: str | None = None
     # The longest context it was made for, if the format says.
     max_length: int | None = None
     # What was found and does not go into the model, for the user to know.
@@ -48,7 +52,14 @@ def import_run(
     like any other. Raises ValueError where the model, its tokenizer or the directory do not allow it.
     """
     config = _config(foreign, Path(path), text)
-    tokenizer = tokenizers.load(foreign.tokenizer_json, config.data.end_token)
+    notes = list(foreign.notes)
+    # transformers loads such a model too: nothing makes these ids, and it would fail where something did.
+    given, dropped = tokenizers.without_added(foreign.tokenizer_json, config.model.vocab_size)
+    if dropped:
+        shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
+        notes.append(f"tokens without a row in the model were left out of its tokenizer: {shown}")
+    tokenizer = tokenizers.load(given, config.data.end_token)
+    tokenizer.begin(config.data.begin_token)
     if tokenizer.size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} ids, the model has vocab_size = "
@@ -57,7 +68,7 @@ def import_run(
     names.check(foreign.tensors, config.model)
     tokenizer_json = tokenizer.to_json()
     prepared = prepare.prepared_path(config.data, config.placement.data_dir, tokenizer_json)
-    for note in foreign.notes:
+    for note in notes:
         log.warning("%s", note)
     if foreign.max_length and config.data.seq_len > foreign.max_length:
         log.warning("the model was made for at most %d tokens of context", foreign.max_length)
@@ -65,7 +76,12 @@ def import_run(
         config,
         data_fingerprint=prepared.name,
         tokenizer_json=tokenizer_json,
-        origin=foreign.origin | {"max_length": foreign.max_length, "notes": list(foreign.notes)},
+        origin=foreign.origin
+        | {
+            "max_length": foreign.max_length,
+            "end_ids": [i for i in foreign.end_ids if i < config.model.vocab_size],
+            "notes": notes,
+        },
     ) as run:
         model = names.to_model(foreign.tensors, config.model, progress)
         saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
@@ -80,6 +96,7 @@ def _config(foreign: Foreign, path: Path, text: Text) -> Config:
     end_token = text.end_token or foreign.end_token
     if end_token is None:
         raise ValueError("the model names no end token (eos_token_id): say which with --end-token")
+    begins_with = foreign.begins_with if text.begin_token is None else text.begin_token
     longest = min(1024, foreign.max_length or 1024)
     seq_len = longest if text.seq_len is None else text.seq_len
     model = dataclasses.replace(foreign.config, compute_dtype=text.compute_dtype)
@@ -90,6 +107,8 @@ def _config(foreign: Foreign, path: Path, text: Text) -> Config:
             source=text.source,
             tokenizer="tokenizer.json",  # the run's own
             end_token=end_token,
+            # A model may begin and end texts with one token, as all do here that have no other.
+            begin_token="" if begins_with in (None, end_token) else begins_with,
             seq_len=seq_len,
         ),
         # Nothing was trained here: what a further training needs is for that to say.

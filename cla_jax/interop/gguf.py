@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.config import ModelConfig, near_choice
@@ -39,7 +40,7 @@ class _Type:
     decode: Callable[[np.ndarray], np.ndarray]  # uint8 [blocks, bytes] -> float32 [blocks, values]
 
 
-def _floats(dtype: str, blocks: np.ndarray) -> np.ndarray:
+def _floats(dtype: Any, blocks: np.ndarray) -> np.ndarray:
     return blocks.view(dtype).astype(np.float32)
 
 
@@ -61,12 +62,27 @@ def _q4_1(blocks: np.ndarray) -> np.ndarray:
     return scale * _nibbles(blocks[:, 4:]) + least
 
 
+# Types that are not read, by the names that people know.
+_OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K"}
+_OTHER_TYPES |= {14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
+_OTHER_TYPES |= {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16"}
+_OTHER_TYPES |= {
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
+
 _TYPES = {
     0: _Type("F32", 1, 4, functools.partial(_floats, "<f4")),
     1: _Type("F16", 1, 2, functools.partial(_floats, "<f2")),
     2: _Type("Q4_0", 32, 18, _q4_0),
     3: _Type("Q4_1", 32, 20, _q4_1),
     8: _Type("Q8_0", 32, 34, _q8_0),
+    30: _Type("BF16", 1, 2, functools.partial(_floats, jnp.bfloat16)),
 }
 
 # ------------------------------------------------------------------------------------------ file
@@ -116,10 +132,18 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     cursor = _Cursor(file)
     if len(cursor.bytes) < 4 or cursor.take(4).tobytes() != b"GGUF":
         raise ValueError(f"{file} is not a GGUF file")
-    if (version := cursor.number("<u4")) not in (2, 3):
+    version = cursor.number("<u4")
+    if version in (2 << 24, 3 << 24):
+        raise ValueError(f"{file} is big-endian: only little-endian GGUF files are readable")
+    if version not in (2, 3):
         raise ValueError(f"{file} is GGUF version {version}; readable are 2 and 3")
     n_tensors, n_entries = cursor.number("<u8"), cursor.number("<u8")
     metadata = {cursor.string(): cursor.value(cursor.number("<u4")) for _ in range(n_entries)}
+    if (count := metadata.get("split.count", 1)) != 1:
+        raise ValueError(
+            f"{file} is one of {count} files of a split model: join them first, with llama.cpp's "
+            "`llama-gguf-split --merge FIRST OUT`"
+        )
     entries = []
     for _ in range(n_tensors):
         name, n_dimensions = cursor.string(), cursor.number("<u4")
@@ -142,7 +166,8 @@ def _tensor(
 ) -> Tensor:
     if kind not in _TYPES:
         known = ", ".join(each.name for each in _TYPES.values())
-        raise ValueError(f"{file}: {name} has tensor type {kind}; readable are {known}")
+        label = _OTHER_TYPES.get(kind, f"{kind}, which is not known here")
+        raise ValueError(f"{file}: {name} has tensor type {label}; readable are {known}")
     type_ = _TYPES[kind]
     if shape[-1] % type_.values:
         raise ValueError(f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, no blocks")
@@ -161,6 +186,7 @@ def _tensor(
 
 # ----------------------------------------------------------------------------------------- model
 
+_ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of rotation
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -198,6 +224,7 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    found.pop(_ROPE_FREQS, None)  # what it says is in the config
     tensors = {}
     for name, tensor in found.items():
         match name.split("."):
@@ -210,8 +237,13 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         if part in heads:
             tensor = _unpermuted(tensor, heads[part])
         tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
-    tokens: dict[Any, str] = dict(enumerate(metadata.get("tokenizer.ggml.tokens", [])))
-    begin, end = (tokens.get(metadata.get(f"tokenizer.ggml.{k}_token_id")) for k in ("bos", "eos"))
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    begins = _ids(file, metadata, tokens, "bos")
+    ends = _ids(file, metadata, tokens, "eos", "eot", "eom")
+    begin = next((tokens[i] for i in begins), None)
+    # llama.cpp's defaults for byte-level BPE, where the file does not say.
+    is_llama3 = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    begins_with = begin if metadata.get("tokenizer.ggml.add_bos_token", is_llama3) is True else None
     origin = {"format": "gguf", "path": str(file), "name": metadata.get("general.name")}
     origin["begin_token"] = begin
     if template := metadata.get("tokenizer.chat_template"):
@@ -221,10 +253,24 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         config=config,
         tensors=tensors,
         tokenizer_json=tokenizer_json or gguf_tokenizer.build(metadata, file),
-        end_token=end,
+        end_token=next((tokens[i] for i in ends), None),
+        end_ids=tuple(ends),
+        begins_with=begins_with,
         max_length=max_length,
         notes=tuple(f"unknown key {key} in {file.name} was not used" for key in keys.unknown()),
     )
+
+
+def _ids(file: Path, metadata: dict[str, Any], tokens: list[str], *kinds: str) -> list[int]:
+    """The ids that a file names for such tokens."""
+    found = []
+    for kind in kinds:
+        key = f"tokenizer.ggml.{kind}_token_id"
+        i = metadata.get(key)
+        if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
+            raise ValueError(f"{file}: key {key} = {i!r} is none of its {len(tokens):,} tokens")
+        found += [] if i is None else [i]
+    return list(dict.fromkeys(found))
 
 
 def _keys(metadata: dict[str, Any]) -> Keys:
@@ -252,6 +298,12 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     keys.only("rope.scaling.type", "none", "linear")
     factor = keys.take("rope.scaling.factor", 1.0, float)
     linear = keys.take("rope.scaling.type", "linear") == "linear" and factor != 1
+    theta = keys.take("rope.freq_base", 10_000.0, float)
+    scaling = f"linear:{factor!r}" if linear else "none"
+    if _ROPE_FREQS in tensors:
+        if linear:
+            raise ValueError(f"tensor {_ROPE_FREQS} beside a linear scaling cannot be expressed")
+        scaling = _llama3_scaling(tensors[_ROPE_FREQS].read(), theta)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
     table = tensors["token_embd.weight"].shape
@@ -267,11 +319,30 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
         kv_norm="block",
         tied_embeddings="output.weight" not in tensors,
         bias="blk.0.attn_q.bias" in tensors,
-        rope_theta=keys.take("rope.freq_base", 10_000.0, float),
-        rope_scaling=f"linear:{factor!r}" if linear else "none",
+        rope_theta=theta,
+        rope_scaling=scaling,
         # A float32 in the file: 1e-5 is meant.
         norm_eps=float(str(np.float32(keys.take("attention.layer_norm_rms_epsilon", kind=float)))),
     )
+
+
+def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
+    """The rope_scaling that divides the frequencies of a head as a file of Llama 3.1 or later says.
+
+    Such files hold the divisors and not what they follow from. Raises ValueError for other divisors.
+    """
+    pairs = len(slower_by)
+    if np.allclose(slower_by, 1):
+        return "none"
+    factor, low, high, original = float(slower_by.max()), 1.0, 4.0, 8192
+    turning = theta ** (-np.arange(pairs) / pairs)
+    kept = np.clip((original * turning / (2 * np.pi) - low) / (high - low), 0, 1)
+    if not np.allclose(slower_by, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
+        raise ValueError(
+            f"tensor {_ROPE_FREQS} scales the rotation by up to {factor:g}, and not as Llama 3 does: it "
+            "cannot be expressed"
+        )
+    return f"llama3:{factor!r}:{low!r}:{high!r}:{original}"
 
 
 def _unpermuted(tensor: Tensor, heads: int) -> Tensor:

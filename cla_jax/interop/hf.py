@@ -14,14 +14,18 @@ from typing import Any
 
 from cla_jax.config import ModelConfig, near_choice
 from cla_jax.data import tokenizers
-from cla_jax.interop import dolomite, safetensors
+from cla_jax.interop import dolomite, names, safetensors
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Constants that old checkpoints store and that follow from the config.
-_CONSTANTS = (".rotary_emb.inv_freq",)
+_CONSTANTS = (
+    *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached"),
+    *("rotary_emb.sin_cached", "position_ids", "self_attn.bias", "self_attn.masked_bias"),
+)
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
@@ -36,9 +40,10 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
         names the file, tensor or key.
     """
     values = _json(directory / "config.json")
-    keys = Keys(values)
-    family = keys.take("model_type", kind=str)
+    family = Keys(values).take("model_type", kind=str)
     near_choice(f"model_type in {directory / 'config.json'}:", family, FAMILIES)
+    keys = Keys(values, defaults=DEFAULTS.get(family, {}))
+    keys.take("model_type")
     if "quantization_config" in keys:
         raise ValueError(
             "key quantization_config: quantised checkpoints are not readable, only float"
@@ -47,23 +52,42 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
         config = FAMILIES[family](keys)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-    tensors, dropped = _kept(_tensors(directory), config, family)
+    tensors, dropped = _kept(_tensors(directory, config), config, family)
+    tensors, zeros = names.with_zero_biases(tensors, config, _without_biases(keys, config))
     tokenizer_json = tokenizer_json or text(directory / "tokenizer.json")
     max_length = keys.take("max_position_embeddings", keys.take("n_positions", None, int), int)
-    begin, end = (_token(tokenizer_json, key, keys) for key in ("bos_token_id", "eos_token_id"))
+    said = _said_of_tokens(directory)
+    begins = _ids(tokenizer_json, "bos_token_id", keys, said)
+    ends = _ids(tokenizer_json, "eos_token_id", keys, said)
+    named = [token for i in ends if (token := tokenizers.token(tokenizer_json, i)) is not None]
+    begin = next(iter(tokenizers.token(tokenizer_json, i) for i in begins), None)
     notes = [f"unknown key {key} in config.json was not used" for key in keys.unknown()]
+    if zeros:
+        notes.append(
+            f"the {zeros} has no biases: they are zeros here, beside those of the other part"
+        )
     if dropped:
         shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
         notes.append(f"{len(dropped)} tensors that nothing reads were dropped: {shown}")
-    if tokenizers.adds_special_tokens(tokenizer_json):
-        notes.append("its tokenizer puts special tokens around a text; here none are put there")
+    before, after = tokenizers.added_tokens(tokenizer_json)
+    explicit = [said["tokenizer_config.json"].get(f"add_{k}_token") for k in ("bos", "eos")]
+    if explicit != [None, None]:  # it replaces what tokenizer.json says
+        before = [begin] if explicit[0] and begin else []
+        after = named[:1] if explicit[1] else []
+    if before[1:] or after:
+        shown = " ".join([*before[1:], "TEXT", *after])
+        notes.append(
+            f"its tokenizer also puts special tokens around a text, {shown}: not done here"
+        )
     origin = {"format": "hf", "path": str(directory), "model_type": family, "begin_token": begin}
     return Foreign(
-        origin=origin | _chat(directory),
+        origin=origin | _chat(directory, said["tokenizer_config.json"]),
         config=config,
         tensors=tensors,
         tokenizer_json=tokenizer_json,
-        end_token=end,
+        end_token=next(iter(named), None),
+        end_ids=tuple(ends),
+        begins_with=next(iter(before), None),
         max_length=max_length,
         notes=tuple(notes),
     )
@@ -92,7 +116,7 @@ def _json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def _tensors(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of the one file, or of exactly the shards that an index lists."""
     # Before an index, which may have been left there; as transformers does.
     if (directory / _SINGLE).is_file():
@@ -108,12 +132,18 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         if Path(shard).name != shard or not file.is_file():
             raise ValueError(f"{file}, which {_INDEX} lists, is missing")
         for name, tensor in safetensors.read(file).items():
-            if shard_of.get(name) != shard:
+            if shard_of.get(name) != shard and not _unneeded(name, config):
                 raise ValueError(f"{file} has a tensor {name} that {_INDEX} does not place there")
             found[name] = tensor
-    if missing := shard_of.keys() - found.keys():
+    lost = shard_of.keys() - found.keys()
+    if missing := {name for name in lost if not _unneeded(name, config)}:
         raise ValueError(f"tensor {min(missing)} is not in {shard_of[min(missing)]}")
     return found
+
+
+def _unneeded(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor says nothing that the config and the other tensors do not say."""
+    return name.endswith(_CONSTANTS) or (config.tied_embeddings and name == _HEAD)
 
 
 def _kept(
@@ -128,9 +158,12 @@ def _kept(
             if layer != source:
                 own = f"model.layers.{layer}.self_attn"
                 dead |= {f"{own}.{kv}_proj.{part}" for kv in "kv" for part in ("weight", "bias")}
-    if config.tied_embeddings and "lm_head.weight" in tensors:
-        _check_tied(tensors)
-        dead.add("lm_head.weight")
+    if config.tied_embeddings and _HEAD in tensors:
+        if _TABLE in tensors:
+            _check_tied(tensors)
+            dead.add(_HEAD)
+        else:  # a tied tensor may be stored under either of its names
+            tensors = {_TABLE if name == _HEAD else name: t for name, t in tensors.items()}
     dropped = [name for name in tensors if name in dead or name.endswith(_CONSTANTS)]
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     return kept, dropped
@@ -138,30 +171,58 @@ def _kept(
 
 def _check_tied(tensors: Mapping[str, Tensor]) -> None:
     """A stored head beside tied embeddings must be the table, or it would be lost."""
-    head, table = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
-    if table and (table.shape != head.shape or (table.read() != head.read()).any()):
+    head, table = tensors[_HEAD], tensors[_TABLE]
+    if table.shape != head.shape or (table.read() != head.read()).any():
         raise ValueError(
             "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight"
         )
 
 
-def _token(tokenizer_json: str, key: str, keys: Keys) -> str | None:
-    """The token whose id, or the first of whose ids, stands under a key."""
-    given = keys.take(key, None)
-    i = next(iter(given), None) if isinstance(given, list) else given
-    if i is not None and (type(i) is not int or not 0 <= i < 2**32):
-        raise ValueError(f"key {key} = {given!r} is no token id")
-    return None if i is None else tokenizers.token(tokenizer_json, i)
+def _said_of_tokens(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the files beside config.json hold, as far as they are there."""
+    files = ("generation_config.json", "tokenizer_config.json")
+    return {f: _json(directory / f) if (directory / f).is_file() else {} for f in files}
 
 
-def _chat(directory: Path) -> dict[str, str]:
-    """The chat template, which goes with the model wherever it is exported to."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return {"chat_template": text(file)}
-    config = directory / "tokenizer_config.json"
-    template = _json(config).get("chat_template") if config.is_file() else None
-    return {"chat_template": template} if isinstance(template, str) else {}
+def _ids(
+    tokenizer_json: str, key: str, keys: Keys, said: Mapping[str, dict[str, Any]]
+) -> list[int]:
+    """The ids under a key of config.json, then of generation_config.json, else of the tokenizer."""
+    found: list[int] = []
+    is_given = keys.is_given(key)
+    for where, value in (("", keys.take(key, None)), *((f, v.get(key)) for f, v in said.items())):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < 2**32:
+                raise ValueError(f"key {where and where + ': '}{key} = {value!r} is no token id")
+            # What only a class names has to be a token for that.
+            if where or is_given or tokenizers.is_special(tokenizer_json, i):
+                found.append(i)
+    if not found:
+        token = said["tokenizer_config.json"].get(key.removesuffix("_id"))
+        token = token.get("content") if isinstance(token, dict) else token
+        i = tokenizers.token_id(tokenizer_json, token) if isinstance(token, str) else None
+        found = [] if i is None else [i]
+    return list(dict.fromkeys(found))
+
+
+def _chat(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat template, or several by name, which go with the model wherever it is exported to."""
+    default, folder = directory / "chat_template.jinja", directory / "additional_chat_templates"
+    in_files = {"default": text(default)} if default.is_file() else {}
+    in_files |= {file.stem: text(file) for file in sorted(folder.glob("*.jinja"))}
+    template = config.get("chat_template")
+    if in_files:
+        template = [{"name": name, "template": each} for name, each in in_files.items()]
+        if in_files.keys() == {"default"}:
+            template = in_files["default"]
+    is_named = lambda each: (
+        isinstance(each, dict) and all(isinstance(each.get(k), str) for k in ("name", "template"))
+    )
+    if isinstance(template, list) and not all(map(is_named, template)):
+        file = directory / "tokenizer_config.json"
+        raise ValueError(f"{file}: key chat_template is not a list of named templates")
+    return {"chat_template": template} if isinstance(template, (str, list)) else {}
 
 
 # -------------------------------------------------------------------------------------- configs
@@ -170,8 +231,7 @@ def _chat(directory: Path) -> dict[str, str]:
 def _llama(keys: Keys) -> ModelConfig:
     """What all families have in common."""
     keys.only("hidden_act", "silu")
-    bias = keys.take("attention_bias", False, bool)
-    keys.only("mlp_bias", bias)
+    biases = [keys.take(f"{part}_bias", False, bool) for part in _PARTS]
     d_model, n_heads = (
         keys.take("hidden_size", kind=int),
         keys.take("num_attention_heads", kind=int),
@@ -188,12 +248,21 @@ def _llama(keys: Keys) -> ModelConfig:
         d_head=d_head,
         kv_norm="block",
         tied_embeddings=keys.take("tie_word_embeddings", False, bool),
-        bias=bias,
+        bias=any(biases),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=keys.take("rms_norm_eps", 1e-6, float),
         init_std=keys.take("initializer_range", 0.02, float),
     )
+
+
+_PARTS = ("attention", "mlp")
+
+
+def _without_biases(keys: Keys, config: ModelConfig) -> str | None:
+    """The part of a layer, if one of two, that has no biases."""
+    without = [part for part in _PARTS if not keys.take(f"{part}_bias", False)]
+    return without[0] if config.bias and len(without) == 1 else None
 
 
 def _mistral(keys: Keys) -> ModelConfig:
@@ -210,8 +279,8 @@ def _every_layer(keys: Keys, kind: str) -> None:
 def _cla(keys: Keys) -> ModelConfig:
     return dataclasses.replace(
         _llama(keys),
-        kv_map=_integers(keys, "kv_map"),
-        windows=_integers(keys, "windows"),
+        kv_map=_integers(keys, "kv_map") if "kv_map" in keys else "identity",
+        windows=_integers(keys, "windows") if "windows" in keys else "0",
         kv_norm=keys.take("kv_norm", kind=str),
     )
 
@@ -270,8 +339,6 @@ def rope(keys: Keys) -> tuple[float, str]:
         case _:
             known = "default, linear, llama3 and yarn"
             raise ValueError(f"key rope_type = {kind!r} cannot be expressed, only {known}")
-    if unknown := inner.unknown():
-        raise ValueError(f"key {unknown[0]} of a {kind} scaling is not understood")
     return theta, ":".join(
         number if isinstance(number, str) else repr(number) for number in numbers
     )
@@ -287,6 +354,47 @@ def _yarn_attention(inner: Keys, factor: float) -> float:
     derived = grown(over) / grown(under) if over and under else grown(1.0)
     return inner.take("attention_factor", derived, float)
 
+
+# What the config classes of the formats give a key that is absent (null is another thing, see keys.py).
+# Sizes are left out: a config without one is damaged, and is refused by that key.
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_DEFAULTS,
+    "mistral": _LLAMA_DEFAULTS
+    | {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "lckv-llama": _LLAMA_DEFAULTS,
+    # ClaConfig in modeling_cla.py.
+    "cla": {
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "kv_map": None,
+        "kv_norm": "own",
+        "windows": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+    },
+}
 
 FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "llama": _llama,

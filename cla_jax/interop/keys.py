@@ -1,5 +1,6 @@
 """The keys of a foreign config.json: every one is used, checked, known to say nothing, or named."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # Keys that say nothing about what is computed from given tokens.
@@ -13,15 +14,29 @@ _SILENT = {
     *("output_attentions", "output_hidden_states", "return_dict"),
 }
 _REQUIRED = object()
+_NONE: Mapping[str, Any] = {}
 
 
 class Keys:
-    """A config.json that knows which of its keys were asked for. null counts as absent."""
+    """A config.json that knows which of its keys were asked for.
 
-    def __init__(self, values: dict[str, Any], where: str = ""):
-        self._values = {key: value for key, value in values.items() if value is not None}
+    A key that is absent has the value that the format's own config class gives it, from `defaults`. A key
+    that is null has no value: that is another thing where the class has a default.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], where: str = "", defaults: Mapping[str, Any] = _NONE
+    ):
+        known = {**defaults, **values}
+        self._values = {key: value for key, value in known.items() if value is not None}
+        self._given = values.keys()
         self._asked: set[str] = set()
+        self._inner: list[Keys] = []
         self._where = where
+
+    def is_given(self, key: str) -> bool:
+        """Whether the file itself has the key."""
+        return key in self._given
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -53,9 +68,12 @@ class Keys:
 
     def inner(self, key: str) -> "Keys":
         """The object under a key; empty if there is none."""
-        return Keys(self.take(key, {}, dict), f"{self._where}{key}.")
+        made = Keys(self.take(key, {}, dict), f"{self._where}{key}.")
+        self._inner.append(made)
+        return made
 
     def unknown(self) -> list[str]:
         """The keys that nobody asked for and that may mean something."""
-        found = self._values.keys() - self._asked - _SILENT
-        return [self._where + key for key in sorted(found)]
+        found = (self._values.keys() & self._given) - self._asked - _SILENT
+        here = [self._where + key for key in sorted(found)]
+        return here + [key for inner in self._inner for key in inner.unknown()]

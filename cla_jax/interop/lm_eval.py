@@ -22,6 +22,7 @@ from cla_jax.config import near_choice
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.evaluate import open_setup
 from cla_jax.families import doubled, text
+from cla_jax.files import is_a
 from cla_jax.generate import Sampling, generate
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
@@ -56,7 +57,9 @@ class Model(TemplateLM):
         dense cache.
       chunk: tokens a cached decoding step.
       context: tokens that the model reads at most; what is longer loses its beginning.
-      prefix: the token that a text without context begins with; by default the end token, as in training.
+      prefix: the token that a text without context begins with; by default the begin token of texts, or
+        the end token, as in training.
+      ends: ids that end what is generated, beside the end token.
 
     Who wants to know how far it is sets `progress`: called with what is done, it gives a `Progress`.
     """
@@ -70,6 +73,7 @@ class Model(TemplateLM):
         chunk: int = CHUNK,
         context: int | None = None,
         prefix: int | None = None,
+        ends: Sequence[int] = (),
     ):
         super().__init__()
         near_choice("cache format", way, WAYS)
@@ -77,7 +81,10 @@ class Model(TemplateLM):
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
         self._setup, self._model, self.way, self.chunk = setup, model, way, chunk
         self._tokenizer = setup.prepared.tokenizer
-        self._prefix = self._tokenizer.end if prefix is None else prefix
+        self._begin_token = setup.config.data.begin_token
+        begin = self._tokenizer.begin(self._begin_token)
+        self._prefix = begin if prefix is None else prefix
+        self._ends = list(dict.fromkeys([self._tokenizer.end, *ends]))
 
     @functools.cached_property
     def _weights(self) -> Weights:
@@ -96,8 +103,13 @@ class Model(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        del add_special_tokens  # there are none
-        return self._tokenizer.encode(string).tolist()
+        tokens = self._tokenizer.encode(string).tolist()
+        if not self._begin_token or add_special_tokens is False:
+            return tokens
+        # As the harness's own backend does where the tokenizer puts a token before every text.
+        if add_special_tokens is None and string.startswith(self._begin_token):
+            return tokens
+        return [self._tokenizer.begin(self._begin_token), *tokens]
 
     # ---------------------------------------------------------------------------- likelihoods
 
@@ -205,7 +217,7 @@ class Model(TemplateLM):
             spec,
             prompts,
             new_tokens=new_tokens,
-            stop=[self._tokenizer.end],
+            stop=self._ends,
             n_ids=self._tokenizer.size,
             sampling=sampling,
             on_tokens=stops,
@@ -216,14 +228,41 @@ class Model(TemplateLM):
         ]
 
 
+# Values with which an option changes nothing, as transformers' generate() understands them.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0,
+    "penalty_alpha": 0.0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+}
+# Of beams, of which there is one, and of how the other library computes.
+_WITHOUT_EFFECT = {"early_stopping", "length_penalty", "use_cache"}
+
+
 def _sampling(options: dict[str, Any]) -> Sampling:
     """How a request wants tokens drawn. Raises ValueError for what is not built."""
+    options = {name: value for name, value in options.items() if value is not None}
     asked = {k: v for k, v in options.items() if k in ("temperature", "top_k", "top_p")}
-    for name in options.keys() - asked.keys() - {"do_sample"}:
+    neutral = {name for name, value in _NEUTRAL.items() if options.get(name) == value}
+    for name in sorted(options.keys() - asked.keys() - neutral - _WITHOUT_EFFECT - {"do_sample"}):
         raise ValueError(
             f"a task generates with {name} = {options[name]!r}, which is not supported"
         )
-    return Sampling(**asked) if options["do_sample"] else Sampling(temperature=0)
+    return Sampling(**asked) if options.get("do_sample") else Sampling(temperature=0)
 
 
 # ------------------------------------------------------------------------------------------ tasks
@@ -256,9 +295,14 @@ def evaluate(
     setup = open_setup(run, **options)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
+    tokenizer = setup.prepared.tokenizer
+    ends = run.end_ids(tokenizer.end, tokenizer.size)
+    longest, read = run.origin().get("max_length"), context or setup.config.data.seq_len
+    if is_a(longest, int) and read > longest:
+        log.warning("the model was made for at most %d tokens of context, not %d", longest, read)
     with jax.set_mesh(setup.mesh):
         for way in ways:
-            answers = Model(setup, model, way=way, chunk=chunk, context=context)
+            answers = Model(setup, model, way=way, chunk=chunk, context=context, ends=ends)
             tasks.draw_alike()
             for name, loaded in tasks.loaded.items():
                 title = f"{name}, {way}"

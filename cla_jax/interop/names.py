@@ -27,6 +27,8 @@ class Tensor:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    # Why it cannot be read, if it cannot: an error only where a model needs it.
+    unreadable: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,11 @@ def _places(config: ModelConfig) -> list[_Place]:
                     found.append(_Place(f"stacks.{s}.{part}.{entry.ours}", index, entry, tensors))
     known = named(_abstract(config))
     found = [place for place in found if place.array in known]
-    assert {place.array for place in found} == known.keys()
+    if homeless := sorted(known.keys() - {place.array for place in found}):
+        raise ValueError(
+            f"parameter {homeless[0]} of the model has no tensor in a Llama checkpoint: add it to the "
+            "table in cla_jax/interop/names.py (and to modeling_cla.py, for an export)"
+        )
     return found
 
 
@@ -118,11 +124,35 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
     problems = [f"missing: {_some(missing)}"] if missing else []
     problems += [f"not expected: {_some(extra)}"] if extra else []
     for name, shape in wanted.items():
+        if name in tensors and (refusal := tensors[name].unreadable):
+            raise ValueError(refusal)
         if name in tensors and tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape)
             problems.append(f"{name} has shape {found}, the config asks for {shape}")
     if problems:
         raise ValueError("the tensors are not those of the config: " + "; ".join(problems[:6]))
+
+
+def with_zero_biases(
+    tensors: Mapping[str, Tensor], config: ModelConfig, part: str | None
+) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors with zeros for the biases of the part of a layer (attention, mlp) that has none.
+
+    Here a model has biases everywhere or nowhere. Returns the part, if there was one to fill.
+    """
+    if part is None:
+        return dict(tensors), None
+    where = {"attention": ".self_attn.", "mlp": ".mlp."}[part]
+    if len(tensors) < config.n_layers or any(
+        where in name and name.endswith(".bias") for name in tensors
+    ):
+        return dict(tensors), None  # `check` says what is wrong
+    zeros = {
+        name: Tensor(shape, functools.partial(np.zeros, shape, np.float32))
+        for name, shape in expected(config).items()
+        if where in name and name.endswith(".bias")
+    }
+    return {**tensors, **zeros}, part
 
 
 def _some(names: list[str]) -> str:

@@ -19,6 +19,10 @@ import numpy as np
 from cla_jax.interop.names import Tensor
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+_READABLE = _DTYPES | {"F64": np.dtype("<f8")}  # rounded to float32
+# Of other dtypes, which only constants may have, the bytes of an element.
+_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 _LONGEST_HEADER = 100_000_000  # what the format allows
 
 
@@ -35,9 +39,11 @@ def read(file: Path) -> dict[str, Tensor]:
                 pass
             case _:
                 raise ValueError(f"{file}: the header does not describe {name}: {entry}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {dtype}; readable are {', '.join(_DTYPES)}")
-        wanted = _DTYPES[dtype].itemsize * math.prod(shape)
+        refusal = f"{file}: {name} has dtype {dtype}; readable are {', '.join(_READABLE)}"
+        if dtype not in _READABLE and dtype not in _SIZES:
+            raise ValueError(refusal)
+        itemsize = _READABLE[dtype].itemsize if dtype in _READABLE else _SIZES[dtype]
+        wanted = itemsize * math.prod(shape)
         if hi - lo != wanted or lo < 0:
             raise ValueError(
                 f"{file}: {name}, {dtype} {shape}, needs {wanted} bytes, not the {hi - lo} of its header"
@@ -46,7 +52,10 @@ def read(file: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{file} is truncated: {name} ends at byte {start + hi:,} of {start + size:,}"
             )
-        found[name] = _tensor(file, start + lo, _DTYPES[dtype], tuple(shape))
+        if dtype in _READABLE:
+            found[name] = _tensor(file, start + lo, _READABLE[dtype], tuple(shape))
+        else:
+            found[name] = _refused(tuple(shape), refusal)
         spans.append((lo, hi, name))
     spans.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
@@ -81,6 +90,13 @@ def _tensor(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) ->
         return values.view(dtype).reshape(shape).astype(np.float32)
 
     return Tensor(shape, read)
+
+
+def _refused(shape: tuple[int, ...], refusal: str) -> Tensor:
+    def read() -> np.ndarray:
+        raise ValueError(refusal)
+
+    return Tensor(shape, read, refusal)
 
 
 def write(

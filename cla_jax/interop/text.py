@@ -14,6 +14,9 @@ class Text:
     seq_len: int | None = None
     # The token between documents; by default what the model calls end of text.
     end_token: str | None = None
+    # The token that every text begins behind; by default the one that the model's own tokenizer puts
+    # there. An empty one: the end token.
+    begin_token: str | None = None
     # Directory of prepared (tokenised) text, and of what is downloaded.
     data_dir: str = "data"
     # Dtype of matrix products and activations.

@@ -260,6 +260,17 @@ def document_starts(tokens_BT: jax.Array, end: int) -> jax.Array:
     return jax.lax.cummax(jnp.where(tokens_BT == end, positions, 0), axis=1)
 
 
+def inputs_of(tokens_BT: jax.Array, begins: tuple[int, int] | None) -> jax.Array:
+    """The tokens as the model reads them: with `begins`, (end, begin), a begin token for each end token.
+
+    Targets keep the end token: it ends a text, and the begin token opens the next one.
+    """
+    if begins is None:
+        return tokens_BT
+    end, begin = begins
+    return jnp.where(tokens_BT == end, begin, tokens_BT)
+
+
 # ---------------------------------------------------------------------------------------- folds
 
 
