@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from cla_jax import kv_map as kv_maps
+from cla_jax import names
 from cla_jax.messages import shown
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
@@ -404,6 +405,8 @@ class Placement:
                 raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
         _choice("placement.remat", self.remat, ("none", "block", "dots"))
         _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        for field in ("runs", "data_dir"):
+            names.check_path(f"placement.{field}", getattr(self, field))
         self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT
 
     @functools.cached_property
@@ -425,8 +428,11 @@ class Config:
 
     # The run directory below placement.runs; `study/row` for a row of a study.
     name: str
+    # The model.
     model: ModelConfig
+    # The text and its tokens.
     data: DataConfig
+    # The optimiser and its schedule.
     optimizer: OptimizerConfig = OptimizerConfig()
     # Sequences a step, over all devices.
     batch_size: int
@@ -434,6 +440,7 @@ class Config:
     steps: int
     # Seeds the initial weights and the order of the data.
     seed: int = 0
+    # Where and how the run computes; it may change at any restart.
     placement: Placement = Placement()
 
     def __post_init__(self):
@@ -442,11 +449,7 @@ class Config:
         _bounded(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
-        parts = self.name.split("/")
-        if not all(parts) or any(part in (".", "..") for part in parts):
-            raise ValueError(
-                f"name = {shown(self.name)} must be a relative path without empty, . or .. parts"
-            )
+        names.check("name", self.name)
         check_vocabulary(self.data.known_vocabulary, self.model, self.data.tokenizer)
         if self.batch_size % self.placement.accumulate:
             raise ValueError(

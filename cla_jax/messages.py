@@ -24,6 +24,11 @@ def printable(text: object, longest: int = LONGEST) -> str:
     return escaped if len(escaped) <= 2 * longest else escaped[: 2 * longest] + "..."
 
 
+def printable_lines(text: str, longest: int = 2000) -> str:
+    """Like `printable`, for a message whose lines are to stay lines; each of them may be this long."""
+    return "\n".join(printable(line, longest) for line in text.split("\n"))
+
+
 def shown(value: Any, longest: int = _VALUE) -> str:
     """The repr of a value as `printable` has it; of a long or deep one, the beginning."""
     return printable(_Short(longest).repr(value), longest)

@@ -73,7 +73,9 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
 
     found: dict[str, ModelConfig] = {}
     for name in names:
-        if name and Path(name).exists():
+        if experiments.names_a_file(name):
+            found |= {config.name: config.model for config in experiments.find(name)}
+        elif name and Path(name).exists():
             found |= {str(run.path): run.config().model for run in find_runs([name])}
         elif "/" in name:
             raise ValueError(f"{name} does not exist")

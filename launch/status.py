@@ -23,6 +23,7 @@ from etils import epath
 
 import experiments
 from cla_jax.config import near_choice
+from cla_jax.messages import printable
 from launch import records, trials
 from launch.cli import user_errors
 from launch.records import Record
@@ -112,7 +113,9 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
     from rich.text import Text
 
     summary = trials.count(line["state"] for line in found)
-    made = Table(box=box.SIMPLE_HEAD, title=Text(f"{sweep}: {summary or 'no trial yet'}"))
+    made = Table(
+        box=box.SIMPLE_HEAD, title=Text(printable(f"{sweep}: {summary or 'no trial yet'}"))
+    )
     for column in ("trial", "state", "step", "loss", "perplexity", "tokens/s", "ETA"):
         left = column in ("trial", "state")
         made.add_column(column, justify="left" if left else "right", no_wrap=True)
@@ -120,13 +123,15 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
     made.add_column("failed", justify="right")
     made.add_column("last error", overflow="fold")
     show = lambda form, value: "" if value is None else form.format(value)
+    # Names and errors come from files: they must not be read as markup, nor move the cursor.
+    plain = lambda text, style="": Text(printable(text), style=style)
     for line in found:
         if line["state"] == "unreadable":
-            made.add_row(line["trial"], "unreadable", *[""] * 7, Text(line["error"]))
+            made.add_row(plain(line["trial"]), "unreadable", *[""] * 7, plain(line["error"]))
             continue
         made.add_row(
-            Text(line["trial"]),
-            Text(line["state"], style=_STYLES.get(line["state"], "")),
+            plain(line["trial"]),
+            plain(line["state"], _STYLES.get(line["state"], "")),
             f"{line['step']:,}/{line['steps']:,}",
             show("{:.4f}", line["loss"]),
             show("{:.4f}", line["perplexity"]),
@@ -134,7 +139,7 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
             _duration(line["eta_s"]),
             str(line["preemptions"] or ""),
             str(line["failures"] or ""),
-            Text(line["error"].splitlines()[0] if line["error"] else ""),
+            plain(line["error"].partition("\n")[0]),
         )
     return made
 

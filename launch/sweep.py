@@ -29,6 +29,7 @@ from etils import epath
 
 import experiments
 from cla_jax.config import near_choice
+from cla_jax.messages import printable_lines
 from cla_jax.runs import is_local
 from experiments.sweeping import Result
 from launch import engines, fitting, records, trials
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     listed = "".join(
-        f"\n    {name:28s}{(sweep.__doc__ or '').strip().splitlines()[0]}"
+        f"\n    {name:28s}{experiments.summary(sweep)}"
         for name, sweep in experiments.sweeps().items()
     )
     arguments = tyro.cli(
@@ -149,6 +150,8 @@ class Launcher:
             name, equals, value = setting.partition("=")
             if not equals or not (name.isascii() and name.isidentifier()):
                 raise ValueError(f"--env {setting!r} must be NAME=VALUE")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"--env {setting!r} is not UTF-8")
             environment[name] = value
         return trials.make(
             arguments.name,
@@ -179,8 +182,9 @@ class Launcher:
             out.mkdir(parents=True, exist_ok=True)
             contents = {name: text for job in jobs for name, text in job.files.items()}
             for name, text in contents.items():
-                (out / name).write_text(text)
-            (out / "submit.sh").write_text("\n".join(["set -e", *commands]) + "\n")
+                (out / name).write_text(text, encoding="utf-8")
+            lines = "\n".join(["set -e", *commands]) + "\n"
+            (out / "submit.sh").write_text(lines, encoding="utf-8")
             print(f"wrote {len(contents) + 1} files to {out}; submit.sh has the commands")
         else:
             for job, command in zip(jobs, commands, strict=True):
@@ -255,7 +259,8 @@ class Launcher:
                 and record.state().status != "failed"
                 and not record.is_cancelled
             ):
-                said = (record.path / "runner.log").read_text().strip().splitlines()
+                text = (record.path / "runner.log").read_bytes().decode(errors="replace")
+                said = text.strip().splitlines()
                 self.stuck[name] = f"exit code {code}: {said[-1] if said else 'no word'}"
 
     def states(self, plan: LaunchPlan) -> dict[str, tuple[str, str]]:
@@ -348,7 +353,7 @@ class Launcher:
         files.mkdir(parents=True, exist_ok=True)
         for job in self.engine.jobs(plan, numbers):
             for name, text in job.files.items():
-                (files / name).write_text(text)
+                (files / name).write_bytes(text.encode())
             # Before too: a launcher that is killed meanwhile must find what it asked for.
             self._note(plan, job, numbers, "")
             try:
@@ -387,6 +392,7 @@ class Launcher:
     def _say(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> None:
         """A line for each trial whose state has changed."""
         done = sum(state == "done" for state, _ in states.values())
+        changed = []
         for name, (state, reason) in states.items():
             if state == "todo" or self.said.get(name) == state:
                 continue
@@ -397,12 +403,14 @@ class Launcher:
             if state == "done":
                 known = self.results.known[f"{trials.sweep_name(plan.sweep)}/{name}"]
                 reason = f"perplexity {known.perplexity:.4f} ({done} of {len(states)})"
-            print(f"{name}  {state}{reason and f': {reason}'}", flush=True)
+            changed.append((name, state, reason))
+        _print_together(changed)
 
     def _conclude(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> int:
-        for name in self.stuck.keys() - {n for n, (s, _) in states.items() if s == "stuck"}:
-            states = {**states, name: ("stuck", self.stuck[name])}
-            print(f"{name}  stuck: {self.stuck[name]}", flush=True)
+        told = {name for name, (state, _) in states.items() if state == "stuck"}
+        stuck = [(name, "stuck", why) for name, why in self.stuck.items() if name not in told]
+        _print_together(stuck)
+        states = dict(states) | {name: (state, why) for name, state, why in stuck}
         submitted = [n for n, s in self.said.items() if s == "submitted"] if not self.waits else []
         words = {n: s for n, (s, _) in states.items()} | dict.fromkeys(submitted, "submitted")
         print(f"{plan.directory}: {trials.count(words.values())}", flush=True)
@@ -427,6 +435,18 @@ def _record(plan: LaunchPlan, name: str) -> records.Record:
 def _only(plan: LaunchPlan, names: Sequence[str]) -> LaunchPlan:
     chosen = set(names)
     return dataclasses.replace(plan, trials=tuple(t for t in plan.trials if t.name in chosen))
+
+
+def _print_together(lines: Sequence[tuple[str, str, str]]) -> None:
+    """Prints (trial, state, reason); what several trials were refused for is said once."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for name, state, reason in lines:
+        own = "" if state in ("refused", "stuck") else name
+        together.setdefault((state, reason, own), []).append(name)
+    for (state, reason, _), those in together.items():
+        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+        why = f": {reason}" if reason else ""
+        print(printable_lines(f"{those[0]}{more}  {state}{why}"), flush=True)
 
 
 def _shell(job: engines.Job, files: Path) -> str:

@@ -6,6 +6,7 @@
     python -m launch.train demo                                   # all rows of a study, one by one
     python -m launch.train demo.h32_mqa --model.kv-map cla:3 --name demo/h32_mqa_cla3
     python -m launch.train NAME --help                            # every field and its default
+    python -m launch.train path/to/mine.py:row                    # of a file outside experiments/
     python -m launch.train runs/demo/h32_mqa/config.json --name demo/again    # as another run was
 
 A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
@@ -35,7 +36,7 @@ def parse(argv: Sequence[str]) -> list[Config]:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{hosts.usage()}\nExperiments:")
         for name, row in experiments.rows().items():
-            print(f"  {name:28s}{(row.__doc__ or '').strip().splitlines()[0]}")
+            print(f"  {name:28s}{experiments.summary(row)}")
         raise SystemExit(0 if argv else 2)
     name, *overrides = argv
     configs = [

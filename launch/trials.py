@@ -2,9 +2,7 @@
 
 import collections
 import dataclasses
-import hashlib
 import inspect
-import re
 import shlex
 import sys
 import tempfile
@@ -17,14 +15,14 @@ from etils import epath
 
 import experiments
 from cla_jax import config as configs
-from cla_jax import runs
+from cla_jax import names, runs
 from cla_jax.config import Config
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
 from launch.records import Record
 
+_NAME_AT = 4  # in the command of a trial: python -m launch.trial SWEEP NAME
 RESERVED = ("lock", "sweep.json", "jobs", "optuna.log")  # beside the records of trials
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,=+-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +66,18 @@ class Trial:
 
     def job(self, number: int = 1) -> str:
         """A name that every engine accepts, the same for the same trial and submission: a-z, 0-9 and -."""
-        digest = hashlib.sha256(f"{self.directory} {number}".encode()).hexdigest()[:8]
-        word = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")[:24].strip("-")
-        return f"t-{word}-{digest}"
+        return f"t-{names.word(self.name, key=f'{self.directory} {number}')}"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Words before the command, in a script, that set the variables for it and for nothing else there."""
+        values = (f"{name}={value}" for name, value in self.environment.items())
+        return ("env", *values) if self.environment else ()
+
+    def around_name(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The command before and after the trial's name: by position, for another word may equal the name."""
+        assert self.command[_NAME_AT] == self.name
+        return self.command[:_NAME_AT], self.command[_NAME_AT + 1 :]
 
     def shell(self) -> str:
         """The command as a line for a shell."""
@@ -89,8 +96,8 @@ class LaunchPlan:
 
 
 def sweep_name(sweep: str) -> str:
-    """`demo.learning_rate` is the study `demo/learning_rate`."""
-    return sweep.replace(".", "/")
+    """`demo.learning_rate`, or `path/to/demo.py:learning_rate`, is the study `demo/learning_rate`."""
+    return experiments.short_name(sweep).replace(".", "/")
 
 
 def make(
@@ -141,8 +148,8 @@ def make(
             except StopIteration as end:
                 found = end.value
                 break
-            config = dataclasses.replace(change(config), name=f"{sweep_name(sweep)}/{name}")
             _check_name(name, trials)
+            config = dataclasses.replace(change(config), name=f"{sweep_name(sweep)}/{name}")
             here = _directory(config, sweep)
             if directory not in (None, here):
                 raise ValueError(
@@ -158,7 +165,7 @@ def make(
     if directory is None:
         raise ValueError(f"the sweep {sweep!r} yields no trial")
     return LaunchPlan(
-        sweep=sweep,
+        sweep=experiments.short_name(sweep),
         directory=directory,
         trials=tuple(trials.values()),
         waits_for=waits_for,
@@ -200,11 +207,7 @@ def _directory(config: Config, sweep: str) -> epath.Path:
 
 
 def _check_name(name: str, others: Iterable[str]) -> None:
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"trial {name!r}: a name becomes a directory: letters, digits and . _ , = + -, the first of "
-            "them a letter or digit"
-        )
+    names.check_trial(name)
     if name in RESERVED:
         raise ValueError(f"trial {name!r}: a sweep has a file of its own with that name")
     if name in others:

@@ -11,12 +11,14 @@ import sys
 
 import pytest
 import yaml as pyyaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from experiments import smoke, sweeping
 from launch import engines, fitting, sweep, tpus, trials
 from launch.engines import yaml
 from launch.engines.jobset import RESTARTED, JobSet, Xpk
-from launch.engines.local import Local, cores
+from launch.engines.local import Local, Pool, cores
 from launch.engines.queued_resources import QueuedResources, listing
 from launch.engines.sky import Sky
 from launch.engines.slurm import Slurm
@@ -253,29 +255,110 @@ def test_a_slurm_array_has_a_task_a_trial():
     plan = planned(runs="/shared/runs", topology="")
     (job,) = jobs(engine, plan)
     (script,) = job.files.values()
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if "#SBATCH" in line]
-    for line in ("array=0-5%3", "partition=gpu", "time=1:00", "nodes=2", "gpus-per-node=8"):
-        assert line in lines
-    assert {"requeue", "signal=TERM@120", "account=a -C x", "cpus-per-task=4"} <= set(lines)
+    words = [word.removeprefix("--") for word in job.command]
+    for word in ("array=0-5%3", "partition=gpu", "time=1:00", "nodes=2", "gpus-per-node=8"):
+        assert word in words
+    assert {"requeue", "signal=TERM@120", "account=a", "-C", "x", "cpus-per-task=4"} <= set(words)
     assert "launch.trial /shared/runs/smoke/grid" in script
     assert '"$trial" --hosts 2' in script
     assert list(job.jobs.values()) == [f"{{}}_{i}" for i in range(6)]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    with pytest.raises(ValueError, match=r"--slurm\.sbatch=.*No closing quotation"):
+        Slurm(sbatch="--comment='a")
 
 
-def test_documents_are_read_back_as_they_were():
-    value = {
-        "text": "a: b # no comment",
-        "lines": "one\n\n  two: 'x'\n",
-        "trailing": "one \n\n",
-        "list": [1, "2", True, None, [], {}, ["x", {"y": [1], "z": ""}], {"a": {"b": ["c"]}}],
-        "cloud.google.com/gke-tpu": "16x16",
-        "on": "yes",
-        "7": 1.5,
-        "ümlaut": "é\t\\",
-        "empty": {},
-    }
+def started(tmp_path, script, task):
+    """The words and the variable `trial` that a task of an array starts its trial with."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir(exist_ok=True)
+    fakes = {"srun": 'shift; exec "$@"', "python3": 'printf "%s\\n" "$trial" "$@"'}
+    for name, text in fakes.items():
+        (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    path = {"PATH": f"{bin_}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+    ran = subprocess.run(
+        ["bash", "-c", script], env=path, capture_output=True, text=True, check=True
+    )
+    return ran.stdout.splitlines()[:-1]
+
+
+def test_a_task_starts_its_own_trial_whatever_names_and_variables_are(monkeypatch, tmp_path):
+    """A trial may be called like another word of its command, a variable like one of the script's."""
+
+    def numbers():
+        yield from ((str(n), smoke.tiny()) for n in (5, 100, 7))
+
+    monkeypatch.setattr(smoke, "SWEEPS", (numbers,))
+    odd = '/shared/it\'s a "b" #c $HOME é'
+    variables = {"trial": "X", "trials": "Y", "stopped": "1", "SLURM_ARRAY_TASK_ID": "0"}
+    plan = trials.make(
+        "smoke.numbers",
+        overrides=["--placement.runs", odd],
+        environment=variables,
+        retry=trials.Retry(failures=5),
+        python="python3",
+    )
+    (job,) = Slurm(setup="trial=Z").jobs(plan, {})
+    (script,) = job.files.values()
+    for task, name in enumerate(("5", "100", "7")):
+        variable, *words = started(tmp_path, script, task)
+        assert words == ["-m", "launch.trial", f"{odd}/smoke/numbers", name, "--failures", "5"]
+        assert variable == "X"  # it is the trial's, and reaches it
+    runs = next(word for word in job.command if word.startswith("--output="))
+    assert runs == f"--output={odd}/smoke/numbers/.sweep/jobs/%A_%a.out"
+    (job,) = Slurm().jobs(planned("smoke", runs="/shared/%A", topology=""), {})
+    assert "--output=/shared/%%A/smoke/.sweep/jobs/%A_%a.out" in job.command
+    (job, *_) = jobs(CLOUD["queued-resources"], planned("smoke"))
+    assert "export LIBTPU_INIT_ARGS" not in "".join(job.files.values())
+
+
+def test_kubernetes_expands_nothing_of_ours():
+    plan = trials.make(
+        "smoke.grid",
+        overrides=["--placement.runs", "gs://b/$(HOME)"],
+        resources=trials.resources("v5e:4x4", 1),
+        environment={"A": "$(HOSTNAME) $$"},
+    )
+    (job, *_) = CLOUD["jobset"].jobs(plan, {})
+    spec = pyyaml.safe_load(*job.files.values())["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["env"] == [{"name": "A", "value": "$$(HOSTNAME) $$$$"}]
+    assert "gs://b/$$(HOME)/smoke/grid" in container["command"]
+
+
+def test_a_sweep_larger_than_an_array_becomes_several(tool):
+    tool("scontrol", "echo 'MaxArraySize            = 4'")
+    made = Slurm().jobs(planned(runs="/shared/runs", topology=""), {})
+    assert [[w for w in job.command if "--array" in w] for job in made] == [
+        *(["--array=0-3"], ["--array=0-1"]),
+    ]
+    assert [list(job.jobs.values()) for job in made] == [
+        *([f"{{}}_{i}" for i in range(4)], [f"{{}}_{i}" for i in range(2)]),
+    ]
+    assert len({name for job in made for name in job.files}) == 2
+    tool("scontrol", "exit 1")
+    assert len(Slurm().jobs(planned(runs="/shared/runs", topology=""), {})) == 1
+
+
+_characters = st.sampled_from(
+    " \n\t\r:#-'\"\\%&*!|>{}[],?@`~\x00\x1b\x7f\x85\xa0\u2028\ufeff😀é0aey=<."
+)
+_texts = st.text(_characters, max_size=20) | st.text(st.characters(exclude_categories=["Cs"]))
+_documents = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(_documents)
+@example({"on": "yes", "7": 1e-05, "lines": "one\n\n  two: 'x'\n", "\x85": "a\rb\u2028c"})
+def test_documents_are_read_back_as_they_were(value):
     assert pyyaml.safe_load(yaml.dump(value)) == value
+
+
+def test_lines_of_text_stay_readable():
+    assert yaml.dump({"run": "a: b\nc\n"}) == "run: |\n  a: b\n  c\n"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +394,7 @@ def tool(tmp_path, monkeypatch):
         (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
         (bin_ / name).chmod(stat.S_IRWXU)
 
+    make("scontrol", "exit 1")  # that of the machine may wait for a cluster
     return make
 
 
@@ -367,6 +451,7 @@ def test_a_missing_tool_is_named_with_how_to_get_it(monkeypatch, tmp_path, name)
         (["smoke.grid", "--topology", "v5e:4x4"], "engine local has no --topology"),
         (["smoke.grid", "--env", "A"], "--env 'A' must be NAME=VALUE"),
         (["smoke.grid", "--env", "ñ=1"], "--env 'ñ=1' must be NAME=VALUE"),
+        (["smoke.grid", "--env", "A=\udce9"], "is not UTF-8"),
         (["smoke.grid", "--local.workers", "100000"], "there are"),
         (["smoke.grid", "--retry.failures", "0"], "--retry.failures 0 must be at least 1"),
     ],
@@ -541,8 +626,6 @@ def test_submitting_twice_submits_once(tmp_path, monkeypatch, capsys, tool):
     with pytest.raises(SystemExit):
         sweep.main(argv)
     assert "5 queued, 1 submitted" in capsys.readouterr().out
-    script = next((tmp_path / "runs/smoke/grid/.sweep/jobs").glob("*.sh")).read_text()
-    assert "--array=0-" in script
     from launch import cancel
 
     directory = str(tmp_path / "runs/smoke/grid")
@@ -552,6 +635,45 @@ def test_submitting_twice_submits_once(tmp_path, monkeypatch, capsys, tool):
     with pytest.raises(SystemExit):
         sweep.main(argv)
     assert "6 cancelled" in capsys.readouterr().out
+
+
+def test_what_is_submitted_inherits_nothing_of_the_job_around_the_launcher(
+    tmp_path, monkeypatch, tool
+):
+    """Inside an allocation SLURM's variables bind what inherits them to the launcher's own core."""
+    of_a_job = ("SLURM_CPU_BIND", "SLURM_NTASKS", "SLURM_JOB_ID", "SBATCH_MEM_BIND", "PMI_RANK")
+    for name in of_a_job:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/ours")
+    monkeypatch.setenv("SLURM_CLUSTERS", "east")
+    tool("sbatch", f"env > {tmp_path}/environment; echo 7")
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        sweep.main(["smoke.grid", "--engine", "slurm", "--", "--placement.runs", str(tmp_path)])
+    passed = dict(
+        line.partition("=")[::2] for line in (tmp_path / "environment").read_text().splitlines()
+    )
+    assert (passed["SLURM_CONF"], passed["SLURM_CLUSTERS"]) == ("/etc/ours", "east")
+    assert not passed.keys() & set(of_a_job)
+    # Nor does a trial of the pool: it would wait for the other processes of that job.
+    pool = Pool(Local(workers=1))
+    job = engines.Job(files={}, command=("sh", "-c", f"env > {tmp_path}/pool #"), jobs={})
+    pool.start("a", job, {"A": "1"}, tmp_path / "log")
+    pool.end(ask=False)
+    text = (tmp_path / "pool").read_text()
+    assert "A=1" in text
+    assert not any(f"{name}=" in text for name in of_a_job)
+
+
+def test_an_error_that_trials_share_is_told_once(tmp_path, monkeypatch, capsys, tool):
+    tool("sbatch", "echo 'sbatch: error: invalid account' >&2; exit 1")
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["smoke.grid", "--engine", "slurm", "--", "--placement.runs", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert shown.count("invalid account") == 1
+    assert "peak_lr=0.001,seed=0 and 5 more  stuck: sbatch" in shown
 
 
 def test_a_job_that_cannot_be_handed_over_is_told_with_the_tools_words(

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from html import escape
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -571,6 +572,19 @@ def test_markup_and_mathtext_in_a_name_are_text(tmp_path):
     pareto.saved(page.plot(found), "png")  # mathtext would raise
     for figure in page.curves(found):
         pareto.saved(figure, "png")
+
+
+def test_a_name_can_neither_steer_a_terminal_nor_break_the_picture(tmp_path, capsys):
+    run = make(tmp_path, name="tiny/a")
+    evaluate(run, 20.0)
+    hostile = "a\x1b[2J\x9b\ufffe--"
+    scores = {"step": 30, "tasks": {hostile: {"metrics": {"acc": 0.5}}}}
+    run.write_eval("tasks-full", scores)
+    run.path.rename(run.path.parent / hostile)
+    compare.main([str(tmp_path / "tiny")])
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\x9b\ufffe")
+    ET.fromstring((tmp_path / "tiny/pareto.svg").read_text())
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):

@@ -295,6 +295,19 @@ def test_a_silent_runner_is_dead_where_there_are_no_locks(record, monkeypatch):
     assert status.line(record)["state"] == "dead"
 
 
+def test_what_a_trial_says_cannot_steer_the_terminal(record, capsys):
+    hostile = "\x1b[2J[bold]x[/nothing]\r\x9bc"
+    record.write_state(State(status="failed", error=hostile))
+    named = record.sweep / ".sweep" / hostile.replace("/", "")
+    named.mkdir()
+    (named / "trial.json").write_text("{")  # unreadable
+    status.main([str(record.sweep), "--once"])
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\r\x9b")
+    assert "[2J[bold]x[/nothing]" in shown
+    assert "[2J[bold]x[nothing]" in shown
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

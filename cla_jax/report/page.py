@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from cla_jax import config as configs
+from cla_jax.messages import printable
 from cla_jax.report import pareto, tasks
 from cla_jax.report.pareto import COLOURS, Point
 from cla_jax.report.rows import (
@@ -30,7 +31,11 @@ HEADINGS = {"perplexity": "held-out perplexity", "bits_per_byte": "held-out bits
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What to know about a comparison, and what is missing from it."""
-    return [note for note in (*warnings(rows), *tasks.notes(rows), missing(rows)) if note]
+    return [
+        printable(note, 4000)
+        for note in (*warnings(rows), *tasks.notes(rows), missing(rows))
+        if note
+    ]
 
 
 def plot(rows: Sequence[Row], reference: Sequence[Point] = (), width: float = 8.4) -> Figure:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cla_jax import costs, files
 from cla_jax.config import Config
-from cla_jax.messages import shown
+from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import Run, find_runs, is_local
 
@@ -111,6 +111,7 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{error}: evaluate the run again") from None
     config, metrics = run.config(), run.read_metrics()
+    name = printable(name)  # of a directory, which may be anyone's
     row = Row(
         name=name,
         path=str(run.path),
@@ -124,7 +125,7 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
     )
     # Through a dense cache a model is the same point again, to the last digits.
     stems = [stem for stem in evals if stem.startswith("cached-") and stem != "cached-dense"]
-    caches = {stem.removeprefix("cached-"): evals[stem] for stem in stems}
+    caches = {printable(stem.removeprefix("cached-")): evals[stem] for stem in stems}
     return [row] + [
         dataclasses.replace(row, name=f"{name}, {cache}", cache=cache, evaluation=evaluation)
         for cache, evaluation in caches.items()

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cla_jax.messages import printable
 from cla_jax.report.rows import Row
 
 Scores = dict[str, dict[str, Any]]  # by task, as eval/tasks-*.json has them
@@ -42,9 +43,15 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for task, score in tasks.items()
     }
     shown = {task: metric for task, metric in sorted(metrics.items()) if metric}
-    headings = ["run", *(f"{task}\n{metric}" for task, metric in shown.items())]
+    headings = [
+        "run",
+        *(f"{printable(task)}\n{metric}" for task, metric in shown.items()),
+    ]
     return headings, [
-        [label, *(_cell(tasks.get(task), metric) for task, metric in shown.items())]
+        [
+            printable(label),
+            *(_cell(tasks.get(task), metric) for task, metric in shown.items()),
+        ]
         for label, tasks in found
     ]
 

@@ -5,6 +5,7 @@ keeps no state: asked which of its jobs are queued or running, it asks the machi
 """
 
 import dataclasses
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,9 @@ from typing import Protocol
 
 from launch.records import Submission
 from launch.trials import LaunchPlan, Trial
+
+# Variables by which SLURM, and MPI under it, tell a process which job it is a part of.
+_OF_A_JOB = ("SLURM_", "SBATCH_", "PMI", "OMPI_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,30 @@ def check_tools(engine: Engine) -> None:
             raise ValueError(f"this engine needs {tool}, which is not on the PATH: {how}")
 
 
+def outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what says that its process is a part of a job.
+
+    Inside an allocation SLURM describes the launcher's own step: its cores, its memory, its number of
+    processes. A trial that inherits that is bound to the same core, or waits for processes that never come.
+    """
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in kept or not name.startswith(_OF_A_JOB)
+    }
+
+
 def call(command: Sequence[str]) -> str:
     """Runs a command; what it prints. Raises ValueError with its words if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=outside(os.environ),
+    )
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-2000:]
         raise ValueError(f"{' '.join(command[:4])} ... failed with code {done.returncode}: {said}")

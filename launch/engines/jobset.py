@@ -165,9 +165,14 @@ class JobSet:
                 {
                     "name": "trial",
                     "image": self.image,
-                    "command": list(trial.command),
+                    "command": [_unexpanded(word) for word in trial.command],
                     **(
-                        {"env": [{"name": k, "value": v} for k, v in trial.environment.items()]}
+                        {
+                            "env": [
+                                {"name": name, "value": _unexpanded(value)}
+                                for name, value in trial.environment.items()
+                            ]
+                        }
                         if trial.environment
                         else {}
                     ),
@@ -247,6 +252,11 @@ class Xpk:
             ("kubectl", "delete", "jobset", job.job, "--namespace", job.group, "--ignore-not-found")
             for job in submitted
         ]
+
+
+def _unexpanded(text: str) -> str:
+    """Kubernetes replaces $(NAME) in commands and values, and takes $$ for one $."""
+    return text.replace("$", "$$")
 
 
 def _alive(submitted: Sequence[Submission]) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from launch.engines import Job
+from launch.engines import Job, outside
 from launch.records import Submission
 from launch.trials import LaunchPlan
 
@@ -91,7 +91,7 @@ class Pool:
         with open(log, "ab") as out:
             process = subprocess.Popen(
                 [*job.command, *keep],
-                env=os.environ | slot | dict(environment),
+                env=outside(os.environ) | slot | dict(environment),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is the launcher's to pass on

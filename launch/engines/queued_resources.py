@@ -30,7 +30,7 @@ if [ ! -e /opt/cla_jax.ready ]; then
     )
     [ $? = 0 ] && touch /opt/cla_jax.ready  # if not, the trial ends at once, and the slice is given back
 fi
-{exports}while true; do
+while true; do
     {command} --host "$host"
     code=$?
     echo "{name}: exit code $code"
@@ -103,12 +103,10 @@ class QueuedResources:
             )
         jobs = []
         for trial, job in one_by_one(plan.trials, numbers):
-            exports = [f"export {name}={shlex.quote(v)}\n" for name, v in trial.environment.items()]
             script = SCRIPT.format(
                 metadata=_METADATA,
                 setup=self.setup,
-                exports="".join(exports),
-                command=trial.shell(),
+                command=shlex.join([*trial.settings, *trial.command]),
                 name=trial.name,
                 job=job,
                 zone=self.zone,

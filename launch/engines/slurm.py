@@ -1,28 +1,28 @@
 """Engine `slurm`: a job array, requeued when it is preempted; several nodes of a trial join by themselves."""
 
 import dataclasses
-import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from launch.engines import Job, call
 from launch.records import Submission
-from launch.trials import LaunchPlan
+from launch.trials import LaunchPlan, Trial
 
+_USUAL_ARRAY = 1001  # SLURM's own default
 _GET = "part of SLURM's client package (Debian: slurm-client); or launch from a login node"
 
 # Each host of a trial runs the trial runner under srun. To preempt, SLURM sends SIGTERM to the steps and to
 # this shell, waits KillWait, and requeues by itself; scancel does the same without requeueing. Before a time
 # limit only the steps are told: then the shell queues again. What was killed alone, or lost another host,
-# goes on at once.
+# goes on at once. Variables of the user's belong to the trial alone: here they could be taken for ours.
 SCRIPT = """\
 #!/bin/bash
-{directives}
-trials=({names})
+{setup}trials=({names})
 trial=${{trials[$SLURM_ARRAY_TASK_ID]}}
-{setup}stopped=
+stopped=
 trap 'stopped=1' TERM
 while true; do
     srun --kill-on-bad-exit=0 {command} &
@@ -76,17 +76,25 @@ class Slurm:
                 raise ValueError(
                     f"--slurm.{field.replace('_', '-')} {getattr(self, field)} is too few"
                 )
+        self.further  # noqa: B018  raises for what is no list of words
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
-        first = plan.trials[0]
-        round_ = max(numbers.get(trial.name, 1) for trial in plan.trials)
-        array = f"0-{len(plan.trials) - 1}" + (f"%{self.at_once}" if self.at_once else "")
+        most = _largest_array()
+        cuts = range(0, len(plan.trials), most)
+        return [self._array(plan, plan.trials[cut:][:most], numbers) for cut in cuts]
+
+    def _array(self, plan: LaunchPlan, trials: Sequence[Trial], numbers: Mapping[str, int]) -> Job:
+        first = trials[0]
+        round_ = max(numbers.get(trial.name, 1) for trial in trials)
+        array = f"0-{len(trials) - 1}" + (f"%{self.at_once}" if self.at_once else "")
+        # In names of files sbatch replaces %A and the like.
+        directory = str(plan.directory).replace("%", "%%")
         options: dict[str, object] = {
             "job-name": plan.sweep,
             "array": array,
             "nodes": self.nodes,
             "ntasks-per-node": 1,
-            "output": f"{plan.directory}/.sweep/jobs/%A_%a.out",
+            "output": f"{directory}/.sweep/jobs/%A_%a.out",
             "open-mode": "append",
             "chdir": os.getcwd(),
             "signal": "TERM@120" if self.time else "",
@@ -96,32 +104,39 @@ class Slurm:
             "gpus-per-node": self.gpus or "",
             "priority": first.priority,
         }
-        # sbatch splits its lines at blanks, and knows double quotes.
-        quoted = lambda value: json.dumps(value) if " " in str(value) else value
-        directives = [f"#SBATCH --{k}={quoted(v)}" for k, v in options.items() if v != ""]
-        directives += [
-            "#SBATCH --requeue",
-            *([f"#SBATCH {self.sbatch}"] if self.sbatch else []),
-        ]
-        exports = [f"export {name}={shlex.quote(v)}\n" for name, v in first.environment.items()]
         # All trials have the same command but for the name.
-        words = ['"$trial"' if w == first.name else shlex.quote(w) for w in first.command]
+        before, after = first.around_name()
+        words = [
+            *map(shlex.quote, (*first.settings, *before)),
+            '"$trial"',
+            *map(shlex.quote, after),
+        ]
         hosts = ["--hosts", str(self.nodes)] if self.nodes > 1 else []
         script = SCRIPT.format(
-            directives="\n".join(directives),
-            names=" ".join(shlex.quote(trial.name) for trial in plan.trials),
-            setup="".join([*exports, self.setup and f"{self.setup}\n"]),
+            names=" ".join(shlex.quote(trial.name) for trial in trials),
+            setup=self.setup and f"{self.setup}\n",
             command=" ".join([*words, *hosts]),
         )
         file = f"array-{first.job(round_)}.sh"
-        jobs = {trial.name: f"{{}}_{i}" for i, trial in enumerate(plan.trials)}
-        return [
-            Job(
-                files={file: script},
-                command=("sbatch", "--parsable", f"{{files}}/{file}"),
-                jobs=jobs,
-            )
-        ]
+        return Job(
+            files={file: script},
+            # Not as lines of the script, which sbatch splits at blanks, quotes and #.
+            command=(
+                *("sbatch", "--parsable", "--requeue"),
+                *(f"--{name}={value}" for name, value in options.items() if value != ""),
+                *self.further,
+                f"{{files}}/{file}",
+            ),
+            jobs={trial.name: f"{{}}_{i}" for i, trial in enumerate(trials)},
+        )
+
+    @property
+    def further(self) -> list[str]:
+        """`sbatch` as words. Raises ValueError for a quote without its end."""
+        try:
+            return shlex.split(self.sbatch)
+        except ValueError as error:
+            raise ValueError(f"--slurm.sbatch={self.sbatch!r}: {error}") from None
 
     def alive(self, submitted: Sequence[Submission]) -> set[str]:
         shown = call(["squeue", "--me", "--noheader", "--array", "--format=%F_%K"])
@@ -129,3 +144,13 @@ class Slurm:
 
     def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
         return [("scancel", *(job.job for job in submitted))] if submitted else []
+
+
+def _largest_array() -> int:
+    """How many tasks the cluster takes in an array; their numbers must stay below it."""
+    try:
+        shown = call(["scontrol", "show", "config"])
+    except (ValueError, FileNotFoundError):  # a dry run elsewhere; sbatch itself would say more
+        return _USUAL_ARRAY
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return max(1, int(found[1])) if found else _USUAL_ARRAY
