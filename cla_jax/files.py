@@ -34,6 +34,7 @@ LINE_BYTES = 1 << 20  # of a record in JSON lines
 LINES_BYTES = 1 << 30  # of a file of such records
 _DEPTH = 64  # objects and arrays within each other
 _CONTAINERS = 2_000_000  # objects and arrays of one text: in memory they take 20 times their length
+_MESSAGE = 400  # characters
 _DIGITS = 308  # of an integer: what a float can hold
 
 # Errors of open and read that are about the path, not about the machine.
@@ -152,7 +153,8 @@ def about(file: PathLike) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name(file)}: {printable(error)}") from None
+        words = printable(error, _MESSAGE)
+        raise ValueError(words if name(file) in words else f"{name(file)}: {words}") from None
 
 
 def exists(file: PathLike) -> bool:

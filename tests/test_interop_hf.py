@@ -331,7 +331,7 @@ BAD_FILES = {
     "no-weights": "neither model.safetensors nor",
     "config-list": "config.json is not a JSON object",
     "config-cut": "config.json is not valid JSON",
-    "config-deep": "config.json is not valid JSON",
+    "config-deep": "config.json is nested too deeply",
     "shard": "model-00002-of-00002.safetensors, which .* lists, is missing",
     "tokenizer": r"the tokenizer has 300 ids, the model has vocab_size = 264",
     "head": "tie_word_embeddings is true, but lm_head.weight is not",
@@ -364,7 +364,8 @@ BAD_KEYS = [
     ({"hidden_size": "wide"}, "key hidden_size = 'wide' is not of type int"),
     ({"num_attention_heads": 0, "head_dim": None}, "n_heads = 0 must be positive"),
     ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
-    ({"num_hidden_layers": 10**6}, "38 tensors are too few for 1,000,000 layers"),
+    ({"num_hidden_layers": 10**4}, "38 tensors are too few for 10,000 layers"),
+    ({"num_hidden_layers": 2**31}, "model.n_layers = 2147483648 must be at most 10,000"),
     (
         {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},
         "layer 1 is a consumer itself",

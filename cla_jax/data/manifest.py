@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from cla_jax import files
+from cla_jax.messages import printable, shown
 
 _NAME = "manifest.json"
 
@@ -44,7 +48,7 @@ def digest(content: dict[str, Any]) -> str:
 
 def sha256(file: Path) -> str:
     """The sha256 of a file's content."""
-    with file.open("rb") as opened:
+    with files.opened(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -53,17 +57,24 @@ def _read(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise _damaged(directory, file, "is missing")
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise _damaged(directory, file, f"cannot be read ({error})") from error
-    if not isinstance(content, dict) or content.pop("checksum", None) != digest(content):
+        content = files.read_object(file)
+    except ValueError as error:
+        raise _damaged(directory, file, f"cannot be read ({printable(error)})") from error
+    if content.pop("checksum", None) != digest(content):
         raise _damaged(directory, file, "was altered")
+    with files.about(file):
+        for name, listed in files.field(content, "files", dict, file).items():
+            listed = files.as_object(listed, f"the entry of {shown(name)}")
+            files.field(listed, "size", int, file)
+            files.field(listed, "sha256", str, file)
+            if os.path.isabs(name) or ".." in name.split("/"):
+                raise ValueError(f"a file outside the directory, {shown(name)}")
     return content
 
 
 def _verify(directory: Path, name: str, expected: dict[str, Any]) -> None:
     file = directory / name
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise _damaged(directory, file, "is missing")
     size = file.stat().st_size
     if size != expected["size"]:
@@ -73,4 +84,5 @@ def _verify(directory: Path, name: str, expected: dict[str, Any]) -> None:
 
 
 def _damaged(directory: Path, file: Path, what: str) -> ValueError:
+    file = printable(file)
     return ValueError(f"prepared data: {file} {what}; delete {directory} to prepare it again")

@@ -3,11 +3,14 @@
 Every tokenizer, the byte one included, is a `tokenizers.Tokenizer` and stored as its JSON.
 """
 
+import base64
+import contextlib
 import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,9 +19,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from cla_jax import files
 from cla_jax.config import DataConfig, near_choice
 from cla_jax.data import sources
+from cla_jax.messages import printable, shown
 
 # BPE is learned from the first bytes of the training split: more text changes few merges.
 _BPE_SAMPLE_BYTES = 1 << 28
+_MOST_IDS = 1 << 24
 # Settings of a tokenizer's model that make it choose at random: of BPE, and of Unigram.
 _RANDOM = ("dropout", "alpha", "nbest_size")
 
@@ -79,7 +84,8 @@ class Tokenizer:
         """The ids of a text, int32, without an end token."""
         if self._is_byte:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        with _guarded("the tokenizer fails on a text"):
+            return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_with_bytes(self, text: str) -> Encoded:
         """The ids of a text and the UTF-8 bytes each stands for, both int32 and of one length.
@@ -96,7 +102,8 @@ class Tokenizer:
         if self._is_byte:
             ids = [self.encode(text) for text in texts]
             return [(each, np.ones_like(each)) for each in ids]
-        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        with _guarded("the tokenizer fails on a text"):
+            encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(encoding.ids, np.int32), _byte_counts(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
@@ -111,7 +118,8 @@ class Tokenizer:
         kept = self._kept(ids)
         if self._is_byte:
             return bytes(kept).decode(errors="replace")
-        return self._inner.decode(kept, skip_special_tokens=True)
+        with _guarded("the tokenizer fails to decode"):
+            return self._inner.decode(kept, skip_special_tokens=True)
 
     def _kept(self, ids: Iterable[int]) -> list[int]:
         """The ids that stand for text, as far as their numbers tell."""
@@ -215,20 +223,75 @@ def load(json_text: str, end_token: str) -> Tokenizer:
 
 
 def _parse(json_text: str) -> tokenizers.Tokenizer:
+    fields = _fields(json_text)
+    model = fields.get("model") if isinstance(fields, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(
+            "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
+            "tokenizers library is needed, not a tokenizer_config.json)"
+        )
+    # What follows would end the process: the library allocates what these say before it looks further.
+    vocabulary, added = model.get("vocab"), fields.get("added_tokens") or []
+    if not all(isinstance(token, dict) for token in added):
+        raise ValueError("the JSON is not that of a tokenizer: added_tokens is no list of objects")
+    for i in (
+        *(vocabulary.values() if isinstance(vocabulary, dict) else ()),
+        *(token.get("id") for token in added),
+    ):
+        if not files.is_a(i, int) or not 0 <= i < _MOST_IDS:
+            raise ValueError(f"the tokenizer has an id {shown(i)}: ids are 0 to {_MOST_IDS - 1:,}")
+    _check_charsmaps(fields.get("normalizer"))
+    with _guarded("the JSON is not that of a tokenizer"):
+        inner = tokenizers.Tokenizer.from_str(json_text)
+    inner.no_truncation()
+    inner.no_padding()
+    with contextlib.suppress(_NotForThisText), _guarded("the tokenizer fails", _NotForThisText):
+        ids = inner.encode("a b\n1 é漢", add_special_tokens=False).ids
+        inner.decode(ids)
+    return inner
+
+
+def _fields(json_text: str) -> Any:
+    return files.parse_json(json_text, "the tokenizer", duplicates=True)
+
+
+class _NotForThisText(ValueError):
+    """A tokenizer has no ids for a text."""
+
+
+@contextlib.contextmanager
+def _guarded(what: str, otherwise: type[ValueError] = ValueError) -> Iterator[None]:
+    """Makes the exceptions of the tokenizers library, which raises no narrower ones, a ValueError.
+
+    A part of a tokenizer that makes no sense ends in a panic of Rust, which is no Exception to Python.
+    `otherwise` is raised for what is no panic.
+    """
     try:
-        fields = json.loads(json_text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the tokenizer is not valid JSON: {error}") from error
-    match fields:
-        case {"model": {}}:
-            try:
-                return tokenizers.Tokenizer.from_str(json_text)
-            except Exception as error:  # the library raises no narrower one
-                raise ValueError(f"the JSON is not that of a tokenizer: {error}") from error
-    raise ValueError(
-        "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
-        "tokenizers library is needed, not a tokenizer_config.json)"
-    )
+        yield
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"
+        if not panicked and not isinstance(error, Exception):
+            raise
+        raise (ValueError if panicked else otherwise)(f"{what}: {printable(error)}") from None
+
+
+def _check_charsmaps(normalizer: Any) -> None:
+    """Raises ValueError for a Precompiled normaliser whose table is longer than what there is of it."""
+    if not isinstance(normalizer, dict):
+        return
+    parts = normalizer.get("normalizers")
+    for part in parts if isinstance(parts, list) else ():
+        _check_charsmaps(part)
+    text = normalizer.get("precompiled_charsmap")
+    if not isinstance(text, str):
+        return
+    try:
+        table = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError("the tokenizer has a precompiled_charsmap that is not base64") from None
+    length = int.from_bytes(table[:4], "little")
+    if length % 4 or length + 4 > len(table):
+        raise ValueError("the tokenizer has a damaged precompiled_charsmap")
 
 
 def token(json_text: str, i: int) -> str | None:
@@ -244,7 +307,7 @@ def is_special(json_text: str, i: int) -> bool:
 
 def without_added(json_text: str, size: int) -> tuple[str, list[str]]:
     """A tokenizer.json without the added tokens whose ids are `size` or more, and those tokens."""
-    fields = json.loads(json_text)
+    fields = _fields(json_text)
     added = list(fields.get("added_tokens") or [])
     fields["added_tokens"] = [token for token in added if token["id"] < size]
     dropped = [token["content"] for token in added if token["id"] >= size]
@@ -259,9 +322,8 @@ def token_id(json_text: str, token: str) -> int | None:
 def added_tokens(json_text: str) -> tuple[list[str], list[str]]:
     """The special tokens that the tokenizer of a tokenizer.json, left alone, puts before and after a text."""
     inner = _parse(json_text)
-    inner.no_truncation()
-    inner.no_padding()
-    found = inner.encode("a")
+    with _guarded("the tokenizer fails"):
+        found = inner.encode("a")
     plain = [i for i, special in enumerate(found.special_tokens_mask) if not special]
     first, last = (plain[0], plain[-1]) if plain else (0, -1)
     return found.tokens[:first], found.tokens[last + 1 :]
@@ -308,14 +370,15 @@ def make_tokenizer(config: DataConfig, json_text: str | None = None) -> Tokenize
         text = files.read_text(path, files.TOKENIZER_BYTES) if path else json_text
         return load(text or "", config.end_token)
     except ValueError as error:
-        raise ValueError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
+        where = f"data.tokenizer = {shown(config.tokenizer)}"
+        raise ValueError(f"{where}: {printable(error)}") from None
 
 
 def tokenizer_file(config: DataConfig) -> Path:
     """The file of `data.tokenizer`. Raises ValueError if there is none."""
     path = Path(config.tokenizer).expanduser()
-    if not path.is_file():
-        raise ValueError(f"data.tokenizer = {config.tokenizer!r}: no such file")
+    if not files.exists(path):
+        raise ValueError(f"data.tokenizer = {shown(config.tokenizer)}: no such file")
     return path
 
 

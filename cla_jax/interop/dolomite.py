@@ -7,7 +7,6 @@ otherwise, and say heads and widths layer by layer.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
+from cla_jax.messages import shown
 
 _ATTENTION, _MLP = ("attn", "sequence_mixer"), ("mlp", "mlp_block")
 
@@ -37,25 +37,26 @@ def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
     n_heads = _first(keys, "num_attention_heads", "n_head")
     mixers = _blocks(keys, ("sequence_mixer_blocks", "attention_blocks"), _MIXER)
     mlps = _blocks(keys, ("mlp_blocks",), {"mlp_block_type": "MLP"})
-    kind = keys.take("attention_head_type", mixers.get("attention_head_type"))
+    kind = keys.take("attention_head_type", mixers.take("attention_head_type", "", str), str)
     default_heads = {"mha": n_heads, "mqa": 1}.get(kind)
-    n_kv_heads = keys.take("num_key_value_heads", mixers.get("num_key_value_heads", default_heads))
+    its_heads = mixers.take("num_key_value_heads", default_heads, int)
+    n_kv_heads = keys.take("num_key_value_heads", its_heads, int)
     if n_kv_heads is None:
         raise ValueError("key num_key_value_heads is missing")
-    activation = keys.take("activation_function", mlps.get("activation_function"))
+    activation = keys.take("activation_function", mlps.take("activation_function", None))
     if activation != "swiglu":
         raise ValueError(
-            f"key activation_function = {activation!r} cannot be expressed, only 'swiglu'"
+            f"key activation_function = {shown(activation)} cannot be expressed, only 'swiglu'"
         )
     biases = {
-        keys.take("add_bias", None),
-        mixers.get("add_bias"),
-        mlps.get("add_bias"),
+        keys.take("add_bias", None, bool),
+        mixers.take("add_bias", None, bool),
+        mlps.take("add_bias", None, bool),
     } - {None}
     if len(biases) > 1:
         raise ValueError("key add_bias differs between attention and MLP")
-    d_ff = mlps.get("intermediate_size") or _first(keys, "n_inner", "intermediate_size")
-    pattern = keys.take("sharing_pattern", list(range(n_layers)), list)
+    d_ff = mlps.take("intermediate_size", None, int) or _first(keys, "n_inner", "intermediate_size")
+    pattern = keys.take("sharing_pattern", None, list)
     made = ModelConfig(
         vocab_size=keys.take("vocab_size", kind=int),
         n_layers=n_layers,
@@ -72,10 +73,12 @@ def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
         norm_eps=keys.take("layer_norm_epsilon", 1e-5, float),
         init_std=keys.take("initializer_range", 0.02, float),
     )
+    if pattern is None:
+        return made
     try:
-        return dataclasses.replace(made, kv_map=",".join(map(str, pattern)))
+        return dataclasses.replace(made, kv_map=",".join(map(shown, pattern)))
     except ValueError as error:
-        raise ValueError(f"key sharing_pattern = {pattern}: {error}") from None
+        raise ValueError(f"key sharing_pattern = {shown(pattern)}: {error}") from None
 
 
 _MIXER = {"sequence_mixer_type": "softmax_attention", "attention_block_type": "softmax_attention"}
@@ -93,20 +96,22 @@ def _first(keys: Keys, *names: str) -> int:
     return keys.take((given or list(names))[0], kind=int)
 
 
-def _blocks(keys: Keys, names: tuple[str, ...], only: dict[str, str]) -> dict[str, Any]:
+def _blocks(keys: Keys, names: tuple[str, ...], only: dict[str, str]) -> Keys:
     """What the layers, described one by one, have in common: everything, or it is refused."""
     for name in names:
-        blocks = keys.take(name, None)
+        blocks = keys.take(name, [], list)
         if not blocks:
             continue
         for i, block in enumerate(blocks):
+            if not isinstance(block, dict):
+                raise ValueError(f"key {name}[{i}] = {shown(block)} is not of type dict")
             for key, value in block.items():
                 if key in only and value != only[key]:
-                    raise ValueError(f"key {name}[{i}].{key} = {value!r} cannot be expressed")
+                    raise ValueError(f"key {name}[{i}].{key} = {shown(value)} cannot be expressed")
                 if value != blocks[0].get(key):
                     raise ValueError(f"key {name}[{i}].{key} differs from layer to layer")
-        return {key: value for key, value in blocks[0].items() if value is not None}
-    return {}
+        return Keys(blocks[0], f"{name}[0].")
+    return Keys({})
 
 
 # -------------------------------------------------------------------------------------- tensors
@@ -138,14 +143,14 @@ def _cut(
     if name in whole:
         return [(whole[name], tensor)]
     words = name.split(".")
-    if words[:2] != ["transformer", "h"] or len(words) < 4 or not words[2].isdecimal():
+    if words[:2] != ["transformer", "h"] or len(words) < 4 or not _is_layer(words[2]):
         return [(name, tensor)]
     layer, rest = int(words[2]), words[3:]
     if nested:  # the number is that of a group
         if layer >= len(groups):
             return [(name, tensor)]
         layer = groups[layer].first
-        if rest[0] == "layers" and len(rest) > 2 and rest[1].isdecimal():
+        if rest[0] == "layers" and len(rest) > 2 and _is_layer(rest[1]):
             layer, rest = layer + int(rest[1]), rest[2:]
     prefix, kind = f"model.layers.{layer}", rest[-1]
     match rest[:-1]:
@@ -153,7 +158,7 @@ def _cut(
             return [(f"{prefix}.self_attn.kv_norm.{kind}", tensor)]
         case ["kv_proj", "kv_attn"]:  # head by head: the rows of its keys, then of its values
             targets = [f"{prefix}.self_attn.{kv}_proj.{kind}" for kv in "kv"]
-            return list(zip(targets, _halves(tensor, config.n_kv_heads), strict=True))
+            return list(zip(targets, _halves(name, tensor, config.n_kv_heads), strict=True))
         case ["ln_1"]:
             return [(f"{prefix}.input_layernorm.{kind}", tensor)]
         case ["ln_2"]:
@@ -164,15 +169,21 @@ def _cut(
             return [(f"{prefix}.self_attn.o_proj.{kind}", tensor)]
         case [part, "c_fc"] if part in _MLP:  # what is multiplied, then what gates it
             targets = [f"{prefix}.mlp.{which}_proj.{kind}" for which in ("up", "gate")]
-            return list(zip(targets, _halves(tensor, 1), strict=True))
+            return list(zip(targets, _halves(name, tensor, 1), strict=True))
         case [part, "c_proj"] if part in _MLP:
             return [(f"{prefix}.mlp.down_proj.{kind}", tensor)]
     return [(name, tensor)]
 
 
-def _halves(tensor: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """The first and the second half of the rows of every block."""
-    rows, *columns = tensor.shape
+def _is_layer(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 9
+
+
+def _halves(name: str, tensor: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """The first and the second half of the rows of every block. Raises ValueError if it has no halves."""
+    rows, *columns = tensor.shape or (1,)
+    if rows % (2 * blocks):
+        raise ValueError(f"tensor {name} has {rows} rows, which are not two halves of {blocks}")
     shape = (rows // 2, *columns)
 
     def half(i: int) -> Tensor:

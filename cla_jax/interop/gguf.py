@@ -12,6 +12,8 @@ projections in another order, for a rotation of neighbouring dimensions; that is
 import dataclasses
 import functools
 import math
+import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from cla_jax import files
 from cla_jax.config import ModelConfig, near_choice
-from cla_jax.interop import gguf_tokenizer
+from cla_jax.interop import gguf_tokenizer, names
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
+from cla_jax.messages import shown
 
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+# Limits, above every vocabulary: of entries, tensors and elements of arrays together; of a text in bytes.
+_MOST_ELEMENTS, _LONGEST_STRING = 4_000_000, 1 << 20
+_LONGEST_NAME = 200
 
 # ----------------------------------------------------------------------------------- tensor types
 
@@ -92,10 +99,19 @@ class _Cursor:
     """Reads the head of a file from front to back."""
 
     def __init__(self, file: Path):
-        self.file, self.offset = file, 0
-        self.bytes = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, "u1")
+        self.file, self.offset, self.elements = file, 0, 0
+        with files.opened(file) as opened:
+            is_empty = os.fstat(opened.fileno()).st_size == 0  # nothing to map
+            self.bytes = b"" if is_empty else mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
 
-    def take(self, n: int) -> np.ndarray:
+    def count(self, n: int) -> int:
+        """A number of elements, if the file may have so many."""
+        self.elements += n
+        if self.elements > _MOST_ELEMENTS:
+            raise ValueError(f"{self.file}: over {_MOST_ELEMENTS:,} elements: the file is damaged")
+        return n
+
+    def take(self, n: int) -> bytes:
         if self.offset + n > len(self.bytes):
             raise ValueError(
                 f"{self.file} is truncated: its head ends after {len(self.bytes):,} bytes"
@@ -104,10 +120,12 @@ class _Cursor:
         return self.bytes[self.offset - n : self.offset]
 
     def number(self, kind: str) -> Any:
-        return self.take(np.dtype(kind).itemsize).view(kind)[0].item()
+        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
 
     def string(self) -> str:
-        return self.take(self.number("<u8")).tobytes().decode(errors="replace")
+        if (length := int.from_bytes(self.take(8), "little")) > _LONGEST_STRING:
+            raise ValueError(f"{self.file}: a text of {length:,} bytes: the file is damaged")
+        return self.take(length).decode(errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -116,9 +134,9 @@ class _Cursor:
             element, count = self.number("<u4"), self.number("<u8")
             if element in _SCALARS:
                 dtype = np.dtype(_SCALARS[element])
-                return self.take(count * dtype.itemsize).view(dtype).tolist()
+                return np.frombuffer(self.take(self.count(count) * dtype.itemsize), dtype).tolist()
             if element == _STRING:
-                return [self.string() for _ in range(count)]
+                return [self.string() for _ in range(self.count(count))]
             kind = element  # arrays of arrays: llama.cpp does not read them either
         if kind not in _SCALARS:
             raise ValueError(
@@ -130,7 +148,7 @@ class _Cursor:
 def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors, under llama.cpp's names."""
     cursor = _Cursor(file)
-    if len(cursor.bytes) < 4 or cursor.take(4).tobytes() != b"GGUF":
+    if len(cursor.bytes) < 4 or cursor.take(4) != b"GGUF":
         raise ValueError(f"{file} is not a GGUF file")
     version = cursor.number("<u4")
     if version in (2 << 24, 3 << 24):
@@ -138,14 +156,18 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version not in (2, 3):
         raise ValueError(f"{file} is GGUF version {version}; readable are 2 and 3")
     n_tensors, n_entries = cursor.number("<u8"), cursor.number("<u8")
-    metadata = {cursor.string(): cursor.value(cursor.number("<u4")) for _ in range(n_entries)}
+    metadata: dict[str, Any] = {}
+    for _ in range(cursor.count(n_entries)):
+        if (key := cursor.string()) in metadata:
+            raise ValueError(f"{file}: key {shown(key)} stands there twice: the file is damaged")
+        metadata[key] = cursor.value(cursor.number("<u4"))
     if (count := metadata.get("split.count", 1)) != 1:
         raise ValueError(
-            f"{file} is one of {count} files of a split model: join them first, with llama.cpp's "
+            f"{file} is one of {shown(count)} files of a split model: join them first, with llama.cpp's "
             "`llama-gguf-split --merge FIRST OUT`"
         )
     entries = []
-    for _ in range(n_tensors):
+    for _ in range(cursor.count(n_tensors)):
         name, n_dimensions = cursor.string(), cursor.number("<u4")
         if not 1 <= n_dimensions <= 4:
             raise ValueError(f"{file}: {name} has {n_dimensions} dimensions: the file is damaged")
@@ -153,17 +175,25 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         entries.append((name, shape, cursor.number("<u4"), cursor.number("<u8")))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"{file}: key general.alignment = {alignment!r} is not a positive integer")
+        raise ValueError(
+            f"{file}: key general.alignment = {shown(alignment)} is not a positive integer"
+        )
     start = -(-cursor.offset // alignment) * alignment
-    return metadata, {
-        name: _tensor(file, cursor.bytes, name, shape, kind, start + offset)
-        for name, shape, kind, offset in entries
-    }
+    content = np.frombuffer(cursor.bytes, np.uint8)
+    tensors, spans = {}, []
+    for name, shape, kind, offset in entries:
+        if name in tensors:
+            raise ValueError(f"{file}: tensor {name} stands there twice: the file is damaged")
+        tensors[name], size = _tensor(file, content, name, shape, kind, start + offset)
+        spans.append((offset, offset + size, name))
+    names.check_apart(file, spans)
+    return metadata, tensors
 
 
 def _tensor(
     file: Path, content: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int
-) -> Tensor:
+) -> tuple[Tensor, int]:
+    """A tensor, and how many bytes of the file it takes."""
     if kind not in _TYPES:
         known = ", ".join(each.name for each in _TYPES.values())
         label = _OTHER_TYPES.get(kind, f"{kind}, which is not known here")
@@ -181,7 +211,7 @@ def _tensor(
         blocks = np.array(content[offset : offset + size]).reshape(-1, type_.bytes)
         return type_.decode(blocks).reshape(shape)
 
-    return Tensor(shape, read)
+    return Tensor(shape, read), size
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -213,16 +243,18 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
     Raises:
       ValueError: the file is damaged, or has what the architecture cannot express; names the tensor or key.
     """
+    with files.about(file):
+        return _read(file, tokenizer_json)
+
+
+def _read(file: Path, tokenizer_json: str | None) -> Foreign:
     metadata, found = _parse(file)
-    near_choice(
-        f"general.architecture in {file}:", str(metadata.get("general.architecture")), ("llama",)
-    )
+    general = Keys(metadata)
+    architecture = general.take("general.architecture", "", str)
+    near_choice(f"general.architecture in {file}:", architecture, ("llama",))
     keys = _keys(metadata)
-    max_length = keys.take("context_length", None)
-    try:
-        config = _config(keys, found)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    max_length = keys.take("context_length", None, int)
+    config = _config(keys, found)
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
     found.pop(_ROPE_FREQS, None)  # what it says is in the config
     tensors = {}
@@ -230,23 +262,28 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
         match name.split("."):
             case [part, kind] if part in _NAMES:
                 prefix = ""
-            case ["blk", layer, part, kind] if part in _NAMES and layer.isdecimal():
+            case ["blk", layer, part, kind] if (
+                part in _NAMES and layer.isdecimal() and len(layer) < 10
+            ):
                 prefix = f"model.layers.{layer}."
             case _:
                 raise ValueError(f"{file}: tensor {name} has no place in the model")
         if part in heads:
             tensor = _unpermuted(tensor, heads[part])
         tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    tokens = general.take("tokenizer.ggml.tokens", [], list)
+    if not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{file}: key tokenizer.ggml.tokens is not a list of texts")
     begins = _ids(file, metadata, tokens, "bos")
     ends = _ids(file, metadata, tokens, "eos", "eot", "eom")
     begin = next((tokens[i] for i in begins), None)
     # llama.cpp's defaults for byte-level BPE, where the file does not say.
     is_llama3 = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     begins_with = begin if metadata.get("tokenizer.ggml.add_bos_token", is_llama3) is True else None
-    origin = {"format": "gguf", "path": str(file), "name": metadata.get("general.name")}
+    name = general.take("general.name", None, str)
+    origin = {"format": "gguf", "path": str(file), "name": name and name[:_LONGEST_NAME]}
     origin["begin_token"] = begin
-    if template := metadata.get("tokenizer.chat_template"):
+    if template := general.take("tokenizer.chat_template", None, str):
         origin["chat_template"] = template
     return Foreign(
         origin=origin,
@@ -268,7 +305,9 @@ def _ids(file: Path, metadata: dict[str, Any], tokens: list[str], *kinds: str) -
         key = f"tokenizer.ggml.{kind}_token_id"
         i = metadata.get(key)
         if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
-            raise ValueError(f"{file}: key {key} = {i!r} is none of its {len(tokens):,} tokens")
+            raise ValueError(
+                f"{file}: key {key} = {shown(i)} is none of its {len(tokens):,} tokens"
+            )
         found += [] if i is None else [i]
     return list(dict.fromkeys(found))
 
@@ -280,7 +319,7 @@ def _keys(metadata: dict[str, Any]) -> Keys:
         if key.startswith("llama."):
             if isinstance(value, list):
                 if len(set(value)) != 1:
-                    raise ValueError(f"key {key} differs from layer to layer: {value}")
+                    raise ValueError(f"key {key} differs from layer to layer: {shown(value)}")
                 value = value[0]
             values[key.removeprefix("llama.")] = value
     return Keys(values, "llama.")
@@ -296,6 +335,9 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     keys.only("expert_used_count", 0)
     keys.only("attention.sliding_window", 0)
     keys.only("rope.scaling.type", "none", "linear")
+    epsilon = keys.take("attention.layer_norm_rms_epsilon", kind=float)
+    if not 1e-30 < epsilon < 1e30:  # it is a float32
+        raise ValueError(f"key llama.attention.layer_norm_rms_epsilon = {epsilon} is out of range")
     factor = keys.take("rope.scaling.factor", 1.0, float)
     linear = keys.take("rope.scaling.type", "linear") == "linear" and factor != 1
     theta = keys.take("rope.freq_base", 10_000.0, float)
@@ -303,6 +345,8 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     if _ROPE_FREQS in tensors:
         if linear:
             raise ValueError(f"tensor {_ROPE_FREQS} beside a linear scaling cannot be expressed")
+        if math.prod(tensors[_ROPE_FREQS].shape) > d_head or theta <= 0:
+            raise ValueError(f"tensor {_ROPE_FREQS} does not fit heads of {d_head} dimensions")
         scaling = _llama3_scaling(tensors[_ROPE_FREQS].read(), theta)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
@@ -322,7 +366,7 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         # A float32 in the file: 1e-5 is meant.
-        norm_eps=float(str(np.float32(keys.take("attention.layer_norm_rms_epsilon", kind=float)))),
+        norm_eps=float(str(np.float32(epsilon))),
     )
 
 
@@ -332,6 +376,8 @@ def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
     Such files hold the divisors and not what they follow from. Raises ValueError for other divisors.
     """
     pairs = len(slower_by)
+    if slower_by.ndim != 1 or not np.isfinite(slower_by).all() or slower_by.min() <= 0:
+        raise ValueError(f"tensor {_ROPE_FREQS} is no list of positive numbers")
     if np.allclose(slower_by, 1):
         return "none"
     factor, low, high, original = float(slower_by.max()), 1.0, 4.0, 8192

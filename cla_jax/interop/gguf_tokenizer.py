@@ -10,6 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from cla_jax.messages import shown
+
 _SPECIAL, _USER = 3, 4  # in tokenizer.ggml.token_type
 
 # Words with a sign before them, up to three digits, signs with line ends after them, white space.
@@ -41,15 +43,20 @@ def build(metadata: dict[str, Any], file: Path) -> str:
         if readable and metadata[name] not in readable:
             known = " or ".join(readable)
             raise ValueError(
-                f"{file}: {name} = {metadata[name]!r}; only {known} can be read: {advice}"
+                f"{file}: {name} = {shown(metadata[name])}; only {known} can be read: {advice}"
             )
+        if not readable and not isinstance(metadata[name], list):
+            raise ValueError(f"{file}: {name} = {shown(metadata[name])} is not a list")
         return metadata[name]
 
     cuts = _pre_tokenizers()
     take("model", "gpt2")
     cut = take("pre", *cuts)
     tokens, types = take("tokens"), take("token_type")
-    merges = [tuple(merge.split(" ")) for merge in take("merges")]
+    merges = take("merges")
+    if not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise ValueError(f"{file}: tokenizer.ggml.tokens and merges are not all texts")
+    merges = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or len(types) != len(tokens):
         raise ValueError(f"{file}: tokenizer.ggml.tokens has duplicates, or not a type for each")
@@ -57,7 +64,7 @@ def build(metadata: dict[str, Any], file: Path) -> str:
         part for merge in merges for part in (*merge, "".join(merge)) if part not in vocabulary
     ]
     if unknown or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{file}: tokenizer.ggml.merges has what is no token: {unknown[:3]}")
+        raise ValueError(f"{file}: tokenizer.ggml.merges has what is no token: {shown(unknown)}")
     # Llama 3 takes a word that is a token whole, whatever the merges say.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     inner = tokenizers.Tokenizer(model)

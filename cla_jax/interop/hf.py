@@ -6,18 +6,20 @@ dolomite-engine (`sharing_pattern`), `lckv-llama` of LCKV (`layer_types`), and `
 """
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cla_jax import files
 from cla_jax.config import ModelConfig, near_choice
 from cla_jax.data import tokenizers
 from cla_jax.interop import dolomite, names, safetensors
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
+from cla_jax.messages import shown
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Constants that old checkpoints store and that follow from the config.
@@ -25,6 +27,7 @@ _CONSTANTS = (
     *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached"),
     *("rotary_emb.sin_cached", "position_ids", "self_attn.bias", "self_attn.masked_bias"),
 )
+_MOST_IDS = 64  # of tokens that begin or end a text
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -39,6 +42,11 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
       ValueError: a file is missing or damaged, or the config has what the architecture cannot express;
         names the file, tensor or key.
     """
+    with files.about(directory):
+        return _read(directory, tokenizer_json)
+
+
+def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
     values = _json(directory / "config.json")
     family = Keys(values).take("model_type", kind=str)
     near_choice(f"model_type in {directory / 'config.json'}:", family, FAMILIES)
@@ -48,10 +56,8 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
         raise ValueError(
             "key quantization_config: quantised checkpoints are not readable, only float"
         )
-    try:
+    with files.about(directory / "config.json"):
         config = FAMILIES[family](keys)
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
     tensors, dropped = _kept(_tensors(directory, config), config, family)
     tensors, zeros = names.with_zero_biases(tensors, config, _without_biases(keys, config))
     tokenizer_json = tokenizer_json or text(directory / "tokenizer.json")
@@ -97,23 +103,12 @@ def read(directory: Path, tokenizer_json: str | None = None) -> Foreign:
 
 
 def text(file: Path) -> str:
-    if not file.is_file():
-        advice = "; give one with --tokenizer" if file.name == "tokenizer.json" else ""
-        raise ValueError(f"{file} is missing{advice}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text: {error}") from error
+    if file.name == "tokenizer.json" and not files.exists(file):
+        raise ValueError(f"{file} is missing; give one with --tokenizer")
+    return files.read_text(file, files.TOKENIZER_BYTES)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return values
+_json = files.read_object
 
 
 def _tensors(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -129,7 +124,7 @@ def _tensors(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
         file = directory / shard
-        if Path(shard).name != shard or not file.is_file():
+        if Path(shard).name != shard or not os.path.isfile(file):
             raise ValueError(f"{file}, which {_INDEX} lists, is missing")
         for name, tensor in safetensors.read(file).items():
             if shard_of.get(name) != shard and not _unneeded(name, config):
@@ -180,8 +175,8 @@ def _check_tied(tensors: Mapping[str, Tensor]) -> None:
 
 def _said_of_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     """What the files beside config.json hold, as far as they are there."""
-    files = ("generation_config.json", "tokenizer_config.json")
-    return {f: _json(directory / f) if (directory / f).is_file() else {} for f in files}
+    names = ("generation_config.json", "tokenizer_config.json")
+    return {f: _json(directory / f) if files.exists(directory / f) else {} for f in names}
 
 
 def _ids(
@@ -192,9 +187,13 @@ def _ids(
     is_given = keys.is_given(key)
     for where, value in (("", keys.take(key, None)), *((f, v.get(key)) for f, v in said.items())):
         ids = value if isinstance(value, list) else [] if value is None else [value]
+        if len(ids) > _MOST_IDS:
+            raise ValueError(f"key {where and where + ': '}{key} names {len(ids):,} tokens")
         for i in ids:
             if type(i) is not int or not 0 <= i < 2**32:
-                raise ValueError(f"key {where and where + ': '}{key} = {value!r} is no token id")
+                raise ValueError(
+                    f"key {where and where + ': '}{key} = {shown(value)} is no token id"
+                )
             # What only a class names has to be a token for that.
             if where or is_given or tokenizers.is_special(tokenizer_json, i):
                 found.append(i)
@@ -287,8 +286,8 @@ def _cla(keys: Keys) -> ModelConfig:
 
 def _integers(keys: Keys, key: str) -> str:
     values = keys.take(key, kind=list)
-    if not values or not all(isinstance(value, int) for value in values):
-        raise ValueError(f"key {key} = {values!r} is not a list of integers, one a layer")
+    if not values or not all(files.is_a(value, int) for value in values):
+        raise ValueError(f"key {key} = {shown(values)} is not a list of integers, one a layer")
     return ",".join(map(str, values))
 
 
@@ -303,13 +302,15 @@ def _lckv(keys: Keys) -> ModelConfig:
     sources = [each.removesuffix("s") for each in types]
     windows = [window if each.endswith("s") else 0 for each in types]
     if not all(source.isdecimal() for source in sources):
-        raise ValueError(f"key layer_types = {'_'.join(types)!r}: write 0_0_2_2, s for a window")
+        raise ValueError(
+            f"key layer_types = {shown('_'.join(types))}: write 0_0_2_2, s for a window"
+        )
     try:
         return dataclasses.replace(
             config, kv_map=",".join(sources), windows=",".join(map(str, windows))
         )
     except ValueError as error:
-        raise ValueError(f"key layer_types = {'_'.join(types)!r}: {error}") from None
+        raise ValueError(f"key layer_types = {shown('_'.join(types))}: {error}") from None
 
 
 def rope(keys: Keys) -> tuple[float, str]:
@@ -338,7 +339,7 @@ def rope(keys: Keys) -> tuple[float, str]:
             numbers = ("yarn", factor, fast, slow, original, _yarn_attention(inner, factor))
         case _:
             known = "default, linear, llama3 and yarn"
-            raise ValueError(f"key rope_type = {kind!r} cannot be expressed, only {known}")
+            raise ValueError(f"key rope_type = {shown(kind)} cannot be expressed, only {known}")
     return theta, ":".join(
         number if isinstance(number, str) else repr(number) for number in numbers
     )
@@ -351,6 +352,8 @@ def _yarn_attention(inner: Keys, factor: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     over, under = inner.take("mscale", 0.0, float), inner.take("mscale_all_dim", 0.0, float)
+    if over < 0 or under < 0:
+        raise ValueError(f"keys mscale = {over} and mscale_all_dim = {under} must not be negative")
     derived = grown(over) / grown(under) if over and under else grown(1.0)
     return inner.take("attention_factor", derived, float)
 

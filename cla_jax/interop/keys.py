@@ -1,7 +1,10 @@
 """The keys of a foreign config.json: every one is used, checked, known to say nothing, or named."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from cla_jax.messages import shown
 
 # Keys that say nothing about what is computed from given tokens.
 _SILENT = {
@@ -54,7 +57,11 @@ class Keys:
         accepted = (int, float) if kind is float else kind
         is_odd = isinstance(value, bool) and kind is not bool  # True is an int to Python
         if kind and accepted and (not isinstance(value, accepted) or is_odd):
-            raise ValueError(f"key {self._where}{key} = {value!r} is not of type {kind.__name__}")
+            raise ValueError(
+                f"key {self._where}{key} = {shown(value)} is not of type {kind.__name__}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"key {self._where}{key} = {value} is not finite")
         return value
 
     def only(self, key: str, *values: Any) -> None:
@@ -62,7 +69,7 @@ class Keys:
         given = self.take(key, values[0])
         if given not in values:
             raise ValueError(
-                f"key {self._where}{key} = {given!r} cannot be expressed, only "
+                f"key {self._where}{key} = {shown(given)} cannot be expressed, only "
                 + " or ".join(map(repr, values))
             )
 

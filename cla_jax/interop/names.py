@@ -8,8 +8,10 @@ tensor holds which parameter and how its axes are flattened. Query head n of the
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +31,14 @@ class Tensor:
     read: Callable[[], np.ndarray]
     # Why it cannot be read, if it cannot: an error only where a model needs it.
     unreadable: str | None = None
+
+
+def check_apart(file: Path, spans: list[tuple[int, int, str]]) -> None:
+    """Raises ValueError if two tensors, (first byte, end, name), have bytes in common."""
+    spans = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{file}: {name} and {other} share bytes: the file is damaged")
 
 
 @dataclasses.dataclass(frozen=True)

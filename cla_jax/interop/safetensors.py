@@ -5,7 +5,6 @@ header             {"name": {"dtype": "F32", "shape": [...], "data_offsets": [fr
 data               little-endian, row-major; offsets count from here
 """
 
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from cla_jax import files
+from cla_jax.interop import names
 from cla_jax.interop.names import Tensor
+from cla_jax.messages import printable, shown
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 _READABLE = _DTYPES | {"F64": np.dtype("<f8")}  # rounded to float32
@@ -24,22 +26,29 @@ _READABLE = _DTYPES | {"F64": np.dtype("<f8")}  # rounded to float32
 _SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 _LONGEST_HEADER = 100_000_000  # what the format allows
+_DIMENSIONS = 8
 
 
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, read when asked for. Raises ValueError if it is damaged or not of the format."""
-    header, start = _header(file)
-    size = file.stat().st_size - start
+    with files.about(file):
+        return _read(file)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    header, start, size = _header(file)
     found, spans = {}, []
     for name, entry in header.items():
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(lo), int(hi)]} if (
-                all(isinstance(size, int) and size >= 0 for size in shape)
+                len(shape) <= _DIMENSIONS and all(map(_is_size, (*shape, lo, hi)))
             ):
                 pass
             case _:
-                raise ValueError(f"{file}: the header does not describe {name}: {entry}")
-        refusal = f"{file}: {name} has dtype {dtype}; readable are {', '.join(_READABLE)}"
+                raise ValueError(f"{file}: the header does not describe {name}: {shown(entry)}")
+        refusal = (
+            f"{file}: {name} has dtype {printable(dtype, 40)}; readable are {', '.join(_READABLE)}"
+        )
         if dtype not in _READABLE and dtype not in _SIZES:
             raise ValueError(refusal)
         itemsize = _READABLE[dtype].itemsize if dtype in _READABLE else _SIZES[dtype]
@@ -57,16 +66,18 @@ def read(file: Path) -> dict[str, Tensor]:
         else:
             found[name] = _refused(tuple(shape), refusal)
         spans.append((lo, hi, name))
-    spans.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{file}: {name} and {other} share bytes: the header is damaged")
+    names.check_apart(file, spans)
     return found
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+def _is_size(value: Any) -> bool:
+    return files.is_a(value, int) and 0 <= value < 2**63
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries, where the data begin, and how many bytes of them there are."""
+    with files.opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > _LONGEST_HEADER:
             raise ValueError(f"{file} is not a safetensors file")
@@ -74,13 +85,11 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{file} is truncated: its header alone has {length:,} bytes")
         text = stream.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is not a safetensors file: its header is not an object")
+        header = files.as_object(files.parse_json(text, "its header"), "its header")
+    except ValueError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
-    return header, 8 + length
+    return header, 8 + length, size - 8 - length
 
 
 def _tensor(file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
