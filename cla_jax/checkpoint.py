@@ -1,10 +1,12 @@
 """Checkpoints that are known to be whole.
 
     checkpoints/00000100/        orbax, written asynchronously and committed by a rename
-    checkpoints/00000100.json    manifest: sizes and SHA-256 of its files, shapes of its arrays
+    checkpoints/00000100.json    manifest: step, number and identity of the run, sizes and SHA-256 of its
+                                 files, shapes of its arrays
 
 Orbax restores a flipped byte without a word, so a checkpoint counts from the moment its manifest,
-written after the commit, is there; and every load verifies it. A directory without a manifest was
+written after the commit, is there; and every load verifies it: its files, and that it is of this step and of
+this run. One that is not is set aside under another name, never deleted. A directory without a manifest was
 interrupted and is ignored. It is removed, as older checkpoints are, only after a newer manifest is written.
 """
 
@@ -24,7 +26,15 @@ from orbax.checkpoint import v1 as ocp
 from cla_jax.data.manifest import digest
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import Run, is_local, write_atomically
+from cla_jax.runs import (
+    Owner,
+    Run,
+    check_links,
+    is_local,
+    remove_partial,
+    set_aside,
+    write_atomically,
+)
 from cla_jax.runs import saved_steps as steps
 from cla_jax.state import State, named, with_layout, with_named
 
@@ -34,9 +44,10 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves in the background, one checkpoint at a time; an error surfaces at the next call."""
 
-    def __init__(self, directory: epath.Path, keep: int):
+    def __init__(self, directory: epath.Path, keep: int, owner: Owner | None = None):
         self.directory = directory
         self.keep = keep
+        self.owner = owner
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -52,7 +63,12 @@ class Checkpointer:
         self.wait()
         path = self.directory / f"{step:08d}"
         if _manifest(path).exists():
-            return
+            problem = _foreign(path, self.owner)
+            if problem is None:
+                return
+            if jax.process_index() == 0:
+                log.warning("%s", problem)
+                _set_aside(path)
         if path.exists() and jax.process_index() == 0:
             log.warning("removing %s, which was interrupted while it was written", path)
             path.rmtree()
@@ -78,24 +94,34 @@ class Checkpointer:
             return
         files = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
         manifest = {"step": int(path.name), "files": files, "arrays": arrays}
+        if self.owner is not None:
+            manifest |= {"run": self.owner.run, "identity": self.owner.identity}
         manifest["checksum"] = digest(manifest)
         write_atomically(_manifest(path), json.dumps(manifest, indent=1))
         for step in steps(self.directory)[: -self.keep]:
             old = self.directory / f"{step:08d}"
+            if problem := _foreign(old, self.owner):
+                log.warning("%s", problem)
+                _set_aside(old)
+                continue
             _manifest(old).unlink()  # first: what has no manifest does not count
             old.rmtree()
+        remove_partial(self.directory)
         for left in _interrupted(self.directory):
             log.warning("removing %s, which was interrupted while it was written", left)
             left.rmtree()
 
 
-def restore_latest(directory: epath.Path, abstract: State) -> State | None:
+def restore_latest(
+    directory: epath.Path, abstract: State, owner: Owner | None = None
+) -> State | None:
     """The newest checkpoint that verifies, in the layout of `abstract`; None if none was ever saved.
 
-    A damaged one is reported, set aside as STEP.damaged, and the one before it used. Raises ValueError
-    if every checkpoint is damaged, or if the arrays are not those of `abstract`.
+    One that is damaged or of another run is reported, set aside as STEP.damaged with its manifest, and the
+    one before it used. Raises ValueError if no checkpoint is left, or if the arrays are not those of
+    `abstract`.
     """
-    return _restore(directory, lambda path: _load(path, abstract), set_aside=True)
+    return _restore(directory, owner, lambda path: _load(path, abstract), keep_aside=True)
 
 
 def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer]:
@@ -105,7 +131,7 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     checkpoint that can be trusted.
     """
     check_saved(run)
-    config = run.config().model
+    owner, config = run.owner, run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     abstract = with_layout(shapes, rules, mesh)
 
@@ -113,7 +139,7 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
         arrays = _load_parts(path, {"model": named(abstract)})["model"]
         return int(path.name), with_named(abstract, arrays)
 
-    return _restore(run.checkpoints, load, set_aside=False, unread="training")
+    return _restore(run.checkpoints, owner, load, keep_aside=False, unread="training")
 
 
 def check_saved(run: Run) -> None:
@@ -128,16 +154,27 @@ def fingerprint(run: Run, step: int) -> str:
 
 
 def _restore(
-    directory: epath.Path, load: Any, *, set_aside: bool, unread: str | None = None
+    directory: epath.Path,
+    owner: Owner | None,
+    load: Any,
+    *,
+    keep_aside: bool,
+    unread: str | None = None,
 ) -> Any:
     damaged: dict[epath.Path, str] = {}
     for step in reversed(steps(directory)):
         path = directory / f"{step:08d}"
-        problem = verify(path, unread)
+        problem = verify(path, unread, owner)
         if problem is None:
             restored = load(path)
+            if owner is not None and not _read_manifest(path).get("run"):
+                log.warning(
+                    "%s was saved before checkpoints named their run: that config.json was not altered since "
+                    "then cannot be checked",
+                    path,
+                )
             # Only now that a good one is loaded: otherwise the next start would begin from nothing.
-            if set_aside and jax.process_index() == 0:
+            if keep_aside and jax.process_index() == 0:
                 for bad in damaged:
                     _set_aside(bad)
             return restored
@@ -150,16 +187,19 @@ def _restore(
     return None
 
 
-def verify(path: epath.Path, unread: str | None = None) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is as it was written.
+def verify(path: epath.Path, unread: str | None = None, owner: Owner | None = None) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is as it was written, by `owner`.
 
     A part that is not going to be read is left out.
     """
+    if problem := _foreign(path, owner):
+        return problem
     try:
         expected_files = _read_manifest(path)["files"]
+        found = _files(path) if path.exists() else []
     except ValueError as error:
         return str(error)
-    present = {str(file.relative_to(path)): file for file in _files(path)} if path.exists() else {}
+    present = {str(file.relative_to(path)): file for file in found}
     for name, expected in expected_files.items():
         if name.split("/")[0] == unread:
             continue
@@ -173,6 +213,21 @@ def verify(path: epath.Path, unread: str | None = None) -> str | None:
             )
         if found != expected:
             return f"checkpoint file {path / name} was altered: its checksum does not match"
+    return None
+
+
+def _foreign(path: epath.Path, owner: Owner | None) -> str | None:
+    """Why a manifest cannot be that of its name and of the run; None if it is."""
+    try:
+        manifest = _read_manifest(path)
+        difference = owner.difference(manifest) if owner else ""
+    except ValueError as error:
+        return str(error)
+    saved = manifest.get("step", int(path.name))
+    if saved != int(path.name):
+        return f"checkpoint manifest {_manifest(path)} is of step {saved}: it was moved"
+    if difference:
+        return f"checkpoint {path} is not of this run: {difference}"
     return None
 
 
@@ -218,13 +273,13 @@ def _interrupted(directory: epath.Path) -> list[epath.Path]:
 
 
 def _set_aside(path: epath.Path) -> None:
-    """Keeps a damaged checkpoint for inspection, out of the way of the one saved in its place."""
-    aside = path.parent / f"{path.name}.damaged"
-    if aside.exists():
-        aside.rmtree()
+    """Keeps what cannot be trusted for inspection, out of the way of the one saved in its place."""
+    kept = [
+        set_aside(_manifest(path), "damaged").name
+    ]  # first: without it, the directory does not count
     if path.exists():
-        path.rename(aside)
-    _manifest(path).unlink()
+        kept.append(set_aside(path, "damaged").name)
+    log.warning("%s is kept as %s", path, " and ".join(kept))
 
 
 def _absolute(path: epath.Path) -> epath.Path:
@@ -253,7 +308,8 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def _files(path: epath.Path) -> list[epath.Path]:
-    """All files below a directory."""
+    """All files below a directory. Raises ValueError for a link among them."""
+    check_links(path)
     children = sorted(path.iterdir())  # epath has no recursive glob
     return [f for child in children for f in (_files(child) if child.is_dir() else [child])]
 

@@ -11,15 +11,22 @@
         log.txt
 
 Training or an import writes it; evaluation, generation, export and reports read only it. Paths are local or gs://.
+
+What is recorded names the run that it belongs to, and has a checksum (see cla_jax.seals): config.json of all
+but the placement, which may be edited; it has the checksum of tokenizer.json too. What was altered is named and
+not used, and it is never deleted. Nothing in a run directory is a link: what is written there stays there.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -28,9 +35,10 @@ from typing import IO, Any
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import files, goodput
+from cla_jax import files, goodput, seals
 from cla_jax.config import Config
 from cla_jax.files import is_a
+from cla_jax.seals import Altered
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +72,45 @@ class Run:
         return is_local(self.path)
 
     def record(self) -> dict[str, Any]:
-        """config.json as it stands. Raises ValueError naming a missing or broken file."""
-        return _read_json(self.path / "config.json")
+        """config.json, without its checksum.
+
+        Raises ValueError naming a missing or broken file, and Altered if it is not as it was written.
+        """
+        check_links(self.path)
+        record = read_json(self.path / "config.json")
+        if not _is_sealed_config(record):
+            raise Altered(self._altered_config(record))
+        return {key: value for key, value in record.items() if key != "checksum"}
 
     def config(self) -> Config:
-        """The config that the run was last started with. Raises ValueError naming a broken file."""
-        return read_config(self.path / "config.json")
+        """The config that the run was last started with. Raises ValueError like `record`."""
+        return _as_config(self.record(), self.path / "config.json")
+
+    @property
+    def id(self) -> str:
+        """The number that all records of the run carry; empty if it is older than that."""
+        with contextlib.suppress(ValueError):
+            found = read_json(self.path / "config.json").get("run")
+            return found if isinstance(found, str) else ""
+        return ""
+
+    @property
+    def owner(self) -> "Owner | None":
+        """Whose a checkpoint in this directory has to be; None if there is no config.json yet."""
+        if not (self.path / "config.json").exists():
+            return None
+        record = self.record()
+        return Owner(record.get("run", ""), record["identity"])
+
+    def _altered_config(self, record: dict[str, Any]) -> str:
+        """What to say of a config.json whose checksum does not match."""
+        file = self.path / "config.json"
+        for step in reversed(saved_steps(self.checkpoints)):
+            with contextlib.suppress(ValueError):
+                saved = read_json(self.checkpoints / f"{step:08d}.json")
+                if found := Owner(record.get("run", ""), record["identity"]).difference(saved):
+                    return f"{file} was altered: {found}. Restore it"
+        return f"{file} was altered: its checksum does not match. Restore it"
 
     def check_data(self, fingerprint: str, tokenizer_json: str) -> None:
         """Raises ValueError unless data and tokenizer are those that the run was trained with."""
@@ -92,69 +133,138 @@ class Run:
         return list(dict.fromkeys([end, *(i for i in others if is_a(i, int) and 0 <= i < size)]))
 
     def tokenizer_json(self) -> str:
+        """tokenizer.json. Raises ValueError if it is missing or damaged, or not the run's."""
         file = self.path / "tokenizer.json"
         if not file.exists():
             raise ValueError(f"{file} is missing: the run has not started training, or was altered")
         text = files.read_text(file, files.TOKENIZER_BYTES, links=False)
         files.parse_json(text, f"the tokenizer {file}", duplicates=True)
+        expected = self.record().get("tokenizer")
+        if expected not in (None, _text_digest(text)):
+            raise Altered(
+                f"{file} was altered: its checksum is not the one in config.json. Restore it"
+            )
         return text
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
-        """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now."""
+        """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now.
+
+        An altered or damaged one is kept too, under another name.
+        """
         file = self.path / "eval" / f"{name}.json"
-        known, step = self.eval(name).get("step"), record.get("step", 0)
+        check_links(self.path)
+        check_links(file.parent)
+        known, step = self.eval(name), record.get("step", 0)
+        usable = bool(known) and isinstance(known.get("step", 0), int)
+        if not usable and file.exists():
+            log.warning("%s is not usable; kept as %s", file, set_aside(file, "altered").name)
+        known = known.get("step")
         if isinstance(known, int) and known > step:
             log.warning(
                 "%s is of step %d and kept; this evaluation is of step %d", file, known, step
             )
             return
-        write_atomically(file, _dump(record))
+        write_atomically(file, _dump(seals.seal(record | {"run": self.id}, name)))
 
     def eval(self, name: str) -> dict[str, Any]:
-        """One evaluation; {} if there is none yet, or a damaged one."""
+        """One evaluation; {} if there is none yet, or one that is damaged or altered."""
         with contextlib.suppress(ValueError):
-            return _read_json(self.path / "eval" / f"{name}.json")
+            return self._read_eval(self.path / "eval" / f"{name}.json")
         return {}
 
-    def evals(self) -> dict[str, dict[str, Any]]:
-        """All evaluations by name: the name is the file's, the record as it was written."""
-        return {file.stem: _read_json(file) for file in listed(self.path / "eval", ".json")}
+    def evals(self, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
+        """All evaluations by name: the name is the file's, the record as it was written.
 
-    def read_records(self) -> Iterator[dict[str, Any]]:
-        """Every whole line of the metrics, in the order of writing; see `metrics_record`.
-
-        Raises ValueError if a file of them is none that can be read.
+        One that is damaged or altered is a ValueError; or it is left out, if `problems` is there to be
+        told about it.
         """
+        found = {}
+        for file in listed(self.path / "eval", ".json"):
+            try:
+                found[file.stem] = self._read_eval(file)
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
+        return found
+
+    def _read_eval(self, file: epath.Path) -> dict[str, Any]:
+        check_links(self.path)
+        record = seals.unseal(read_json(file), file.stem)
+        if record is None:
+            raise Altered(f"{file} was altered since it was written: it is not used")
+        theirs, ours = record.pop("run", ""), self.id
+        if theirs and ours and theirs != ours:
+            raise Altered(f"{file} is an evaluation of another run: it is not used")
+        return record
+
+    def read_records(self, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Every whole line of the metrics, in the order of writing.
+
+        Altered lines are left out; `problems` is told about them.
+        """
+        check_links(self.path)
+        found: list[str] = []
+        for line in seals.read_lines(self.metric_lines(), self.id, found):
+            if (record := metrics_record(line)) is not None:
+                yield record
+        if problems is not None:
+            where = self.metrics if self.metrics.exists() else self.path / "metrics"
+            problems += [f"{where}: {problem}" for problem in found]
+
+    def metric_lines(self) -> Iterator[bytes]:
+        """The lines of the metrics as they stand there."""
         segments = [self.metrics] if self.metrics.exists() else []
         for segment in segments + listed(self.path / "metrics", ".jsonl"):
-            for line in files.read_lines(segment, links=False):
-                if (record := metrics_record(line)) is not None:
-                    yield record
+            yield from files.read_lines(segment, links=False)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self, problems: list[str] | None = None) -> list[dict[str, Any]]:
         """The records by step: of a step that stands there twice, the last whole one counts.
 
         Those of the run's time are left out: they are of no step. See cla_jax.goodput.
         """
         records: dict[int, dict[str, Any]] = {}
-        for record in self.read_records():
+        for record in self.read_records(problems):
             if not goodput.is_account(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
 
 
-def metrics_record(line: bytes) -> dict[str, Any] | None:
-    """A line of the metrics; None for one that a crash has torn, or that is no record of numbers."""
-    try:
-        record = files.parse_json(line, "a line of the metrics", finite=False)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not files.is_a(step := record.get("step"), int):
-        return None
+def metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What a line of the metrics says; None if it is no record of numbers."""
     numbers = {key: value for key, value in record.items() if value is not None}
-    whole = all(files.is_a(value, float) for value in numbers.values())
-    return numbers if whole and 0 <= step < 2**53 else None
+    whole = all(is_a(value, float) for value in numbers.values())
+    step = numbers.get("step")
+    return numbers if whole and is_a(step, int) and 0 <= step < 2**53 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """Whose a checkpoint is: the number of the run, and the part of its config that decides what it is."""
+
+    run: str
+    identity: dict[str, Any]
+
+    def difference(self, saved: dict[str, Any]) -> str:
+        """Why what was saved belongs to another run; empty if it does not, or does not say.
+
+        Args:
+          saved: a record with `run` and `identity`, such as the manifest of a checkpoint.
+        """
+        if not saved.get("run"):
+            return ""
+        if self.run and saved["run"] != self.run:
+            return f"the run is {self.run}, and what was saved is of {saved['run']}"
+        as_config = lambda identity: configs.from_record(
+            {"name": "saved", "identity": identity, "placement": {}}
+        )
+        # By way of a Config: a field that is younger than a record has its default there.
+        ours, theirs = (configs.identity(as_config(i)) for i in (self.identity, saved["identity"]))
+        return "; ".join(
+            f"{key} is {a!r}, and what was saved has {b!r}"
+            for key, (a, b) in configs.difference(ours, theirs).items()
+        )
 
 
 def run_path(config: Config) -> epath.Path:
@@ -172,7 +282,6 @@ def open_run(
     just continues.
     """
     run = Run(run_path(config))
-    record = _record(config, data_fingerprint)
     if (run.path / "config.json").exists():
         check_identity(run, config, {"data_fingerprint": data_fingerprint})
         if (run.path / "tokenizer.json").exists():
@@ -183,14 +292,47 @@ def open_run(
             "of: restore it, or give this run a directory of its own with --name"
         )
     if write:
+        remove_partial(run.path)
+        record = _record(config, data_fingerprint, tokenizer_json, run.id or _saved_id(run))
         write_atomically(run.path / "config.json", _dump(record))
         write_atomically(run.path / "tokenizer.json", tokenizer_json)
     return run
 
 
-def _record(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    further = {"data_fingerprint": data_fingerprint, "versions": versions()}
-    return configs.to_record(config) | further
+def _record(
+    config: Config, data_fingerprint: str, tokenizer_json: str, run: str = "", **further: Any
+) -> dict[str, Any]:
+    """config.json of a run, new unless its number is given."""
+    record = configs.to_record(config) | {
+        "data_fingerprint": data_fingerprint,
+        "tokenizer": _text_digest(tokenizer_json),
+        "versions": versions(),
+        "run": run or uuid.uuid4().hex,
+        **further,
+    }
+    return record | {"checksum": seals.digest(_without_placement(record))}
+
+
+def _is_sealed_config(record: dict[str, Any]) -> bool:
+    """Whether a config.json is as it was written, or was written before there were checksums."""
+    return record.get("checksum") in (None, seals.digest(_without_placement(record)))
+
+
+def _without_placement(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("placement", "checksum")}
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _saved_id(run: Run) -> str:
+    """The number in the checkpoints, where config.json was last written by a version without numbers."""
+    for step in reversed(saved_steps(run.checkpoints)):
+        with contextlib.suppress(ValueError):
+            if found := read_json(run.checkpoints / f"{step:08d}.json").get("run"):
+                return found
+    return ""
 
 
 @contextlib.contextmanager
@@ -199,9 +341,9 @@ def new_run(
 ) -> Iterator[Run]:
     """Makes a run directory whole or not at all, for a model that was not trained here.
 
-    Yields it under another name, for checkpoints to be written; it gets its own when the block ends, and
-    is removed if that raises. `origin` says where the model is from. Raises ValueError if there is
-    something in its place.
+    Yields it under another name, with its config, for checkpoints to be written; it gets its own name when
+    the block ends, and is removed if that raises. `origin` says where the model is from. Raises ValueError if
+    there is something in its place.
     """
     path = run_path(config)
     if not is_local(path):
@@ -210,17 +352,17 @@ def new_run(
         raise ValueError(f"{path} exists already: remove it, or choose another directory")
     partial = path.parent / f".{path.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / ".lock", "w") as lock:
+    with open_plain(partial / ".lock", "a") as lock:
         if not try_lock(lock):
             raise ValueError(f"{path} is being written by another process")
         for left in partial.iterdir():  # of a process that was killed
             if left.name != ".lock":
                 left.rmtree() if left.is_dir() else left.unlink()
         try:
-            yield Run(partial)
-            write_atomically(partial / "tokenizer.json", tokenizer_json)
-            record = _record(config, data_fingerprint) | {"origin": origin}
+            record = _record(config, data_fingerprint, tokenizer_json, origin=origin)
             write_atomically(partial / "config.json", _dump(record))
+            write_atomically(partial / "tokenizer.json", tokenizer_json)
+            yield Run(partial)
             (partial / ".lock").unlink()
             os.rename(partial, path)
         except BaseException:
@@ -261,22 +403,75 @@ def locked(path: epath.Path) -> Iterator[None]:
         yield
         return
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w") as file:
-        if not try_lock(file):
-            raise ValueError(f"{path} is being trained by another process")
-        yield
+    check_links(path)
+    # The directory too: the file can be removed, and then a second process would lock a new one.
+    # A network file system may not be able to lock a directory.
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with open_plain(path / ".lock", "a") as file:
+            if not (try_lock(file) and try_lock(directory, required=False)):
+                raise ValueError(f"{path} is being trained by another process")
+            yield
+    finally:
+        os.close(directory)
 
 
-def try_lock(file: IO, *, shared: bool = False) -> bool:
+def try_lock(file: IO | int, *, shared: bool = False, required: bool = True) -> bool:
     """Locks an open file until it is closed, here and in child processes that inherit it; False if it is.
 
-    A shared lock is one of many, for those who only look whether a process holds a lock of its own.
+    A shared lock is one of many, for those who only look whether a process holds a lock of its own. Where
+    it is not `required`, a file system that cannot lock it will do.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        if required:
+            raise
     return True
+
+
+def open_plain(file: epath.Path, mode: str, **options: Any) -> IO:
+    """Opens a file to write to it in its own place: not through a link, and not a pipe or a device.
+
+    Raises ValueError if it is one of these.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe without a reader would wait for one
+    opener = lambda name, asked: os.open(name, asked | flags, 0o666)
+    try:
+        opened = open(file, mode, opener=opener, **options)  # noqa: SIM115  the caller's to close
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise ValueError(f"{file} is a link or a pipe: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise ValueError(f"{file} is not a plain file: remove it")
+    return opened
+
+
+def check_links(directory: epath.Path) -> None:
+    """Raises ValueError if a run directory has links in it, which may lead anywhere."""
+    if not is_local(directory) or not directory.is_dir():
+        return
+    with os.scandir(directory) as entries:
+        links = sorted(entry.name for entry in entries if entry.is_symlink())
+    if links:
+        raise ValueError(
+            f"{directory / links[0]} is a link; a run directory must hold its own files: put what it leads "
+            "to in its place"
+        )
+
+
+def set_aside(path: epath.Path, why: str) -> epath.Path:
+    """Renames what cannot be trusted to NAME.`why`, with a number if there is one; returns the new path."""
+    number, aside = 1, path.parent / f"{path.name}.{why}"
+    while os.path.lexists(aside) if is_local(aside) else aside.exists():
+        number += 1
+        aside = path.parent / f"{path.name}.{why}-{number}"
+    path.rename(aside)
+    return aside
 
 
 def saved_steps(checkpoints: epath.Path) -> list[int]:
@@ -291,8 +486,10 @@ def saved_steps(checkpoints: epath.Path) -> list[int]:
 def listed(directory: epath.Path, suffix: str) -> list[epath.Path]:
     """What a directory has with a suffix, sorted; nothing if it is none.
 
-    Not by a glob: that takes a bracket anywhere in the path for a pattern.
+    Not by a glob: that takes a bracket anywhere in the path for a pattern. Raises ValueError if there are
+    links in it.
     """
+    check_links(directory)
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(file for file in found if file.suffix == suffix)
 
@@ -309,45 +506,84 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
         found = _runs_below(path)
         if not found:
             raise ValueError(f"{path} is neither a run directory nor holds any (no config.json)")
-        runs += [run for run in found if run not in runs]
+        known = {_real(run.path) for run in runs}
+        runs += [run for run in found if _real(run.path) not in known]
     return runs
 
 
 def _runs_below(directory: epath.Path) -> list[Run]:
-    if (directory / "config.json").exists():
-        return [Run(directory)]
-    children = sorted(
-        child for child in directory.iterdir() if child.is_dir() and child.name[0] != "."
-    )
-    return [run for child in children for run in _runs_below(child)]
+    """Each run once. A link counts if it leads to a run; what is below a link is not searched."""
+    runs: dict[str, Run] = {}
+    ahead = [directory]
+    while ahead:
+        path = ahead.pop()
+        if (path / "config.json").exists():
+            runs.setdefault(_real(path), Run(path))
+        elif path == directory or not _is_link(path):
+            children = sorted(child for child in path.iterdir() if child.name[0] != ".")
+            ahead += reversed([child for child in children if child.is_dir()])
+    return list(runs.values())
+
+
+def _real(path: epath.Path) -> str:
+    return os.path.realpath(path) if is_local(path) else os.fspath(path)
+
+
+def _is_link(path: epath.Path) -> bool:
+    return is_local(path) and os.path.islink(path)
 
 
 def is_local(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
-def write_atomically(file: epath.Path, text: str) -> None:
+def write_atomically(file: epath.Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not is_local(file):
-        file.write_text(text)  # object stores replace whole objects
-        return
-    temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}"
+    write_all_atomically({file: content})
+
+
+def write_all_atomically(contents: Mapping[epath.Path, str | bytes]) -> None:
+    """Writes files so that each has its old content or its new; what fails before the end changes none.
+
+    A link is replaced by the file, what it leads to is not touched.
+    """
+    written: dict[epath.Path, epath.Path] = {}
+    file = None
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
+        for file, content in contents.items():
+            data = content.encode() if isinstance(content, str) else content
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not is_local(file):
+                file.write_bytes(data)  # object stores replace whole objects
+                continue
+            written[file] = file.parent / f".{file.name}.{uuid.uuid4().hex}"
+            with open(written[file], "xb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+        for file, temporary in written.items():
+            os.replace(temporary, file)
     except OSError as error:  # a full disk, say
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, os.fspath(file)) from error
+        for temporary in written.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, os.fspath(file or "")) from error
+
+
+def remove_partial(directory: epath.Path) -> None:
+    """Removes what a kill left of `write_atomically`; only for who alone writes to a directory."""
+    if is_local(directory) and directory.exists():
+        for file in directory.iterdir():
+            if re.fullmatch(r"\..+\.[0-9a-f]{32}", file.name) and not file.is_dir():
+                file.unlink()
 
 
 def read_config(file: epath.Path) -> Config:
     """The config in a file that holds one: a run's config.json. Raises ValueError naming the file."""
-    record = _read_json(file)
+    return _as_config(read_json(file), file)
+
+
+def _as_config(record: dict[str, Any], file: epath.Path) -> Config:
     with files.about(file):
         return configs.from_record(record)
 
@@ -356,7 +592,8 @@ def _dump(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """The record in a file. Raises ValueError naming a file that is missing or holds none."""
     # An evaluation of a model that diverged may hold infinite numbers; a config refuses them itself.
     return files.read_object(file, links=False, finite=False)
 

@@ -341,12 +341,12 @@ def train(
         batches = batch_stream(setup, first_step)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
-            clock.carry_on(goodput.earlier(run.read_records(), first_step))
+            clock.carry_on(goodput.earlier(earlier_records(run), first_step))
             stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
             writer = make_writer(run, config, process_index=jax.process_index())
             stack.callback(writer.close)
             journal = Journal(config, writer, first_step, clock)
-            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
+            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
             stack.callback(journal.booked("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
             traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
@@ -398,6 +398,17 @@ def newest_checkpoint(config: Config) -> int | None:
     """The step from which a run would go on: hosts whose directories are not one file system differ."""
     steps = checkpoint.steps(runs.run_path(config) / "checkpoints")
     return steps[-1] if steps else None
+
+
+def earlier_records(run: Run) -> list[dict[str, Any]]:
+    """The metrics so far; what was altered in them is told."""
+    problems: list[str] = []
+    records = list(run.read_records(problems))
+    for problem in problems[:5]:
+        log.warning("%s", problem)
+    if len(problems) > 5:
+        log.warning("%s: %d more like these", run.metrics, len(problems) - 5)
+    return records
 
 
 def is_evaluated(run: Run, step: int) -> bool:
@@ -478,7 +489,7 @@ def batch_stream(setup: Setup, first_step: int) -> Any:
 
 
 def restore_or_init(setup: Setup, run: Run) -> State:
-    state = checkpoint.restore_latest(run.checkpoints, setup.state)
+    state = checkpoint.restore_latest(run.checkpoints, setup.state, run.owner)
     return initial_state(setup.config, setup.optimizer, setup.state) if state is None else state
 
 
@@ -533,7 +544,7 @@ def logging_to(run: Run) -> Iterator[None]:
     if not run.is_local or jax.process_index() != 0:
         yield
         return
-    handler = logging.FileHandler(run.log)
+    handler = logging.StreamHandler(runs.open_plain(run.log, "a", encoding="utf-8"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("cla_jax")
     root.addHandler(handler)
@@ -541,7 +552,7 @@ def logging_to(run: Run) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        handler.stream.close()
 
 
 def _due(step: int, every: int) -> bool:

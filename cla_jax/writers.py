@@ -5,7 +5,6 @@ process that should write the real ones, every other process none.
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cla_jax import runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run
 
@@ -39,11 +39,12 @@ class JsonlWriter:
     """One JSON object a line: appended to metrics.jsonl, or in segments where nothing can append."""
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.id = run, run.id
         self.lines: list[str] = []
+        self.number = seals.last_number(run.metric_lines(), self.id)
         if run.is_local:
             run.path.mkdir(parents=True, exist_ok=True)
-            self.file = open(run.metrics, "a+b", buffering=0)  # noqa: SIM115  closed in close()
+            self.file = runs.open_plain(run.metrics, "a+b", buffering=0)
             self._end_torn_line()
 
     def _end_torn_line(self) -> None:
@@ -54,7 +55,9 @@ class JsonlWriter:
                 self.file.write(b"\n")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        line = json.dumps({"step": step, **metrics, "time": round(time.time(), 3)}) + "\n"
+        self.number += 1
+        record = {"step": step, **metrics, "time": round(time.time(), 3)}
+        line = seals.seal_line(record, self.number, self.id)
         if self.run.is_local:
             self.file.write(line.encode())
         else:

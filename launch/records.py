@@ -27,7 +27,7 @@ from typing import IO, Any, Literal, TypeVar
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import files, goodput, runs
+from cla_jax import files, goodput, runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run, is_local, write_atomically
 
@@ -202,7 +202,8 @@ def last_records(run: Run) -> list[dict[str, Any]]:
         start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
         file.seek(start)
         lines = file.read(2 * _TAIL).split(b"\n")[1 if start else 0 :]
-    return [record for line in lines if (record := runs.metrics_record(line)) is not None]
+    found = map(runs.metrics_record, seals.read_lines(lines, run.id, last=None))
+    return [record for record in found if record is not None]
 
 
 def result(run: Run, steps: int) -> dict[str, float] | None:

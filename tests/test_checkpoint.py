@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import shutil
 import types
 
 import jax
@@ -14,6 +16,8 @@ from cla_jax.mesh import axis_rules, make_mesh
 from cla_jax.optimizer import make_optimizer
 from cla_jax.runs import open_run
 from cla_jax.state import abstract_state, initial_state, named
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.fixture
@@ -77,9 +81,11 @@ def test_damage_is_noticed_and_the_one_before_used(saved, caplog, damage):
     what = damage(file)
     with caplog.at_level(logging.WARNING):
         assert_equal(restore_latest(directory, abstract), states[2])
-    (record,) = caplog.records
-    assert what in record.message
-    assert str(file) in record.message
+    problem, kept = (record.message for record in caplog.records)
+    assert what in problem
+    assert str(file) in problem
+    assert "kept as 00000004.json.damaged and 00000004.damaged" in kept
+    assert (directory / "00000004.json.damaged").exists()
     # Kept for inspection, and out of the way of the run that saves step 4 again.
     assert (directory / "00000004.damaged").exists()
     assert steps(directory) == [2]
@@ -266,3 +272,124 @@ def test_what_a_kill_left_is_removed_after_the_next_checkpoint(saved):
     names = {path.name for path in directory.iterdir() if path.is_dir()}
     assert names == {"00000004", "00000005", "00000002.damaged"}
     assert_equal(restore_latest(directory, abstract), jax.tree.map(lambda a: a + 1, states[4]))
+
+
+def of_a_run(tiny, states, **changes):
+    """A run with checkpoints of steps 2 and 4 of its own."""
+    run = open_run(tiny(**changes), data_fingerprint="", tokenizer_json="{}")
+    saver = Checkpointer(run.checkpoints, keep=2, owner=run.owner)
+    for step in (2, 4):
+        saver.save(states[step])
+    saver.close()
+    return run
+
+
+def move(source, target):
+    """A checkpoint with its manifest, under another step's or another run's name."""
+    for ending in ("", ".json"):
+        path = target.parent / f"{target.name}{ending}"
+        if path.exists():
+            path.rmtree() if path.is_dir() else path.unlink()
+        (shutil.copytree if ending == "" else shutil.copy)(f"{source}{ending}", path)
+
+
+def test_a_checkpoint_counts_only_under_its_own_step_and_in_its_own_run(saved, tiny, caplog):
+    _, abstract, states = saved
+    run = of_a_run(tiny, states)
+    twin = of_a_run(tiny, states, name="twin")  # of the same identity: only the number differs
+    moved = [(run.checkpoints / "00000002", "is of step 2: it was moved")]
+    moved += [(twin.checkpoints / "00000004", f"what was saved is of {twin.id}")]
+    for source, words in moved:
+        caplog.clear()
+        move(source, run.checkpoints / "00000004")
+        load = lambda: checkpoint.load_model(run, axis_rules(tiny().model, MESH), MESH)
+        assert load()[0] == 2  # a reader leaves everything in its place
+        assert steps(run.checkpoints) == [2, 4]
+        assert_equal(restore_latest(run.checkpoints, abstract, run.owner), states[2])
+        assert words in caplog.text
+        assert steps(run.checkpoints) == [2]
+    # Training comes to step 4 again: both were kept, and its own state is saved.
+    saver = Checkpointer(run.checkpoints, keep=2, owner=run.owner)
+    saver.save(states[4])
+    saver.close()
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert {"00000004.damaged", "00000004.damaged-2", "00000004.json.damaged-2"} <= names
+    assert_equal(restore_latest(run.checkpoints, abstract, run.owner), states[4])
+
+
+def test_saving_and_retention_set_aside_what_is_of_another_run(saved, tiny):
+    _, abstract, states = saved
+    run, twin = of_a_run(tiny, states), of_a_run(tiny, states, name="twin")
+    for step in ("00000002", "00000004"):
+        move(twin.checkpoints / step, run.checkpoints / step)
+    saver = Checkpointer(run.checkpoints, keep=1, owner=run.owner)
+    saver.save(states[4])  # there is a manifest of this step: another run's
+    saver.close()
+    assert steps(run.checkpoints) == [4]
+    assert_equal(restore_latest(run.checkpoints, abstract, run.owner), states[4])
+    kept = {path.name for path in run.checkpoints.iterdir() if "damaged" in path.name}
+    assert kept == {f"0000000{n}{end}.damaged" for n in (2, 4) for end in ("", ".json")}
+
+
+def test_a_damaged_manifest_is_kept(saved):
+    directory, abstract, states = saved
+    (directory / "00000004.json").write_text("{")
+    assert_equal(restore_latest(directory, abstract), states[2])
+    assert (directory / "00000004.json.damaged").read_text() == "{"
+
+
+def test_a_model_is_not_read_with_another_config_than_it_was_trained_with(saved, tiny):
+    run = of_a_run(tiny, saved[2])
+    file = run.path / "config.json"
+    load = lambda: checkpoint.load_model(run, axis_rules(tiny().model, MESH), MESH)
+    whole = json.loads(file.read_text())
+    altered = json.loads(file.read_text())
+    altered["identity"]["model"]["rope_theta"] = 50000.0
+    file.write_text(json.dumps(altered))
+    words = "model.rope_theta is 50000.0, and what was saved has 10000.0"
+    with pytest.raises(ValueError, match=f"config.json was altered: {words}"):
+        load()
+    # The checkpoint itself knows, too.
+    del altered["checksum"]
+    file.write_text(json.dumps(altered))
+    with pytest.raises(ValueError, match=f"00000004 is not of this run: {words}"):
+        load()
+    # What does not change the model may be edited.
+    whole["placement"]["data_dir"] = "elsewhere"
+    file.write_text(json.dumps(whole))
+    assert load()[0] == 4
+
+
+def test_a_run_from_before_its_records_had_checksums_goes_on(saved, tiny, caplog):
+    run = of_a_run(tiny, saved[2])
+    number = run.id
+    for file in (run.path / "config.json", *run.checkpoints.glob("*.json")):
+        record = json.loads(file.read_text())
+        for key in ("run", "identity", "tokenizer", "checksum"):
+            if key != "identity" or "arrays" in record:
+                record.pop(key, None)
+        file.write_text(json.dumps(record))
+    assert checkpoint.load_model(run, axis_rules(tiny().model, MESH), MESH)[0] == 4
+    (said,) = caplog.records
+    assert "saved before checkpoints named their run" in said.message
+    # The next start gives it a number; what it saved without one is still its own.
+    run = open_run(tiny(), data_fingerprint="", tokenizer_json="{}")
+    assert run.id not in ("", number)
+    assert_equal(restore_latest(run.checkpoints, saved[1], run.owner), saved[2][4])
+    # A config.json that an older version wrote again has no number: the checkpoints have it.
+    saver = Checkpointer(run.checkpoints, keep=2, owner=run.owner)
+    saver.save(jax.tree.map(lambda a: a + 1, saved[2][4]))
+    saver.close()
+    record = json.loads((run.path / "config.json").read_text())
+    del record["run"], record["checksum"]
+    (run.path / "config.json").write_text(json.dumps(record))
+    assert open_run(tiny(), data_fingerprint="", tokenizer_json="{}").id == run.id
+
+
+def test_links_in_a_checkpoint_are_not_followed(saved, tmp_path):
+    directory, abstract, states = saved
+    file = data_file(directory, 4)
+    file.rename(tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", file)
+    assert "is a link" in (checkpoint.verify(directory / "00000004") or "")
+    assert_equal(restore_latest(directory, abstract), states[2])

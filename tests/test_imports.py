@@ -13,6 +13,7 @@ LAYERS = [
     {"kv_map", "messages", "names"},
     {"config", "files"},
     {"costs", "chips", "hlo"},
+    {"seals"},
     {"goodput", "runs", "writers", "profiler", "mesh"},
     {"model", "cache"},
     {"loss", "optimizer", "data"},

@@ -1,9 +1,12 @@
 import json
+import os
 
 import pytest
+from etils import epath
 
 from cla_jax import runs
 from cla_jax.runs import find_runs, open_run
+from cla_jax.writers import JsonlWriter
 
 
 def opened(config, fingerprint="data-1", tokenizer="{}"):
@@ -52,6 +55,7 @@ def test_an_unknown_field_from_another_version_is_named(tiny):
     run = opened(tiny())
     record = json.loads((run.path / "config.json").read_text())
     record["identity"]["model"]["n_experts"] = 4
+    del record["checksum"]
     (run.path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="n_experts"):
         run.config()
@@ -178,13 +182,14 @@ def test_who_does_not_write_only_checks(tiny):
         runs.open_run(tiny(seed=7), **options, write=False)
 
 
-def test_a_damaged_evaluation_is_replaced_and_a_later_one_is_kept_and_named(tiny, caplog):
+def test_a_damaged_evaluation_is_kept_aside_and_a_later_one_is_kept_and_named(tiny, caplog):
     run = opened(tiny())
     for damaged in ("[]", '{"step": "x"}', "{"):
         runs.write_atomically(run.path / "eval" / "full.json", damaged)
         run.write_eval("full", {"step": 4})
         assert run.evals()["full"] == {"step": 4}
-    assert not caplog.records
+    kept = sorted(file.name for file in (run.path / "eval").iterdir())
+    assert kept == ["full.json", *(f"full.json.altered{n}" for n in ("", "-2", "-3"))]
     run.write_eval("full", {"step": 2})
     assert run.evals()["full"] == {"step": 4}
     assert "full.json is of step 4 and kept" in caplog.text
@@ -203,3 +208,217 @@ def test_a_run_without_tokenizer_says_so(tiny):
     (run.path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
         run.tokenizer_json()
+
+
+def altered(file, before, after):
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+@pytest.mark.parametrize("where", ["identity", "data_fingerprint", "versions"])
+def test_an_edited_config_is_no_config(tiny, where):
+    run = opened(tiny())
+    file = run.path / "config.json"
+    before, after = {
+        "identity": ('"rope_theta": 10000.0', '"rope_theta": 10001.0'),
+        "data_fingerprint": ('"data-1"', '"data-2"'),
+        "versions": ('"jaxlib": "', '"jaxlib": "9'),
+    }[where]
+    altered(file, before, after)
+    for read in (run.config, run.record, lambda: opened(tiny())):
+        with pytest.raises(runs.Altered, match=r"config\.json was altered.*Restore it"):
+            read()
+
+
+def test_placement_may_be_edited(tiny):
+    run = opened(tiny())
+    altered(run.path / "config.json", '"log_every": 2', '"log_every": 7')
+    assert run.config().placement.log_every == 7
+
+
+def test_an_edited_tokenizer_is_not_read(tiny):
+    run = opened(tiny(), tokenizer='{"a": 1}')
+    assert run.tokenizer_json() == '{"a": 1}'
+    altered(run.path / "tokenizer.json", "1", "2")
+    with pytest.raises(runs.Altered, match=r"tokenizer\.json was altered"):
+        run.tokenizer_json()
+
+
+def test_an_evaluation_that_was_edited_renamed_or_copied_does_not_count(tiny):
+    run, other = opened(tiny()), opened(tiny(name="other"))
+    for each in (run, other):
+        each.write_eval("full", {"perplexity": 3.5, "cache": (1, 2), "step": 4})
+    file = run.path / "eval" / "full.json"
+    whole = file.read_text()
+    as_read = {"perplexity": 3.5, "cache": [1, 2], "step": 4}
+    assert run.evals() == {"full": as_read}
+
+    def edited():
+        altered(file, "3.5", "3.4")
+
+    def copied():
+        file.write_bytes((other.path / "eval" / "full.json").read_bytes())
+
+    def renamed():
+        file.rename(file.with_name("cached-int8.json"))
+
+    for harm, words in (
+        (edited, "was altered"),
+        (copied, "of another run"),
+        (renamed, "was altered"),
+    ):
+        file.write_text(whole)
+        harm()
+        problems = []
+        assert run.evals(problems) == {}
+        assert len(problems) == 1
+        assert words in problems[0]
+        with pytest.raises(runs.Altered, match=words):
+            run.evals()
+    # A new evaluation replaces none of them.
+    file.write_text(whole)
+    edited()
+    run.write_eval("full", {"perplexity": 3.6, "step": 4})
+    assert run.evals()["full"]["perplexity"] == 3.6
+    assert json.loads(file.with_name("full.json.altered").read_text())["perplexity"] == 3.4
+
+
+def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
+    run, other = opened(tiny()), opened(tiny(name="other"))
+    run.metrics.write_text('{"step": 1, "loss": 9.0}\n')  # before lines had checksums
+    for each in (run, other):
+        writer = JsonlWriter(each)
+        for step in range(2, 8):
+            writer.write(step, {"loss": 10.0 - step})
+        writer.close()
+    first, *lines = run.metrics.read_text().splitlines(keepends=True)
+    foreign = other.metrics.read_text().splitlines(keepends=True)
+
+    def read(*lines):
+        run.metrics.write_text("".join(lines))
+        problems = []
+        found = run.read_metrics(problems)
+        for record in found:
+            record.pop("time", None)
+        assert all(
+            record == {"step": s, "loss": 10.0 - s}
+            for s, record in zip(steps(found), found, strict=True)
+        )
+        return steps(found), [problem.partition(": ")[2] for problem in problems]
+
+    steps = lambda found: [record["step"] for record in found]
+    assert read(first, *lines) == ([1, 2, 3, 4, 5, 6, 7], [])
+    edited = lines[2].replace('"loss": 6.0', '"loss": 1.0')
+    assert read(first, *lines[:2], edited, *lines[3:]) == (
+        [1, 2, 3, 5, 6, 7],
+        ["line 4 was altered: its checksum does not match"],
+    )
+    assert read(first, lines[0], *lines[3:]) == (
+        [1, 2, 5, 6, 7],
+        ["2 lines before line 3 are missing"],
+    )
+    assert read(*lines[:3], lines[1], *lines[3:]) == (
+        [2, 3, 4, 5, 6, 7],
+        ["line 4 stands there twice or in another place: it is not used"],
+    )
+    assert read(lines[0], foreign[1], *lines[2:]) == (
+        [2, 4, 5, 6, 7],
+        ["line 2 was altered: its checksum does not match"],
+    )
+    assert read(lines[0], first, *lines[1:]) == (
+        [2, 3, 4, 5, 6, 7],
+        ["line 2 was altered: it has no checksum"],
+    )
+    # A crash tears a line: the next process goes on behind it, and nothing is missing.
+    run.metrics.write_text("".join(lines[:3]) + lines[3][:20])
+    writer = JsonlWriter(run)
+    writer.write(5, {"loss": 5.0})
+    writer.close()
+    assert read(run.metrics.read_text()) == ([2, 3, 4, 5], [])
+
+
+def test_a_run_that_is_linked_counts_once(tiny, tmp_path):
+    for name in ("study/a", "study/b"):
+        opened(tiny(name=name))
+    study = tmp_path / "runs" / "study"
+    for i in range(3):
+        (study / f"self{i}").symlink_to(study)
+    (study / "again").symlink_to(study / "a")
+    (study / "everything").symlink_to("/")
+    names = lambda paths: [run.path.name for run in find_runs(paths)]
+    assert names([study]) == ["a", "b"]
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "b").symlink_to(study / "b")  # a comparison put together by hand
+    assert names([linked]) == ["b"]
+    assert names([linked, study]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "eval", "eval/full.json"])
+def test_a_run_directory_holds_no_links(tiny, tmp_path, name):
+    run = opened(tiny())
+    run.write_eval("full", {"step": 4})
+    run.metrics.write_text("")
+    path = run.path / name
+    path.rename(tmp_path / "target")
+    os.symlink(tmp_path / "target", path)
+    for use in (
+        lambda: (run.record(), run.evals(), list(run.read_records())),
+        lambda: run.write_eval("full", {"step": 5}),
+    ):
+        with pytest.raises(ValueError, match=f"{path} is a (symbolic )?link"):
+            use()
+
+
+@pytest.mark.parametrize("name", [".lock", "log.txt"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(tmp_path, name, kind):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    path = epath.Path(tmp_path / "run" / name)
+    path.parent.mkdir()
+    os.symlink(precious, path) if kind == "link" else os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{path} is a"):
+        runs.open_plain(path, "a")
+    if kind == "link":
+        runs.write_atomically(path, "new")  # takes the place of the link
+        assert not os.path.islink(path)
+    assert precious.read_text() == "kept"
+
+
+def test_a_lock_outlives_its_file(tmp_path):
+    path = epath.Path(tmp_path / "run")
+    with runs.locked(path):
+        (path / ".lock").unlink()
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            runs.locked(path).__enter__()
+    with runs.locked(path):
+        pass
+
+
+def test_what_a_kill_left_of_a_write_is_removed_by_the_next_start(tiny):
+    run = opened(tiny())
+    left = run.path / f".config.json.{'0' * 32}"
+    left.write_text("half")
+    opened(tiny())
+    assert not left.exists()
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch):
+    files = [epath.Path(tmp_path / name) for name in "abc"]
+    runs.write_all_atomically(dict.fromkeys(files, "old"))
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as failed:
+        runs.write_all_atomically(dict.fromkeys(files, "new"))
+    assert failed.value.filename == str(files[1])
+    assert [file.read_text() for file in files] == ["old"] * 3
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]

@@ -84,7 +84,7 @@ def import_run(
         },
     ) as run:
         model = names.to_model(foreign.tensors, config.model, progress)
-        saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep)
+        saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
         try:
             saver.save_model(0, model)
         finally:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from cla_jax import runs
 from cla_jax.report import page, pareto, tasks
 from cla_jax.report.page import notes
 from cla_jax.report.pareto import Point
@@ -30,13 +31,11 @@ def write(
     themselves are not compared by perplexity.
     """
     directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     figure = page.plot(rows, reference)
     contents = {
         "report.html": page.html(rows, directory.name or "Comparison", reference).encode(),
         "pareto.png": pareto.saved(figure, "png"),
         "pareto.svg": pareto.saved(figure, "svg"),
     }
-    for name, content in contents.items():
-        (directory / name).write_bytes(content)
+    runs.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]

@@ -17,7 +17,7 @@ from cla_jax import costs, files
 from cla_jax.config import Config
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import Run, find_runs, is_local
+from cla_jax.runs import Altered, Run, find_runs, is_local, read_config, read_json
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -44,6 +44,7 @@ class Row:
     cache: str = ""  # the format of cached decoding; empty: by full forward
     evaluation: Record | None  # the one that is compared
     context: int  # tokens of context that KV bytes are counted for
+    altered: tuple[str, ...] = ()  # what of the run's records cannot be trusted, and is not used
 
     @functools.cached_property
     def kv_bytes(self) -> float:
@@ -89,8 +90,9 @@ class Row:
 def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
     """A row a run, named by its path below what all share, and one for each eval/cached-NAME.json.
 
-    `context` is what KV bytes are counted for, by default the window that a run was trained with. Raises
-    ValueError naming a file that is missing or broken.
+    `context` is what KV bytes are counted for, by default the window that a run was trained with. Of a run
+    whose config or tokenizer was altered nothing is compared. Raises ValueError naming a file that is missing
+    or broken.
     """
     if context is not None and context < 1:
         raise ValueError(f"context = {context} must be positive")
@@ -103,14 +105,19 @@ def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
 
 
 def _read(run: Run, name: str, context: int | None) -> list[Row]:
-    evals, record = run.evals(), run.record()
+    altered: list[str] = []
+    try:
+        record, tokenizer = run.record(), run.tokenizer_json()
+    except Altered as error:
+        return [_unusable(run, name, context, str(error))]
     files.field(record, "data_fingerprint", str, run.path / "config.json")
+    evals = run.evals(altered)
     for stem, scored in evals.items():
         try:
             _check(stem, scored, run.path / "eval" / f"{stem}.json")
         except ValueError as error:
             raise ValueError(f"{error}: evaluate the run again") from None
-    config, metrics = run.config(), run.read_metrics()
+    config, metrics = run.config(), run.read_metrics(altered)
     name = printable(name)  # of a directory, which may be anyone's
     row = Row(
         name=name,
@@ -119,9 +126,10 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
         record=record,
         evals=evals,
         metrics=metrics,
-        tokenizer=hashlib.sha256(run.tokenizer_json().encode()).hexdigest(),
+        tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest(),
         evaluation=_newest(evals.get("full"), _made_by_training(metrics)),
         context=context or config.data.seq_len,
+        altered=tuple(altered),
     )
     # Through a dense cache a model is the same point again, to the last digits.
     stems = [stem for stem in evals if stem.startswith("cached-") and stem != "cached-dense"]
@@ -130,6 +138,23 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
         dataclasses.replace(row, name=f"{name}, {cache}", cache=cache, evaluation=evaluation)
         for cache, evaluation in caches.items()
     ]
+
+
+def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
+    """A line for a run that says nothing that can be trusted, not even what model it is of."""
+    config = read_config(run.path / "config.json")
+    return Row(
+        name=name,
+        path=str(run.path),
+        config=config,
+        record=read_json(run.path / "config.json"),
+        evals={},
+        metrics=[],
+        tokenizer="",
+        evaluation=None,
+        context=context or config.data.seq_len,
+        altered=(why,),
+    )
 
 
 def _made_by_training(metrics: Sequence[Record]) -> Record | None:
@@ -218,7 +243,8 @@ def comparison(rows: Sequence[Row]) -> Comparison:
 
 def warnings(rows: Sequence[Row]) -> list[str]:
     """What to know before one reads a comparison."""
-    found = [comparison(rows).warning, _lengths(rows), *_caches(rows)]
+    altered = dict.fromkeys(why for row in rows for why in row.altered)
+    found = [comparison(rows).warning, *altered, _lengths(rows), *_caches(rows)]
     return [note for note in found if note]
 
 
@@ -260,7 +286,8 @@ def _caches(rows: Sequence[Row]) -> list[str]:
 def missing(rows: Sequence[Row]) -> str:
     """One line with the command that evaluates what is not evaluated, if anything is."""
     runs = [row for row in rows if not row.cache]
-    found = [row for row in runs if not row.evaluation or row.from_training]
+    usable = [row for row in runs if row.metrics or row.evaluation or not row.altered]
+    found = [row for row in usable if not row.evaluation or row.from_training]
     if not found:
         return ""
     names = found[0].name if len(found) == 1 else f"{len(found)} of {len(runs)} runs"
