@@ -12,9 +12,10 @@
 
 Training or an import writes it; evaluation, generation, export and reports read only it. Paths are local or gs://.
 
-What is recorded names the run that it belongs to, and has a checksum (see cla_jax.seals): config.json of all
-but the placement, which may be edited; it has the checksum of tokenizer.json too. What was altered is named and
-not used, and it is never deleted. Nothing in a run directory is a link: what is written there stays there.
+What is recorded names the run that it belongs to, and has a checksum (see cla_jax.seals). That of config.json
+leaves out the placement, which may be edited. config.json has the checksum of tokenizer.json too. What was
+altered is named and not used, and it is never deleted. A run directory must not hold links: what is written
+there stays there.
 """
 
 import contextlib
@@ -175,14 +176,14 @@ class Run:
     def evals(self, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written.
 
-        One that is damaged or altered is a ValueError; or it is left out, if `problems` is there to be
-        told about it.
+        Raises ValueError for one that is damaged. So does one that was altered; or it is left out, if
+        `problems` is there to be told about it.
         """
         found = {}
         for file in listed(self.path / "eval", ".json"):
             try:
                 found[file.stem] = self._read_eval(file)
-            except ValueError as error:
+            except Altered as error:
                 if problems is None:
                     raise
                 problems.append(str(error))

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from html import escape
@@ -275,6 +276,48 @@ def test_a_context_too_short_for_a_cache_format_is_told(tmp_path):
     (note,) = report.notes(report.read([run], 256))
     assert "saves 34% at 256 tokens" in note
     assert report.notes(report.read([run], 32_768)) == []
+
+
+def test_altered_results_are_named_and_not_ranked(tmp_path):
+    runs = [make(tmp_path, f"tiny/{name}") for name in "abcd"]
+    for run, perplexity in zip(runs, (10.0, 9.0, 8.0, 7.0), strict=True):
+        evaluate(run, perplexity, cached=False)
+    edits = [
+        (runs[0].path / "eval" / "full.json", '"perplexity": 10.0', '"perplexity": 1.0'),
+        (runs[1].path / "config.json", '"d_ff": 96', '"d_ff": 97'),
+        (runs[2].path / "tokenizer.json", "{}", "{ }"),
+    ]
+    for file, before, after in edits:
+        text = file.read_text()
+        assert before in text
+        file.write_text(text.replace(before, after))
+    found = rows(*runs)
+    told = " ".join(report.notes(found))
+    assert all(f"{file} was altered" in told for file, *_ in edits)
+    assert [cells(found, name)[""] for name in "abcd"] == ["", "", "", "●"]
+    assert [cells(found, name)["perplexity"] for name in "abcd"] == ["—", "—", "—", "7.000"]
+    assert "was altered" in page.html(found, "x")
+
+
+def test_a_report_is_replaced_whole_and_not_written_through_a_link(tmp_path, monkeypatch):
+    run = make(tmp_path)
+    evaluate(run, 10.0)
+    (out := tmp_path / "out").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    os.symlink(precious, out / "report.html")
+    report.write(rows(run), out)
+    assert precious.read_text() == "kept"
+    assert not os.path.islink(out / "report.html")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cla_jax.runs.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(rows(run), out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_cached_decoding_of_another_checkpoint_is_not_shown(tmp_path):
@@ -551,6 +594,7 @@ def nasty(tmp_path):
     other = make(tmp_path / "tiny", "b")
     record = json.loads((run.path / "config.json").read_text())
     record["versions"]["jax"] = "<b>bold</b>"
+    del record["checksum"]
     (run.path / "config.json").write_text(json.dumps(record))
     evaluate(run, 10.0, note="<i>")
     evaluate(other, 11.0)

@@ -277,6 +277,7 @@ def test_an_evaluation_that_was_edited_renamed_or_copied_does_not_count(tiny):
         with pytest.raises(runs.Altered, match=words):
             run.evals()
     # A new evaluation replaces none of them.
+    file.with_name("cached-int8.json").unlink()
     file.write_text(whole)
     edited()
     run.write_eval("full", {"perplexity": 3.6, "step": 4})
