@@ -109,7 +109,7 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
     try:
         record, tokenizer = run.record(), run.tokenizer_json()
     except Altered as error:
-        return [_unusable(run, name, context, str(error))]
+        return [_unusable(run, printable(name), context, str(error))]
     files.field(record, "data_fingerprint", str, run.path / "config.json")
     evals = run.evals(altered)
     for stem, scored in evals.items():
