@@ -1,0 +1,187 @@
+"""A study that is declared before it is run: its rows, its seeds, its claims, and how they are decided.
+
+    STUDY = Study(
+        rows={"mqa": 8, "cla2": 8},
+        claims=(Claim("cla2", "mqa", margin=0.01),),
+    )
+
+A declaration is data. Its digest stands in every report that is made from it, so a claim that was changed
+after the runs is seen. `decide` turns held-out scores into one of four verdicts for each claim.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from cla_jax import statistics
+from cla_jax.config import near_choice
+from cla_jax.statistics import Alternative
+
+Status = Literal["supported", "contradicted", "inconclusive", "not tested"]
+Test = Literal["sign-flip", "t"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A row is better than another one, or no worse by more than a margin.
+
+    The claim is about the mean difference `row - other` of the study's metric, over paired seeds.
+    """
+
+    row: str
+    other: str
+    # 0: `row` is better. Above 0: `row` is no worse than `other` by more than that, in units of the metric.
+    margin: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.margin:
+            return f"{self.row} is better than {self.other}"
+        return f"{self.row} is no worse than {self.other} by more than {self.margin:g}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is run and what is decided from it; less of the metric is better.
+
+    Raises ValueError for a claim about a row that is not there, and for fewer seeds than the test needs.
+    """
+
+    # Seeds of each row: n stands for seeds 0 to n - 1.
+    rows: Mapping[str, int]
+    claims: tuple[Claim, ...]
+    # A held-out metric of training.
+    metric: Literal["bits_per_byte", "perplexity", "held_out_loss"] = "bits_per_byte"
+    # Level of the whole study: p values are adjusted for the number of claims by Holm's method.
+    alpha: float = 0.05
+    test: Test = "sign-flip"
+    # Metrics that are reported beside each verdict and decide nothing.
+    guardrails: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha = {self.alpha} must lie between 0 and 1")
+        for claim in self.claims:
+            for name in (claim.row, claim.other):
+                near_choice(f"row in the claim {str(claim)!r}:", name, self.rows)
+            if claim.row == claim.other:
+                raise ValueError(f"the claim {str(claim)!r} compares a row with itself")
+            if not 0 <= claim.margin < math.inf:
+                raise ValueError(f"the margin of the claim {str(claim)!r} must not be negative")
+            n = self.pairs(claim)
+            if n < self.needed:
+                raise ValueError(
+                    f"the claim {str(claim)!r} has {n} paired seeds; the {self.test} test needs "
+                    f"{self.needed} to decide {len(self.claims)} claims at level {self.alpha:g}"
+                )
+
+    def pairs(self, claim: Claim) -> int:
+        """Seeds that both rows of a claim have."""
+        return min(self.rows[claim.row], self.rows[claim.other])
+
+    @property
+    def needed(self) -> int:
+        """The fewest pairs with which a claim can be supported, whatever the effect."""
+        if self.test == "t":
+            return 2
+        return math.ceil(math.log2(max(len(self.claims), 1) / self.alpha))
+
+    @property
+    def digest(self) -> str:
+        """Names the declaration: another word, seed or margin gives another digest."""
+        fields = dataclasses.asdict(self) | {"rows": sorted(self.rows.items())}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the runs say of a claim; differences are `row - other`, in units of the metric."""
+
+    claim: Claim
+    status: Status
+    reason: str = ""  # why it was not tested
+    n: int = 0  # pairs used
+    mean: float = math.nan
+    low: float = math.nan  # ends of the two-sided t interval of level 1 - alpha
+    high: float = math.nan
+    p: float = math.nan  # adjusted for the number of claims
+    excluded: tuple[int, ...] = ()  # seeds of which a score was not finite
+
+
+def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdict]:
+    """The verdict on every claim of a study.
+
+    Args:
+      study: as it was declared.
+      scores: the metric by (row, seed). A score that is not finite is of a run that diverged: its pair is
+        left out and named. A missing score is of a run that is not there: the claim is not tested.
+
+    A claim is supported if the one-sided test says so, contradicted if the test of the opposite says so, both
+    at the level of the study after Holm's adjustment; otherwise it is inconclusive.
+    """
+    found: list[Verdict | None] = []
+    tested: list[tuple[Claim, tuple[int, ...], list[float]]] = []
+    for claim in study.claims:
+        seeds = range(study.pairs(claim))
+        missing = [
+            f"{row} seed {seed}"
+            for row in (claim.row, claim.other)
+            for seed in seeds
+            if (row, seed) not in scores
+        ]
+        pairs = {s: (scores.get((claim.row, s)), scores.get((claim.other, s))) for s in seeds}
+        whole = {s: (a, b) for s, (a, b) in pairs.items() if a is not None and b is not None}
+        finite = {s: a - b for s, (a, b) in whole.items() if math.isfinite(a - b)}
+        excluded = tuple(s for s in whole if s not in finite)
+        if missing:
+            shown = ", ".join(missing[:3]) + (" and others" if len(missing) > 3 else "")
+            reason = f"{len(missing)} of {2 * len(seeds)} runs are missing: {shown}"
+        elif len(finite) < study.needed:
+            reason = f"{len(finite)} pairs are finite, the test needs {study.needed}"
+        else:
+            found.append(None)
+            tested.append((claim, excluded, list(finite.values())))
+            continue
+        found.append(Verdict(claim=claim, status="not tested", reason=reason, excluded=excluded))
+    decided = iter(_decided(study, tested))
+    return [verdict or next(decided) for verdict in found]
+
+
+def _decided(
+    study: Study, tested: list[tuple[Claim, tuple[int, ...], list[float]]]
+) -> list[Verdict]:
+    # Claims that could not be tested still count: their number was declared.
+    padding = [1.0] * (len(study.claims) - len(tested))
+    adjusted = {}
+    for side in ("less", "greater"):
+        raw = [_p(study.test, d, side, claim.margin) for claim, _, d in tested]
+        adjusted[side] = statistics.holm([*raw, *padding])[: len(tested)]
+    verdicts = []
+    for i, (claim, excluded, differences) in enumerate(tested):
+        summary = statistics.paired(differences, level=1 - study.alpha)
+        supports, contradicts = adjusted["less"][i], adjusted["greater"][i]
+        status: Status = "inconclusive"
+        if supports <= study.alpha:
+            status = "supported"
+        elif contradicts <= study.alpha:
+            status = "contradicted"
+        verdicts.append(
+            Verdict(
+                claim=claim,
+                status=status,
+                n=summary.n,
+                mean=summary.mean,
+                low=summary.low,
+                high=summary.high,
+                p=contradicts if status == "contradicted" else supports,
+                excluded=excluded,
+            )
+        )
+    return verdicts
+
+
+def _p(test: Test, differences: list[float], side: Alternative, margin: float) -> float:
+    result = statistics.paired(differences, alternative=side, shift=margin)
+    return result.p_sign_flip if test == "sign-flip" else result.p_t
