@@ -5,7 +5,16 @@ stack and data order, which its seed stands for here. What the paper leaves open
 `experiments.cla_1b`; the data is read as described there.
 """
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Placement,
+    replaced,
+)
+from experiments import sweeping
+from experiments.sweeping import Trials
 
 # 100e9 tokens in batches of 2048 sequences of 2048 tokens.
 _STEPS = 23_842
@@ -78,3 +87,28 @@ ROWS = (
     second_h64_mqa_cla2,
     second_h32_mqa,
 )
+
+
+def learning_rate() -> Trials:
+    """How the rates of the first set were found: from 3e-4 in steps of 1.5, the three models side by side."""
+    return sweeping.together(
+        *(
+            sweeping.learning_rates(row(), f"{row.__name__}.lr")
+            for row in (h128_mqa, h128_mqa_cla2, h64_mqa)
+        )
+    )
+
+
+def second_learning_rate() -> Trials:
+    """The rates that the paper tried in the second set: one for MQA, three for each of the others."""
+    tried = {
+        second_h64_mqa: (1e-3,),
+        second_h64_mqa_cla2: (6.75e-4, 1e-3, 1.5e-3),
+        second_h32_mqa: (6.75e-4, 1e-3, 1.5e-3),
+    }
+    for row, rates in tried.items():
+        for rate in rates:
+            yield f"{row.__name__}.lr-{rate:g}", replaced(row(), {"optimizer.peak_lr": rate})
+
+
+SWEEPS = (learning_rate, second_learning_rate)

@@ -20,8 +20,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from cla_jax import costs
 from cla_jax.config import Config, replaced
 
 if TYPE_CHECKING:
@@ -93,6 +94,31 @@ def _word(value: Any) -> str:
     """A value as part of a file name: 0.001, cla-2."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
+
+
+def matched(config: Config, base: Config, by: Literal["parameters", "flops"]) -> Config:
+    """The config with an MLP as wide as makes it cost what `base` costs; everything else stays.
+
+    Sharing and fewer KV heads save parameters and FLOPs too. A control spends these on the MLP; then only the
+    cache differs. `parameters` counts all of the model, `flops` training on one token. The width is the
+    integer that comes closest. Raises ValueError if `config` costs more than `base` with an MLP of width 1.
+    """
+
+    def cost(config: Config) -> float:
+        if by == "parameters":
+            return costs.parameters(config.model).total
+        return costs.train_flops_per_token(config.model, config.data.seq_len)
+
+    wide = lambda width: replaced(config, {"model.d_ff": width})
+    least, wanted = cost(wide(1)), cost(base)
+    step = cost(wide(2)) - least  # both costs are linear in the width
+    width = 1 + round((wanted - least) / step)
+    if width < 1:
+        raise ValueError(
+            f"{config.name} cannot be matched to {base.name} by its MLP: it has {least:,.10g} {by} with a "
+            f"width of 1, {base.name} has {wanted:,.10g}"
+        )
+    return wide(width)
 
 
 # ------------------------------------------------------------------------- dependent sweeps

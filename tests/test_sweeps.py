@@ -5,6 +5,7 @@ import math
 import pytest
 
 import experiments
+from cla_jax import costs
 from cla_jax.config import replaced
 from experiments import smoke, sweeping
 from experiments.sweeping import Pending, Result
@@ -52,6 +53,41 @@ def test_fields_are_replaced_together_and_unknown_ones_named():
     assert replaced(mha, {"model.n_heads": 6, "model.n_kv_heads": 3}).model.q_groups == 2
     with pytest.raises(ValueError, match=r"unknown field 'peak_l'; did you mean peak_lr"):
         replaced(mha, {"optimizer.peak_l": 1.0})
+
+
+@pytest.mark.parametrize("by", ["parameters", "flops"])
+def test_a_control_has_the_cost_of_its_base_and_only_another_mlp(by):
+    cost = {
+        "parameters": lambda config: costs.parameters(config.model).total,
+        "flops": lambda config: costs.train_flops_per_token(config.model, config.data.seq_len),
+    }[by]
+    base = replaced(smoke.tiny(), {"model.n_kv_heads": 4, "model.kv_map": "identity"})
+    for row in (smoke.tiny(), replaced(base, {"model.n_kv_heads": 2})):
+        control = sweeping.matched(row, base, by)
+        assert control.model.d_ff > row.model.d_ff
+        assert replaced(control, {"model.d_ff": row.model.d_ff}) == row
+        apart = [abs(cost(c) - cost(base)) for c in (row, control)]
+        assert apart[1] < apart[0] / 4
+        for width in (control.model.d_ff - 1, control.model.d_ff + 1):
+            other = replaced(control, {"model.d_ff": width})
+            assert abs(cost(other) - cost(base)) >= apart[1]
+    with pytest.raises(
+        ValueError, match=r"cannot be matched to smoke/tiny by its MLP: it has .* with a width"
+    ):
+        sweeping.matched(replaced(base, {"model.d_model": 512}), smoke.tiny(), by)
+
+
+def test_the_rows_of_heads_have_equal_parameters():
+    counts = [costs.parameters(config.model).total for config in experiments.find("heads")]
+    assert max(counts) / min(counts) < 1.002
+    resident = [costs.kv_bytes(config.model, 256).resident for config in experiments.find("heads")]
+    assert resident == [2048, 1024, 512, 512]
+
+
+def test_the_second_set_of_3b_models_tries_the_rates_of_the_paper():
+    found = [name for name, _ in experiments.find_sweep("cla_3b.second_learning_rate")()]
+    assert len(found) == 7
+    assert {"second_h32_mqa.lr-0.0015", "second_h64_mqa_cla2.lr-0.000675"} < set(found)
 
 
 def rate_of(config):

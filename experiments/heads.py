@@ -1,0 +1,42 @@
+"""How far KV heads can be given up: MHA, GQA, MQA, and MHA with smaller heads.
+
+The papers of MQA (1911.02150) and GQA (2305.13245) order them so: MHA is best, then GQA, then MQA. MQA is
+better than MHA whose heads are shrunk until its cache is as small. Fewer or smaller heads also save parameters.
+As in the first of these papers, a wider MLP makes up for that: all rows have the parameters of MHA. The models
+are those of the study `small`, and train on its text.
+"""
+
+from cla_jax.config import Config, replaced
+from experiments import small, sweeping
+
+
+def _row(name: str, **model) -> Config:
+    changes = {f"model.{field}": value for field, value in model.items()}
+    return replaced(small.h16_mqa(), {"name": f"heads/{name}"} | changes)
+
+
+def _matched(name: str, **model) -> Config:
+    return sweeping.matched(_row(name, **model), mha(), "parameters")
+
+
+def mha() -> Config:
+    """Four KV heads of 16: 2,048 B a token at 16 bits."""
+    return _row("mha", n_kv_heads=4)
+
+
+def gqa2() -> Config:
+    """Two KV heads of 16: 1,024 B."""
+    return _matched("gqa2", n_kv_heads=2)
+
+
+def mqa() -> Config:
+    """One KV head of 16: 512 B."""
+    return _matched("mqa", n_kv_heads=1)
+
+
+def mha_small_heads() -> Config:
+    """Four query and KV heads of 4: 512 B, the bytes of MQA."""
+    return _matched("mha_small_heads", n_kv_heads=4, d_head=4)
+
+
+ROWS = (mha, gqa2, mqa, mha_small_heads)
