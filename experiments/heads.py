@@ -1,9 +1,9 @@
 """How far KV heads can be given up: MHA, GQA, MQA, and MHA with smaller heads.
 
 The papers of MQA (1911.02150) and GQA (2305.13245) order them so: MHA is best, then GQA, then MQA. MQA is
-better than MHA whose heads are shrunk until its cache is as small. Fewer or smaller heads also save parameters.
-As in the first of these papers, a wider MLP makes up for that: all rows have the parameters of MHA. The models
-are those of the study `small`, and train on its text.
+better than MHA whose heads are shrunk until its cache is as small. Fewer or smaller heads also save
+parameters. As in the first of these papers, a wider MLP makes up for that: all rows have the parameters of
+MHA. The models are those of the study `small`, and train on its text.
 """
 
 from cla_jax.config import Config, replaced
