@@ -130,7 +130,7 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     The optimiser is not read, nor is damage to it looked for. Raises ValueError if there is no
     checkpoint that can be trusted.
     """
-    check_saved(run)
+    run.check_saved()
     owner, config = run.owner, run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     abstract = with_layout(shapes, rules, mesh)
@@ -140,12 +140,6 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
         return int(path.name), with_named(abstract, arrays)
 
     return _restore(run.checkpoints, owner, load, keep_aside=False, unread="training")
-
-
-def check_saved(run: Run) -> None:
-    """Raises ValueError for a run without checkpoints."""
-    if not steps(run.checkpoints):
-        raise ValueError(f"{run.path} has no checkpoint yet: train it first")
 
 
 def fingerprint(run: Run, step: int) -> str:

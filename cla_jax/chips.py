@@ -7,6 +7,9 @@ sheets, dense, SXM.
 """
 
 import dataclasses
+import difflib
+
+from cla_jax.config import near_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,7 @@ class Chip:
     link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
+    devices: int = 1  # that jax sees of what is sold as one chip
 
     @property
     def interconnect(self) -> float:
@@ -40,10 +44,45 @@ CHIPS = {
     "TPU v5": Chip(flops=459e12, memory=95 * _GIB, link=180e9, axes=3, network=6.25e9),
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    "TPU7x": Chip(flops=1153e12, memory=96 * _GIB, link=100e9, axes=3, network=6.25e9),
+    "TPU7x": Chip(flops=1153e12, memory=96 * _GIB, link=100e9, axes=3, network=6.25e9, devices=2),
 }
 
 
 def find(device_kind: str) -> Chip | None:
     """The chip of a jax device kind; None where it is not known."""
     return next((chip for name, chip in CHIPS.items() if name in device_kind), None)
+
+
+# Shapes of slices, in chips; of v4, v5p and 7x they are three-dimensional. (Their names in the cloud count
+# cores.)
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+)
+# By our name of a kind of TPU.
+TOPOLOGIES = {"v4": _CUBE, "v5e": _PLANE, "v5p": _CUBE, "v6e": _PLANE, "v7x": _CUBE}
+
+
+def topology_names() -> list[str]:
+    return [f"{kind}:{shape}" for kind, shapes in TOPOLOGIES.items() for shape in shapes]
+
+
+def check_topology(name: str) -> None:
+    """Raises ValueError, with those near it, for a topology that does not exist."""
+    kind, _, shape = name.partition(":")
+    near_choice("kind of TPU", kind, TOPOLOGIES)
+    if shape not in TOPOLOGIES[kind]:
+        near = difflib.get_close_matches(shape, TOPOLOGIES[kind], n=3, cutoff=0.0)
+        raise ValueError(
+            f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
+            "(shapes are in chips)"
+        )

@@ -19,6 +19,8 @@ from cla_jax import names
 from cla_jax.messages import shown
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
+# The KV-cache formats of cla_jax.cache. Their names are here so that a wrong one is refused without jax.
+CACHE_FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8", "kivi4", "kivi2")
 # The forms of model.rope_scaling, with the names of their numbers.
 ROPE_SCALINGS = {
     "none": (),
@@ -478,6 +480,17 @@ def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
         raise ValueError(
             f"model.vocab_size = {model.vocab_size} is smaller than the {ids} ids of "
             f"data.tokenizer = {shown(tokenizer)}"
+        )
+
+
+def check_chunk(chunk: int, seq_len: int) -> None:
+    """Raises ValueError unless the windows of a run are whole chunks."""
+    if chunk < 1 or seq_len % chunk:
+        nearest = min(
+            (d for d in range(1, seq_len + 1) if not seq_len % d), key=lambda d: abs(d - chunk)
+        )
+        raise ValueError(
+            f"chunk = {chunk} does not divide data.seq_len = {seq_len}; {nearest} does"
         )
 
 

@@ -8,12 +8,6 @@ import dataclasses
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 
-FLOPS_FORMULA = (
-    "6 N + 6 L n_heads d_head T per token: N counts the parameters with the output head and without "
-    "the embedding table, attention is halved for causality (a layer with a window W < T counts "
-    "W (2 - W / T) instead of T), rematerialisation is not counted"
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
@@ -49,7 +43,11 @@ def parameters(model: ModelConfig) -> Parameters:
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token of a window of `seq_len`; see FLOPS_FORMULA."""
+    """FLOPs of forward and backward for one token of a window of `seq_len`: 6 N + 6 L n_heads d_head T.
+
+    N counts the parameters with the output head and without the embedding table. Attention is halved for
+    causality; a layer with a window W < T counts W (2 - W / T) instead of T. Rematerialisation is left out.
+    """
     count = parameters(model)
     head = model.vocab_size * model.d_model if model.tied_embeddings else count.head
     windows = (min(window or seq_len, seq_len) for window in model.resolved_windows)

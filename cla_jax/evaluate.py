@@ -9,15 +9,14 @@ import jax
 
 from cla_jax import checkpoint, memory
 from cla_jax import mesh as meshes
-from cla_jax.cache import FORMATS, cache_spec, ledger
-from cla_jax.config import MeshConfig, near_choice
+from cla_jax.cache import cache_spec, ledger
+from cla_jax.config import MeshConfig
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run
 from cla_jax.scoring import (
     Progress,
     agreement,
     cached_decoding,
-    check_chunk,
     full_forward,
     sensitivity,
 )
@@ -73,17 +72,6 @@ def open_setup(
     return setup
 
 
-def check(run: Run, *, formats: Sequence[str], chunk: int) -> None:
-    """Raises ValueError for a run that `evaluate` cannot evaluate so, before anything is loaded."""
-    for name in formats:
-        near_choice("cache format", name, FORMATS)
-    try:
-        check_chunk(chunk, run.config().data.seq_len)
-    except ValueError as error:
-        raise ValueError(f"{run.path}: {error}") from None
-    checkpoint.check_saved(run)
-
-
 def evaluate(
     run: Run,
     *,
@@ -107,7 +95,7 @@ def evaluate(
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
     formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
-    check(run, formats=formats, chunk=chunk)
+    run.check_decodable(formats, chunk)
     setup = open_setup(run, **options)
     step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
     origin = {
@@ -130,14 +118,17 @@ def evaluate(
                 continue
             if note := notes.get(name):
                 log.warning(note)
-            limits = {"windows": windows, "progress": progress(name or "full forward")}
+            work = f"{name} cache" if name else "full forward"
+            limits = {"windows": windows, "progress": progress(f"{work}, windows")}
             if not name:
                 record = full_forward(setup, model, **limits)
             else:
                 record = cached_decoding(setup, model, name, chunk=chunk, **limits)
                 sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
+                sampled["progress"] = progress(f"{name} beside the full forward")
                 record["agreement"] = agreement(setup, model, name, **sampled)
                 if per_slot:
+                    sampled["progress"] = progress(f"slots in {name}")
                     record["per_slot"] = sensitivity(setup, model, name, **sampled)
             record |= origin
             before, peak = peak, memory.allocator_peak() or 0

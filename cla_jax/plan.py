@@ -6,7 +6,6 @@ closed forms say, at once and for any layout. Where the two disagree, one of the
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax import chips, costs, hlo, kv_map
-from cla_jax.config import Config, near_choice
+from cla_jax.config import Config
 from cla_jax.mesh import row_shards
 from cla_jax.model.transformer import UNROLLED
 from cla_jax.state import named
@@ -33,37 +32,14 @@ from cla_jax.train import Layout, lay_out, make_step, option_errors
 
 # ------------------------------------------------------------------------------------ topologies
 
-# Shapes in chips; of v4, v5p and 7x they are three-dimensional. (Their names in the cloud count cores.)
-_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBE = (
-    "2x2x1",
-    "2x2x2",
-    "2x2x4",
-    "2x4x4",
-    "4x4x4",
-    "4x4x8",
-    "4x8x8",
-    "8x8x8",
-    "8x8x16",
-    "8x16x16",
-)
 _MEGACORE: dict[str, Any] = {
     "chip_config_name": "megacore",  # two cores as one device, as jax runs them
     "chips_per_host_bounds": (2, 2, 1),
     "wrap": (True, True, True),
 }
-# Our name of a kind: libtpu's name, shapes that are offered, options.
-_KINDS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "v4": ("v4", _CUBE, _MEGACORE),
-    "v5e": ("v5e", _PLANE, {}),
-    "v5p": ("v5p", _CUBE, {}),
-    "v6e": ("v6e", _PLANE, {}),
-    "v7x": ("tpu7x", _CUBE, {}),
-}
-
-
-def topology_names() -> list[str]:
-    return [f"{kind}:{shape}" for kind, (_, shapes, _) in _KINDS.items() for shape in shapes]
+# Where libtpu has another name or needs options.
+_LIBTPU_NAMES = {"v7x": "tpu7x"}
+_LIBTPU_OPTIONS = {"v4": _MEGACORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +63,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     if name == "here":
         return Topology(name, 1, jax.devices())
     kind, _, shape = name.partition(":")
-    near_choice("kind of TPU", kind, tuple(_KINDS))
-    libtpu_kind, offered, options = _KINDS[kind]
-    if shape not in offered:
-        near = difflib.get_close_matches(shape, offered, n=3, cutoff=0.0)
-        raise ValueError(
-            f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
-            "(shapes are in chips)"
-        )
+    chips.check_topology(name)
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -106,8 +75,8 @@ def topology(name: str, slices: int = 1) -> Topology:
     with _silent_stderr():
         found = topologies.get_topology_desc(
             platform="tpu",
-            topology_name=f"{libtpu_kind}:{shape}",
-            **options,
+            topology_name=f"{_LIBTPU_NAMES.get(kind, kind)}:{shape}",
+            **_LIBTPU_OPTIONS.get(kind, {}),
             **({"num_slices": slices} if slices > 1 else {}),
         )
     return Topology(name, slices, found.devices)
@@ -211,7 +180,7 @@ class Plan:
     peak: int  # by the compiler
     parts: dict[str, int]  # of the peak; parameters and optimizer exact, the others by our estimate
     estimate: int  # our closed forms, together
-    flops: float  # of a step on all devices, by `costs.FLOPS_FORMULA`
+    flops: float  # of a step on all devices, by `costs.train_flops_per_token`
     recomputed_flops: float  # on top of them, by rematerialisation
     collective_bytes: dict[str, int]  # a step hands each device, by kind
     roofline: dict[str, float]  # seconds of a step that each resource takes, if nothing else did
@@ -231,8 +200,19 @@ class Plan:
             return None
         return self.flops / (self.step_seconds * chip.flops * self.devices)
 
-    def days(self, steps: int) -> float | None:
-        return None if self.step_seconds is None else steps * self.step_seconds / 86_400
+    @property
+    def chips(self) -> int:
+        """What is bought; jax may see several devices of a chip."""
+        chip = chips.find(self.device_kind)
+        return self.devices // (chip.devices if chip else 1)
+
+    def days(self, steps: int, mfu: float | None = None) -> float | None:
+        """Of so many steps, at an MFU that is assumed, or else the least they can take."""
+        chip = chips.find(self.device_kind)
+        if chip is None or self.step_seconds is None:
+            return None
+        seconds = self.flops / (mfu * chip.flops * self.devices) if mfu else self.step_seconds
+        return steps * seconds / 86_400
 
 
 class DoesNotFit(ValueError):

@@ -37,7 +37,7 @@ from etils import epath
 
 from cla_jax import config as configs
 from cla_jax import files, goodput, seals
-from cla_jax.config import Config
+from cla_jax.config import CACHE_FORMATS, Config, check_chunk, near_choice
 from cla_jax.files import is_a
 from cla_jax.seals import Altered
 
@@ -132,6 +132,21 @@ class Run:
         """The ids that end a text: `end`, and those below `size` that an imported model has besides."""
         others = self.origin().get("end_ids") or []
         return list(dict.fromkeys([end, *(i for i in others if is_a(i, int) and 0 <= i < size)]))
+
+    def check_saved(self) -> None:
+        """Raises ValueError for a run without checkpoints."""
+        if not saved_steps(self.checkpoints):
+            raise ValueError(f"{self.path} has no checkpoint yet: train it first")
+
+    def check_decodable(self, formats: Iterable[str], chunk: int) -> None:
+        """Raises ValueError where the run cannot be evaluated through these caches; needs no jax."""
+        for name in formats:
+            near_choice("cache format", name, CACHE_FORMATS)
+        try:
+            check_chunk(chunk, self.config().data.seq_len)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.check_saved()
 
     def tokenizer_json(self) -> str:
         """tokenizer.json. Raises ValueError if it is missing or damaged, or not the run's."""

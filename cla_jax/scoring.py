@@ -19,6 +19,7 @@ import numpy as np
 from cla_jax import cache as caches
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache import CacheFormat, ledger
+from cla_jax.config import check_chunk
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
 from cla_jax.loss import cross_entropy
@@ -68,6 +69,7 @@ def score(
     size = setup.eval_batch
     spec = setup.rules.spec("batch", None)
     result = Score()
+    progress(0, total)
     for i, batch in enumerate(loader.windows(split, size)):
         done = i * size
         if done >= total:
@@ -200,16 +202,6 @@ def _spec(
     )
 
 
-def check_chunk(chunk: int, seq_len: int) -> None:
-    if chunk < 1 or seq_len % chunk:
-        nearest = min(
-            (d for d in range(1, seq_len + 1) if not seq_len % d), key=lambda d: abs(d - chunk)
-        )
-        raise ValueError(
-            f"chunk = {chunk} does not divide data.seq_len = {seq_len}; {nearest} does"
-        )
-
-
 def _one_step(weights: Weights) -> Callable:
     """A decode step of one token, for the ledger to trace."""
 
@@ -261,6 +253,7 @@ def agreement(
     *,
     chunk: int = 1,
     windows: int = 64,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, float]:
     """How far decoding through a cache is from the full forward, token by token.
 
@@ -290,13 +283,19 @@ def agreement(
             totals[name] = join(totals.get(name, 0.0), float(value))
         return jnp.zeros(())
 
-    tokens = score(setup, visit, windows=windows, warm_up=False).tokens
+    tokens = score(setup, visit, windows=windows, warm_up=False, progress=progress).tokens
     mean = {k: v if k.startswith("max") else v / tokens for k, v in totals.items()}
     return mean | {"tokens": tokens}
 
 
 def sensitivity(
-    setup: Setup, model: Transformer, name: str, *, chunk: int = 1, windows: int = 64
+    setup: Setup,
+    model: Transformer,
+    name: str,
+    *,
+    chunk: int = 1,
+    windows: int = 64,
+    progress: Progress = lambda done, total: None,
 ) -> list[dict[str, float]]:
     """What the error of each slot alone does to the model: one slot in a format, all others dense.
 
@@ -311,4 +310,5 @@ def sensitivity(
         measured = agreement(setup, model, formats, chunk=chunk, windows=windows)
         readers = config.resolved_kv_map.count(layer)
         found.append({"slot": p, "layer": layer, "readers": readers} | measured)
+        progress(p + 1, len(layers))
     return found

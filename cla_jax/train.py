@@ -330,6 +330,9 @@ def train(
     setup = set_up(config)
     agree({"data": facts_of(setup.prepared), "newest checkpoint": newest_checkpoint(config)})
     with opened(setup) as run, jax.set_mesh(setup.mesh):
+        if is_complete(run, config):
+            log.info("%s is complete already, at step %d", run.path, config.steps)
+            return True
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
         with ThreadPoolExecutor(1, thread_name_prefix="compile") as threads:
             compiling = threads.submit(compile_step, setup)
@@ -373,11 +376,7 @@ def train(
                     with journal.booked("evaluation"):
                         writer.write(step, evaluate(setup, state.model))
             with journal.booked("evaluation"):
-                # Of steps that were done again, on another mesh say, an evaluation is not the old one.
-                if first_step >= config.steps and is_evaluated(run, config.steps):
-                    log.info("%s is complete already, at step %d", run.path, config.steps)
-                else:
-                    writer.write(config.steps, evaluate(setup, state.model))
+                writer.write(config.steps, evaluate(setup, state.model))
     return True
 
 
@@ -409,6 +408,14 @@ def earlier_records(run: Run) -> list[dict[str, Any]]:
     if len(problems) > 5:
         log.warning("%s: %d more like these", run.metrics, len(problems) - 5)
     return records
+
+
+def is_complete(run: Run, config: Config) -> bool:
+    """Whether there is nothing left to do: known without compiling, or reading, the state."""
+    newest = newest_checkpoint(config)
+    if newest is None or newest < config.steps or not is_evaluated(run, config.steps):
+        return False
+    return checkpoint.verify(run.checkpoints / f"{newest:08d}", owner=run.owner) is None
 
 
 def is_evaluated(run: Run, step: int) -> bool:
@@ -514,7 +521,7 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
         f"{config.tokens_per_step:,}",
     )
     flops = costs.train_flops_per_token(config.model, config.data.seq_len)
-    log.info("training FLOPs: %.4g a token = %s", flops, costs.FLOPS_FORMULA)
+    log.info("training FLOPs: %.4g a token", flops)
 
 
 def log_time(clock: goodput.Clock) -> None:

@@ -8,20 +8,13 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from etils import epath
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from cla_jax import runs, seals
+from cla_jax import progress, runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run
 
@@ -78,24 +71,30 @@ class JsonlWriter:
 
 
 class ConsoleWriter:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """A progress bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, run: Run, steps: int, console: Console | None = None):
+    The bar moves with every step; it draws itself ten times a second at most. A line is printed for every
+    `every`-th step, and for others if there was none for so many `seconds`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        steps: int,
+        console: Console | None = None,
+        *,
+        every: int = 1,
+        seconds: float = 30.0,
+        now: Callable[[], float] = time.monotonic,
+    ):
         self.name, self.steps = run.path.name, steps
+        self.every, self.seconds, self.now = every, seconds, now
+        self.printed = now()
         self.console = console or Console(file=sys.stderr)
         self.progress = None
         if self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(self.name, total=steps, line="compiling")
+            self.progress = progress.make_bar(self.console)
+            self.task = self.progress.add_task(self.name, total=steps, line="first step")
             self.progress.start()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -103,14 +102,22 @@ class ConsoleWriter:
         if not line:
             return  # the run's time has a line of its own, at the end
         if self.progress is None:
-            eta = metrics.get("eta_s")
-            ending = "" if eta is None else f"  ETA {eta / 60:.1f} min"
-            print(f"{self.name}  step {step}/{self.steps}  {line}{ending}", file=self.console.file)
-            self.console.file.flush()
+            self._print(step, metrics, line)
         elif "loss" in metrics:
             self.progress.update(self.task, completed=step, line=line)
         else:
-            self.progress.console.print(f"{self.name}  step {step}  {line}", highlight=False)
+            text = f"{self.name}  step {step}  {line}"
+            self.progress.console.print(text, highlight=False, markup=False)
+
+    def _print(self, step: int, metrics: dict[str, Any], line: str) -> None:
+        due = "loss" not in metrics or _is_due(step, self.every, self.steps)
+        if not due and self.now() - self.printed < self.seconds:
+            return
+        self.printed = self.now()
+        eta = metrics.get("eta_s")
+        ending = "" if eta is None else f"  ETA {eta / 60:.1f} min"
+        print(f"{self.name}  step {step}/{self.steps}  {line}{ending}", file=self.console.file)
+        self.console.file.flush()
 
     def flush(self) -> None: ...
 
@@ -193,7 +200,7 @@ class ThinnedWriter:
         self.writer, self.every, self.last = writer, every, last
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if "loss" not in metrics or step % self.every == 0 or step in (1, self.last):
+        if "loss" not in metrics or _is_due(step, self.every, self.last):
             self.writer.write(step, metrics)
 
     def flush(self) -> None:
@@ -201,6 +208,10 @@ class ThinnedWriter:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step in (1, last)
 
 
 class CompositeWriter:
@@ -226,12 +237,13 @@ def make_writer(run: Run, config: Config, *, process_index: int) -> CompositeWri
     """The writers that a config asks for, on process 0; none on the others."""
     if process_index != 0:
         return CompositeWriter([])
-    thinned: list[MetricWriter] = [ConsoleWriter(run, config.steps)]
+    every, last = config.placement.log_every, config.steps
+    thinned: list[MetricWriter] = []
     if config.placement.tensorboard:
         thinned.append(TensorBoardWriter(run))
     if config.placement.wandb:
         thinned.append(WandbWriter(run, config))
-    every, last = config.placement.log_every, config.steps
+    console = ConsoleWriter(run, last, every=every)
     return CompositeWriter(
-        [JsonlWriter(run), *(ThinnedWriter(writer, every, last) for writer in thinned)]
+        [JsonlWriter(run), console, *(ThinnedWriter(writer, every, last) for writer in thinned)]
     )

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +59,24 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(2)
 
     return wrapped
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress bar puts itself there, and messages above it."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None: ...
+
+
+def log_to_stderr(*, informed: bool = False) -> None:
+    """Prints warnings of all packages, and, if `informed`, what this project has to say besides."""
+    logging.basicConfig(format="%(message)s", handlers=[_Stderr()])
+    if informed:
+        logging.getLogger("cla_jax").setLevel(logging.INFO)
 
 
 def _reader_has_gone() -> bool:

@@ -15,8 +15,6 @@ trust_remote_code=True)`; models without sharing are plain Llamas and need no re
 """
 
 import dataclasses
-import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cla_jax.interop.text import Text
-from launch.cli import user_errors
+from launch.cli import log_to_stderr, user_errors
 
 # Its fields are flags without a prefix.
 Flags = Annotated[Text, tyro.conf.arg(name="")]
@@ -82,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m launch.convert",
         description=__doc__,
     )
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     match command:
         case Import():
             _import(Path(command.path).expanduser(), command.run, command.text, command.tokenizer)
@@ -94,9 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _import(path: Path, run: str, text: Text, tokenizer: str | None = None) -> None:
     from cla_jax import interop
+
+    if Path(run).exists():
+        raise ValueError(f"{run} exists already: remove it, or choose another directory")
+    model = interop.read(path, Path(tokenizer).expanduser() if tokenizer else None)
     from cla_jax.interop.foreign import import_run
 
-    model = interop.read(path, Path(tokenizer).expanduser() if tokenizer else None)
     with _bar("importing") as progress:
         made = import_run(model, run, text, progress)
     print(f"{made.path}: evaluate it with python -m launch.evaluate {made.path}")
@@ -113,12 +114,14 @@ def _fetch(name: str, run: str, text: Text) -> None:
 
 
 def _export(command: Export) -> None:
-    from cla_jax.interop.export import export
     from cla_jax.runs import find_runs
 
     run, *others = find_runs([command.run])
     if others:
         raise ValueError(f"{command.run} holds several runs; name one of them, {run.path} say")
+    run.check_saved()
+    from cla_jax.interop.export import export
+
     with _bar("exporting") as progress:
         made = export(run, command.directory, command.dtype, progress)
     remote = ", trust_remote_code=True" if (made / "modeling_cla.py").exists() else ""
@@ -127,24 +130,18 @@ def _export(command: Export) -> None:
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, from the first report on: what is refused before is refused on a clean line."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Progress, from the first report on."""
+    from cla_jax import progress
 
-    bar = Progress(transient=True, console=Console(file=sys.stderr))
-    tasks = []
+    with progress.shown() as bar:
+        reports = []
 
-    def progress(done: int, total: int) -> None:
-        if not tasks:
-            bar.start()
-            tasks.append(bar.add_task(name, total=total))
-        bar.update(tasks[0], completed=done)
+        def report(done: int, total: int) -> None:
+            if not reports:
+                reports.append(bar(name))
+            reports[0](done, total)
 
-    try:
-        yield progress
-    finally:
-        if tasks:
-            bar.stop()
+        yield report
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
     python -m launch.evaluate runs/demo --tasks hellaswag,piqa,sciq --task-data data/tasks
     python -m launch.evaluate runs/demo --tasks sciq --task-data data/tasks --cache int8 --limit 200
 
-Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV ledger
-(predicted from the config, counted from the live arrays), and writes eval/*.json into each run
+Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV bytes that
+a token takes (all of the ledger with --ledger), and writes eval/*.json into each run
 directory; `launch.compare` then shows every format as a point of its own. The held-out text is
 prepared again where it is missing. Launched again it goes on: what is recorded of the same checkpoint,
 evaluated in the same way, is shown and not evaluated again (--again).
@@ -18,20 +18,16 @@ With --tasks it scores downstream tasks instead, those of the lm-evaluation-harn
 `interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json. They go on alike.
 """
 
-import contextlib
 import dataclasses
-import functools
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from cla_jax.config import MeshConfig
+from cla_jax.config import CACHE_FORMATS, MeshConfig, near_choice
 from launch import allocator
-from launch.cli import user_errors
+from launch.cli import log_to_stderr, user_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,8 @@ class Arguments:
     windows: int | None = None
     # Measure also what the error of each cache slot does by itself.
     per_slot: bool = False
+    # Print the whole KV ledger: bytes predicted from the config, and counted from the live arrays.
+    ledger: bool = False
     # Evaluate also what is recorded already, of this checkpoint and with these options.
     again: bool = False
     # Windows evaluated at once; 0 for what the run was trained with.
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(
         Arguments, args=argv, prog="python -m launch.evaluate", description=__doc__
     )
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
 
     allocator.set_up()
     if arguments.tasks:
@@ -89,65 +87,80 @@ def _held_out(arguments: Arguments) -> None:
             raise ValueError(
                 f"{name} = {getattr(arguments, name)!r} is of tasks: name some with --tasks"
             )
-    from rich.console import Console
-
-    from cla_jax.evaluate import check, evaluate
-
-    say = functools.partial(Console().print, highlight=False, soft_wrap=True)
+    if arguments.windows is not None and arguments.windows < 1:
+        raise ValueError(f"windows = {arguments.windows} must be positive")
     formats = arguments.cache or ("dense",)
     chunk = 1 if arguments.chunk is None else arguments.chunk
     ready, refused = [], []
     for run in _runs(arguments):
         try:
-            check(run, formats=formats, chunk=chunk)
+            run.check_decodable(formats, chunk)
             ready.append(run)
         except ValueError as error:
             refused.append(str(error))
-    for run in ready:
-        say(f"[bold]{run.path}")
-        with _bars() as progress:
-            for name, record in evaluate(
-                run,
-                formats=formats,
-                chunk=chunk,
-                windows=arguments.windows,
-                per_slot=arguments.per_slot,
-                again=arguments.again,
-                progress=progress,
-                **_options(arguments),
-            ):
-                _say_scored(say, name, record)
+    if ready:
+        # Not before: mistakes should not wait for jax.
+        from cla_jax import progress
+        from cla_jax.evaluate import evaluate
+        from launch import programs
+
+        programs.remember(ready[0].path.parent)
+        for run in ready:
+            print(run.path)
+            with progress.shown() as bar:
+                for name, record in evaluate(
+                    run,
+                    formats=formats,
+                    chunk=chunk,
+                    windows=arguments.windows,
+                    per_slot=arguments.per_slot,
+                    again=arguments.again,
+                    progress=bar,
+                    **_options(arguments),
+                ):
+                    print("\n".join(_scored(name, record, ledger=arguments.ledger)))
     if refused:
         raise ValueError("; ".join(dict.fromkeys(refused)))
 
 
-def _say_scored(say: Callable[[str], None], name: str, record: dict[str, Any]) -> None:
+def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
+    """What to print of an evaluation: its result, and below it the cost of the cache and of its error."""
     from cla_jax.report.rows import per_token
 
-    say(
-        f"  {name:16s}perplexity {record['perplexity']:.4f}   "
+    lines = [
+        f"  {name.removeprefix('cached-'):10s}perplexity {record['perplexity']:,.4f}   "
         f"{record['bits_per_byte']:.4f} bits/byte   "
-        f"{record['tokens']:,} tokens at {record['tokens_per_s']:,.0f}/s, step {record['step']:,}"
-    )
+        f"{record['tokens']:,} tokens, step {record['step']:,}"
+    ]
+
+    def say(text: str) -> None:
+        lines.append(f"  {'':10s}{text}")
+
     if close := record.get("agreement"):
         say(
-            f"  {'':16s}beside the full forward: logits differ by "
-            f"{close['mean_logit_difference']:.2g} (at most "
-            f"{close['max_logit_difference']:.2g}), top-1 agrees "
-            f"{close['top1_agreement']:.2%}, KL {close['kl']:.2g} nats a token"
+            f"as the full forward: the likeliest token {close['top1_agreement']:.2%}, KL "
+            f"{close['kl']:.1e} nats a token, logits within {close['max_logit_difference']:.1e}"
         )
-    for kind, count in record.get("kv_bytes", {}).items():
+    counts = record.get("kv_bytes", {})
+    differing = [kind for kind, count in counts.items() if count["counted"] != count["predicted"]]
+    if counts:
+        held = per_token(counts["resident"]["counted"])
+        dtype = record["cache_dtype"]
         say(
-            f"  {'':16s}KV bytes {kind:9s}{per_token(count['predicted']):>12s} predicted "
-            f"{per_token(count['counted']):>12s} counted   per token at {record['context']:,}"
+            f"{held} resident KV bytes a token at {record['context']:,} tokens; what is not quantised is "
+            f"{dtype}"
         )
-    if peak := record.get("device_peak_bytes"):
-        say(f"  {'':16s}device memory in use at most: {peak:,} bytes, by its allocator")
+    for kind in counts if ledger else differing:
+        predicted, counted = (per_token(counts[kind][how]) for how in ("predicted", "counted"))
+        say(f"KV bytes {kind:9s}{predicted:>12s} predicted {counted:>12s} counted")
+    if ledger and (peak := record.get("device_peak_bytes")):
+        say(f"device memory in use at most: {peak:,} bytes, by its allocator")
     for slot in record.get("per_slot", []):
         say(
-            f"  {'':16s}slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
+            f"slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
             f"{slot['readers']} layers: alone in this format, KL {slot['kl']:.2g}"
         )
+    return lines
 
 
 def _tasks(arguments: Arguments) -> None:
@@ -157,21 +170,23 @@ def _tasks(arguments: Arguments) -> None:
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from rich.console import Console
-
-    from cla_jax.interop import lm_eval, task_data
-
-    say = functools.partial(Console().print, highlight=False, soft_wrap=True)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
+    for name in arguments.cache:
+        near_choice("cache format", name, ("full", *CACHE_FORMATS))
     runs = _runs(arguments)
-    with _bars() as progress:
-        progress("loading tasks")
+    from cla_jax import progress
+    from cla_jax.interop import lm_eval, task_data
+    from launch import programs
+
+    programs.remember(runs[0].path.parent)
+    with progress.shown() as bar:
+        bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
     for run in runs:
-        say(f"[bold]{run.path}")
-        with _bars() as progress:
+        print(run.path)
+        with progress.shown() as bar:
             for way, task, record in lm_eval.evaluate(
                 run,
                 tasks,
@@ -180,7 +195,7 @@ def _tasks(arguments: Arguments) -> None:
                 limit=arguments.limit,
                 context=arguments.context,
                 again=arguments.again,
-                progress=progress,
+                progress=bar,
                 **_options(arguments),
             ):
                 values = record["metrics"]
@@ -193,18 +208,15 @@ def _tasks(arguments: Arguments) -> None:
                 examples = (
                     f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
                 )
-                say(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+                print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
 
 
 def _runs(arguments: Arguments) -> list[Any]:
     from cla_jax.runs import find_runs
-    from launch import programs
 
     if not arguments.runs:
         raise ValueError("give at least one run or study: python -m launch.evaluate runs/NAME")
-    runs = find_runs(arguments.runs)
-    programs.remember(runs[0].path.parent)
-    return runs
+    return find_runs(arguments.runs)
 
 
 def _options(arguments: Arguments) -> dict[str, Any]:
@@ -215,21 +227,6 @@ def _options(arguments: Arguments) -> dict[str, Any]:
         "split_cache": arguments.split_cache,
         "batch_size": arguments.batch_size or None,
     }
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str], Any]]:
-    """Progress bars, one for each name that is asked for."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(transient=True, console=Console(file=sys.stderr)) as bars:
-
-        def bar(name: str) -> Callable[[int, int], None]:
-            task = bars.add_task(name, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield bar
 
 
 if __name__ == "__main__":

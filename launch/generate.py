@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from launch import allocator
-from launch.cli import user_errors
+from launch.cli import log_to_stderr, user_errors
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
+    from cla_jax.runs import Run
 
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(
         Arguments, args=argv, prog="python -m launch.generate", description=__doc__
     )
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
+    run = _run(arguments)
     allocator.set_up()
-
+    # After the checks: a mistake should not wait for jax.
     import jax
 
     from cla_jax import checkpoint
@@ -65,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.decode import decoding_weights
     from cla_jax.files import is_a
     from cla_jax.generate import Sampling, generate
-    from cla_jax.runs import find_runs
     from launch import programs
 
     sampling = Sampling(
@@ -73,9 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
     )
-    run, *others = find_runs([arguments.run])
-    if others:
-        raise ValueError(f"{arguments.run} holds several runs; name one of them, {run.path} say")
     programs.remember(run.path.parent)
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
@@ -86,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Training saw every document begin after an end token, or this one in its place.
     begin = tokenizer.begin(config.data.begin_token)
     prompts = [[begin, *tokenizer.encode(text).tolist()] for text in texts]
-    if arguments.stream and len(texts) > 1:
-        raise ValueError(f"stream: {len(texts)} prompts cannot be printed at once")
     longest = run.origin().get("max_length")
     reach = max(map(len, prompts)) + max(arguments.new_tokens, 1)
     if is_a(longest, int) and reach > longest:
@@ -123,6 +119,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for prompt, completion in zip(prompts, completions, strict=True):
         # Together: some tokenizers join words.
         print(tokenizer.decode([*prompt, *completion.tokens]))
+
+
+def _run(arguments: Arguments) -> "Run":
+    """The run, if it and the arguments are such that it can be decoded."""
+    from cla_jax.runs import find_runs
+
+    run, *others = find_runs([arguments.run])
+    if others:
+        raise ValueError(f"{arguments.run} holds several runs; name one of them, {run.path} say")
+    run.check_decodable([arguments.cache], chunk=1)
+    if arguments.stream and len(arguments.prompt) > 1:
+        raise ValueError(f"stream: {len(arguments.prompt)} prompts cannot be printed at once")
+    return run
 
 
 class _Printer:

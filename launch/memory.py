@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax.config import ModelConfig
+from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
 from launch.cli import user_errors
 
 if TYPE_CHECKING:
@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{field} = {getattr(arguments, field)} must be positive")
     if arguments.ledger and arguments.compile:
         raise ValueError("--ledger shows the bytes of a token; leave it or --compile out")
-    from cla_jax.cache import FORMATS
-
     # In the model's own dtype `dense` says it all.
     formats = tuple(dict.fromkeys(arguments.cache)) or tuple(
-        n for n in FORMATS if n not in ("float32", "bfloat16")
+        n for n in CACHE_FORMATS if n not in ("float32", "bfloat16")
     )
+    for name in formats:
+        near_choice("cache format", name, CACHE_FORMATS)
     if not arguments.names:
         raise ValueError(
             "give at least one experiment, study or run: python -m launch.memory cla_1b"

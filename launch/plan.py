@@ -5,18 +5,19 @@
     python -m launch.plan cla_1b.h128_mqa --topology v5e:16x16 --slices 2 --search
     python -m launch.plan demo --topology here
 
-Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, and the
-least time a step can take. A topology is kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows all); no
-TPU is needed, but libtpu: pip install -e '.[plan]'. `here` plans for the devices at hand. --search finds
-the fastest microbatch and rematerialisation that fit. Fields of the config come after a lone --:
+Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, the
+least time a step can take, and what a run costs in days and chip-hours at an assumed --mfu. A topology is
+kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows all); no TPU is needed, but libtpu: pip install -e
+'.[plan]'. `here` plans for the devices at hand. --search finds the fastest microbatch and rematerialisation
+that fit, and prints the command that trains so. Fields of the config come after a lone --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
 """
 
 import dataclasses
 import json
-import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from cla_jax import chips
 from cla_jax.config import Config
-from launch.cli import user_errors
+from launch.cli import log_to_stderr, user_errors
 
 if TYPE_CHECKING:
     from cla_jax.plan import Plan
@@ -41,6 +43,8 @@ class Arguments:
     slices: int = 0
     # Find the fastest microbatch and rematerialisation that fit, in at most 3 compilations.
     search: bool = False
+    # Model FLOPs utilisation to assume for days and chip-hours, 0 to 1; the roofline says what is the most.
+    mfu: float = 0.4
     # Print JSON instead of tables.
     json: bool = False
     # Print the topologies.
@@ -71,18 +75,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--topology here is planned by itself: the others are compiled on the CPU"
             )
         compile_elsewhere()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cla_jax").setLevel(logging.INFO)
-    from cla_jax import plan as planning
-
+    log_to_stderr(informed=True)
     if arguments.list:
-        print("\n".join(planning.topology_names()))
+        print("\n".join(chips.topology_names()))
         return
     if not arguments.names or not arguments.topology:
         raise ValueError("name an experiment and a --topology; --help shows how")
+    if not 0 < arguments.mfu <= 1:
+        raise ValueError(f"--mfu {arguments.mfu} must lie between 0 and 1")
+    for topology in arguments.topology:
+        if topology != "here":
+            chips.check_topology(topology)
+    overrides = argv[cut + 1 :]
+    configs = _configs(arguments, overrides)
+    from cla_jax import plan as planning  # after the checks: mistakes should not wait for jax
+
     plans, misfits = [], []
     for topology in arguments.topology:
-        for config in _configs(arguments, argv[cut + 1 :]):
+        for config in configs:
             devices = planning.topology(topology, config.placement.mesh.slice)
             cache = _cache(config)
             try:
@@ -93,11 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             except planning.DoesNotFit as error:  # the other rows may
                 misfits.append(str(error))
                 continue
-            plans.append(plan)
+            plans.append((plan, config))
             if not arguments.json:
-                _print(plan, config)
+                _print(plan, config, arguments.mfu)
+                if arguments.search:
+                    print(f"Train it: {_command(plan, config, overrides)}\n")
     if arguments.json:
-        json.dump([_as_dict(plan) for plan in plans], sys.stdout, indent=1)
+        json.dump(
+            [_as_dict(plan, config, arguments.mfu) for plan, config in plans], sys.stdout, indent=1
+        )
         print()
     if misfits:
         raise ValueError("\n".join(misfits))
@@ -130,16 +144,76 @@ def _configs(arguments: Arguments, overrides: Sequence[str]) -> list[Config]:
     ]
 
 
-def _as_dict(plan: "Plan") -> dict[str, Any]:
-    return dataclasses.asdict(plan) | {"step_seconds": plan.step_seconds, "mfu": plan.mfu()}
+def _as_dict(plan: "Plan", config: Config, mfu: float) -> dict[str, Any]:
+    days = plan.days(config.steps, mfu)
+    return dataclasses.asdict(plan) | {
+        "step_seconds": plan.step_seconds,
+        "mfu": plan.mfu(),
+        "chips": plan.chips,
+        "tokens": config.steps * config.tokens_per_step,
+        "assumed_mfu": mfu,
+        "days": days,
+        "chip_hours": None if days is None else 24 * days * plan.chips,
+    }
 
 
-def _print(plan: "Plan", config: Config) -> None:
+def _command(plan: "Plan", config: Config, overrides: Sequence[str]) -> str:
+    """What starts the run as it was planned: the fields of the command line, and those that were found."""
+    import experiments
+
+    row = config.name.replace("/", ".")
+    found = {"--placement.accumulate": str(plan.accumulate), "--placement.remat": plan.remat}
+    if plan.mesh["slice"] > 1:
+        found["--placement.mesh.slice"] = str(plan.mesh["slice"])
+    name = row if row in experiments.rows() else "NAME"
+    flags = [word for flag in found.items() for word in flag]
+    return shlex.join(["python", "-m", "launch.train", name, *overrides, *flags])
+
+
+def count(number: float) -> str:
+    """Three digits and a unit, as people say it: `30 B`, `246 K`."""
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    return next((f"{number / size:.3g} {u}" for size, u in units if number >= size), f"{number:g}")
+
+
+def _span(days: float) -> str:
+    """A time in the unit that fits it."""
+    hours = 24 * days
+    if days >= 2:
+        return f"{days:,.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def cost(plan: "Plan", config: Config, assumed: float) -> list[str]:
+    """What a run takes: tokens and steps, days and chip-hours at the assumed MFU, and at the least."""
+    tokens = config.steps * config.tokens_per_step
+    lines = [f"Training: {count(tokens)} tokens, in {config.steps:,} steps."]
+    bound = plan.mfu()
+    if bound is None or plan.step_seconds is None:
+        return [f"{lines[0]} How fast {plan.device_kind} can be is not known."]
+
+    def at(mfu: float | None) -> str:
+        days = plan.days(config.steps, mfu)
+        assert days is not None
+        hours = 24 * days * plan.chips
+        return f"{_span(days)}, {hours:,.{0 if hours >= 10 else 2}f} chip-hours"
+
+    if assumed < bound:
+        lines.append(f"At an MFU of {assumed:.0%}, on {plan.chips} chips: {at(assumed)}.")
+    else:
+        lines.append(f"An MFU of {assumed:.0%} is out of reach here.")
+    times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.roofline.items())
+    lines.append(
+        f"At the least: {at(None)}. By the roofline ({times}) a step takes {plan.step_seconds:.3g} s, "
+        f"an MFU of {bound:.0%}."
+    )
+    return lines
+
+
+def _print(plan: "Plan", config: Config, mfu: float) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-
-    from cla_jax.costs import FLOPS_FORMULA
 
     gib = lambda count: f"{count / 2**30:.2f} GiB"
     mesh = (
@@ -181,16 +255,8 @@ def _print(plan: "Plan", config: Config) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    mfu, days = plan.mfu(), plan.days(config.steps)
-    if mfu is not None and days is not None:
-        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.roofline.items())
-        console.print(
-            f"Roofline: {times}; so a step takes at least {plan.step_seconds:.3f} s, MFU is at most "
-            f"{mfu:.0%}, and {config.steps:,} steps ({config.steps * config.tokens_per_step:.3g} tokens) "
-            f"take at least {days:.2f} days. FLOPs: {FLOPS_FORMULA}.",
-            soft_wrap=True,
-            highlight=False,
-        )
+    for line in cost(plan, config, mfu):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"Compiled in {plan.compile_seconds:.0f} s.", highlight=False)
 
 

@@ -2,6 +2,7 @@
 
     python -m launch.sweep smoke.grid --local.workers 2           # six runs of seconds, two at a time
     python -m launch.sweep demo.learning_rate                     # trials that depend on earlier ones
+    python -m launch.sweep smoke.grid --evaluate                  # the trials that are done
     python -m launch.sweep cla_1b --engine slurm --slurm.partition gpu --slurm.gpus 8 --slurm.time 12:00:00
     python -m launch.sweep cla_1b --engine jobset --topology v5e:16x16 --jobset.image IMAGE --dry-run \\
         -- --placement.runs gs://BUCKET/runs
@@ -16,6 +17,7 @@ refused. Fields for every trial come after a lone --. Watch with `python -m laun
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -59,6 +61,8 @@ class Arguments:
     wait: bool = False
     # Seconds between two looks at the trials with --wait.
     every: float = 10.0
+    # Evaluate the trials that are done, on this machine, and submit nothing.
+    evaluate: bool = False
     # Start again what failed for good or was cancelled.
     again: bool = False
     # TPUs of a trial, kind and shape in chips: v5e:16x16.
@@ -122,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher = Launcher(arguments, argv[cut + 1 :])
     if arguments.dry_run:
         launcher.show()
+        return
+    if arguments.evaluate:
+        launcher.evaluate()
         return
     engines.check_tools(launcher.engine)
     raise SystemExit(launcher.run())
@@ -194,6 +201,20 @@ class Launcher:
         print(f"# {len(todo.trials)} of {len(plan.trials)} trials would be submitted")
         if plan.waits_for:
             print(f"# more to come: {plan.waits_for}")
+
+    def evaluate(self) -> None:
+        """Evaluates what is done, as launch.evaluate does: what is evaluated already is not done again."""
+        from launch import evaluate
+
+        plan = self.plan(dry=True)
+        done = [trial for trial in plan.trials if self.results(trial.config).metrics]
+        if not done:
+            raise ValueError(
+                f"no trial of {self.arguments.name} is done yet: python -m launch.sweep "
+                f"{self.arguments.name} starts them"
+            )
+        evaluate.main([trial.directory for trial in done])
+        print(f"compare: python -m launch.compare {shlex.quote(str(plan.directory))}", flush=True)
 
     # ---------------------------------------------------------------------------- launch
 
@@ -421,7 +442,9 @@ class Launcher:
             found = plan.found if isinstance(plan.found, list) else [plan.found]
             for best in (one for one in found if isinstance(one, Result)):
                 print(f"best: {best.name}, perplexity {best.perplexity:.4f}", flush=True)
-        print(f"watch: python -m launch.status {plan.directory}", flush=True)
+        whole = set(words.values()) == {"done"} and not plan.waits_for
+        then = "compare: python -m launch.compare" if whole else "watch: python -m launch.status"
+        print(f"{then} {plan.directory}", flush=True)
         if self.stopping:
             return STOPPED
         bad = {"failed", "refused", "stuck"} & set(words.values())
@@ -450,8 +473,6 @@ def _print_together(lines: Sequence[tuple[str, str, str]]) -> None:
 
 
 def _shell(job: engines.Job, files: Path) -> str:
-    import shlex
-
     return shlex.join(word.replace("{files}", str(files)) for word in job.command)
 
 

@@ -10,7 +10,6 @@ says where and how. Each set has a licence of its own.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -30,16 +29,11 @@ def tasks(
       directory: where the data go; what is there already is kept
     """
     assert command == "fetch"
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from cla_jax import progress
     from cla_jax.interop import task_data
 
-    with Progress(transient=True, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task("fetching", total=None)
-        files = task_data.fetch(
-            directory, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with progress.shown() as bar:
+        files = task_data.fetch(directory, bar("fetching"))
     for file in files:
         print(os.fspath(file))
 

@@ -17,7 +17,6 @@ On several hosts the same command is started on each. They are refused if they d
 --placement.data-dir; what ends them together is told in launch/distributed.py.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +27,7 @@ import experiments
 from cla_jax import goodput
 from cla_jax.config import Config
 from launch import allocator, hosts
-from launch.cli import user_errors
+from launch.cli import log_to_stderr, user_errors
 
 
 def parse(argv: Sequence[str]) -> list[Config]:
@@ -69,15 +68,25 @@ def _found(name: str) -> list[Config]:
 def main(argv: Sequence[str] | None = None) -> None:
     processes, argv = hosts.parse(sys.argv[1:] if argv is None else argv)
     configs = parse(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cla_jax").setLevel(logging.INFO)
+    log_to_stderr(informed=True)
 
+    for config in configs:
+        _check_identity(config)
     allocator.set_up()
     # After the command line: --help and mistakes in it should not wait for jax.
     from launch import distributed
 
     with distributed.joined(processes):
         train(configs, processes)
+
+
+def _check_identity(config: Config) -> None:
+    """Raises ValueError if the run directory is known to be another run's; data are compared later."""
+    from cla_jax import runs
+
+    run = runs.Run(runs.run_path(config))
+    if (run.path / "config.json").exists():
+        runs.check_identity(run, config, {})
 
 
 @user_errors  # here too: a process that leaves the others needs its exit code

@@ -84,7 +84,7 @@ def test_topologies_have_the_names_of_clouds():
 
 
 def test_every_topology_of_the_planner_is_known_to_the_engines():
-    from cla_jax.plan import topology_names
+    from cla_jax.chips import topology_names
 
     for name in topology_names():
         assert tpus.find(name).hosts >= 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax._src.clusters import K8sCluster, cloud_tpu_cluster
 
+from cla_jax import runs
 from cla_jax import train as training
 from cla_jax.config import to_record
 from launch import distributed, hosts
@@ -89,6 +90,65 @@ def test_commands_without_runs_say_what_they_want(capsys, module):
     assert stop.value.code == 2
     assert "error: give at least one" in (line := capsys.readouterr().err)
     assert f"python -m launch.{module}" in line
+
+
+# Where {runs} is one run, which has a checkpoint and windows of 32 tokens.
+MISTAKES = """
+train smok
+train smoke.tiny --placement.runs {runs} --name tiny --seed 3
+evaluate {runs}/none
+evaluate {runs} --cache int9
+evaluate {runs} --chunk 7
+evaluate {runs} --windows 0
+evaluate {runs} --tasks piqa --cache int9
+evaluate {runs}/none --tasks piqa
+generate {runs}/none
+generate {runs} --cache int9
+generate {runs} --stream --prompt a --prompt b
+memory nothing
+memory {runs}/none
+memory smoke --cache int9
+plan nothing --topology v5e:16x16
+plan demo --topology v5e:16x17
+plan demo --topology v5e:16x16 --mfu 2
+convert import {runs}/none {runs}/made
+convert export {runs}/none {runs}/made
+compare {runs}/none
+sweep nothing
+sweep smoke.seeds --evaluate -- --placement.runs {runs}
+status nothing
+"""
+
+
+def test_mistakes_do_not_wait_for_jax(tiny, tmp_path):
+    config = tiny(**{"placement.runs": str(tmp_path)})
+    run = runs.open_run(config, data_fingerprint="sotu", tokenizer_json="{}")
+    run.checkpoints.mkdir()
+    (run.checkpoints / "00000004.json").write_text("{}")
+    lines = MISTAKES.format(runs=tmp_path).strip().splitlines()
+    program = """
+import importlib, sys
+sys.modules["jax"] = None
+for line in sys.stdin.read().splitlines():
+    module, *argv = line.split()
+    print("#", line, file=sys.stderr, flush=True)
+    try:
+        importlib.import_module(f"launch.{module}").main(argv)
+    except SystemExit as stop:
+        assert stop.code == 2, line
+    else:
+        raise AssertionError(line)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for line, told in zip(lines, ended.stderr.split("# ")[1:], strict=True):
+        assert told.startswith(f"{line}\nerror: "), told
 
 
 def test_unknown_fields_name_the_nearest(capsys):
@@ -447,8 +507,13 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     assert "optimizer.peak_lr: 0.003 there, 0.1 asked for" in capsys.readouterr().err
     launch_evaluate.main([run, "--chunk", "32"])
     shown = capsys.readouterr().out
-    assert "KV bytes resident" in shown
-    assert "256 predicted" in " ".join(shown.split())
+    assert "128 resident KV bytes a token" in shown
+    assert "predicted" not in shown  # the ledger is for those who ask for it
+    result = [line for line in shown.splitlines() if "perplexity" in line]
+    assert [line.split()[:2] for line in result] == [
+        ["full", "perplexity"],
+        ["dense", "perplexity"],
+    ]
     full = json.loads((tmp_path / "runs/smoke/tiny/eval/full.json").read_text())
     cached = json.loads((tmp_path / "runs/smoke/tiny/eval/cached-dense.json").read_text())
     assert cached["perplexity"] == pytest.approx(full["perplexity"], rel=1e-5)

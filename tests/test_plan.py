@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import time
 
 import jax
@@ -16,6 +17,7 @@ from cla_jax.config import MeshConfig
 from cla_jax.state import named
 from cla_jax.train import compile_step, lay_out, make_step
 from launch import plan as launch_plan
+from launch import train as launch_train
 from tests.conftest import MODEL, equations, replace
 
 
@@ -90,6 +92,74 @@ def test_the_compiler_has_the_last_word_on_what_does_not_fit(monkeypatch):
     chip.factor /= 100
     found, _ = plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
     assert found.fits
+
+
+def bought(**changes):
+    """A plan as launch.plan prints it: 256 chips of v5e, half of which the roofline leaves."""
+    chip = chips.CHIPS["TPU v5 lite"]
+    fields = {
+        "name": "cla_1b/h128_mqa",
+        "topology": "v5e:16x16",
+        "devices": 256,
+        "device_kind": "TPU v5 lite",
+        "mesh": {"slice": 1, "data": 1, "fsdp": 256, "model": 1},
+        "attention": "splash",
+        "remat": "dots",
+        "accumulate": 4,
+        "rows": 8,
+        "fits": True,
+        "memory": chip.memory,
+        "peak": 1,
+        "parts": {},
+        "estimate": 1,
+        "flops": 0.5 * 2.0 * 256 * chip.flops,
+        "recomputed_flops": 0.0,
+        "collective_bytes": {},
+        "roofline": {"compute": 1.0, "interconnect": 2.0},
+        "buffers": (),
+        "advice": "",
+        "compile_seconds": 1.0,
+    }
+    return plan.Plan(**fields | changes)
+
+
+def test_a_plan_says_what_a_run_costs():
+    (config,) = experiments.find("cla_1b.h128_mqa")
+    config = replace(config, steps=7200)
+    training, assumed, least = launch_plan.cost(bought(), config, 0.4)
+    assert training == "Training: 30.2 B tokens, in 7,200 steps."
+    # Half of the peak is 2 s a step and 4 h in all; 40 % of it a quarter more.
+    assert assumed == "At an MFU of 40%, on 256 chips: 5.0 hours, 1,280 chip-hours."
+    assert least.startswith("At the least: 4.0 hours, 1,024 chip-hours.")
+    assert "2 s, an MFU of 50%" in least
+    assert "out of reach" in launch_plan.cost(bought(), config, 0.6)[1]
+    days = launch_plan.cost(bought(), replace(config, steps=72_000), 0.25)[1]
+    assert "3.3 days, 20,480 chip-hours" in days
+    # jax sees two devices of a v7x chip.
+    assert bought(device_kind="TPU7x").chips == 128
+    (unknown,) = launch_plan.cost(bought(device_kind="cpu", roofline={}), config, 0.4)
+    assert "30.2 B tokens" in unknown
+    record = launch_plan._as_dict(bought(), config, 0.4)
+    assert (record["chips"], record["tokens"]) == (256, 7200 * config.tokens_per_step)
+    assert record["chip_hours"] == pytest.approx(1280)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(3e10, "30 B"), (245_760, "246 K"), (1.5e12, "1.5 T"), (12, "12")]
+)
+def test_counts_are_written_as_people_say_them(number, text):
+    assert launch_plan.count(number) == text
+
+
+def test_a_search_prints_the_command_that_trains_so():
+    (config,) = launch_train.parse(["cla_1b.h128_mqa", "--steps", "9"])
+    two = bought(mesh={"slice": 2, "data": 1, "fsdp": 256, "model": 1})
+    command = launch_plan._command(two, config, ["--steps", "9"])
+    assert command.startswith("python -m launch.train cla_1b.h128_mqa --steps 9 ")
+    (trained,) = launch_train.parse(shlex.split(command)[3:])
+    placement = trained.placement
+    assert (placement.accumulate, placement.remat, placement.mesh.slice) == (4, "dots", 2)
+    assert trained.steps == 9
 
 
 class Chip:

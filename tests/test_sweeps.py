@@ -1,14 +1,16 @@
 """Sweeps as generators: grids, the paper's learning-rate protocol, searches, and the plans made of them."""
 
+import json
 import math
 
 import pytest
 
 import experiments
-from cla_jax import costs
+from cla_jax import costs, runs
 from cla_jax.config import replaced
 from experiments import smoke, sweeping
 from experiments.sweeping import Pending, Result
+from launch import sweep as launch_sweep
 from launch import trials
 
 
@@ -272,3 +274,22 @@ def test_jobs_have_names_of_their_own_that_every_engine_takes():
         assert len(name) <= 40
         assert name.strip("abcdefghijklmnopqrstuvwxyz0123456789-") == ""
     assert plan.trials[0].job(1) == trials.make("smoke.grid").trials[0].job(1)
+
+
+def test_a_sweep_evaluates_what_is_done(tmp_path, monkeypatch, capsys):
+    there = ["--", "--placement.runs", str(tmp_path)]
+    given = []
+    monkeypatch.setattr("launch.evaluate.main", given.append)
+    configs = dict(smoke.grid())
+    for name, steps in zip(configs, (40, 40, 20), strict=False):
+        config = replaced(
+            configs[name], {"name": f"smoke/grid/{name}", "placement.runs": str(tmp_path)}
+        )
+        run = runs.open_run(config, data_fingerprint="sotu", tokenizer_json="{}")
+        line = {"step": steps, "held_out_loss": 2.0, "perplexity": 7.5}
+        run.metrics.write_text(json.dumps(line) + "\n")
+    launch_sweep.main(["smoke.grid", "--evaluate", *there])
+    done = [str(tmp_path / "smoke" / "grid" / name) for name in list(configs)[:2]]
+    assert given == [done]
+    assert f"launch.compare {tmp_path / 'smoke' / 'grid'}" in capsys.readouterr().out
+    assert not (tmp_path / "smoke" / "grid" / ".sweep").exists()  # nothing was submitted

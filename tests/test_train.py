@@ -73,16 +73,23 @@ def test_train_2_resume_to_4_equals_4_straight(tiny, devices, kv_map):
     assert [r["step"] for r in records[0]] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_is_left_alone(tiny, devices, caplog):
+def test_a_finished_run_is_left_alone_without_compiling(tiny, devices, caplog, monkeypatch):
     devices(1)
     config = tiny()
     evaluate = lambda *_: {"held_out_loss": 1.0}
     train(config, evaluate=evaluate)
     before = metrics(config)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), monkeypatch.context() as patched:
+        patched.setattr(training, "compile_step", lambda _: pytest.fail("compiled"))
         assert train(config, evaluate=evaluate)
     assert metrics(config) == before
     assert "complete already" in caplog.text
+    # A last checkpoint that is damaged is not taken for a finished run.
+    (run,) = find_runs([config.placement.runs])
+    saved = Path(run.checkpoints / "00000004").rglob("*")
+    arrays = max((file for file in saved if file.is_file()), key=lambda file: file.stat().st_size)
+    arrays.write_bytes(arrays.read_bytes()[:-1] + b"?")
+    assert not training.is_complete(run, config)
 
 
 def test_steps_done_again_are_evaluated_again(tiny, devices):

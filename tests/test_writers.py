@@ -80,6 +80,28 @@ def test_console_draws_a_bar_on_a_terminal(run):
     assert "perplexity 12.000" in out.getvalue()
 
 
+def test_the_bar_moves_with_every_step(run, tiny, monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    monkeypatch.setattr("cla_jax.writers.Console", lambda **_: console)
+    writer = make_writer(run, tiny(steps=7, **{"placement.log_every": 3}), process_index=0)
+    (bar,) = [one.progress for one in writer.writers if isinstance(one, ConsoleWriter)]
+    for step in range(1, 6):
+        writer.write(step, {"loss": 1.0 + step})
+        assert bar.tasks[0].completed == step
+        assert f"loss {1 + step}" in bar.tasks[0].fields["line"]
+    writer.close()
+
+
+def test_lines_come_for_slow_steps_too(run):
+    """However far apart the steps that are asked for are."""
+    out, seconds = io.StringIO(), iter(range(0, 10_000, 10))
+    writer = ConsoleWriter(run, 100, Console(file=out), every=50, now=lambda: next(seconds))
+    for step in range(1, 20):
+        writer.write(step, {"loss": 1.0})
+    assert 3 < len(out.getvalue().splitlines()) < 19
+
+
 def test_console_is_thinned_and_the_file_is_not(run, tiny, capsys):
     config = tiny(steps=7, **{"placement.log_every": 3})
     writer = make_writer(run, config, process_index=0)

@@ -27,7 +27,7 @@ from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
-from cla_jax.config import ModelConfig, near_choice
+from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import KV, Segment, attend_segments
 from cla_jax.model.layers import axes
@@ -95,6 +95,8 @@ FORMATS: dict[str, Callable[[str], CacheFormat]] = {
     "kivi4": lambda dtype: Kivi(name="kivi4", dtype=dtype, bits=4),
     "kivi2": lambda dtype: Kivi(name="kivi2", dtype=dtype, bits=2, longest_block=128),
 }
+
+assert tuple(FORMATS) == CACHE_FORMATS
 
 
 def make_format(name: str, dtype: str) -> CacheFormat:

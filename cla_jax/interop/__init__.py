@@ -13,10 +13,10 @@ def read(path: Path, tokenizer: Path | None = None) -> "Foreign":
     `tokenizer` is a tokenizer.json that stands for the model's own. Raises ValueError for what is missing,
     damaged or cannot be expressed.
     """
-    from cla_jax.interop import gguf, hf
-
     for given in (path, *([tokenizer] if tokenizer else [])):
         if not given.exists():
             raise ValueError(f"{given} does not exist")
+    from cla_jax.interop import gguf, hf
+
     json_text = hf.text(tokenizer) if tokenizer else None
     return (hf if path.is_dir() else gguf).read(path, json_text)
