@@ -25,7 +25,7 @@ from launch import programs
 
 def contestant(spec: dict[str, Any]) -> Contestant:
     (run,) = find_runs([spec["run"]])
-    programs.remember(run.path.parent)
+    programs.remember()
     setup = open_setup(run, spec["data_dir"])
     asked = requests(spec)
     with jax.set_mesh(setup.mesh):

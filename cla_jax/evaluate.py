@@ -11,6 +11,7 @@ from cla_jax import checkpoint, memory
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
+from cla_jax.data import prepare
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run
 from cla_jax.scoring import (
@@ -50,7 +51,7 @@ def open_setup(
 
     `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many
     windows are evaluated at once, if not as many. Raises ValueError if the held-out text or the
-    tokenizer are not those the run was trained with.
+    tokenizer are not those the run was trained with; nothing is prepared then.
     """
     config = run.config()
     here = dataclasses.replace(
@@ -64,7 +65,11 @@ def open_setup(
     # The batch of training need not divide over these devices.
     config = dataclasses.replace(config, batch_size=jax.device_count(), placement=here)
     from_file = config.data.tokenizer.endswith(".json")  # the run has a copy; the file may be gone
-    setup = set_up(config, run.tokenizer_json() if from_file else None)
+    tokenizer_json = run.tokenizer_json() if from_file else None
+    found = prepare.prepared_path(config.data, here.data_dir, tokenizer_json).name
+    if found != run.record().get("data_fingerprint"):
+        run.check_data(found, run.tokenizer_json())
+    setup = set_up(config, tokenizer_json)
     run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(setup.rules, setup.mesh)

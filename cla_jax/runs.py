@@ -27,9 +27,10 @@ import json
 import logging
 import os
 import re
+import shlex
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import IO, Any
 
@@ -488,6 +489,51 @@ def set_aside(path: epath.Path, why: str) -> epath.Path:
         aside = path.parent / f"{path.name}.{why}-{number}"
     path.rename(aside)
     return aside
+
+
+def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None:
+    """Raises ValueError if evaluating a run would use a place that only its config.json names.
+
+    A run may be somebody else's. What it names is used if the user named it too, or if it lies below the
+    current directory.
+
+    Args:
+      data_dir: where the user said that prepared data is.
+      sources: the sources of text that the user named.
+    """
+    config = run.config()
+    theirs = config.placement.data_dir
+    if data_dir is None and _leads_away(theirs, run):
+        raise ValueError(
+            f"{run.path} has its prepared data in {theirs!r}, outside this directory: name the place with "
+            f"--data-dir {theirs}, or another one"
+        )
+    name = run.record().get("data_fingerprint")
+    prepared = (
+        name
+        and os.path.basename(name) == name
+        and os.path.isdir(os.path.join(data_dir or theirs, name))
+    )
+    source = config.data.source
+    local = source.partition(":")[0].partition(".")[0] in ("text", "jsonl", "tfds")
+    away = local and _leads_away(source.partition(":")[2], run)
+    if away and not prepared and source not in sources:
+        raise ValueError(
+            f"{run.path} was trained on {source!r}, outside this directory, and its held-out text is not "
+            f"prepared yet: if that may be read, name it with --data-source {shlex.quote(source)}"
+        )
+
+
+def _leads_away(path: str, run: Run) -> bool:
+    """Whether a path that a run names may lead out of the current directory."""
+    place = os.path.normpath(os.path.join(os.getcwd(), path))
+    if _is_below(place, os.path.abspath(run.path)):  # links in it are somebody else's too
+        place = os.path.realpath(place)
+    return path.startswith("~") or not _is_below(place, os.getcwd())
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return os.path.join(path, "").startswith(os.path.join(directory, ""))
 
 
 def saved_steps(checkpoints: epath.Path) -> list[int]:

@@ -328,7 +328,13 @@ def train(
     clock = clock or goodput.Clock()
     agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
     setup = set_up(config)
-    agree({"data": facts_of(setup.prepared), "newest checkpoint": newest_checkpoint(config)})
+    agree(
+        {
+            "data": facts_of(setup.prepared),
+            "newest checkpoint": newest_checkpoint(config),
+            "evaluated steps": evaluated_steps(Run(runs.run_path(config))),
+        }
+    )
     with opened(setup) as run, jax.set_mesh(setup.mesh):
         if is_complete(run, config):
             log.info("%s is complete already, at step %d", run.path, config.steps)
@@ -355,6 +361,10 @@ def train(
             traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
             step_fn = stack.enter_context(traced)
             journal.account()
+            if evaluation_is_missing(run, config, first_step):
+                log.info("step %d was saved and not evaluated: that is made up for", first_step)
+                with journal.booked("evaluation"):
+                    writer.write(first_step, evaluate(setup, state.model))
             clock.switch("step")
 
             for step in range(first_step + 1, config.steps + 1):
@@ -418,9 +428,20 @@ def is_complete(run: Run, config: Config) -> bool:
     return checkpoint.verify(run.checkpoints / f"{newest:08d}", owner=run.owner) is None
 
 
+def evaluated_steps(run: Run) -> list[int]:
+    """The steps that the metrics hold an evaluation of: the hosts have to agree on what is missing."""
+    return [record["step"] for record in run.read_metrics() if "held_out_loss" in record]
+
+
+def evaluation_is_missing(run: Run, config: Config, step: int) -> bool:
+    """Whether a process was killed between the checkpoint of a step and its evaluation."""
+    due = 0 < step < config.steps and _due(step, config.placement.eval_every)
+    return due and not is_evaluated(run, step)
+
+
 def is_evaluated(run: Run, step: int) -> bool:
     """Whether the metrics hold an evaluation of this step: a kill may have come between."""
-    return any("held_out_loss" in record for record in run.read_metrics() if record["step"] == step)
+    return step in evaluated_steps(run)
 
 
 StepFn = Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]

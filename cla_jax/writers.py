@@ -4,6 +4,7 @@ Metrics are a flat dict of numbers for a step, or of the run's time up to it. `m
 process that should write the real ones, every other process none.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -73,6 +74,8 @@ class JsonlWriter:
 class ConsoleWriter:
     """A progress bar on a terminal, plain lines elsewhere.
 
+    A terminal that was closed, or a full disk that its output goes to, does not end training.
+
     The bar moves with every step; it draws itself ten times a second at most. A line is printed for every
     `every`-th step, and for others if there was none for so many `seconds`.
     """
@@ -99,8 +102,11 @@ class ConsoleWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         line = _line(metrics)
-        if not line:
-            return  # the run's time has a line of its own, at the end
+        if line:  # the run's time has a line of its own, at the end
+            with contextlib.suppress(OSError):
+                self._show(step, metrics, line)
+
+    def _show(self, step: int, metrics: dict[str, Any], line: str) -> None:
         if self.progress is None:
             self._print(step, metrics, line)
         elif "loss" in metrics:
@@ -123,7 +129,8 @@ class ConsoleWriter:
 
     def close(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with contextlib.suppress(OSError):
+                self.progress.stop()
 
 
 def _line(metrics: dict[str, Any]) -> str:

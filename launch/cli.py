@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import select
 import sys
 import traceback
@@ -27,6 +28,25 @@ _PATHS = {
     errno.ENAMETOOLONG,
 }
 _OURS = tuple(f"{_ROOT / name}/" for name in ("benchmarks", "cla_jax", "experiments", "launch"))
+# Of what has run out: another start may find more of it.
+_RESOURCES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EIO,
+    errno.ENOLCK,
+}
+_RAN_OUT = re.compile(
+    "|".join(
+        re.escape(words)
+        for words in (*(os.strerror(number) for number in _RESOURCES), "can't start new thread")
+    )
+)
+_LONGEST = 300  # characters of a library's message
 _STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
 
@@ -37,8 +57,9 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     Its message goes to stderr after `error: `, without a traceback, and the exit code is 2; so does that
     of a `ChildProcessError`, a process of ours that was killed, and of a path that is not what it was
     given for (a file for a directory, one that may not be read, too long a name), and of more memory than
-    the device has. Ctrl-C exits with 130, a reader of stdout that has gone with 1. Every other exception, a
-    library's ValueError included, is a bug of ours and keeps its traceback.
+    the device has. What the machine has run out of (space on a disk, memory, open files) is told in a line
+    too, with exit code 1: another start may succeed. Ctrl-C exits with 130, a reader of stdout that has gone
+    with 1. Every other exception, a library's ValueError included, is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -52,7 +73,10 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             if not _reader_has_gone():
                 raise
             _leave(1)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+            if words := _ran_out(error):
+                print(f"error: {words}", file=sys.stderr)
+                sys.exit(1)
             if (words := _words(error)) is None:
                 raise
             print(f"error: {words}", file=sys.stderr)
@@ -95,6 +119,27 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _ran_out(error: BaseException | None) -> str | None:
+    """What the machine has run out of, in one line; None if that is not what an error is about."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is used up"
+    if isinstance(error, OSError) and error.errno in _RESOURCES:
+        where = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{where}"
+    # Libraries pass the system's words on, in exceptions of their own.
+    ours = isinstance(error, ValueError) and _is_ours(error)
+    if error is not None and not ours and (found := _RAN_OUT.search(str(error))):
+        line = next(line for line in str(error).splitlines() if found.group() in line)
+        start = max(0, line.index(found.group()) - _LONGEST // 2)
+        return f"{found.group()}: {line[start : start + _LONGEST]}"
+    return None
+
+
+def _is_ours(error: BaseException) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename.startswith(_OURS)
+
+
 def _words(error: Exception) -> str | None:
     """What to tell the user about their mistake; None if it is one of ours."""
     if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
@@ -103,6 +148,5 @@ def _words(error: Exception) -> str | None:
         return "paths of gs:// need an extra: pip install 'cla_jax[gcs]'"
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return f"the device has too little memory for this: {str(error).splitlines()[0]}"
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     told = isinstance(error, ValueError | ChildProcessError)
-    return str(error) if told and frame.f_code.co_filename.startswith(_OURS) else None
+    return str(error) if told and _is_ours(error) else None

@@ -20,6 +20,7 @@ end as after a death.
 """
 
 import contextlib
+import errno
 import faulthandler
 import itertools
 import json
@@ -27,6 +28,7 @@ import logging
 import os
 import signal
 import sys
+import termios
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -200,10 +202,13 @@ def _processes(numbers: list[int]) -> str:
 
 
 def stop_on_signal() -> Callable[[int], bool]:
-    """A `should_stop(step)` that turns true, on every host at the same step, after a SIGTERM.
+    """A `should_stop(step)` that turns true, on every host at the same step, after a SIGTERM or a SIGHUP.
 
-    With one process Ctrl-C does the same, once. All hosts must ask equally often.
+    A SIGHUP says that the terminal was closed; nohup, which has it ignored, is left alone. With one process
+    Ctrl-C does the same, once. All hosts must ask equally often.
     """
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _hung_up)
     if jax.process_count() > 1:
         # jax.distributed has a SIGTERM handler of its own that agrees on a count to stop at. It must
         # never run backwards, as the steps of one row after another do.
@@ -220,6 +225,19 @@ def stop_on_signal() -> Callable[[int], bool]:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     return lambda step: asked.is_set()
+
+
+def _hung_up(*_: object) -> None:
+    """Stops like a SIGTERM; what would be written to a terminal that is gone goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # of a terminal that was closed
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,9 @@ class Arguments:
     split_cache: bool = False
     # Where prepared data is, if not where the run was trained; missing data is prepared there.
     data_dir: str | None = None
+    # A source of text that the run was trained on, if it lies outside the current directory: only what you
+    # name is read. Give it several times for several.
+    data_source: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Tasks of the lm-evaluation-harness to score instead, separated by commas.
     tasks: str = ""
     # Directory of the tasks' data (python -m launch.tasks --help); by default they come from the hub.
@@ -89,12 +92,15 @@ def _held_out(arguments: Arguments) -> None:
             )
     if arguments.windows is not None and arguments.windows < 1:
         raise ValueError(f"windows = {arguments.windows} must be positive")
+    from cla_jax.runs import check_places
+
     formats = arguments.cache or ("dense",)
     chunk = 1 if arguments.chunk is None else arguments.chunk
     ready, refused = [], []
     for run in _runs(arguments):
         try:
             run.check_decodable(formats, chunk)
+            check_places(run, arguments.data_dir, arguments.data_source)
             ready.append(run)
         except ValueError as error:
             refused.append(str(error))
@@ -104,7 +110,7 @@ def _held_out(arguments: Arguments) -> None:
         from cla_jax.evaluate import evaluate
         from launch import programs
 
-        programs.remember(ready[0].path.parent)
+        programs.remember()
         for run in ready:
             print(run.path)
             with progress.shown() as bar:
@@ -176,11 +182,15 @@ def _tasks(arguments: Arguments) -> None:
     for name in arguments.cache:
         near_choice("cache format", name, ("full", *CACHE_FORMATS))
     runs = _runs(arguments)
+    from cla_jax.runs import check_places
+
+    for run in runs:
+        check_places(run, arguments.data_dir, arguments.data_source)
     from cla_jax import progress
     from cla_jax.interop import lm_eval, task_data
     from launch import programs
 
-    programs.remember(runs[0].path.parent)
+    programs.remember()
     with progress.shown() as bar:
         bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)

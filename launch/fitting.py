@@ -10,7 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from cla_jax.config import Config, OptimizerConfig, Placement, replaced
-from cla_jax.runs import is_local, write_atomically
+from cla_jax.runs import write_atomically
 from launch import programs
 from launch.trials import LaunchPlan
 
@@ -67,7 +67,7 @@ def misfits(
     resources = plan.trials[0].resources
     if not resources.topology:
         return {}
-    library, place = _library(), _place(plan)
+    library, place = _library(), _place()
     reasons = {}
     for number, (config, names) in enumerate(shapes.items(), 1):
         key = json.dumps([dataclasses.asdict(config), dataclasses.asdict(resources), library])
@@ -103,12 +103,14 @@ def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
     return f"does not fit {devices}: needs {gib(found.peak)}{of} a device. Change first: {found.advice}"
 
 
-def _place(plan: LaunchPlan) -> epath.Path:
-    """Beside the compiled programs; in the user's cache where the runs are remote, or someone else's."""
-    beside = programs.directory(plan.trials[0].config.placement.runs)
-    if beside is None or not is_local(beside):
-        beside = epath.Path(Path.home() / ".cache" / "cla_jax")
-    return beside / "plans"
+def _place() -> epath.Path:
+    """Where verdicts are kept, beside the compiled programs."""
+    place = programs.directory()
+    if place is None:
+        raise ValueError(
+            "there is no place to keep verdicts in that is yours alone: set XDG_CACHE_HOME to a directory"
+        )
+    return epath.Path(place) / "plans"
 
 
 def _library() -> str:

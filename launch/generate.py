@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
     )
-    programs.remember(run.path.parent)
+    programs.remember()
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
     texts = arguments.prompt or ("",)

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for topology in arguments.topology:
         for config in configs:
             devices = planning.topology(topology, config.placement.mesh.slice)
-            cache = _cache(config)
+            cache = _cache()
             try:
                 if arguments.search:
                     plan, _ = planning.search(config, devices, cache)
@@ -117,13 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("\n".join(misfits))
 
 
-def _cache(config: Config) -> Path | None:
-    """Where the compiler's answers are kept; nowhere if the runs are remote or someone else's."""
-    from cla_jax.runs import is_local
+def _cache() -> Path | None:
+    """Where the compiler's answers are kept; nowhere if the user has no place of their own."""
     from launch import programs
 
-    place = programs.directory(config.placement.runs)
-    return Path(place) / "plans" if place is not None and is_local(place) else None
+    place = programs.directory()
+    return place / "plans" if place is not None else None
 
 
 def _configs(arguments: Arguments, overrides: Sequence[str]) -> list[Config]:

@@ -1,37 +1,98 @@
-"""Compiled programs, kept on disk: a second start, or the next row of a sweep, does not compile again."""
+"""Compiled programs, kept on disk: a second start, or the next row of a sweep, does not compile again.
 
+A program is code that this process will run. So programs are kept in a place of the user's own, never in a
+directory that came with somebody's runs; and each is kept with a checksum of its key and its content, so that
+a damaged file, or one under another program's name, costs the time of compiling it and nothing else.
+"""
+
+import hashlib
+import logging
 import os
-
-from etils import epath
-
-from cla_jax.runs import is_local
+import stat
+from pathlib import Path
+from typing import Any
 
 _MAX_BYTES = 8 << 30  # the least recently used go first
+_DIGEST_BYTES = 32
+
+log = logging.getLogger("cla_jax.launch")
 
 
-def directory(runs: str | os.PathLike[str]) -> epath.Path | None:
-    """Where programs are kept; None if the runs are someone else's, to be read only."""
-    path = epath.Path(runs)
-    if is_local(path):
-        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        if not os.access(existing, os.W_OK):
-            return None
-    return path / ".programs"
+def directory() -> Path | None:
+    """Where programs, and what the planner found out, are kept: `~/.cache/cla_jax`, or in XDG_CACHE_HOME.
+
+    None if there is no such place that only this user can write to.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        path = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "cla_jax"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = path.stat()
+    except (OSError, RuntimeError):  # no home directory, or none that can be written to
+        return None
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        log.warning("%s is not used: somebody else can write to it", path)
+        return None
+    return path if os.access(path, os.W_OK) else None
 
 
-def remember(runs: str | os.PathLike[str]) -> None:
-    """Keeps compiled programs in `.programs` of the directory that holds run directories.
+def remember() -> None:
+    """Keeps compiled programs in `programs` of `directory`.
 
-    They are found again by their content, the compiler's version and the kind of device, so runs may
-    share them and they may be deleted at any time. JAX_COMPILATION_CACHE_DIR in the environment names
-    another place; an empty one turns this off.
+    They are found again by their content, the compiler's version and the kind of device, so runs share them
+    and they may be deleted at any time. JAX_COMPILATION_CACHE_DIR in the environment names another place; an
+    empty one turns this off.
     """
     import jax  # launching, which asks only where programs are, should not wait for it
 
-    place = directory(runs)
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or place is None:
+    _check_contents()
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (place := directory()) is None:
         return
-    if is_local(place):
-        jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
-    jax.config.update("jax_compilation_cache_dir", os.fspath(place))
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(place / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _check_contents() -> None:
+    """Makes jax take no program from disk whose checksum does not match."""
+    from jax._src import compilation_cache  # has no public way to put another cache in
+    from jax._src.compilation_cache_interface import CacheInterface
+
+    class Checked(CacheInterface):
+        """A cache whose values begin with a checksum of the key and the content."""
+
+        def __init__(self, cache: Any):
+            self.cache, self._path = cache, cache._path
+
+        def get(self, key: str) -> bytes | None:
+            kept = self.cache.get(_name(key))
+            if kept is None:
+                return None
+            content = kept[_DIGEST_BYTES:]
+            if kept[:_DIGEST_BYTES] == _digest(key, content):
+                return content
+            log.warning("a kept program is damaged, and is compiled again: %s", key)
+            (self._path / f"{_name(key)}-cache").unlink(missing_ok=True)  # else it would stay
+            return None
+
+        def put(self, key: str, value: bytes) -> None:
+            self.cache.put(_name(key), _digest(key, value) + value)
+
+    made = compilation_cache.get_file_cache
+    if made.__name__ == "checked":
+        return
+
+    def checked(path: str) -> tuple[CacheInterface, str] | None:
+        found = made(path)
+        return None if found is None else (Checked(found[0]), found[1])
+
+    compilation_cache.get_file_cache = checked
+
+
+def _name(key: str) -> str:
+    """Of the file: not that of a program that jax keeps without a checksum."""
+    return f"{key}-checked"
+
+
+def _digest(key: str, content: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + content).digest()

@@ -97,7 +97,7 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
     from launch import distributed, programs
 
     distributed.agree({"runs": [config.name for config in configs], "versions": runs.versions()})
-    programs.remember(runs.run_path(configs[0]).parent)
+    programs.remember()
     should_stop = distributed.stop_on_signal()
     clock = goodput.Clock(goodput.process_start())
     for config in configs:

@@ -273,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trial = Trial(arguments)
     signal.signal(signal.SIGTERM, trial.stop)
     signal.signal(signal.SIGINT, trial.stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, trial.stop)
     locking = trial.record.locked() if trial.leader else contextlib.nullcontext(None)
     with locking as lock:
         if lock is None and trial.leader:

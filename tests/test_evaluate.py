@@ -1,20 +1,21 @@
 import dataclasses
 import errno
 import math
+import os
 
 import jax
 import numpy as np
 import pytest
 
 from cla_jax import cache as caches
-from cla_jax import checkpoint, costs
+from cla_jax import checkpoint, costs, runs
 from cla_jax import evaluate as evaluation
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import evaluate, open_setup
 from cla_jax.model.transformer import Execution, project
 from cla_jax.report import rows as report
-from cla_jax.runs import Run, find_runs
+from cla_jax.runs import Run, check_places, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, sensitivity
 from cla_jax.train import set_up, train
 from tests import reference
@@ -242,3 +243,50 @@ def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):
     (run.path / "config.json").write_text(unsealed)
     with pytest.raises(ValueError, match=r"trained on data 'sotu-7.*here is 'sotu-4"):
         open_setup(run)
+
+
+@pytest.mark.parametrize("place", ["/srv/data", "../data", "~/data", "a/../../data"])
+def test_a_place_that_only_the_run_names_is_not_used(tiny, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(**{"placement.data_dir": place})
+    run = runs.open_run(config, data_fingerprint="sotu-1", tokenizer_json="{}")
+    with pytest.raises(
+        ValueError, match=f"outside this directory: name the place with --data-dir {place}"
+    ):
+        check_places(run, None, ())
+    check_places(run, "mine", ())
+    for ours in ("data", "a/b/../data", str(tmp_path / "data")):
+        config = tiny(name="ours", **{"placement.data_dir": ours})
+        check_places(runs.open_run(config, data_fingerprint="", tokenizer_json="{}"), None, ())
+
+
+@pytest.mark.parametrize("source", ["text:/home/me/*.txt", "jsonl:../mine.jsonl", "tfds:/srv/set"])
+def test_text_that_only_the_run_names_is_not_read(tiny, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(**{"data.source": source, "placement.data_dir": "data"})
+    run = runs.open_run(config, data_fingerprint="prepared-1", tokenizer_json="{}")
+    with pytest.raises(ValueError, match=r"is not prepared yet: .* --data-source"):
+        check_places(run, None, ())
+    check_places(run, None, (source,))
+    (tmp_path / "data" / "prepared-1").mkdir(parents=True)  # the user prepared it before
+    check_places(run, None, ())
+
+
+def test_links_below_a_run_do_not_make_a_place_the_users(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(**{"placement.runs": "runs", "placement.data_dir": "runs/tiny/profile/x/data"})
+    run = runs.open_run(config, data_fingerprint="", tokenizer_json="{}")
+    check_places(run, None, ())
+    run.profile.mkdir()
+    os.symlink("/", run.profile / "x")
+    with pytest.raises(ValueError, match="outside this directory"):
+        check_places(run, None, ())
+
+
+def test_data_of_another_fingerprint_is_not_prepared(tiny, devices, tmp_path):
+    devices(1)
+    config = tiny(**{"placement.data_dir": str(tmp_path / "theirs")})
+    run = runs.open_run(config, data_fingerprint="sotu-4-other", tokenizer_json="{}")
+    with pytest.raises(ValueError, match="was trained on data 'sotu-4-other'"):
+        open_setup(run)
+    assert not (tmp_path / "theirs").exists()

@@ -1,4 +1,6 @@
+import errno
 import importlib
+import io
 import json
 import os
 import random
@@ -12,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from jax._src.clusters import K8sCluster, cloud_tpu_cluster
+from rich.console import Console
 
 from cla_jax import runs
 from cla_jax import train as training
 from cla_jax.config import to_record
+from cla_jax.runs import Run
+from cla_jax.writers import ConsoleWriter
 from launch import distributed, hosts
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
@@ -549,3 +555,72 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
             launch_evaluate.main(argv)
         assert words in capsys.readouterr().err
     assert (tmp_path / "runs/smoke/tiny/eval/full.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "No space left on device: runs/x",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (MemoryError(), "the memory of this machine is used up"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        # As tensorstore says it, in several lines.
+        (
+            ValueError("RESOURCE_EXHAUSTED: a\nwrite: [OS error 28: No space left on device]\nb"),
+            "No space left on device: write: [OS error 28",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_has_run_out_of_is_one_line(capsys, error, words):
+    code = compile("raise error", "library.py", "exec")  # not a file of ours
+
+    @user_errors
+    def fails() -> None:
+        exec(code, {"error": error})
+
+    with pytest.raises(SystemExit) as stop:
+        fails()
+    assert stop.value.code == 1  # not 2: a launcher may start it again
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
+@pytest.fixture
+def handlers():
+    """The signal handlers of this process, as they were."""
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_closed_terminal_stops_a_run_and_nohup_does_not():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    should_stop = distributed.stop_on_signal()
+    assert not should_stop(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert should_stop(2)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    should_stop = distributed.stop_on_signal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not should_stop(1)
+
+
+def test_a_console_that_is_gone_does_not_end_training(tmp_path):
+    class Gone(io.StringIO):
+        def write(self, *_: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal)
+        writer = ConsoleWriter(Run(epath.Path(tmp_path)), 10, console)
+        console.file = Gone()
+        writer.write(3, {"loss": 2.0})
+        writer.write(3, {"perplexity": 2.0})
+        writer.close()

@@ -127,6 +127,44 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tiny, devices):
     assert metrics(config)[-1]["loss"] > 0
 
 
+def test_an_evaluation_between_two_checkpoints_that_a_kill_prevented_is_made_up_for(tiny, devices):
+    devices(1)
+    config = tiny(**{"placement.eval_every": 2})  # saved and evaluated at 2 and 4
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, evaluate=killed)
+    calls = []
+
+    def evaluate(*_):
+        calls.append(1)
+        return {"held_out_loss": float(len(calls))}
+
+    assert train(config, evaluate=evaluate)
+    held_out = {r["step"]: r["held_out_loss"] for r in metrics(config) if "held_out_loss" in r}
+    assert held_out == {2: 1.0, 4: 2.0}
+    # A stop between two evaluations, and a start after it, add none.
+    other = tiny(name="other", **{"placement.eval_every": 2})
+    assert not train(other, evaluate=evaluate, should_stop=lambda step: step == 3)
+    assert train(other, evaluate=evaluate)
+    assert [r["step"] for r in metrics(other) if "held_out_loss" in r] == [2, 4]
+
+
+def test_altered_metrics_are_told_when_a_run_goes_on(tiny, devices, caplog):
+    devices(1)
+    config = tiny()
+    train(config, evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
+    (run,) = find_runs([config.placement.runs])
+    text = run.metrics.read_text()
+    run.metrics.write_text(text.replace('"tokens": 256', '"tokens": 257'))
+    assert text != run.metrics.read_text()
+    train(config, evaluate=NO_EVALUATION)
+    assert "was altered: its checksum does not match" in caplog.text
+    assert [record["step"] for record in metrics(config) if "loss" in record] == [2, 3, 4]
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(tiny, devices):
     devices(1)
     config = tiny()
