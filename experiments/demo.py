@@ -31,7 +31,7 @@ def h32_mqa() -> Config:
         optimizer=OptimizerConfig(peak_lr=3e-3),
         batch_size=4,
         steps=240,
-        placement=Placement(log_every=40, save_every=60, eval_every=60, scan_layers=False),
+        placement=Placement(log_every=40, save_every=80, eval_every=80, scan_layers=False),
     )
 
 
