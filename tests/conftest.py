@@ -30,6 +30,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cla_jax-test-programs")
 )
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
+# What else is kept for the user is not the user's here.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "cla_jax-test-cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import dataclasses

@@ -491,6 +491,7 @@ def wide_sweep():
 
 
 def test_a_shape_is_compiled_once_and_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(smoke, "SWEEPS", (wide_sweep,))
     plan = planned("smoke.wide_sweep", runs=str(tmp_path))
     asked = []
