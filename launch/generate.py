@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.config import MeshConfig
     from cla_jax.data import tokenizers
     from cla_jax.decode import decoding_weights
-    from cla_jax.files import is_a
     from cla_jax.generate import Sampling, generate
     from launch import programs
 
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [[begin, *tokenizer.encode(text).tolist()] for text in texts]
     longest = run.origin().get("max_length")
     reach = max(map(len, prompts)) + max(arguments.new_tokens, 1)
-    if is_a(longest, int) and reach > longest:
+    if isinstance(longest, int) and reach > longest:
         log.warning("the model was made for at most %d tokens of context, not %d", longest, reach)
     # One device: a handful of rows gains nothing from more.
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])

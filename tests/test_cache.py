@@ -175,6 +175,40 @@ def test_kivi_errs_by_half_a_step_of_its_group_and_not_at_all_in_the_newest(bits
         assert (error[1] <= step[1] / 2 + slack(v[1])).all()
 
 
+def sharing(name, token, channel, H):
+    """Which key channels and value channels of which tokens of a head share a scale: [300, H] each."""
+    tokens, channels = np.arange(300)[:, None], np.arange(H)[None]
+    here = (tokens == token) & (channels >= 0)
+    if name.startswith("kivi") and token < 160:  # those after it are kept in full
+        keys = (tokens // 32 == token // 32) & (channels == channel)
+        return keys, here & (channels // 32 == channel // 32)
+    if name in ("int8", "fp8"):
+        return here, here
+    one = here & (channels == channel)
+    return one, one
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_finite_is_never_read_back_as_finite_and_spoils_only_its_scale(name):
+    H = 40
+    kv = outliers(H)
+    clean = roundtrip(name, kv)
+    too_large = 1e7 if name.startswith("kivi") else np.inf
+    for bad, token in ((np.inf, 7), (np.nan, 7), (too_large, 7), (-np.inf, 250)):
+        spoiled = KV(*(a.copy() for a in kv))
+        for array in spoiled:
+            array[0, token, 1, 35] = bad
+        found = roundtrip(name, spoiled)
+        is_lossy = name in ("int8", "fp8") or (name.startswith("kivi") and token == 7)
+        shared = sharing(name, token, 35, H)
+        for ours, before, given, hit in zip(found, clean, spoiled, shared, strict=True):
+            is_hit = np.zeros(ours.shape, bool)
+            is_hit[0, :, 1] = hit
+            expected = np.full(hit.sum(), np.nan) if is_lossy else given[is_hit]
+            np.testing.assert_array_equal(ours[is_hit], expected)
+            np.testing.assert_array_equal(ours[~is_hit], before[~is_hit])
+
+
 def test_kivi_quantises_whole_groups_and_keeps_128():
     n = jnp.arange(0, 400)
     q = quantized_tokens(n)

@@ -226,6 +226,40 @@ def test_sampling_draws_from_the_distribution():
     np.testing.assert_allclose(frequencies(top_k=2, top_p=0.6), [1, 0, 0, 0])
 
 
+def kept_by_reference(logits, top_k, top_p):
+    """Which tokens may be drawn, one after the other, in float64."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    weights = np.exp(np.array([logits[i] for i in order], np.float64) - max(logits))
+    kept, total = [], 0.0
+    for i, share in zip(order, weights / weights.sum(), strict=True):
+        kept.append(i)
+        total += share
+        if total >= top_p - 1e-7:
+            break
+    return sorted(kept)
+
+
+def test_the_cut_of_top_k_and_top_p_is_exact_with_ties_by_id():
+    draw = np.random.default_rng(0)
+    cases = [([1, 0, 0, 0, 0], 0, 0.5), ([0, 0, 0, 0], 0, 0.5), ([0, 2, 2, 1], 1, 1.0)]
+    for _ in range(60):
+        logits = draw.integers(0, 4, 12) if draw.integers(2) else draw.normal(size=12) * 3
+        cases.append(
+            (logits, int(draw.integers(0, 14)), float(draw.choice([0.05, 0.33, 0.71, 1.0])))
+        )
+    for logits, top_k, top_p in cases:
+        logits = np.array(logits, np.float32)
+        forbidden = draw.integers(len(logits)) if len(logits) == 12 else None
+        if forbidden is not None:
+            logits[forbidden] = -np.inf
+        sampling = Sampling(top_k=top_k, top_p=top_p)
+        found = engine._cut(jnp.array(logits)[None], sampling)[0]
+        expected = kept_by_reference(logits, top_k, top_p)
+        expected = [i for i in expected if np.isfinite(logits[i])]
+        assert np.flatnonzero(np.isfinite(found)).tolist() == expected, (logits, top_k, top_p)
+        np.testing.assert_array_equal(np.asarray(found)[expected], logits[expected])
+
+
 def test_every_step_draws_anew():
     """Of a model that knows nothing; with one draw for all steps it would say one word for ever."""
     model = jax.tree.map(jnp.zeros_like, make(MODEL))

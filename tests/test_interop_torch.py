@@ -1,6 +1,13 @@
 """Beside transformers: the same logits from the same weights, in both directions."""
 
 import dataclasses
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +20,8 @@ from cla_jax.decode import decoding_weights
 from cla_jax.generate import Sampling, generate
 from cla_jax.interop import hf, names
 from cla_jax.interop.export import export, is_llama
+from cla_jax.interop.foreign import import_run
+from cla_jax.interop.keys import Keys
 from tests import interop, reference
 
 pytestmark = pytest.mark.interop
@@ -284,3 +293,275 @@ def test_bfloat16_is_the_rounded_model(tmp_path):
     for name, parameter in theirs.named_parameters():
         expected = torch.tensor(ours[name].read()).bfloat16()
         assert torch.equal(parameter, expected), name
+
+
+# ------------------------------------------------------- the exported file as a part of transformers
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """A Llama, and the same weights in the exported file's own classes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from cla_jax.interop.modeling_cla import ClaConfig, ClaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = randomised(llama(4, 2, 24, True, 1e4, {}, False))
+    keys = theirs.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        keys.pop(name)
+    ours = ClaForCausalLM(ClaConfig(**keys, kv_norm="block")).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        model.set_attn_implementation("eager")
+    assert isinstance(theirs, LlamaForCausalLM)
+    assert isinstance(theirs.config, LlamaConfig)
+    return ours, theirs
+
+
+def assert_same(ours, theirs):
+    import torch
+
+    assert type(ours) is type(theirs)
+    if torch.is_tensor(ours):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert_same(tuple(ours.values()), tuple(theirs.values()))
+    elif isinstance(ours, (tuple, list)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b)
+
+
+def asked(*, tokens):
+    """What can be asked of a forward pass, by name."""
+    import torch
+
+    padding = torch.ones_like(tokens)
+    padding[0, :3] = 0
+    return {
+        "plain": {},
+        "hidden states": {"output_hidden_states": True},
+        "attentions": {"output_attentions": True},
+        "tuple": {"return_dict": False},
+        "tuple of all": {
+            "return_dict": False,
+            "output_hidden_states": True,
+            "output_attentions": True,
+            "labels": tokens,
+        },
+        "last": {"logits_to_keep": 3},
+        "positions": {"logits_to_keep": torch.tensor([0, 5, 2])},
+        "no cache": {"use_cache": False},
+        "padding": {"attention_mask": padding, "position_ids": padding.cumsum(1) - 1},
+    }
+
+
+def test_a_forward_pass_answers_as_a_llama_does(twins):
+    import torch
+
+    tokens = torch.as_tensor(interop.tokens(2, 12))
+    with torch.no_grad():
+        for name, options in asked(tokens=tokens).items():
+            ours, theirs = (model(tokens, **options) for model in twins)
+            if name == "padding":  # what padding itself sees is nobody's business
+                ours, theirs = ours.logits[options["attention_mask"] > 0], theirs.logits
+                theirs = theirs[options["attention_mask"] > 0]
+            assert_same(ours, theirs)
+            base = {k: v for k, v in options.items() if k not in ("labels", "logits_to_keep")}
+            if name != "padding":
+                assert_same(*(model.model(tokens, **base) for model in twins))
+
+
+def test_what_the_exported_file_has_no_use_for_is_refused_by_name(twins):
+    import torch
+
+    tokens = torch.as_tensor(interop.tokens(1, 4))
+    for call in (twins[0], twins[0].model):
+        with pytest.raises(TypeError, match="no use for the argument token_type_ids"):
+            call(tokens, token_type_ids=tokens)
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            call()
+
+
+@pytest.mark.parametrize("exported", ["cla2", "windows", "lent"], indirect=True)
+def test_a_static_cache_generates_the_same(exported):
+    import torch
+
+    _, theirs, _ = exported
+    prompts = torch.as_tensor(interop.tokens(2, 9))
+    mask = torch.ones_like(prompts)
+    mask[0, :4] = 0  # padding on the left
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "attention_mask": mask}
+    dynamic = theirs.generate(prompts, **options)
+    static = theirs.generate(prompts, cache_implementation="static", **options)
+    assert static.tolist() == dynamic.tolist()
+
+
+@pytest.mark.parametrize("exported", ["lent"], indirect=True)
+def test_gradient_checkpointing_changes_no_gradient(exported):
+    import torch
+
+    _, theirs, _ = exported
+    tokens = torch.as_tensor(interop.tokens(2, 16))
+    theirs.train()
+
+    def gradients():
+        theirs.zero_grad()
+        theirs(tokens, labels=tokens).loss.backward()
+        return {name: p.grad.clone() for name, p in theirs.named_parameters()}
+
+    plain = gradients()
+    theirs.gradient_checkpointing_enable()
+    calls = []
+    theirs.model.layers[0].register_forward_hook(lambda *_: calls.append(0))
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+    assert len(calls) == 2  # it ran again for the gradients
+
+
+@pytest.mark.parametrize("exported", ["cla2"], indirect=True)
+def test_the_model_without_a_head_opens_by_itself(exported):
+    import torch
+    from transformers import AutoModel
+
+    _, theirs, directory = exported
+    base = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    tokens = torch.as_tensor(interop.tokens(1, 8))
+    with torch.no_grad():
+        assert_same(base(tokens).last_hidden_state, theirs.model(tokens).last_hidden_state)
+
+
+# ------------------------------------------------------------------------------- class defaults
+
+
+def resolved(values, directory):
+    """What our reader makes of a config: the model, and the tokens; or its refusal."""
+    (directory / "config.json").write_text(json.dumps(values))
+    keys = Keys(values, defaults=hf.DEFAULTS[values["model_type"]])
+    try:
+        model = hf.FAMILIES[values["model_type"]](keys)
+    except ValueError as error:
+        return str(error)
+    ids = {key: keys.take(key, None) for key in ("bos_token_id", "eos_token_id")}
+    maps = {"kv_map": model.resolved_kv_map, "windows": model.resolved_windows}
+    return dataclasses.asdict(model) | maps | ids | {"length": keys.take("max_position_embeddings")}
+
+
+def spelled_out(config) -> dict:
+    """A config of transformers with no key left to defaults: none is absent or null that has a meaning."""
+    keys = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+        *("initializer_range", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"),
+        *("attention_bias", "mlp_bias", "sliding_window", "kv_map", "kv_norm", "windows"),
+        *("bos_token_id", "eos_token_id", "model_type"),
+    )
+    return {key: getattr(config, key) for key in keys if hasattr(config, key)}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "cla"])
+def test_a_key_that_is_absent_or_null_means_what_the_class_says(tmp_path, family):
+    """Key by key: a version of transformers that changes a default fails here."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    from cla_jax.interop.modeling_cla import ClaConfig
+
+    class_of = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "cla": ClaConfig,
+    }[family]
+    whole = {
+        "model_type": family,
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "hidden_act": "silu",
+        "max_position_embeddings": 77,
+        "initializer_range": 0.05,
+        "rms_norm_eps": 1e-3,
+        "tie_word_embeddings": class_of().tie_word_embeddings is False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+        "bos_token_id": 7,
+        "eos_token_id": 8,
+    }
+    if family == "mistral":
+        whole["sliding_window"] = 9
+    else:
+        whole |= {"attention_bias": True, "mlp_bias": True}
+    if family == "cla":
+        whole |= {"kv_map": [0, 0, 2, 2], "kv_norm": "block", "windows": [5, 5, 0, 0]}
+    compared, refused = 0, []
+    without = [({k: v for k, v in whole.items() if k != key}, key) for key in whole]
+    nulled = [(whole | {key: None}, key) for key in whole]
+    for values, key in [(whole, "nothing"), *without, *nulled]:
+        if key == "model_type":
+            continue
+        ours = resolved(values, tmp_path)
+        try:
+            config = class_of(**{k: v for k, v in values.items() if k != "model_type"})
+        except (ValueError, TypeError, StrictDataclassError):  # its own validation refuses
+            continue
+        if isinstance(ours, str):
+            assert key in ours, (key, ours)
+            refused.append(key)
+            continue
+        theirs = resolved(spelled_out(config), tmp_path)
+        assert ours == theirs, key
+        compared += 1
+    # Sizes alone are refused where they are absent.
+    assert set(refused) <= set(hf_sizes())
+    assert compared > 15
+
+
+def hf_sizes():
+    return (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        "num_attention_heads",
+    )
+
+
+def test_chat_templates_of_an_export_are_those_of_the_model(tmp_path):
+    from transformers import AutoTokenizer
+
+    named = [{"name": "default", "template": "A"}, {"name": "rag", "template": "B"}]
+    foreign = interop.foreign(interop.MODEL)
+    foreign = dataclasses.replace(foreign, origin=foreign.origin | {"chat_template": named})
+    run = import_run(foreign, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(export(run, tmp_path / "out"))
+    assert tokenizer.chat_template == {"default": "A", "rag": "B"}
+
+
+def test_the_example_in_the_documentation_runs_in_a_terminal(tmp_path):
+    """In a pseudo-terminal, where a question to the user would wait for an answer."""
+    run = interop.make_run(tmp_path / "run", kv_map="cla:2")
+    directory = export(run, tmp_path / "DIR")
+    docs = Path(__file__).parent.parent / "docs" / "interop.md"
+    (example,) = re.findall(r"```python\n(.*?)```", docs.read_text(), re.DOTALL)
+    program = example.replace('"DIR"', repr(str(directory))) + '\nprint("THE END")\n'
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **streams) as process:
+        os.close(theirs)
+        said = b""
+        while b"[y/N]" not in said:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # how Linux says that the other side is closed
+                piece = b""
+            if not piece:
+                break
+            said += piece
+        process.kill()
+    os.close(ours)
+    assert b"[y/N]" not in said
+    assert b"THE END" in said, said.decode()

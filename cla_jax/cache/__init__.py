@@ -34,7 +34,13 @@ from cla_jax.model.layers import axes
 
 
 class CacheFormat(Protocol):
-    """How the keys and values of one producer are kept. All arrays are one device's."""
+    """How the keys and values of one producer are kept. All arrays are one device's.
+
+    A number that is not finite, or too large for the format, is never read back as a finite one. A format
+    without scales keeps it (bfloat16 rounds what is too large to infinity). In one with scales, all numbers
+    that share its scale read back as NaN, and no others change: in int8 and fp8 the key or the value of
+    one token and head; in KIVI a key channel of 32 tokens, or 32 value channels of one token.
+    """
 
     @property
     def name(self) -> str: ...

@@ -3,7 +3,8 @@
 Keys have channels that are large in every token, so each channel of a group of 32 tokens has a scale
 and a zero of its own; values have none, so each token has them, for every 32 channels. A group of keys
 must be whole before it can be quantised: the newest tokens, 128 at least and 159 at most, stay in full
-precision until the oldest 32 of them are due. Scales and zeros are float16.
+precision until the oldest 32 of them are due. Scales and zeros are float16: a group whose range they
+cannot hold (numbers that are not finite, or beyond 65,504) reads back as NaN.
 
 A step reads what it has written, back from the cache. So a step of one token, as in decoding, finds the
 newest 128 in full precision; of a step of many tokens, the first find those after them counted among
@@ -192,13 +193,17 @@ class Kivi:
     def _codes(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Codes of x, and the bits of its scales and zeros along an axis."""
         x = x.astype(jnp.float32)
-        largest = float(jnp.finfo(jnp.float16).max)
         low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
-        zero = kept(jnp.clip(low, -largest, largest), "float16")
-        scale = kept(jnp.minimum((high - low) / (2**self.bits - 1), largest), "float16")
+        # Through their bits: XLA may leave out a rounding that is undone at once.
+        scale, zero = (kept(a, "float16") for a in ((high - low) / (2**self.bits - 1), low))
         step, start = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))
-        codes = jnp.round((x - start) / jnp.where(step > 0, step, 1))
-        return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8), scale, zero
+        # The numbers themselves too: XLA's CPU compiler takes the maximum of NaN and 1 for 1.
+        held = jnp.all(jnp.isfinite(x), axis, keepdims=True)
+        held &= jnp.isfinite(step) & jnp.isfinite(start)
+        codes = jnp.where(held, jnp.round((x - start) / jnp.where(step > 0, step, 1)), 0)
+        codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
+        nan = kept(jnp.full_like(step, jnp.nan), "float16")
+        return codes, jnp.where(held, scale, nan), jnp.where(held, zero, 0)
 
     def _restored(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
         scale, zero = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))

@@ -50,10 +50,15 @@ class _EightBit(PerToken):
     def _quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
         scale = jnp.max(jnp.abs(x), axis=-1) / self.largest
+        # All that shares the scale reads back as NaN. The scale itself does not tell: XLA's CPU compiler
+        # takes the maximum of NaN and 1 for 1.
+        scale = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), scale, jnp.nan)
         bits = kept(scale * (1 + 2.0**-8), "bfloat16")
         scale = restored(bits, "bfloat16").astype(jnp.float32)
-        # A head of zeros has scale 0 and codes 0.
-        return self._codes(x / jnp.where(scale > 0, scale, 1)[..., None]), bits
+        # A head of zeros has scale 0 and codes 0; so has one without a scale.
+        has_scale = (scale > 0)[..., None]
+        x = jnp.where(has_scale, x / jnp.where(scale > 0, scale, 1)[..., None], 0)
+        return self._codes(x), bits
 
     def encode(self, kv: KV) -> Scaled:
         return Scaled(*self._quantized(kv.k_BSKH), *self._quantized(kv.v_BSKH))

@@ -109,6 +109,7 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "architectures": ["ClaForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{_MODELING}.ClaConfig",
+            "AutoModel": f"{_MODELING}.ClaModel",
             "AutoModelForCausalLM": f"{_MODELING}.ClaForCausalLM",
         },
         **fields,

@@ -22,7 +22,6 @@ from cla_jax.config import near_choice
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.evaluate import open_setup
 from cla_jax.families import doubled, text
-from cla_jax.files import is_a
 from cla_jax.generate import Sampling, generate
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
@@ -298,7 +297,7 @@ def evaluate(
     tokenizer = setup.prepared.tokenizer
     ends = run.end_ids(tokenizer.end, tokenizer.size)
     longest, read = run.origin().get("max_length"), context or setup.config.data.seq_len
-    if is_a(longest, int) and read > longest:
+    if isinstance(longest, int) and read > longest:
         log.warning("the model was made for at most %d tokens of context, not %d", longest, read)
     with jax.set_mesh(setup.mesh):
         for way in ways:

@@ -11,6 +11,7 @@ finds it through `auto_map` in config.json. What differs from a Llama:
 Keys are rotated once, by their producer. The cache has one entry a producer, numbered in their order.
 """
 
+import functools
 import math
 
 import torch
@@ -131,7 +132,9 @@ class ClaAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.config = config
         self.head_dim, self.source = config.head_dim, config.kv_map[layer]
+        self.layer = layer
         width, bias = config.num_attention_heads * config.head_dim, config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
@@ -150,11 +153,20 @@ class ClaAttention(nn.Module):
         h = normed if self.kv_norm is None else self.kv_norm(x)
         return rotate(self.heads(self.k_proj(h)), cos, sin), self.heads(self.v_proj(h))
 
-    def forward(self, normed, keys, values, seen, cos, sin):
-        q = rotate(self.heads(self.q_proj(normed)), cos, sin)
+    def forward(self, normed, keys, values, seen, cos, sin, output_attentions):
+        """The output, and the weights [B, heads, T, S] if they are asked for."""
+        q, weights = rotate(self.heads(self.q_proj(normed)), cos, sin), None
         # Query head n reads key/value head n // G.
-        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        if output_attentions or self.config._attn_implementation == "eager":
+            groups = q.shape[1] // keys.shape[1]
+            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+            scores = (q @ keys.transpose(2, 3)) * self.head_dim**-0.5
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            o = weights @ values
+        else:
+            o = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
+        return self.o_proj(o.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
 
 class ClaMLP(nn.Module):
@@ -177,12 +189,41 @@ class ClaDecoderLayer(nn.Module):
         self.post_attention_layernorm = ClaRMSNorm(config)
         self.mlp = ClaMLP(config)
 
+    def forward(self, x, keys, values, update, seen, cos, sin, output_attentions):
+        """The residual stream after the layer, its keys and values, and its weights of attention.
+
+        A producer makes keys and values, and `update` joins them with those in the cache; others are given
+        them. `seen` makes the mask once the number of keys is known.
+        """
+        normed, attention = self.input_layernorm(x), self.self_attn
+        if attention.source == attention.layer:
+            keys, values = attention.keys_and_values(x, normed, cos, sin)
+            if update is not None:
+                keys, values = update(keys, values)
+        mask = seen(keys.shape[2])
+        out, weights = attention(normed, keys, values, mask, cos, sin, output_attentions)
+        x = x + out
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, keys, values, weights
+
+
+def refuse(unknown):
+    """No argument is left without effect, and without a word."""
+    if unknown:
+        raise TypeError(f"Cla has no use for the argument {min(unknown)}")
+
+
+def as_dict(config, return_dict):
+    return config.return_dict if return_dict is None else return_dict
+
 
 class ClaPreTrainedModel(PreTrainedModel):
     config_class = ClaConfig
     base_model_prefix = "model"
     _no_split_modules = ["ClaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
 
 class ClaModel(ClaPreTrainedModel):
@@ -193,52 +234,77 @@ class ClaModel(ClaPreTrainedModel):
         self.layers = nn.ModuleList([ClaDecoderLayer(config, layer) for layer in layers])
         self.norm = ClaRMSNorm(config)
         self.slots = {layer: slot for slot, layer in enumerate(config.producers)}
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
         self,
         input_ids=None,
-        attention_mask=None,  # [B, S], 0 for padding, over the cached tokens too
+        attention_mask=None,  # [B, S], 0 for padding, over the cached tokens too; or [B, 1, T, S]
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
-        **_,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        cache_position=None,  # noqa: ARG002  # of older versions; the cache says the same
+        **unknown,
     ):
+        refuse(unknown)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache:
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        with_weights = config.output_attentions if output_attentions is None else output_attentions
+        with_states = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        recomputing = self.gradient_checkpointing and self.training
+        use_cache = use_cache and not recomputing
+        if recomputing:
+            past_key_values = None  # a layer that runs twice would put its keys in twice
+        elif past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         past = 0
         if past_key_values is not None:
-            del past_key_values.layers[len(self.slots) :]  # generate() makes one entry a layer
-            past = int(past_key_values.get_seq_length())
-        here = torch.arange(past, past + x.shape[1], device=x.device)
+            if len(past_key_values.layers) > len(self.slots):  # generate() makes one entry a layer
+                del past_key_values.layers[len(self.slots) :]
+            past = past_key_values.get_seq_length()
+            past = past.clone() if torch.is_tensor(past) else past  # a static cache counts in place
+        here = torch.arange(x.shape[1], device=x.device) + past
         if position_ids is None:
             position_ids = here[None]
-        turning, factor = frequencies(self.config, x.device)
+        turning, factor = frequencies(config, x.device)
         angles = position_ids[:, None, :, None].float() * turning
         cos, sin = angles.cos() * factor, angles.sin() * factor
 
-        kv = {}
+        kv, states, weights = {}, (x,), ()
         for layer, block in enumerate(self.layers):
-            normed = block.input_layernorm(x)
-            source = self.config.kv_map[layer]
-            if source == layer:
-                made = block.self_attn.keys_and_values(x, normed, cos, sin)
-                if past_key_values is not None:
-                    made = past_key_values.update(*made, self.slots[layer])
-                kv[layer] = made
-            keys, values = kv[source]
-            seen = self.seen(here, keys.shape[2], attention_mask, self.config.windows[layer])
-            x = x + block.self_attn(normed, keys, values, seen, cos, sin)
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+            update = None
+            if past_key_values is not None and layer in self.slots:
+                update = functools.partial(past_key_values.update, layer_idx=self.slots[layer])
+            seen = functools.partial(self.seen, here, attention_mask, config.windows[layer])
+            source = config.kv_map[layer]
+            inputs = (x, *kv.get(source, (None, None)), update, seen, cos, sin, with_weights)
+            if recomputing:
+                out = self._gradient_checkpointing_func(block.__call__, *inputs)
+            else:
+                out = block(*inputs)
+            x, kv[layer] = out[0], out[1:3]
+            states, weights = (*states, x), (*weights, out[3])
+        x = self.norm(x)
+        out = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states[:-1], x) if with_states else None,
+            attentions=weights if with_weights else None,
         )
+        return out if as_dict(config, return_dict) else out.to_tuple()
 
     @staticmethod
-    def seen(here, length, attention_mask, window):
+    def seen(here, attention_mask, window, length):
         """Which of `length` entries each query sees, [1 or B, 1, T, length]."""
         entries, queries = torch.arange(length, device=here.device), here[:, None]
         seen = entries <= queries
@@ -246,6 +312,9 @@ class ClaModel(ClaPreTrainedModel):
             seen = seen & (entries > queries - window)
         if attention_mask is None:
             return seen[None, None]
+        if attention_mask.ndim == 4:  # made by generate() for a static cache: True, or 0, is seen
+            mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            return seen & mask[..., :length] | (entries == queries)
         is_text = F.pad(attention_mask, (0, length - attention_mask.shape[1])).bool()
         # A padding token sees itself: a softmax over nothing is not a number.
         return seen[None, None] & is_text[:, None, None] | (entries == queries)
@@ -261,10 +330,45 @@ class ClaForCausalLM(ClaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        out = self.model(input_ids, **kwargs)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])  # 0 keeps all
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,  # the last so many, 0 for all; or the positions
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        cache_position=None,  # noqa: ARG002
+        **unknown,
+    ):
+        refuse(unknown)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        is_number = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if is_number else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        out = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out if as_dict(self.config, return_dict) else out.to_tuple()
