@@ -193,6 +193,10 @@ def test_generation_ends_at_stop_strings(model):
     assert plain.generate_until(asked(until=stops)) == [cut(words) for words in whole]
     with pytest.raises(ValueError, match="num_beams = 4, which is not supported"):
         plain.generate_until(asked(until=[], num_beams=4))
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": None, "no_repeat_ngram_size": 0}
+    assert plain.generate_until(asked(until=[], length_penalty=1.0, **neutral)) == whole
+    with pytest.raises(ValueError, match=r"repetition_penalty = 1.2, which is not supported"):
+        plain.generate_until(asked(until=[], **(neutral | {"repetition_penalty": 1.2})))
     with pytest.raises(ValueError, match="40 tokens are to be generated, which leaves none"):
         plain.generate_until(asked(until=[], max_gen_toks=40))
 
@@ -397,4 +401,52 @@ def test_answers_are_those_of_the_harness_s_own_backend(tiny, devices, tmp_path)
     np.testing.assert_allclose(
         rolled, theirs.loglikelihood_rolling(texts, disable_tqdm=True), atol=1e-2
     )
+    assert generated == theirs.generate_until(prompts, disable_tqdm=True)
+
+
+def test_texts_behind_a_begin_token_are_answered_as_by_the_harness_s_own_backend(tmp_path, devices):
+    """An imported Llama whose tokenizer puts a token before every text, and which has two end tokens."""
+    import tokenizers as hf_tokenizers
+    from lm_eval.models.huggingface import HFLM
+
+    from cla_jax import interop as read_from
+    from cla_jax.interop.foreign import import_run
+    from cla_jax.interop.lm_eval import Model
+    from cla_jax.interop.text import Text
+    from tests import interop
+
+    devices(1)
+    directory = interop.write_hf(tmp_path / "hf", bos_token_id=257, eos_token_id=[256, 258])
+    inner = hf_tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    inner.add_special_tokens(["<s>", "<eot>"])
+    inner.post_processor = hf_tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 257)]
+    )
+    inner.save(str(directory / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names | {"eos_token": interop.END}))
+    text = Text(seq_len=CONTEXT, source="sotu:40", data_dir=str(tmp_path / "data"))
+    run = import_run(read_from.read(directory), tmp_path / "run", text)
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 1, "max_length": CONTEXT}
+    theirs = HFLM(pretrained=str(directory), **options)
+    setup = open_setup(run)
+    with jax.set_mesh(setup.mesh):
+        _, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+        ours = Model(setup, model, context=CONTEXT, ends=run.end_ids(256, 264))
+        assert ours.prefix_token_id == theirs.prefix_token_id == 257
+        pairs = ask(
+            "loglikelihood", ("", "abc"), ("The", "abc"), ("The ", "state"), ("<s>The", "abc")
+        )
+        found, rolls = (
+            ours.loglikelihood(pairs),
+            ask("loglikelihood_rolling", ("The union",), ("x" * 50,)),
+        )
+        rolled = ours.loglikelihood_rolling(rolls)
+        more = {"max_gen_toks": 12, "until": ["\n"], "do_sample": False}
+        prompts = ask("generate_until", *[(words, more) for words in ("The", "state of", "x")])
+        generated = ours.generate_until(prompts)
+    expected = theirs.loglikelihood(pairs, disable_tqdm=True)
+    np.testing.assert_allclose([p for p, _ in found], [p for p, _ in expected], atol=1e-3)
+    expected = theirs.loglikelihood_rolling(rolls, disable_tqdm=True)
+    np.testing.assert_allclose(rolled, expected, atol=1e-2)
     assert generated == theirs.generate_until(prompts, disable_tqdm=True)

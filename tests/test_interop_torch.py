@@ -416,7 +416,7 @@ def test_gradient_checkpointing_changes_no_gradient(exported):
     plain = gradients()
     theirs.gradient_checkpointing_enable()
     calls = []
-    theirs.model.layers[0].register_forward_hook(lambda *_: calls.append(0))
+    theirs.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(0))
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
     assert len(calls) == 2  # it ran again for the gradients
@@ -447,7 +447,12 @@ def resolved(values, directory):
         return str(error)
     ids = {key: keys.take(key, None) for key in ("bos_token_id", "eos_token_id")}
     maps = {"kv_map": model.resolved_kv_map, "windows": model.resolved_windows}
-    return dataclasses.asdict(model) | maps | ids | {"length": keys.take("max_position_embeddings", None)}
+    return (
+        dataclasses.asdict(model)
+        | maps
+        | ids
+        | {"length": keys.take("max_position_embeddings", None)}
+    )
 
 
 def spelled_out(config) -> dict:
