@@ -130,8 +130,7 @@ def _ran_out(error: BaseException | None) -> str | None:
     ours = isinstance(error, ValueError) and _is_ours(error)
     if error is not None and not ours and (found := _RAN_OUT.search(str(error))):
         line = next(line for line in str(error).splitlines() if found.group() in line)
-        start = max(0, line.index(found.group()) - _LONGEST // 2)
-        return f"{found.group()}: {line[start : start + _LONGEST]}"
+        return f"{found.group()}: {line[:_LONGEST]}"
     return None
 
 
