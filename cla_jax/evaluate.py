@@ -21,14 +21,24 @@ from cla_jax.scoring import (
     full_forward,
     sensitivity,
 )
-from cla_jax.train import Setup, set_up
+from cla_jax.train import Setup, of_component, set_up
 
 log = logging.getLogger(__name__)
 
 
 def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
-    """The evaluator that training is given: a flat dict for the metrics."""
+    """The evaluator that training is given: a flat dict for the metrics.
+
+    Of a mixture it has those of all held-out text, and `perplexity/NAME` and so on of each component.
+    """
     record = full_forward(setup, model)
+    metrics = _metrics(record)
+    for name, scored in record.get("components", {}).items():
+        metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
+    return metrics
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "held_out_loss": record["nll"] / record["tokens"],
         "perplexity": record["perplexity"],
@@ -64,13 +74,14 @@ def open_setup(
     )
     # The batch of training need not divide over these devices.
     config = dataclasses.replace(config, batch_size=jax.device_count(), placement=here)
-    from_file = config.data.tokenizer.endswith(".json")  # the run has a copy; the file may be gone
+    # The run has a copy of a tokenizer that was a file, which may be gone, or that a mixture learned.
+    from_file = config.data.tokenizer.endswith(".json") or bool(config.data.mixture)
     tokenizer_json = run.tokenizer_json() if from_file else None
-    found = prepare.prepared_path(config.data, here.data_dir, tokenizer_json).name
+    found = prepare.fingerprint(config.data, here.data_dir, tokenizer_json)
     if found != run.record().get("data_fingerprint"):
         run.check_data(found, run.tokenizer_json())
     setup = set_up(config, tokenizer_json)
-    run.check_data(setup.prepared.path.name, setup.prepared.tokenizer.to_json())
+    run.check_data(setup.prepared.fingerprint, setup.prepared.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(setup.rules, setup.mesh)
         setup = dataclasses.replace(setup, run=dataclasses.replace(setup.run, rules=rules))
@@ -106,7 +117,7 @@ def evaluate(
     origin = {
         "step": step,
         "checkpoint": checkpoint.fingerprint(run, step),
-        "data_fingerprint": setup.prepared.path.name,
+        "data_fingerprint": setup.prepared.fingerprint,
     }
     peak = memory.allocator_peak() or 0
     notes = {name: _pointless(setup, name) for name in formats}

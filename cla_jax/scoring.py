@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from cla_jax.loss import cross_entropy
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
 from cla_jax.train import Setup, loss_sum
 
+if TYPE_CHECKING:
+    from cla_jax.data.records import Windows
+
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 
 
@@ -37,9 +40,12 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    # Of a mixture, also those of its components.
+    components: dict[str, "Score"] = dataclasses.field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The totals and what follows from them, as plain numbers."""
+        parts = {name: part.record() for name, part in self.components.items()}
         return {
             "perplexity": math.exp(min(self.nll / self.tokens, 700.0)),
             "bits_per_byte": self.nll / math.log(2) / self.bytes,
@@ -48,6 +54,7 @@ class Score:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.tokens / self.seconds, 1),
+            **({"components": parts} if parts else {}),
         }
 
 
@@ -61,15 +68,42 @@ def score(
 ) -> Score:
     """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` sums over a batch.
 
-    `windows` limits it to the first ones. With `warm_up` the first batch is run twice, so that
-    compilation does not count as evaluation time.
+    Of a mixture, the held-out texts of all components count as one text, whatever their weights; each is
+    scored for itself too. `windows` limits each to its first ones. With `warm_up` the first batch is run
+    twice, so that compilation does not count as evaluation time.
     """
-    split = setup.prepared.split("held_out")
-    total = len(split) if windows is None else min(windows, len(split))
+    splits = {name: part.split("held_out") for name, part in setup.prepared.parts.items()}
+    totals = {
+        name: len(split) if windows is None else min(windows, len(split))
+        for name, split in splits.items()
+    }
+    total, done = Score(), 0
+    progress(0, sum(totals.values()))
+    for name, split in splits.items():
+        part = Score()
+        for scored in _score_split(
+            setup, batch_nll, split, totals[name], part, warm_up and not done
+        ):
+            done += scored
+            progress(done, sum(totals.values()))
+        for field in ("nll", "tokens", "bytes", "seconds"):
+            setattr(total, field, getattr(total, field) + getattr(part, field))
+        if name:
+            total.components[name] = part
+    return total
+
+
+def _score_split(
+    setup: Setup,
+    batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
+    split: "Windows",
+    total: int,
+    result: Score,
+    warm_up: bool,
+) -> Iterator[int]:
+    """Adds the first windows of a split to a result; yields how many, batch by batch."""
     size = setup.eval_batch
     spec = setup.rules.spec("batch", None)
-    result = Score()
-    progress(0, total)
     for i, batch in enumerate(loader.windows(split, size)):
         done = i * size
         if done >= total:
@@ -86,8 +120,7 @@ def score(
         result.seconds += time.monotonic() - clock
         result.tokens += int(batch["n_targets"].sum())
         result.bytes += int(batch["n_bytes"].sum())
-        progress(min(done + size, total), total)
-    return result
+        yield min(size, total - done)
 
 
 # ---------------------------------------------------------------------------------- two methods

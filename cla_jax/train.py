@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import checkpoint, chips, costs, goodput, profiler, runs
+from cla_jax import budget, checkpoint, chips, costs, goodput, profiler, runs
 from cla_jax import mesh as meshes
 from cla_jax.config import Config, OptimizerConfig, check_vocabulary
-from cla_jax.data.loader import Batches
-from cla_jax.data.prepare import Prepared, prepare
+from cla_jax.data import mixture
+from cla_jax.data.loader import PREFETCH, Batches
+from cla_jax.data.prepare import Corpus, corpus
 from cla_jax.loss import cross_entropy
 from cla_jax.mesh import AxisRules
+from cla_jax.messages import printable
 from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import Execution, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
@@ -88,7 +90,21 @@ class Layout:
 class Setup(Layout):
     """A layout on the devices at hand, and the data."""
 
-    prepared: Prepared
+    prepared: Corpus
+
+    @functools.cached_property
+    def schedule(self) -> mixture.Schedule:
+        """Which component of the data each training row comes from."""
+        return mixture.schedule(self.config)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the training windows of each component were seen after so many steps."""
+        rows = self.schedule.counts(step * self.config.batch_size)
+        windows = [part.totals["train"]["windows"] for part in self.prepared.parts.values()]
+        return {
+            name: seen / held
+            for name, seen, held in zip(self.prepared.parts, rows, windows, strict=True)
+        }
 
 
 def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
@@ -123,7 +139,7 @@ def set_up(config: Config, tokenizer_json: str | None = None) -> Setup:
     `tokenizer_json`, if given, stands for the file that `data.tokenizer` names.
     """
     layout = lay_out(config)  # before the data, which take long
-    prepared = prepare(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
+    prepared = corpus(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
     check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
     tokenizer = prepared.tokenizer
     end = None if layout.end is None else tokenizer.end
@@ -228,9 +244,14 @@ class Journal:
     """
 
     def __init__(
-        self, config: Config, writer: CompositeWriter, first_step: int, clock: goodput.Clock
+        self,
+        config: Config,
+        writer: CompositeWriter,
+        first_step: int,
+        clock: goodput.Clock,
+        epochs: Callable[[int], dict[str, float]] = lambda step: {},
     ):
-        self.config, self.writer, self.clock = config, writer, clock
+        self.config, self.writer, self.clock, self.epochs = config, writer, clock, epochs
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
         chip = chips.find(jax.devices()[0].device_kind)
         self.peak = chip.flops if chip else None  # unknown: no MFU is printed
@@ -290,8 +311,14 @@ class Journal:
             per_step = (now - self.started) / max(done, 1)
             speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
         tokens = step * self.config.tokens_per_step
-        self.writer.write(step, {**values, "tokens": tokens, **speed})
+        epochs = {of_component("epochs", name): seen for name, seen in self.epochs(step).items()}
+        self.writer.write(step, {**values, "tokens": tokens, **epochs, **speed})
         self.written = step
+
+
+def of_component(metric: str, component: str) -> str:
+    """The name of a metric of one component of a mixture; of one source alone, its own."""
+    return f"{metric}/{component}" if component else metric
 
 
 # ----------------------------------------------------------------------------------------- loop
@@ -305,6 +332,7 @@ def train(
     *,
     evaluate: Evaluator,
     should_stop: Callable[[int], bool] = lambda step: False,
+    stop_waiting: Callable[[], bool] = lambda: False,
     clock: goodput.Clock | None = None,
     agree: Callable[[Mapping[str, Any]], None] = lambda facts: None,
 ) -> bool:
@@ -314,6 +342,7 @@ def train(
       config: the run.
       evaluate: called every `placement.eval_every` steps and at the end.
       should_stop: asked after every step with its number; on all hosts it must answer alike.
+      stop_waiting: asked while a batch is waited for; true only if no other host waits for this one.
       clock: books the time of this process; by default one that starts now.
       agree: told, before the hosts compute together, what must be the same on all of them; raises
         ValueError on all of them if it is not.
@@ -335,7 +364,7 @@ def train(
             "evaluated steps": evaluated_steps(Run(runs.run_path(config))),
         }
     )
-    with opened(setup) as run, jax.set_mesh(setup.mesh):
+    with opened(setup) as run, jax.set_mesh(setup.mesh), memory_errors(config):
         if is_complete(run, config):
             log.info("%s is complete already, at step %d", run.path, config.steps)
             return True
@@ -345,16 +374,17 @@ def train(
             state = restore_or_init(setup, run)
             first_step = int(state.step)
             log_start(setup, run, first_step)
+            log_data(setup)
             with clock.booked("compile"):
                 step_fn = compiling.result()
-        batches = batch_stream(setup, first_step)
+        batches = batch_stream(setup, first_step, stop_waiting)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
             clock.carry_on(goodput.earlier(earlier_records(run), first_step))
             stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
             writer = make_writer(run, config, process_index=jax.process_index())
             stack.callback(writer.close)
-            journal = Journal(config, writer, first_step, clock)
+            journal = Journal(config, writer, first_step, clock, setup.epochs)
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
             stack.callback(journal.booked("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
@@ -367,9 +397,17 @@ def train(
                     writer.write(first_step, evaluate(setup, state.model))
             clock.switch("step")
 
+            saved = first_step
             for step in range(first_step + 1, config.steps + 1):
                 with clock.booked("data_wait"):
-                    batch = next(batches)
+                    batch = next(batches, None)
+                if batch is None:  # asked to stop while it was read
+                    if step - 1 > saved:
+                        journal.flush()
+                        with journal.booked("checkpoint"):
+                            saver.save(state)
+                    log.warning("asked to stop: the run can be resumed from step %d", step - 1)
+                    return False
                 state, metrics = step_fn(state, batch)
                 journal.record(step, metrics)
                 last, stop = step == config.steps, should_stop(step)
@@ -379,6 +417,7 @@ def train(
                     journal.flush()
                     with journal.booked("checkpoint"):
                         saver.save(state)
+                    saved = step
                 if stop and not last:
                     log.warning("asked to stop: step %d is saved, the run can be resumed", step)
                     return False
@@ -397,10 +436,10 @@ def shared_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def facts_of(prepared: Prepared) -> dict[str, Any]:
+def facts_of(prepared: Corpus) -> dict[str, Any]:
     """What two hosts' prepared data have in common if they are the same."""
     tokenizer = hashlib.sha256(prepared.tokenizer.to_json().encode()).hexdigest()
-    return {"fingerprint": prepared.path.name, "tokenizer": tokenizer, **prepared.totals}
+    return {"fingerprint": prepared.fingerprint, "tokenizer": tokenizer, **prepared.totals}
 
 
 def newest_checkpoint(config: Config) -> int | None:
@@ -452,7 +491,9 @@ def compile_step(layout: Layout) -> StepFn:
     with jax.set_mesh(layout.mesh):  # a property of the thread
         step = make_step(layout).lower(layout.state, layout.batch)
         with option_errors(layout.config.placement.compiler_options):
-            return step.compile()
+            compiled = step.compile()
+    check_memory(layout, compiled)
+    return compiled
 
 
 @contextlib.contextmanager
@@ -504,16 +545,20 @@ def compiler_options(text: str) -> dict[str, bool | int | str]:
     return {name.strip(): value(given.strip()) for name, _, given in options}
 
 
-def batch_stream(setup: Setup, first_step: int) -> Any:
-    """The batches from update `first_step` on, on their devices: int32 [A, B, T + 1]."""
-    config = setup.config
+def batch_stream(setup: Setup, first_step: int, stop: Callable[[], bool] = lambda: False) -> Any:
+    """The batches from update `first_step` on, on their devices: int32 [A, B, T + 1].
+
+    It ends when a batch is waited for and `stop()` is true.
+    """
+    config, parts = setup.config, setup.prepared.parts.items()
     batches = Batches(
-        setup.prepared.split("train"),
+        {name: part.split("train") for name, part in parts},
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=config.placement.accumulate,
+        schedule=setup.schedule,
     )
-    return batches.stream(first_step, setup.batch.sharding)
+    return batches.stream(first_step, setup.batch.sharding, stop=stop)
 
 
 def restore_or_init(setup: Setup, run: Run) -> State:
@@ -545,6 +590,63 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
     log.info("training FLOPs: %.4g a token", flops)
 
 
+# Up to four epochs, tokens seen again are worth nearly as much as new ones (2305.16264).
+_MANY_EPOCHS = 4
+
+
+def log_data(setup: Setup) -> None:
+    """Says how much of each source the whole run will see."""
+    config, epochs = setup.config, setup.epochs(setup.config.steps)
+    tokens = setup.schedule.counts(config.steps * config.batch_size)
+    log.info("training tokens: %s in all", f"{config.steps * config.tokens_per_step:,}")
+    for (name, part), rows in zip(setup.prepared.parts.items(), tokens, strict=True):
+        log.info(
+            "  %s: %s tokens = %.3g epochs of its %s",
+            name or config.data.source,
+            f"{rows * config.data.seq_len:,}",
+            epochs[name],
+            f"{part.totals['train']['windows'] * config.data.seq_len:,}",
+        )
+        if epochs[name] > _MANY_EPOCHS:
+            log.warning(
+                "%s is seen %.3g times: beyond about %d, further epochs teach little; lower steps or "
+                "batch_size, or take more text",
+                name or config.data.source,
+                epochs[name],
+                _MANY_EPOCHS,
+            )
+
+
+def check_memory(layout: Layout, step: Any) -> None:
+    """Raises ValueError if the compiled step needs more memory than there is."""
+    batch = layout.batch.sharding.shard_shape(layout.batch.shape)
+    ahead = PREFETCH * math.prod(batch) * layout.batch.dtype.itemsize
+    budget.check(step, ahead, remedy(layout.config))
+
+
+@contextlib.contextmanager
+def memory_errors(config: Config) -> Iterator[None]:
+    """Makes a device's refusal of memory an error that names the fields."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"the device has too little memory ({printable(first)}): {remedy(config)}; for an evaluation, "
+            f"lower placement.eval_batch_size = {config.placement.eval_batch_size}"
+        ) from None
+
+
+def remedy(config: Config) -> str:
+    """What to change where a step needs more memory than there is."""
+    return (
+        f"raise placement.accumulate = {config.placement.accumulate}, lower batch_size = "
+        f"{config.batch_size}, or take more devices (placement.mesh)"
+    )
+
+
 def log_time(clock: goodput.Clock) -> None:
     if jax.process_index() == 0:
         log.info(goodput.summary(clock.seconds()))
@@ -559,7 +661,7 @@ def opened(setup: Setup) -> Iterator[Run]:
         run = runs.open_run(
             setup.config,
             write=writes,
-            data_fingerprint=setup.prepared.path.name,
+            data_fingerprint=setup.prepared.fingerprint,
             tokenizer_json=setup.prepared.tokenizer.to_json(),
         )
         with logging_to(run):

@@ -9,9 +9,13 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import tyro
+
+from cla_jax.config import Component, Config, Stage
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +53,32 @@ _RAN_OUT = re.compile(
 _LONGEST = 300  # characters of a library's message
 _STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
+
+
+def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
+    """A config with the fields of a command line put in; `options` are those of `tyro.cli`."""
+    return tyro.cli(Config, default=config, args=list(argv), registry=_as_text, **options)
+
+
+_as_text = tyro.constructors.ConstructorRegistry()
+
+
+@_as_text.primitive_rule
+def _written_as_text(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Components and stages of a mixture are one word each, not flags of their own."""
+    forms = {Component: "NAME=WEIGHT:SOURCE", Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT"}
+    kind: Any = info.type
+    if kind not in forms:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=forms[kind],
+        instance_from_str=lambda words: kind.parse(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:

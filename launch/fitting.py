@@ -44,6 +44,8 @@ def shape(config: Config) -> Config:
             "seed": 0,
             "optimizer": OptimizerConfig(),
             "data.source": "sotu",
+            "data.mixture": (),
+            "data.stages": (),
             "data.tokenizer": "tokenizer.json",
             "data.end_token": "",
             "data.held_out": 0.5,

@@ -20,14 +20,13 @@ On several hosts the same command is started on each. They are refused if they d
 import sys
 from collections.abc import Sequence
 
-import tyro
 from etils import epath
 
 import experiments
 from cla_jax import goodput
 from cla_jax.config import Config
 from launch import allocator, hosts
-from launch.cli import log_to_stderr, user_errors
+from launch.cli import log_to_stderr, read_config, user_errors
 
 
 def parse(argv: Sequence[str]) -> list[Config]:
@@ -39,10 +38,9 @@ def parse(argv: Sequence[str]) -> list[Config]:
         raise SystemExit(0 if argv else 2)
     name, *overrides = argv
     configs = [
-        tyro.cli(
-            Config,
-            default=config,
-            args=overrides,
+        read_config(
+            config,
+            overrides,
             prog=f"python -m launch.train {name}",
             description=f"{config.name}: every field of the run, with its default. The flags for several "
             "processes are in `python -m launch.train --help`.",
@@ -91,6 +89,8 @@ def _check_identity(config: Config) -> None:
 
 @user_errors  # here too: a process that leaves the others needs its exit code
 def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
+    import jax
+
     from cla_jax import runs
     from cla_jax import train as training
     from cla_jax.evaluate import during_training
@@ -107,6 +107,8 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
                     config,
                     evaluate=during_training,
                     should_stop=watched_stop,
+                    # Several processes must ask equally often, so they ask after a step only.
+                    stop_waiting=lambda: jax.process_count() == 1 and should_stop(0),
                     agree=distributed.agree,
                     clock=clock,
                 )

@@ -1,8 +1,10 @@
 """The launch plan: a sweep as data that every engine can render, made without any engine."""
 
 import collections
+import contextlib
 import dataclasses
 import inspect
+import operator
 import shlex
 import sys
 import tempfile
@@ -10,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from etils import epath
 
 import experiments
@@ -19,6 +20,7 @@ from cla_jax import names, runs
 from cla_jax.config import Config
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
+from launch.cli import read_config
 from launch.records import Record
 
 _NAME_AT = 4  # in the command of a trial: python -m launch.trial SWEEP NAME
@@ -234,8 +236,7 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
     def change(config: Config) -> Config:
         if not read:
             usage = "python -m launch.sweep NAME [FLAGS] --"
-            parsed = tyro.cli(Config, default=config, args=list(overrides), prog=usage)
-            values = configs.flatten(dataclasses.asdict(parsed))
+            parsed = read_config(config, overrides, prog=usage)
             flags = [
                 flag[2:].partition("=")[0].replace("-", "_")
                 for flag in overrides
@@ -244,7 +245,9 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
             for flag in flags:
                 head, _, last = flag.rpartition(".")
                 positive = f"{head}.{last.removeprefix('no_')}".lstrip(".")
-                read.update({field: values[field] for field in (flag, positive) if field in values})
+                for field in (flag, positive):
+                    with contextlib.suppress(AttributeError):
+                        read[field] = operator.attrgetter(field)(parsed)
         return configs.replaced(config, read)
 
     return change

@@ -32,6 +32,10 @@ def sharding() -> NamedSharding:
     return NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec())
 
 
+def windows(batches: loader.Batches, step: int, lo: int, hi: int) -> list[int]:
+    return [window for _, window in batches.places(step, lo, hi)]
+
+
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
@@ -46,7 +50,7 @@ def gone() -> bool:
 def test_an_epoch_covers_every_window_once_and_the_next_is_another_order(train):
     n = len(train)
     batches = loader.Batches(train, batch_size=7, seed=3)
-    order = [index for step in range(2 * n // 7 + 1) for index in batches.indices(step, 0, 7)]
+    order = [index for step in range(2 * n // 7 + 1) for index in windows(batches, step, 0, 7)]
     assert sorted(order[:n]) == sorted(order[n : 2 * n]) == list(range(n))
     assert order[:n] != order[n : 2 * n]
     assert order[:n] != list(range(n))
@@ -65,7 +69,7 @@ def test_rows_are_the_windows_and_any_cut_gives_the_same(train):
     whole = batches.rows(5, 0, 12)
     assert whole.dtype == np.int32
     assert whole.shape == (12, CONFIG.seq_len + 1)
-    for row, index in zip(whole, batches.indices(5, 0, 12), strict=True):
+    for row, index in zip(whole, windows(batches, 5, 0, 12), strict=True):
         np.testing.assert_array_equal(row, train[index]["tokens"])
     again = loader.Batches(train, batch_size=12, seed=3)  # another host, or a restart
     cut = [again.rows(5, lo, hi) for lo, hi in ((0, 1), (1, 6), (6, 6), (6, 12))]
@@ -74,17 +78,17 @@ def test_rows_are_the_windows_and_any_cut_gives_the_same(train):
 
 def test_seeds_and_steps_differ(train):
     a, b = (loader.Batches(train, batch_size=8, seed=seed) for seed in (0, 1))
-    assert a.indices(0, 0, 8) != b.indices(0, 0, 8)
-    assert a.indices(0, 0, 8) != a.indices(1, 0, 8)
+    assert windows(a, 0, 0, 8) != windows(b, 0, 0, 8)
+    assert windows(a, 0, 0, 8) != windows(a, 1, 0, 8)
     # The epochs of one seed are not those of the next, one later.
     n = len(train)
     a, b = (loader.Batches(train, batch_size=n, seed=seed) for seed in (0, 1))
-    assert a.indices(1, 0, n) != b.indices(0, 0, n)
+    assert windows(a, 1, 0, n) != windows(b, 0, 0, n)
 
 
 def test_a_batch_larger_than_the_data_repeats_it(train):
     n = len(train)
-    indices = loader.Batches(train, batch_size=2 * n, seed=0).indices(0, 0, 2 * n)
+    indices = windows(loader.Batches(train, batch_size=2 * n, seed=0), 0, 0, 2 * n)
     assert sorted(indices) == sorted([*range(n), *range(n)])
 
 
@@ -210,6 +214,15 @@ def test_a_closed_stream_reads_no_more(train):
     go_on.set()
     assert gone()
     assert set(placed) <= {0, 1}
+
+
+def test_a_closed_stream_leaves_the_batch_it_was_reading(train):
+    batches = loader.Batches(train, batch_size=4_000_000, seed=0)  # minutes to read
+    started, places = threading.Event(), batches.places
+    batches.places = lambda *rows: started.set() or places(*rows)
+    stream = batches.stream(0, sharding(), stop=started.is_set)
+    assert next(stream, None) is None  # asked while it waited
+    assert gone()
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)"])

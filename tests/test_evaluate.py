@@ -31,7 +31,7 @@ def setup(tiny, devices):
 def test_full_forward_is_perplexity_as_defined(setup):
     """Against numbers put together by hand: every held-out token once, in windows of seq_len."""
     model = reference.randomised(setup.config.model)
-    split = setup.prepared.split("held_out")
+    split = setup.prepared.parts[""].split("held_out")
     limit = 10
     with jax.set_mesh(setup.mesh):
         record = full_forward(setup, model, windows=limit)
@@ -91,7 +91,7 @@ def test_agreement_is_what_its_names_say(setup):
     with jax.set_mesh(setup.mesh):
         found = agreement(setup, model, coarse, chunk=T, windows=10_000)
         first = agreement(setup, model, coarse, chunk=T, windows=1)  # of a batch of 8
-    split = setup.prepared.split("held_out")
+    split = setup.prepared.parts[""].split("held_out")
     n = len(split)
     tokens = np.stack([split[i]["tokens"][:-1] for i in range(n)]).astype(int)
     seen = np.arange(T) < np.array([int(split[i]["n_targets"]) for i in range(n)])[:, None]
@@ -238,7 +238,7 @@ def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):
         checkpoint.load_model(run, setup.rules, setup.mesh)
     text = (run.path / "config.json").read_text()
     elsewhere = open_setup(run, str(tmp_path / "elsewhere"))
-    assert elsewhere.prepared.path.parent == tmp_path / "elsewhere"
+    assert elsewhere.prepared.parts[""].path.parent == tmp_path / "elsewhere"
     unsealed = text.replace("sotu-4", "sotu-7").replace('"checksum"', '"old"')
     (run.path / "config.json").write_text(unsealed)
     with pytest.raises(ValueError, match=r"trained on data 'sotu-7.*here is 'sotu-4"):

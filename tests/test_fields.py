@@ -16,6 +16,7 @@ import pytest
 from cla_jax import config as configs
 from cla_jax import mesh as meshes
 from cla_jax import runs
+from cla_jax.config import Component, Stage
 from cla_jax.evaluate import during_training
 from cla_jax.runs import find_runs
 from cla_jax.state import named
@@ -41,6 +42,8 @@ IDENTITY = {
     "model.init_std": 0.2,
     "model.compute_dtype": "bfloat16",
     "data.source": "sotu:7",
+    "data.mixture": (Component.parse("a=1:sotu:7"), Component.parse("b=3:sotu:9")),
+    "data.stages": (Stage.parse("1:b=1"),),
     "data.tokenizer": "bpe:257",
     "data.end_token": "<|end|>",
     "data.begin_token": "Ċ",
@@ -118,7 +121,7 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def base_outcomes():
-    """By the number of layers."""
+    """By the number of layers, and whether there is a mixture."""
     return {}
 
 
@@ -133,12 +136,14 @@ def test_an_identity_field_changes_what_is_computed(
         base |= {"model.n_layers": 2}
     else:
         base |= {"model.kv_map": "identity", "model.n_layers": 1}
-    n_layers = base["model.n_layers"]
-    if n_layers not in base_outcomes:
-        base_outcomes[n_layers] = list(outcome(tiny(**base)))
+    if field == "data.stages":
+        base |= {"data.mixture": IDENTITY["data.mixture"]}
+    key = (base["model.n_layers"], "data.mixture" in base)
+    if key not in base_outcomes:
+        base_outcomes[key] = list(outcome(tiny(**base)))
     changed = outcome(tiny(**(base | {field: IDENTITY[field]})))
     # The steps are compiled only where nothing else differs.
-    assert not all(map(equal, changed, base_outcomes[n_layers]))
+    assert not all(map(equal, changed, base_outcomes[key]))
 
 
 def test_the_seed_draws_the_weights_and_orders_the_data(tiny, devices):
@@ -234,7 +239,7 @@ def test_the_mesh_the_backend_the_names_and_the_evaluation_batch_are_read(tiny, 
     with pytest.raises(ValueError, match="'cudnn' cannot be used"):
         set_up(tiny(**{"placement.attention": "cudnn"}))
     other = set_up(tiny(**{"placement.data_dir": str(tmp_path / "elsewhere")}))
-    assert other.prepared.path.parent == tmp_path / "elsewhere"
+    assert other.prepared.parts[""].path.parent == tmp_path / "elsewhere"
     run = runs.open_run(tiny(name="another"), data_fingerprint="", tokenizer_json="")
     assert run.path.name == "another"
     seen = set()

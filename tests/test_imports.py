@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "files"},
     {"costs", "chips", "hlo"},
     {"seals"},
-    {"goodput", "runs", "writers", "profiler", "mesh"},
+    {"goodput", "runs", "writers", "profiler", "mesh", "budget"},
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},

@@ -52,7 +52,7 @@ def theirs(gguf):
 
 @pytest.fixture(scope="module")
 def windows(run):
-    split = open_setup(run, batch_size=1).prepared.split("held_out")
+    split = open_setup(run, batch_size=1).prepared.parts[""].split("held_out")
     return [split[i] for i in range(WINDOWS)]
 
 

@@ -423,8 +423,8 @@ def timed(devices, monkeypatch):
 
     compiled, batches = training.compile_step, training.batch_stream
 
-    def slow_batches(setup, first_step):
-        stream = batches(setup, first_step)
+    def slow_batches(setup, first_step, stop):
+        stream = batches(setup, first_step, stop)
         with contextlib.closing(stream):
             while True:
                 yield slow(2, next)(stream)

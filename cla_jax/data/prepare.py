@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,32 @@ class Prepared:
         return records.read(self.path, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The prepared data of a run: of one source, or of the components of a mixture."""
+
+    # By the names of the components; of one source, under the empty name.
+    parts: dict[str, Prepared]
+
+    @property
+    def fingerprint(self) -> str:
+        """Says what the data are: a readable name and a digest of their sources and tokenizer."""
+        return _fingerprint({name: part.path for name, part in self.parts.items()})
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return next(iter(self.parts.values())).tokenizer
+
+    @property
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Those of all parts together."""
+        totals = [part.totals for part in self.parts.values()]
+        return {
+            split: {key: sum(each[split][key] for each in totals) for key in totals[0][split]}
+            for split in SPLITS
+        }
+
+
 def prepare(
     config: DataConfig,
     data_dir: str | os.PathLike[str],
@@ -60,7 +86,7 @@ def prepare(
     tokenizer_json: str | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """The prepared data of a config, made if it is not there yet.
+    """The prepared data of a config with one source, made if they are not there yet.
 
     Args:
       config: what to prepare.
@@ -70,18 +96,95 @@ def prepare(
 
     Raises:
       ValueError: the source or the tokenizer is at fault or changes while it is read, a split would
-        be empty, or the prepared data has been damaged.
+        be empty, or the prepared data have been damaged.
     """
+    assert not config.mixture, config.mixture
     path = prepared_path(config, data_dir, tokenizer_json)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():  # another process may have made it while we waited
-                with (
-                    _terminal() if progress is None else contextlib.nullcontext(progress) as report
-                ):
-                    _make(config, path, report, tokenizer_json)
+
+    def make(partial: Path) -> None:
+        with _terminal() if progress is None else contextlib.nullcontext(progress) as report:
+            _make(config, path, partial, report, tokenizer_json)
+
+    _made(path, make)
     return open_prepared(path)
+
+
+def corpus(
+    config: DataConfig, data_dir: str | os.PathLike[str], *, tokenizer_json: str | None = None
+) -> Corpus:
+    """The prepared data of a config with one source or a mixture; arguments and errors as of `prepare`.
+
+    A component is prepared as it would be for a run of its source alone, and shared with such runs.
+    """
+    if config.mixture and config.tokenizer.startswith("bpe:") and tokenizer_json is None:
+        tokenizer_json = _learned(config, data_dir)
+    parts = _parts(config).items()
+    return Corpus(
+        {name: prepare(part, data_dir, tokenizer_json=tokenizer_json) for name, part in parts}
+    )
+
+
+def fingerprint(
+    config: DataConfig, data_dir: str | os.PathLike[str], tokenizer_json: str | None = None
+) -> str:
+    """The fingerprint that the data of a config have or would have; nothing is prepared.
+
+    Only a tokenizer that a mixture learns is made, unless it is given.
+    """
+    if config.mixture and config.tokenizer.startswith("bpe:") and tokenizer_json is None:
+        tokenizer_json = _learned(config, data_dir)
+    parts = _parts(config)
+    return _fingerprint(
+        {name: prepared_path(part, data_dir, tokenizer_json) for name, part in parts.items()}
+    )
+
+
+def _fingerprint(paths: Mapping[str, Path]) -> str:
+    if "" in paths:
+        return paths[""].name
+    return f"mixture-{manifest.digest({name: path.name for name, path in paths.items()})[:12]}"
+
+
+def _parts(config: DataConfig) -> dict[str, DataConfig]:
+    """What to prepare for each component: the same as for a run of that source alone."""
+    if not config.mixture:
+        return {"": config}
+    tokenizer = config.tokenizer
+    if tokenizer.startswith("bpe:"):  # learned from all of them: to each of them it is a given one
+        tokenizer = f"bpe-{tokenizer.removeprefix('bpe:')}.json"
+    return {
+        component.name: dataclasses.replace(
+            config, source=component.source, mixture=(), stages=(), tokenizer=tokenizer
+        )
+        for component in config.mixture
+    }
+
+
+def _learned(config: DataConfig, data_dir: str | os.PathLike[str]) -> str:
+    """The tokenizer that is learned from the components of a mixture, kept like prepared data."""
+    _check_directory(data_dir)
+    identity = {
+        "format": _FORMAT,
+        "tokenizer": config.tokenizer,
+        "end_token": config.end_token,
+        "held_out": config.held_out,
+    }
+    content = [sources.fingerprint(source) for source in config.sources]
+    named = identity | {"sources": list(config.sources), "content": content}
+    name = f"tokenizer-{config.tokenizer.replace(':', '-')}-{manifest.digest(named)[:12]}"
+
+    def make(partial: Path) -> None:
+        before = [sources.stamp(source) for source in config.sources]
+        tokenizer = tokenizers.make_tokenizer(config)
+        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        manifest.write(partial, identity)
+        if [sources.stamp(source) for source in config.sources] != before:
+            raise _changed(config)
+
+    path = Path(data_dir) / name
+    _made(path, make)
+    manifest.read(path)
+    return (path / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def prepared_path(
@@ -92,6 +195,18 @@ def prepared_path(
     The fingerprint covers the content of the source and of a tokenizer file, so changed inputs are
     prepared anew. What counts of a file is the tokenizer in it: a run's own copy has its fingerprint.
     """
+    _check_directory(data_dir)
+    identity = _identity(config) | {"source": sources.fingerprint(config.source)}
+    if config.tokenizer.endswith(".json"):
+        tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
+        identity["tokenizer"] = manifest.digest({"json": tokenizer.to_json()})
+    kind, _, argument = config.source.partition(":")
+    words = (kind, Path(argument).name, Path(config.tokenizer).stem, config.seq_len)
+    name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(str(word) for word in words if word))
+    return Path(data_dir) / f"{name[:80].strip('-.')}-{manifest.digest(identity)[:12]}"
+
+
+def _check_directory(data_dir: str | os.PathLike[str]) -> None:
     if "://" in os.fspath(data_dir):
         raise ValueError(
             f"placement.data_dir = {os.fspath(data_dir)!r} must be a local directory: prepared "
@@ -101,14 +216,6 @@ def prepared_path(
         raise ValueError(
             f"placement.data_dir = {os.fspath(data_dir)!r} is a file: name a directory"
         )
-    identity = _identity(config) | {"source": sources.fingerprint(config.source)}
-    if config.tokenizer.endswith(".json"):
-        tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
-        identity["tokenizer"] = manifest.digest({"json": tokenizer.to_json()})
-    kind, _, argument = config.source.partition(":")
-    words = (kind, Path(argument).name, Path(config.tokenizer).stem, config.seq_len)
-    name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(str(word) for word in words if word))
-    return Path(data_dir) / f"{name[:80].strip('-.')}-{manifest.digest(identity)[:12]}"
 
 
 def _identity(config: DataConfig) -> dict[str, Any]:
@@ -172,28 +279,48 @@ class _Stream:
         return np.memmap(self.tokens, self.dtype, "r"), np.memmap(self.n_bytes, np.int32, "r")
 
 
-def _make(config: DataConfig, path: Path, progress: Progress, tokenizer_json: str | None) -> None:
-    """Prepares into a temporary directory and renames it when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():  # of a process that was killed: we hold the lock
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
-        before = sources.stamp(config.source)
-        streams = _tokenise(config, tokenizer, partial, progress)
-        totals = _write_records(config, tokenizer, streams, partial)
-        (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        manifest.write(partial, _identity(config) | {"totals": totals})
-        now = prepared_path(config, path.parent, tokenizer_json)
-        if now != path or sources.stamp(config.source) != before:
-            raise ValueError(
-                f"data.source = {config.source!r} or the file of data.tokenizer changed while the text was "
-                "prepared: start again when it is complete"
-            )
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _made(path: Path, make: Callable[[Path], None]) -> None:
+    """Makes a directory whole or not at all, unless it is there; one process at a time.
+
+    `make` is given another directory, which is renamed when it returns.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.with_name(f".{path.name}.lock")):
+        if path.exists():  # another process may have made it while we waited
+            return
+        partial = path.with_name(f".{path.name}.partial")
+        if partial.exists():  # of a process that was killed: we hold the lock
+            shutil.rmtree(partial)
+        partial.mkdir()
+        try:
+            make(partial)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make(
+    config: DataConfig, path: Path, partial: Path, progress: Progress, tokenizer_json: str | None
+) -> None:
+    """Prepares what belongs at a path into a directory of another name."""
+    tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
+    before = sources.stamp(config.source)
+    streams = _tokenise(config, tokenizer, partial, progress)
+    totals = _write_records(config, tokenizer, streams, partial)
+    (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    manifest.write(partial, _identity(config) | {"totals": totals})
+    now = prepared_path(config, path.parent, tokenizer_json)
+    if now != path or sources.stamp(config.source) != before:
+        raise _changed(config)
+
+
+def _changed(config: DataConfig) -> ValueError:
+    return ValueError(
+        f"data.source = {', '.join(config.sources)} or the file of data.tokenizer changed while the text "
+        "was prepared: start again when it is complete"
+    )
 
 
 def _tokenise(

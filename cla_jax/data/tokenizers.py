@@ -355,6 +355,9 @@ def train_bpe(texts: Iterable[str], size: int, end_token: str = "<|endoftext|>")
 def make_tokenizer(config: DataConfig, json_text: str | None = None) -> Tokenizer:
     """The tokenizer a config names; `bpe:SIZE` reads the training split, at most 256 MiB of it.
 
+    Of a mixture it reads the training documents of every component, whatever its weight: mixtures of
+    the same sources have the same tokenizer. Each of n sources gives at most 256 MiB / n.
+
     `json_text`, if given, is the content of the file it names, which is then not read.
 
     Raises:
@@ -383,14 +386,16 @@ def tokenizer_file(config: DataConfig) -> Path:
 
 
 def _sample(config: DataConfig) -> Iterator[str]:
-    taken = 0
-    for text in sources.documents(config.source):
-        if sources.is_held_out(text, config.held_out):
-            continue
-        yield text
-        taken += len(text.encode())
-        if taken >= _BPE_SAMPLE_BYTES:
-            return
+    """Documents of the training split: of a mixture as many bytes of each source, in their sorted order."""
+    for source in config.sources:
+        taken = 0
+        for text in sources.documents(source):
+            if sources.is_held_out(text, config.held_out):
+                continue
+            yield text
+            taken += len(text.encode())
+            if taken >= _BPE_SAMPLE_BYTES // len(config.sources):
+                break
 
 
 def _byte_level(end_token: str) -> tokenizers.Tokenizer:

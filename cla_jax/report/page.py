@@ -249,10 +249,11 @@ def _scores(rows: Sequence[Row]) -> str:
 def _details(rows: Sequence[Row]) -> str:
     """A line a run with the settings in which the runs differ; it opens to all but the metrics."""
     flat = [configs.flatten(configs.identity(row.config)) for row in rows]
-    differing = [key for key in flat[0] if len({settings[key] for settings in flat}) > 1]
+    fields = dict.fromkeys(key for settings in flat for key in settings)
+    differing = [key for key in fields if len({settings.get(key) for settings in flat}) > 1]
     made = ""
     for row, settings in zip(rows, flat, strict=True):
-        own = ", ".join(f"{key} = {settings[key]}" for key in differing)
+        own = ", ".join(f"{key} = {settings[key]}" for key in differing if key in settings)
         content = json.dumps({"path": row.path, **row.record, "evaluations": row.evals}, indent=2)
         made += (
             f'<details><summary>{escape(row.name)} <span class="muted">{escape(own)}</span>'

@@ -218,7 +218,7 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     that, but not another text.
     """
     found = [(row, row.config.data, row.evaluation) for row in rows if row.evaluation]
-    texts = {(data.source, data.held_out) for _, data, _ in found}
+    texts = {(data.sources, data.held_out) for _, data, _ in found}
     tokenizers = {(row.tokenizer, data.end_token) for row, data, _ in found}
     known = lambda key: {scored[key] for _, _, scored in found if scored.get(key) is not None}
     # One text has one number of bytes. (The first token is not scored, and is as long as the tokenizer
@@ -347,7 +347,8 @@ def setting(rows: Sequence[Row]) -> str:
     scored = [tokens for row in rows if (tokens := (row.evaluation or {}).get("tokens"))]
     held_out = " and ".join(dict.fromkeys(f"{100 * one.held_out:.3g} %" for one in data))
     parts.append(
-        f"Data: {_words(one.source for one in data)}, tokenizer {_words(one.tokenizer for one in data)}. "
+        f"Data: {_words(', '.join(one.sources) for one in data)}, tokenizer "
+        f"{_words(one.tokenizer for one in data)}. "
         f"Held out: {held_out} of the documents{f', {_range(scored)} tokens' if scored else ''}, in "
         f"windows of {_range([one.seq_len for one in data])}."
     )
