@@ -108,7 +108,7 @@ class Run:
         """What to say of a config.json whose checksum does not match."""
         file = self.path / "config.json"
         for step in reversed(saved_steps(self.checkpoints)):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError):
                 saved = read_json(self.checkpoints / f"{step:08d}.json")
                 if found := Owner(record.get("run", ""), record["identity"]).difference(saved):
                     return f"{file} was altered: {found}. Restore it"

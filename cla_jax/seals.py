@@ -59,11 +59,14 @@ def read_lines(
       last: the number of the line before the first; None if `lines` is only the end of a log.
     """
     problems = [] if problems is None else problems
-    sealed, altered = False, 0
+    sealed, altered, torn = False, 0, 0
     for i, line in enumerate(lines, 1):
         try:
             record = files.as_object(files.parse_json(line, "a line", finite=False), "a line")
         except ValueError:  # torn by a crash, or damaged: then there is a gap
+            if torn and torn == i - 1:  # a crash tears only one
+                problems.append(f"line {i} is damaged, as the line before")
+            torn = i
             continue
         text, mark, end = line.decode().rpartition(_MARK)
         if not mark:

@@ -231,6 +231,15 @@ def test_an_edited_config_is_no_config(tiny, where):
             read()
 
 
+@pytest.mark.parametrize("name", ["identity", "placement", "name"])
+def test_a_key_that_was_altered_is_an_altered_config(tiny, name):
+    run = opened(tiny())
+    runs.write_atomically(run.checkpoints / "00000004.json", '{"run": "x", "identity": {}}')
+    altered(run.path / "config.json", f'"{name}": ', f'"{name[:-1]}": ')
+    with pytest.raises(ValueError, match=r"config\.json"):
+        run.config()
+
+
 def test_placement_may_be_edited(tiny):
     run = opened(tiny())
     altered(run.path / "config.json", '"log_every": 2', '"log_every": 7')
@@ -331,6 +340,10 @@ def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
         [2, 3, 4, 5, 6, 7],
         ["line 2 was altered: it has no checksum"],
     )
+    assert read("half", "\nof", "\nsomething else\n")[1] == [
+        "line 2 is damaged, as the line before",
+        "line 3 is damaged, as the line before",
+    ]
     # A crash tears a line: the next process goes on behind it, and nothing is missing.
     run.metrics.write_text("".join(lines[:3]) + lines[3][:20])
     writer = JsonlWriter(run)
