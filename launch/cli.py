@@ -129,6 +129,9 @@ class _Stderr(logging.StreamHandler):
 def log_to_stderr(*, informed: bool = False) -> None:
     """Prints warnings of all packages, and, if `informed`, what this project has to say besides."""
     logging.basicConfig(format="%(message)s", handlers=[_Stderr()])
+    # orbax logs the traceback of every error that it raises too; a full disk is one line of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.raiseExceptions = False  # nor does a log that cannot be written to show one
     if informed:
         logging.getLogger("cla_jax").setLevel(logging.INFO)
 
