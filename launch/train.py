@@ -19,12 +19,13 @@ On several hosts the same command is started on each. They are refused if they d
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from etils import epath
 
 import experiments
 from cla_jax import goodput
-from cla_jax.config import Config
+from cla_jax.config import Config, replaced
 from launch import allocator, hosts
 from launch.cli import log_to_stderr, read_config, user_errors
 
@@ -59,7 +60,12 @@ def _found(name: str) -> list[Config]:
         return experiments.find(name)
     from cla_jax import runs
 
-    return [runs.read_config(epath.Path(name))]
+    config = runs.read_config(epath.Path(name))
+    # An import names the copy of the tokenizer that lies beside its config.json.
+    tokenizer, beside = config.data.tokenizer, Path(name).parent / config.data.tokenizer
+    if tokenizer.endswith(".json") and not Path(tokenizer).is_file() and beside.is_file():
+        config = replaced(config, {"data.tokenizer": str(beside)})
+    return [config]
 
 
 @user_errors

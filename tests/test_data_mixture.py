@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 
 import grain
@@ -15,7 +16,7 @@ from cla_jax import config as configs
 from cla_jax.config import Component, Config, DataConfig, Stage
 from cla_jax.data import loader, mixture, prepare, tokenizers
 from cla_jax.train import batch_stream, set_up
-from launch import trials
+from launch import train, trials
 from launch.cli import read_config
 
 B = 8
@@ -291,3 +292,13 @@ def test_refusals_say_what_is_wrong(mixture_words, stages, message):
 def test_a_stage_after_the_last_step_is_refused(mixed):
     with pytest.raises(ValueError, match=r"data\.stages: 60:web=1.* steps = 60"):
         mixed((1, 1, 1), stage(60, web=1))
+
+
+def test_a_tokenizer_beside_a_config_file_is_found(tiny, tmp_path):
+    config = configs.replaced(tiny(), {"data.tokenizer": "tokenizer.json"})
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_record(config)))
+    (read,) = train.parse([str(tmp_path / "config.json")])
+    assert read.data.tokenizer == "tokenizer.json"  # there is none
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (read,) = train.parse([str(tmp_path / "config.json")])
+    assert read.data.tokenizer == str(tmp_path / "tokenizer.json")
