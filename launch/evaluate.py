@@ -142,6 +142,11 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
     def say(text: str) -> None:
         lines.append(f"  {'':10s}{text}")
 
+    for part, scored in record.get("components", {}).items():
+        say(
+            f"{part}: perplexity {scored['perplexity']:,.4f}   "
+            f"{scored['bits_per_byte']:.4f} bits/byte   {scored['tokens']:,} tokens"
+        )
     if close := record.get("agreement"):
         say(
             f"as the full forward: the likeliest token {close['top1_agreement']:.2%}, KL "
