@@ -102,12 +102,11 @@ class Model(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        tokens = self._tokenizer.encode(string).tolist()
         if not self._begin_token or add_special_tokens is False:
-            return tokens
-        # As the harness's own backend does where the tokenizer puts a token before every text.
-        if add_special_tokens is None and string.startswith(self._begin_token):
-            return tokens
+            return self._tokenizer.encode(string).tolist()
+        # As the harness's own backend does where the tokenizer puts a token before every text: one that
+        # is spelled there already is not put there twice.
+        tokens = self._tokenizer.encode(string.removeprefix(self._begin_token)).tolist()
         return [self._tokenizer.begin(self._begin_token), *tokens]
 
     # ---------------------------------------------------------------------------- likelihoods
