@@ -252,7 +252,7 @@ def metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
     """What a line of the metrics says; None if it is no record of numbers."""
     numbers = {key: value for key, value in record.items() if value is not None}
     whole = all(is_a(value, float) for value in numbers.values())
-    step = numbers.get("step")
+    step: Any = numbers.get("step")
     return numbers if whole and is_a(step, int) and 0 <= step < 2**53 else None
 
 
