@@ -23,8 +23,10 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from cla_jax import files
 from cla_jax.data.manifest import digest
 from cla_jax.mesh import AxisRules
+from cla_jax.messages import printable
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import (
     Owner,
@@ -289,13 +291,15 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
     """Raises ValueError if it is damaged."""
     file = _manifest(path)
     try:
-        manifest = json.loads(file.read_text())
+        manifest = files.read_object(file, links=False)
         # Those written before manifests had a checksum of their own are taken as they are.
         intact = manifest.pop("checksum", None) in (None, digest(manifest))
         whole = all(set(sizes) == {"bytes", "sha256"} for sizes in manifest["files"].values())
         whole = whole and isinstance(manifest["arrays"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint manifest {file} is not readable: {error!r}") from None
+        raise ValueError(
+            f"checkpoint manifest {file} is not readable: {printable(error)}"
+        ) from None
     if not (intact and whole):
         raise ValueError(f"checkpoint manifest {file} was altered")
     return manifest
@@ -305,12 +309,13 @@ def _files(path: epath.Path) -> list[epath.Path]:
     """All files below a directory. Raises ValueError for a link among them."""
     check_links(path)
     children = sorted(path.iterdir())  # epath has no recursive glob
-    return [f for child in children for f in (_files(child) if child.is_dir() else [child])]
+    is_folder = lambda child: child.is_dir() and not (is_local(child) and os.path.islink(child))
+    return [f for child in children for f in (_files(child) if is_folder(child) else [child])]
 
 
 def _checksum(file: epath.Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
+    with files.opened(file, links=False) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)

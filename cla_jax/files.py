@@ -138,6 +138,8 @@ def read_lines(
     """
     with opened(file, links=links) as stream:
         size, whole = 0, True
+        if "://" not in os.fspath(file) and os.fstat(stream.fileno()).st_size > limit:
+            raise ValueError(f"{name(file)} is too large: more than {limit:,} bytes")
         while line := stream.readline(longest + 1):
             if (size := size + len(line)) > limit:
                 raise ValueError(f"{name(file)} is too large: more than {limit:,} bytes")

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cla_jax import chips, costs, hlo, kv_map
+from cla_jax import chips, costs, files, hlo, kv_map
 from cla_jax.config import Config
 from cla_jax.mesh import row_shards
 from cla_jax.model.transformer import UNROLLED
@@ -270,7 +270,8 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
     key = "\n".join([lowered.as_text(), str(topology), kind, options, *versions])
     kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if kept and kept.exists():
-        return json.loads(kept.read_text())
+        with contextlib.suppress(ValueError):  # a damaged file costs another compilation
+            return files.read_object(kept)
     inputs: dict[str, str] = {}
     for path, leaf in named(layout.state.model).items():
         dims = ",".join(map(str, leaf.sharding.shard_shape(leaf.shape)))

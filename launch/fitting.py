@@ -1,5 +1,6 @@
 """Whether the trials of a plan fit what they are to run on, before anything is paid for."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from etils import epath
 
+from cla_jax import files
 from cla_jax.config import Config, OptimizerConfig, Placement, replaced
 from cla_jax.runs import write_atomically
 from launch import programs
@@ -74,9 +76,11 @@ def misfits(
     for number, (config, names) in enumerate(shapes.items(), 1):
         key = json.dumps([dataclasses.asdict(config), dataclasses.asdict(resources), library])
         file = place / f"fits-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        reason = None
         if file.exists():
-            reason = json.loads(file.read_text())["reason"]
-        else:
+            with contextlib.suppress(ValueError):  # a damaged file costs another compilation
+                reason = files.field(files.read_object(file), "reason", str, file)
+        if reason is None:
             progress(
                 f"compiling shape {number} of {len(shapes)} for {resources.topology}: {names[0]}"
             )

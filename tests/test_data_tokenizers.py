@@ -1,5 +1,6 @@
 """Tokenizers: round trips, exact byte counts, and no special token made from text."""
 
+import base64
 import json
 
 import numpy as np
@@ -309,3 +310,52 @@ def test_text_is_streamed_as_soon_as_it_is_final():
     stream = fallback.stream()
     assert stream.add(fallback.encode("日")) == "日"  # a token of its own
     assert [stream.add([i]) for i in fallback.encode("😀a")] == ["", "", "", "", "😀a"]
+
+
+def edited_tokenizer(change):
+    fields = json.loads(tokenizers.byte_tokenizer().to_json())
+    change(fields)
+    return json.dumps(fields)
+
+
+def added(i):
+    return {
+        "id": i,
+        "content": "<s>",
+        "special": True,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+    }
+
+
+def charsmap(table):
+    text = base64.b64encode(table).decode()
+    return {"normalizer": {"type": "Precompiled", "precompiled_charsmap": text}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f["added_tokens"].append(added(2**31)), "an id 2147483648"),
+        (lambda f: f["added_tokens"].append(added("7")), "an id '7'"),
+        (lambda f: f["added_tokens"].append(7), "added_tokens"),
+        (lambda f: f["model"]["vocab"].update(z=2**31), "an id 2147483648"),  # it ended the process
+        (lambda f: f["model"].update(continuing_subword_prefix="##", merges=["a b"]), "."),
+        (lambda f: f.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "non-zero"),
+        (lambda f: f.update(charsmap(b"\xff" * 8)), "precompiled_charsmap"),  # and so did this
+        (lambda f: f.update(charsmap(b"\x04\0\0\0\xff\xff\xff\xffa\0")), "out of bounds"),
+        (lambda f: f.update(normalizer=[["deep"]]), "not that of a tokenizer"),
+        (lambda f: f["model"].update(vocab=[["a", 1e400]]), "not usable JSON"),
+    ],
+)
+def test_a_tokenizer_that_would_stop_its_library_is_refused(change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        tokenizers.load(edited_tokenizer(change), "<|endoftext|>")
+    assert len(str(caught.value)) < 500
+
+
+def test_padding_of_a_tokenizer_is_off():
+    padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_id": 0, "pad_type_id": 0}
+    padding |= {"pad_token": "a", "pad_to_multiple_of": None}
+    made = edited_tokenizer(lambda fields: fields.update(padding=padding))
+    assert tokenizers.added_tokens(made) == ([], [])
+    assert len(tokenizers.load(made, "<|endoftext|>").encode("ab")) == 2

@@ -355,3 +355,51 @@ def test_a_download_is_verified_and_used_again(tmp_path, monkeypatch):
         fetch.fetch("smollm2-135m", tmp_path / "none")
     with pytest.raises(ValueError, match="unknown model 'smollm'; did you mean smollm2-135m"):
         fetch.fetch("smollm", tmp_path)
+
+
+def with_offset_of(content: bytes, name: str, other: str) -> bytes:
+    """A file in which a tensor lies where another one does."""
+
+    def place(tensor):
+        at = content.index(text(tensor)) + len(text(tensor))
+        return at + 4 + 8 * struct.unpack_from("<I", content, at)[0] + 4
+
+    to, source = place(name), place(other)
+    return content[:to] + content[source : source + 8] + content[to + 8 :]
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    write(file := tmp_path / "m.gguf")
+    whole = file.read_bytes()
+    file.write_bytes(with_offset_of(whole, "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"))
+    with pytest.raises(ValueError, match=r"m\.gguf: blk\.0\.ffn_gate.* share bytes"):
+        interop.read(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "blk.1.ffn_up.weight",
+            "blk.0.ffn_up.weight",
+            "tensor blk.0.ffn_up.weight stands there twice",
+        ),
+        (
+            "general.architecture",
+            "tokenizer.ggml.model",
+            "key 'tokenizer.ggml.model' stands there twice",
+        ),
+    ],
+)
+def test_what_stands_there_twice_is_refused(tmp_path, old, new, words):
+    write(file := tmp_path / "m.gguf")
+    file.write_bytes(file.read_bytes().replace(text(old), text(new)))
+    with pytest.raises(ValueError, match=words):
+        interop.read(file)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    write(tmp_path / "m.gguf", llama__attention__layer_norm_rms_epsilon=value)
+    with pytest.raises(ValueError, match=r"layer_norm_rms_epsilon = (inf|nan) is not finite"):
+        interop.read(tmp_path / "m.gguf")

@@ -366,6 +366,8 @@ BAD_KEYS = [
     ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
     ({"num_hidden_layers": 10**4}, "38 tensors are too few for 10,000 layers"),
     ({"num_hidden_layers": 2**31}, "model.n_layers = 2147483648 must be at most 10,000"),
+    ({"rms_norm_eps": float("inf")}, "Infinity is no number"),
+    ({"rope_theta": 10**400}, "an integer of 401 digits"),
     (
         {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},
         "layer 1 is a consumer itself",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cla_jax import files
 from cla_jax.config import DataConfig
 from cla_jax.data import manifest, sources, tokenizers
 
@@ -236,9 +237,14 @@ def open_prepared(path: Path) -> Prepared:
       ValueError: a file is missing, truncated or altered; names it. Nothing is changed.
     """
     content = manifest.read(path)
-    text = (path / "tokenizer.json").read_text(encoding="utf-8")
-    tokenizer = tokenizers.load(text, content["end_token"])
-    return Prepared(path, tokenizer, content["totals"])
+    with files.about(path):
+        text = files.read_text(path / "tokenizer.json", files.TOKENIZER_BYTES)
+        tokenizer = tokenizers.load(text, files.field(content, "end_token", str, path))
+        totals = files.field(content, "totals", dict, path)
+        for split in totals:
+            for count in files.field(totals, split, dict, path):
+                files.field(totals, f"{split}.{count}", int, path)
+        return Prepared(path, tokenizer, totals)
 
 
 # -------------------------------------------------------------------------------------- making

@@ -16,7 +16,7 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.
 _HASHED_WHOLE = 1 << 26
 _HASHED_END = 1 << 20
+# Bytes of a document, unpacked: the memory holds one at a time.
+_LONGEST_LINE, _LONGEST_TEXT = 1 << 26, 1 << 30
 # The standard library's module from Python 3.14 on; before, it is a package.
 _ZSTD = ("compression.zstd", "backports.zstd")
 _BOM = b"\xef\xbb\xbf"  # a byte order mark: some editors begin UTF-8 with it
@@ -192,7 +194,11 @@ def _reading(path: Path, where: Callable[[], str] = lambda: "") -> Iterator[None
 
 def _text_file(path: Path) -> Iterator[str]:
     with _reading(path), _open(path) as file:
-        content = file.read()
+        content = file.read(_LONGEST_TEXT + 1)
+    if len(content) > _LONGEST_TEXT:
+        raise ValueError(
+            f"{files.name(path)} is a document of more than {_LONGEST_TEXT:,} bytes: cut it in several"
+        )
     yield _decode(content.removeprefix(_BOM), files.name(path), 1)
 
 
@@ -201,7 +207,7 @@ def _jsonl_file(path: Path, field: str = "text") -> Iterator[str]:
         yield from _jsonl(file, path, field)
 
 
-def _jsonl(file: Iterable[bytes], path: Path, field: str = "text") -> Iterator[str]:
+def _jsonl(file: Any, path: Path, field: str = "text") -> Iterator[str]:
     for number, line in _lines(file, path):
         if not line.strip():
             continue
@@ -230,11 +236,15 @@ def _no_text(record: Any, field: str, where: str) -> str:
     )
 
 
-def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(file: Any, path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     with _reading(path, lambda: f" after line {number}"):
-        for line in file:
+        while line := file.readline(_LONGEST_LINE + 1):
             number += 1
+            if len(line) > _LONGEST_LINE:
+                raise ValueError(
+                    f"{files.name(path)}, line {number} is longer than {_LONGEST_LINE:,} bytes"
+                )
             yield number, line
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cla_jax import checkpoint, runs
+from cla_jax import checkpoint, files, runs
 from cla_jax.config import Config, DataConfig, ModelConfig, Placement
 from cla_jax.data import prepare, tokenizers
 from cla_jax.interop import names
@@ -65,7 +65,7 @@ def import_run(
             f"the tokenizer has {tokenizer.size} ids, the model has vocab_size = "
             f"{config.model.vocab_size} rows: it is another model's tokenizer"
         )
-    names.check(foreign.tensors, config.model)
+    check(foreign)
     tokenizer_json = tokenizer.to_json()
     prepared = prepare.prepared_path(config.data, config.placement.data_dir, tokenizer_json)
     for note in notes:
@@ -90,6 +90,12 @@ def import_run(
         finally:
             saver.close()  # nothing may still be written when an interrupted import is removed
     return Run(runs.run_path(config))
+
+
+def check(foreign: Foreign) -> None:
+    """Raises ValueError, naming where the model is from, unless its tensors are those of its config."""
+    with files.about(foreign.origin.get("path", "the model")):
+        names.check(foreign.tensors, foreign.config)
 
 
 def _config(foreign: Foreign, path: Path, text: Text) -> Config:

@@ -12,11 +12,10 @@ projections in another order, for a rotation of neighbouring dimensions; that is
 import dataclasses
 import functools
 import math
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,11 +97,9 @@ _TYPES = {
 class _Cursor:
     """Reads the head of a file from front to back."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, stream: IO[bytes]):
         self.file, self.offset, self.elements = file, 0, 0
-        with files.opened(file) as opened:
-            is_empty = os.fstat(opened.fileno()).st_size == 0  # nothing to map
-            self.bytes = b"" if is_empty else mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+        self.stream, self.size = stream, os.fstat(stream.fileno()).st_size
 
     def count(self, n: int) -> int:
         """A number of elements, if the file may have so many."""
@@ -112,12 +109,10 @@ class _Cursor:
         return n
 
     def take(self, n: int) -> bytes:
-        if self.offset + n > len(self.bytes):
-            raise ValueError(
-                f"{self.file} is truncated: its head ends after {len(self.bytes):,} bytes"
-            )
+        if self.offset + n > self.size:
+            raise ValueError(f"{self.file} is truncated: its head ends after {self.size:,} bytes")
         self.offset += n
-        return self.bytes[self.offset - n : self.offset]
+        return self.stream.read(n)
 
     def number(self, kind: str) -> Any:
         return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
@@ -147,8 +142,12 @@ class _Cursor:
 
 def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors, under llama.cpp's names."""
-    cursor = _Cursor(file)
-    if len(cursor.bytes) < 4 or cursor.take(4) != b"GGUF":
+    with files.opened(file) as stream:
+        return _parse_from(_Cursor(file, stream), file)
+
+
+def _parse_from(cursor: _Cursor, file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if cursor.size < 4 or cursor.take(4) != b"GGUF":
         raise ValueError(f"{file} is not a GGUF file")
     version = cursor.number("<u4")
     if version in (2 << 24, 3 << 24):
@@ -179,19 +178,18 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file}: key general.alignment = {shown(alignment)} is not a positive integer"
         )
     start = -(-cursor.offset // alignment) * alignment
-    content = np.frombuffer(cursor.bytes, np.uint8)
     tensors, spans = {}, []
     for name, shape, kind, offset in entries:
         if name in tensors:
             raise ValueError(f"{file}: tensor {name} stands there twice: the file is damaged")
-        tensors[name], size = _tensor(file, content, name, shape, kind, start + offset)
+        tensors[name], size = _tensor(file, cursor.size, name, shape, kind, start + offset)
         spans.append((offset, offset + size, name))
     names.check_apart(file, spans)
     return metadata, tensors
 
 
 def _tensor(
-    file: Path, content: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int
+    file: Path, file_size: int, name: str, shape: tuple[int, ...], kind: int, offset: int
 ) -> tuple[Tensor, int]:
     """A tensor, and how many bytes of the file it takes."""
     if kind not in _TYPES:
@@ -202,13 +200,13 @@ def _tensor(
     if shape[-1] % type_.values:
         raise ValueError(f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, no blocks")
     size = math.prod(shape) // type_.values * type_.bytes
-    if offset + size > len(content):
+    if offset + size > file_size:
         raise ValueError(
-            f"{file} is truncated: {name} ends at byte {offset + size:,} of {len(content):,}"
+            f"{file} is truncated: {name} ends at byte {offset + size:,} of {file_size:,}"
         )
 
     def read() -> np.ndarray:
-        blocks = np.array(content[offset : offset + size]).reshape(-1, type_.bytes)
+        blocks = np.fromfile(file, np.uint8, size, offset=offset).reshape(-1, type_.bytes)
         return type_.decode(blocks).reshape(shape)
 
     return Tensor(shape, read), size

@@ -62,7 +62,7 @@ class Keys:
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"key {self._where}{key} = {value} is not finite")
-        return value
+        return float(value) if kind is float else value
 
     def only(self, key: str, *values: Any) -> None:
         """Raises ValueError unless the key is absent or has one of the values that can be expressed."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from cla_jax import files
 from cla_jax.config import near_choice
 from cla_jax.interop.fetch import Package, download
 
@@ -83,12 +84,35 @@ def local(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
     loaders = {loader for _, loader in found.values()}
     if len(loaders) > 1:
         raise ValueError(f"{here}: the files of one data set must have one ending")
+    for file, _ in found.values():
+        check_rows(file)
     return {
         "dataset_path": loaders.pop(),
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(file) for split, (file, _) in found.items()}},
         **{key: split if split in found else None for key, split in splits.items()},
     }
+
+
+def check_rows(file: Path) -> None:
+    """Raises ValueError, naming the file and the line, unless the rows of a data set can be read."""
+    if file.suffix == ".arrow":
+        import pyarrow as pa
+
+        with files.about(file), files.opened(file) as stream:
+            try:
+                for _ in pa.ipc.open_stream(stream):
+                    pass
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"the file is damaged: {error}") from None
+        return
+    with files.opened(file) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(files.LINE_BYTES + 1), b""), 1):
+            where = f"{files.name(file)}, line {number}"
+            if len(line) > files.LINE_BYTES:
+                raise ValueError(f"{where} is longer than {files.LINE_BYTES:,} bytes")
+            if line.strip():
+                files.as_object(files.parse_json(line, where), where)
 
 
 def harness_missing(error: ImportError) -> ValueError:
