@@ -95,6 +95,10 @@ class Checkpointer:
         if jax.process_index() != 0:
             return
         files = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
+        if not any(
+            name.endswith("/manifest.ocdbt") for name in files
+        ):  # what orbax lists arrays in
+            raise ValueError(f"{path} holds no array: what was saved was written elsewhere")
         manifest = {"step": int(path.name), "files": files, "arrays": arrays}
         if self.owner is not None:
             manifest |= {"run": self.owner.run, "identity": self.owner.identity}

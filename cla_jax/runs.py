@@ -44,6 +44,10 @@ from cla_jax.seals import Altered
 
 log = logging.getLogger(__name__)
 
+_LONGER = (
+    " The learning rate is planned over all steps, so a run cannot be made longer: with another --name it "
+    "is trained from the beginning."
+)
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
 
@@ -402,6 +406,7 @@ def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None
             f"{run.path} holds another run:\n"
             + "\n".join(lines)
             + "\nGive this one a directory of its own with --name, or remove that one."
+            + (_LONGER if set(difference) == {"steps"} else "")
         )
 
 
@@ -443,9 +448,16 @@ def try_lock(file: IO | int, *, shared: bool = False, required: bool = True) -> 
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        if required:
+    except OSError as error:
+        if not required:
+            return True
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
+        name = "a directory" if isinstance(file, int) else file.name
+        raise ValueError(
+            f"{name} cannot be locked ({error.strerror}): its file system must support flock; choose "
+            "another with --placement.runs"
+        ) from None
     return True
 
 

@@ -382,7 +382,9 @@ def train(
             stack.enter_context(contextlib.closing(batches))
             clock.carry_on(goodput.earlier(earlier_records(run), first_step))
             stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
-            writer = make_writer(run, config, process_index=jax.process_index())
+            writer = make_writer(
+                run, config, process_index=jax.process_index(), first_step=first_step
+            )
             stack.callback(writer.close)
             journal = Journal(config, writer, first_step, clock, setup.epochs)
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)

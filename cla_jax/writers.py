@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from etils import epath
 from rich.console import Console
 
-from cla_jax import progress, runs, seals
+from cla_jax import extras, names, progress, runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run
 
@@ -151,14 +151,13 @@ def _line(metrics: dict[str, Any]) -> str:
 class TensorBoardWriter:
     """Event files for TensorBoard below the run directory, without TensorFlow."""
 
-    def __init__(self, run: Run):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "placement.tensorboard needs the extra: pip install 'cla_jax[tensorboard]'"
-            ) from None
-        self.writer = SummaryWriter(os.fspath(run.path / "tensorboard"))
+    def __init__(self, run: Run, first_step: int):
+        extras.require("tensorboard", "placement.tensorboard")
+        from tensorboardX import SummaryWriter
+
+        # What an earlier process wrote beyond the checkpoint is done again: it must not stand there twice.
+        purge = first_step + 1 if first_step else None
+        self.writer = SummaryWriter(os.fspath(run.path / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         for key, value in metrics.items():
@@ -176,16 +175,13 @@ class WandbWriter:
     """Weights & Biases; a restarted run continues its own page."""
 
     def __init__(self, run: Run, config: Config):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                "placement.wandb needs the extra: pip install 'cla_jax[wandb]'"
-            ) from None
+        extras.require("wandb", "placement.wandb")
+        import wandb
+
         self.session = wandb.init(
             project=config.placement.wandb,
             name=config.name,
-            id=config.name.replace("/", "-"),
+            id=names.word(config.name, most=48),  # it may hold none of : ; , # ? / and the like
             resume="allow",
             config=dataclasses.asdict(config),
             dir=os.fspath(run.path),
@@ -240,14 +236,19 @@ class CompositeWriter:
             writer.close()
 
 
-def make_writer(run: Run, config: Config, *, process_index: int) -> CompositeWriter:
-    """The writers that a config asks for, on process 0; none on the others."""
+def make_writer(
+    run: Run, config: Config, *, process_index: int, first_step: int = 0
+) -> CompositeWriter:
+    """The writers that a config asks for, on process 0; none on the others.
+
+    `first_step`: the checkpoint from which the run goes on.
+    """
     if process_index != 0:
         return CompositeWriter([])
     every, last = config.placement.log_every, config.steps
     thinned: list[MetricWriter] = []
     if config.placement.tensorboard:
-        thinned.append(TensorBoardWriter(run))
+        thinned.append(TensorBoardWriter(run, first_step))
     if config.placement.wandb:
         thinned.append(WandbWriter(run, config))
     console = ConsoleWriter(run, last, every=every)

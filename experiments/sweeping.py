@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from cla_jax import costs
+from cla_jax import costs, extras
 from cla_jax.config import Config, replaced
 
 if TYPE_CHECKING:
@@ -217,13 +217,10 @@ def searched(
 
 
 def _study(directory: str | os.PathLike[str], sampler: Any) -> tuple[Any, Any]:
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise ValueError(
-            "a searched sweep needs the extra: pip install 'cla_jax[search]'"
-        ) from None
+    extras.require("search", "a searched sweep")
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
     path = os.fspath(directory)
     if "://" in path:
         raise ValueError(

@@ -17,7 +17,7 @@ import tyro
 
 from cla_jax.config import near_choice
 from launch import engines, records
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 from launch.records import Record, Submission
 from launch.status import find, line
 from launch.sweep import engine_of
@@ -35,7 +35,7 @@ class Arguments:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.cancel", description=__doc__)
+    arguments = read(Arguments, args=argv, prog="python -m launch.cancel", description=__doc__)
     if not arguments.names:
         raise ValueError("name a sweep: python -m launch.cancel SWEEP")
     sweep = find(arguments.names[0], arguments.runs)

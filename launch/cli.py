@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import re
@@ -15,7 +16,9 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import tyro
 
+from cla_jax import extras
 from cla_jax.config import Component, Config, Stage
+from cla_jax.messages import printable_lines, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +33,7 @@ _PATHS = {
     errno.EPERM,
     errno.EROFS,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 _OURS = tuple(f"{_ROOT / name}/" for name in ("benchmarks", "cla_jax", "experiments", "launch"))
 # Of what has run out: another start may find more of it.
@@ -55,15 +59,35 @@ _STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
 
 
-def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
-    """A config with the fields of a command line put in; `options` are those of `tyro.cli`."""
-    return tyro.cli(Config, default=config, args=list(argv), registry=_as_text, **options)
+_FORMS = tyro.constructors.ConstructorRegistry()
 
 
-_as_text = tyro.constructors.ConstructorRegistry()
+@_FORMS.primitive_rule
+def _number(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Numbers of a command line, with words of our own for what is none."""
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
+    kind: Any = info.type
+    if kind not in kinds:
+        return None
+
+    def read_number(arguments: list[str]) -> Any:
+        try:
+            return kind(arguments[0])
+        except ValueError:
+            raise ValueError(f"{shown(arguments[0])} is not {kinds[kind]}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read_number,
+        is_instance=lambda x: isinstance(x, (int, kind)) and not isinstance(x, bool),
+        str_from_instance=lambda x: [str(x)],
+    )
 
 
-@_as_text.primitive_rule
+@_FORMS.primitive_rule
 def _written_as_text(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
@@ -81,6 +105,27 @@ def _written_as_text(
     )
 
 
+# How every entry point reads its command line.
+read = functools.partial(tyro.cli, registry=_FORMS)
+
+
+def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
+    """A config with the fields of a command line put in; `options` are those of `tyro.cli`."""
+    return read(Config, default=config, args=list(argv), **options)
+
+
+def utf8(text: str) -> str:
+    """An argument that is text, as it was typed: Python decodes arguments by the locale, often wrongly.
+
+    Raises ValueError for bytes that are no text in either encoding.
+    """
+    with contextlib.suppress(UnicodeDecodeError, UnicodeEncodeError):
+        return os.fsencode(text).decode("utf-8")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{shown(text)} is not UTF-8")
+    return text
+
+
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     """Makes a `ValueError` of this project, which is how it reports a user's mistake, an exit.
 
@@ -90,10 +135,15 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     the device has. What the machine has run out of (space on a disk, memory, open files) is told in a line
     too, with exit code 1: another start may succeed. Ctrl-C exits with 130, a reader of stdout that has gone
     with 1. Every other exception, a library's ValueError included, is a bug of ours and keeps its traceback.
+
+    A character that the terminal's encoding lacks is printed as an escape, on stdout as on stderr.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
@@ -105,12 +155,13 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             _leave(1)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
             if words := _ran_out(error):
-                print(f"error: {words}", file=sys.stderr)
-                sys.exit(1)
-            if (words := _words(error)) is None:
+                code = 1
+            elif (words := _words(error)) is not None:
+                code = 2
+            else:
                 raise
-            print(f"error: {words}", file=sys.stderr)
-            sys.exit(2)
+            print(f"error: {printable_lines(words)}", file=sys.stderr)
+            sys.exit(code)
 
     return wrapped
 
@@ -177,7 +228,7 @@ def _words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return "paths of gs:// need an extra: pip install 'cla_jax[gcs]'"
+        return f"paths of gs:// need the extra `gcs`: {extras.how('gcs')}"
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return f"the device has too little memory for this: {str(error).splitlines()[0]}"
     told = isinstance(error, ValueError | ChildProcessError)

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from cla_jax import report, runs
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 
 
 def compare(
@@ -46,6 +46,8 @@ def compare(
     if not directory:
         raise ValueError("the paths have no directory in common; say where to write with --out DIR")
     rows = report.read(runs.find_runs(paths), context)
+    # First: whatever becomes of the table, the report is there.
+    written = report.write(rows, directory)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
@@ -54,13 +56,13 @@ def compare(
         console.print(scores)
     for note in report.notes(rows):
         print(note)  # not through the console, which would break a command into lines
-    for file in report.write(rows, directory):
+    for file in written:
         print(f"wrote {os.fspath(file)}")
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    tyro.cli(compare, prog="python -m launch.compare", args=argv)
+    read(compare, prog="python -m launch.compare", args=argv)
 
 
 if __name__ == "__main__":

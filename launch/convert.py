@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cla_jax.interop.text import Text
-from launch.cli import log_to_stderr, user_errors
+from launch.cli import log_to_stderr, read, user_errors
 
 # Its fields are flags without a prefix.
 Flags = Annotated[Text, tyro.conf.arg(name="")]
@@ -74,7 +74,7 @@ Command = (
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    command = tyro.cli(
+    command = read(
         Command,  # type: ignore[arg-type]  # a union of classes
         args=argv,
         prog="python -m launch.convert",

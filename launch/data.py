@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 
 
 def data(
@@ -39,7 +39,7 @@ def data(
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    tyro.cli(data, args=argv, prog="python -m launch.data", description=__doc__)
+    read(data, args=argv, prog="python -m launch.data", description=__doc__)
 
 
 if __name__ == "__main__":

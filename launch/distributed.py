@@ -11,7 +11,8 @@ message; P is `--peer-timeout`, 100 seconds unless told, S is `--step-timeout`, 
 - A step takes longer than S, since some process lives but does not come forward: "Timeout", the stack of
   every thread, which says who waits for what, and exit code 1. The others end likewise, or of this one's end.
 
-Before the run, jax waits 300 s for processes that do not come; at its end, 600 s for those that do not end.
+Before the run, a process says whom it waits for and where; if they do not come within 300 s it ends with
+exit code 134. At its end, jax waits 600 s for those that do not end.
 
 A launcher should start the run again after any of these, as after 42, unless a process says what another
 start would repeat: 2 is a mistake of the user's, and 1 with "diverged" a loss that is not finite. Where all
@@ -30,6 +31,7 @@ import signal
 import sys
 import termios
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -39,6 +41,7 @@ import jax
 from jax._src import clusters, distributed  # the coordinator's store has no public name
 
 from cla_jax.config import flatten
+from cla_jax.messages import shown
 from launch.hosts import Hosts
 
 log = logging.getLogger("cla_jax.launch")
@@ -49,6 +52,9 @@ STOPPED = 42  # exit code of a run that was asked to stop and has saved
 _SHUTDOWN_S = 600
 # How long a process that fails waits for others that fail alike, so that each can say why.
 _FAILING_S = 10
+# How long processes may take to come, and the exit code of one that was left alone: as when a peer dies.
+_JOINING_S = 300
+_NOT_JOINED = 134
 # Between two lines that tell what is waited for.
 _WAITING_S = 60
 
@@ -92,20 +98,86 @@ def initialize(hosts: Hosts) -> None:
         own, detection = number("JAX_PROCESS_ID"), None
     else:
         return
-    jax.distributed.initialize(
-        coordinator_address=address,
-        num_processes=count,
-        process_id=own,
-        cluster_detection_method=detection,
-        heartbeat_timeout_seconds=hosts.peer_timeout,
-        shutdown_timeout_seconds=_SHUTDOWN_S,
-    )
+    local = None
+    if detection is None:  # as jax would, but before it waits: so that it can be said for whom
+        address, count, own, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, own, None, None, _JOINING_S
+        )
+        if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+            local = None  # jax reads it
+    with _waiting(address, count, own, "the flags" if hosts.coordinator else _announced()):
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=count,
+            process_id=own,
+            local_device_ids=local,
+            cluster_detection_method="deactivate",
+            initialization_timeout=_JOINING_S,
+            heartbeat_timeout_seconds=hosts.peer_timeout,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+        )
     # Not jax.process_index(): that meets the other processes' devices, whatever their versions are.
     state = distributed.global_state
     log.info(
         "process %d of %d; one that is dead or stopped for %d s ends the others",
         *(state.process_id, state.num_processes, hosts.peer_timeout),
     )
+
+
+def leads() -> bool:
+    """Whether this process writes what all have in common; no device is asked."""
+    return not distributed.global_state.process_id
+
+
+def _announced() -> str:
+    """What speaks of several processes, with its number."""
+    for name in (
+        "JAX_NUM_PROCESSES",
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "TPU_WORKER_HOSTNAMES",
+    ):
+        if value := os.environ.get(name):
+            return f"{name}={shown(value)}"
+    return "the environment"
+
+
+@contextlib.contextmanager
+def _waiting(address: Any, count: Any, own: Any, source: str) -> Iterator[None]:
+    """Tells who is waited for, and where, at once and once a minute; ends a process that nobody joins.
+
+    jax itself waits in silence and then aborts with a stack trace.
+    """
+    if own == 0:
+        last = f" to {count - 1}" if count and count > 2 else ""
+        missing = f"process 1{last}, to come to {address}"
+    else:
+        missing = f"process 0 at {address}"
+    log.info("process %s of %s, as %s says; waiting for %s", own, count, source, missing)
+    joined, begin = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not joined.wait(_WAITING_S):
+            log.warning("still waiting for %s, after %.0f s", missing, time.monotonic() - begin)
+
+    def give_up() -> None:
+        print(
+            f"error: nobody came within {_JOINING_S} s: waited for {missing}. Start each of the {count} "
+            f"processes (with SLURM: srun), or change what {source} says",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(_NOT_JOINED)
+
+    ending = threading.Timer(_JOINING_S - 2, give_up)  # before jax does
+    ending.daemon = True
+    ending.start()
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
+        ending.cancel()
 
 
 class joined:

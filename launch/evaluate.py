@@ -27,7 +27,7 @@ import tyro
 
 from cla_jax.config import CACHE_FORMATS, MeshConfig, near_choice
 from launch import allocator
-from launch.cli import log_to_stderr, user_errors
+from launch.cli import log_to_stderr, read, user_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,7 @@ class Arguments:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(
-        Arguments, args=argv, prog="python -m launch.evaluate", description=__doc__
-    )
+    arguments = read(Arguments, args=argv, prog="python -m launch.evaluate", description=__doc__)
     log_to_stderr()
 
     allocator.set_up()

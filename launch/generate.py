@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from launch import allocator
-from launch.cli import log_to_stderr, user_errors
+from launch.cli import log_to_stderr, read, user_errors, utf8
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
@@ -50,9 +50,7 @@ class Arguments:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(
-        Arguments, args=argv, prog="python -m launch.generate", description=__doc__
-    )
+    arguments = read(Arguments, args=argv, prog="python -m launch.generate", description=__doc__)
     log_to_stderr()
     run = _run(arguments)
     allocator.set_up()
@@ -76,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     programs.remember()
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
-    texts = arguments.prompt or ("",)
-    for i, text in enumerate(texts):
-        if any("\udc80" <= c <= "\udcff" for c in text):  # how Python keeps bytes that are not
-            raise ValueError(f"prompt {i} is not UTF-8: {text.encode(errors='surrogateescape')!r}")
+    texts = [utf8(text) for text in arguments.prompt or ("",)]
     # Training saw every document begin after an end token, or this one in its place.
     begin = tokenizer.begin(config.data.begin_token)
     prompts = [[begin, *tokenizer.encode(text).tolist()] for text in texts]

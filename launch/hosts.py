@@ -2,7 +2,14 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
+
+# Variables of those who start several processes.
+_SEVERAL = (
+    *("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"),
+    *("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,11 @@ def parse(argv: Sequence[str]) -> tuple[Hosts, list[str]]:
     """
     found, rest = _parser().parse_known_args(argv)
     return Hosts(**vars(found)), rest
+
+
+def alone(hosts: Hosts) -> bool:
+    """Whether neither flags nor the environment speak of further processes; jax is not asked."""
+    return hosts.coordinator is None and not any(name in os.environ for name in _SEVERAL)
 
 
 def usage() -> str:

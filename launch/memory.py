@@ -23,7 +23,7 @@ import tyro
 
 import experiments
 from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +86,7 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.memory", description=__doc__)
+    arguments = read(Arguments, args=argv, prog="python -m launch.memory", description=__doc__)
     budget = parse_bytes(arguments.budget)
     for field in ("context", "chunk"):
         if getattr(arguments, field) < 1:

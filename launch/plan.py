@@ -27,7 +27,7 @@ import tyro
 
 from cla_jax import chips
 from cla_jax.config import Config
-from launch.cli import log_to_stderr, user_errors
+from launch.cli import log_to_stderr, read, user_errors
 
 if TYPE_CHECKING:
     from cla_jax.plan import Plan
@@ -66,9 +66,7 @@ def compile_elsewhere() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(
-        Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__
-    )
+    arguments = read(Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__)
     if any(topology != "here" for topology in arguments.topology):
         if "here" in arguments.topology:
             raise ValueError(

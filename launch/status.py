@@ -25,7 +25,7 @@ import experiments
 from cla_jax.config import near_choice
 from cla_jax.messages import printable
 from launch import records, trials
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 from launch.records import Record
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _duration(seconds: float | None) -> str:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.status", description=__doc__)
+    arguments = read(Arguments, args=argv, prog="python -m launch.status", description=__doc__)
     sweep = find(arguments.sweep, arguments.runs)
     if arguments.json:
         json.dump(lines(sweep), sys.stdout, indent=1)

@@ -30,12 +30,13 @@ import tyro
 from etils import epath
 
 import experiments
+from cla_jax import preflight
 from cla_jax.config import near_choice
 from cla_jax.messages import printable_lines
 from cla_jax.runs import is_local
 from experiments.sweeping import Result
 from launch import engines, fitting, records, trials
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 from launch.engines.jobset import JobSet, Xpk
 from launch.engines.local import Local, Pool
 from launch.engines.queued_resources import QueuedResources
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\n    {name:28s}{experiments.summary(sweep)}"
         for name, sweep in experiments.sweeps().items()
     )
-    arguments = tyro.cli(
+    arguments = read(
         Arguments,
         args=argv[:cut],
         prog="python -m launch.sweep",
@@ -177,13 +178,20 @@ class Launcher:
     def show(self) -> None:
         """Prints or writes what would be submitted."""
         plan = self.plan(dry=True)
-        states = self.states(plan)
+        if plan.unread:
+            print(f"# {plan.unread}; trials are shown as if none had begun")
+            misfits = fitting.misfits(plan, _progress)
+            wrong = {trial.name: misfits.get(trial.name, "") for trial in plan.trials}
+            states = {name: ("refused" if why else "todo", why) for name, why in wrong.items()}
+        else:
+            states = self.states(plan)
         todo = _only(plan, [name for name, (state, _) in states.items() if state == "todo"])
         out = Path(self.arguments.out or f"{plan.directory}/.sweep/jobs")
         for name, (state, reason) in states.items():
             if state != "todo":
                 print(f"# {name}: {state}{reason and f': {reason}'}")
-        jobs = self.engine.jobs(todo, self._numbers(todo)) if todo.trials else []
+        numbers = {} if plan.unread else self._numbers(todo)
+        jobs = self.engine.jobs(todo, numbers) if todo.trials else []
         commands = [_shell(job, out) for job in jobs]
         if self.arguments.out:
             out.mkdir(parents=True, exist_ok=True)
@@ -221,6 +229,12 @@ class Launcher:
     def run(self) -> int:
         """Submits what is to be submitted; the exit code."""
         plan = self.plan(dry=True)  # before anything is made, what is wrong with the sweep
+        if plan.unread:
+            raise ValueError(plan.unread)
+        if self.engine.here:
+            first = plan.trials[0].config  # a placement is common to all
+            preflight.check_trackers(first)
+            preflight.check_directory("placement.runs", first.placement.runs)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 
 
 def tasks(
@@ -40,7 +40,7 @@ def tasks(
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    tyro.cli(tasks, args=argv, prog="python -m launch.tasks", description=__doc__)
+    read(tasks, args=argv, prog="python -m launch.tasks", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from etils import epath
 
 import experiments
-from cla_jax import goodput
+from cla_jax import goodput, preflight
 from cla_jax.config import Config, replaced
 from launch import allocator, hosts
 from launch.cli import log_to_stderr, read_config, user_errors
@@ -73,24 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, argv = hosts.parse(sys.argv[1:] if argv is None else argv)
     configs = parse(argv)
     log_to_stderr(informed=True)
+    if hosts.alone(processes):  # one of several that ends here would keep the others waiting
+        for config in configs:
+            preflight.check(config)
 
-    for config in configs:
-        _check_identity(config)
     allocator.set_up()
     # After the command line: --help and mistakes in it should not wait for jax.
     from launch import distributed
 
     with distributed.joined(processes):
         train(configs, processes)
-
-
-def _check_identity(config: Config) -> None:
-    """Raises ValueError if the run directory is known to be another run's; data are compared later."""
-    from cla_jax import runs
-
-    run = runs.Run(runs.run_path(config))
-    if (run.path / "config.json").exists():
-        runs.check_identity(run, config, {})
 
 
 @user_errors  # here too: a process that leaves the others needs its exit code
@@ -103,6 +95,8 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
     from launch import distributed, programs
 
     distributed.agree({"runs": [config.name for config in configs], "versions": runs.versions()})
+    for config in configs:
+        preflight.check(config, leads=distributed.leads())
     programs.remember()
     should_stop = distributed.stop_on_signal()
     clock = goodput.Clock(goodput.process_start())

@@ -34,7 +34,7 @@ from etils import epath
 
 from cla_jax.runs import saved_steps
 from launch import records
-from launch.cli import user_errors
+from launch.cli import read, user_errors
 from launch.records import Record
 
 COMPLETE, AGAIN, FAILED = 0, 42, 1
@@ -267,7 +267,7 @@ def last_error(lines: Sequence[str], code: int) -> str:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m launch.trial", description=__doc__)
+    arguments = read(Arguments, args=argv, prog="python -m launch.trial", description=__doc__)
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     trial = Trial(arguments)

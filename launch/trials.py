@@ -16,7 +16,7 @@ from etils import epath
 
 import experiments
 from cla_jax import config as configs
-from cla_jax import names, runs
+from cla_jax import extras, names, runs
 from cla_jax.config import Config
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
@@ -95,6 +95,7 @@ class LaunchPlan:
     trials: tuple[Trial, ...]
     waits_for: str = ""  # empty: there will be no more trials
     found: Any = None  # what the sweep returned, once it has ended
+    unread: str = ""  # why a dry run could not read how the trials fare
 
 
 def sweep_name(sweep: str) -> str:
@@ -131,14 +132,15 @@ def make(
     function = experiments.find_sweep(sweep)
     trials: dict[str, Trial] = {}
     change = _changes(overrides)
-    directory = None
+    directory, unread = None, ""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = []
         if inspect.signature(function).parameters:
             # Where the sweep's runs are is known from a config alone; the files of a sweep lie beside them.
             first = change(next(iter(experiments.rows().values()))())
             own = _directory(first, sweep) / ".sweep"
-            arguments = [_copy(own, Path(scratch)) if dry else own]
+            unread = _unreadable(own) if dry else ""
+            arguments = [(Path(scratch) if unread else _copy(own, Path(scratch))) if dry else own]
         generator = function(*arguments)
         waits_for, found, answer = "", None, None
         while True:
@@ -162,8 +164,9 @@ def make(
             trials[name] = _trial(
                 *(name, config, here, python, resources, environment or {}, priority, retry)
             )
+            unread = unread or (_unreadable(here) if dry else "")
             unknown = Result(name=name, config=config)
-            answer = unknown if result is None else result(config)
+            answer = unknown if result is None or unread else result(config)
     if directory is None:
         raise ValueError(f"the sweep {sweep!r} yields no trial")
     return LaunchPlan(
@@ -172,6 +175,7 @@ def make(
         trials=tuple(trials.values()),
         waits_for=waits_for,
         found=found,
+        unread=unread,
     )
 
 
@@ -208,6 +212,13 @@ def _directory(config: Config, sweep: str) -> epath.Path:
     return epath.Path(config.placement.runs) / sweep_name(sweep)
 
 
+def _unreadable(directory: epath.Path) -> str:
+    """Why nothing can be read there from here; empty if it can."""
+    if runs.is_local(directory) or extras.there("gcs"):
+        return ""
+    return f"{directory} is not read without the extra `gcs`: {extras.how('gcs')}"
+
+
 def _check_name(name: str, others: Iterable[str]) -> None:
     names.check_trial(name)
     if name in RESERVED:
@@ -231,10 +242,10 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
     """Puts a command line's fields into a config. tyro reads the values once, for two hundred trials."""
     if not overrides:
         return lambda config: config
-    read: dict[str, Any] = {}
+    given: dict[str, Any] = {}
 
     def change(config: Config) -> Config:
-        if not read:
+        if not given:
             usage = "python -m launch.sweep NAME [FLAGS] --"
             parsed = read_config(config, overrides, prog=usage)
             flags = [
@@ -247,8 +258,8 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
                 positive = f"{head}.{last.removeprefix('no_')}".lstrip(".")
                 for field in (flag, positive):
                     with contextlib.suppress(AttributeError):
-                        read[field] = operator.attrgetter(field)(parsed)
-        return configs.replaced(config, read)
+                        given[field] = operator.attrgetter(field)(parsed)
+        return configs.replaced(config, given)
 
     return change
 

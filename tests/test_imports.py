@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # docs/design.md, section 3: a module imports only from layers before its own, or from its own.
 LAYERS = [
-    {"kv_map", "messages", "names", "progress"},
+    {"kv_map", "messages", "names", "progress", "extras"},
     {"config", "files"},
-    {"costs", "chips", "hlo"},
+    {"costs", "chips", "hlo", "statistics", "study"},
     {"seals"},
-    {"goodput", "runs", "writers", "profiler", "mesh", "budget"},
+    {"goodput", "runs", "writers", "profiler", "mesh", "budget", "preflight"},
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},

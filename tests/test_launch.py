@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
     [
         (["--model.kv-map", "0,0,1"], "kv_map has 3 entries but model.n_layers is 8"),
         (["--model.n-heads", "3", "--model.n-kv-heads", "2"], "model.n_heads = 3 is not divisible"),
-        (["--steps", "many"], "many"),
+        (["--steps", "many"], "'many' is not a whole number"),
+        (["--optimizer.peak-lr", "high"], "'high' is not a number"),
+        (["--name", "a" * 300], "has 300 bytes, at most 200 fit"),
     ],
 )
 def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, words):
@@ -75,8 +78,7 @@ def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, 
         (["demo", "--name", "x"], "same directory"),
         (["smoke", "--placement.mesh.fsdp", "3"], "does not make up the 8 devices"),
         (["smoke", "--placement.runs", str(ROOT / "LICENSE")], f"{ROOT / 'LICENSE'} is a file"),
-        (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], "LICENSE' is a file"),
-        (["smoke", "--name", "a" * 300], "File name too long"),
+        (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], "LICENSE is a file"),
     ],
 )
 def test_user_errors_are_one_line(capsys, argv, words, tmp_path, monkeypatch):
@@ -187,6 +189,13 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     [
         ("KeyboardInterrupt", 130, "interrupted\n"),
         ("__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 2, "9 bytes\n"),
+        ("OSError(28, 'No space left on device', '/runs/a')", 1, "left on device: /runs/a\n"),
+        ("OSError(24, 'Too many open files')", 1, "error: Too many open files\n"),
+        ("MemoryError", 1, "error: the memory of this machine is used up\n"),
+        ('RuntimeError("can\'t start new thread")', 1, "new thread\n"),
+        # A library's own exception around it.
+        ("RuntimeError('INTERNAL: [OS error 28: No space left on device]')", 1, "on device]\n"),
+        ("OSError(40, 'Too many levels of symbolic links', 'a')", 2, "links: a\n"),
     ],
 )
 def test_what_is_no_bug_ends_without_a_traceback(raised, code, words):
@@ -204,6 +213,38 @@ main()
     assert (ended.returncode, ended.stdout) == (code, "said before\n")
     assert ended.stderr.endswith(words)
     assert len(ended.stderr.splitlines()) == bool(words)
+
+
+def test_a_terminal_that_knows_only_ascii(tmp_path):
+    """What it cannot show becomes an escape; what was typed is what is meant."""
+    program = """
+import sys
+from launch import cli
+@cli.user_errors
+def main():
+    print("\u25cf")
+    print(cli.utf8(sys.argv[1]).encode().hex(), flush=True)
+    raise ValueError("\u2014\x1b[2J")
+main()
+"""
+    file = tmp_path / "program.py"
+    file.write_text(program, encoding="utf-8")
+    ascii_only = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    for argument, hexadecimal in (("é".encode(), "c3a9"), (b"a", "61")):
+        command = [sys.executable, str(file), argument]
+        ended = subprocess.run(command, env=os.environ | ascii_only, capture_output=True)
+        assert ended.stdout == b"\\u25cf\n" + hexadecimal.encode() + b"\n"
+        assert (
+            ended.stderr.splitlines()[-1] == b"ValueError: \\u2014\x1b[2J"
+        )  # not ours: a traceback
+    command = [sys.executable, str(file), b"\xff"]
+    ended = subprocess.run(command, env=os.environ | ascii_only, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (2, b"error: '\\udcff' is not UTF-8\n")
 
 
 def test_who_reads_only_the_first_lines_sees_no_traceback():
@@ -365,7 +406,7 @@ def test_flags_for_several_processes_that_cannot_work_are_refused(capsys, flags,
     assert words in capsys.readouterr().err
 
 
-def test_explicit_flags_are_all_that_jax_is_told(monkeypatch):
+def test_explicit_flags_are_all_that_jax_is_told(monkeypatch, caplog):
     """Not the cluster's word too: SLURM's would leave a process one device."""
     told = {}
     monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: told.update(arguments))
@@ -378,9 +419,32 @@ def test_explicit_flags_are_all_that_jax_is_told(monkeypatch):
         "deactivate",
         9,
     )
-    distributed.initialize(hosts.Hosts())  # now SLURM is asked, by jax
-    assert (told["coordinator_address"], told["cluster_detection_method"]) == (None, None)
+    assert told["local_device_ids"] is None
+    with caplog.at_level("INFO"):
+        distributed.initialize(hosts.Hosts())  # now SLURM is asked
+    assert told["coordinator_address"].startswith("a1:")
+    assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (4, 1, [0])
     assert told["heartbeat_timeout_seconds"] == 100
+    assert "process 1 of 4, as SLURM_NTASKS='4' says; waiting for process 0 at a1:" in caplog.text
+
+
+def test_who_is_waited_for_is_said_at_once_and_nobody_is_waited_for_for_ever(
+    monkeypatch, caplog, capfd
+):
+    left = threading.Event()
+    monkeypatch.setattr(distributed, "_WAITING_S", 0.01)
+    monkeypatch.setattr(distributed, "_JOINING_S", 2.05)
+    monkeypatch.setattr(distributed.os, "_exit", lambda code: (codes.append(code), left.set()))
+    codes: list[int] = []
+    with caplog.at_level("INFO"), distributed._waiting("node1:99", 4, 0, "SLURM_NTASKS='4'"):
+        assert (
+            "process 0 of 4, as SLURM_NTASKS='4' says; waiting for process 1 to 3, to come to node1:99"
+            in (caplog.text)
+        )
+        assert left.wait(60)
+    assert codes == [134]
+    assert "still waiting for process 1 to 3" in caplog.text
+    assert "waited for process 1 to 3, to come to node1:99" in capfd.readouterr().err
 
 
 def test_a_difference_names_the_field_and_who_holds_which_value():

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -33,6 +34,31 @@ def test_another_identity_is_refused_with_the_difference(tiny):
         assert words in str(error.value)
     assert (run.path / "config.json").read_text() == before
     opened(tiny(seed=3, name="another"))
+
+
+def test_more_steps_of_the_same_run_say_how_to_go_on(tiny):
+    opened(tiny())
+    with pytest.raises(
+        ValueError, match=r"steps: 4 there, 8 asked for\n.*cannot be made longer: with another"
+    ):
+        opened(tiny(steps=8))
+    with pytest.raises(ValueError, match="holds another run") as error:
+        opened(tiny(steps=8, seed=1))
+    assert "made longer" not in str(error.value)
+
+
+def test_a_file_system_without_locks_is_named(tiny, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    with (
+        pytest.raises(
+            ValueError, match=r"\.lock cannot be locked \(No locks available\): .* flock"
+        ),
+        runs.locked(runs.run_path(tiny())),
+    ):
+        pass
 
 
 def test_other_data_or_tokenizer_is_refused(tiny):

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 import types
 
@@ -7,6 +8,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
+from cla_jax import extras
 from cla_jax.runs import Run
 from cla_jax.writers import ConsoleWriter, JsonlWriter, make_writer
 
@@ -127,6 +129,33 @@ def test_tensorboard_by_config(run, tiny):
     assert b"loss" in events.read_bytes()
 
 
+def test_after_a_restart_no_step_stands_twice_in_tensorboard(run, tiny):
+    """The first process came to step 5, and the checkpoint that the second goes on from is of step 3."""
+    from tensorboardX.proto import event_pb2
+
+    config = tiny(steps=8, **{"placement.tensorboard": True, "placement.log_every": 1})
+    for first, last in ((0, 5), (3, 8)):
+        writer = make_writer(run, config, process_index=0, first_step=first)
+        for step in range(first + 1, last + 1):
+            writer.write(step, {"loss": float(step)})
+        writer.close()
+        (file,) = (run.path / "tensorboard").glob("events*")
+        file.rename(file.parent / f"{first}-{file.name}")  # names have whole seconds
+    steps: list[int] = []
+    for file in sorted((run.path / "tensorboard").iterdir()):
+        content, at = file.read_bytes(), 0
+        while at < len(content):  # records: length, its checksum, the event, its checksum
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.HasField(
+                "session_log"
+            ):  # TensorBoard drops what an earlier session wrote from there on
+                steps = [step for step in steps if step < event.step]
+            steps += [event.step for value in event.summary.value if value.tag == "loss"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_wandb_by_config(run, tiny, monkeypatch):
     """The real package logs in to a server; a stand-in records what it is given."""
     logged = []
@@ -139,11 +168,13 @@ def test_wandb_by_config(run, tiny, monkeypatch):
         return session
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(extras, "there", lambda _: True)
     writer = make_writer(run, tiny(name="a/b", **{"placement.wandb": "memory"}), process_index=0)
     writer.write(1, {"loss": 1.0})
     writer.close()
     options, record = logged
-    assert (options["project"], options["id"], options["resume"]) == ("memory", "a-b", "allow")
+    assert (options["project"], options["name"], options["resume"]) == ("memory", "a/b", "allow")
+    assert re.fullmatch("a-b-[0-9a-f]{8}", options["id"])  # of its own: a-b is another run
     assert json.loads(json.dumps(options["config"]))["batch_size"] == 8
     assert record == (1, {"loss": 1.0})
 
@@ -154,5 +185,7 @@ def test_wandb_by_config(run, tiny, monkeypatch):
 )
 def test_a_missing_extra_says_how_to_install_it(run, tiny, monkeypatch, package, field, value):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"placement\.{field} needs the extra: pip install"):
+    with pytest.raises(
+        ValueError, match=rf"placement\.{field} needs the extra `{field}`: `pip install -e "
+    ):
         make_writer(run, tiny(**{f"placement.{field}": value}), process_index=0)

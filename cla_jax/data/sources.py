@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cla_jax import files
+from cla_jax import extras, files
 from cla_jax.config import near_choice, split_source
 from cla_jax.messages import shown
 
@@ -174,7 +174,7 @@ def _zstd(path: Path) -> Any:
     for name in _ZSTD:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise ValueError(f"{path}: to read .zst, pip install 'cla_jax[zstd]'")
+    raise ValueError(f"{path}: to read .zst needs the extra `zstd`: {extras.how('zstd')}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,60 @@
+"""What can be known to be wrong with a run before anything is made, prepared or compiled."""
+
+import os
+from pathlib import Path
+
+from cla_jax import extras, names, runs
+from cla_jax.config import Config
+
+_WANDB = "/\\#?%:"  # what the name of a project there may not hold
+
+
+def check(config: Config, *, leads: bool = True) -> None:
+    """Raises ValueError for a missing package, a directory that cannot be used, or another run's name.
+
+    `leads`: whether this process writes the metrics, and so needs the packages for them.
+    """
+    if leads:
+        check_trackers(config)
+    placement = config.placement
+    if config.data.source.endswith(".zst"):
+        extras.require("zstd", f"data.source = {config.data.source!r}")
+    for field in ("runs", "data_dir"):
+        check_directory(f"placement.{field}", getattr(placement, field))
+    run = runs.Run(runs.run_path(config))
+    if runs.is_local(run.path):
+        _check_parents(f"name = {config.name!r}", Path(run.path))
+    if (run.path / "config.json").exists():
+        runs.check_identity(run, config, {})
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError if what the metrics are sent to is not installed, or takes no such project."""
+    placement = config.placement
+    if placement.tensorboard:
+        extras.require("tensorboard", "placement.tensorboard")
+    if placement.wandb:
+        extras.require("wandb", "placement.wandb")
+        if odd := set(placement.wandb) & set(_WANDB):
+            raise ValueError(
+                f"placement.wandb = {placement.wandb!r}: a project's name may not hold {min(odd)!r}"
+            )
+
+
+def check_directory(field: str, path: str) -> None:
+    """Raises ValueError, which begins with the field, for a place where nothing can be written."""
+    if "://" in path:
+        extras.require("gcs", f"{field} = {path!r}")
+        return
+    absolute = os.path.abspath(path)
+    names.check_path(field, absolute)  # the directory in which we are called is a part of it
+    _check_parents(f"{field} = {path!r}", Path(absolute))
+
+
+def _check_parents(what: str, path: Path) -> None:
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        kind = "a broken link" if not existing.exists() else "a file"
+        raise ValueError(f"{what}: {existing} is {kind}, and no directory")
+    if existing != path and not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{what}: {existing} may not be written to")
