@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from cla_jax import files
-from cla_jax.data.manifest import digest
 from cla_jax.mesh import AxisRules
 from cla_jax.messages import printable
 from cla_jax.model.transformer import Transformer
@@ -38,6 +37,7 @@ from cla_jax.runs import (
     write_atomically,
 )
 from cla_jax.runs import saved_steps as steps
+from cla_jax.seals import digest
 from cla_jax.state import State, named, with_layout, with_named
 
 log = logging.getLogger(__name__)

@@ -526,14 +526,16 @@ def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None
         and os.path.basename(name) == name
         and os.path.isdir(os.path.join(data_dir or theirs, name))
     )
-    source = config.data.source
-    local = source.partition(":")[0].partition(".")[0] in ("text", "jsonl", "tfds")
-    away = local and _leads_away(source.partition(":")[2], run)
-    if away and not prepared and source not in sources:
-        raise ValueError(
-            f"{run.path} was trained on {source!r}, outside this directory, and its held-out text is not "
-            f"prepared yet: if that may be read, name it with --data-source {shlex.quote(source)}"
-        )
+    if prepared:
+        return
+    for source in config.data.sources:
+        kind, _, place = source.partition(":")
+        local = kind.partition(".")[0] in ("text", "jsonl", "tfds")
+        if local and _leads_away(place, run) and source not in sources:
+            raise ValueError(
+                f"{run.path} was trained on {source!r}, outside this directory, and its held-out text is "
+                f"not prepared yet: if that may be read, name it with --data-source {shlex.quote(source)}"
+            )
 
 
 def _leads_away(path: str, run: Run) -> bool:

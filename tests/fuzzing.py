@@ -28,9 +28,9 @@ from etils import epath
 from rich.console import Console
 
 import cla_jax.checkpoint
-from cla_jax import files, messages, report, runs
+from cla_jax import files, messages, report, runs, seals
 from cla_jax.config import DataConfig
-from cla_jax.data import manifest, prepare, sources, tokenizers
+from cla_jax.data import prepare, sources, tokenizers
 from cla_jax.interop import foreign, gguf, hf, task_data
 from experiments import smoke
 from launch import cli, records, status
@@ -363,7 +363,7 @@ def _write_checkpoint(run: runs.Run) -> None:
     (path / "data.bin").write_bytes(b"weights")
     listed = {"data.bin": cla_jax.checkpoint._checksum(path / "data.bin")}
     content = {"files": listed, "arrays": {"model.head": [[2, 3], "float32"]}}
-    content["checksum"] = manifest.digest(content)
+    content["checksum"] = seals.digest(content)
     (run.checkpoints / "00000030.json").write_text(json.dumps(content))
 
 

@@ -10,7 +10,7 @@ import pytest
 from cla_jax import cache as caches
 from cla_jax import checkpoint, costs, runs
 from cla_jax import evaluate as evaluation
-from cla_jax.config import MeshConfig
+from cla_jax.config import Component, MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import evaluate, open_setup
 from cla_jax.model.transformer import Execution, project
@@ -270,6 +270,16 @@ def test_text_that_only_the_run_names_is_not_read(tiny, tmp_path, monkeypatch, s
     check_places(run, None, (source,))
     (tmp_path / "data" / "prepared-1").mkdir(parents=True)  # the user prepared it before
     check_places(run, None, ())
+
+
+def test_every_component_of_a_mixture_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixture = tuple(Component.parse(f"{name}=1:text:/home/{name}/*.txt") for name in ("a", "b"))
+    config = tiny(**{"data.mixture": mixture, "placement.data_dir": "data"})
+    run = runs.open_run(config, data_fingerprint="mixture-1", tokenizer_json="{}")
+    with pytest.raises(ValueError, match=r"text:/home/b/\*.txt.*--data-source"):
+        check_places(run, None, ("text:/home/a/*.txt",))
+    check_places(run, None, ("text:/home/a/*.txt", "text:/home/b/*.txt"))
 
 
 def test_links_below_a_run_do_not_make_a_place_the_users(tiny, tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cla_jax import files
 from cla_jax.messages import printable, shown
+from cla_jax.seals import digest
 
 _NAME = "manifest.json"
 
@@ -41,15 +42,10 @@ def read(directory: Path) -> dict[str, Any]:
     return content
 
 
-def digest(content: dict[str, Any]) -> str:
-    """The sha256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def sha256(file: Path) -> str:
     """The sha256 of a file's content."""
     with files.opened(file) as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, opened), "sha256").hexdigest()
 
 
 def _read(directory: Path) -> dict[str, Any]:
@@ -84,5 +80,5 @@ def _verify(directory: Path, name: str, expected: dict[str, Any]) -> None:
 
 
 def _damaged(directory: Path, file: Path, what: str) -> ValueError:
-    file = printable(file)
-    return ValueError(f"prepared data: {file} {what}; delete {directory} to prepare it again")
+    where = printable(file)
+    return ValueError(f"prepared data: {where} {what}; delete {directory} to prepare it again")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cla_jax import files
+from cla_jax import files, seals
 from cla_jax.config import DataConfig
 from cla_jax.data import manifest, sources, tokenizers
 
@@ -143,7 +143,7 @@ def fingerprint(
 def _fingerprint(paths: Mapping[str, Path]) -> str:
     if "" in paths:
         return paths[""].name
-    return f"mixture-{manifest.digest({name: path.name for name, path in paths.items()})[:12]}"
+    return f"mixture-{seals.digest({name: path.name for name, path in paths.items()})[:12]}"
 
 
 def _parts(config: DataConfig) -> dict[str, DataConfig]:
@@ -172,7 +172,7 @@ def _learned(config: DataConfig, data_dir: str | os.PathLike[str]) -> str:
     }
     content = [sources.fingerprint(source) for source in config.sources]
     named = identity | {"sources": list(config.sources), "content": content}
-    name = f"tokenizer-{config.tokenizer.replace(':', '-')}-{manifest.digest(named)[:12]}"
+    name = f"tokenizer-{config.tokenizer.replace(':', '-')}-{seals.digest(named)[:12]}"
 
     def make(partial: Path) -> None:
         before = [sources.stamp(source) for source in config.sources]
@@ -200,11 +200,11 @@ def prepared_path(
     identity = _identity(config) | {"source": sources.fingerprint(config.source)}
     if config.tokenizer.endswith(".json"):
         tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
-        identity["tokenizer"] = manifest.digest({"json": tokenizer.to_json()})
+        identity["tokenizer"] = seals.digest({"json": tokenizer.to_json()})
     kind, _, argument = config.source.partition(":")
     words = (kind, Path(argument).name, Path(config.tokenizer).stem, config.seq_len)
     name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(str(word) for word in words if word))
-    return Path(data_dir) / f"{name[:80].strip('-.')}-{manifest.digest(identity)[:12]}"
+    return Path(data_dir) / f"{name[:80].strip('-.')}-{seals.digest(identity)[:12]}"
 
 
 def _check_directory(data_dir: str | os.PathLike[str]) -> None:
