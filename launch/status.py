@@ -122,7 +122,7 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
     made.add_column("pre-\nempted", justify="right")
     made.add_column("failed", justify="right")
     made.add_column("last error", overflow="fold")
-    show = lambda form, value: "" if value is None else form.format(value)
+    show = lambda form, value: "" if value is None or math.isnan(value) else form.format(value)
     # Names and errors come from files: they must not be read as markup, nor move the cursor.
     plain = lambda text, style="": Text(printable(text), style=style)
     for line in found:
