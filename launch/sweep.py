@@ -48,6 +48,10 @@ from launch.trials import LaunchPlan, Retry
 STOPPED = 42  # as launch.train: the trials were told to save, launch again to go on
 
 
+# Seconds between two looks of a pool at all trials: one of an earlier launcher that ended is seen then.
+_POOL_SECONDS = 3.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # The sweep, or a study, whose rows it then is.
@@ -279,9 +283,10 @@ class Launcher:
         return self._conclude(plan, states)
 
     def _sleep(self) -> None:
-        pause = 0.5 if self.pool is not None else self.arguments.every
-        until = time.monotonic() + pause
-        while time.monotonic() < until and not self.stopping:
+        """Until a process of the pool has ended, or it is time to look at the files of all trials again."""
+        pool = self.pool
+        until = time.monotonic() + (self.arguments.every if pool is None else _POOL_SECONDS)
+        while time.monotonic() < until and not self.stopping and not (pool and pool.has_ended()):
             time.sleep(0.1)
 
     def _collect(self, plan: LaunchPlan, ended: Mapping[str, int]) -> None:

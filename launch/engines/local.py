@@ -106,6 +106,10 @@ class Pool:
             del self.running[name]
         return ended
 
+    def has_ended(self) -> bool:
+        """Whether `ended` has something to tell."""
+        return any(process.poll() is not None for _, process in self.running.values())
+
     def end(self, ask: bool) -> None:
         """Waits for all to end, having asked them to save and to do so."""
         for _, process in self.running.values() if ask else ():
