@@ -1,6 +1,7 @@
 """Optional packages: whether they are there, and how to get them."""
 
 import importlib.util
+import sys
 
 # By the name of the extra in pyproject.toml: what is imported.
 _MODULES = {
@@ -29,6 +30,8 @@ def require(extra: str, what: str) -> None:
 
 
 def _found(module: str) -> bool:
+    if module in sys.modules:  # None there says that it cannot be imported
+        return sys.modules[module] is not None
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that it is in

@@ -16,7 +16,7 @@ import numpy as np
 
 Alternative = Literal["two-sided", "less", "greater"]
 # Above this many pairs, all sign patterns are too many to count.
-_EXACT_PAIRS = 20
+EXACT_PAIRS = 20
 
 
 # --------------------------------------------------------------------------------- distributions
@@ -98,7 +98,7 @@ class Paired:
     high: float
     level: float  # of the interval
     p_t: float  # of the paired t test
-    p_sign_flip: float  # of the exact sign-flip test
+    p_sign_flip: float  # of the exact sign-flip test; NaN above 20 pairs
 
 
 def paired(
@@ -138,7 +138,7 @@ def paired(
         high=mean + half,
         level=level,
         p_t=min(p[alternative], 1.0),
-        p_sign_flip=sign_flip(d - shift, alternative=alternative),
+        p_sign_flip=sign_flip(d - shift, alternative=alternative) if n <= EXACT_PAIRS else math.nan,
     )
 
 
@@ -151,8 +151,10 @@ def sign_flip(
     2^-n, or 2^(1 - n) for two sides. Raises ValueError above 20 pairs.
     """
     d = np.asarray(differences, np.float64)
-    if len(d) > _EXACT_PAIRS:
-        raise ValueError(f"{len(d)} pairs are too many to count sign patterns: at most 20")
+    if len(d) > EXACT_PAIRS:
+        raise ValueError(
+            f"{len(d)} pairs are too many to count sign patterns: at most {EXACT_PAIRS}"
+        )
     sums = np.zeros(1)
     for value in d:
         sums = np.concatenate([sums + value, sums - value])
@@ -241,6 +243,8 @@ def detectable(
     """
     if n < 2:
         raise ValueError(f"{n} pairs: a test needs at least two")
+    if not alpha < wanted < 1:
+        raise ValueError(f"the wanted power {wanted} must lie between the level {alpha} and 1")
     side: Alternative = "two-sided" if alternative == "two-sided" else "greater"
     high = 1.0
     while power(high, n, alpha=alpha, alternative=side) < wanted:
@@ -293,7 +297,7 @@ class Optimum:
 
     rate: float
     loss: float  # at that rate, by the parabola
-    edge: Literal["", "low", "high"]  # which end of the rates tried asks for more of them
+    edge: Literal["", "low", "high"]  # at which end further rates have to be tried
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
@@ -308,8 +312,11 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
         raise ValueError(f"{len(points)} finite losses: a best rate needs at least three")
     best = min(range(len(points)), key=lambda i: points[i][1])
     rate, loss = points[best]
-    if best in (0, len(points) - 1):
-        return Optimum(rate=rate, loss=loss, edge="low" if best == 0 else "high")
+    if best == 0:
+        return Optimum(rate=rate, loss=loss, edge="low")
+    if best == len(points) - 1:
+        beyond = any(r > rate for r in rates)  # these diverged: there is nothing to try
+        return Optimum(rate=rate, loss=loss, edge="" if beyond else "high")
     near = points[max(best - 2, 0) : best + 3]
     x = np.log([r for r, _ in near])
     origin = x.mean()
@@ -327,7 +334,7 @@ def byte_gain(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float,
 
     Each family is (bytes, loss) points, fitted by a line of loss over log2(bytes). The distance is
     horizontal, from the middle of our points to the line of theirs. Raises ValueError for a family without
-    two sizes or whose loss does not fall with its bytes.
+    two sizes, and where the loss of `theirs` does not fall with its bytes.
     """
     x, y = np.log2([b for b, _ in ours]), np.array([loss for _, loss in ours])
     u, v = np.log2([b for b, _ in theirs]), np.array([loss for _, loss in theirs])
@@ -336,8 +343,8 @@ def byte_gain(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float,
         if len(set(a)) < 2:
             raise ValueError(f"the family {family} has one size only: a fit needs two")
         slopes.append(np.polyfit(a, b, 1))
-        if not slopes[-1][0] < 0:
-            raise ValueError(f"the loss of the family {family} does not fall with its bytes")
+    if not slopes[1][0] < 0:
+        raise ValueError("the loss of the family theirs does not fall with its bytes")
     middle = (x.min() + x.max()) / 2
     loss = np.polyval(slopes[0], middle)
     slope, intercept = slopes[1]
@@ -354,12 +361,14 @@ def byte_gain_interval(
 ) -> tuple[float, float]:
     """A bootstrap interval for `byte_gain` over seeds: (bytes, losses by seed) points, the same seeds in all.
 
-    A sample in which a family's loss does not fall with its bytes counts as an unbounded gain.
+    Where a sample's line of `theirs` does not fall with its bytes, no number of bytes reaches our loss: the
+    gain of that sample is infinite. Raises ValueError as `byte_gain` does, for the means over all seeds.
     """
     counts = {len(losses) for _, losses in itertools.chain(ours, theirs)}
     if len(counts) != 1:
         raise ValueError(f"rows have {sorted(counts)} seeds: pairs need the same seeds in each")
     (n,) = counts
+    byte_gain(*([(b, float(np.mean(losses))) for b, losses in family] for family in (ours, theirs)))
     draw, gains = np.random.default_rng(seed), []
     for _ in range(samples):
         drawn = draw.integers(n, size=n)

@@ -54,7 +54,8 @@ class Study:
     claims: tuple[Claim, ...]
     # A held-out metric of training.
     metric: Literal["bits_per_byte", "perplexity", "held_out_loss"] = "bits_per_byte"
-    # Level of the whole study: p values are adjusted for the number of claims by Holm's method.
+    # One-sided level of the study, for support and for contradiction each: p values are adjusted for the
+    # number of claims by Holm's method.
     alpha: float = 0.05
     test: Test = "sign-flip"
     # Metrics that are reported beside each verdict and decide nothing.
@@ -69,8 +70,14 @@ class Study:
             if claim.row == claim.other:
                 raise ValueError(f"the claim {str(claim)!r} compares a row with itself")
             if not 0 <= claim.margin < math.inf:
-                raise ValueError(f"the margin of the claim {str(claim)!r} must not be negative")
-            n = self.pairs(claim)
+                raise ValueError(
+                    f"the margin of the claim {str(claim)!r} must be 0 or a positive number"
+                )
+            n, most = self.pairs(claim), statistics.EXACT_PAIRS
+            if self.test == "sign-flip" and n > most:
+                raise ValueError(
+                    f"{n} seeds: the sign-flip test takes {most} at most, test='t' more"
+                )
             if n < self.needed:
                 raise ValueError(
                     f"the claim {str(claim)!r} has {n} paired seeds; the {self.test} test needs "
@@ -101,10 +108,11 @@ class Verdict:
 
     claim: Claim
     status: Status
-    reason: str = ""  # why it was not tested
+    reason: str = ""  # why it was not tested, or not decided
     n: int = 0  # pairs used
     mean: float = math.nan
-    low: float = math.nan  # ends of the two-sided t interval of level 1 - alpha
+    # Ends of the two-sided t interval of level 1 - alpha; it is not adjusted for the number of claims.
+    low: float = math.nan
     high: float = math.nan
     p: float = math.nan  # adjusted for the number of claims
     excluded: tuple[int, ...] = ()  # seeds of which a score was not finite
@@ -115,14 +123,16 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
 
     Args:
       study: as it was declared.
-      scores: the metric by (row, seed). A score that is not finite is of a run that diverged: its pair is
-        left out and named. A missing score is of a run that is not there: the claim is not tested.
+      scores: the metric by (row, seed). A score that is not finite is of a run that diverged. A missing score
+        is of a run that is not there: the claim is not tested.
 
+    Pairs in which a run diverged are left out and named, but they never help the row that diverged: a claim
+    is not supported if its `row` diverged more often than `other`, nor contradicted in the opposite case.
     A claim is supported if the one-sided test says so, contradicted if the test of the opposite says so, both
     at the level of the study after Holm's adjustment; otherwise it is inconclusive.
     """
     found: list[Verdict | None] = []
-    tested: list[tuple[Claim, tuple[int, ...], list[float]]] = []
+    tested: list[_Tested] = []
     for claim in study.claims:
         seeds = range(study.pairs(claim))
         missing = [
@@ -142,35 +152,48 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
             reason = f"{len(finite)} pairs are finite, the test needs {study.needed}"
         else:
             found.append(None)
-            tested.append((claim, excluded, list(finite.values())))
+            diverged = {
+                row: sum(not math.isfinite(pair[side]) for pair in whole.values())
+                for side, row in enumerate((claim.row, claim.other))
+            }
+            tested.append((claim, excluded, list(finite.values()), diverged))
             continue
         found.append(Verdict(claim=claim, status="not tested", reason=reason, excluded=excluded))
     decided = iter(_decided(study, tested))
     return [verdict or next(decided) for verdict in found]
 
 
-def _decided(
-    study: Study, tested: list[tuple[Claim, tuple[int, ...], list[float]]]
-) -> list[Verdict]:
+# A claim, the seeds left out, the differences, and with how many seeds each of its rows diverged.
+_Tested = tuple[Claim, tuple[int, ...], list[float], dict[str, int]]
+
+
+def _decided(study: Study, tested: list[_Tested]) -> list[Verdict]:
     # Claims that could not be tested still count: their number was declared.
     padding = [1.0] * (len(study.claims) - len(tested))
     adjusted = {}
     for side in ("less", "greater"):
-        raw = [_p(study.test, d, side, claim.margin) for claim, _, d in tested]
+        raw = [_p(study.test, d, side, claim.margin) for claim, _, d, _ in tested]
         adjusted[side] = statistics.holm([*raw, *padding])[: len(tested)]
     verdicts = []
-    for i, (claim, excluded, differences) in enumerate(tested):
+    for i, (claim, excluded, differences, diverged) in enumerate(tested):
         summary = statistics.paired(differences, level=1 - study.alpha)
         supports, contradicts = adjusted["less"][i], adjusted["greater"][i]
         status: Status = "inconclusive"
+        reason, winner = "", ""
         if supports <= study.alpha:
-            status = "supported"
+            status, winner, loser = "supported", claim.row, claim.other
         elif contradicts <= study.alpha:
-            status = "contradicted"
+            status, winner, loser = "contradicted", claim.other, claim.row
+        if winner and diverged[winner] > diverged[loser]:
+            status = "inconclusive"
+            reason = (
+                f"{winner} diverged with {diverged[winner]} seeds, {loser} with {diverged[loser]}"
+            )
         verdicts.append(
             Verdict(
                 claim=claim,
                 status=status,
+                reason=reason,
                 n=summary.n,
                 mean=summary.mean,
                 low=summary.low,

@@ -395,6 +395,7 @@ def refused(path, tmp_path, words, capsys):
         convert.main(["import", str(path), str(tmp_path / "runs" / "x"), "--data-dir", data])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
+    error = error.splitlines()[-1]  # before it may come progress
     assert error.startswith("error: ")
     with pytest.raises(ValueError, match=words):
         raise ValueError(error)

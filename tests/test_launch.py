@@ -600,7 +600,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     assert [len(completion.tokens) > 0 for completion in found["completions"]] == [True, True]
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
-    assert "prompt 1 is not UTF-8: b'\\xffbad'" in capsys.readouterr().err
+    assert "error: '\\udcffbad' is not UTF-8" in capsys.readouterr().err
     # Of a study, what can be evaluated is.
     (tmp_path / "runs/smoke/untrained").mkdir()
     shutil.copy(tmp_path / "runs/smoke/tiny/config.json", tmp_path / "runs/smoke/untrained")

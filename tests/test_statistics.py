@@ -157,6 +157,9 @@ def test_the_best_rate_is_the_vertex_of_the_parabola():
     assert shuffled == best
     assert statistics.best_rate(rates[:3], losses[:3]).edge == "high"
     assert statistics.best_rate([*rates[3:], 3.2e-2], [*losses[3:], 9.0]).edge == "low"
+    assert (
+        statistics.best_rate(rates[:4], [4, 3, 2, math.inf]).edge == ""
+    )  # what is higher diverges
     diverged = statistics.best_rate([*rates, 1.0], [*losses, math.inf])
     assert diverged == best
     with pytest.raises(ValueError, match="2 finite losses"):
@@ -176,5 +179,9 @@ def test_the_byte_gain_is_the_horizontal_distance():
     seeds = lambda points: [(b, loss + draw.normal(0, 0.005, 8)) for b, loss in points]
     low, high = statistics.byte_gain_interval(seeds(ours), seeds(theirs), samples=100)
     assert 1.5 < low < 1.7 < high < 1.9
+    with pytest.raises(ValueError, match="theirs does not fall"):
+        statistics.byte_gain_interval(seeds(ours), [*seeds(theirs)[::-1][:1], (2048, [3.0] * 8)])
+    with pytest.raises(ValueError, match="wanted power"):
+        statistics.detectable(1.0, 8, wanted=1.1)
     with pytest.raises(ValueError, match="same seeds"):
         statistics.byte_gain_interval([(1, [1.0]), (2, [0.5])], seeds(theirs))

@@ -85,8 +85,8 @@ def test_only_pairs_that_are_not_finite_are_left_out():
     [
         ((Claim("cla3", "half"),), {}, "unknown row in the claim .*'cla3'; did you mean cla2"),
         ((Claim("cla2", "cla2"),), {}, "compares a row with itself"),
-        ((Claim("cla2", "mqa", margin=-1),), {}, "must not be negative"),
-        ((Claim("cla2", "mqa", margin=math.nan),), {}, "must not be negative"),
+        ((Claim("cla2", "mqa", margin=-1),), {}, "must be 0 or a positive number"),
+        ((Claim("cla2", "mqa", margin=math.nan),), {}, "must be 0 or a positive number"),
         ((Claim("gqa", "mqa"),), {}, "has 3 paired seeds; the sign-flip test needs 5"),
         ((Claim("cla2", "mqa"),), {"alpha": 0.001}, "has 8 paired seeds; .* needs 10 to decide 1"),
         ((Claim("cla2", "mqa"),), {"alpha": 0}, "alpha = 0 must lie between 0 and 1"),
@@ -121,6 +121,29 @@ def test_the_digest_names_the_declaration():
     assert len(digests) == 7
     same = dataclasses.replace(A, rows=dict(reversed(A.rows.items())))
     assert same.digest == A.digest
+
+
+def test_a_row_that_diverges_does_not_win_by_the_seeds_it_survived():
+    data = scores(cla2=2.1, half=2.15) | {("cla2", 2): math.inf, ("cla2", 5): math.nan}
+    (verdict,) = decide(A, data)
+    assert (verdict.status, verdict.n, verdict.excluded) == ("inconclusive", 6, (2, 5))
+    assert verdict.reason == "cla2 diverged with 2 seeds, half with 0"
+    (other,) = decide(with_claims(Claim("half", "cla2")), data)
+    assert other.status == "inconclusive"
+    (both,) = decide(A, data | {("half", 3): math.inf, ("half", 5): math.inf})
+    assert both.status == "supported"
+
+
+def test_many_seeds_need_the_t_test():
+    rows = {"cla2": 25, "half": 25}
+    with pytest.raises(ValueError, match="25 seeds: the sign-flip test takes 20 at most"):
+        Study(rows=rows, claims=(Claim("cla2", "half"),))
+    study = Study(rows=rows, claims=(Claim("cla2", "half"),), test="t")
+    data = {
+        (row, s): value + s % 3 for row, value in (("cla2", 2.0), ("half", 2.1)) for s in range(25)
+    }
+    (verdict,) = decide(study, data)
+    assert (verdict.status, verdict.n) == ("supported", 25)
 
 
 def test_the_t_test_decides_with_few_seeds():
