@@ -19,7 +19,7 @@ def check(compiled: Any, further: int, remedy: str) -> None:
 
     Args:
       compiled: what `jax.jit(...).lower(...).compile()` gives.
-      further: bytes of a device that are taken besides.
+      further: further bytes in use on a device.
       remedy: what to change, for the message.
     """
     needed, held = program_bytes(compiled), available_bytes()

@@ -169,8 +169,8 @@ def _restore(
             restored = load(path)
             if owner is not None and not _read_manifest(path).get("run"):
                 log.warning(
-                    "%s was saved before checkpoints named their run: that config.json was not altered since "
-                    "then cannot be checked",
+                    "%s is from an older version, whose checkpoints do not name their run: a changed "
+                    "config.json cannot be detected",
                     path,
                 )
             # Only now that a good one is loaded: otherwise the next start would begin from nothing.

@@ -55,6 +55,6 @@ def _check_parents(what: str, path: Path) -> None:
     existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not existing.is_dir():
         kind = "a broken link" if not existing.exists() else "a file"
-        raise ValueError(f"{what}: {existing} is {kind}, and no directory")
+        raise ValueError(f"{what}: {existing} is {kind}, not a directory")
     if existing != path and not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{what}: {existing} may not be written to")

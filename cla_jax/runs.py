@@ -102,7 +102,7 @@ class Run:
 
     @property
     def owner(self) -> "Owner | None":
-        """Whose a checkpoint in this directory has to be; None if there is no config.json yet."""
+        """The run that its checkpoints must belong to; None if there is no config.json yet."""
         if not (self.path / "config.json").exists():
             return None
         record = self.record()
@@ -439,7 +439,9 @@ def locked(path: epath.Path) -> Iterator[None]:
 
 
 def try_lock(file: IO | int, *, shared: bool = False, required: bool = True) -> bool:
-    """Locks an open file until it is closed, here and in child processes that inherit it; False if it is.
+    """Locks an open file until it is closed, here and in child processes that inherit it.
+
+    Returns False if another process holds the lock.
 
     A shared lock is one of many, for those who only look whether a process holds a lock of its own. Where
     it is not `required`, a file system that cannot lock it will do.

@@ -1,7 +1,7 @@
 """Checksums that the records of a run carry, so that damage and edits are seen.
 
 A sealed record has a `checksum` of its content and of what it belongs to: a file that was moved to another
-run does not match. They are for accidents, not for somebody who means harm and computes new ones. A record
+run does not match. They detect accidents, not deliberate forgery. A record
 without a checksum was written before there were any, and is taken as it is.
 """
 

@@ -394,7 +394,7 @@ def train(
             step_fn = stack.enter_context(traced)
             journal.account()
             if evaluation_is_missing(run, config, first_step):
-                log.info("step %d was saved and not evaluated: that is made up for", first_step)
+                log.info("step %d was saved but not evaluated: evaluating it now", first_step)
                 with journal.booked("evaluation"):
                     writer.write(first_step, evaluate(setup, state.model))
             clock.switch("step")

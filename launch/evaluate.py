@@ -147,8 +147,8 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         )
     if close := record.get("agreement"):
         say(
-            f"as the full forward: the likeliest token {close['top1_agreement']:.2%}, KL "
-            f"{close['kl']:.1e} nats a token, logits within {close['max_logit_difference']:.1e}"
+            f"beside the full forward: same top token {close['top1_agreement']:.2%}, KL "
+            f"{max(close['kl'], 0):.1e} nats a token, logits within {close['max_logit_difference']:.1e}"
         )
     counts = record.get("kv_bytes", {})
     differing = [kind for kind, count in counts.items() if count["counted"] != count["predicted"]]

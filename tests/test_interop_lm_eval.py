@@ -351,6 +351,7 @@ def test_from_the_command_line(run, tmp_path, capsys):
     file.parent.mkdir(parents=True)
     file.write_text((json.dumps(row) + "\n") * 3)
     data = ["--task-data", str(tmp_path / "tasks")]
+    data += ["--data-dir", run.config().placement.data_dir]  # not below the current directory
     launch.main([str(run.path), "--tasks", "sciq", "--cache", "int8", *data])
     assert "3 examples of validation" in " ".join(capsys.readouterr().out.split())
     assert run.evals()["tasks-int8"]["tasks"]["sciq"]["n"] == 3

@@ -38,7 +38,7 @@ def test_a_missing_package_is_named_with_what_works_from_a_clone(
     [
         (
             lambda p: (p / "runs").write_text(""),
-            "placement.runs = .*runs is a file, and no directory",
+            "placement.runs = .*runs is a file, not a directory",
         ),
         (lambda p: (p / "runs").symlink_to("none"), "placement.runs = .*runs is a broken link"),
         (lambda p: ((p / "runs").mkdir(), (p / "runs/tiny").write_text("")), "name = .*is a file"),

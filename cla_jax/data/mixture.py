@@ -1,9 +1,9 @@
 """Which source of a mixture each training row comes from, in closed form.
 
-Rows are numbered from 0 over the whole run. The components of a mixture are interleaved as evenly as
-whole rows allow: of a stage whose weights are 7, 2 and 1 (or 0.7, 0.2 and 0.1), every ten rows from its
-first on hold seven, two and one. A stage has weights of its own and goes on in every component where the
-stage before stopped.
+Rows are numbered from 0 over the whole run. The components of a mixture are interleaved: with the weights
+7, 2 and 1 (or 0.7, 0.2 and 0.1), each block of ten rows of a stage, counted from its first, holds seven, two
+and one. Within a block the components named first come a little earlier. A stage has weights of its own. It
+goes on in every component where the stage before stopped.
 
 grain's `MapDataset.mix` interleaves alike, but rounds the weights (0.7 and 0.3 become 233 and 100) and
 cannot start in the middle of its components.
@@ -54,14 +54,14 @@ def schedule(config: Config) -> Schedule:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """The least whole numbers in the proportions of weights, which count as they are written: 0.7 is 7/10."""
+    """The least whole numbers in the proportions of weights, read as decimals: 0.7 is exactly 7/10."""
     exact = [Fraction(repr(weight)) for weight in weights]
     whole = [int(weight * math.lcm(*(each.denominator for each in exact))) for weight in exact]
     return tuple(number // math.gcd(*whole) for number in whole)
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of a component's order: it follows its name, so other components may come and go."""
+    """The seed of a component's order: it depends on its name alone, so other components do not change it."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:4], "big") if name else seed
 
