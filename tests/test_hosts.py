@@ -90,7 +90,7 @@ def restore_and_compare(setup, run):
     return state
 
 def should_stop(step):
-    while step == int(pause):
+    while step == int(pause) > 0:  # 0 for none; it is asked about step 0 while the first batch is read
         time.sleep(1)
     return False
 
