@@ -17,6 +17,7 @@ from cla_jax import train as training
 from cla_jax.config import MeshConfig
 from cla_jax.data import tokenizers
 from cla_jax.evaluate import during_training
+from cla_jax.model import platform
 from cla_jax.model.transformer import Execution
 from cla_jax.optimizer import schedule
 from cla_jax.runs import find_runs
@@ -222,11 +223,18 @@ def find_run(config):
 
 
 @pytest.mark.slow
-def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices):
+def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices, monkeypatch):
+    """Also as the step is compiled for other platforms than the CPU."""
     config = tiny(steps=10)
     alone, _ = losses(config, 1, MeshConfig(), devices)
     tensor = MeshConfig(data=2, fsdp=2, model=2)
-    for mesh, remat in ((MeshConfig(fsdp=8), "none"), (tensor, "block")):
+    for mesh, remat, cpu in (
+        (MeshConfig(fsdp=8), "none", True),
+        (tensor, "block", True),
+        (MeshConfig(fsdp=8), "block", False),
+        (tensor, "none", False),
+    ):
+        monkeypatch.setattr(platform, "on_cpu", lambda cpu=cpu: cpu)
         spread, layouts = losses(tiny(steps=10, **{"placement.remat": remat}), 8, mesh, devices)
         for (a, hash_a), (b, hash_b) in zip(alone, spread, strict=True):
             assert b == pytest.approx(a, rel=1e-6)

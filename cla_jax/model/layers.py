@@ -18,6 +18,7 @@ from flax import nnx
 
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
+from cla_jax.model.platform import per_token
 
 M = TypeVar("M")
 
@@ -106,14 +107,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, rules: AxisRules) -> jax.Array:
         if rules.sequence and self.outputs == "BTD":
             return self._into_parts(x, rules)
-        # One axis of tokens, N = B * T: given two, XLA transposes whole activations in memory for the
-        # gradient of the weight (on CPU a tenth of the step).
-        x_N = x.reshape(-1, *x.shape[2:])
-        out = rules.gathered().spec(*axes(self.outputs.replace("BT", "N")))
-        y_N = jnp.einsum(self.equation.replace("BT", "N"), x_N, self.weight[...], out_sharding=out)
-        y = y_N.reshape(
-            *x.shape[:2], *y_N.shape[1:], out_sharding=rules.gathered().spec(*axes(self.outputs))
-        )
+        spec = lambda letters: rules.gathered().spec(*axes(letters))
+        y = per_token(self.equation, x, self.weight[...], spec)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def _into_parts(self, x: jax.Array, rules: AxisRules) -> jax.Array:

@@ -1,0 +1,47 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, Mesh
+
+from cla_jax.mesh import AxisRules
+from cla_jax.model import platform
+from cla_jax.model.layers import Linear
+from cla_jax.model.transformer import Execution, Transformer
+from cla_jax.state import named
+from tests.conftest import MODEL, replace
+
+
+def test_the_mesh_says_what_platform_a_program_is_for():
+    cpu = Mesh(jax.devices()[:1], "x")
+    assert platform.on_cpu()
+    with jax.set_mesh(cpu):
+        assert platform.on_cpu()
+    tpu = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=tpu)):
+        assert not platform.on_cpu()
+
+
+def test_elsewhere_than_on_a_cpu_no_activation_is_reshaped(monkeypatch):
+    """For a TPU each such reshape may be a copy in memory."""
+    linear = Linear(jax.random.key(0), "BTD,DKGH->BTKGH", MODEL)
+    x = jnp.ones((2, 3, MODEL.d_model))
+    operations = lambda: str(jax.make_jaxpr(lambda x: linear(x, AxisRules()))(x))
+    assert "reshape" in operations()
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    assert "reshape" not in operations()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_all_platforms_compute_the_same(monkeypatch, bias):
+    model = Transformer(jax.random.key(0), replace(MODEL, bias=bias))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, MODEL.vocab_size)
+
+    def gradients():
+        loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(tokens, Execution()), axis=-1))
+        return named(jax.jit(jax.grad(loss))(model))
+
+    expected = gradients()
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    for name, gradient in gradients().items():
+        scale = jnp.abs(expected[name]).max()
+        assert jnp.abs(gradient - expected[name]).max() <= 2e-6 * scale, name
