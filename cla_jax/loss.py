@@ -31,22 +31,27 @@ def cross_entropy(
     `weights_BT` float32 (0 leaves a token out). `chunk` positions are handled at once; it divides T.
     """
 
+    whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
+
     def step(total, inputs):
-        loss, _ = _chunk_loss(inputs, head_VD, rules)
+        loss, _ = _chunk_loss(inputs, whole_VD, rules)
         return total + loss, None
 
     return jax.lax.scan(step, jnp.zeros(()), _chunks(chunk, x_BTD, targets_BT, weights_BT))[0]
 
 
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
+    # Before the loop, which would gather it once a chunk.
+    whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
+
     def step(carry, inputs):
         total, d_head_VD = carry
         x_ND = inputs[0]
-        loss, d_logits_NV = _chunk_loss(inputs, head_VD, rules, gradient=True)
+        loss, d_logits_NV = _chunk_loss(inputs, whole_VD, rules, gradient=True)
         d_x_ND = jnp.einsum(
             "NV,VD->ND",
             d_logits_NV,
-            _whole(head_VD.astype(x_ND.dtype), rules),
+            whole_VD,
             out_sharding=rules.gathered().spec(*axes("ND")),
         )
         # Each device's own sum: the sums of all devices are added once, not once a chunk.
@@ -64,8 +69,9 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     (loss, d_head_VD), d_x = jax.lax.scan(
         step, zeros, _chunks(chunk, x_BTD, targets_BT, weights_BT)
     )
-    if own_sums is not None:
-        d_head_VD = jax.reshard(d_head_VD, rules.spec(*axes("VD")))
+    if own_sums is not None:  # between devices in the compute dtype, as all gradients of weights
+        own_VD = d_head_VD.astype(x_BTD.dtype)
+        d_head_VD = jax.reshard(own_VD, rules.spec(*axes("VD"))).astype(head_VD.dtype)
     B, T, D = x_BTD.shape
     spec = rules.gathered().spec(None, *axes("BTD"))
     d_x = d_x.reshape(T // chunk, B, chunk, D, out_sharding=spec)
