@@ -27,15 +27,17 @@ log = logging.getLogger(__name__)
 
 
 def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
-    """The evaluator that training is given: a flat dict for the metrics.
+    """The evaluator that training is given: a flat dict for the metrics, and the whole under `record`.
 
     Of a mixture it has those of all held-out text, and `perplexity/NAME` and so on of each component.
+    The record has the scores of each document too.
     """
     record = full_forward(setup, model)
     metrics = _metrics(record)
     for name, scored in record.get("components", {}).items():
         metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
-    return metrics
+    record |= {"method": "training", "data_fingerprint": setup.prepared.fingerprint}
+    return metrics | {"record": record}
 
 
 def _metrics(record: dict[str, Any]) -> dict[str, Any]:

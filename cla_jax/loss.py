@@ -40,6 +40,21 @@ def cross_entropy(
     return jax.lax.scan(step, jnp.zeros(()), _chunks(chunk, x_BTD, targets_BT, weights_BT))[0]
 
 
+def token_losses(
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int, rules: AxisRules
+) -> jax.Array:
+    """The negative log-likelihood of every token in nats, float32 [B, T]: what `cross_entropy` sums."""
+
+    def step(_, inputs):
+        return None, _losses(*inputs, head_VD, rules)[0]
+
+    _, losses = jax.lax.scan(step, None, _chunks(chunk, x_BTD, targets_BT))
+    B, T = targets_BT.shape
+    spec = rules.spec(None, "batch", None)
+    losses = losses.reshape(T // chunk, B, chunk, out_sharding=spec)
+    return jnp.moveaxis(losses, 0, 1).reshape(B, T)
+
+
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     # Before the loop, which would gather it once a chunk.
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
@@ -102,16 +117,22 @@ def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
 def _chunk_loss(inputs, head_VD, rules, *, gradient=False):
     """The chunk's weighted loss and, if asked for, its gradient with respect to the logits."""
     x_ND, targets_N, weights_N = inputs
+    losses_N, logits_NV, log_total_N, is_target_NV = _losses(x_ND, targets_N, head_VD, rules)
+    loss = jnp.sum(weights_N * losses_N)
+    if not gradient:
+        return loss, None
+    d_logits_NV = jnp.exp(logits_NV - log_total_N[..., None]) - is_target_NV
+    return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
+
+
+def _losses(x_ND, targets_N, head_VD, rules):
+    """Each token's loss, and what its gradient is made of."""
     logits_NV = project(x_ND[:, None], head_VD, rules)[:, 0]
     log_total_N = jax.nn.logsumexp(logits_NV, axis=-1)
     # A comparison, not take_along_axis: it works on a vocabulary that is split over devices.
     is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[..., None]
     target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=-1)
-    loss = jnp.sum(weights_N * (log_total_N - target_N))
-    if not gradient:
-        return loss, None
-    d_logits_NV = jnp.exp(logits_NV - log_total_N[..., None]) - is_target_NV
-    return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
+    return log_total_N - target_N, logits_NV, log_total_N, is_target_NV
 
 
 def _whole(head_VD: jax.Array, rules: AxisRules) -> jax.Array:

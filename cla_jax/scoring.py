@@ -7,6 +7,7 @@ bytes of the same text.
 
 import dataclasses
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,17 @@ from cla_jax.cache import CacheFormat, ledger
 from cla_jax.config import check_chunk
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
-from cla_jax.loss import cross_entropy
+from cla_jax.documents import Documents
+from cla_jax.loss import token_losses
+from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
-from cla_jax.train import Setup, loss_sum
+from cla_jax.train import Setup
 
 if TYPE_CHECKING:
+    from cla_jax.data.prepare import Prepared
     from cla_jax.data.records import Windows
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 
@@ -40,6 +46,8 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    # Of the whole held-out split; of a mixture its components have them.
+    documents: Documents | None = None
     # Of a mixture, also those of its components.
     components: dict[str, "Score"] = dataclasses.field(default_factory=dict)
 
@@ -54,6 +62,7 @@ class Score:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.tokens / self.seconds, 1),
+            **({"documents": self.documents.record()} if self.documents else {}),
             **({"components": parts} if parts else {}),
         }
 
@@ -66,7 +75,13 @@ def score(
     progress: Progress = lambda done, total: None,
     warm_up: bool = True,
 ) -> Score:
-    """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` sums over a batch.
+    """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` gives nats [B, T].
+
+    What it gives where a weight is 0 does not count. Sums are in float64 and in the order of the text, so
+    neither batches nor meshes change how they are rounded. If the whole split is scored, so is each of its
+    documents: the sum over its tokens and over the end token behind it, whatever windows they fell in. (A
+    token sees the window that it is in, and so, unless `data.attend_across_documents` is off, the end of the
+    document before.)
 
     Of a mixture, the held-out texts of all components count as one text, whatever their weights; each is
     scored for itself too. `windows` limits each to its first ones. With `warm_up` the first batch is run
@@ -80,12 +95,17 @@ def score(
     total, done = Score(), 0
     progress(0, sum(totals.values()))
     for name, split in splits.items():
-        part = Score()
+        part, losses = Score(), []
         for scored in _score_split(
-            setup, batch_nll, split, totals[name], part, warm_up and not done
+            setup, batch_nll, split, totals[name], part, losses, warm_up and not done
         ):
             done += scored
             progress(done, sum(totals.values()))
+        nll_N = np.concatenate(losses)
+        part.nll = float(nll_N.sum())
+        if windows is None:
+            part.documents = _documents(setup.prepared.parts[name], nll_N)
+            total.documents = None if name else part.documents
         for field in ("nll", "tokens", "bytes", "seconds"):
             setattr(total, field, getattr(total, field) + getattr(part, field))
         if name:
@@ -99,9 +119,13 @@ def _score_split(
     split: "Windows",
     total: int,
     result: Score,
+    losses: list[np.ndarray],
     warm_up: bool,
 ) -> Iterator[int]:
-    """Adds the first windows of a split to a result; yields how many, batch by batch."""
+    """Scores the first windows of a split; yields how many, batch by batch.
+
+    Adds to a result, and gives the nats of each token, a piece a window.
+    """
     size = setup.eval_batch
     spec = setup.rules.spec("batch", None)
     for i, batch in enumerate(loader.windows(split, size)):
@@ -116,31 +140,56 @@ def _score_split(
         if i == 0 and warm_up:
             jax.block_until_ready(batch_nll(*arrays))
         clock = time.monotonic()
-        result.nll += float(batch_nll(*arrays))
+        nll_BT = np.broadcast_to(np.asarray(batch_nll(*arrays), np.float64), weights_BT.shape)
         result.seconds += time.monotonic() - clock
+        losses += [row[:n] for row, n in zip(nll_BT, batch["n_targets"], strict=True)]
         result.tokens += int(batch["n_targets"].sum())
         result.bytes += int(batch["n_bytes"].sum())
         yield min(size, total - done)
+
+
+def _documents(prepared: "Prepared", nll_N: np.ndarray) -> Documents | None:
+    """The scores of a split's documents; None, with a warning, where it is not known which they are."""
+    try:
+        tokens, n_bytes = prepared.documents()
+    except ValueError as error:
+        log.warning("documents are not scored one by one: %s", error)
+        return None
+    starts = np.cumsum(tokens) - tokens
+    return Documents(nll=np.add.reduceat(nll_N, starts), tokens=tokens, bytes=n_bytes)
 
 
 # ---------------------------------------------------------------------------------- two methods
 
 
 @functools.partial(jax.jit, static_argnames=("run", "end", "begins", "loss_chunk"))
-def _full_nll(model, tokens_BT1, weights_BT, **static):
-    return loss_sum(model, tokens_BT1, weights_BT, **static)
+def _full_nll(model, tokens_BT1, *, run, end, begins, loss_chunk):
+    """The nats of every target, [B, T], whole on each device."""
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    starts_BT = None if end is None else document_starts(inputs_BT, end)
+    x_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
+    chunk = min(loss_chunk, inputs_BT.shape[1])
+    return _whole(token_losses(x_BTD, model.head_VD, targets_BT, chunk, run.rules), run.rules)
+
+
+def _whole(a_BT: jax.Array, rules: AxisRules) -> jax.Array:
+    """A copy on every device, so that every host can read it."""
+    spec = rules.spec(None, None)
+    return a_BT if spec is None else jax.reshard(a_BT, spec)
 
 
 def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, Any]:
     """Perplexity and bits per byte with the whole window in one pass, as in training."""
-    nll = functools.partial(
-        _full_nll,
-        model,
-        run=setup.run,
-        end=setup.end,
-        begins=setup.begins,
-        loss_chunk=setup.config.placement.loss_chunk,
-    )
+    static = {
+        "run": setup.run,
+        "end": setup.end,
+        "begins": setup.begins,
+        "loss_chunk": setup.config.placement.loss_chunk,
+    }
+
+    def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
+        return _full_nll(model, tokens_BT1, **static)
+
     return {"method": "full forward"} | score(setup, nll, **limits).record()
 
 
@@ -170,15 +219,20 @@ def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry,
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "end", "begins"), donate_argnames="cache")
-def _cached_nll(weights, cache, tokens_BT1, weights_BT, *, spec, end, begins):
-    """Teacher-forced decoding of whole windows: (summed nll, cache)."""
+def _cached_nll(weights, cache, tokens_BT1, *, spec, end, begins):
+    """Teacher-forced decoding of whole windows: (nats of every target [B, T], cache)."""
 
-    def visit(total, x_BtD, targets_Bt, weights_Bt):
-        head = weights.head
-        return total + cross_entropy(x_BtD, head, targets_Bt, weights_Bt, spec.chunk, spec.rules)
+    def visit(carry, x_BtD, targets_Bt):
+        nll_BT, at = carry
+        nll_Bt = token_losses(x_BtD, weights.head, targets_Bt, spec.chunk, spec.rules)
+        return jax.lax.dynamic_update_slice_in_dim(nll_BT, nll_Bt, at, 1), at + spec.chunk
 
-    zero = jnp.zeros(())
-    return _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, zero, weights_BT)
+    nll_BT = jnp.zeros_like(tokens_BT1[:, 1:], jnp.float32)
+    carry = (nll_BT, jnp.zeros((), jnp.int32))
+    (nll_BT, _), cache = _teacher_forced(
+        weights, cache, tokens_BT1, spec, end, begins, visit, carry
+    )
+    return _whole(nll_BT, spec.rules), cache
 
 
 def cached_decoding(
@@ -195,11 +249,11 @@ def cached_decoding(
     spec = _spec(setup, format, chunk)
     cache = spec.allocate()
 
-    def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
         nonlocal cache
         ends = {"end": setup.end, "begins": setup.begins}
-        total, cache = _cached_nll(weights, cache, tokens_BT1, weights_BT, spec=spec, **ends)
-        return total
+        nll_BT, cache = _cached_nll(weights, cache, tokens_BT1, spec=spec, **ends)
+        return nll_BT
 
     scored = score(setup, nll, **limits).record()
     context = setup.config.data.seq_len

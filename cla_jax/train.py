@@ -323,7 +323,8 @@ def of_component(metric: str, component: str) -> str:
 
 # ----------------------------------------------------------------------------------------- loop
 
-# Held-out metrics of a model, as a flat dict of numbers, `held_out_loss` among them.
+# Held-out metrics of a model, as a flat dict of numbers, `held_out_loss` among them. What stands under
+# `record` is kept as eval/training.json beside them.
 Evaluator = Callable[[Setup, Transformer], dict[str, Any]]
 
 
@@ -387,6 +388,15 @@ def train(
             )
             stack.callback(writer.close)
             journal = Journal(config, writer, first_step, clock, setup.epochs)
+
+            def evaluated(step: int, state: State) -> None:
+                metrics = evaluate(setup, state.model)
+                record = metrics.pop("record", None)
+                # First: a run whose metrics say that it was evaluated has the record.
+                if record and jax.process_index() == 0:
+                    run.write_eval("training", record | {"step": step})
+                writer.write(step, metrics)
+
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
             stack.callback(journal.booked("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
@@ -396,7 +406,7 @@ def train(
             if evaluation_is_missing(run, config, first_step):
                 log.info("step %d was saved but not evaluated: evaluating it now", first_step)
                 with journal.booked("evaluation"):
-                    writer.write(first_step, evaluate(setup, state.model))
+                    evaluated(first_step, state)
             clock.switch("step")
 
             saved = first_step
@@ -425,9 +435,9 @@ def train(
                     return False
                 if evaluation_due:
                     with journal.booked("evaluation"):
-                        writer.write(step, evaluate(setup, state.model))
+                        evaluated(step, state)
             with journal.booked("evaluation"):
-                writer.write(config.steps, evaluate(setup, state.model))
+                evaluated(config.steps, state)
     return True
 
 

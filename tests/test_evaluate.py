@@ -1,18 +1,21 @@
 import dataclasses
 import errno
+import json
 import math
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from cla_jax import cache as caches
-from cla_jax import checkpoint, costs, runs
+from cla_jax import checkpoint, costs, documents, runs
 from cla_jax import evaluate as evaluation
 from cla_jax.config import Component, MeshConfig
+from cla_jax.data import sources
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.evaluate import evaluate, open_setup
+from cla_jax.evaluate import during_training, evaluate, open_setup
 from cla_jax.model.transformer import Execution, project
 from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_places, find_runs
@@ -300,3 +303,104 @@ def test_data_of_another_fingerprint_is_not_prepared(tiny, devices, tmp_path):
     with pytest.raises(ValueError, match="was trained on data 'sotu-4-other'"):
         open_setup(run)
     assert not (tmp_path / "theirs").exists()
+
+
+# ---------------------------------------------------------------------------------- documents
+
+
+def by_hand(setup, model):
+    """Each document's nats, tokens and bytes, from the text and an independent forward pass."""
+    texts = list(sources.documents(setup.config.data.source))
+    texts = [text for text in texts if sources.is_held_out(text, setup.config.data.held_out)]
+    ids = [[*setup.prepared.tokenizer.encode(text), setup.prepared.tokenizer.end] for text in texts]
+    losses, T = [], setup.config.data.seq_len
+    split = setup.prepared.parts[""].split("held_out")
+    for window in (split[i] for i in range(len(split))):
+        n, tokens = int(window["n_targets"]), window["tokens"].astype(int)
+        logits = reference.logits(model, setup.config.model, tokens[:T])
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += list(-log_p[np.arange(n), tokens[1 : 1 + n]])
+    ends = np.cumsum([len(document) for document in ids])
+    nll = [sum(part) for part in np.split(losses, ends)[:-1]]
+    return nll, [len(document) for document in ids], [len(text.encode()) for text in texts]
+
+
+def test_each_document_keeps_its_score(tiny, devices, short_documents):
+    changes = {"data.source": short_documents, "data.tokenizer": "bpe:260"}
+    records = []
+    for batch, count in ((8, 1), (24, 8)):
+        devices(count)
+        setup = set_up(tiny(**changes, **{"placement.eval_batch_size": batch}))
+        model = reference.randomised(setup.config.model)
+        with jax.set_mesh(setup.mesh):
+            records.append(full_forward(setup, model))
+    devices(1)
+    setup = set_up(tiny(**changes, **{"placement.eval_batch_size": 8}))
+    nll, tokens, n_bytes = by_hand(setup, model)
+    with jax.set_mesh(setup.mesh):
+        records.append(cached_decoding(setup, model, "dense", chunk=16))
+    assert len(nll) > 40
+    for record in records:
+        found = documents.read(json.loads(json.dumps(record)), "full.json")
+        assert found is not None
+        assert found.nll == pytest.approx(nll, rel=1e-4)
+        assert (list(found.tokens), list(found.bytes)) == (tokens, n_bytes)
+        assert found.nll.sum() == pytest.approx(record["nll"], abs=1e-2)
+        assert (found.tokens.sum(), found.bytes.sum()) == (record["tokens"], record["bytes"])
+    # What an older version prepared does not list its documents.
+    (path,) = (part.path for part in setup.prepared.parts.values())
+    listed, bare = setup.prepared.parts[""], path.with_name("older")
+    shutil.copytree(path, bare)
+    (bare / "held_out.json").unlink()
+    older = dataclasses.replace(listed, path=bare).documents()
+    for a, b in zip(older, listed.documents(), strict=True):
+        assert (a == b).all()
+    shutil.rmtree(bare)
+
+
+def test_documents_that_do_not_add_up_are_not_scored_but_told(tiny, caplog, short_documents):
+    setup = set_up(tiny(**{"data.source": short_documents}))
+    part = setup.prepared.parts[""]
+    totals = {"held_out": part.totals["held_out"] | {"bytes": 7}}
+    wrong = dataclasses.replace(part, totals=totals)
+    with pytest.raises(ValueError, match=r"the held-out split has 7 in"):
+        wrong.documents()
+    corpus = dataclasses.replace(setup.prepared, parts={"": wrong})
+    model = reference.randomised(setup.config.model)
+    with jax.set_mesh(setup.mesh):
+        record = full_forward(dataclasses.replace(setup, prepared=corpus), model)
+    assert "documents" not in record
+    assert "not scored one by one" in caplog.text
+
+
+def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
+    mixture = tuple(Component.parse(f"{c}=1:{short_documents}") for c in "ab")
+    config = tiny(**{"data.mixture": mixture, "data.source": ""})
+    train(config, evaluate=during_training)
+    (run,) = find_runs([config.placement.runs])
+    record = run.eval("training")
+    found = documents.read(record, "training.json")
+    assert found is not None
+    one = documents.read(record["components"]["a"], "training.json")
+    assert one is not None
+    assert len(found) == 2 * len(one)
+    assert found.bytes.sum() == record["bytes"] == run.read_metrics()[-1]["held_out_bytes"]
+    assert record["step"] == config.steps
+    # Older evaluations have none; a damaged one is named.
+    del record["components"]["a"]["documents"]
+    assert documents.read(record, "training.json") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"count": 3}, "has 2 numbers for 3 documents"),
+        ({"nll": "1.0 x"}, "documents.nll is not a line of numbers"),
+        ({"bytes": 7}, "field bytes: expected"),
+        ({"tokens": "1 99999999999999999999"}, "documents.tokens is not a line of numbers"),
+    ],
+)
+def test_damaged_documents_are_named(change, what):
+    one = documents.Documents(nll=np.ones(2), tokens=np.ones(2, int), bytes=np.ones(2, int))
+    with pytest.raises(ValueError, match=what):
+        documents.read({"documents": one.record() | change}, "full.json")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"kv_map", "messages", "names", "progress", "extras"},
     {"config", "files"},
-    {"costs", "chips", "hlo", "statistics", "study"},
+    {"costs", "chips", "hlo", "statistics", "study", "documents"},
     {"seals"},
     {"goodput", "runs", "writers", "profiler", "mesh", "budget", "preflight"},
     {"model", "cache"},

@@ -7,6 +7,7 @@ so every token of the text is a target exactly once. Preparing again finds what 
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import numpy as np
 from cla_jax import files, seals
 from cla_jax.config import DataConfig
 from cla_jax.data import manifest, sources, tokenizers
+from cla_jax.files import is_a
 
 if TYPE_CHECKING:
     from cla_jax.data.records import Windows
@@ -29,6 +31,9 @@ SPLITS = ("train", "held_out")
 _FORMAT = 1
 # Documents are tokenised together up to this many characters: the tokenizer then uses threads.
 _BATCH_CHARACTERS = 1 << 20
+# Beside the windows: what each held-out document has of tokens and of bytes.
+_DOCUMENTS = "held_out.json"
+_DOCUMENTS_BYTES = 1 << 28
 
 Progress = Callable[[int], None]
 
@@ -52,6 +57,41 @@ class Prepared:
         from cla_jax.data import records
 
         return records.read(self.path, name)
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, the end token included, and UTF-8 bytes of each held-out document; int64 [D] each.
+
+        Data that an older version prepared do not have them listed: there documents are what lies between
+        end tokens, and their bytes are those of the decoded text. Raises ValueError where these do not add
+        up to the bytes of the split, because the tokenizer changes the text.
+        """
+        totals = self.totals["held_out"]
+        file = self.path / _DOCUMENTS
+        if file.exists():
+            listed = files.read_object(file, _DOCUMENTS_BYTES)
+            columns = [files.field(listed, key, list, file) for key in ("tokens", "bytes")]
+            if not all(is_a(number, int) for column in columns for number in column):
+                raise ValueError(f"{file}: not every size of a document is a whole number")
+            tokens, n_bytes = (np.array(column, np.int64) for column in columns)
+        else:
+            tokens, n_bytes = self._found_documents()
+        if (tokens.sum(), n_bytes.sum()) != (totals["tokens"], totals["bytes"]):
+            raise ValueError(
+                f"{self.path}: its documents have {n_bytes.sum():,} bytes in {tokens.sum():,} tokens, the "
+                f"held-out split has {totals['bytes']:,} in {totals['tokens']:,}; delete the directory to "
+                "prepare it again"
+            )
+        return tokens, n_bytes
+
+    def _found_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        split = self.split("held_out")
+        windows = split.take(range(len(split)))
+        targets = [window["tokens"][1 : 1 + int(window["n_targets"])] for window in windows]
+        ids = np.concatenate(targets)
+        ends = np.flatnonzero(ids == self.tokenizer.end) + 1
+        texts = [self.tokenizer.decode(part[:-1]) for part in np.split(ids, ends)[:-1]]
+        n_bytes = [len(text.encode()) for text in texts]
+        return np.diff(ends, prepend=0), np.array(n_bytes, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +298,16 @@ class _Stream:
     n_bytes: Path
     dtype: type[np.unsignedinteger | np.signedinteger]
     totals: dict[str, int]
+    # Of each document.
+    documents: dict[str, list[int]]
 
     @classmethod
     def create(cls, directory: Path, name: str, size: int) -> "_Stream":
         dtype = np.uint16 if size <= 1 << 16 else np.int32
         totals = {"documents": 0, "tokens": 0, "bytes": 0}
-        return cls(directory / f"{name}.tokens", directory / f"{name}.bytes", dtype, totals)
+        documents: dict[str, list[int]] = {"tokens": [], "bytes": []}
+        paths = (directory / f"{name}.tokens", directory / f"{name}.bytes")
+        return cls(*paths, dtype, totals, documents)
 
     def append(self, documents: Iterable[tokenizers.Encoded], end: int) -> None:
         """Adds documents, each followed by an end token, and counts them."""
@@ -274,9 +318,11 @@ class _Stream:
             for ids, counts in documents:
                 tokens.write(np.append(ids, end).astype(self.dtype).tobytes())
                 n_bytes.write(np.append(counts, 0).astype(np.int32).tobytes())
+                sizes = {"tokens": len(ids) + 1, "bytes": int(counts.sum(dtype=np.int64))}
                 self.totals["documents"] += 1
-                self.totals["tokens"] += len(ids) + 1
-                self.totals["bytes"] += int(counts.sum(dtype=np.int64))
+                for key, size in sizes.items():
+                    self.totals[key] += size
+                    self.documents[key].append(size)
 
     def open(self) -> tuple[np.ndarray, np.ndarray]:
         """The tokens and the bytes of each, mapped from the files."""
@@ -316,6 +362,8 @@ def _make(
     streams = _tokenise(config, tokenizer, partial, progress)
     totals = _write_records(config, tokenizer, streams, partial)
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    documents = json.dumps(streams["held_out"].documents, separators=(",", ":"))
+    (partial / _DOCUMENTS).write_text(documents, encoding="utf-8")
     manifest.write(partial, _identity(config) | {"totals": totals})
     now = prepared_path(config, path.parent, tokenizer_json)
     if now != path or sources.stamp(config.source) != before:

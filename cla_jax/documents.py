@@ -1,0 +1,72 @@
+"""The scores of held-out documents: what an evaluation keeps of each of them.
+
+The documents of an evaluation are those of the held-out split, in its order, which the data alone decide. So
+the n-th document is the same one in every evaluation of the same data.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cla_jax import files
+from cla_jax.files import PathLike
+
+_MOST = 1 << 24  # documents of one evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Each held-out document's summed negative log-likelihood, tokens and bytes; arrays of one length D."""
+
+    nll: np.ndarray  # nats, float64
+    tokens: np.ndarray  # targets: those of the text and the end token behind it; int64
+    bytes: np.ndarray  # UTF-8, of the text; int64
+
+    def __len__(self) -> int:
+        return len(self.nll)
+
+    def record(self) -> dict[str, Any]:
+        """As a part of an evaluation's record: a line of numbers each, nats to four decimals."""
+        return {
+            "count": len(self),
+            "nll": " ".join(f"{value:.4f}" for value in self.nll),
+            "tokens": " ".join(map(str, self.tokens)),
+            "bytes": " ".join(map(str, self.bytes)),
+        }
+
+
+def read(evaluation: dict[str, Any], file: PathLike) -> Documents | None:
+    """The documents of an evaluation's record, those of a mixture's components one after another.
+
+    None where the record has none, because it is older or of a part of the split. Raises ValueError naming
+    `file` for what is damaged.
+    """
+    components = evaluation.get("components")
+    if isinstance(components, dict) and components:
+        parts = [read(files.as_object(part, name), file) for name, part in components.items()]
+        if None in parts:
+            return None
+        columns = ("nll", "tokens", "bytes")
+        joined = {key: np.concatenate([getattr(part, key) for part in parts]) for key in columns}
+        return Documents(**joined)
+    if "documents" not in evaluation:
+        return None
+    listed = files.field(evaluation, "documents", dict, file)
+    count = files.field(listed, "count", int, file)
+    kinds = {"nll": np.float64, "tokens": np.int64, "bytes": np.int64}
+    found = {}
+    for key, kind in kinds.items():
+        text = files.field(listed, key, str, file)
+        words = text.split(" ", _MOST) if text else []
+        try:
+            found[key] = np.array([kind(word) for word in words], kind)
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"{files.name(file)}: documents.{key} is not a line of numbers"
+            ) from None
+        if len(found[key]) != count:
+            raise ValueError(
+                f"{files.name(file)}: documents.{key} has {len(found[key])} numbers for {count} documents"
+            )
+    return Documents(**found)
