@@ -44,9 +44,10 @@ def token_losses(
     x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int, rules: AxisRules
 ) -> jax.Array:
     """The negative log-likelihood of every token in nats, float32 [B, T]: what `cross_entropy` sums."""
+    whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
 
     def step(_, inputs):
-        return None, _losses(*inputs, head_VD, rules)[0]
+        return None, _losses(*inputs, whole_VD, rules)[0]
 
     _, losses = jax.lax.scan(step, None, _chunks(chunk, x_BTD, targets_BT))
     B, T = targets_BT.shape
