@@ -50,8 +50,9 @@ class Checkpointer:
         self.directory = directory
         self.keep = keep
         self.owner = owner
+        self.saved = max(steps(directory), default=0)  # the newest that is known to be whole
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: concurrent.futures.Future | None = None
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
 
     def save(self, state: State) -> None:
         """Starts saving; returns when the arrays have left the device, so the state may be donated."""
@@ -67,24 +68,29 @@ class Checkpointer:
         if _manifest(path).exists():
             problem = _foreign(path, self.owner)
             if problem is None:
+                self.saved = step
                 return
             if jax.process_index() == 0:
                 log.warning("%s", problem)
                 _set_aside(path)
-        if path.exists() and jax.process_index() == 0:
-            log.warning("removing %s, which was interrupted while it was written", path)
-            path.rmtree()
+        if files.exists(path) and jax.process_index() == 0:
+            if path.is_dir():
+                log.warning("removing %s, which was interrupted while it was written", path)
+                path.rmtree()
+            else:
+                _set_aside(path)
         saving = ocp.save_checkpointables_async(_absolute(path), parts)
         arrays = {
             k: [list(a.shape), str(a.dtype)] for part in parts.values() for k, a in part.items()
         }
-        self._pending = self._thread.submit(self._finish, saving, path, arrays)
+        self._pending = step, self._thread.submit(self._finish, saving, path, arrays)
 
     def wait(self) -> None:
         """Blocks until the checkpoint under way is whole; raises what went wrong with it."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
+            (step, pending), self._pending = self._pending, None
             pending.result()
+            self.saved = step
 
     def close(self) -> None:
         self.wait()
@@ -118,6 +124,22 @@ class Checkpointer:
             left.rmtree()
 
 
+def set_losses_aside(run: Run) -> None:
+    """Tells what is missing of a run, and keeps the files of a checkpoint whose manifest is missing.
+
+    Raises ValueError if no checkpoint is left of those that were saved: it is not for us to begin anew.
+    """
+    losses = run.losses()
+    if losses.checkpoint is not None and not steps(run.checkpoints):
+        raise ValueError(
+            f"{'; '.join(losses.problems)}: restore it, or remove {run.path} to train from the beginning"
+        )
+    for problem in losses.problems:
+        log.warning("%s", problem)
+    if losses.checkpoint is not None and jax.process_index() == 0:
+        _set_aside(run.checkpoints / f"{losses.checkpoint:08d}")
+
+
 def restore_latest(
     directory: epath.Path, abstract: State, owner: Owner | None = None
 ) -> State | None:
@@ -137,6 +159,8 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     checkpoint that can be trusted.
     """
     run.check_saved()
+    for problem in run.losses().problems:
+        log.warning("%s", problem)
     owner, config = run.owner, run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     abstract = with_layout(shapes, rules, mesh)
@@ -195,25 +219,34 @@ def verify(path: epath.Path, unread: str | None = None, owner: Owner | None = No
     if problem := _foreign(path, owner):
         return problem
     try:
-        expected_files = _read_manifest(path)["files"]
-        found = _files(path) if path.exists() else []
+        _verify_files(path, _read_manifest(path)["files"], unread)
     except ValueError as error:
         return str(error)
-    present = {str(file.relative_to(path)): file for file in found}
-    for name, expected in expected_files.items():
+    return None
+
+
+def _verify_files(path: epath.Path, listed: dict[str, Any], unread: str | None) -> None:
+    """Raises ValueError, naming the file, unless all files that a manifest lists are as they were written."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"checkpoint {path} is not a directory")
+    present = {
+        str(file.relative_to(path)): file for file in (_files(path) if path.exists() else [])
+    }
+    for name, expected in listed.items():
         if name.split("/")[0] == unread:
             continue
         if name not in present:
-            return f"checkpoint file {path / name} is missing"
+            raise ValueError(f"checkpoint file {path / name} is missing")
         found = _checksum(present[name])
         if found["bytes"] != expected["bytes"]:
-            return (
+            raise ValueError(
                 f"checkpoint file {path / name} has {found['bytes']} bytes instead of "
                 f"{expected['bytes']}"
             )
         if found != expected:
-            return f"checkpoint file {path / name} was altered: its checksum does not match"
-    return None
+            raise ValueError(
+                f"checkpoint file {path / name} was altered: its checksum does not match"
+            )
 
 
 def _foreign(path: epath.Path, owner: Owner | None) -> str | None:
@@ -274,12 +307,10 @@ def _interrupted(directory: epath.Path) -> list[epath.Path]:
 
 def _set_aside(path: epath.Path) -> None:
     """Keeps what cannot be trusted for inspection, out of the way of the one saved in its place."""
-    kept = [
-        set_aside(_manifest(path), "damaged").name
-    ]  # first: without it, the directory does not count
-    if path.exists():
-        kept.append(set_aside(path, "damaged").name)
-    log.warning("%s is kept as %s", path, " and ".join(kept))
+    # The manifest first: without it, the directory does not count.
+    kept = [set_aside(each, "damaged") for each in (_manifest(path), path) if files.exists(each)]
+    if kept:
+        log.warning("%s is kept as %s", path, " and ".join(each.name for each in kept))
 
 
 def _absolute(path: epath.Path) -> epath.Path:
@@ -296,8 +327,9 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
     file = _manifest(path)
     try:
         manifest = files.read_object(file, links=False)
-        # Those written before manifests had a checksum of their own are taken as they are.
-        intact = manifest.pop("checksum", None) in (None, digest(manifest))
+        # Those written before manifests had a checksum name no run, and are taken as they are.
+        checksum = manifest.pop("checksum", None)
+        intact = "run" not in manifest if checksum is None else checksum == digest(manifest)
         whole = all(set(sizes) == {"bytes", "sha256"} for sizes in manifest["files"].values())
         whole = whole and isinstance(manifest["arrays"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

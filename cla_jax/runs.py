@@ -16,6 +16,10 @@ What is recorded names the run that it belongs to, and has a checksum (see cla_j
 leaves out the placement, which may be edited. config.json has the checksum of tokenizer.json too. What was
 altered is named and not used, and it is never deleted. A run directory must not hold links: what is written
 there stays there.
+
+The `format` in config.json says what a run has had from its beginning. Without it, or with 1: its first
+records may have no checksum. With 2: every record has one, and metrics and checkpoints tell of each other
+what is missing at their ends (see `Run.losses`).
 """
 
 import contextlib
@@ -29,6 +33,7 @@ import os
 import re
 import shlex
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -48,6 +53,8 @@ _LONGER = (
     " The learning rate is planned over all steps, so a run cannot be made longer: with another --name it "
     "is trained from the beginning."
 )
+SAVED = "saved"  # in the metrics: the step of the newest checkpoint that is known to be whole
+_FORMAT = 2  # of the runs that are begun here
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
 
@@ -84,7 +91,7 @@ class Run:
         """
         check_links(self.path)
         record = read_json(self.path / "config.json")
-        if not _is_sealed_config(record):
+        if not _is_intact(record):
             raise Altered(self._altered_config(record))
         return {key: value for key, value in record.items() if key != "checksum"}
 
@@ -95,18 +102,27 @@ class Run:
     @property
     def id(self) -> str:
         """The number that all records of the run carry; empty if it is older than that."""
+        found = self._own().get("run")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether every record of the run must have a checksum."""
+        return _is_sealed(self._own())
+
+    def _own(self) -> dict[str, Any]:
+        """config.json as it stands there; empty if it cannot be read."""
         with contextlib.suppress(ValueError):
-            found = read_json(self.path / "config.json").get("run")
-            return found if isinstance(found, str) else ""
-        return ""
+            return read_json(self.path / "config.json")
+        return {}
 
     @property
     def owner(self) -> "Owner | None":
         """The run that its checkpoints must belong to; None if there is no config.json yet."""
-        if not (self.path / "config.json").exists():
+        if not files.exists(self.path / "config.json"):
             return None
         record = self.record()
-        return Owner(record.get("run", ""), record["identity"])
+        return Owner(record.get("run", ""), record["identity"], _is_sealed(record))
 
     def _altered_config(self, record: dict[str, Any]) -> str:
         """What to say of a config.json whose checksum does not match."""
@@ -196,14 +212,21 @@ class Run:
     def evals(self, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
         """All evaluations by name: the name is the file's, the record as it was written.
 
-        Raises ValueError for one that is damaged. So does one that was altered; or it is left out, if
-        `problems` is there to be told about it.
+        Raises ValueError for one that is damaged or altered; or it is left out, if `problems` is there to be
+        told about it.
         """
         found = {}
-        for file in listed(self.path / "eval", ".json"):
+        try:
+            present = listed(self.path / "eval", ".json")
+        except ValueError as error:  # a link among them
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return found
+        for file in present:
             try:
                 found[file.stem] = self._read_eval(file)
-            except Altered as error:
+            except ValueError as error:
                 if problems is None:
                     raise
                 problems.append(str(error))
@@ -211,7 +234,7 @@ class Run:
 
     def _read_eval(self, file: epath.Path) -> dict[str, Any]:
         check_links(self.path)
-        record = seals.unseal(read_json(file), file.stem)
+        record = seals.unseal(read_json(file), file.stem, required=self.is_sealed)
         if record is None:
             raise Altered(f"{file} was altered since it was written: it is not used")
         theirs, ours = record.pop("run", ""), self.id
@@ -226,12 +249,12 @@ class Run:
         """
         check_links(self.path)
         found: list[str] = []
-        for line in seals.read_lines(self.metric_lines(), self.id, found):
+        lines = seals.read_lines(self.metric_lines(), self.id, found, required=self.is_sealed)
+        for line in lines:
             if (record := metrics_record(line)) is not None:
                 yield record
         if problems is not None:
-            where = self.metrics if self.metrics.exists() else self.path / "metrics"
-            problems += [f"{where}: {problem}" for problem in found]
+            problems += [f"{self._metrics_place}: {problem}" for problem in found]
 
     def metric_lines(self) -> Iterator[bytes]:
         """The lines of the metrics as they stand there."""
@@ -251,6 +274,48 @@ class Run:
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
 
+    def losses(self) -> "Losses":
+        """What metrics and checkpoints say of each other that is no longer there.
+
+        The metrics of a step are written before its checkpoint; that the checkpoint is whole is written into
+        the metrics afterwards.
+        """
+        if not self.is_sealed or "origin" in self._own():
+            return Losses()
+        # The metrics in the middle: while the run trains, neither seems to be behind the other.
+        before = max(saved_steps(self.checkpoints), default=0)
+        lines, number = list(self.metric_lines()), self.id
+        last, saved = (
+            seals.last_record(lines, number, key).get(value, 0)
+            for key, value in (("loss", "step"), (SAVED, SAVED))
+        )
+        newest = max(saved_steps(self.checkpoints), default=0)
+        problems = []
+        if last < before:
+            problems.append(
+                f"{self._metrics_place}: the end is missing: the last step in it is {last:,}, and there is a "
+                f"checkpoint of step {before:,}"
+            )
+        if newest < saved:
+            problems.append(
+                f"{self.checkpoints / f'{saved:08d}.json'} is missing: that checkpoint was saved; the newest "
+                f"that is left is of step {newest:,}"
+            )
+        return Losses(tuple(problems), last < before, saved if newest < saved else None)
+
+    @property
+    def _metrics_place(self) -> epath.Path:
+        return self.metrics if self.metrics.exists() else self.path / "metrics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Records that a run had and no longer has."""
+
+    problems: tuple[str, ...] = ()  # in words, naming the files
+    metrics: bool = False  # whether the end of the metrics is missing
+    checkpoint: int | None = None  # the step of the one whose manifest is missing
+
 
 def metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
     """What a line of the metrics says; None if it is no record of numbers."""
@@ -266,6 +331,7 @@ class Owner:
 
     run: str
     identity: dict[str, Any]
+    sealed: bool = False  # whether all that it saved names it
 
     def difference(self, saved: dict[str, Any]) -> str:
         """Why what was saved belongs to another run; empty if it does not, or does not say.
@@ -274,7 +340,7 @@ class Owner:
           saved: a record with `run` and `identity`, such as the manifest of a checkpoint.
         """
         if not saved.get("run"):
-            return ""
+            return "it does not say of which run it is" if self.sealed else ""
         if self.run and saved["run"] != self.run:
             return f"the run is {self.run}, and what was saved is of {saved['run']}"
         as_config = lambda identity: configs.from_record(
@@ -314,7 +380,10 @@ def open_run(
         )
     if write:
         remove_partial(run.path)
-        record = _record(config, data_fingerprint, tokenizer_json, run.id or _saved_id(run))
+        number = run.id or _saved_id(run)
+        is_new = not (run.path / "config.json").exists()
+        further = {"format": _FORMAT if is_new or run.is_sealed else 1}
+        record = _record(config, data_fingerprint, tokenizer_json, number, **further)
         write_atomically(run.path / "config.json", _dump(record))
         write_atomically(run.path / "tokenizer.json", tokenizer_json)
     return run
@@ -334,9 +403,16 @@ def _record(
     return record | {"checksum": seals.digest(_without_placement(record))}
 
 
-def _is_sealed_config(record: dict[str, Any]) -> bool:
+def _is_sealed(record: dict[str, Any]) -> bool:
+    """Whether a config.json says that all records of its run have a checksum."""
+    return record.get("format") == _FORMAT
+
+
+def _is_intact(record: dict[str, Any]) -> bool:
     """Whether a config.json is as it was written, or was written before there were checksums."""
-    return record.get("checksum") in (None, seals.digest(_without_placement(record)))
+    if "checksum" not in record:
+        return "run" not in record  # the two came together
+    return record["checksum"] == seals.digest(_without_placement(record))
 
 
 def _without_placement(record: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +456,9 @@ def new_run(
             if left.name != ".lock":
                 left.rmtree() if left.is_dir() else left.unlink()
         try:
-            record = _record(config, data_fingerprint, tokenizer_json, origin=origin)
+            record = _record(
+                config, data_fingerprint, tokenizer_json, format=_FORMAT, origin=origin
+            )
             write_atomically(partial / "config.json", _dump(record))
             write_atomically(partial / "tokenizer.json", tokenizer_json)
             yield Run(partial)
@@ -426,16 +504,47 @@ def locked(path: epath.Path) -> Iterator[None]:
         return
     path.mkdir(parents=True, exist_ok=True)
     check_links(path)
-    # The directory too: the file can be removed, and then a second process would lock a new one.
-    # A network file system may not be able to lock a directory.
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with lock(path / ".lock") as held:
+        if not held:
+            raise ValueError(f"{path} is being trained by another process")
+        yield
+
+
+@contextlib.contextmanager
+def lock(file: epath.Path, *, patience: float = 0.0) -> Iterator[tuple[int, ...]]:
+    """Locks a file, and the directory that it is in: a file can be removed, and then a second process
+    would lock a new one.
+
+    Yields the descriptors that hold the lock, for child processes to inherit; none if another process has
+    held it for `patience` seconds. Raises ValueError if the file is no plain file.
+    """
+    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with open_plain(path / ".lock", "a") as file:
-            if not (try_lock(file) and try_lock(directory, required=False)):
-                raise ValueError(f"{path} is being trained by another process")
-            yield
+        with open_plain(file, "a") as opened:
+            until = time.monotonic() + patience
+            # A network file system may not be able to lock a directory.
+            while not (ours := try_lock(opened) and try_lock(directory, required=False)):
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.05)
+            yield (opened.fileno(), directory) if ours else ()
     finally:
         os.close(directory)
+
+
+def is_locked(file: epath.Path) -> bool:
+    """Whether a process of this machine holds the lock of a file, also if the file was removed since."""
+    with contextlib.suppress(FileNotFoundError):
+        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if not try_lock(directory, shared=True, required=False):
+                return True
+        finally:
+            os.close(directory)
+    if not files.exists(file):
+        return False
+    with files.opened(file, links=False) as opened:
+        return not try_lock(opened, shared=True)
 
 
 def try_lock(file: IO | int, *, shared: bool = False, required: bool = True) -> bool:

@@ -1,8 +1,8 @@
 """Checksums that the records of a run carry, so that damage and edits are seen.
 
 A sealed record has a `checksum` of its content and of what it belongs to: a file that was moved to another
-run does not match. They detect accidents, not deliberate forgery. A record
-without a checksum was written before there were any, and is taken as it is.
+run does not match. They detect accidents, not deliberate forgery. A record without a checksum is
+accepted only where the run may be older than checksums: its config.json says so (see cla_jax.runs).
 """
 
 import hashlib
@@ -31,10 +31,10 @@ def seal(record: dict[str, Any], *belongs: str) -> dict[str, Any]:
     return record | {"checksum": digest([record, *belongs])}
 
 
-def unseal(record: dict[str, Any], *belongs: str) -> dict[str, Any] | None:
-    """The record without its checksum; None if the two do not match."""
+def unseal(record: dict[str, Any], *belongs: str, required: bool = False) -> dict[str, Any] | None:
+    """The record without its checksum; None if the two do not match, or if a required one is missing."""
     if "checksum" not in record:
-        return record
+        return None if required else record
     content = {key: value for key, value in record.items() if key != "checksum"}
     return content if record["checksum"] == digest([content, *belongs]) else None
 
@@ -46,7 +46,12 @@ def seal_line(record: dict[str, Any], number: int, run: str) -> str:
 
 
 def read_lines(
-    lines: Iterable[bytes], run: str, problems: list[str] | None = None, *, last: int | None = 0
+    lines: Iterable[bytes],
+    run: str,
+    problems: list[str] | None = None,
+    *,
+    last: int | None = 0,
+    required: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The whole records of a log in the order of writing, without numbers and checksums.
 
@@ -57,9 +62,10 @@ def read_lines(
       lines: of the log, without the ends of lines.
       run: what `seal_line` was given.
       last: the number of the line before the first; None if `lines` is only the end of a log.
+      required: whether every line must have a checksum; else those before the first that has one need none.
     """
     problems = [] if problems is None else problems
-    sealed, altered, torn = False, 0, 0
+    sealed, altered, torn = required, 0, 0
     for i, line in enumerate(lines, 1):
         try:
             record = files.as_object(files.parse_json(line, "a line", finite=False), "a line")
@@ -91,13 +97,15 @@ def read_lines(
         yield record
 
 
-def last_number(lines: Iterable[bytes], run: str) -> int:
-    """The number of the last line that is as it was written; 0 if there is none."""
+def last_record(lines: Iterable[bytes], run: str, key: str = "line") -> dict[str, Any]:
+    """The last record with a key that is as it was written, its number in `line`; {} if there is none."""
     for line in reversed(list(lines)):
+        if f'"{key}"'.encode() not in line:  # far sooner known than what the line says
+            continue
         text, mark, end = line.decode(errors="replace").rpartition(_MARK)
         if mark and end == f'{_line_digest(text, run)}"}}':
-            return json.loads(text + "}")["line"]
-    return 0
+            return json.loads(text + "}")
+    return {}
 
 
 def _line_digest(text: str, run: str) -> str:

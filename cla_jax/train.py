@@ -250,8 +250,10 @@ class Journal:
         first_step: int,
         clock: goodput.Clock,
         epochs: Callable[[int], dict[str, float]] = lambda step: {},
+        saved: Callable[[], int] = lambda: 0,
     ):
-        self.config, self.writer, self.clock, self.epochs = config, writer, clock, epochs
+        self.config, self.writer, self.clock = config, writer, clock
+        self.epochs, self.saved = epochs, saved
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
         chip = chips.find(jax.devices()[0].device_kind)
         self.peak = chip.flops if chip else None  # unknown: no MFU is printed
@@ -282,8 +284,9 @@ class Journal:
         self.account()
 
     def account(self) -> None:
-        """Writes how the time of the run was spent so far."""
-        self.writer.write(self.written, goodput.account(self.clock.seconds()))
+        """Writes how the time of the run was spent so far, and which checkpoint is known to be whole."""
+        account = goodput.account(self.clock.seconds()) | {runs.SAVED: self.saved()}
+        self.writer.write(self.written, account)
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
@@ -387,7 +390,9 @@ def train(
                 run, config, process_index=jax.process_index(), first_step=first_step
             )
             stack.callback(writer.close)
-            journal = Journal(config, writer, first_step, clock, setup.epochs)
+            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
+            saved_so_far = lambda: saver.saved
+            journal = Journal(config, writer, first_step, clock, setup.epochs, saved_so_far)
 
             def evaluated(step: int, state: State) -> None:
                 metrics = evaluate(setup, state.model)
@@ -397,7 +402,6 @@ def train(
                     run.write_eval("training", record | {"step": step})
                 writer.write(step, metrics)
 
-            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
             stack.callback(journal.booked("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
             traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
@@ -574,6 +578,7 @@ def batch_stream(setup: Setup, first_step: int, stop: Callable[[], bool] = lambd
 
 
 def restore_or_init(setup: Setup, run: Run) -> State:
+    checkpoint.set_losses_aside(run)
     state = checkpoint.restore_latest(run.checkpoints, setup.state, run.owner)
     return initial_state(setup.config, setup.optimizer, setup.state) if state is None else state
 

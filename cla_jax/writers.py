@@ -35,7 +35,9 @@ class JsonlWriter:
     def __init__(self, run: Run):
         self.run, self.id = run, run.id
         self.lines: list[str] = []
-        self.number = seals.last_number(run.metric_lines(), self.id)
+        self.number = seals.last_record(run.metric_lines(), self.id).get("line", 0)
+        # Lines that are missing at the end keep a number, so that readers go on to see that they are.
+        self.number += run.losses().metrics
         if run.is_local:
             run.path.mkdir(parents=True, exist_ok=True)
             self.file = runs.open_plain(run.metrics, "a+b", buffering=0)

@@ -17,7 +17,7 @@ import tyro
 
 from cla_jax.config import near_choice
 from launch import engines, records
-from launch.cli import read, user_errors
+from launch.cli import collected, read, user_errors
 from launch.records import Record, Submission
 from launch.status import find, line
 from launch.sweep import engine_of
@@ -45,21 +45,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [Record(sweep, name) for name in arguments.names[1:] or known]
     unfinished = [record for record in chosen if line(record)["state"] != "done"]
     # First the mark: a runner that is told to stop must find it.
+    failed: list[str] = []
     for record in unfinished:
         record.cancel()
     by_engine: dict[str, list[Submission]] = {}
     for record in unfinished:
-        if submission := record.submission():
-            by_engine.setdefault(submission.engine, []).append(submission)
-    failed = []
+        with collected(failed):
+            if submission := record.submission():
+                by_engine.setdefault(submission.engine, []).append(submission)
     for name, submissions in by_engine.items():
         engine = engine_of(name)
         engines.check_tools(engine)
         for command in engine.cancel(submissions):
-            try:
+            with collected(failed):  # the others are cancelled all the same
                 engines.call(command)
-            except ValueError as error:  # the others are cancelled all the same
-                failed.append(str(error))
     for record in unfinished:
         print(f"{record.name}  cancelled")
     if any(submission.engine == "local" for those in by_engine.values() for submission in those):

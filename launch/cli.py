@@ -10,7 +10,7 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -34,6 +34,20 @@ _PATHS = {
     errno.EROFS,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    errno.EINVAL,
+    errno.EILSEQ,
+    errno.EOPNOTSUPP,
+    errno.ETXTBSY,
+}
+# Of paths at which there is nothing, and nothing can be made: a mount may come back.
+_ABSENT = {
+    errno.ENOENT,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.ETIMEDOUT,
 }
 _OURS = tuple(f"{_ROOT / name}/" for name in ("benchmarks", "cla_jax", "experiments", "launch"))
 # Of what has run out: another start may find more of it.
@@ -133,8 +147,9 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     of a `ChildProcessError`, a process of ours that was killed, and of a path that is not what it was
     given for (a file for a directory, one that may not be read, too long a name), and of more memory than
     the device has. What the machine has run out of (space on a disk, memory, open files) is told in a line
-    too, with exit code 1: another start may succeed. Ctrl-C exits with 130, a reader of stdout that has gone
-    with 1. Every other exception, a library's ValueError included, is a bug of ours and keeps its traceback.
+    too, with exit code 1: another start may succeed. So is a path at which nothing is, or can be made.
+    Ctrl-C exits with 130, a reader of stdout that has gone with 1. Every other exception, a library's
+    ValueError included, is a bug of ours and keeps its traceback.
 
     A character that the terminal's encoding lacks is printed as an escape, on stdout as on stderr.
     """
@@ -154,16 +169,37 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
                 raise
             _leave(1)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-            if words := _ran_out(error):
-                code = 1
-            elif (words := _words(error)) is not None:
-                code = 2
-            else:
+            ran_out = _ran_out(error)
+            words = ran_out or _absent(error) or _words(error)
+            if words is None:
                 raise
             print(f"error: {printable_lines(words)}", file=sys.stderr)
-            sys.exit(code)
+            if ran_out and not _has_peers():
+                # Threads of a library that met the same may wait for each other for ever.
+                _leave(1)
+            sys.exit(1 if ran_out or _absent(error) else 2)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def collected(refused: list[str]) -> Iterator[None]:
+    """Keeps what one of several runs or trials is refused for, so that the others go on.
+
+    Who calls raises it at the end. As in `user_errors`, an error of a library is not a refusal.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        refused.append(str(error))
+
+
+def refuse(refused: Sequence[str]) -> None:
+    """Raises ValueError with what was collected, each once, if there is anything."""
+    if refused:
+        raise ValueError("; ".join(dict.fromkeys(refused)))
 
 
 class _Stderr(logging.StreamHandler):
@@ -216,6 +252,19 @@ def _ran_out(error: BaseException | None) -> str | None:
         line = next(line for line in str(error).splitlines() if found.group() in line)
         return f"{found.group()}: {line[:_LONGEST]}"
     return None
+
+
+def _absent(error: BaseException) -> str | None:
+    """A path at which nothing is, or can be made, in one line; None if an error is not about one."""
+    if isinstance(error, OSError) and error.errno in _ABSENT and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return None
+
+
+def _has_peers() -> bool:
+    """Whether other processes train with this one: they have to be told how it ends."""
+    distributed = sys.modules.get("launch.distributed")
+    return distributed is not None and distributed.has_peers()
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -45,16 +45,19 @@ def compare(
     directory = out or report.common_directory(paths)
     if not directory:
         raise ValueError("the paths have no directory in common; say where to write with --out DIR")
-    rows = report.read(runs.find_runs(paths), context)
+    problems: list[str] = []
+    rows = report.read(runs.find_runs(paths), context, problems)
+    if not rows:
+        raise ValueError("; ".join(problems))
     # First: whatever becomes of the table, the report is there.
-    written = report.write(rows, directory)
+    written = report.write(rows, directory, problems=problems)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
     console.print(report.table(rows))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
-    for note in report.notes(rows):
+    for note in report.notes(rows, problems):
         print(note)  # not through the console, which would break a command into lines
     for file in written:
         print(f"wrote {os.fspath(file)}")

@@ -129,6 +129,11 @@ def leads() -> bool:
     return not distributed.global_state.process_id
 
 
+def has_peers() -> bool:
+    """Whether this process has joined others."""
+    return distributed.global_state.client is not None
+
+
 def _announced() -> str:
     """What speaks of several processes, with its number."""
     for name in (

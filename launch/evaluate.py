@@ -27,7 +27,7 @@ import tyro
 
 from cla_jax.config import CACHE_FORMATS, MeshConfig, near_choice
 from launch import allocator
-from launch.cli import log_to_stderr, read, user_errors
+from launch.cli import collected, log_to_stderr, read, refuse, user_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,14 +94,13 @@ def _held_out(arguments: Arguments) -> None:
 
     formats = arguments.cache or ("dense",)
     chunk = 1 if arguments.chunk is None else arguments.chunk
-    ready, refused = [], []
+    ready: list[Any] = []
+    refused: list[str] = []
     for run in _runs(arguments):
-        try:
+        with collected(refused):
             run.check_decodable(formats, chunk)
             check_places(run, arguments.data_dir, arguments.data_source)
             ready.append(run)
-        except ValueError as error:
-            refused.append(str(error))
     if ready:
         # Not before: mistakes should not wait for jax.
         from cla_jax import progress
@@ -111,7 +110,7 @@ def _held_out(arguments: Arguments) -> None:
         programs.remember()
         for run in ready:
             print(run.path)
-            with progress.shown() as bar:
+            with collected(refused), progress.shown() as bar:
                 for name, record in evaluate(
                     run,
                     formats=formats,
@@ -123,8 +122,7 @@ def _held_out(arguments: Arguments) -> None:
                     **_options(arguments),
                 ):
                     print("\n".join(_scored(name, record, ledger=arguments.ledger)))
-    if refused:
-        raise ValueError("; ".join(dict.fromkeys(refused)))
+    refuse(refused)
 
 
 def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
@@ -184,11 +182,16 @@ def _tasks(arguments: Arguments) -> None:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     for name in arguments.cache:
         near_choice("cache format", name, ("full", *CACHE_FORMATS))
-    runs = _runs(arguments)
     from cla_jax.runs import check_places
 
-    for run in runs:
-        check_places(run, arguments.data_dir, arguments.data_source)
+    ready: list[Any] = []
+    refused: list[str] = []
+    for run in _runs(arguments):
+        with collected(refused):
+            check_places(run, arguments.data_dir, arguments.data_source)
+            ready.append(run)
+    if not ready:
+        refuse(refused)
     from cla_jax import progress
     from cla_jax.interop import lm_eval, task_data
     from launch import programs
@@ -197,9 +200,9 @@ def _tasks(arguments: Arguments) -> None:
     with progress.shown() as bar:
         bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
-    for run in runs:
+    for run in ready:
         print(run.path)
-        with progress.shown() as bar:
+        with collected(refused), progress.shown() as bar:
             for way, task, record in lm_eval.evaluate(
                 run,
                 tasks,
@@ -222,6 +225,7 @@ def _tasks(arguments: Arguments) -> None:
                     f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
                 )
                 print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+    refuse(refused)
 
 
 def _runs(arguments: Arguments) -> list[Any]:

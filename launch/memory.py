@@ -11,6 +11,7 @@ says of a chunk of prefill and of the decode loop, at the batch that fits. --led
 token instead: held, written and read, which CLA does not divide alike.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -23,7 +24,7 @@ import tyro
 
 import experiments
 from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
-from launch.cli import read, user_errors
+from launch.cli import collected, read, refuse, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,8 +68,11 @@ def parse_bytes(text: str, field: str = "budget") -> int:
         ) from None
 
 
-def models(names: Sequence[str]) -> dict[str, ModelConfig]:
-    """Model configs by the name of their experiment or run."""
+def models(names: Sequence[str], refused: list[str] | None = None) -> dict[str, ModelConfig]:
+    """Model configs by the name of their experiment or run.
+
+    Raises ValueError for a run whose config cannot be read, unless `refused` is there to be told of it.
+    """
     from cla_jax.runs import find_runs
 
     found: dict[str, ModelConfig] = {}
@@ -76,7 +80,9 @@ def models(names: Sequence[str]) -> dict[str, ModelConfig]:
         if experiments.names_a_file(name):
             found |= {config.name: config.model for config in experiments.find(name)}
         elif name and Path(name).exists():
-            found |= {str(run.path): run.config().model for run in find_runs([name])}
+            for run in find_runs([name]):
+                with contextlib.nullcontext() if refused is None else collected(refused):
+                    found[str(run.path)] = run.config().model
         elif "/" in name:
             raise ValueError(f"{name} does not exist")
         else:
@@ -103,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             "give at least one experiment, study or run: python -m launch.memory cla_1b"
         )
-    configs = models(arguments.names)
+    refused: list[str] = []
+    configs = models(arguments.names, refused)
+    if not configs:
+        refuse(refused)
     if arguments.ledger:
         lines = _ledger(configs, formats, arguments)
     else:
@@ -117,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_ledger(lines, arguments)
     else:
         _print(lines, arguments, budget)
+    refuse(refused)
 
 
 def _ledger(

@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 
@@ -137,41 +137,35 @@ class Record:
             self.write_state(dataclasses.replace(state, status="waiting", **fresh))
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[IO | None]:
-        """The open lock, for children to inherit; None if another process has it."""
-        with _locked(self.path / "lock") as lock:
-            yield lock
+    def locked(self) -> Iterator[tuple[int, ...] | None]:
+        """The descriptors of the lock, for children to inherit; None if another process has it."""
+        with _locked(self.path / "lock") as held:
+            yield held
 
     @property
     def is_locked(self) -> bool:
         """Whether a runner of this file system is at it; False for a remote directory."""
-        if not self.is_local or not (self.path / "lock").exists():
-            return False
-        with files.opened(self.path / "lock", links=False) as lock:
-            return not runs.try_lock(lock, shared=True)
+        return self.is_local and runs.is_locked(self.path / "lock")
 
 
 @contextlib.contextmanager
 def launching(sweep: epath.Path) -> Iterator[None]:
     """Keeps a second launcher from the same sweep. Raises ValueError if there is one."""
-    with _locked(sweep / ".sweep" / "lock") as lock:
-        if lock is None:
+    with _locked(sweep / ".sweep" / "lock") as held:
+        if held is None:
             raise ValueError(f"{sweep} is being launched by another process")
         yield
 
 
 @contextlib.contextmanager
-def _locked(file: epath.Path) -> Iterator[Any]:
+def _locked(file: epath.Path) -> Iterator[tuple[int, ...] | None]:
     """Yields None if another process has the lock, after waiting for one that only looks."""
     if not is_local(file):
-        yield contextlib.nullcontext()
+        yield ()
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 1.0
-    with open(file, "a") as lock:
-        while not (ours := runs.try_lock(lock)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        yield lock if ours else None
+    with runs.lock(file, patience=1.0) as held:
+        yield held or None
 
 
 # -------------------------------------------------------------------------------- a whole sweep
@@ -202,7 +196,8 @@ def last_records(run: Run) -> list[dict[str, Any]]:
         start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
         file.seek(start)
         lines = file.read(2 * _TAIL).split(b"\n")[1 if start else 0 :]
-    found = map(runs.metrics_record, seals.read_lines(lines, run.id, last=None))
+    lines = seals.read_lines(lines, run.id, last=None, required=run.is_sealed)
+    found = map(runs.metrics_record, lines)
     return [record for record in found if record is not None]
 
 

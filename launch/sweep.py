@@ -30,7 +30,7 @@ import tyro
 from etils import epath
 
 import experiments
-from cla_jax import preflight
+from cla_jax import files, preflight
 from cla_jax.config import near_choice
 from cla_jax.messages import printable_lines
 from cla_jax.runs import is_local
@@ -299,9 +299,11 @@ class Launcher:
                 and record.state().status != "failed"
                 and not record.is_cancelled
             ):
-                text = (record.path / "runner.log").read_bytes().decode(errors="replace")
-                said = text.strip().splitlines()
-                self.stuck[name] = f"exit code {code}: {said[-1] if said else 'no word'}"
+                said = list(files.read_lines(record.path / "runner.log", links=False))
+                said = [line for line in said if line.strip()]
+                self.stuck[name] = (
+                    f"exit code {code}: {said[-1].decode(errors='replace') if said else 'no word'}"
+                )
 
     def states(self, plan: LaunchPlan) -> dict[str, tuple[str, str]]:
         """What is to be done about each trial: todo, or why nothing is: (state, reason)."""
@@ -423,7 +425,7 @@ class Launcher:
             return engines.call([word.replace("{files}", os.fspath(files)) for word in job.command])
         (name,) = job.jobs
         trial = next(trial for trial in plan.trials if trial.name == name)
-        log = Path(_record(plan, name).path) / "runner.log"
+        log = _record(plan, name).path / "runner.log"
         self.pool.start(name, job, trial.environment, log)
         return ""
 

@@ -32,7 +32,8 @@ from typing import IO, Annotated, Any
 import tyro
 from etils import epath
 
-from cla_jax.runs import saved_steps
+from cla_jax import files
+from cla_jax.runs import open_plain, saved_steps
 from launch import records
 from launch.cli import read, user_errors
 from launch.records import Record
@@ -105,7 +106,7 @@ class Trial:
         if self.child is not None and self.child.poll() is None:
             self.child.terminate()
 
-    def run(self, lock: IO | None) -> int:
+    def run(self, lock: Sequence[int]) -> int:
         """Attempts; returns the exit code. The lock is held until training has ended too."""
         if self.state.status == "running":
             self._count("preemptions", "died without a word")
@@ -132,14 +133,13 @@ class Trial:
     def _delay(self) -> float:
         return min(60.0, self.arguments.delay * 2 ** (self.state.failed_in_a_row - 1))
 
-    def _attempt(self, lock: IO | None) -> tuple[int, str]:
+    def _attempt(self, lock: Sequence[int]) -> tuple[int, str]:
         """Trains; the exit code and the last error."""
         self._save(status="running", attempts=self.state.attempts + 1)
         command = [*_TRAIN, os.fspath(self.record.trial)]
-        held = () if lock is None or not self.record.is_local else (lock.fileno(),)
         with self._output() as (out, tail):
             self.child = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, pass_fds=held
+                command, stdout=out, stderr=subprocess.STDOUT, pass_fds=lock
             )
             if self.stopping:
                 self.child.terminate()
@@ -162,13 +162,13 @@ class Trial:
             yield subprocess.PIPE, list
             return
         log = self.record.log if self.leader else self.record.path / f"log-{self.number}.txt"
-        with open(log, "ab") as out:
+        with open_plain(log, "ab") as out:
             start = out.tell()
 
             def tail() -> list[str]:
-                with open(log, "rb") as written:
-                    written.seek(max(start, os.path.getsize(log) - (1 << 16)))
-                    return written.read().decode(errors="replace").splitlines()
+                with files.opened(log, links=False) as written:
+                    written.seek(max(start, written.seek(0, os.SEEK_END) - (1 << 16)))
+                    return written.read(1 << 17).decode(errors="replace").splitlines()
 
             yield out, tail
 
@@ -275,9 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, trial.stop)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
         signal.signal(signal.SIGHUP, trial.stop)
-    locking = trial.record.locked() if trial.leader else contextlib.nullcontext(None)
+    locking = trial.record.locked() if trial.leader else contextlib.nullcontext(())
     with locking as lock:
-        if lock is None and trial.leader:
+        if lock is None:
             print(f"{trial.record.name} is being trained by another process", flush=True)
             raise SystemExit(COMPLETE)
         trial.state = trial.record.state()  # now that nobody else writes it

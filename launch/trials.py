@@ -16,7 +16,7 @@ from etils import epath
 
 import experiments
 from cla_jax import config as configs
-from cla_jax import extras, names, runs
+from cla_jax import extras, files, names, runs
 from cla_jax.config import Config
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
@@ -234,7 +234,8 @@ def _sliced(config: Config, slices: int) -> Config:
 def _copy(own: epath.Path, scratch: Path) -> Path:
     """What a sweep keeps for itself: the plain files of its directory."""
     for file in runs.listed(own, ".log"):
-        (scratch / file.name).write_bytes(file.read_bytes())
+        content = files.read_bytes(file, files.LINES_BYTES, links=False)
+        (scratch / file.name).write_bytes(content)
     return scratch
 
 
@@ -299,7 +300,7 @@ def record_of(config: Config) -> Record:
 def misplaced(config: Config, record: Record) -> str:
     """Why a trial cannot have its run directory and its record; empty if it can."""
     try:
-        for read in (record.state, record.submission):
+        for read in (record.state, record.submission, lambda: records.last_records(record.run)):
             read()  # damaged, they are this trial's trouble alone
         if (record.run.path / "config.json").exists():
             runs.check_identity(record.run, config, {})

@@ -171,11 +171,15 @@ def _model(read: Callable[[Path], Any]) -> Reader:
 
 def _run(path: Path) -> str | None:
     (run,) = runs.find_runs([path])
-    rows = report.read([run])
-    Console(file=io.StringIO()).print(report.table(rows))
-    report.tasks.table(rows)
-    report.notes(rows)
-    return cla_jax.checkpoint.verify(run.checkpoints / "00000030")
+    problems: list[str] = []
+    rows = report.read([run], problems=problems)
+    if rows:
+        Console(file=io.StringIO()).print(report.table(rows))
+        report.tasks.table(rows)
+        report.notes(rows)
+        problems += rows[0].altered
+    problems += filter(None, [cla_jax.checkpoint.verify(run.checkpoints / "00000030")])
+    return max(problems, key=len, default=None)
 
 
 def _sweep(path: Path) -> str | None:
@@ -310,7 +314,7 @@ def write_examples(directory: Path) -> None:
     test_interop_gguf.write(directory / "gguf" / "model.gguf")
     _write_dolomite(directory / "gpt_crosslayer")
     run = test_report.make(directory, "run", tokenizer=made.tokenizers.byte_tokenizer().to_json())
-    test_report.log(run, 3, evaluated=9.0)
+    test_report.log(run, 30, evaluated=9.0)
     test_report.evaluate(run, 8.0)
     run.write_eval("cached-int8", run.eval("full") | {"chunk": 1})
     score = {
@@ -357,7 +361,8 @@ def _write_checkpoint(run: runs.Run) -> None:
     path.mkdir(parents=True)
     (path / "data.bin").write_bytes(b"weights")
     listed = {"data.bin": cla_jax.checkpoint._checksum(path / "data.bin")}
-    content = {"files": listed, "arrays": {"model.head": [[2, 3], "float32"]}}
+    content = {"step": 30, "files": listed, "arrays": {"model.head": [[2, 3], "float32"]}}
+    content |= {"run": run.id, "identity": run.record()["identity"]}
     content["checksum"] = seals.digest(content)
     (run.checkpoints / "00000030.json").write_text(json.dumps(content))
 

@@ -16,6 +16,7 @@ from cla_jax.mesh import axis_rules, make_mesh
 from cla_jax.optimizer import make_optimizer
 from cla_jax.runs import open_run
 from cla_jax.state import abstract_state, initial_state, named
+from tests.sealed import make_older, write_metrics
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 
@@ -99,6 +100,7 @@ def test_who_only_reads_uses_the_one_before_and_moves_nothing(saved, tiny):
     directory, _, states = saved
     config = tiny()
     run = open_run(config, data_fingerprint="", tokenizer_json="{}")
+    make_older(run)  # what was saved does not say of which run it is
     directory.rename(run.checkpoints)
     mesh = make_mesh(MeshConfig())
     load = lambda: checkpoint.load_model(run, axis_rules(config.model, mesh), mesh)
@@ -350,7 +352,7 @@ def test_a_model_is_not_read_with_another_config_than_it_was_trained_with(saved,
     with pytest.raises(ValueError, match=f"config.json was altered: {words}"):
         load()
     # The checkpoint itself knows, too.
-    del altered["checksum"]
+    del altered["checksum"], altered["run"], altered["format"]
     file.write_text(json.dumps(altered))
     with pytest.raises(ValueError, match=f"00000004 is not of this run: {words}"):
         load()
@@ -365,7 +367,7 @@ def test_a_run_from_before_its_records_had_checksums_goes_on(saved, tiny, caplog
     number = run.id
     for file in (run.path / "config.json", *run.checkpoints.glob("*.json")):
         record = json.loads(file.read_text())
-        for key in ("run", "identity", "tokenizer", "checksum"):
+        for key in ("run", "identity", "tokenizer", "checksum", "format"):
             if key != "identity" or "arrays" in record:
                 record.pop(key, None)
         file.write_text(json.dumps(record))
@@ -381,7 +383,7 @@ def test_a_run_from_before_its_records_had_checksums_goes_on(saved, tiny, caplog
     saver.save(jax.tree.map(lambda a: a + 1, saved[2][4]))
     saver.close()
     record = json.loads((run.path / "config.json").read_text())
-    del record["run"], record["checksum"]
+    del record["run"], record["checksum"], record["format"]
     (run.path / "config.json").write_text(json.dumps(record))
     assert open_run(tiny(), data_fingerprint="", tokenizer_json="{}").id == run.id
 
@@ -393,3 +395,68 @@ def test_links_in_a_checkpoint_are_not_followed(saved, tmp_path):
     os.symlink(tmp_path / "elsewhere", file)
     assert "is a link" in (checkpoint.verify(directory / "00000004") or "")
     assert_equal(restore_latest(directory, abstract), states[2])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "checkpoint is a file"])
+def test_what_is_no_file_among_those_of_a_checkpoint_is_damage_too(saved, tiny, kind):
+    _, abstract, states = saved
+    run = of_a_run(tiny, states)
+    path = run.checkpoints / "00000004"
+    if kind == "checkpoint is a file":
+        shutil.rmtree(path)
+        path.write_text("")
+    else:
+        file = data_file(run.checkpoints, 4)
+        file.unlink()
+        os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    assert str(path) in (checkpoint.verify(path) or "")
+    assert checkpoint.load_model(run, axis_rules(tiny().model, MESH), MESH)[0] == 2
+    assert_equal(restore_latest(run.checkpoints, abstract, run.owner), states[2])
+    saver = Checkpointer(run.checkpoints, keep=2, owner=run.owner)
+    saver.save(states[4])
+    saver.close()
+    assert_equal(restore_latest(run.checkpoints, abstract, run.owner), states[4])
+
+
+def test_a_manifest_without_its_checksum_or_its_run_is_altered(saved, tiny):
+    run = of_a_run(tiny, saved[2])
+    path, owner = run.checkpoints / "00000004", run.owner
+    manifest = json.loads((run.checkpoints / "00000004.json").read_text())
+    for keys, words in (
+        (["checksum"], "was altered"),
+        (["run"], "was altered"),
+        (["checksum", "run"], "it does not say of which run it is"),
+    ):
+        left = {key: value for key, value in manifest.items() if key not in keys}
+        (run.checkpoints / "00000004.json").write_text(json.dumps(left))
+        assert words in (checkpoint.verify(path, owner=owner) or "")
+
+
+def test_a_checkpoint_whose_manifest_was_deleted_is_named_and_kept(saved, tiny, caplog):
+    run = of_a_run(tiny, saved[2])
+    records = [{"step": step, "loss": 1.0} for step in range(1, 5)]
+    write_metrics(run, [*records, {"step": 4, "goodput": 1.0, "saved": 4}])
+    (run.checkpoints / "00000004.json").unlink()
+    assert checkpoint.load_model(run, axis_rules(tiny().model, MESH), MESH)[0] == 2
+    words = "00000004.json is missing: that checkpoint was saved"
+    assert words in caplog.text
+    checkpoint.set_losses_aside(run)
+    assert steps(run.checkpoints) == [2]
+    assert (run.checkpoints / "00000004.damaged").is_dir()
+    (run.checkpoints / "00000002.json").unlink()
+    with pytest.raises(ValueError, match=f"{words}.*to train from the beginning"):
+        checkpoint.set_losses_aside(run)
+
+
+def test_a_checkpoint_without_arrays_is_an_error(saved, tmp_path, monkeypatch):
+    """What orbax is given another path for, and writes elsewhere, was not saved."""
+    _, _, states = saved
+    saver = Checkpointer(epath.Path(tmp_path / "other"), keep=2)
+    real = checkpoint._files
+    monkeypatch.setattr(
+        checkpoint, "_files", lambda path: [f for f in real(path) if f.name != "manifest.ocdbt"]
+    )
+    saver.save(states[2])
+    with pytest.raises(ValueError, match="holds no array: what was saved was written elsewhere"):
+        saver.close()
+    assert steps(saver.directory) == []

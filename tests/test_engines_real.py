@@ -198,7 +198,7 @@ def test_a_bad_trial_leaves_the_others_alone(tmp_path):
     foreign, damaged, *others = (records.Record(sweep, name) for name in records.names(sweep))
     config = json.loads((foreign.run.path / "config.json").read_text())
     config["identity"]["seed"] = 77
-    del config["checksum"]
+    del config["checksum"], config["run"], config["format"]
     (foreign.run.path / "config.json").write_text(json.dumps(config))
     for manifest in damaged.run.checkpoints.glob("*.json"):
         manifest.write_text("{}")

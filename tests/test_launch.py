@@ -21,12 +21,14 @@ from rich.console import Console
 
 from cla_jax import runs
 from cla_jax import train as training
-from cla_jax.config import to_record
+from cla_jax.config import replaced, to_record
 from cla_jax.runs import Run
 from cla_jax.writers import ConsoleWriter
-from launch import distributed, hosts
+from experiments import smoke
+from launch import cli, distributed, hosts
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
+from launch import memory as launch_memory
 from launch import train as launch_train
 from launch.cli import user_errors
 
@@ -196,6 +198,8 @@ def test_help_lists_experiments_and_explains_fields(capsys):
         # A library's own exception around it.
         ("RuntimeError('INTERNAL: [OS error 28: No space left on device]')", 1, "on device]\n"),
         ("OSError(40, 'Too many levels of symbolic links', 'a')", 2, "links: a\n"),
+        # A path at which nothing can be made; a mount may come back.
+        ("OSError(2, 'No such file or directory', '/proc/x')", 1, "directory: /proc/x\n"),
     ],
 )
 def test_what_is_no_bug_ends_without_a_traceback(raised, code, words):
@@ -213,6 +217,23 @@ main()
     assert (ended.returncode, ended.stdout) == (code, "said before\n")
     assert ended.stderr.endswith(words)
     assert len(ended.stderr.splitlines()) == bool(words)
+
+
+def test_a_process_without_memory_ends_though_a_thread_waits_for_ever():
+    program = """
+import threading
+from launch.cli import user_errors
+@user_errors
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    raise RuntimeError("can't start new thread")
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "error: can't start new thread: can't start new thread\n"
 
 
 def test_a_terminal_that_knows_only_ascii(tmp_path):
@@ -639,7 +660,8 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_the_machine_has_run_out_of_is_one_line(capsys, error, words):
+def test_what_the_machine_has_run_out_of_is_one_line(capsys, monkeypatch, error, words):
+    monkeypatch.setattr(cli, "_leave", sys.exit)  # else the tests end too
     code = compile("raise error", "library.py", "exec")  # not a file of ours
 
     @user_errors
@@ -688,3 +710,22 @@ def test_a_console_that_is_gone_does_not_end_training(tmp_path):
         writer.write(3, {"loss": 2.0})
         writer.write(3, {"perplexity": 2.0})
         writer.close()
+
+
+def test_one_hostile_run_does_not_stop_a_command_for_the_others(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        config = replaced(smoke.tiny(), {"name": name, "placement.runs": str(tmp_path)})
+        runs.open_run(config, data_fingerprint="x", tokenizer_json="{}")
+    (tmp_path / "b" / "config.json").unlink()
+    os.mkfifo(tmp_path / "b" / "config.json")
+    with pytest.raises(SystemExit) as stop:
+        launch_memory.main([str(tmp_path), "--context", "64", "--cache", "dense", "--json"])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2
+    names = [line["name"] for line in json.loads(shown.out)["lines"]]
+    assert names == [str(tmp_path / "a"), str(tmp_path / "c")]
+    assert f"{tmp_path / 'b' / 'config.json'} is a pipe" in shown.err
+    refused: list[str] = []
+    with pytest.raises(ValueError, match="invalid literal"), cli.collected(refused):
+        int("of a library, or of Python: a bug of ours")
+    assert refused == []

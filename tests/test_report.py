@@ -25,6 +25,7 @@ from cla_jax.config import Config, DataConfig, ModelConfig, Placement
 from cla_jax.report import Point, page, pareto, tasks
 from cla_jax.report import rows as reading
 from launch import compare
+from tests.sealed import write_metrics
 
 FINGERPRINT = "sotu-byte-64-abc"
 
@@ -69,7 +70,7 @@ def log(run, last=30, *, evaluated=None, **totals):
     if evaluated is not None:
         scores = {"held_out_loss": 3.0, "perplexity": evaluated, "bits_per_byte": 1.1}
         records.append({"step": last, **scores, **totals})
-    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_metrics(run, records)
 
 
 def rows(*found):
@@ -221,11 +222,11 @@ def test_a_torn_line_of_metrics_is_skipped(tmp_path):
 def test_an_evaluation_without_its_scores_is_named(tmp_path):
     run = make(tmp_path)
     evaluate(run, 10.0)
-    (run.path / "eval" / "full.json").write_text('{"step": 30}')
-    with pytest.raises(
-        ValueError, match=r"eval/full\.json: field perplexity is missing: evaluate the run again"
-    ):
-        rows(run)
+    run.write_eval("full", {"step": 31})
+    (row,) = rows(run)
+    words = "eval/full.json: field perplexity is missing: evaluate the run again"
+    assert words in report.notes([row])[0]
+    assert set(row.evals) == {"cached-dense"}
 
 
 def test_a_further_cache_format_is_a_line_and_a_point_of_its_own(tmp_path):
@@ -594,7 +595,7 @@ def nasty(tmp_path):
     other = make(tmp_path / "tiny", "b")
     record = json.loads((run.path / "config.json").read_text())
     record["versions"]["jax"] = "<b>bold</b>"
-    del record["checksum"]
+    del record["checksum"], record["run"], record["format"]
     (run.path / "config.json").write_text(json.dumps(record))
     evaluate(run, 10.0, note="<i>")
     evaluate(other, 11.0)
@@ -672,8 +673,8 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
     run = make(tmp_path)
-    lines = [json.dumps({"step": step, "loss": float(step)}) for step in range(1, 1002)]
-    run.metrics.write_text("\n".join(lines) + "\n" + '{"step": 1002, "loss": NaN}\n')
+    records = [{"step": step, "loss": float(step)} for step in range(1, 1002)]
+    write_metrics(run, [*records, {"step": 1002, "loss": math.nan}])
     (row,) = rows(run)
     steps, values = page.curve(row, "loss")
     assert steps == list(range(2, 1002, 3))
@@ -730,3 +731,49 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         compare.main(["--help"])
     assert "python -m launch.compare runs/tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm", ["pipe", "brackets"])
+def test_one_hostile_run_does_not_stop_the_comparison_of_the_others(tmp_path, capsys, harm):
+    """Its config says nothing: it has no line, and the table, the page and the terminal say why."""
+    found = [make(tmp_path, f"tiny/{name}") for name in "abc"]
+    for run in found:
+        evaluate(run, 10.0)
+        log(run)
+    spoil(found[1].path / "config.json", harm)
+    compare.main([str(tmp_path / "tiny")])
+    out = capsys.readouterr().out
+    assert out.count("10.000") == 2
+    words = str(found[1].path / "config.json")
+    for told in (out, (tmp_path / "tiny" / "report.html").read_text()):
+        assert escape(words) in told
+    with pytest.raises(SystemExit):  # alone, there is nothing to compare
+        compare.main([str(found[1].path)])
+    assert f"error: {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["pipe", "brackets", "device", "gone"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval/full.json", "tokenizer.json"])
+def test_a_hostile_record_costs_its_run_a_note(tmp_path, name, harm):
+    found = [make(tmp_path, f"tiny/{name}") for name in "ab"]
+    for run in found:
+        evaluate(run, 10.0)
+        log(run)
+    spoil(found[0].path / name, harm)
+    told = " ".join(report.notes(rows(*found)))
+    if (name, harm) == ("metrics.jsonl", "brackets"):
+        assert "[" * 100 not in told  # a line that is no record is passed over
+    elif (name, harm) != ("metrics.jsonl", "gone"):
+        assert str(found[0].path / name) in told or "a is not evaluated" in told
+    assert cells(rows(*found), "b")["perplexity"] == "10.000"
+
+
+def spoil(file, harm):
+    file.unlink()
+    match harm:
+        case "pipe":
+            os.mkfifo(file)
+        case "brackets":
+            file.write_text("[" * 3_000_000)
+        case "device":
+            os.symlink("/dev/zero", file)

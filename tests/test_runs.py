@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 from etils import epath
@@ -8,6 +9,7 @@ from etils import epath
 from cla_jax import runs
 from cla_jax.runs import find_runs, open_run
 from cla_jax.writers import JsonlWriter
+from tests.sealed import make_older, write_metrics
 
 
 def opened(config, fingerprint="data-1", tokenizer="{}"):
@@ -81,7 +83,7 @@ def test_an_unknown_field_from_another_version_is_named(tiny):
     run = opened(tiny())
     record = json.loads((run.path / "config.json").read_text())
     record["identity"]["model"]["n_experts"] = 4
-    del record["checksum"]
+    del record["checksum"], record["run"]
     (run.path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="n_experts"):
         run.config()
@@ -90,6 +92,7 @@ def test_an_unknown_field_from_another_version_is_named(tiny):
 def test_a_run_older_than_a_field_goes_on(tiny):
     """The field has its default: that is what it meant before it could be set."""
     run = opened(tiny())
+    make_older(run, numbered=False)
     record = run.record()
     del record["identity"]["model"]["rope_scaling"]
     (run.path / "config.json").write_text(json.dumps(record))
@@ -122,8 +125,7 @@ def test_the_last_whole_record_of_a_step_counts(tiny):
         {"step": 2, "loss": 4.5},  # repeated after a crash
         {"step": 3, "loss": 3.0},
     ]
-    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo'
-    run.metrics.write_text(text)
+    write_metrics(run, lines, '{"step": 3, "lo')
     assert run.read_metrics() == [
         {"step": 1, "loss": 5.0},
         {"step": 2, "loss": 4.5, "perplexity": 50.0},
@@ -138,13 +140,14 @@ def test_records_of_the_time_of_a_run_are_of_no_step(tiny):
         {"step": 1, "loss": 5.0},
         {"step": 1, "goodput": 0.5, "startup_s": 9.0},
     ]
-    run.metrics.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "lo')
+    write_metrics(run, lines, '{"step": 2, "lo')
     assert list(run.read_records()) == lines
     assert run.read_metrics() == [{"step": 1, "loss": 5.0}]
 
 
 def test_segments_of_a_remote_run_are_read_in_order(tiny):
     run = opened(tiny())
+    make_older(run)
     (run.path / "metrics").mkdir()
     (run.path / "metrics" / "2.jsonl").write_text('{"step": 2, "loss": 1.5}\n')
     (run.path / "metrics" / "1.jsonl").write_text(
@@ -322,6 +325,7 @@ def test_an_evaluation_that_was_edited_renamed_or_copied_does_not_count(tiny):
 
 def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
     run, other = opened(tiny()), opened(tiny(name="other"))
+    make_older(run)
     run.metrics.write_text('{"step": 1, "loss": 9.0}\n')  # before lines had checksums
     for each in (run, other):
         writer = JsonlWriter(each)
@@ -462,3 +466,64 @@ def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch)
     assert failed.value.filename == str(files[1])
     assert [file.read_text() for file in files] == ["old"] * 3
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def remove_checksum(file):
+    record = json.loads(file.read_text())
+    del record["checksum"]
+    file.write_text(json.dumps(record))
+
+
+def test_a_checksum_that_was_taken_out_is_seen(tiny):
+    run = opened(tiny())
+    write_metrics(run, [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}])
+    run.write_eval("full", {"step": 2})
+    problems = []
+    remove_checksum(run.path / "eval" / "full.json")
+    assert run.evals(problems) == {}
+    bare = [re.sub(', "seal": "[0-9a-f]*"', "", line) for line in run.metrics.open()]
+    run.metrics.write_text("".join(bare))
+    assert run.read_metrics(problems) == []
+    words = ["was altered since", "line 1 was altered: it has no", "line 2 was altered: it has no"]
+    assert [w in p for w, p in zip(words, problems, strict=True)] == [True] * 3
+    remove_checksum(run.path / "config.json")
+    with pytest.raises(runs.Altered, match=r"config\.json was altered"):
+        run.record()
+
+
+def test_a_run_that_is_older_than_checksums_stays_so(tiny):
+    run = opened(tiny())
+    make_older(run, numbered=False)
+    run.metrics.write_text('{"step": 1, "loss": 5.0}\n')
+    run = opened(tiny())  # goes on with a number, and writes records with checksums from here on
+    assert run.id
+    assert run.read_metrics() == [{"step": 1, "loss": 5.0}]
+
+
+def test_what_metrics_and_checkpoints_say_of_each_other_is_missed(tiny):
+    run = opened(tiny())
+    assert not run.losses().problems
+    run.checkpoints.mkdir()
+    for step in (2, 4):
+        (run.checkpoints / f"{step:08d}.json").write_text("{}")
+    records = [{"step": step, "loss": 1.0} for step in range(1, 6)]
+    write_metrics(run, [*records, {"step": 5, "goodput": 1.0, runs.SAVED: 4}])
+    assert run.losses() == runs.Losses()
+    (run.checkpoints / "00000004.json").unlink()
+    (problem,) = run.losses().problems
+    assert "00000004.json is missing: that checkpoint was saved" in problem
+    assert run.losses().checkpoint == 4
+    (run.checkpoints / "00000004.json").write_text("{}")
+    write_metrics(run, records[:3])
+    (problem,) = run.losses().problems
+    assert "the last step in it is 3, and there is a checkpoint of step 4" in problem
+    # What is written afterwards does not hide the gap.
+    writer = JsonlWriter(run)
+    writer.write(5, {"loss": 1.0})
+    writer.close()
+    assert not run.losses().problems
+    problems = []
+    run.read_metrics(problems)
+    assert "1 lines before line 4 are missing" in problems[0]
+    run.metrics.unlink()
+    assert run.losses().metrics

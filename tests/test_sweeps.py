@@ -1,6 +1,5 @@
 """Sweeps as generators: grids, the paper's learning-rate protocol, searches, and the plans made of them."""
 
-import json
 import math
 
 import pytest
@@ -12,6 +11,7 @@ from experiments import smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep
 from launch import trials
+from tests.sealed import write_metrics
 
 
 def played(sweep, perplexity, most=100):
@@ -287,7 +287,7 @@ def test_a_sweep_evaluates_what_is_done(tmp_path, monkeypatch, capsys):
         )
         run = runs.open_run(config, data_fingerprint="sotu", tokenizer_json="{}")
         line = {"step": steps, "held_out_loss": 2.0, "perplexity": 7.5}
-        run.metrics.write_text(json.dumps(line) + "\n")
+        write_metrics(run, [line])
     launch_sweep.main(["smoke.grid", "--evaluate", *there])
     done = [str(tmp_path / "smoke" / "grid" / name) for name in list(configs)[:2]]
     assert given == [done]

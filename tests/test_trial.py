@@ -214,6 +214,7 @@ def test_training_that_outlives_its_runner_keeps_the_lock(record):
     with running(record, "wait") as process:
         process.kill()
         process.wait()
+        (record.path / "lock").unlink()  # that frees nobody
         assert record.is_locked
         assert attempt(record, "finish") == trial.COMPLETE
         assert left(record) == "finish"
@@ -384,9 +385,30 @@ def test_a_sweep_that_is_not_there_is_named(tmp_path, capsys, name, words):
 
 
 def test_one_launcher_a_sweep(tmp_path):
-    with (
-        records.launching(epath.Path(tmp_path)),
-        pytest.raises(ValueError, match="is being launched by another process"),
-        records.launching(epath.Path(tmp_path)),
-    ):
-        pass
+    with records.launching(epath.Path(tmp_path)):
+        (tmp_path / ".sweep" / "lock").unlink()
+        again = records.launching(epath.Path(tmp_path))
+        with pytest.raises(ValueError, match="is being launched by another process"):
+            again.__enter__()
+
+
+@pytest.mark.parametrize("name", ["lock", "log.txt"])
+def test_a_trial_writes_through_no_link(record, tmp_path, capfd, name):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (record.path / name).unlink(missing_ok=True)
+    os.symlink(precious, record.path / name)
+    assert attempt(record, "finish") != trial.COMPLETE
+    assert f"{record.path / name} is a link or a pipe: remove it" in capfd.readouterr().err
+    assert precious.read_text() == "kept"
+
+
+def test_cancelling_goes_on_beside_a_damaged_trial(record, capsys):
+    two = Record(record.sweep, "two")
+    two.write_trial(smoke.tiny(), {})
+    (record.path / "submission.json").write_text("[")
+    with pytest.raises(SystemExit):
+        cancel.main([str(record.sweep)])
+    assert record.is_cancelled
+    assert two.is_cancelled
+    assert "submission.json" in capsys.readouterr().err

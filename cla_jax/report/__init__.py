@@ -23,17 +23,22 @@ __all__ = ["Point", "Row", "common_directory", "notes", "read", "table", "tasks"
 
 
 def write(
-    rows: Sequence[Row], directory: str | os.PathLike[str], reference: Sequence[Point] = ()
+    rows: Sequence[Row],
+    directory: str | os.PathLike[str],
+    reference: Sequence[Point] = (),
+    problems: Sequence[str] = (),
 ) -> list[epath.Path]:
     """Writes report.html, pareto.png and pareto.svg; returns their paths.
 
     `reference`: further points in perplexity, such as a paper's, drawn grey; left out where the runs
-    themselves are not compared by perplexity.
+    themselves are not compared by perplexity. `problems`: what `read` could not read, for the page to say.
     """
     directory = epath.Path(directory)
     figure = page.plot(rows, reference)
     contents = {
-        "report.html": page.html(rows, directory.name or "Comparison", reference).encode(),
+        "report.html": page.html(
+            rows, directory.name or "Comparison", reference, problems
+        ).encode(),
         "pareto.png": pareto.saved(figure, "png"),
         "pareto.svg": pareto.saved(figure, "svg"),
     }

@@ -29,11 +29,11 @@ from cla_jax.report.rows import (
 HEADINGS = {"perplexity": "held-out perplexity", "bits_per_byte": "held-out bits per byte"}
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What to know about a comparison, and what is missing from it."""
+def notes(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[str]:
+    """What to know about a comparison, and what is missing from it; `problems` are those of `read`."""
     return [
         printable(note, 4000)
-        for note in (*warnings(rows), *tasks.notes(rows), missing(rows))
+        for note in (*warnings(rows, problems), *tasks.notes(rows), missing(rows))
         if note
     ]
 
@@ -149,11 +149,17 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
 """
 
 
-def html(rows: Sequence[Row], title: str, reference: Sequence[Point] = ()) -> str:
+def html(
+    rows: Sequence[Row],
+    title: str,
+    reference: Sequence[Point] = (),
+    problems: Sequence[str] = (),
+) -> str:
     """Picture, table, learning curves and run details; every text of a run is escaped."""
     runs = [row for row in rows if not row.cache]
     told = "".join(
-        f'<p class="note">{escape(note)}</p>\n' for note in (*warnings(rows), *tasks.notes(rows))
+        f'<p class="note">{escape(printable(note, 4000))}</p>\n'
+        for note in (*warnings(rows, problems), *tasks.notes(rows))
     )
     if hint := missing(rows):
         told += f'<p class="muted">{escape(hint)}</p>\n'

@@ -17,7 +17,7 @@ from cla_jax import costs, files
 from cla_jax.config import Config
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import Altered, Run, find_runs, is_local, read_config, read_json
+from cla_jax.runs import Run, find_runs, is_local, read_config, read_json
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -87,12 +87,20 @@ class Row:
         return "" if done is None or done >= steps else f"step {done:,}/{steps:,}"
 
 
-def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
+def read(
+    runs: Sequence[Run], context: int | None = None, problems: list[str] | None = None
+) -> list[Row]:
     """A row a run, named by its path below what all share, and one for each eval/cached-NAME.json.
 
-    `context` is what KV bytes are counted for, by default the window that a run was trained with. Of a run
-    whose config or tokenizer was altered nothing is compared. Raises ValueError naming a file that is missing
-    or broken.
+    What of a run is damaged or altered is left out, and the row says so. Of a run whose config or tokenizer
+    is such, nothing is compared.
+
+    Args:
+      context: what KV bytes are counted for, by default the window that a run was trained with.
+      problems: is told why there is no row of a run.
+
+    Raises:
+      ValueError: a config says nothing of a model, and `problems` is not there to be told.
     """
     if context is not None and context < 1:
         raise ValueError(f"context = {context} must be positive")
@@ -100,7 +108,12 @@ def read(runs: Sequence[Run], context: int | None = None) -> list[Row]:
     found = []
     for run in runs:
         path = _absolute(run.path)
-        found += _read(run, str(path.relative_to(common) if common else path), context)
+        try:
+            found += _read(run, str(path.relative_to(common) if common else path), context)
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(f"{error}: the run is left out")
     return found
 
 
@@ -108,16 +121,23 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
     altered: list[str] = []
     try:
         record, tokenizer = run.record(), run.tokenizer_json()
-    except Altered as error:
+        files.field(record, "data_fingerprint", str, run.path / "config.json")
+        config = run.config()
+    except ValueError as error:
         return [_unusable(run, printable(name), context, str(error))]
-    files.field(record, "data_fingerprint", str, run.path / "config.json")
     evals = run.evals(altered)
-    for stem, scored in evals.items():
+    for stem in tuple(evals):
         try:
-            _check(stem, scored, run.path / "eval" / f"{stem}.json")
+            _check(stem, evals[stem], run.path / "eval" / f"{stem}.json")
         except ValueError as error:
-            raise ValueError(f"{error}: evaluate the run again") from None
-    config, metrics = run.config(), run.read_metrics(altered)
+            del evals[stem]
+            altered.append(f"{error}: evaluate the run again")
+    metrics: list[Record] = []
+    try:
+        metrics = run.read_metrics(altered)
+        altered += run.losses().problems
+    except ValueError as error:
+        altered.append(str(error))
     name = printable(name)  # of a directory, which may be anyone's
     row = Row(
         name=name,
@@ -141,7 +161,10 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
 
 
 def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
-    """A line for a run that says nothing that can be trusted, not even what model it is of."""
+    """A line for a run that says nothing that can be trusted, but perhaps what model it should be of.
+
+    Raises ValueError if its config does not say even that.
+    """
     config = read_config(run.path / "config.json")
     return Row(
         name=name,
@@ -241,9 +264,9 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     return Comparison(measure="perplexity")
 
 
-def warnings(rows: Sequence[Row]) -> list[str]:
-    """What to know before one reads a comparison."""
-    altered = dict.fromkeys(why for row in rows for why in row.altered)
+def warnings(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[str]:
+    """What to know before one reads a comparison; `problems` are those of `read`."""
+    altered = dict.fromkeys((*problems, *(why for row in rows for why in row.altered)))
     found = [comparison(rows).warning, *altered, _lengths(rows), *_caches(rows)]
     return [note for note in found if note]
 

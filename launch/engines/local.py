@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from etils import epath
+
+from cla_jax.runs import open_plain
 from launch.engines import Job, outside
 from launch.records import Submission
 from launch.trials import LaunchPlan
@@ -82,13 +85,13 @@ class Pool:
         """Places left; trials that outlived an earlier launcher take some too."""
         return max(0, len(self.slots) - len(self.running) - elsewhere)
 
-    def start(self, name: str, job: Job, environment: Mapping[str, str], log: Path) -> None:
+    def start(self, name: str, job: Job, environment: Mapping[str, str], log: epath.Path) -> None:
         taken = {place for place, _ in self.running.values()}
         place = next(i for i in range(len(self.slots)) if i not in taken)
         slot = dict(self.slots[place])
         keep = ("--cores", slot.pop("cores")) if hasattr(os, "sched_setaffinity") else ()
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as out:
+        with open_plain(log, "ab") as out:
             process = subprocess.Popen(
                 [*job.command, *keep],
                 env=outside(os.environ) | slot | dict(environment),
