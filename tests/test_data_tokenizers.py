@@ -78,6 +78,43 @@ def test_any_text_comes_back_and_bytes_add_up(trained, nfc, text):
         check(tokenizer, text)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(" \n\t\x1c\x85\u00a0\u3000aB1'.,_é漢😀", max_size=12), max_size=4))
+def test_word_by_word_is_what_the_whole_text_gives(trained, texts):
+    """Cut at some spaces, and some words remembered from the examples before."""
+    assert trained._words
+    whole = tokenizers._encoded(trained._inner, texts)
+    for (ids, n_bytes), expected in zip(trained._words.encode(texts), whole, strict=True):
+        np.testing.assert_array_equal(ids, expected[0])
+        np.testing.assert_array_equal(n_bytes, expected[1])
+
+
+def test_words_are_forgotten_when_there_are_many(trained, monkeypatch):
+    monkeypatch.setattr(tokenizers, "_REMEMBERED_IDS", 50)
+    words = tokenizers._Words(trained._inner)
+    for i in range(40):
+        words.encode([f"{i} words {i + 1}"])
+        assert len(words._numbers) < 60
+        assert len(words._ids) < 70
+
+
+@pytest.mark.parametrize("change", ["normalizer", "post_processor", "prefix", "added token"])
+def test_only_tokenizers_that_see_words_alone_work_word_by_word(trained, change):
+    inner = hf.Tokenizer.from_str(trained.to_json())
+    if change == "normalizer":
+        inner.normalizer = hf.normalizers.NFC()
+    elif change == "post_processor":
+        inner.post_processor = hf.processors.ByteLevel()
+    elif change == "prefix":
+        inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        inner.add_tokens(["the Congress"])  # a space in it: two words are one token
+    tokenizer = tokenizers.load(inner.to_str(), END)
+    assert tokenizer._words is None
+    text = " the Congress  of\n"
+    np.testing.assert_array_equal(tokenizer.encode_with_bytes(text)[0], tokenizer.encode(text))
+
+
 def test_bytes_fall_on_the_right_tokens(trained):
     # The sum alone would be right if all bytes were given to one token.
     ids, n_bytes = trained.encode_with_bytes("the Congress 😀 of é")

@@ -38,7 +38,7 @@ def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
 )
 def test_a_product_with_one_token_is_dealt_out_to_the_cores(tokens, out, cores, parts, monkeypatch):
     """In equal parts, none too small."""
-    monkeypatch.setattr(streamed, "_cores", lambda: cores)
+    monkeypatch.setattr(streamed.machine, "cores", lambda: cores)
     x = jax.random.normal(jax.random.key(0), (tokens, 512))
     weight = jax.random.normal(jax.random.key(1), (out, 512))  # 2 MiB
     found = streamed.product(x, weight)

@@ -14,13 +14,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cla_jax import files, seals
+from cla_jax import files, machine, seals
 from cla_jax.config import DataConfig
-from cla_jax.data import manifest, sources, tokenizers
+from cla_jax.data import manifest, shards, sources, tokenizers
+from cla_jax.data.workers import Workers
 from cla_jax.files import is_a
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 SPLITS = ("train", "held_out")
 # Part of the fingerprint: raise it when the content of prepared data changes.
 _FORMAT = 1
-# Documents are tokenised together up to this many characters: the tokenizer then uses threads.
+# Documents are tokenised together up to this many characters, and so many batches by this process
+# before it starts others.
 _BATCH_CHARACTERS = 1 << 20
+_ALONE = 8
 # Beside the windows: what each held-out document has of tokens and of bytes.
 _DOCUMENTS = "held_out.json"
 _DOCUMENTS_BYTES = 1 << 28
@@ -126,6 +129,7 @@ def prepare(
     *,
     tokenizer_json: str | None = None,
     progress: Progress | None = None,
+    processes: int | None = None,
 ) -> Prepared:
     """The prepared data of a config with one source, made if they are not there yet.
 
@@ -134,17 +138,21 @@ def prepare(
       data_dir: local directory of all prepared data; processes may share it.
       tokenizer_json: the tokenizer, where its file need not be at hand: a run directory has a copy.
       progress: called with the number of documents done; by default a line on a terminal.
+      processes: that tokenise and write, if there is much to do; by default one a core. What they
+        make does not depend on their number.
 
     Raises:
       ValueError: the source or the tokenizer is at fault or changes while it is read, a split would
         be empty, or the prepared data have been damaged.
+      ChildProcessError: one of the processes was killed.
     """
     assert not config.mixture, config.mixture
     path = prepared_path(config, data_dir, tokenizer_json)
 
     def make(partial: Path) -> None:
-        with _terminal() if progress is None else contextlib.nullcontext(progress) as report:
-            _make(config, path, partial, report, tokenizer_json)
+        shown = _terminal() if progress is None else contextlib.nullcontext(progress)
+        with shown as report, Workers(processes or machine.cores()) as workers:
+            _make(config, path, partial, report, tokenizer_json, workers)
 
     _made(path, make)
     return open_prepared(path)
@@ -290,45 +298,95 @@ def open_prepared(path: Path) -> Prepared:
 # -------------------------------------------------------------------------------------- making
 
 
-@dataclasses.dataclass
+class _Part(NamedTuple):
+    """Some documents of a split, each followed by an end token."""
+
+    ids: np.ndarray
+    n_bytes: np.ndarray  # of each id
+    documents: dict[str, list[int]]  # tokens, the end token included, and bytes of each
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """What a worker does with a batch of texts."""
+
+    tokenizer: tokenizers.Tokenizer
+    held_out: float
+
+    def __call__(self, texts: list[str]) -> tuple[int, dict[str, _Part]]:
+        """How many texts those were, and what each split gets of them."""
+        encoded = self.tokenizer.encode_batch_with_bytes(texts)
+        by_split: dict[str, list[tokenizers.Encoded]] = {name: [] for name in SPLITS}
+        for text, document in zip(texts, encoded, strict=True):
+            if len(document[0]):  # a normaliser may leave nothing of white space
+                split = "held_out" if sources.is_held_out(text, self.held_out) else "train"
+                by_split[split].append(document)
+        return len(texts), {name: self._joined(found) for name, found in by_split.items() if found}
+
+    def _joined(self, documents: list[tokenizers.Encoded]) -> _Part:
+        end = np.array([self.tokenizer.end], np.int32), np.zeros(1, np.int32)
+        ids, n_bytes = map(
+            np.concatenate, zip(*(p for d in documents for p in (d, end)), strict=True)
+        )
+        small = np.min_scalar_type(int(n_bytes.max()))  # on its way between processes
+        sizes = {
+            "tokens": [len(ids) + 1 for ids, _ in documents],
+            "bytes": [int(counts.sum(dtype=np.int64)) for _, counts in documents],
+        }
+        return _Part(ids.astype(_dtype(self.tokenizer.size)), n_bytes.astype(small), sizes)
+
+
 class _Stream:
-    """The tokens of one split, on their way through two plain files."""
+    """The tokens of one split, on their way to windows, in plain files."""
 
-    tokens: Path
-    n_bytes: Path
-    dtype: type[np.unsignedinteger | np.signedinteger]
-    totals: dict[str, int]
-    # Of each document.
-    documents: dict[str, list[int]]
+    def __init__(self, directory: Path, name: str, tokenizer: tokenizers.Tokenizer, seq_len: int):
+        self._tokens, self._n_bytes = (directory / f"{name}.{what}" for what in ("tokens", "bytes"))
+        self._dtype, self._seq_len = _dtype(tokenizer.size), seq_len
+        self._unfinished = 0  # bytes of a window that is not full yet
+        self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
+        # Of each document; those of the training split are too many to be held.
+        self.documents: dict[str, list[int]] | None = None
+        if name == "held_out":
+            self.documents = {"tokens": [], "bytes": []}
+        self._tokens.write_bytes(np.array(tokenizer.end, self._dtype).tobytes())
+        self._n_bytes.touch()
 
-    @classmethod
-    def create(cls, directory: Path, name: str, size: int) -> "_Stream":
-        dtype = np.uint16 if size <= 1 << 16 else np.int32
-        totals = {"documents": 0, "tokens": 0, "bytes": 0}
-        documents: dict[str, list[int]] = {"tokens": [], "bytes": []}
-        paths = (directory / f"{name}.tokens", directory / f"{name}.bytes")
-        return cls(*paths, dtype, totals, documents)
+    def append(self, part: _Part) -> None:
+        """Adds documents and counts them."""
+        first = self._seq_len - self.totals["tokens"] % self._seq_len - 1  # that fills a window
+        so_far = self._unfinished + np.cumsum(part.n_bytes, dtype=np.int64)
+        full = so_far[first :: self._seq_len]
+        self._unfinished = int(so_far[-1] - (full[-1] if len(full) else 0))
+        with self._tokens.open("ab") as tokens, self._n_bytes.open("ab") as n_bytes:
+            tokens.write(part.ids.tobytes())
+            n_bytes.write(np.diff(full, prepend=0).tobytes())
+        self.totals["documents"] += len(part.documents["tokens"])
+        for key, sizes in part.documents.items():
+            self.totals[key] += sum(sizes)
+            if self.documents is not None:
+                self.documents[key] += sizes
 
-    def append(self, documents: Iterable[tokenizers.Encoded], end: int) -> None:
-        """Adds documents, each followed by an end token, and counts them."""
-        with self.tokens.open("ab") as tokens, self.n_bytes.open("ab") as n_bytes:
-            if tokens.tell() == 0:
-                tokens.write(self.dtype(end).tobytes())
-                n_bytes.write(np.int32(0).tobytes())
-            for ids, counts in documents:
-                tokens.write(np.append(ids, end).astype(self.dtype).tobytes())
-                n_bytes.write(np.append(counts, 0).astype(np.int32).tobytes())
-                sizes = {"tokens": len(ids) + 1, "bytes": int(counts.sum(dtype=np.int64))}
-                self.totals["documents"] += 1
-                for key, size in sizes.items():
-                    self.totals[key] += size
-                    self.documents[key].append(size)
+    def finished(self, padding: int | None) -> shards.Stream:
+        """The whole stream, its last window padded or left out."""
+        with self._n_bytes.open("ab") as n_bytes:
+            n_bytes.write(np.int64(self._unfinished).tobytes())
+        return shards.Stream(
+            tokens=self._tokens,
+            n_bytes=self._n_bytes,
+            dtype=self._dtype.str,
+            targets=self.totals["tokens"],
+            seq_len=self._seq_len,
+            padding=padding,
+        )
 
-    def open(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens and the bytes of each, mapped from the files."""
-        if not self.totals["documents"]:
-            return np.zeros(0, self.dtype), np.zeros(0, np.int32)
-        return np.memmap(self.tokens, self.dtype, "r"), np.memmap(self.n_bytes, np.int32, "r")
+    def remove(self) -> None:
+        self._tokens.unlink()
+        self._n_bytes.unlink()
+
+
+def _dtype(size: int) -> np.dtype:
+    """Of the ids of a vocabulary."""
+    return np.dtype(np.uint16 if size <= 1 << 16 else np.int32)
 
 
 def _made(path: Path, make: Callable[[Path], None]) -> None:
@@ -354,13 +412,18 @@ def _made(path: Path, make: Callable[[Path], None]) -> None:
 
 
 def _make(
-    config: DataConfig, path: Path, partial: Path, progress: Progress, tokenizer_json: str | None
+    config: DataConfig,
+    path: Path,
+    partial: Path,
+    progress: Progress,
+    tokenizer_json: str | None,
+    workers: Workers,
 ) -> None:
     """Prepares what belongs at a path into a directory of another name."""
     tokenizer = tokenizers.make_tokenizer(config, tokenizer_json)
     before = sources.stamp(config.source)
-    streams = _tokenise(config, tokenizer, partial, progress)
-    totals = _write_records(config, tokenizer, streams, partial)
+    streams = _tokenise(config, tokenizer, partial, progress, workers)
+    totals = _write_records(tokenizer, streams, partial, workers)
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     documents = json.dumps(streams["held_out"].documents, separators=(",", ":"))
     (partial / _DOCUMENTS).write_text(documents, encoding="utf-8")
@@ -378,21 +441,20 @@ def _changed(config: DataConfig) -> ValueError:
 
 
 def _tokenise(
-    config: DataConfig, tokenizer: tokenizers.Tokenizer, directory: Path, progress: Progress
+    config: DataConfig,
+    tokenizer: tokenizers.Tokenizer,
+    directory: Path,
+    progress: Progress,
+    workers: Workers,
 ) -> dict[str, _Stream]:
-    streams = {name: _Stream.create(directory, name, tokenizer.size) for name in SPLITS}
+    streams = {name: _Stream(directory, name, tokenizer, config.seq_len) for name in SPLITS}
+    encode = _Encoder(tokenizer, config.held_out)
+    batches = _batches(sources.documents(config.source))
     done = 0
-    for batch in _batches(sources.documents(config.source)):
-        encoded = tokenizer.encode_batch_with_bytes(batch)
-        by_split: dict[str, list[tokenizers.Encoded]] = {name: [] for name in SPLITS}
-        for text, document in zip(batch, encoded, strict=True):
-            split = "held_out" if sources.is_held_out(text, config.held_out) else "train"
-            if len(document[0]):  # a normaliser may leave nothing of white space
-                by_split[split].append(document)
-        for name, documents in by_split.items():
-            if documents:
-                streams[name].append(documents, tokenizer.end)
-        done += len(batch)
+    for texts, parts in workers.map(encode, batches, alone=_ALONE):
+        for name, part in parts.items():
+            streams[name].append(part)
+        done += texts
         progress(done)
     _check_splits(config, streams)
     return streams
@@ -429,22 +491,18 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
 
 
 def _write_records(
-    config: DataConfig,
-    tokenizer: tokenizers.Tokenizer,
-    streams: dict[str, _Stream],
-    directory: Path,
+    tokenizer: tokenizers.Tokenizer, streams: dict[str, _Stream], directory: Path, workers: Workers
 ) -> dict[str, dict[str, int]]:
     from cla_jax.data import records
 
-    readers = {}
-    for name, stream in streams.items():
-        padding = tokenizer.end if name == "held_out" else None
-        readers[name] = records.WindowReader(*stream.open(), config.seq_len, padding)
-    records.write(directory, readers, streams["train"].dtype, config.seq_len + 1)
+    windows = {
+        name: stream.finished(tokenizer.end if name == "held_out" else None)
+        for name, stream in streams.items()
+    }
+    records.write(directory, windows, workers)
     for stream in streams.values():
-        stream.tokens.unlink()
-        stream.n_bytes.unlink()
-    return {name: streams[name].totals | {"windows": len(readers[name])} for name in SPLITS}
+        stream.remove()
+    return {name: streams[name].totals | {"windows": len(windows[name])} for name in SPLITS}
 
 
 @contextlib.contextmanager

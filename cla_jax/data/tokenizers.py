@@ -7,7 +7,9 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ _MOST_IDS = 1 << 24
 _RANDOM = ("dropout", "alpha", "nbest_size")
 
 Encoded = tuple[np.ndarray, np.ndarray]
+
+# A text is cut before each single space between two characters that are no white space. What Python takes
+# for white space includes all that Unicode does.
+_WORD = re.compile(r"(?s:.)[^ ]*(?:(?: (?!\S)|(?<=\s) )[^ ]*)*")
+# Ids of remembered words: some megabytes.
+_REMEMBERED_IDS = 1 << 20
 
 
 class Tokenizer:
@@ -60,6 +68,7 @@ class Tokenizer:
         self.end: int = vocabulary[end_token]
         self.size: int = max(vocabulary.values()) + 1  # ids, unused ones below the last included
         self._is_byte = inner.to_str() == _byte_level(end_token).to_str()
+        self._words = _Words(inner) if _is_by_words(inner, vocabulary) else None
         if self.end in self.encode(f"{end_token} {end_token}"):
             raise ValueError(
                 f"data.end_token = {end_token!r} is what this tokenizer makes of text, so a "
@@ -73,6 +82,9 @@ class Tokenizer:
 
     def __hash__(self) -> int:
         return hash((self.to_json(), self.end_token))
+
+    def __reduce__(self) -> tuple:
+        return load, (self.to_json(), self.end_token)
 
     def begin(self, token: str) -> int:
         """The id that a text begins behind, of data.begin_token. Raises ValueError if there is none."""
@@ -102,12 +114,7 @@ class Tokenizer:
         if self._is_byte:
             ids = [self.encode(text) for text in texts]
             return [(each, np.ones_like(each)) for each in ids]
-        with _guarded("the tokenizer fails on a text"):
-            encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            (np.array(encoding.ids, np.int32), _byte_counts(text, encoding.offsets))
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return self._words.encode(texts) if self._words else _encoded(self._inner, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD.
@@ -132,6 +139,95 @@ class Tokenizer:
     def to_json(self) -> str:
         """The content of a tokenizer.json from which `load` makes an equal tokenizer."""
         return self._inner.to_str(pretty=False)
+
+
+def _encoded(inner: tokenizers.Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    with _guarded("the tokenizer fails on a text"):
+        encodings = inner.encode_batch(list(texts), add_special_tokens=False)
+    return [
+        (np.array(encoding.ids, np.int32), _byte_counts(text, encoding.offsets))
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
+
+
+class _Numbers(dict[str, int]):
+    """Numbers words in the order in which they come."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = len(self)
+        return len(self) - 1
+
+
+class _Words:
+    """Encodes texts word by word and remembers the words: a text repeats most of them.
+
+    The library takes some hundred nanoseconds for a byte of text, a word that is known a few.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        self._inner = inner
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers = _Numbers()
+        # The ids of all words one after the other, the bytes of each, and where each word's end.
+        self._ids, self._bytes = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self._ends = np.zeros(0, np.int64)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        if len(self._ids) > _REMEMBERED_IDS:
+            self._forget()
+        words = list(map(_WORD.findall, texts))
+        known = len(self._numbers)
+        number = self._numbers.__getitem__
+        numbers = np.array(list(map(number, itertools.chain.from_iterable(words))), np.int64)
+        if new := list(itertools.islice(self._numbers, known, None)):
+            self._learn(new)
+        starts = np.concatenate([[0], self._ends])[numbers]
+        lengths = self._ends[numbers] - starts
+        ends = np.cumsum(lengths, dtype=np.int64)
+        at = np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)
+        after = np.cumsum([0, *map(len, words)])  # words of each text and those before it
+        cuts = np.concatenate([[0], ends])[after]
+        ids, n_bytes = self._ids[at], self._bytes[at]
+        return [(ids[i:j], n_bytes[i:j]) for i, j in itertools.pairwise(cuts.tolist())]
+
+    def _learn(self, words: list[str]) -> None:
+        with _guarded("the tokenizer fails on a text"):
+            encodings = self._inner.encode_batch(words, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        # The words side by side are a text: the bytes of all tokens are counted at once.
+        starts = itertools.accumulate(map(len, words), initial=0)
+        offsets = [
+            (start + first, start + last)
+            for start, encoding in zip(starts, encodings, strict=False)
+            for first, last in encoding.offsets
+        ]
+        n_bytes = _byte_counts("".join(words), offsets)
+        ends = len(self._ids) + np.cumsum([len(each) for each in ids])
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
+        self._ids = np.concatenate([self._ids, flat])
+        self._bytes = np.concatenate([self._bytes, n_bytes])
+        self._ends = np.concatenate([self._ends, ends])
+
+
+def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
+    """Whether the ids of a text are those of its words (`_WORD`), one after the other.
+
+    They are where nothing but the pre-tokeniser of GPT-2, which begins a new piece before such a space
+    whatever else stands there, and BPE, which stays within a piece, see the text, and every byte has an id.
+    """
+    pieces = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return (
+        isinstance(inner.model, models.BPE)
+        and bool(pieces)
+        and {key: pieces.get(key) for key in expected} == expected
+        and inner.normalizer is None
+        and inner.post_processor is None
+        and all(token.special for token in inner.get_added_tokens_decoder().values())
+        and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +523,7 @@ def _byte_counts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     utf8 = np.frombuffer(text.encode(), np.uint8)
     if not offsets:
         return np.zeros(0, np.int32)
-    ends = np.maximum.accumulate(np.array(offsets, np.int64)[:, 1])
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
     if len(utf8) != len(text):
         starts = np.flatnonzero((utf8 & 0xC0) != 0x80)  # every byte that does not continue one
         ends = np.append(starts, len(utf8))[ends]

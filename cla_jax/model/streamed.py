@@ -6,14 +6,13 @@ backends nothing here is used.
 """
 
 import dataclasses
-import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cla_jax import machine
 from cla_jax.mesh import AxisRules
 from cla_jax.model.layers import Linear, axes
 
@@ -41,15 +40,8 @@ def product(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = Non
 
 def _parts(weight_OI: jax.Array) -> int:
     """Into how many equal parts a product with one token is cut: one a core, unless they get too small."""
-    most = min(_cores(), weight_OI.size * weight_OI.dtype.itemsize // SMALLEST_PART)
+    most = min(machine.cores(), weight_OI.size * weight_OI.dtype.itemsize // SMALLEST_PART)
     return next(n for n in range(max(most, 1), 0, -1) if weight_OI.shape[0] % n == 0)
-
-
-@functools.cache
-def _cores() -> int:
-    """That this process may use, which is how many threads XLA has."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
