@@ -8,7 +8,8 @@ read block by block up to the current length.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -145,28 +146,41 @@ def _prefill_chunk(
 
 
 def prefill(
-    weights: Weights, spec: CacheSpec, cache: Cache, prompts: Sequence[Sequence[int]]
+    weights: Weights,
+    spec: CacheSpec,
+    cache: Cache,
+    prompts: Sequence[Sequence[int] | None],
+    last_BD: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Fills an emptied cache with prompts of any lengths, `spec.chunk` tokens a step, the last padded.
+    """Fills rows with prompts of any lengths, `spec.chunk` tokens a step, the last padded.
 
-    Returns the hidden state of each row's last token, [B, D], and the cache. One program serves every
+    What these rows held is forgotten. Rows without a prompt (None, or beyond the last prompt) keep what
+    they hold. Returns the hidden state of the last token of each row with a prompt, [B, D], that of the
+    others from `last_BD`, and the cache. The cache and `last_BD` are donated. One program serves every
     chunk of every prompt. Raises ValueError for prompts that do not fit.
     """
-    longest = check_prompts(prompts, spec)
-    cache = cache.emptied()
-    T = spec.chunk
-    chunks = -(-longest // T)
-    tokens = np.zeros((spec.batch, chunks * T), np.int32)
-    counts = np.zeros(spec.batch, np.int32)
-    for row, prompt in enumerate(prompts):
+    T, B = spec.chunk, spec.batch
+    if len(prompts) > B:
+        raise ValueError(f"{len(prompts)} prompts for a cache of {B} rows")
+    given = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
+    if not given:
+        raise ValueError("there is no prompt")
+    for row, prompt in given.items():
+        check_prompt(prompt, spec, name=f"prompt {row}")
+    chunks = -(-max(map(len, given.values())) // T)
+    tokens = np.zeros((B, chunks * T), np.int32)
+    counts = np.zeros(B, np.int32)
+    for row, prompt in given.items():
         tokens[row, : len(prompt)] = prompt
         counts[row] = len(prompt)
     rules = spec.rules
-    last_BD = jnp.zeros(
-        (spec.batch, spec.config.d_model),
-        spec.config.compute_dtype,
-        out_sharding=rules.gathered().spec(*axes("BD")),
-    )
+    cache = cache.reset(jax.device_put(counts > 0, rules.spec("batch")))
+    if last_BD is None:
+        last_BD = jnp.zeros(
+            (B, spec.config.d_model),
+            spec.config.compute_dtype,
+            out_sharding=rules.gathered().spec(*axes("BD")),
+        )
     for i in range(chunks):
         chunk = tokens[:, i * T : (i + 1) * T]
         placed = jax.device_put(
@@ -190,30 +204,27 @@ def check_weights(weights: Weights, spec: CacheSpec) -> None:
         )
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], spec: CacheSpec, new_tokens: Sequence[int] | None = None
-) -> int:
-    """The longest prompt's length. Raises ValueError for prompts that the cache or model cannot take."""
-    if not len(prompts):
-        raise ValueError("there is no prompt")
-    if len(prompts) > spec.batch:
-        raise ValueError(f"{len(prompts)} prompts for a cache of {spec.batch} rows")
-    vocabulary = spec.config.vocab_size
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: start it with the end token, as training does")
-        ids = np.asarray(prompt)
-        if ids.dtype.kind not in "iu" or ids.ndim != 1:
-            raise ValueError(f"prompt {i} is not a sequence of token ids, which are integers")
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            raise ValueError(
-                f"prompt {i} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it "
-                f"has {ids.min()} to {ids.max()}"
-            )
-        new = new_tokens[i] if new_tokens else 0
-        if len(prompt) + new > spec.capacity:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with {new} new ones that is more than the "
-                f"{spec.capacity} tokens that a row of the cache holds"
-            )
-    return max(map(len, prompts))
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer, numpy's included."""
+    return isinstance(value, Integral)
+
+
+def check_prompt(
+    prompt: Sequence[int], spec: CacheSpec, new_tokens: int = 0, name: str = "the prompt"
+) -> None:
+    """Raises ValueError for a prompt that the cache or the model cannot take."""
+    if not len(prompt):
+        raise ValueError(f"{name} is empty: start it with the end token, as training does")
+    ids, vocabulary = np.asarray(prompt), spec.config.vocab_size
+    if ids.dtype.kind not in "iu" or ids.ndim != 1:
+        raise ValueError(f"{name} is not a sequence of token ids, which are integers")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(
+            f"{name} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it has "
+            f"{ids.min()} to {ids.max()}"
+        )
+    if len(prompt) + new_tokens > spec.capacity:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens; with {new_tokens} new ones that is more than the "
+            f"{spec.capacity} tokens that a row of the cache holds"
+        )

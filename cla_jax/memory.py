@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cla_jax.batch import _Choice, _loop, _Rows
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.config import ModelConfig
 from cla_jax.decode import _prefill_chunk, decoding_weights
-from cla_jax.generate import LOOP, Sampling, _Choice, _loop, _Rows
+from cla_jax.engine import LOOP
 from cla_jax.model.transformer import Transformer
+from cla_jax.sampling import Sampling
 
 
 class TooSmall(ValueError):
@@ -112,6 +114,7 @@ def lowered(spec: CacheSpec) -> dict[str, Any]:
             cache,
             _Rows(ints, ints, flags, flags),
             _Choice(keys, ints, ids, ids),
+            True,  # hurry
             spec=spec,
             sampling=Sampling(),
             steps=LOOP,

@@ -214,7 +214,7 @@ def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry,
 
     read_BT = inputs_of(inputs_BT, begins)
     xs = tuple(map(steps, (read_BT, starts_BT, targets_BT, *more_BT)))
-    (cache, carry), _ = jax.lax.scan(step, (cache.emptied(), carry), xs)
+    (cache, carry), _ = jax.lax.scan(step, (cache.reset(), carry), xs)
     return carry, cache
 
 

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.config import MeshConfig
     from cla_jax.data import tokenizers
     from cla_jax.decode import decoding_weights
-    from cla_jax.generate import Sampling, generate
+    from cla_jax.generate import generate
+    from cla_jax.sampling import Sampling
     from launch import programs
 
     sampling = Sampling(

@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cla_jax import batch as batches
 from cla_jax import decode as decoding
-from cla_jax import generate as engine
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decoding_weights
-from cla_jax.generate import Sampling, generate, sample
+from cla_jax.engine import Engine
+from cla_jax.generate import generate
 from cla_jax.mesh import axis_rules, make_mesh, split_cache
 from cla_jax.model.transformer import Execution
+from cla_jax.sampling import Sampling, _cut, sample
 from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL, replace
@@ -186,7 +188,7 @@ def test_who_listens_may_end_a_row():
 def test_nothing_is_compiled_after_the_first_token_of_each_phase():
     """Other prompts, lengths, limits, seeds and stop tokens run through the same three programs."""
     model = make(replace(MODEL, d_ff=52))  # a shape of its own: nothing is in the cache of programs
-    functions = (decoding._prefill_chunk, engine._first, engine._loop)
+    functions = (decoding._prefill_chunk, batches._first, batches._loop)
     before = [f._cache_size() for f in functions]
     run(model, PROMPTS, batch=4)
     counts = [f._cache_size() for f in functions]
@@ -253,7 +255,7 @@ def test_the_cut_of_top_k_and_top_p_is_exact_with_ties_by_id():
         if forbidden is not None:
             logits[forbidden] = -np.inf
         sampling = Sampling(top_k=top_k, top_p=top_p)
-        found = engine._cut(jnp.array(logits)[None], sampling)[0]
+        found = _cut(jnp.array(logits)[None], sampling)[0]
         expected = kept_by_reference(logits, top_k, top_p)
         expected = [i for i in expected if np.isfinite(logits[i])]
         assert np.flatnonzero(np.isfinite(found)).tolist() == expected, (logits, top_k, top_p)
@@ -285,7 +287,6 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
         ([[1]], {"new_tokens": 0}, "new_tokens = 0"),
         ([[1]], {"new_tokens": [3, 4]}, "2 new_tokens for 1 prompts"),
         ([], {"batch": 1}, "no prompt"),
-        ([[1]] * 3, {"batch": 2}, "3 prompts for a cache of 2 rows"),
         ([[1], [1] * 60], {"new_tokens": 5}, "prompt 1 has 60 tokens; with 5 new ones .* the 64"),
         ([[1]], {"seeds": -1}, "seed = -1"),
         ([[1]], {"stop": [300]}, "stop"),
@@ -303,7 +304,7 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
 )
 def test_bad_prompts_are_refused_before_compiling(prompts, options, words, monkeypatch):
     model = make(MODEL)
-    monkeypatch.setattr(engine, "prefill", None)  # would be called first
+    monkeypatch.setattr(Engine, "step", None)  # would be called first
     with pytest.raises(ValueError, match=words):
         run(model, prompts, **options)
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},
-    {"train", "decode", "generate"},
+    {"train", "decode", "sampling", "batch", "engine", "generate"},
     {"scoring", "families", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},

@@ -117,9 +117,9 @@ class Cache:
     slots: tuple[Slot, ...]
     lengths_B: jax.Array  # tokens of each row so far
 
-    def emptied(self) -> "Cache":
-        """For new rows: what the old ones left lies beyond the length of the new."""
-        return dataclasses.replace(self, lengths_B=jnp.zeros_like(self.lengths_B))
+    def reset(self, rows_B: jax.Array | bool = True) -> "Cache":
+        """These rows empty, by default all. What they held lies beyond the length of what comes."""
+        return dataclasses.replace(self, lengths_B=jnp.where(rows_B, 0, self.lengths_B))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Tasks, prompts, metrics and the splitting of text into context and continuation are the harness's own
 (github.com/EleutherAI/lm-evaluation-harness), so scores are those that its Hugging Face backend gives
-for the same weights; how the answers are computed is ours (cla_jax/likelihood.py, cla_jax/generate.py).
+for the same weights; how the answers are computed is ours (cla_jax/likelihood.py, cla_jax/engine.py).
 """
 
 import functools
@@ -20,13 +20,14 @@ from cla_jax import checkpoint, likelihood, runs
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import near_choice
 from cla_jax.decode import Weights, decoding_weights
+from cla_jax.engine import Engine, Request
 from cla_jax.evaluate import open_setup
 from cla_jax.families import doubled, text
-from cla_jax.generate import Sampling, generate
 from cla_jax.interop.task_data import Tasks, harness_missing
-from cla_jax.likelihood import CACHED, SHORTEST, Likelihood, rows_of
+from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import Run
+from cla_jax.sampling import Sampling
 from cla_jax.scoring import Progress
 from cla_jax.train import Setup
 
@@ -173,18 +174,23 @@ class Model(TemplateLM):
             options: dict[str, Any] = dict(
                 normalize_gen_kwargs(requests[some[0][0]].args[1], _NEW_TOKENS)
             )
-            while some:
-                capacity = min(len(some[0][1]), self.max_length) + options["max_gen_toks"]
-                size = rows_of(self._setup.rules)(CACHED // doubled(SHORTEST, capacity))
-                batch, some = some[:size], some[size:]
-                texts = self._generated([tokens for _, tokens in batch], dict(options), size)
-                for (i, _), words in zip(batch, texts, strict=True):
-                    results[i] = words
-                    self.cache_hook.add_partial("generate_until", requests[i].args, words)
-                progress(done := done + len(batch), len(requests))
+            reach = min(len(some[0][1]), self.max_length) + options["max_gen_toks"]
+            texts = [tokens for _, tokens in some]
+            tick = lambda ended, done=done: progress(done + ended, len(requests))
+            found = self._generated(texts, options, doubled(SHORTEST, reach), tick)
+            for (i, _), words in zip(some, found, strict=True):
+                results[i] = words
+                self.cache_hook.add_partial("generate_until", requests[i].args, words)
+            done += len(some)
         return results
 
-    def _generated(self, prompts: list[list[int]], options: dict[str, Any], size: int) -> list[str]:
+    def _generated(
+        self,
+        prompts: list[list[int]],
+        options: dict[str, Any],
+        capacity: int,
+        tick: Callable[[int], None],
+    ) -> list[str]:
         """Continuations up to the end token or the first stop string, which are left out."""
         until = [stop for stop in options.pop("until") if stop]
         new_tokens = options.pop("max_gen_toks")
@@ -194,33 +200,39 @@ class Model(TemplateLM):
                 f"{new_tokens} tokens are to be generated, which leaves none of the context of "
                 f"{self.max_length} for the prompt: raise --context"
             )
-        prompts = [prompt[-(self.max_length - new_tokens) :] for prompt in prompts]
+        rows_of = likelihood.rows_of(self._setup.rules)
         spec = cache_spec(
             self._model.config,
             "dense" if self.way == FULL else self.way,
-            batch=size,
-            capacity=doubled(SHORTEST, max(map(len, prompts)) + new_tokens),
+            batch=min(rows_of(CACHED // capacity), rows_of(len(prompts))),
+            capacity=capacity,
             chunk=self.chunk,
             rules=self._setup.rules,
         )
-        tokens: list[list[int]] = [[] for _ in prompts]
-
-        def stops(row: int, new: list[int]) -> bool:
-            tokens[row] += new
-            words = self._tokenizer.decode(tokens[row])
-            return any(stop in words for stop in until)
-
-        generate(
+        engine = Engine(
             self._weights,
             spec,
-            prompts,
-            new_tokens=new_tokens,
             stop=self._ends,
             n_ids=self._tokenizer.size,
             sampling=sampling,
-            on_tokens=stops,
+            every=8,
         )
-        found = map(self._tokenizer.decode, tokens)
+        requests: list[Request] = []
+
+        def stops(i: int, _new: list[int]) -> bool:
+            words = self._tokenizer.decode(requests[i].completion.tokens)
+            return any(stop in words for stop in until)
+
+        for i, prompt in enumerate(prompts):
+            prompt = prompt[-(self.max_length - new_tokens) :]
+            listener = functools.partial(stops, i)
+            requests.append(
+                engine.submit(prompt, new_tokens=new_tokens, seed=(0, i), listener=listener)
+            )
+        while engine.step():
+            tick(sum(request.ended for request in requests))
+        tick(len(requests))
+        found = [self._tokenizer.decode(request.completion.tokens) for request in requests]
         return [
             min((words.split(stop)[0] for stop in until), key=len, default=words) for words in found
         ]

@@ -1,0 +1,245 @@
+"""Continuous batching: requests join a batch, decode and leave it while others go on.
+
+    engine = Engine(weights, spec, stop=[end])
+    first = engine.submit([1, 2, 3], new_tokens=100)
+    while engine.step():
+        print(first.completion.tokens)
+
+A row of the cache serves one request at a time. A step of the engine gives free rows to the requests that
+wait, in the order of their submission, puts their prompts through the model, and then decodes all rows in a
+loop that stays on the device. What a request gets does not depend on what else is in the batch.
+
+Four programs are compiled, once for a cache spec and a way of sampling: a chunk of a prompt for all rows,
+the same for one row, the first token, and the loop of decode steps. Requests are data of these programs.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from cla_jax.batch import Batch, Seed, _Emitted
+from cla_jax.cache import CacheSpec
+from cla_jax.decode import Weights, check_prompt, check_weights, is_integer
+from cla_jax.sampling import Sampling
+
+LOOP = 64  # decode steps between two looks of the host, if nobody listens
+
+Finish = Literal["stop", "length", "cancelled"]
+# Called with new tokens. True ends the request; these are its last tokens.
+Listener = Callable[[list[int]], bool | None]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Completion:
+    """What has been generated for one prompt."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)  # without the stop token
+    # Natural log of each token's probability under the model, whatever the sampling made of it.
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    # What ended it: a stop token or its listener, its limit, `cancel`. None: it has not ended.
+    finish: Finish | None = None
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Request:
+    """A prompt to continue. Made by `Engine.submit`."""
+
+    prompt: list[int]
+    new_tokens: int
+    seed: Seed
+    listener: Listener | None
+    completion: Completion = dataclasses.field(default_factory=Completion)
+    # Tokens that the device has been asked for; it may have ended the request before.
+    asked: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.completion.finish is not None
+
+
+class Engine:
+    """Requests over the rows of one cache.
+
+    Args:
+      weights: from `decoding_weights`.
+      spec: from `cache_spec`. Its batch is the number of requests that decode at once. Its capacity bounds
+        the tokens of a prompt and its continuation together.
+      stop: ids that end a request; they are not returned.
+      n_ids: ids from here on are padding of the vocabulary and never drawn.
+      sampling: how tokens are drawn.
+      every: decode steps between two looks of the host. A listener hears of new tokens that often.
+
+    Raises:
+      ValueError: weights of another model, ids outside the vocabulary, a bad `every`.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        spec: CacheSpec,
+        *,
+        stop: Sequence[int] = (),
+        n_ids: int | None = None,
+        sampling: Sampling = Sampling(),
+        every: int = LOOP,
+    ):
+        if not is_integer(every) or every < 1:
+            raise ValueError(f"every = {every} must be a positive integer")
+        check_weights(weights, spec)
+        vocabulary = spec.config.vocab_size
+        n_ids = vocabulary if n_ids is None else n_ids
+        for name, ids in (("stop", stop), ("n_ids - 1", [n_ids - 1])):
+            if not all(is_integer(i) and 0 <= i < vocabulary for i in ids):
+                raise ValueError(f"{name} = {ids} lies outside the vocabulary of {vocabulary} ids")
+        self.weights, self.spec, self.sampling, self.every = weights, spec, sampling, every
+        self._allowed = np.arange(vocabulary) < n_ids
+        self._stops = np.isin(np.arange(vocabulary), list(stop))
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._requests: list[Request | None] = [None] * spec.batch  # of each row
+        self._cancelled = np.zeros(spec.batch, bool)  # rows that the device does not know of
+        # Emissions that the host has not looked at, each with the requests of its rows.
+        self._in_flight: collections.deque[tuple[list[Request | None], _Emitted]] = (
+            collections.deque()
+        )
+        self._batch: Batch | None = None  # made for the first request
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        new_tokens: int,
+        seed: Seed = 0,
+        listener: Listener | None = None,
+        name: str = "the prompt",
+    ) -> Request:
+        """Adds a request to those that wait.
+
+        Args:
+          prompt: token ids.
+          new_tokens: tokens to generate at most.
+          seed: of its draws.
+          listener: is called with new tokens as they come.
+          name: of the prompt, for messages.
+
+        Raises:
+          ValueError: an empty prompt, an id outside the vocabulary, more tokens than a row of the
+            cache holds.
+        """
+        if not is_integer(new_tokens):
+            raise ValueError(f"new_tokens = {new_tokens} must be an integer")
+        if new_tokens < 1:
+            raise ValueError(f"new_tokens = {new_tokens} must be positive")
+        if new_tokens >= 1 << 31:
+            raise ValueError(f"new_tokens = {new_tokens} is more than positions can count")
+        for part in seed if isinstance(seed, tuple) else (seed,):
+            if not is_integer(part):
+                raise ValueError(f"seed = {part} must be an integer")
+            if not 0 <= part < 2**32:
+                raise ValueError(f"seed = {part} must lie in 0 to 2**32 - 1")
+        check_prompt(prompt, self.spec, int(new_tokens), name)
+        request = Request(
+            prompt=np.asarray(prompt).tolist(),
+            new_tokens=int(new_tokens),
+            seed=seed,
+            listener=listener,
+        )
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request with what it has; its row is free for others. Does nothing if it has ended."""
+        if request.ended:
+            return
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._end(request, "cancelled")
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or decodes."""
+        return not self._waiting and not any(self._requests)
+
+    def step(self) -> bool:
+        """Admits what waits, decodes up to `every` tokens a row. Whether anything is left to do."""
+        if self._waiting and all(self._requests):
+            self._collect()  # a row may have become free
+        self._admit()
+        if self._decode() and not self._waiting:
+            self._collect(
+                but=1
+            )  # the next steps are under way before the host looks at the last ones
+        else:
+            self._collect()
+        if self.idle:
+            self._in_flight.clear()
+        return not self.idle
+
+    def run(self) -> None:
+        """Steps until no request is left."""
+        while self.step():
+            pass
+
+    def _admit(self) -> None:
+        """Free rows get the requests that wait: their prompts go into the cache, a first token comes out."""
+        free = [row for row, request in enumerate(self._requests) if request is None]
+        joining = {row: self._waiting.popleft() for row in free[: len(self._waiting)]}
+        if not joining:
+            return
+        for row, request in joining.items():
+            self._requests[row] = request
+            request.asked = 1
+        if self._batch is None:
+            ids = self._allowed, self._stops
+            self._batch = Batch(self.weights, self.spec, self.sampling, *ids)
+        running = {row: request for row, request in enumerate(self._requests) if request}
+        self._batch.end(self._cancelled)
+        self._batch.choose(
+            {row: request.new_tokens for row, request in running.items()},
+            {row: request.seed for row, request in running.items()},
+        )
+        self._batch.fill({row: request.prompt for row, request in joining.items()})
+        self._in_flight.append((list(self._requests), self._batch.first(list(joining))))
+
+    def _decode(self) -> bool:
+        """Starts the next decode steps, if a row can take one."""
+        running = [request for request in self._requests if request is not None]
+        if not any(request.asked < request.new_tokens for request in running):
+            return False
+        assert self._batch is not None  # whoever runs was admitted
+        self._batch.end(self._cancelled)
+        emitted = self._batch.decode(self.every, hurry=bool(self._waiting))
+        self._in_flight.append((list(self._requests), emitted))
+        for request in running:
+            request.asked += self.every
+        return True
+
+    def _collect(self, but: int = 0) -> None:
+        """Looks at what the device has emitted, except for the newest `but` emissions."""
+        while len(self._in_flight) > but:
+            requests, emitted = self._in_flight.popleft()
+            tokens_BN, logprobs_BN, done_B, stopped_B = map(np.asarray, emitted)
+            for row, request in enumerate(requests):
+                if request is None or request.ended:
+                    continue
+                is_token_N = tokens_BN[row] >= 0
+                new = tokens_BN[row][is_token_N].tolist()
+                request.completion.tokens += new
+                request.completion.logprobs += logprobs_BN[row][is_token_N].tolist()
+                if new and request.listener is not None and request.listener(new):
+                    self._end(request, "stop")
+                elif done_B[row] and not request.ended:  # a listener may cancel
+                    self._end(request, "stop" if stopped_B[row] else "length", known=True)
+        if not self._in_flight:  # a loop in a hurry may have ended early
+            for request in filter(None, self._requests):
+                request.asked = len(request.completion.tokens)
+
+    def _end(self, request: Request, finish: Finish, known: bool = False) -> None:
+        """Ends a request; `known` if the device has ended its row."""
+        request.completion.finish = finish
+        if request in self._requests:
+            row = self._requests.index(request)
+            self._requests[row] = None
+            self._cancelled[row] = not known

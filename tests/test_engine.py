@@ -1,0 +1,242 @@
+import dataclasses
+import functools
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from cla_jax import batch as batches
+from cla_jax import decode as decoding
+from cla_jax.cache import cache_spec
+from cla_jax.config import MeshConfig
+from cla_jax.decode import decoding_weights
+from cla_jax.engine import Engine
+from cla_jax.generate import generate
+from cla_jax.mesh import axis_rules, make_mesh
+from cla_jax.sampling import Sampling
+from cla_jax.state import layout
+from tests import reference
+from tests.conftest import MODEL, replace
+
+CONFIG = replace(MODEL, windows="9,9,0,0")  # two rings, which a row leaves wrapped for the next
+PROMPTS = [[1, 2, 3], [4] * 37, [5, 6], [7, 8, 9, 10], list(range(20)), [11]]
+MOST = 14  # new tokens
+STOP = 30  # ids below it end a text: about one token in nine
+OPTIONS = {"stop": range(STOP), "n_ids": 257}
+PROGRAMS = (decoding._prefill_chunk, batches._first, batches._loop, batches._put_row)
+
+
+@functools.cache
+def weights(config=CONFIG):
+    return decoding_weights(reference.randomised(config))
+
+
+def spec(batch, format="dense", config=CONFIG):
+    return cache_spec(config, format, batch=batch, capacity=64, chunk=16)
+
+
+@functools.cache
+def alone(i, seed, format="dense"):
+    """What prompt i gets in a batch of its own."""
+    prompts, seeds = [PROMPTS[i]], [seed]
+    options = {"new_tokens": MOST, "seeds": seeds, **OPTIONS}
+    return generate(weights(), spec(1, format), prompts, **options)[0]
+
+
+def assert_as_alone(request, i, seed, limit, format="dense"):
+    expected, found = alone(i, seed, format), request.completion
+    assert found.tokens == expected.tokens[:limit]
+    stopped = expected.finish == "stop" and len(expected.tokens) < limit
+    assert found.finish == ("stop" if stopped else "length")
+    assert found.logprobs == pytest.approx(expected.logprobs[:limit], abs=1e-4)
+
+
+# A request, some steps of the engine, or the end of one of the requests so far.
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, 5), st.integers(0, 1), st.integers(1, MOST)),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@settings(max_examples=12, deadline=None)
+@given(operations=operations, every=st.sampled_from([1, 4]))
+def test_who_joins_and_leaves_a_running_batch_gets_what_it_gets_alone(batch, operations, every):
+    engine = Engine(weights(), spec(batch), every=every, **OPTIONS)
+    asked = []
+    for what, *values in operations:
+        if what == "submit":
+            i, seed, limit = values
+            asked.append((engine.submit(PROMPTS[i], new_tokens=limit, seed=seed), values))
+        elif what == "step":
+            for _ in range(values[0]):
+                engine.step()
+        elif asked:
+            engine.cancel(asked[values[0] % len(asked)][0])
+    engine.run()
+    assert engine.idle
+    for request, values in asked:
+        if request.completion.finish == "cancelled":
+            tokens = request.completion.tokens
+            assert tokens == alone(*values[:2]).tokens[: len(tokens)]
+            assert len(request.completion.logprobs) == len(tokens) <= values[2]
+        else:
+            assert_as_alone(request, *values)
+
+
+@pytest.mark.parametrize("format", ["int8", "kivi4"])
+def test_a_row_that_served_others_is_as_new_in_every_format(format):
+    engine = Engine(weights(), spec(2, format), every=3, **OPTIONS)
+    asked = [(i, i % 2, MOST - i) for i in (*range(6), *range(6))]
+    requests = [engine.submit(PROMPTS[i], new_tokens=n, seed=seed) for i, seed, n in asked]
+    engine.run()
+    for request, (i, seed, limit) in zip(requests, asked, strict=True):
+        expected = alone(i, seed, format).tokens[:limit]
+        assert request.completion.tokens == expected
+
+
+def test_nothing_is_compiled_for_who_comes_later():
+    config = replace(CONFIG, d_ff=44)  # a shape of its own: nothing is in the cache of programs
+    engine = Engine(weights(config), spec(4, config=config), every=2, **OPTIONS)
+    sizes = lambda: [program._cache_size() for program in PROGRAMS]
+    before = sizes()
+    for prompt in PROMPTS[:3]:
+        engine.submit(prompt, new_tokens=5)
+    engine.run()
+    assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1, 1, 1, 0]
+    engine.submit([1], new_tokens=3)  # alone: its prompt goes through a batch of one
+    engine.run()
+    before = sizes()
+    for i, prompt in enumerate(PROMPTS * 2):
+        request = engine.submit(prompt, new_tokens=1 + i, seed=(i, i + 1))
+        if i % 5 == 4:
+            engine.step()
+            engine.cancel(request)
+    engine.run()
+    assert sizes() == before
+
+
+def test_a_listener_hears_every_token_once_and_may_end_a_request():
+    heard = {"all": [], "two": []}
+    engine = Engine(weights(), spec(2), every=2, n_ids=257)
+
+    def listener(name, enough):
+        def listen(new):
+            heard[name] += new
+            return np.bool_(len(heard[name]) >= enough)
+
+        return listen
+
+    whole = engine.submit(PROMPTS[0], new_tokens=9, listener=listener("all", 99))
+    ended = engine.submit(PROMPTS[3], new_tokens=9, listener=listener("two", 2))
+    after = engine.submit(PROMPTS[3], new_tokens=9)
+    engine.run()
+    assert heard["all"] == whole.completion.tokens
+    assert heard["two"] == ended.completion.tokens == after.completion.tokens[: len(heard["two"])]
+    found = [request.completion.finish for request in (whole, ended, after)]
+    assert found == ["length", "stop", "length"]
+
+
+def test_a_listener_may_submit_and_cancel():
+    """As a server would: the next request comes when an answer has come."""
+    engine = Engine(weights(), spec(1), every=2, **OPTIONS)
+    later = []
+
+    def listen(_new):
+        if not later:
+            later.append(engine.submit(PROMPTS[2], new_tokens=MOST, seed=1))
+            engine.cancel(first)
+
+    first = engine.submit(PROMPTS[0], new_tokens=MOST, listener=listen)
+    engine.run()
+    assert first.completion.finish == "cancelled"
+    assert_as_alone(later[0], 2, 1, MOST)
+
+
+def test_a_row_that_ends_is_given_on_at_once():
+    """While others wait, the loop of decode steps ends with a row, however many steps it may take."""
+    engine = Engine(weights(), spec(2), n_ids=257, every=64)
+    requests = [engine.submit(PROMPTS[0], new_tokens=limit) for limit in (40, 3, 3, 3, 3)]
+    lengths = []
+    while not requests[-2].ended:
+        engine.step()
+        lengths.append(len(requests[0].completion.tokens))
+    assert lengths == [3, 5, 7]  # not 40 at once
+
+
+def test_a_request_waits_in_the_order_of_submission():
+    engine = Engine(weights(), spec(1), every=4, n_ids=257)
+    ends = []
+    for name in "abc":
+        count = [0]
+
+        def listen(new, name=name, count=count):
+            count[0] += len(new)
+            if count[0] == 6:
+                ends.append(name)
+
+        engine.submit(PROMPTS[0], new_tokens=6, listener=listen)
+    engine.run()
+    assert ends == ["a", "b", "c"]
+
+
+def test_prompts_that_come_later_go_through_a_mesh_too():
+    config = replace(CONFIG, n_kv_heads=2)
+    model = reference.randomised(config)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    rules = axis_rules(config, mesh)
+    single = cache_spec(config, batch=4, capacity=64, chunk=16)
+    options = {"new_tokens": 7, "seeds": 3, "n_ids": 257}
+    alone = generate(decoding_weights(model), single, PROMPTS, **options)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, layout(model, rules, mesh))
+        spread = cache_spec(config, batch=4, capacity=64, chunk=16, rules=rules)
+        found = generate(decoding_weights(placed, rules), spread, PROMPTS, **options)
+    assert [c.tokens for c in found] == [c.tokens for c in alone]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [1] * 60, "new_tokens": 5}, "the prompt has 60 tokens; with 5 new ones"),
+        ({"new_tokens": 0}, "new_tokens = 0 must be positive"),
+        ({"new_tokens": 1 << 31}, "new_tokens = 2147483648 is more than positions can count"),
+        ({"seed": -1}, "seed = -1 must lie in 0"),
+        ({"seed": (1, 2**32)}, "seed = 4294967296 must lie in 0"),
+        ({"seed": "a"}, "seed = a must be an integer"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_no_trace(options, words):
+    engine = Engine(weights(), spec(1), **OPTIONS)
+    with pytest.raises(ValueError, match=words):
+        engine.submit(**({"prompt": [1], "new_tokens": 3} | options))
+    assert engine.idle
+
+
+def test_samplings_of_two_engines_differ():
+    draws = [
+        generate(weights(), spec(1), [[1]], new_tokens=8, sampling=Sampling(temperature=t))
+        for t in (0, 1)
+    ]
+    assert draws[0][0].tokens != draws[1][0].tokens
+
+
+def test_a_spec_is_data_of_the_engine_alone():
+    """Two engines over equal specs do not share a cache."""
+    one, two = (
+        Engine(weights(), dataclasses.replace(spec(1)), every=2, **OPTIONS) for _ in range(2)
+    )
+    a = one.submit(PROMPTS[0], new_tokens=MOST, seed=0)
+    one.step()
+    b = two.submit(PROMPTS[1], new_tokens=MOST, seed=1)
+    two.run()
+    one.run()
+    assert_as_alone(a, 0, 0, MOST)
+    assert_as_alone(b, 1, 1, MOST)
