@@ -1,8 +1,6 @@
-import dataclasses
 import functools
 
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,21 +8,18 @@ from hypothesis import given, settings
 from cla_jax import batch as batches
 from cla_jax import decode as decoding
 from cla_jax.cache import cache_spec
-from cla_jax.config import MeshConfig
 from cla_jax.decode import decoding_weights
 from cla_jax.engine import Engine
-from cla_jax.generate import generate
-from cla_jax.mesh import axis_rules, make_mesh
-from cla_jax.sampling import Sampling
-from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL, replace
 
-CONFIG = replace(MODEL, windows="9,9,0,0")  # two rings, which a row leaves wrapped for the next
+CONFIG = replace(
+    MODEL, windows="9,9,0,0"
+)  # two rings, which a request leaves full for the next one
 PROMPTS = [[1, 2, 3], [4] * 37, [5, 6], [7, 8, 9, 10], list(range(20)), [11]]
 MOST = 14  # new tokens
 STOP = 30  # ids below it end a text: about one token in nine
-OPTIONS = {"stop": range(STOP), "n_ids": 257}
+OPTIONS = {"stop": range(STOP), "n_ids": 257, "every": 3}
 PROGRAMS = (decoding._prefill_chunk, batches._first, batches._loop, batches._put_row)
 
 
@@ -40,9 +35,10 @@ def spec(batch, format="dense", config=CONFIG):
 @functools.cache
 def alone(i, seed, format="dense"):
     """What prompt i gets in a batch of its own."""
-    prompts, seeds = [PROMPTS[i]], [seed]
-    options = {"new_tokens": MOST, "seeds": seeds, **OPTIONS}
-    return generate(weights(), spec(1, format), prompts, **options)[0]
+    engine = Engine(weights(), spec(1, format), **OPTIONS)
+    request = engine.submit(PROMPTS[i], new_tokens=MOST, seed=seed)
+    engine.run()
+    return request.completion
 
 
 def assert_as_alone(request, i, seed, limit, format="dense"):
@@ -64,11 +60,11 @@ operations = st.lists(
 )
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4])
-@settings(max_examples=12, deadline=None)
-@given(operations=operations, every=st.sampled_from([1, 4]))
-def test_who_joins_and_leaves_a_running_batch_gets_what_it_gets_alone(batch, operations, every):
-    engine = Engine(weights(), spec(batch), every=every, **OPTIONS)
+@pytest.mark.parametrize("batch", [1, 4])
+@settings(max_examples=15, deadline=None)
+@given(operations=operations)
+def test_who_joins_and_leaves_a_running_batch_gets_what_it_gets_alone(batch, operations):
+    engine = Engine(weights(), spec(batch), **OPTIONS)
     asked = []
     for what, *values in operations:
         if what == "submit":
@@ -90,9 +86,9 @@ def test_who_joins_and_leaves_a_running_batch_gets_what_it_gets_alone(batch, ope
             assert_as_alone(request, *values)
 
 
-@pytest.mark.parametrize("format", ["int8", "kivi4"])
+@pytest.mark.parametrize("format", ["kivi4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_row_that_served_others_is_as_new_in_every_format(format):
-    engine = Engine(weights(), spec(2, format), every=3, **OPTIONS)
+    engine = Engine(weights(), spec(1, format), **OPTIONS)
     asked = [(i, i % 2, MOST - i) for i in (*range(6), *range(6))]
     requests = [engine.submit(PROMPTS[i], new_tokens=n, seed=seed) for i, seed, n in asked]
     engine.run()
@@ -102,29 +98,25 @@ def test_a_row_that_served_others_is_as_new_in_every_format(format):
 
 
 def test_nothing_is_compiled_for_who_comes_later():
-    config = replace(CONFIG, d_ff=44)  # a shape of its own: nothing is in the cache of programs
-    engine = Engine(weights(config), spec(4, config=config), every=2, **OPTIONS)
-    sizes = lambda: [program._cache_size() for program in PROGRAMS]
-    before = sizes()
-    for prompt in PROMPTS[:3]:
-        engine.submit(prompt, new_tokens=5)
-    engine.run()
-    assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1, 1, 1, 0]
-    engine.submit([1], new_tokens=3)  # alone: its prompt goes through a batch of one
-    engine.run()
-    before = sizes()
+    engine = Engine(weights(), spec(4), **OPTIONS)
+    for prompts in (PROMPTS[:3], PROMPTS[:1]):  # one alone goes through a batch of one
+        for prompt in prompts:
+            engine.submit(prompt, new_tokens=5)
+        engine.run()
+    before = [program._cache_size() for program in PROGRAMS]
+    assert all(before)
     for i, prompt in enumerate(PROMPTS * 2):
         request = engine.submit(prompt, new_tokens=1 + i, seed=(i, i + 1))
         if i % 5 == 4:
             engine.step()
             engine.cancel(request)
     engine.run()
-    assert sizes() == before
+    assert [program._cache_size() for program in PROGRAMS] == before
 
 
 def test_a_listener_hears_every_token_once_and_may_end_a_request():
     heard = {"all": [], "two": []}
-    engine = Engine(weights(), spec(2), every=2, n_ids=257)
+    engine = Engine(weights(), spec(1), every=3, n_ids=257)
 
     def listener(name, enough):
         def listen(new):
@@ -145,7 +137,7 @@ def test_a_listener_hears_every_token_once_and_may_end_a_request():
 
 def test_a_listener_may_submit_and_cancel():
     """As a server would: the next request comes when an answer has come."""
-    engine = Engine(weights(), spec(1), every=2, **OPTIONS)
+    engine = Engine(weights(), spec(1), **OPTIONS)
     later = []
 
     def listen(_new):
@@ -161,8 +153,8 @@ def test_a_listener_may_submit_and_cancel():
 
 def test_a_row_that_ends_is_given_on_at_once():
     """While others wait, the loop of decode steps ends with a row, however many steps it may take."""
-    engine = Engine(weights(), spec(2), n_ids=257, every=64)
-    requests = [engine.submit(PROMPTS[0], new_tokens=limit) for limit in (40, 3, 3, 3, 3)]
+    engine = Engine(weights(), spec(4), n_ids=257, every=64)
+    requests = [engine.submit(PROMPTS[0], new_tokens=limit) for limit in (40, 3, 9, 9, 3, 3, 9)]
     lengths = []
     while not requests[-2].ended:
         engine.step()
@@ -171,7 +163,7 @@ def test_a_row_that_ends_is_given_on_at_once():
 
 
 def test_a_request_waits_in_the_order_of_submission():
-    engine = Engine(weights(), spec(1), every=4, n_ids=257)
+    engine = Engine(weights(), spec(1), every=3, n_ids=257)
     ends = []
     for name in "abc":
         count = [0]
@@ -184,21 +176,6 @@ def test_a_request_waits_in_the_order_of_submission():
         engine.submit(PROMPTS[0], new_tokens=6, listener=listen)
     engine.run()
     assert ends == ["a", "b", "c"]
-
-
-def test_prompts_that_come_later_go_through_a_mesh_too():
-    config = replace(CONFIG, n_kv_heads=2)
-    model = reference.randomised(config)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    rules = axis_rules(config, mesh)
-    single = cache_spec(config, batch=4, capacity=64, chunk=16)
-    options = {"new_tokens": 7, "seeds": 3, "n_ids": 257}
-    alone = generate(decoding_weights(model), single, PROMPTS, **options)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(model, layout(model, rules, mesh))
-        spread = cache_spec(config, batch=4, capacity=64, chunk=16, rules=rules)
-        found = generate(decoding_weights(placed, rules), spread, PROMPTS, **options)
-    assert [c.tokens for c in found] == [c.tokens for c in alone]
 
 
 @pytest.mark.parametrize(
@@ -220,19 +197,9 @@ def test_bad_requests_are_refused_and_leave_no_trace(options, words):
     assert engine.idle
 
 
-def test_samplings_of_two_engines_differ():
-    draws = [
-        generate(weights(), spec(1), [[1]], new_tokens=8, sampling=Sampling(temperature=t))
-        for t in (0, 1)
-    ]
-    assert draws[0][0].tokens != draws[1][0].tokens
-
-
 def test_a_spec_is_data_of_the_engine_alone():
     """Two engines over equal specs do not share a cache."""
-    one, two = (
-        Engine(weights(), dataclasses.replace(spec(1)), every=2, **OPTIONS) for _ in range(2)
-    )
+    one, two = (Engine(weights(), spec(1), **OPTIONS) for _ in range(2))
     a = one.submit(PROMPTS[0], new_tokens=MOST, seed=0)
     one.step()
     b = two.submit(PROMPTS[1], new_tokens=MOST, seed=1)

@@ -93,7 +93,8 @@ def test_generation_on_a_mesh_gives_the_same_tokens(way):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     rules = axis_rules(config, mesh)
     rules = split_cache(rules, mesh) if way == "split" else rules
-    prompts = [*PROMPTS[:3], list(range(140))]  # one of them longer than a block
+    # One of them longer than a block, and one more than the rows.
+    prompts = [*PROMPTS[:3], list(range(140)), PROMPTS[3]]
     alone = run(model, prompts, capacity=300, seeds=1)
     with jax.set_mesh(mesh):
         weights = decoding_weights(jax.device_put(model, layout(model, rules, mesh)), rules)
