@@ -175,12 +175,12 @@ def prefill(
         counts[row] = len(prompt)
     rules = spec.rules
     cache = cache.reset(jax.device_put(counts > 0, rules.spec("batch")))
-    if last_BD is None:
-        last_BD = jnp.zeros(
-            (B, spec.config.d_model),
-            spec.config.compute_dtype,
-            out_sharding=rules.gathered().spec(*axes("BD")),
-        )
+    none_BD = jnp.zeros(
+        (B, spec.config.d_model),
+        spec.config.compute_dtype,
+        out_sharding=rules.gathered().spec(*axes("BD")),
+    )
+    last_BD = none_BD if last_BD is None else last_BD
     for i in range(chunks):
         chunk = tokens[:, i * T : (i + 1) * T]
         placed = jax.device_put(
