@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 from cla_jax import kv_map as kv_maps
@@ -393,6 +394,12 @@ class DataConfig:
                 raise ValueError(f"data.stages: from step {stage.step} on, all weights are 0")
 
     @property
+    def named_sources(self) -> tuple[tuple[str, str], ...]:
+        """Each source, behind the words by which a message names its field."""
+        parts = tuple((f"data.mixture: {part.name}", part.source) for part in self.mixture)
+        return parts or (("data.source", self.source),)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Where the text comes from, sorted: the names, order and weights of a mixture do not matter."""
         return tuple(sorted({part.source for part in self.mixture} or {self.source}))
@@ -620,6 +627,37 @@ def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
             f"model.vocab_size = {model.vocab_size} is smaller than the {ids} ids of "
             f"data.tokenizer = {shown(tokenizer)}"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    # 0 takes the likeliest token; 1 samples the model's distribution.
+    temperature: float = 1.0
+    # Draw from the k likeliest tokens only; 0 for all.
+    top_k: int = 0
+    # Draw from the smallest set of tokens with this much probability.
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:  # NaN too
+            raise ValueError(
+                f"temperature = {self.temperature} must be 0 (the likeliest token), or finite and at "
+                "least 1e-6"
+            )
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k} must be an integer, and not negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
+
+
+def check_new_tokens(count: int) -> None:
+    """Raises ValueError for a number of tokens that cannot be generated."""
+    if count < 1:
+        raise ValueError(f"new_tokens = {count} must be positive")
+    if count >= 1 << 31:
+        raise ValueError(f"new_tokens = {count} is more than positions can count")
 
 
 def check_chunk(chunk: int, seq_len: int) -> None:

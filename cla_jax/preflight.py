@@ -1,6 +1,8 @@
 """What can be known to be wrong with a run before anything is made, prepared or compiled."""
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 from cla_jax import extras, names, runs
@@ -17,8 +19,9 @@ def check(config: Config, *, leads: bool = True) -> None:
     if leads:
         check_trackers(config)
     placement = config.placement
-    if config.data.source.endswith(".zst"):
-        extras.require("zstd", f"data.source = {config.data.source!r}")
+    for field, source in config.data.named_sources:
+        if source.lower().endswith(".zst"):
+            extras.require("zstd", f"{field} = {source!r}")
     for field in ("runs", "data_dir"):
         check_directory(f"placement.{field}", getattr(placement, field))
     run = runs.Run(runs.run_path(config))
@@ -56,5 +59,13 @@ def _check_parents(what: str, path: Path) -> None:
     if not existing.is_dir():
         kind = "a broken link" if not existing.exists() else "a file"
         raise ValueError(f"{what}: {existing} is {kind}, not a directory")
-    if existing != path and not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{what}: {existing} may not be written to")
+    if existing == path:
+        return
+    try:
+        # Its permissions do not tell: root may do everything, and still nothing can be made in /proc.
+        os.rmdir(tempfile.mkdtemp(prefix=".cla_jax-", dir=existing))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        words = f"{what}: {existing} may not be written to: {error.strerror}"
+        raise ValueError(words) from None

@@ -1,34 +1,9 @@
 """How the next token is drawn from the scores of a model."""
 
-import dataclasses
-import math
-from numbers import Integral
-
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    # 0 takes the likeliest token; 1 samples the model's distribution.
-    temperature: float = 1.0
-    # Draw from the k likeliest tokens only; 0 for all.
-    top_k: int = 0
-    # Draw from the smallest set of tokens with this much probability.
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:  # NaN too
-            raise ValueError(
-                f"temperature = {self.temperature} must be 0 (the likeliest token), or finite and at "
-                "least 1e-6"
-            )
-        if not isinstance(self.top_k, Integral) or self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k} must be an integer, and not negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
+from cla_jax.config import Sampling
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from cla_jax.config import Sampling, check_new_tokens
 from launch import allocator
 from launch.cli import log_to_stderr, read, user_errors, utf8
 
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.generate", description=__doc__)
     log_to_stderr()
     run = _run(arguments)
+    sampling = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+    )
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
     import jax
@@ -64,14 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.data import tokenizers
     from cla_jax.decode import decoding_weights
     from cla_jax.generate import generate
-    from cla_jax.sampling import Sampling
     from launch import programs
 
-    sampling = Sampling(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-    )
     programs.remember()
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
@@ -124,6 +122,9 @@ def _run(arguments: Arguments) -> "Run":
     if others:
         raise ValueError(f"{arguments.run} holds several runs; name one of them, {run.path} say")
     run.check_decodable([arguments.cache], chunk=1)
+    check_new_tokens(arguments.new_tokens)
+    if arguments.chunk < 1:
+        raise ValueError(f"chunk = {arguments.chunk} must be positive")
     if arguments.stream and len(arguments.prompt) > 1:
         raise ValueError(f"stream: {len(arguments.prompt)} prompts cannot be printed at once")
     return run

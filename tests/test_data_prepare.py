@@ -240,7 +240,7 @@ def test_a_source_that_changes_while_it_is_prepared_is_not_kept(tmp_path, monkey
         else:
             (tmp_path / "in" / "000.txt").write_text("dxcument 0 " * 5)
 
-    with pytest.raises(ValueError, match=r"data\.source = .* changed while .* start again"):
+    with pytest.raises(ValueError, match=r"the source .* changed while .* start again"):
         prepare.prepare(config, tmp_path / "out", progress=change)
     assert [path for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
     prepare.prepare(config, tmp_path / "out")

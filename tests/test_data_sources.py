@@ -157,7 +157,7 @@ def test_a_text_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_no_file_matches(tmp_path, kind):
-    with pytest.raises(ValueError, match=r"data\.source = .*no file matches"):
+    with pytest.raises(ValueError, match=r"the source .*no file matches"):
         sources.documents(f"{kind}:{tmp_path}/*.nothing")
 
 

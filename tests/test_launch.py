@@ -184,6 +184,17 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("--optimizer.peak-lr", "Which layer's keys and values each layer reads"):
         assert words in text
+    # Each group of fields says what it is, and not what its neighbour's first field is.
+    groups = {
+        "model": "The model.",
+        "data": "The text and its tokens.",
+        "optimizer": "The optimiser and its schedule.",
+        "placement": "Where and how the run computes",
+    }
+    plain = " ".join(re.sub("[─╭╮╰╯-]{2,}", " ", text).split())
+    for group, words in groups.items():
+        assert f"{group} options {words}" in plain
+        assert plain.count(words) == 1
 
 
 @pytest.mark.parametrize(
@@ -729,3 +740,26 @@ def test_one_hostile_run_does_not_stop_a_command_for_the_others(tmp_path, capsys
     with pytest.raises(ValueError, match="invalid literal"), cli.collected(refused):
         int("of a library, or of Python: a bug of ours")
     assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--temperature", "-1"], "temperature = -1.0 must be 0"),
+        (["--top-p", "0"], "top_p = 0.0"),
+        (["--top-k", "-1"], "top_k = -1"),
+        (["--new-tokens", "0"], "new_tokens = 0 must be positive"),
+        (["--chunk", "0"], "chunk = 0 must be positive"),
+    ],
+)
+def test_what_generation_cannot_do_is_refused_before_jax(
+    tmp_path, monkeypatch, capsys, flags, words
+):
+    config = replaced(smoke.tiny(), {"placement.runs": str(tmp_path)})
+    run = runs.open_run(config, data_fingerprint="x", tokenizer_json="{}")
+    run.checkpoints.mkdir()
+    (run.checkpoints / "00000040.json").write_text("{}")
+    monkeypatch.setattr("launch.allocator.set_up", lambda: pytest.fail("jax is set up"))
+    with pytest.raises(SystemExit):
+        launch_generate.main([str(run.path), *flags])
+    assert words in capsys.readouterr().err

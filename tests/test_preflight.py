@@ -1,10 +1,12 @@
 """What is refused before anything is made: missing packages, unusable places, other runs' names."""
 
+import dataclasses
 import sys
 
 import pytest
 
 from cla_jax import extras, preflight, runs
+from cla_jax.config import Component
 from cla_jax.data import sources
 from launch import sweep
 from launch import train as launch_train
@@ -31,6 +33,27 @@ def test_a_missing_package_is_named_with_what_works_from_a_clone(
     if field in ("placement.tensorboard", "placement.wandb"):
         preflight.check(tiny(**{field: value}), leads=False)  # only one process writes the metrics
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_source_of_a_mixture_is_asked_for_its_package(tiny, monkeypatch):
+    for name in ("backports.zstd", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    parts = [Component.parse(text) for text in ("web=1:sotu:20", "code=1:text:a/*.TXT.ZST")]
+    config = tiny()
+    data = dataclasses.replace(config.data, source="", mixture=tuple(parts))
+    config = dataclasses.replace(config, data=data)
+    with pytest.raises(
+        ValueError, match=r"^data\.mixture: code = 'text:a/\*.TXT.ZST' needs the extra"
+    ):
+        preflight.check(config)
+
+
+def test_a_place_where_nothing_can_be_made_is_named_before_data_is_prepared(tiny):
+    """The permissions of /proc allow everything to root."""
+    with pytest.raises(
+        ValueError, match=r"placement\.runs = '/proc/x': /proc may not be written to"
+    ):
+        preflight.check(tiny(**{"placement.runs": "/proc/x"}))
 
 
 @pytest.mark.parametrize(

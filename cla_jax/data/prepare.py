@@ -435,7 +435,7 @@ def _make(
 
 def _changed(config: DataConfig) -> ValueError:
     return ValueError(
-        f"data.source = {', '.join(config.sources)} or the file of data.tokenizer changed while the text "
+        f"the source {', '.join(config.sources)} or the file of data.tokenizer changed while the text "
         "was prepared: start again when it is complete"
     )
 
@@ -478,12 +478,12 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
     if not held_out["documents"]:
         raise ValueError(
             f"data.held_out = {config.held_out} holds out none of the {documents} documents of "
-            f"data.source = {config.source!r}; raise it, or take more documents (the split is by "
+            f"the source {config.source!r}; raise it, or take more documents (the split is by "
             "document: cut a long file into several)"
         )
     if train["tokens"] < config.seq_len:
         raise ValueError(
-            f"the training split of data.source = {config.source!r} has {train['tokens']} tokens "
+            f"the training split of the source {config.source!r} has {train['tokens']} tokens "
             f"in {train['documents']} of {documents} documents, less than one window of "
             f"data.seq_len = {config.seq_len}; lower data.seq_len or data.held_out, or take "
             "more documents"

@@ -115,15 +115,15 @@ def _files(source: str, pattern: str) -> list[Path]:
             paths.append(name)
         elif not name.is_dir():  # a link to nothing, a pipe
             what = "is a link to a file that does not exist" if name.is_symlink() else "is no file"
-            raise ValueError(f"data.source = {source!r}: {files.name(name)} {what}")
+            raise ValueError(f"the source {source!r}: {files.name(name)} {what}")
     if not paths:
         if len(found) == 1:
             kind = source.partition(":")[0]
             hint = f"name the files in it, as in {kind}:'{files.name(found[0])}/*'"
             raise ValueError(
-                f"data.source = {source!r}: {files.name(found[0])} is a directory: {hint}"
+                f"the source {source!r}: {files.name(found[0])} is a directory: {hint}"
             )
-        raise ValueError(f"data.source = {source!r}: no file matches {pattern!r}")
+        raise ValueError(f"the source {source!r}: no file matches {pattern!r}")
     return paths
 
 
@@ -135,7 +135,7 @@ def _matching(source: str, pattern: str) -> list[str]:
     as_written = glob.glob(pattern.replace("[", "[[]"), recursive=True)
     if as_choice and as_written and as_choice != as_written:
         raise ValueError(
-            f"data.source = {source!r} matches {files.name(as_choice[0])} and, with its brackets as "
+            f"the source {source!r} matches {files.name(as_choice[0])} and, with its brackets as "
             f"they are, {files.name(as_written[0])}: write [[] for a bracket of the name"
         )
     return as_choice or as_written
@@ -277,7 +277,7 @@ def _sotu_limit(source: str, argument: str) -> int:
         return SOTU_DOCUMENTS
     if not argument.isdigit() or not 0 < int(argument) <= SOTU_DOCUMENTS:
         raise ValueError(
-            f"data.source = {source!r}: sotu:N takes N from 2 to {SOTU_DOCUMENTS}, the documents "
+            f"the source {source!r}: sotu:N takes N from 2 to {SOTU_DOCUMENTS}, the documents "
             "of the embedded corpus"
         )
     return int(argument)
@@ -303,8 +303,8 @@ def _tfds_builder(source: str, name: str) -> Any:
         builder = _tfds_by_name(name)
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
-        near_choice(f"tfds dataset in data.source = {source!r}:", name.split("/")[0], known)
-        raise ValueError(f"data.source = {source!r}: tfds cannot find it: {error}") from error
+        near_choice(f"tfds dataset in the source {source!r}:", name.split("/")[0], known)
+        raise ValueError(f"the source {source!r}: tfds cannot find it: {error}") from error
     # Does nothing for a dataset that is prepared. array_record is the format that needs no
     # TensorFlow to be written or read.
     builder.download_and_prepare()
@@ -326,7 +326,7 @@ def _tfds(source: str, name: str, field: str) -> Iterator[str]:
     builder = _tfds_builder(source, name)
     if field not in builder.info.features:
         known = ", ".join(builder.info.features)
-        raise ValueError(f"data.source = {source!r} has no feature {field!r}, only {known}")
+        raise ValueError(f"the source {source!r} has no feature {field!r}, only {known}")
     for index, example in enumerate(builder.as_data_source(split="train")):
         text, where = example[field], f"{source}, example {index}"
         # Datasets on disk give bytes; tfds.testing.mock_data gives str.
