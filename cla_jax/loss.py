@@ -47,13 +47,14 @@ def token_losses(
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
 
     def step(_, inputs):
-        return None, _losses(*inputs, whole_VD, rules)[0]
+        x_ND, targets_N = inputs
+        return None, losses(_logits(x_ND, whole_VD, rules), targets_N)[0]
 
-    _, losses = jax.lax.scan(step, None, _chunks(chunk, x_BTD, targets_BT))
+    _, found = jax.lax.scan(step, None, _chunks(chunk, x_BTD, targets_BT))
     B, T = targets_BT.shape
     spec = rules.spec(None, "batch", None)
-    losses = losses.reshape(T // chunk, B, chunk, out_sharding=spec)
-    return jnp.moveaxis(losses, 0, 1).reshape(B, T)
+    found = found.reshape(T // chunk, B, chunk, out_sharding=spec)
+    return jnp.moveaxis(found, 0, 1).reshape(B, T)
 
 
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
@@ -118,7 +119,8 @@ def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
 def _chunk_loss(inputs, head_VD, rules, *, gradient=False):
     """The chunk's weighted loss and, if asked for, its gradient with respect to the logits."""
     x_ND, targets_N, weights_N = inputs
-    losses_N, logits_NV, log_total_N, is_target_NV = _losses(x_ND, targets_N, head_VD, rules)
+    logits_NV = _logits(x_ND, head_VD, rules)
+    losses_N, log_total_N, is_target_NV = losses(logits_NV, targets_N)
     loss = jnp.sum(weights_N * losses_N)
     if not gradient:
         return loss, None
@@ -126,14 +128,17 @@ def _chunk_loss(inputs, head_VD, rules, *, gradient=False):
     return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
 
 
-def _losses(x_ND, targets_N, head_VD, rules):
-    """Each token's loss, and what its gradient is made of."""
-    logits_NV = project(x_ND[:, None], head_VD, rules)[:, 0]
-    log_total_N = jax.nn.logsumexp(logits_NV, axis=-1)
+def losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each token's loss by its logits [..., V], and what the gradient of it is made of."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
     # A comparison, not take_along_axis: it works on a vocabulary that is split over devices.
-    is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[..., None]
-    target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=-1)
-    return log_total_N - target_N, logits_NV, log_total_N, is_target_NV
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return log_total - target, log_total, is_target
+
+
+def _logits(x_ND: jax.Array, head_VD: jax.Array, rules: AxisRules) -> jax.Array:
+    return project(x_ND[:, None], head_VD, rules)[:, 0]
 
 
 def _whole(head_VD: jax.Array, rules: AxisRules) -> jax.Array:

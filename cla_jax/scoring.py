@@ -24,8 +24,8 @@ from cla_jax.config import check_chunk
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
 from cla_jax.documents import Documents
-from cla_jax.loss import token_losses
-from cla_jax.mesh import AxisRules
+from cla_jax.loss import losses, token_losses
+from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
 from cla_jax.train import Setup
 
@@ -92,16 +92,16 @@ def score(
         name: len(split) if windows is None else min(windows, len(split))
         for name, split in splits.items()
     }
-    total, done = Score(), 0
+    total, done, size = Score(), 0, rows(setup, windows)
     progress(0, sum(totals.values()))
     for name, split in splits.items():
-        part, losses = Score(), []
+        part, pieces = Score(), []
         for scored in _score_split(
-            setup, batch_nll, split, totals[name], part, losses, warm_up and not done
+            setup, batch_nll, split, size, totals[name], part, pieces, warm_up and not done
         ):
             done += scored
             progress(done, sum(totals.values()))
-        nll_N = np.concatenate(losses)
+        nll_N = np.concatenate(pieces)
         part.nll = float(nll_N.sum())
         if windows is None:
             part.documents = _documents(setup.prepared.parts[name], nll_N)
@@ -113,20 +113,32 @@ def score(
     return total
 
 
+def rows(setup: Setup, windows: int | None = None) -> int:
+    """Windows that are scored at once: as many as asked for, or as there are, in batches of like size.
+
+    The devices share them evenly. Of a mixture, the component with most windows decides.
+    """
+    held = max(part.totals["held_out"]["windows"] for part in setup.prepared.parts.values())
+    scored = held if windows is None else min(windows, held)
+    batches = -(-scored // setup.eval_batch)
+    shards = row_shards(setup.mesh)
+    return -(-scored // (batches * shards)) * shards
+
+
 def _score_split(
     setup: Setup,
     batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
     split: "Windows",
+    size: int,
     total: int,
     result: Score,
-    losses: list[np.ndarray],
+    pieces: list[np.ndarray],
     warm_up: bool,
 ) -> Iterator[int]:
-    """Scores the first windows of a split; yields how many, batch by batch.
+    """Scores the first windows of a split; yields how many, batch by batch of `size`.
 
     Adds to a result, and gives the nats of each token, a piece a window.
     """
-    size = setup.eval_batch
     spec = setup.rules.spec("batch", None)
     for i, batch in enumerate(loader.windows(split, size)):
         done = i * size
@@ -142,7 +154,7 @@ def _score_split(
         clock = time.monotonic()
         nll_BT = np.broadcast_to(np.asarray(batch_nll(*arrays), np.float64), weights_BT.shape)
         result.seconds += time.monotonic() - clock
-        losses += [row[:n] for row, n in zip(nll_BT, batch["n_targets"], strict=True)]
+        pieces += [row[:n] for row, n in zip(nll_BT, batch["n_targets"], strict=True)]
         result.tokens += int(batch["n_targets"].sum())
         result.bytes += int(batch["n_bytes"].sum())
         yield min(size, total - done)
@@ -224,7 +236,8 @@ def _cached_nll(weights, cache, tokens_BT1, *, spec, end, begins):
 
     def visit(carry, x_BtD, targets_Bt):
         nll_BT, at = carry
-        nll_Bt = token_losses(x_BtD, weights.head, targets_Bt, spec.chunk, spec.rules)
+        # By the head that decoding uses, in the form that it keeps its weights in.
+        nll_Bt = losses(weights.logits(x_BtD, spec.rules), targets_Bt)[0]
         return jax.lax.dynamic_update_slice_in_dim(nll_BT, nll_Bt, at, 1), at + spec.chunk
 
     nll_BT = jnp.zeros_like(tokens_BT1[:, 1:], jnp.float32)
@@ -236,7 +249,13 @@ def _cached_nll(weights, cache, tokens_BT1, *, spec, end, begins):
 
 
 def cached_decoding(
-    setup: Setup, model: Transformer, format: str | CacheFormat, *, chunk: int = 1, **limits: Any
+    setup: Setup,
+    model: Transformer,
+    format: str | CacheFormat,
+    *,
+    chunk: int = 1,
+    windows: int | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
     """The same text scored through a KV cache, and the bytes of that cache at the end of a window.
 
@@ -246,7 +265,7 @@ def cached_decoding(
     the chunk divides seq_len.
     """
     weights = decoding_weights(model, setup.rules)
-    spec = _spec(setup, format, chunk)
+    spec = _spec(setup, format, chunk, windows)
     cache = spec.allocate()
 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
@@ -255,7 +274,7 @@ def cached_decoding(
         nll_BT, cache = _cached_nll(weights, cache, tokens_BT1, spec=spec, **ends)
         return nll_BT
 
-    scored = score(setup, nll, **limits).record()
+    scored = score(setup, nll, windows=windows, **how).record()
     context = setup.config.data.seq_len
     predicted = ledger.predicted(spec, context).per_token(context)
     counted = ledger.counted(spec, cache, _one_step(weights)).per_token(context)
@@ -274,7 +293,10 @@ def cached_decoding(
 
 
 def _spec(
-    setup: Setup, format: str | CacheFormat | Sequence[CacheFormat], chunk: int
+    setup: Setup,
+    format: str | CacheFormat | Sequence[CacheFormat],
+    chunk: int,
+    windows: int | None,
 ) -> caches.CacheSpec:
     """A cache for the windows of the held-out split."""
     seq_len = setup.config.data.seq_len
@@ -282,7 +304,7 @@ def _spec(
     return caches.cache_spec(
         setup.config.model,
         format,
-        batch=setup.eval_batch,
+        batch=rows(setup, windows),
         capacity=seq_len,
         chunk=chunk,
         rules=setup.rules,
@@ -348,7 +370,7 @@ def agreement(
     the likeliest token is the same, and the mean divergence KL(full || cached) in nats. Several formats
     are one for each slot.
     """
-    weights, spec = decoding_weights(model, setup.rules), _spec(setup, format, chunk)
+    weights, spec = decoding_weights(model, setup.rules), _spec(setup, format, chunk, windows)
     cache = spec.allocate()
     totals: dict[str, float] = {}
 

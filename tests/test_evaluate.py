@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cla_jax import cache as caches
-from cla_jax import checkpoint, costs, documents, runs
+from cla_jax import checkpoint, costs, documents, runs, scoring
 from cla_jax import evaluate as evaluation
 from cla_jax.config import Component, MeshConfig
 from cla_jax.data import sources
@@ -19,7 +19,7 @@ from cla_jax.evaluate import during_training, evaluate, open_setup
 from cla_jax.model.transformer import Execution, project
 from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_places, find_runs
-from cla_jax.scoring import agreement, cached_decoding, full_forward, sensitivity
+from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sensitivity
 from cla_jax.train import set_up, train
 from tests import reference
 
@@ -51,6 +51,28 @@ def test_full_forward_is_perplexity_as_defined(setup):
     assert tokens < size
     assert record["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert record["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"), [(1, 1), (2, 2), (8, 8), (9, 5), (20, 7), (None, 8), (10_000, 8)]
+)
+def test_a_batch_is_no_larger_than_what_is_scored(setup, windows, expected):
+    """Batches of at most 8 windows, of like size: the last one computes hardly a row for nothing."""
+    size = scoring.rows(setup, windows)
+    assert size == expected
+    with jax.set_mesh(setup.mesh):
+        spec = scoring._spec(setup, "dense", 16, windows)
+        assert spec.batch == expected
+        shapes = []
+
+        def nll(tokens_BT1, weights_BT):
+            shapes.append(len(tokens_BT1))
+            return weights_BT
+
+        score(setup, nll, windows=windows, warm_up=False)
+    assert set(shapes) == {expected}
+    held = setup.prepared.totals["held_out"]["windows"]
+    assert sum(shapes) - min(windows or held, held) < len(shapes)
 
 
 def test_the_whole_split_is_scored_once(setup):
