@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from launch.distributed import STOPPED
 
 ROOT = Path(__file__).parents[1]
-STEPS = 200  # enough that a signal comes in time
+STEPS = 100  # enough that a signal comes in time
 # Seconds for what takes half a minute on an idle machine. It only ends tests that would wait for ever.
 PATIENCE = 600
 # Seconds of silence after which a host counts as dead. A busy machine must not look like a dead host.
@@ -204,7 +204,7 @@ def train(tmp_path, name: str, hosts: int) -> list[subprocess.Popen]:
 
 def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
     logs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    assert [process.returncode for process in processes] == [code] * len(processes), logs
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(logs)
     return logs
 
 
@@ -342,9 +342,9 @@ def test_a_dead_or_hung_host_ends_the_others(tmp_path, way):
         logs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         # The time of both is up; the first to end may end the other.
         for process in processes:
-            assert process.returncode in (1, -signal.SIGABRT), logs
+            assert process.returncode in (1, -signal.SIGABRT), "\n".join(logs)
         ended = [log for log in logs if "Timeout (0:00:10)!" in log]
-        assert ended, logs
+        assert ended, "\n".join(logs)
         for log in ended:  # who waits for what
             assert "in stalling" in log or "in record" in log, log
         return
