@@ -16,6 +16,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 
+LARGEST_ARRAY = 5  # fewer than the trials of a sweep here
+
 # Two partitions on the same node: `urgent` preempts what runs in `spot`, which is requeued.
 CONFIGURATION = """
 ClusterName=loopback
@@ -33,7 +35,8 @@ SlurmdPidFile={directory}/slurmd.pid
 SlurmctldLogFile={directory}/slurmctld.log
 SlurmdLogFile={directory}/slurmd.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={tasks}
+MaxArraySize={array}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
@@ -63,8 +66,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def cluster(directory: Path) -> Iterator[Mapping[str, str]]:
-    """Starts a cluster and yields what the environment of `sbatch` and the others needs to talk to it."""
+def cluster(directory: Path, tasks: str = "task/none") -> Iterator[Mapping[str, str]]:
+    """Starts a cluster and yields what the environment of `sbatch` and the others needs to talk to it.
+
+    With `tasks="task/affinity"` it binds each step to cores.
+    """
     directory.mkdir(mode=0o755)
     for part in ("state", "spool"):
         (directory / part).mkdir()
@@ -76,6 +82,8 @@ def cluster(directory: Path) -> Iterator[Mapping[str, str]]:
             controller=free_port(),
             node=free_port(),
             cpus=os.cpu_count(),
+            tasks=tasks,
+            array=LARGEST_ARRAY,
         )
     )
     key = directory / "munge.key"

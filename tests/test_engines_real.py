@@ -239,6 +239,86 @@ def test_a_full_disk_is_named_and_costs_nothing(tmp_path):
 
 # ------------------------------------------------------------------------------------ SLURM
 
+# A directory that a shell, sbatch, and the names of its files would each take apart.
+ODD = 'it\'s a "b" #c %A $HOME é'
+NAMES = ("5", "0", "X", "trial", "srun", "a,b=1", "x+y")  # some stand in the command too
+
+# In place of srun, for a job script: writes down what it was called with, and runs a step that tells its
+# cores. Training is left out.
+INSTEAD_OF_SRUN = """\
+srun() {{
+    here={directory}/$SLURM_ARRAY_JOB_ID-$SLURM_ARRAY_TASK_ID
+    printf '%s\\0' "$PWD" "$@" > "$here.words"
+    env > "$here.env"
+    command srun --ntasks=1 sh -c 'sleep 1; grep Cpus_allowed_list: /proc/self/status' > "$here.cores"
+}}"""
+
+
+def test_slurm_starts_every_trial_as_it_is_called_and_bound_to_a_core_of_its_own(tmp_path):
+    """Odd names and directories, more trials than an array may have, from inside a job bound to a core."""
+    assert not slurm.missing(), f"`make test-engines` installs {slurm.missing()}"
+    told = tmp_path / "told"
+    told.mkdir()
+    (tmp_path / "mine.py").write_text(
+        "from cla_jax.config import replaced\n"
+        "from experiments.smoke import tiny\n"
+        "def odd():\n"
+        '    """Odd names."""\n'
+        f"    for seed, name in enumerate({NAMES!r}):\n"
+        '        yield name, replaced(tiny(), {"seed": seed})\n'
+    )
+    runs = tmp_path / ODD
+    with slurm.cluster(tmp_path / "cluster", tasks="task/affinity") as cluster:
+        environment = ENVIRONMENT | dict(cluster)
+        launcher = subprocess.run(
+            [
+                *("srun", "--partition=urgent", "--ntasks=1", "--cpu-bind=map_cpu:0"),
+                *(sys.executable, "-m", "launch.sweep", "mine.py:odd", "--engine", "slurm"),
+                *("--slurm.partition", "spot", "--slurm.cpus", "1", "--env", "trial=X"),
+                *("--slurm.setup", INSTEAD_OF_SRUN.format(directory=told)),
+                *("--retry.failures", "5", "--", "--placement.runs", str(runs)),
+            ],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert launcher.returncode == 0, launcher.stdout + launcher.stderr
+        assert "7 submitted" in launcher.stdout
+        ended = lambda: (
+            not subprocess.run(
+                ["squeue", "--noheader"], env=environment, capture_output=True, check=True
+            ).stdout.strip()
+        )
+        wait_for(ended, "the jobs do not end")
+    sweep = runs / "mine" / "odd"
+    outputs = {file.stem: file.read_text() for file in (sweep / ".sweep/jobs").glob("*_*.out")}
+    # Two arrays, each from task 0.
+    arrays = {job.partition("_")[0] for job in outputs}
+    tasks = sorted(int(job.partition("_")[2]) for job in outputs)
+    assert len(arrays) == 2
+    assert tasks == sorted([*range(slurm.LARGEST_ARRAY), *range(7 - slurm.LARGEST_ARRAY)])
+    started = {}
+    for file in told.glob("*.words"):
+        here, *words = file.read_text().split("\0")[:-1]
+        assert here == str(tmp_path)
+        at = words.index("launch.trial")
+        assert words[at + 1] == str(sweep)
+        assert words[words.index("--failures") + 1] == "5"
+        assert "trial=X" in words[:at]
+        job = file.stem.replace("-", "_")
+        assert outputs[job] == f"{words[at + 2]}: exit code 0\n"
+        started[words[at + 2]] = job
+    assert sorted(started) == sorted(NAMES)
+    variables = "\n".join(file.read_text() for file in told.glob("*.env"))
+    assert "SLURM_ARRAY_TASK_ID=" in variables
+    assert "SLURM_CPU_BIND" not in variables
+    assert "SLURM_STEP_ID" not in variables
+    cores = [file.read_text().split()[1] for file in told.glob("*.cores")]
+    assert len(cores) == 7
+    assert len(set(cores)) >= min(2, len(os.sched_getaffinity(0)))
+
 
 def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
     assert not slurm.missing(), f"`make test-engines` installs {slurm.missing()}"
@@ -247,7 +327,7 @@ def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbe
     # The cluster binds nothing to cores: its trials use all of them, so these must too.
     pool = ("--local.workers", "1", "--local.cores", str(len(cores())))
     finish(launch(tmp_path, "smoke.grid", *pool, runs="steady", fields=fields))
-    sweep = records.epath.Path(tmp_path / "runs/smoke/grid")
+    sweep = records.epath.Path(tmp_path / ODD / "smoke/grid")
     with slurm.cluster(tmp_path / "cluster") as cluster:
         environment = ENVIRONMENT | dict(cluster)
         call = lambda *command: subprocess.run(
@@ -255,11 +335,14 @@ def test_a_preempted_and_killed_sweep_on_slurm_ends_bit_for_bit_as_an_undisturbe
         ).stdout.strip()
         flags = ("--engine", "slurm", "--slurm.partition", "spot", "--slurm.cpus", "1")
         start = lambda *more: launch(
-            tmp_path, "smoke.grid", *flags, *more, fields=fields, environment=environment
+            *(tmp_path, "smoke.grid", *flags, *more),
+            runs=ODD,
+            fields=fields,
+            environment=environment,
         )
         assert "6 submitted" in finish(start())
         assert "queued" in finish(start())  # and nothing was submitted twice
-        assert len(call("squeue", "--noheader", "--array").splitlines()) == 6
+        assert len(call("squeue", "--noheader", "--array").splitlines()) == 6  # in two arrays
         # A job in the other partition takes all cores: what runs in this one is told to save, and requeued.
         under_way(sweep, range(1, steps - 30))
         call(
