@@ -381,6 +381,8 @@ def train(
             log_data(setup)
             with clock.booked("compile"):
                 step_fn = compiling.result()
+                # Hosts compile for different times, but gloo waits only 30 s at the first collective.
+                agree({"first step": first_step})
         batches = batch_stream(setup, first_step, stop_waiting)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))

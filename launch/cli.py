@@ -1,6 +1,7 @@
 """What every entry point does alike."""
 
 import contextlib
+import difflib
 import errno
 import functools
 import io
@@ -10,14 +11,19 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import tyro
+from tyro import (
+    _errors,
+)  # the version is pinned: there is no public way to say a refusal in own words
 
 from cla_jax import extras
-from cla_jax.config import Component, Config, Stage
+from cla_jax.config import Component, Config, Stage, near_choice
 from cla_jax.messages import printable_lines, shown
 
 P = ParamSpec("P")
@@ -82,21 +88,31 @@ def _number(
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Numbers of a command line, with words of our own for what is none."""
     kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
-    kind: Any = info.type
-    if kind not in kinds:
+    union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
+    members: set[Any] = set(typing.get_args(info.type)) if union else {info.type}
+    found = [kind for kind in kinds if members in ({kind}, {kind, types.NoneType})]
+    if not found:
         return None
+    kind, optional = found[0], types.NoneType in members
 
     def read_number(arguments: list[str]) -> Any:
+        if optional and arguments[0] == "None":
+            return None
         try:
             return kind(arguments[0])
         except ValueError:
             raise ValueError(f"{shown(arguments[0])} is not {kinds[kind]}") from None
 
+    def is_instance(value: Any) -> bool:
+        if value is None:
+            return optional
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=kind.__name__.upper(),
+        metavar=("{None}|" if optional else "") + kind.__name__.upper(),
         instance_from_str=read_number,
-        is_instance=lambda x: isinstance(x, (int, kind)) and not isinstance(x, bool),
+        is_instance=is_instance,
         str_from_instance=lambda x: [str(x)],
     )
 
@@ -106,26 +122,103 @@ def _written_as_text(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Components and stages of a mixture are one word each, not flags of their own."""
-    forms = {Component: "NAME=WEIGHT:SOURCE", Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT"}
-    kind: Any = info.type
-    if kind not in forms:
+    forms: dict[Any, str] = {
+        Component: "NAME=WEIGHT:SOURCE",
+        Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT",
+    }
+    found: list[Any] = [kind for kind in forms if info.type == tuple[kind, ...]]
+    if not found:
         return None
+    kind = found[0]
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=forms[kind],
-        instance_from_str=lambda words: kind.parse(words[0]),
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
+        nargs="*",
+        metavar=f"[{forms[kind]} ...]",
+        instance_from_str=lambda words: tuple(map(kind.parse, words)),
+        is_instance=lambda value: (
+            isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
+        ),
+        str_from_instance=lambda value: list(map(str, value)),
     )
 
 
-# How every entry point reads its command line.
-read = functools.partial(tyro.cli, registry=_FORMS)
+def read(kind: type[T] | Callable[..., T], also: Sequence[str] = (), **options: Any) -> T:
+    """How every entry point reads its command line: `tyro.cli`, with `options` of its.
+
+    `also` are flags that were taken out of the command line before. Raises ValueError, one line with the
+    flag, the value and the nearest match, for what is refused.
+    """
+    known = lambda: [*also, *_known(kind, options)]
+    with _errors.on_parse_error(functools.partial(_refuse, known)):
+        return tyro.cli(kind, registry=_FORMS, **options)
 
 
 def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
-    """A config with the fields of a command line put in; `options` are those of `tyro.cli`."""
+    """A config with the fields of a command line put in; `options` are those of `read`."""
     return read(Config, default=config, args=list(argv), **options)
+
+
+def _refuse(known: Callable[[], list[str]], event: _errors.ParseErrorEvent) -> None:
+    """Raises ValueError for what tyro is about to refuse; what is not known here, tyro tells itself."""
+    see = f"`{event.prog} --help` tells more"
+    match event:
+        case _errors.UnrecognizedArgs(tokens=words) if words:
+            _refuse_words(words, known(), see)
+        case _errors.MissingArgs(unrecognized_tokens=words) if words:
+            _refuse_words(words, known(), see)
+        case _errors.MissingArgs(missing_arguments=missing):
+            names = " and ".join(_name(one.arg) for one in missing)
+            raise ValueError(f"{names} must be given; {see}")
+        case _errors.MissingSubcommand(subcommand_spec=commands):
+            raise ValueError(f"give one of {', '.join(commands.parser_from_name)}; {see}")
+        case _errors.BadValue(reason="too_few_values", argument=argument):
+            number = argument.lowered.nargs
+            values = "a value" if number == 1 else f"{number} values"
+            raise ValueError(f"{argument.display_name()} needs {values}; {see}")
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            near_choice(argument.display_name(), value, choices)
+        case _errors.InstantiationFailure(argument=None, message=message):
+            raise ValueError(message)  # of a config, which names the field itself
+        case _errors.InstantiationFailure(argument=argument, message=message) if argument:
+            name, said = argument.display_name(), " ".join(message.split())
+            own = said.startswith(name.lstrip("-").replace("-", "_"))
+            raise ValueError(said if own else f"{name}: {said}")
+
+
+def _name(argument: Any) -> str:
+    """How the help calls a flag or a word."""
+    return argument.lowered.metavar if argument.is_positional() else argument.display_name()
+
+
+def _refuse_words(words: Sequence[str], known: Sequence[str], see: str) -> None:
+    flags = [word for word in words if word.startswith("-")]
+    what, word = ("flag", flags[0].partition("=")[0]) if flags else ("word", words[0])
+    name = word.replace("_", "-")
+    within = [flag for flag in known if flag.endswith("." + name.lstrip("-"))]  # --peak-lr
+    near = within or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.7)
+    raise ValueError(f"unknown {what} {shown(word)}; {f'did you mean {near[0]}?' if near else see}")
+
+
+def _known(kind: Any, options: Mapping[str, Any]) -> list[str]:
+    """The flags and subcommands of a command line, as its help lists them."""
+    argv = options.get("args")
+    argv = sys.argv[1:] if argv is None else argv
+    text = io.StringIO()
+    for words in ([], argv[:1]):  # the help of a subcommand has its flags
+        with (
+            contextlib.redirect_stdout(text),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.suppress(SystemExit),
+            _errors.on_parse_error(lambda _: None),
+        ):
+            tyro.cli(kind, registry=_FORMS, **{**options, "args": [*words, "--help"]})
+    rows = [line.strip() for line in text.getvalue().splitlines()]
+    flags = [
+        flag for row in rows if row.startswith("-") for flag in re.findall(r"--\w[\w.-]*", row)
+    ]
+    return [
+        *dict.fromkeys(flags),
+        *(row.split()[1] for row in rows if row.startswith(("* ", "• "))),
+    ]
 
 
 def utf8(text: str) -> str:

@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import NoReturn
+
+from cla_jax.messages import shown
 
 # Variables of those who start several processes.
 _SEVERAL = (
@@ -68,31 +71,49 @@ def alone(hosts: Hosts) -> bool:
     return hosts.coordinator is None and not any(name in os.environ for name in _SEVERAL)
 
 
+def flags() -> list[str]:
+    """The flags that `parse` takes out of a command line."""
+    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Hosts)]
+
+
 def usage() -> str:
     """What --help says about these flags."""
     return _parser().format_help().partition("\n\n")[2]  # without its own usage line
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("argument ")
+        raise ValueError(words.replace(": expected one argument", " needs a value"))
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     flags = parser.add_argument_group(
         "Several processes",
         "The first three go together. Without them SLURM, Open MPI, Cloud TPU, Kubernetes, or "
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked.",
     )
     flags.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, any free port")
-    flags.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    flags.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    flags.add_argument("--processes", type=_whole, metavar="N", help="how many there are")
+    flags.add_argument("--process-id", type=_whole, metavar="I", help="which one this is, from 0")
     flags.add_argument(
         "--peer-timeout",
-        type=int,
+        type=_whole,
         metavar="SECONDS",
         default=Hosts.peer_timeout,
         help="one that is dead, or stopped, this long ends the others (default: %(default)s)",
     )
     flags.add_argument(
         "--step-timeout",
-        type=int,
+        type=_whole,
         metavar="SECONDS",
         default=Hosts.step_timeout,
         help="one whose step takes this long, evaluation included, ends itself (default: %(default)s)",

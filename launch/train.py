@@ -42,6 +42,7 @@ def parse(argv: Sequence[str]) -> list[Config]:
         read_config(
             config,
             overrides,
+            also=hosts.flags(),
             prog=f"python -m launch.train {name}",
             description=f"{config.name}: every field of the run, with its default. The flags for several "
             "processes are in `python -m launch.train --help`.",

@@ -16,8 +16,6 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 
-LARGEST_ARRAY = 5  # fewer than the trials of a sweep here
-
 # Two partitions on the same node: `urgent` preempts what runs in `spot`, which is requeued.
 CONFIGURATION = """
 ClusterName=loopback
@@ -66,10 +64,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def cluster(directory: Path, tasks: str = "task/none") -> Iterator[Mapping[str, str]]:
+def cluster(
+    directory: Path, tasks: str = "task/none", array: int = 1001
+) -> Iterator[Mapping[str, str]]:
     """Starts a cluster and yields what the environment of `sbatch` and the others needs to talk to it.
 
-    With `tasks="task/affinity"` it binds each step to cores.
+    With `tasks="task/affinity"` it binds each step to cores. An array has `array` jobs at most.
     """
     directory.mkdir(mode=0o755)
     for part in ("state", "spool"):
@@ -83,7 +83,7 @@ def cluster(directory: Path, tasks: str = "task/none") -> Iterator[Mapping[str, 
             node=free_port(),
             cpus=os.cpu_count(),
             tasks=tasks,
-            array=LARGEST_ARRAY,
+            array=array,
         )
     )
     key = directory / "munge.key"

@@ -161,10 +161,51 @@ for line in sys.stdin.read().splitlines():
         assert told.startswith(f"{line}\nerror: "), told
 
 
-def test_unknown_fields_name_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        launch_train.main(["smoke", "--model.kv-mp", "cla:2"])
-    assert "--model.kv-map" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "train smoke --model.kv-mp cla:2",
+            "unknown flag '--model.kv-mp'; did you mean --model.kv-map?",
+        ),
+        ("train smoke --peak-lr 1", "unknown flag '--peak-lr'; did you mean --optimizer.peak-lr?"),
+        ("train smoke --batch_sise=3", "unknown flag '--batch_sise'; did you mean --batch-size?"),
+        ("train smoke --procesess 2", "unknown flag '--procesess'; did you mean --processes?"),
+        ("train smoke steps 3", "unknown word 'steps'; did you mean --steps?"),
+        (
+            "train smoke --zzz",
+            "unknown flag '--zzz'; `python -m launch.train smoke --help` tells more",
+        ),
+        ("train smoke --steps ten", "--steps: 'ten' is not a whole number"),
+        (
+            "train smoke --steps",
+            "--steps needs a value; `python -m launch.train smoke --help` tells more",
+        ),
+        (
+            "train smoke --placement.remat blok",
+            "unknown --placement.remat 'blok'; did you mean block?",
+        ),
+        (
+            "train smoke --data.mixture a=x:sotu",
+            "data.mixture: 'a=x:sotu': the weight 'x' is no number",
+        ),
+        ("train smoke --data.seq-len 0", "data.seq_len = 0 must be positive, and finite"),
+        ("compare --context x", "--context: 'x' is not a whole number"),
+        ("sweep", "NAME must be given; `python -m launch.sweep --help` tells more"),
+        ("convert exprt a b", "unknown word 'exprt'; did you mean export?"),
+        ("convert export a b --dtyp x", "unknown flag '--dtyp'; did you mean --dtype?"),
+        (
+            "convert",
+            "give one of import, export, fetch; `python -m launch.convert --help` tells more",
+        ),
+    ],
+)
+def test_a_refused_command_line_is_one_line_with_the_nearest_match(capsys, command, words):
+    module, *argv = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"launch.{module}").main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {words}\n"
 
 
 def test_help_lists_experiments_and_explains_fields(capsys):
@@ -428,7 +469,8 @@ def test_flags_for_several_processes_stand_anywhere_and_go_together():
         ("--coordinator a:1 --processes 2 --process-id 2", "must lie in 0 to --processes - 1 = 1"),
         ("--coordinator a:1 --processes 0 --process-id 0", "--processes 0 must be positive"),
         ("--peer-timeout 0", "at least 1 second"),
-        ("--processes two", "invalid int value: 'two'"),
+        ("--processes two", "--processes: 'two' is not a whole number"),
+        ("--processes", "--processes needs a value"),
     ],
 )
 def test_flags_for_several_processes_that_cannot_work_are_refused(capsys, flags, words):

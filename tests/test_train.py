@@ -183,6 +183,23 @@ def test_a_run_is_trained_by_one_process_at_a_time(tiny, devices):
     assert train(config, evaluate=NO_EVALUATION)  # the lock is free again
 
 
+def test_hosts_meet_once_their_steps_are_compiled(tiny, devices, monkeypatch):
+    """A host that compiles longer than the others would be late for the first collective."""
+    devices(1)
+    happened = []
+    for name in ("compile_step", "batch_stream"):
+        done = getattr(training, name)
+        monkeypatch.setattr(
+            training, name, lambda *given, n=name, f=done: (f(*given), happened.append(n))[0]
+        )
+    train(
+        tiny(steps=1),
+        evaluate=lambda *_: {"held_out_loss": 1.0},
+        agree=lambda facts: happened.append(next(iter(facts))),
+    )
+    assert happened == ["config", "data", "compile_step", "first step", "batch_stream"]
+
+
 def test_further_hosts_neither_lock_nor_write(tiny, devices, monkeypatch):
     devices(1)
     with opened(set_up(tiny())) as run:
