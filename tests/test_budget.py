@@ -1,0 +1,83 @@
+"""Memory is checked before a program runs, and data that is seen many times is told."""
+
+import types
+
+import jax
+import pytest
+
+from cla_jax import budget
+from cla_jax import train as training
+
+MiB = 1 << 20
+
+
+def program(arguments: int, temporaries: int, results: int, reused: int):
+    """What a compiled program says of its memory."""
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=arguments,
+        temp_size_in_bytes=temporaries,
+        output_size_in_bytes=results,
+        alias_size_in_bytes=reused,
+    )
+    return types.SimpleNamespace(memory_analysis=lambda: analysis)
+
+
+def test_a_program_that_does_not_fit_is_refused_with_the_numbers_and_the_remedy(monkeypatch):
+    step = program(300 * MiB, 500 * MiB, 250 * MiB, 200 * MiB)
+    assert budget.program_bytes(step) == 850 * MiB
+    # Devices of a CPU share the memory of the machine.
+    needed = jax.local_device_count() * (850 + 6) * MiB
+    monkeypatch.setattr(budget, "available_bytes", lambda: needed)
+    budget.check(step, 6 * MiB, "lower batch_size")
+    monkeypatch.setattr(budget, "available_bytes", lambda: needed - 1)
+    words = r"a step needs 6\.69 GiB of memory, this machine has 6\.69 GiB: lower batch_size"
+    with pytest.raises(ValueError, match=words):
+        budget.check(step, 6 * MiB, "lower batch_size")
+
+
+def test_a_backend_that_says_nothing_is_not_asked_further(monkeypatch):
+    silent = types.SimpleNamespace(memory_analysis=lambda: None)
+    monkeypatch.setattr(budget, "available_bytes", lambda: 1)
+    budget.check(silent, 0, "")
+    monkeypatch.setattr(budget, "available_bytes", lambda: None)
+    budget.check(program(1 << 60, 0, 0, 0), 0, "")
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(budget, "_CONTAINER", (tmp_path / "none", tmp_path / "limit"))
+    machine = budget.available_bytes()
+    assert machine is not None
+    assert machine > MiB
+    for text, expected in (("max\n", machine), (f"{MiB}\n", MiB), (f"{1 << 60}\n", machine)):
+        (tmp_path / "limit").write_text(text)
+        assert budget.available_bytes() == expected
+
+
+def test_the_step_of_a_run_is_checked_with_its_batches_and_names_the_fields(
+    tiny, devices, monkeypatch
+):
+    devices(1)
+    config = tiny(batch_size=8)
+    layout = training.lay_out(config)
+    batch = 8 * (config.data.seq_len + 1) * 4
+    ahead = training.PREFETCH * batch
+    monkeypatch.setattr(budget, "available_bytes", lambda: jax.local_device_count() * (MiB + ahead))
+    training.check_memory(layout, program(MiB, 0, 0, 0))
+    with pytest.raises(ValueError, match=r"raise placement\.accumulate = 1, lower batch_size = 8"):
+        training.check_memory(layout, program(MiB + 1, 0, 0, 0))
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(4.0, False), (4.1, True)])
+def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
+    part = types.SimpleNamespace(totals={"train": {"windows": 10}})
+    setup = types.SimpleNamespace(
+        config=tiny(),
+        epochs=lambda step: {"web": epochs, "code": 1.0},
+        schedule=types.SimpleNamespace(counts=lambda rows: [rows // 2, rows // 2]),
+        prepared=types.SimpleNamespace(parts={"web": part, "code": part}),
+    )
+    with caplog.at_level("INFO"):
+        training.log_data(setup)  # type: ignore[arg-type]
+    assert f"web: 512 tokens = {epochs:.3g} epochs of its 320" in caplog.text
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [record.getMessage()[:16] for record in warnings] == ["web is seen 4.1 "] * warned
