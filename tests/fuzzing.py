@@ -211,6 +211,12 @@ READERS: dict[str, Reader] = {
     "source": _source,
     "prepared": _prepared,
     "tasks": lambda path: task_data.check_rows(path / "validation.jsonl"),
+    "tasks-csv": lambda path: task_data.check_rows(path / "validation.csv"),
+}
+# These need a package that is not there in all tests.
+ARROW: dict[str, Reader] = {
+    "tasks-parquet": lambda path: task_data.check_rows(path / "validation.parquet"),
+    "tasks-arrow": lambda path: task_data.check_rows(path / "validation.arrow"),
 }
 
 # -------------------------------------------------------------------------------------- cases
@@ -260,7 +266,7 @@ def problem_of(read: Reader, path: Path, file: Path) -> str:
 
 def run(directory: Path, reader: str, seed: str, cases: int) -> None:
     whole, rng = directory / reader, random.Random(f"{reader} {seed}")
-    read, used = READERS[reader], directory / "used" / reader
+    read, used = (READERS | ARROW)[reader], directory / "used" / reader
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     read(whole)  # the example itself is read, and what is imported late is
     known = sorted(
@@ -340,7 +346,25 @@ def write_examples(directory: Path) -> None:
         (directory / folder).mkdir()
         lines = [json.dumps({"text": f"document {i}", "n": [i]}) for i in range(5)]
         (directory / folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (directory / "tasks-csv").mkdir()
+    rows = [f'"document {i}, with a ""quote""",{i}' for i in range(5)]
+    (directory / "tasks-csv" / "validation.csv").write_text("\n".join(["text,n", *rows]) + "\n")
     prepare.prepare(DataConfig(source="sotu:4", seq_len=64, held_out=0.3), directory / "prepared")
+
+
+def write_arrow_examples(directory: Path) -> None:
+    """Those of `ARROW`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": f"document {i}", "n": [i]} for i in range(5)]
+    table = pa.Table.from_pylist(rows)
+    for reader in ARROW:
+        (directory / reader).mkdir()
+    pq.write_table(table, directory / "tasks-parquet" / "validation.parquet")
+    arrow = directory / "tasks-arrow" / "validation.arrow"
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _write_dolomite(directory: Path) -> None:

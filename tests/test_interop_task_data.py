@@ -14,6 +14,7 @@ import pytest
 from cla_jax.interop import task_data
 from cla_jax.interop.task_data import Tasks
 from launch import tasks as launch
+from tests import fuzzing, test_fuzz
 
 pytestmark = pytest.mark.interop
 
@@ -183,9 +184,9 @@ def test_splits_that_are_there_stand_in_for_those_that_are_not(tmp_path):
     here = tmp_path / "school" / "quiz" / "long"
     here.mkdir(parents=True)
     assert task_data.local(config, tmp_path) is None
-    (here / "train.csv").touch()
+    (here / "train.csv").write_text("text,n\na,1\n")
     assert task_data.local(config, tmp_path) is None  # nothing to be scored on
-    (here / "dev.csv").touch()
+    (here / "dev.csv").write_text('text,n\n"a ""quoted""\ntext",1\n')
     assert task_data.local(config, tmp_path) == {
         "dataset_path": "csv",
         "dataset_name": None,
@@ -199,3 +200,8 @@ def test_splits_that_are_there_stand_in_for_those_that_are_not(tmp_path):
     (here / "test.jsonl").touch()
     with pytest.raises(ValueError, match="the files of one data set must have one ending"):
         task_data.local(config, tmp_path)
+
+
+def test_damaged_arrow_and_parquet_are_read_or_refused_in_a_line(tmp_path):
+    fuzzing.write_arrow_examples(tmp_path)
+    test_fuzz.check(tmp_path, *fuzzing.ARROW)

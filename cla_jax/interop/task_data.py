@@ -11,6 +11,7 @@ supply DIR/EleutherAI/wikitext_document_level/wikitext-2-raw-v1/test.jsonl, a li
 document.
 """
 
+import csv
 import difflib
 import gzip
 import json
@@ -20,7 +21,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -95,24 +96,59 @@ def local(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
 
 
 def check_rows(file: Path) -> None:
-    """Raises ValueError, naming the file and the line, unless the rows of a data set can be read."""
-    if file.suffix == ".arrow":
-        import pyarrow as pa
+    """Raises ValueError, naming the file, and of text the line, unless the rows of a data set can be read."""
+    with files.about(file), files.opened(file) as stream:
+        if file.suffix in (".arrow", ".parquet"):
+            _check_arrow(stream, parquet=file.suffix == ".parquet")
+        elif file.suffix == ".csv":
+            _check_csv(stream, file)
+        else:
+            for where, line in _lines(stream, file):
+                if line.strip():
+                    files.as_object(files.parse_json(line, where), where)
 
-        with files.about(file), files.opened(file) as stream:
-            try:
-                for _ in pa.ipc.open_stream(stream):
-                    pass
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"the file is damaged: {error}") from None
-        return
-    with files.opened(file) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(files.LINE_BYTES + 1), b""), 1):
-            where = f"{files.name(file)}, line {number}"
-            if len(line) > files.LINE_BYTES:
-                raise ValueError(f"{where} is longer than {files.LINE_BYTES:,} bytes")
-            if line.strip():
-                files.as_object(files.parse_json(line, where), where)
+
+def _check_arrow(stream: IO[bytes], *, parquet: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = (
+            pq.ParquetFile(stream).iter_batches(1024) if parquet else pa.ipc.open_stream(stream)
+        )
+        for _ in batches:
+            pass
+    except MemoryError:  # what a damaged length asks for
+        raise ValueError("the file is damaged: it asks for more memory than there is") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"the file is damaged: {error}") from None
+
+
+def _check_csv(stream: IO[bytes], file: Path) -> None:
+    reader = csv.reader(
+        (files.decoded(line, where) for where, line in _lines(stream, file)), strict=True
+    )
+    try:
+        header = next(reader, [])
+        if not any(header):
+            raise ValueError("the first line must name the columns")
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} values, and the first line names "
+                    f"{len(header)} columns"
+                )
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} is not CSV: {error}") from None
+
+
+def _lines(stream: IO[bytes], file: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line, behind the words for it in messages. Raises ValueError for one that is too long."""
+    for number, line in enumerate(iter(lambda: stream.readline(files.LINE_BYTES + 1), b""), 1):
+        where = f"{files.name(file)}, line {number}"
+        if len(line) > files.LINE_BYTES:
+            raise ValueError(f"{where} is longer than {files.LINE_BYTES:,} bytes")
+        yield where, line
 
 
 def harness_missing(error: ImportError) -> ValueError:
