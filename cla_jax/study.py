@@ -13,15 +13,17 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from cla_jax import statistics
-from cla_jax.config import near_choice
+from cla_jax.config import Config, near_choice
 from cla_jax.statistics import Alternative
 
 Status = Literal["supported", "contradicted", "inconclusive", "not tested"]
 Test = Literal["sign-flip", "t"]
+Metric = Literal["bits_per_byte", "perplexity", "held_out_loss"]
+Control = Literal["", "parameters", "flops"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Claim:
     other: str
     # 0: `row` is better. Above 0: `row` is no worse than `other` by more than that, in units of the metric.
     margin: float = 0.0
+    # The seeds that decide it; None: all that both rows have.
+    seeds: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         if not self.margin:
@@ -43,30 +47,73 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What a family of rows is worth in bytes of another family: see `statistics.byte_gain`."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{' and '.join(self.ours)}, in bytes of {' and '.join(self.theirs)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """What is run and what is decided from it; less of the metric is better.
 
-    Raises ValueError for a claim about a row that is not there, and for fewer seeds than the test needs.
+    Raises ValueError for a claim about a row, a metric or a seed that is not there, and for fewer seeds than
+    the test needs.
     """
 
     # Seeds of each row: n stands for seeds 0 to n - 1.
     rows: Mapping[str, int]
     claims: tuple[Claim, ...]
     # A held-out metric of training.
-    metric: Literal["bits_per_byte", "perplexity", "held_out_loss"] = "bits_per_byte"
+    metric: Metric = "bits_per_byte"
     # One-sided level of the study, for support and for contradiction each: p values are adjusted for the
     # number of claims by Holm's method.
     alpha: float = 0.05
     test: Test = "sign-flip"
-    # Metrics that are reported beside each verdict and decide nothing.
+    # Metrics that are reported beside each verdict and decide nothing. Of a component of a mixture:
+    # `bits_per_byte/NAME`.
     guardrails: tuple[str, ...] = ()
+    # Families of rows whose horizontal distance is reported.
+    gains: tuple[Gain, ...] = ()
+    # A control: every row has an MLP as wide as makes its parameters, or its FLOPs a token, those of `base`.
+    control: Control = ""
+    base: str = ""
 
     def __post_init__(self):
+        near_choice("metric", self.metric, get_args(Metric))
+        near_choice("test", self.test, get_args(Test))
+        near_choice("control", self.control, get_args(Control))
+        for guardrail in self.guardrails:
+            near_choice("guardrail", guardrail.partition("/")[0], get_args(Metric))
+        if bool(self.control) != bool(self.base):
+            raise ValueError(
+                f"control = {self.control!r} and base = {self.base!r}: a control needs both"
+            )
+        if self.base:
+            near_choice("row in base:", self.base, self.rows)
+        for row, seeds in self.rows.items():
+            if seeds < 1:
+                raise ValueError(f"the row {row} has {seeds} seeds: it needs at least one")
+        for gain in self.gains:
+            for name in (*gain.ours, *gain.theirs):
+                near_choice("row in a gain:", name, self.rows)
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha = {self.alpha} must lie between 0 and 1")
         for claim in self.claims:
             for name in (claim.row, claim.other):
                 near_choice(f"row in the claim {str(claim)!r}:", name, self.rows)
+            most = min(self.rows[claim.row], self.rows[claim.other])
+            for seed in claim.seeds or ():
+                if not 0 <= seed < most:
+                    raise ValueError(
+                        f"the claim {str(claim)!r} names seed {seed}: both rows have seeds 0 to {most - 1}"
+                    )
+            if len(set(claim.seeds or ())) < len(claim.seeds or ()):
+                raise ValueError(f"the claim {str(claim)!r} names a seed twice: {claim.seeds}")
             if claim.row == claim.other:
                 raise ValueError(f"the claim {str(claim)!r} compares a row with itself")
             if not 0 <= claim.margin < math.inf:
@@ -84,9 +131,15 @@ class Study:
                     f"{self.needed} to decide {len(self.claims)} claims at level {self.alpha:g}"
                 )
 
+    def seeds(self, claim: Claim) -> Sequence[int]:
+        """The seeds that decide a claim."""
+        if claim.seeds is not None:
+            return claim.seeds
+        return range(min(self.rows[claim.row], self.rows[claim.other]))
+
     def pairs(self, claim: Claim) -> int:
-        """Seeds that both rows of a claim have."""
-        return min(self.rows[claim.row], self.rows[claim.other])
+        """How many seeds decide a claim."""
+        return len(self.seeds(claim))
 
     @property
     def needed(self) -> int:
@@ -100,6 +153,18 @@ class Study:
         """Names the declaration: another word, seed or margin gives another digest."""
         fields = dataclasses.asdict(self) | {"rows": sorted(self.rows.items())}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Declared:
+    """A study, and the run that each of its rows should have with each seed."""
+
+    name: str
+    study: Study
+    trials: Mapping[tuple[str, int], Config]
+
+    def config(self, row: str) -> Config:
+        return self.trials[row, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +199,7 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
     found: list[Verdict | None] = []
     tested: list[_Tested] = []
     for claim in study.claims:
-        seeds = range(study.pairs(claim))
+        seeds = study.seeds(claim)
         missing = [
             f"{row} seed {seed}"
             for row in (claim.row, claim.other)

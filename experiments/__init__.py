@@ -7,10 +7,14 @@ becomes a golden file under tests/golden (`make golden`).
 A sweep is a generator of (name, config), listed in its module's SWEEPS (see experiments/sweeping.py), for
 `python -m launch.sweep NAME`. A study is a sweep too: of its rows.
 
+A study that is declared before it is run (see cla_jax/study.py) stands in its module's STUDIES, under the
+name of the sweep that runs it: `python -m launch.compare --study small.main`.
+
 Every module in this directory that has ROWS or SWEEPS is a study. A file anywhere else is one too:
 `path/to/mine.py` names its rows, `path/to/mine.py:row` one row or sweep of it.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -22,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from cla_jax.config import Config, near_choice
+from cla_jax.study import Declared
 from experiments.sweeping import Trials
 
 
@@ -53,6 +58,31 @@ def find_sweep(name: str) -> Callable[..., Trials]:
     return known[short]
 
 
+def find_study(name: str) -> Declared:
+    """A declared study, `small.main`, with the run that each row should have with each seed.
+
+    Raises ValueError with the nearest names.
+    """
+    short, studies, _ = _known(name, "SWEEPS", empty=True)
+    known = {
+        f"{study}.{key}": (module, key)
+        for study, module in studies.items()
+        for key in getattr(module, "STUDIES", ())
+    }
+    near_choice("declared study", short, known)
+    module, key = known[short]
+    study, sweep = module.STUDIES[key], getattr(module, key)
+    trials = {}
+    for trial, config in sweep():
+        row, _, seed = trial.rpartition(".seed-")
+        directory = short.replace(".", "/")
+        trials[row, int(seed)] = dataclasses.replace(config, name=f"{directory}/{trial}")
+    wanted = {(row, seed) for row, count in study.rows.items() for seed in range(count)}
+    if set(trials) != wanted:
+        raise ValueError(f"the sweep {short} does not yield the rows and seeds that its study has")
+    return Declared(name=short, study=study, trials=trials)
+
+
 def short_name(name: str) -> str:
     """The name of a row, sweep or study without the directory of its file: `mine.row` of `a/mine.py:row`."""
     file, row = _split(name)
@@ -79,7 +109,9 @@ def _studies() -> dict[str, ModuleType]:
     return {name: module for name, module in modules.items() if _is_study(module)}
 
 
-def _known(name: str, kind: str) -> tuple[str, dict[str, ModuleType], dict[str, Any]]:
+def _known(
+    name: str, kind: str, *, empty: bool = False
+) -> tuple[str, dict[str, ModuleType], dict[str, Any]]:
     """The name in short, the studies that it may be of, and their rows or sweeps."""
     file, function = _split(name)
     if file is None:
@@ -91,7 +123,7 @@ def _known(name: str, kind: str) -> tuple[str, dict[str, ModuleType], dict[str, 
     known = _members({file.stem: module}, kind)
     if function and callable(found := getattr(module, function, None)):
         known.setdefault(f"{file.stem}.{function}", found)  # one that is named need not be listed
-    if not known and not function:
+    if not known and not function and not empty:
         raise ValueError(f"{file} lists nothing in {kind}: name a function of it, {file}:NAME")
     return short_name(name), {file.stem: module}, known
 

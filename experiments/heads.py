@@ -7,7 +7,9 @@ MHA. The models are those of the study `small`, and train on its text.
 """
 
 from cla_jax.config import Config, replaced
+from cla_jax.study import Claim, Study
 from experiments import small, sweeping
+from experiments.sweeping import Trials
 
 
 def _row(name: str, **model) -> Config:
@@ -40,3 +42,18 @@ def mha_small_heads() -> Config:
 
 
 ROWS = (mha, gqa2, mqa, mha_small_heads)
+
+ORDER = Study(
+    rows={row.__name__: 8 for row in ROWS},
+    claims=(Claim("mha", "gqa2"), Claim("gqa2", "mqa"), Claim("mqa", "mha_small_heads")),
+    guardrails=("perplexity",),
+)
+STUDIES = {"order": ORDER}
+
+
+def order() -> Trials:
+    """Eight seeds of each row: is the order of the papers seen here?"""
+    return sweeping.declared(ORDER, ROWS)
+
+
+SWEEPS = (order,)

@@ -23,7 +23,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from cla_jax import costs, extras
-from cla_jax.config import Config, replaced
+from cla_jax.config import Config, near_choice, replaced
+from cla_jax.study import Study
 
 if TYPE_CHECKING:
     import optuna
@@ -59,6 +60,32 @@ class Result:
 
 # What `yield` takes, gives back, and what the sweep returns at its end.
 Trials = Generator[tuple[str, Config], Result, Any]
+
+
+# ------------------------------------------------------------------------------------- studies
+
+
+def declared(study: Study, rows: Iterable[Callable[[], Config]], **changes: Any) -> Trials:
+    """The trials of a declared study: `ROW.seed-N` for each of its rows and seeds.
+
+    Args:
+      study: which rows, with how many seeds; its control widens their MLPs.
+      rows: the functions that make them, by whose names the study knows them.
+      changes: by the name of a row, the fields in which it differs from what its function returns: a tuned
+        learning rate, say.
+
+    Raises ValueError for a row without a function.
+    """
+    made = {row.__name__: row for row in rows}
+    for name in (*study.rows, *changes):
+        near_choice("row", name, made)
+    configs = {name: replaced(made[name](), changes.get(name, {})) for name in study.rows}
+    if study.control:
+        base = configs[study.base]
+        configs = {name: matched(config, base, study.control) for name, config in configs.items()}
+    for name, seeds in study.rows.items():
+        for seed in range(seeds):
+            yield f"{name}.seed-{seed}", replaced(configs[name], {"seed": seed})
 
 
 # --------------------------------------------------------------------------------------- grids

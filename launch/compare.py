@@ -1,15 +1,25 @@
-"""Compares runs: `python -m launch.compare PATH [PATH ...]`."""
+"""Compares runs, or decides a study: `python -m launch.compare PATH [PATH ...]`."""
 
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
+from etils import epath
 from rich.console import Console
 
+import experiments
 from cla_jax import report, runs
+from cla_jax.report import paper, studies
+from cla_jax.runs import Run
+from cla_jax.study import Declared
+from experiments import paper as printed
 from launch.cli import read, user_errors
+from launch.records import Record
 
 
 def compare(
@@ -17,50 +27,156 @@ def compare(
         tuple[str, ...],
         tyro.conf.Positional,
         tyro.conf.arg(metavar="PATH ...", help_behavior_hint=""),
-    ],
+    ] = (),
     *,
+    study: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = "",
     context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="")] = None,
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = "",
 ) -> None:
-    """Compares runs: accuracy against KV-cache memory, as a table and as a picture.
+    """Compares runs: accuracy against KV-cache memory, as a table and as pictures.
 
-    Prints the table, and the scores of downstream tasks if there are any, and writes report.html (one
-    file: tables, picture, learning curves, details),
-    pareto.png and pareto.svg. Only what the run directories hold is read; nothing is computed anew.
+    Prints the table, and the scores of downstream tasks if there are any. Writes report.html (one file:
+    tables, pictures, learning curves, two runs side by side, details), figures as PNG, SVG and PDF, and
+    tables as CSV and LaTeX. Runs that differ in their seed alone are one row. Only what the run directories
+    hold is read; nothing is computed anew.
 
-    A study, or two runs of different studies:
+    The runs of a sweep, or two runs of different studies:
         python -m launch.compare runs/tiny
         python -m launch.compare runs/tiny/mqa runs/mine/cla2 --out comparison
 
     What caches hold at a context that is longer than the window of training:
         python -m launch.compare runs/tiny --context 32768
 
+    The claims of a study that was declared before it was run, with the runs below a directory:
+        python -m launch.compare --study small.main runs/small
+
     Args:
       paths: run directories, or study directories that hold some; local or gs://
+      study: a declared study, whose claims are decided; report.md and report.json are written too
       context: count KV bytes for so many tokens of context (default: the window of training)
       out: where to write (default: the one directory given, or the common parent of several)
     """
+    declared = experiments.find_study(study) if study else None
+    if declared and not paths:
+        paths = (str(runs.run_path(next(iter(declared.trials.values()))).parent),)
     if not paths:
         raise ValueError("give at least one run or study directory: python -m launch.compare PATH")
     directory = out or report.common_directory(paths)
     if not directory:
         raise ValueError("the paths have no directory in common; say where to write with --out DIR")
+    found = runs.find_runs(paths)
     problems: list[str] = []
-    rows = report.read(runs.find_runs(paths), context, problems)
+    rows = report.read(found, context, problems)
     if not rows:
         raise ValueError("; ".join(problems))
+    diverged, failed = _bad_ends(found)
+    beside = paper.tables(rows, *_printed())
+    outcome = made = None
+    if declared:
+        outcome = report.examine(declared, rows, diverged=diverged, failed=failed)
+        noise = studies.noise(rows, declared.study)
+        made = report.record.make(
+            outcome,
+            rows,
+            earlier=report.record.read(epath.Path(directory)),
+            commit=_commit(),
+            command=_command(study, paths, context, out),
+        )
+    else:
+        noise = []
+    ends = [f"{row.name} failed: {failed[row.path]}" for row in rows if row.path in failed]
+    ends += [f"{row.name} diverged" for row in rows if row.path in diverged]
+    further = [*(() if declared else ends), *noise]
     # First: whatever becomes of the table, the report is there.
-    written = report.write(rows, directory, problems=problems)
+    written = report.write(
+        rows,
+        directory,
+        problems=problems,
+        outcome=outcome,
+        made=made,
+        beside=beside,
+        further=further,
+        diverged=diverged,
+    )
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
-    console.print(report.table(rows))
+    console.print(report.table(report.merged(rows)))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
-    for note in report.notes(rows, problems):
-        print(note)  # not through the console, which would break a command into lines
+    # Not through the console, which would break a command into lines.
+    for note in (*report.notes(rows, problems), *further):
+        print(note)
+    if outcome:
+        for note in outcome.notes:
+            print(note)
+        for number in range(len(outcome.verdicts)):
+            print(studies.sentence(outcome, number))
+        for gain, told in outcome.gains:
+            print(f"{gain}: {told}")
+        _tell_missing(outcome.declared, outcome)
     for file in written:
         print(f"wrote {os.fspath(file)}")
+
+
+def _tell_missing(declared: Declared, outcome: report.Outcome) -> None:
+    """Says how many runs of a study are missing, and the command that makes them."""
+    missing = len(declared.trials) - len(outcome.runs) - len(outcome.diverged)
+    if missing:
+        command = shlex.join(("python", "-m", "launch.sweep", declared.name))
+        print(f"{missing} of {len(declared.trials)} runs of the study are missing: {command}")
+
+
+def _bad_ends(found: Sequence[Run]) -> tuple[frozenset[str], dict[str, str]]:
+    """The runs of a sweep that diverged, and those that failed with their last error, by their paths."""
+    diverged, failed = set(), {}
+    for run in found:
+        if not (run.path.parent / ".sweep" / run.path.name).exists():
+            continue
+        state = Record(run.path.parent, run.path.name).state()
+        if state.diverged:
+            diverged.add(str(run.path))
+        elif state.status == "failed":
+            failed[str(run.path)] = state.error or "failed"
+    return frozenset(diverged), failed
+
+
+def _printed() -> tuple[dict[str, paper.Line], list[paper.Stated]]:
+    """What the paper prints, for the rows that are the paper's."""
+    lines = {
+        name: paper.Line(kv_bytes=line.kv_bytes, perplexity=line.perplexity)
+        for name, line in printed.PRINTED.items()
+    }
+    stated = [
+        paper.Stated(row=one.row, other=one.other, value=one.value)
+        for one in printed.DIFFERENCES
+        if one.measure == "perplexity"
+    ]
+    return lines, stated
+
+
+def _commit() -> str:
+    """The commit of the code, with a plus sign if files were changed since; empty where there is no git."""
+    here = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        made: Any = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        )
+        return made.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _command(study: str, paths: Sequence[str], context: int | None, out: str) -> str:
+    words = ["python", "-m", "launch.compare", "--study", study, *map(os.fspath, paths)]
+    words += ["--context", str(context)] if context else []
+    words += ["--out", out] if out else []
+    return shlex.join(words)
 
 
 @user_errors

@@ -1,22 +1,26 @@
 """The HTML page: Pareto picture, table, learning curves, run details; no external resource."""
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from cla_jax import config as configs
+from cla_jax import costs
 from cla_jax.messages import printable
-from cla_jax.report import pareto, tasks
-from cla_jax.report.pareto import COLOURS, Point
+from cla_jax.report import pareto, seeds, studies, tasks
+from cla_jax.report.pareto import COLOURS, SURFACE, Point
 from cla_jax.report.rows import (
-    COLUMNS,
     Row,
     caption,
+    columns,
     comparison,
     human,
     lines,
@@ -25,6 +29,9 @@ from cla_jax.report.rows import (
     setting,
     warnings,
 )
+
+# A title, headings, lines of cells, and a sentence below.
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]], str]
 
 HEADINGS = {"perplexity": "held-out perplexity", "bits_per_byte": "held-out bits per byte"}
 
@@ -38,16 +45,31 @@ def notes(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def plot(rows: Sequence[Row], reference: Sequence[Point] = (), width: float = 8.4) -> Figure:
-    """The Pareto picture of the rows; `reference` only where perplexities may be compared."""
+def plot(
+    rows: Sequence[Row],
+    reference: Sequence[Point] = (),
+    width: float = 8.4,
+    kind: Literal["resident", "read"] = "resident",
+) -> Figure:
+    """The Pareto picture of the rows; `reference` only where perplexities may be compared.
+
+    The second view has the bytes that a decode step reads. Quantised caches are left out of it.
+    """
+    if kind == "read":
+        rows, reference = [row for row in rows if not row.cache], ()
     compared = comparison(rows)
     drawn = points(rows)
+    if kind == "read":
+        read = [costs.kv_bytes(row.config.model, row.context).read for row in rows]
+        drawn = [dataclasses.replace(one, kv_bytes=b) for one, b in zip(drawn, read, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].sharing, rows[i].cache))
     subtitle = "Caches are 16-bit unless named."
     if compared.ranked:
         subtitle += " Line: Pareto frontier."
     if any(point.unfinished for point in drawn):
-        subtitle += " Hollow: unfinished."
+        subtitle += " Hollow: unfinished, not ranked."
+    if any(len(point.seeds) > 1 for point in drawn):
+        subtitle += " Bars: one standard deviation over seeds; dots: single seeds."
     return pareto.plot(
         [drawn[i] for i in order],
         quality=HEADINGS[compared.measure],
@@ -55,6 +77,7 @@ def plot(rows: Sequence[Row], reference: Sequence[Point] = (), width: float = 8.
         reference=reference if compared.measure == "perplexity" else (),
         ranked=compared.ranked,
         width=width,
+        kind=kind,
     )
 
 
@@ -79,9 +102,12 @@ def _curves(rows: Sequence[Row], key: str, heading: str) -> Figure:
         axes = figure.subplots()
         late: list[float] = []  # the fall from the first values would fill the plot
         for i, row in enumerate(rows):
-            steps, values = curve(row, key)
-            late += values[len(values) // 5 :]
+            steps, values, low, high = band(row, key)
+            late += [*low[len(low) // 5 :], *high[len(high) // 5 :]]
             colour, line = _look(i)
+            if len(row.seeds) > 1:
+                tokens = [step * row.config.tokens_per_step for step in steps]
+                axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(
                 [step * row.config.tokens_per_step for step in steps],
                 values,
@@ -97,6 +123,57 @@ def _curves(rows: Sequence[Row], key: str, heading: str) -> Figure:
         if late:
             room = 0.05 * (max(late) - min(late)) or 0.1
             axes.set_ylim(min(late) - room, max(late) + room)
+    return figure
+
+
+def band(row: Row, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """(steps, means, least, greatest) of a metric over the seeds of a row, where all of them have it."""
+    by_seed = [dict(zip(*curve(seed, key), strict=True)) for seed in row.seeds or (row,)]
+    steps = sorted(set.intersection(*map(set, by_seed)))
+    values = [[found[step] for found in by_seed] for step in steps]
+    means = [math.fsum(here) / len(here) for here in values]
+    return steps, means, [min(here) for here in values], [max(here) for here in values]
+
+
+def learning_rates(curves: Sequence[seeds.Curve]) -> Figure:
+    """Bits per byte over the learning rate; a star at the optimum of each curve."""
+    with pareto.styled():
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for i, found in enumerate(curves):
+            colour, line = _look(i)
+            known = [
+                (r, y) for r, y in zip(found.rates, found.losses, strict=True) if math.isfinite(y)
+            ]
+            axes.plot(
+                [rate for rate, _ in known],
+                [loss for _, loss in known],
+                color=colour,
+                linestyle=line,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                label=pareto.shortened(found.name),
+            )
+            if found.best:
+                axes.plot(
+                    [found.best.rate],
+                    [found.best.loss],
+                    linestyle="",
+                    marker="*",
+                    markersize=11,
+                    color=colour,
+                    markeredgecolor=SURFACE,
+                    # Hollow at an edge: that is no optimum yet.
+                    fillstyle="none" if found.best.edge else "full",
+                )
+        axes.set_xscale("log")
+        rates = sorted({rate for found in curves for rate in found.rates})
+        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="peak learning rate", ylabel="held-out bits per byte")
+        if curves:
+            axes.legend(ncols=1 + len(curves) // 8, fontsize=8)
     return figure
 
 
@@ -134,6 +211,12 @@ tr.best { background: var(--best); } tr.best td:nth-child(2) { font-weight: 600;
 td.center { color: #2f6fde; } .step { color: var(--warn); font-weight: 400; margin-left: .5rem; }
 .note { background: var(--warn-back); color: var(--warn); padding: .55rem .9rem; margin: .5rem 0;
   border-radius: 6px; overflow-wrap: anywhere; }
+table.folded td { white-space: normal; } table.folded td.left { min-width: 14rem; overflow-wrap: anywhere; }
+.point { cursor: pointer; } .point:focus { outline: 2px solid var(--muted); }
+select { font: inherit; max-width: 100%; color: inherit; background: var(--surface);
+  border: 1px solid var(--grid); border-radius: 6px; padding: .25rem .5rem; }
+#shown table, #pair table { margin: .5rem 0; min-width: 0; } #shown td, #pair td { white-space: normal;
+  overflow-wrap: anywhere; } #pair svg { max-width: 40rem; }
 td.run { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 7rem; }
 summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x: auto;
   border: 1px solid var(--grid); border-radius: 6px; padding: .8rem 1rem; }
@@ -149,29 +232,44 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
 """
 
 
+_SCRIPT = (Path(__file__).parent / "page.js").read_text()
+
+
 def html(
     rows: Sequence[Row],
     title: str,
     reference: Sequence[Point] = (),
     problems: Sequence[str] = (),
+    *,
+    outcome: studies.Outcome | None = None,
+    beside: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+    diverged: frozenset[str] = frozenset(),
 ) -> str:
-    """Picture, table, learning curves and run details; every text of a run is escaped."""
+    """Claims, pictures, tables, learning curves and run details; every text of a run is escaped.
+
+    Args:
+      rows: one a run and a cache; runs that differ in their seed alone become one row.
+      reference: further points in perplexity, drawn grey.
+      problems: what could not be read.
+      outcome: of a declared study; then only the runs that count in it are drawn.
+      beside: tables of our results beside others, such as a paper's.
+      notes: further things to know.
+      diverged: paths of runs whose loss was not finite.
+    """
     runs = [row for row in rows if not row.cache]
-    told = "".join(
-        f'<p class="note">{escape(printable(note, 4000))}</p>\n'
-        for note in (*warnings(rows, problems), *tasks.notes(rows))
-    )
+    together = seeds.merged(rows)
+    drawn = shown_rows(together, outcome, diverged)
+    compared = [row for row in drawn if not row.cache]
+    known = [*warnings(rows, problems), *tasks.notes(rows), *seeds.left_out(rows), *notes]
+    told = "".join(f'<p class="note">{escape(printable(note, 4000))}</p>\n' for note in known)
     if hint := missing(rows):
         told += f'<p class="muted">{escape(hint)}</p>\n'
-    label = "Quality over KV-cache bytes per token"
-    picture = "".join(
-        _inline(plot(rows, reference, width), f"pareto {name}", label)
-        for name, width in (("wide", 8.4), ("narrow", 4.6))
-    )
+    pictures = {kind: _both_widths(drawn, reference, kind) for kind in ("resident", "read")}
     learning = "".join(
         _inline(figure, "", "Over training tokens: " + name)
         for name, figure in zip(
-            ("training loss", "held-out evaluations"), curves(runs), strict=True
+            ("training loss", "held-out evaluations"), curves(compared), strict=True
         )
     )
     return f"""<!doctype html>
@@ -181,20 +279,122 @@ def html(
 <body>
 <h1>{escape(title)}</h1>
 <p class="muted">{len(runs)} run{"s" if len(runs) != 1 else ""}, compared by cla_jax</p>
-{told}{picture}
+{told}{_claims(outcome)}{pictures["resident"]}
+<p class="muted">Click a point, or reach it with the tab key, to see its config.</p>
+<div id="shown" class="muted" aria-live="polite"></div>
 <h2>Results</h2>
-{_results(rows)}
-<p class="muted">{escape(caption(rows))}</p>
-{_scores(rows)}<h2>Learning curves</h2>
+{_results(together)}
+<p class="muted">{escape(caption(together))}</p>
+{"".join(map(_table, beside))}{_scores(rows)}<h2>Bytes that are read</h2>
+{pictures["read"]}
+<p class="muted">Sharing layers divides what a cache holds, not what a decode step reads of it. Quantised
+caches are left out here.</p>
+{_rates(together, diverged)}<h2>Learning curves</h2>
 <div class="curves">{learning}</div>
-{_legend(runs)}
-<p class="muted">{escape(setting(runs))} The vertical axes are cut to what follows the first fifth of each
-curve. A run has the same colour in every picture.</p>
-<h2>Runs</h2>
+{_legend(compared)}
+<p class="muted">{escape(setting(rows))}
+The vertical axes are cut to what follows the first fifth of each
+curve. A run has the same colour in every picture. Bands: the least and the greatest of the seeds.</p>
+{_side_by_side(runs)}<h2>Runs</h2>
 {_details(runs)}
+<script type="application/json" id="data">{_data(drawn, runs)}</script>
+<script>{_SCRIPT}</script>
 </body>
 </html>
 """
+
+
+def shown_rows(
+    together: Sequence[Row], outcome: studies.Outcome | None, diverged: frozenset[str] = frozenset()
+) -> list[Row]:
+    """The rows that pictures show: of a study those that count, of a search the best learning rates."""
+    if outcome is not None:
+        return seeds.merged(list(outcome.runs.values()))
+    return seeds.best_of_rates(together, diverged)
+
+
+def _both_widths(
+    rows: Sequence[Row], reference: Sequence[Point], kind: Literal["resident", "read"]
+) -> str:
+    label = f"Quality over KV-cache bytes per token, {kind}"
+    return "".join(
+        _inline(plot(rows, reference, width, kind), f"pareto {name}", label)
+        for name, width in (("wide", 8.4), ("narrow", 4.6))
+    )
+
+
+def _table(table: Table) -> str:
+    title, headings, found, below = table
+    sides = ["left"] + ["right"] * (len(headings) - 1)
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(sides, cells, strict=True)
+        inside = "".join(f'<{tag} class="{side}">{escape(cell)}</{tag}>' for side, cell in pairs)
+        return f"<tr>{inside}</tr>\n"
+
+    body = "".join(line("td", cells) for cells in found)
+    return (
+        f'<h2>{escape(title)}</h2>\n<div class="scroll"><table class="folded">\n'
+        f"<thead>{line('th', headings)}</thead>\n{body}</table></div>\n"
+        f'<p class="muted">{escape(below)}</p>\n'
+    )
+
+
+def _claims(outcome: studies.Outcome | None) -> str:
+    return "" if outcome is None else "".join(map(_table, studies.tables(outcome)))
+
+
+def _rates(rows: Sequence[Row], diverged: frozenset[str]) -> str:
+    found = seeds.curves(rows, diverged)
+    if not found:
+        return ""
+    picture = _inline(
+        learning_rates(found), "pareto", "Held-out bits per byte over the learning rate"
+    )
+    return f"<h2>Learning rates</h2>\n{picture}\n{_table(seeds.rate_table(found))}"
+
+
+def _side_by_side(rows: Sequence[Row]) -> str:
+    if len(rows) < 2:
+        return ""
+
+    def options(chosen: int) -> str:
+        return "".join(
+            f'<option value="{i}"{" selected" * (i == chosen)}>{escape(row.name)}</option>'
+            for i, row in enumerate(rows)
+        )
+
+    return (
+        f'<h2>Two runs side by side</h2>\n<p><select id="a" aria-label="first run">{options(0)}</select> '
+        f'<select id="b" aria-label="second run">{options(1)}</select></p>\n<div id="pair"></div>\n'
+    )
+
+
+def _data(drawn: Sequence[Row], runs: Sequence[Row]) -> str:
+    """What the script reads: the config of each point, and of each run its config and loss curve."""
+
+    def flat(row: Row) -> dict[str, Any]:
+        settings = configs.flatten(configs.identity(row.config))
+        return {key: value if value is None else str(value) for key, value in settings.items()}
+
+    def entry(row: Row, *, curves: bool) -> dict[str, Any]:
+        own: dict[str, Any] = {"name": row.name, "config": flat(row)}
+        if curves:
+            steps, losses = curve(row, "loss", 120)
+            own["tokens"] = [step * row.config.tokens_per_step for step in steps]
+            own["loss"] = [round(loss, 4) for loss in losses]
+        scored = row.evaluation or {}
+        own["scores"] = {
+            HEADINGS[key]: round(scored[key], 4) for key in HEADINGS if scored.get(key) is not None
+        }
+        return own
+
+    data = {
+        "points": [entry(row, curves=False) for row in drawn],
+        "runs": [entry(row, curves=True) for row in runs],
+    }
+    # No text of a run may end the element that it stands in.
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -213,6 +413,9 @@ def _inline(figure: Figure, name: str, label: str) -> str:
     text = pareto.saved(figure, "svg").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r'<g id="point-(\d+)"', r'<g class="point" tabindex="0" role="button" data-point="\1"', text
+    )
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids of groups would repeat between plots
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
     for variable in ("ink", "muted", "grid", "surface"):
@@ -221,8 +424,11 @@ def _inline(figure: Figure, name: str, label: str) -> str:
 
 
 def _results(rows: Sequence[Row]) -> str:
-    sides = [f' class="{side}"' for side in COLUMNS.values()]
-    head = "".join(f"<th{side}>{name}</th>" for name, side in zip(COLUMNS, sides, strict=True))
+    headings = columns(rows)
+    sides = [f' class="{side}"' for side in headings.values()]
+    head = "".join(
+        f"<th{side}>{escape(name)}</th>" for name, side in zip(headings, sides, strict=True)
+    )
     body = ""
     sides[1] = ' class="left run"'
     for row, texts in lines(rows):
@@ -236,20 +442,7 @@ def _results(rows: Sequence[Row]) -> str:
 def _scores(rows: Sequence[Row]) -> str:
     """The section of task scores; empty where there are none."""
     headings, found = tasks.lines(rows)
-    if not found:
-        return ""
-    sides = ["left"] + ["right"] * (len(headings) - 1)
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        pairs = zip(sides, cells, strict=True)
-        inside = "".join(f'<{tag} class="{side}">{escape(cell)}</{tag}>' for side, cell in pairs)
-        return f"<tr>{inside}</tr>\n"
-
-    body = "".join(line("td", cells) for cells in found)
-    return (
-        f'<h2>Downstream tasks</h2>\n<div class="scroll"><table>\n<thead>{line("th", headings)}</thead>\n'
-        f'{body}</table></div>\n<p class="muted">{escape(tasks.CAPTION)}</p>\n'
-    )
+    return _table(("Downstream tasks", headings, found, tasks.CAPTION)) if found else ""
 
 
 def _details(rows: Sequence[Row]) -> str:

@@ -50,16 +50,21 @@ class Point:
     quality: float  # less is better
     series: str = ""  # points of a series share a marker, and a line of the legend
     colour: int = 0  # which of COLOURS, counted round: a run has the same one in every picture
-    unfinished: bool = False  # drawn hollow
+    unfinished: bool = False  # drawn hollow, and no better than anything
+    seeds: tuple[
+        float, ...
+    ] = ()  # the quality with each seed, where `quality` is the mean of several
+    number: int | None = None  # of the row: the page finds it by that
 
 
 def frontier(points: Sequence[Point]) -> list[int]:
     """Indices of the points that no other point dominates, by rising KV bytes.
 
     A point dominates another if it is no worse in bytes and in quality, and better in one of them;
-    exact duplicates stay together. A quality that is not finite never counts.
+    exact duplicates stay together. A quality that is not finite never counts, nor does an unfinished run's.
     """
-    finite = [i for i, point in enumerate(points) if math.isfinite(point.quality)]
+    counts = lambda point: math.isfinite(point.quality) and not point.unfinished
+    finite = [i for i, point in enumerate(points) if counts(point)]
     kept: list[int] = []
     for i in sorted(finite, key=lambda i: (points[i].kv_bytes, points[i].quality)):
         here, last = points[i], points[kept[-1] if kept else i]
@@ -77,11 +82,13 @@ def plot(
     reference: Sequence[Point] = (),
     ranked: bool = True,
     width: float = 8.4,
+    kind: Literal["resident", "read"] = "resident",
 ) -> Figure:
     """Quality over KV bytes, with the frontier of `points`; `reference` is grey, not part of it.
 
     `quality` names the vertical axis; the legend lists the series as they first occur in `points`. Where
-    points are not `ranked`, there is no frontier. `width` is in inches.
+    points are not `ranked`, there is no frontier. `width` is in inches; `kind` says which bytes they are.
+    A point of several seeds has a bar of one standard deviation to each side, and a dot for each seed.
     """
     points = [point for point in points if math.isfinite(point.quality)]
     names = list(dict.fromkeys(point.series for point in points))
@@ -97,9 +104,7 @@ def plot(
         figure = Figure(figsize=(width, height / 72))
         FigureCanvasAgg(figure)  # measures texts
         from_top = lambda points: 1 - points / height
-        figure.text(
-            0.022, from_top(24), "Accuracy against KV-cache memory", size=14.5, weight="bold"
-        )
+        figure.text(0.022, from_top(24), _TITLES[kind], size=14.5, weight="bold")
         figure.text(0.022, from_top(32), subtitle, size=_SUBTITLE, color=MUTED, va="top")
         axes = figure.add_subplot()
         figure.subplots_adjust(
@@ -107,9 +112,9 @@ def plot(
         )
         few = width > 6
         axes.set_xlabel(
-            "resident KV cache, bytes per token of context     ← smaller is better"
+            f"{_AXES[kind]}     ← smaller is better"
             if few
-            else "KV bytes per token  ← smaller is better"
+            else f"{_SHORT_AXES[kind]}  ← smaller is better"
         )
         axes.set_ylabel(
             f"{quality}     ← lower is better" if few else f"{quality}  ← lower is better"
@@ -120,15 +125,15 @@ def plot(
             return figure
         axes.set_xscale("log")
         axes.margins(0.13, 0.16)
+        sizes = [point.kv_bytes for point in (*points, *reference)]
+        if len(set(sizes)) == 1:
+            axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
         for point in reference:
             _draw(axes, point, "#9aa3ad", "o", 52)
         for point in points:
             _draw(axes, point, COLOURS[point.colour % len(COLOURS)], *looks[point.series])
         axes.autoscale_view()
         axes.autoscale(False)
-        sizes = [point.kv_bytes for point in (*points, *reference)]
-        if len(set(sizes)) == 1:
-            axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
         _ticks(axes, sizes)
         best = [points[i] for i in frontier(points)] if ranked else []
         line = _draw_frontier(axes, best) if best else []
@@ -149,10 +154,40 @@ def plot(
 
 
 _SUBTITLE = 9.5  # points
+_TITLES = {
+    "resident": "Accuracy against KV-cache memory",
+    "read": "Accuracy against KV-cache traffic",
+}
+_AXES = {
+    "resident": "resident KV cache, bytes per token of context",
+    "read": "KV bytes that a decode step reads, per token of context",
+}
+_SHORT_AXES = {"resident": "KV bytes per token", "read": "KV bytes read per token"}
 
 
 def _draw(axes: Axes, point: Point, colour: str, marker: str, size: float) -> None:
-    axes.scatter(
+    if len(point.seeds) > 1:
+        bar = float(np.std(point.seeds, ddof=1))
+        axes.errorbar(
+            [point.kv_bytes],
+            [point.quality],
+            yerr=[bar],
+            color=colour,
+            elinewidth=1.6,
+            capsize=4,
+            zorder=3,
+        )
+        axes.plot(
+            [point.kv_bytes] * len(point.seeds),
+            point.seeds,
+            linestyle="",
+            marker="o",
+            markersize=2.6,
+            color=colour,
+            alpha=0.75,
+            zorder=5,
+        )
+    drawn = axes.scatter(
         [point.kv_bytes],
         [point.quality],
         s=size,
@@ -162,6 +197,8 @@ def _draw(axes: Axes, point: Point, colour: str, marker: str, size: float) -> No
         linewidths=1.8 if point.unfinished else 1.2,
         zorder=4,
     )
+    if point.number is not None:
+        drawn.set_gid(f"point-{point.number}")
 
 
 def _key(label: str, colour: str, marker: str, size: float) -> Line2D:
@@ -281,10 +318,14 @@ def styled() -> contextlib.AbstractContextManager[None]:
     return style.context(["default", _STYLE])
 
 
-def saved(figure: Figure, format: Literal["svg", "png"]) -> bytes:
+def saved(figure: Figure, format: Literal["svg", "png", "pdf"]) -> bytes:
     """The figure as a file's content; the same figure gives the same bytes."""
     out = io.BytesIO()
-    bare = dict.fromkeys(("Creator", "Date", "Format", "Type")) if format == "svg" else None
+    bare = {
+        "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+        "png": None,
+    }[format]
     with styled():
         figure.savefig(out, format=format, metadata=bare)
     return out.getvalue()

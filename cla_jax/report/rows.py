@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class Row:
     evaluation: Record | None  # the one that is compared
     context: int  # tokens of context that KV bytes are counted for
     altered: tuple[str, ...] = ()  # what of the run's records cannot be trusted, and is not used
+    # Where the row stands for runs that differ in their seed alone (see `seeds`): those that count.
+    seeds: tuple["Row", ...] = ()
 
     @functools.cached_property
     def kv_bytes(self) -> float:
@@ -187,7 +190,18 @@ def _made_by_training(metrics: Sequence[Record]) -> Record | None:
     if last is None:
         return None
     totals = {key: last.get(f"held_out_{key}") for key in ("tokens", "bytes")}
-    return {"method": TRAINING, **{key: last[key] for key in ("step", *scores)}, **totals}
+    components: dict[str, Record] = {}
+    for key, value in last.items():
+        metric, _, name = key.partition("/")
+        if name and metric in scores:
+            components.setdefault(name, {})[metric] = value
+    own = {key: last[key] for key in ("step", *scores)}
+    return {
+        "method": TRAINING,
+        **own,
+        **totals,
+        **({"components": components} if components else {}),
+    }
 
 
 def _newest(full: Record | None, training: Record | None) -> Record | None:
@@ -347,6 +361,8 @@ def points(rows: Sequence[Row]) -> list[Point]:
             series=f"{layers}, {row.cache} cache" if row.cache else layers,
             colour=numbers[row.path],
             unfinished=bool(row.progress),
+            seeds=tuple(seed.evaluation[measure] for seed in row.seeds if seed.evaluation),
+            number=len(found),
         )
         found.append(point)
     return found
@@ -354,6 +370,9 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 def setting(rows: Sequence[Row]) -> str:
     """What the runs were trained on and for how long, their seeds and their held-out text."""
+    rows = [seed for row in rows for seed in row.seeds or (row,)]
+    if not rows:
+        return "No run counts yet."
     configs = [row.config for row in rows]
     trained = [(row.config, steps) for row in rows if (steps := row.trained_steps) is not None]
     parts = []
@@ -411,6 +430,17 @@ COLUMNS: dict[str, Literal["left", "right", "center"]] = {
 }
 
 
+def components(rows: Sequence[Row]) -> list[str]:
+    """The components of the mixtures that rows were scored on, each for itself."""
+    scored = [row.evaluation for row in rows if row.evaluation]
+    return list(dict.fromkeys(name for one in scored for name in one.get("components") or {}))
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Literal["left", "right", "center"]]:
+    """COLUMNS, and one for each component of a mixture."""
+    return COLUMNS | {f"bits per byte\n{printable(name)}": "right" for name in components(rows)}
+
+
 def caption(rows: Sequence[Row]) -> str:
     """What the table shows, and of what."""
     contexts = [row.context for row in rows]
@@ -427,18 +457,28 @@ def caption(rows: Sequence[Row]) -> str:
     )
     if any(row.from_training for row in rows):
         parts.append("* from training.")
+    if any(len(row.seeds) > 1 for row in rows):
+        parts.append("± one standard deviation over seeds.")
     return " ".join((*parts, setting(rows)))
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
-    """The lines of the table as (row, a cell for each of COLUMNS), by KV bytes, then quality.
+    """The lines of the table as (row, a cell for each of `columns`), by KV bytes, then quality.
 
     The first cell is empty for what is not on the frontier, and for all where rows are not ranked.
     """
     found = points(rows)
     best = frontier(found) if comparison(rows).ranked else []
     order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))
-    return [(rows[i], _cells(rows[i], i in best)) for i in order]
+    names = components(rows)
+    return [(rows[i], _cells(rows[i], i in best) + _parts(rows[i], names)) for i in order]
+
+
+def _parts(row: Row, names: Sequence[str]) -> list[str]:
+    """Bits per byte of components."""
+    found = (row.evaluation or {}).get("components") or {}
+    scores = [found.get(name, {}).get("bits_per_byte") for name in names]
+    return ["—" if score is None else f"{score:.4f}" for score in scores]
 
 
 def _cells(row: Row, on_frontier: bool) -> list[str]:
@@ -452,7 +492,7 @@ def _cells(row: Row, on_frontier: bool) -> list[str]:
         row.name,
         per_token(row.kv_bytes),
         f"{scored['perplexity']:,.3f}{mark}" if scored else "—",
-        f"{scored['bits_per_byte']:.4f}{mark}" if scored else "—",
+        f"{scored['bits_per_byte']:.4f}{_spread(row)}{mark}" if scored else "—",
         f"{cached['perplexity']:,.3f}" if cached else "—",
         f"{model.n_heads}/{model.n_kv_heads}",
         str(model.d_head),
@@ -462,11 +502,17 @@ def _cells(row: Row, on_frontier: bool) -> list[str]:
     ]
 
 
+def _spread(row: Row) -> str:
+    """The standard deviation over the seeds of a row; empty for a single run."""
+    found = [seed.evaluation["bits_per_byte"] for seed in row.seeds if seed.evaluation]
+    return f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+
+
 def table(rows: Sequence[Row]) -> Table:
     """The comparison for a terminal."""
     # Text throughout: names may hold what rich would read as markup.
     made = Table(caption=Text(caption(rows)), caption_justify="left")
-    for heading, justify in COLUMNS.items():
+    for heading, justify in columns(rows).items():
         fold = heading in ("run", "kv_map")
         made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")
     for row, cells in lines(rows):

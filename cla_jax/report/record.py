@@ -1,0 +1,116 @@
+"""What the report of a study was made of: report.json, beside it.
+
+It names the declaration by its digest and each run by a checksum of its files. A report that is made again of
+the same inputs keeps the commit of the first time. One that is made of other results says which changed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from cla_jax import files
+from cla_jax.goodput import is_account
+from cla_jax.report import seeds, studies
+from cla_jax.report.rows import Row
+from cla_jax.runs import Run, listed
+
+FILE = "report.json"
+
+
+def make(
+    outcome: studies.Outcome,
+    rows: Sequence[Row],
+    *,
+    earlier: Mapping[str, Any] | None,
+    commit: str,
+    command: str,
+) -> dict[str, Any]:
+    """The record of a report; `earlier` is that of the report before, if there was one."""
+    own = [row for row in rows if not row.cache]
+    # Not by the names in the table: these depend on what is compared.
+    results = {
+        "/".join(studies.place(row.path)): _digest(row) for row in own if not seeds.excuse(row)
+    }
+    digest = outcome.declared.study.digest
+    changes: list[str] = []
+    if earlier:
+        before = earlier["results"]
+        changes = list(earlier["changes"])
+        at = earlier["commit"] or "an unknown commit"
+        if earlier["digest"] != digest:
+            changes.append(
+                f"The declaration changed after the report of {at}: from {earlier['digest']} to "
+                f"{digest}."
+            )
+        changed = [name for name in before if name in results and results[name] != before[name]]
+        gone = [name for name in before if name not in results]
+        for what, names in (("changed", changed), ("disappeared", gone)):
+            if names:
+                changes.append(f"Results {what} after the report of {at}: {', '.join(names)}.")
+        if (before, earlier["digest"]) == (results, digest):
+            commit = earlier["commit"]
+    return {
+        "study": outcome.declared.name,
+        "digest": digest,
+        "commit": commit,
+        "command": command,
+        "hours": round(sum(_seconds(Run(epath.Path(row.path))) for row in own) / 3600, 1),
+        "runs": f"{len(results)} of {len(own)}",
+        "verdicts": {str(one.claim): one.status for one in outcome.verdicts},
+        "changes": changes,
+        "results": results,
+    }
+
+
+def read(directory: epath.Path) -> dict[str, Any] | None:
+    """The record of the report in a directory; None if there is none.
+
+    Raises ValueError if it is damaged.
+    """
+    file = directory / FILE
+    if not file.exists():
+        return None
+    found = files.read_object(file)
+    fields = {"digest": str, "commit": str, "results": dict, "changes": list}
+    kept = {name: files.field(found, name, kind, file) for name, kind in fields.items()}
+    if not all(isinstance(change, str) for change in kept["changes"]):
+        raise ValueError(f"{files.name(file)}: changes must be lines of text")
+    return kept
+
+
+def dump(made: Mapping[str, Any]) -> bytes:
+    return (json.dumps(made, indent=2) + "\n").encode()
+
+
+def words(made: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of how a report was made."""
+    commit = made["commit"] or "no commit: the code is not under git"
+    return [
+        *made["changes"],
+        f"Study {made['study']}, declaration {made['digest']}, results first reported at commit {commit}. "
+        f"Finished runs: {made['runs']}; {made['hours']} hours of training in all. Made by: "
+        f"{made['command']}",
+    ]
+
+
+def _digest(row: Row) -> str:
+    """A checksum of what a run says of itself: config, tokenizer, metrics and evaluations."""
+    run, found = Run(epath.Path(row.path)), hashlib.sha256()
+    texts = [run.path / "config.json", run.path / "tokenizer.json"]
+    for file in (*texts, *listed(run.path / "eval", ".json")):
+        found.update(f"{file.name}\n{files.read_text(file, files.TOKENIZER_BYTES)}\n".encode())
+    for line in run.metric_lines():
+        found.update(line)
+    return found.hexdigest()[:16]
+
+
+def _seconds(run: Run) -> float:
+    """How long a run took, over all its restarts; 0 where it does not say."""
+    last = {}
+    for one in run.read_records():
+        if is_account(one):
+            last = one
+    return sum(value for key, value in last.items() if key.endswith("_s"))

@@ -1,0 +1,231 @@
+"""Runs that differ in their seed alone, as one row; runs that differ in their learning rate, as one curve."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from cla_jax import config as configs
+from cla_jax import statistics
+from cla_jax.report.rows import Row
+from cla_jax.statistics import Optimum
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """A row for all runs of one directory that differ in nothing but their seed.
+
+    Its evaluation holds the means, and `seeds` the runs that count: finished, evaluated, and as they were
+    written. `left_out` names the others. Where none counts, or two runs have the same seed, the runs stay as
+    they are.
+    """
+    made: list[Row] = []
+    for group in _groups(rows):
+        counting = [row for row in group if not excuse(row)]
+        by_data: dict[str, list[Row]] = {}
+        for row in counting:
+            by_data.setdefault(_data(row), []).append(row)
+        distinct = len({row.config.seed for row in group}) == len(group)
+        if len(group) == 1 or not distinct or not counting:
+            made += group
+        elif len(by_data) == 1:
+            made.append(_mean(group, counting))
+        else:  # of different data: rows of their own
+            made += [_mean(part, part) for part in by_data.values()]
+            made += [row for row in group if excuse(row)]
+    return made
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_key(row, "seed"), []).append(row)
+    return list(found.values())
+
+
+def excuse(row: Row) -> str:
+    """Why a run does not count in a mean; empty for one that does."""
+    if row.altered:
+        return row.altered[0]
+    if not row.evaluation:
+        return f"no evaluation{f', {row.progress}' if row.progress else ''}"
+    return row.progress
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """A line for each run that its row leaves out of the mean, with the reason."""
+    told = []
+    for group in _groups(rows):
+        whole = {row.path for made in merged(group) for row in (made, *made.seeds)}
+        told += [
+            f"{row.name} is left out of the mean over seeds: {excuse(row)}"
+            for row in group
+            if row.path not in whole
+        ]
+    return told
+
+
+def _key(row: Row, *fields: str) -> str:
+    """Equal for runs of one directory that differ in nothing but these fields."""
+    identity = configs.flatten(configs.identity(row.config))
+    for field in fields:
+        identity.pop(field)
+    where = [os.path.dirname(row.path), row.cache, row.context]
+    return json.dumps([identity, where], sort_keys=True, default=str)
+
+
+def _data(row: Row) -> str:
+    """Equal for evaluations of the same text in the same tokens."""
+    scored = row.evaluation or {}
+    counts = [scored.get(key) for key in ("tokens", "bytes")]
+    return json.dumps([row.tokenizer, row.record.get("data_fingerprint"), counts])
+
+
+def _mean(group: Sequence[Row], counting: Sequence[Row]) -> Row:
+    counting = sorted(counting, key=lambda row: row.config.seed)
+    scored: list[dict[str, Any]] = [row.evaluation or {} for row in counting]
+    numbers = ("perplexity", "bits_per_byte")
+    means: dict[str, Any] = {
+        key: math.fsum(one[key] for one in scored) / len(scored) for key in numbers
+    }
+    parts = [one.get("components") or {} for one in scored]
+    if parts[0] and all(part.keys() == parts[0].keys() for part in parts):
+        means["components"] = {
+            name: {k: math.fsum(part[name][k] for part in parts) / len(parts) for k in numbers}
+            for name in parts[0]
+        }
+    cached = [row.evals.get("cached-dense") for row in counting]
+    evals = {}
+    if not counting[0].cache and all(cached):
+        through = math.fsum(one["perplexity"] for one in cached if one) / len(cached)
+        evals = {"cached-dense": {**(cached[0] or {}), "perplexity": through}}
+    name = common_name([row.name for row in group])
+    if len(group) == 1:
+        name = group[0].name
+    return dataclasses.replace(
+        counting[0],
+        name=f"{name} ({len(counting)} seed{'s' * (len(counting) > 1)})",
+        evaluation=scored[0] | means,
+        evals=evals,
+        seeds=tuple(counting),
+    )
+
+
+def common_name(names: Sequence[str]) -> str:
+    """What runs of several seeds are called together: `mqa` for `mqa.seed-0` and `mqa.seed-1`."""
+    bare = {re.sub(r"[.,_/-]?seed[-=_]?\d+", "", name) for name in names}
+    if len(bare) == 1 and "" not in bare:
+        return bare.pop()
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same).strip(".,-_=/ ") or names[0]
+
+
+# -------------------------------------------------------------------------------- learning rates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Rows that differ in their learning rate alone."""
+
+    name: str
+    rows: tuple[Row, ...]  # by rising rate
+    # Bits per byte; infinite for a run that diverged, NaN where there is no result yet.
+    losses: tuple[float, ...]
+    best: Optimum | None  # None: fewer than three results
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return tuple(row.config.optimizer.peak_lr for row in self.rows)
+
+    @property
+    def note(self) -> str:
+        """What is missing from the curve; empty for one that is whole."""
+        waiting = sum(math.isnan(loss) for loss in self.losses)
+        if waiting:
+            return f"{self.name}: {waiting} of {len(self.losses)} learning rates have no result yet"
+        if self.best and self.best.edge:
+            which, way = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[self.best.edge]
+            return (
+                f"{self.name}: the best learning rate, {self.best.rate:.3g}, is the {which} tried: "
+                f"try {way} ones"
+            )
+        return ""
+
+
+def curves(rows: Sequence[Row], diverged: frozenset[str] = frozenset()) -> list[Curve]:
+    """The learning-rate curves among merged rows; `diverged` are paths of runs."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row.cache:
+            found.setdefault(_key(row, "seed", "optimizer.peak_lr"), []).append(row)
+    made = []
+    for group in found.values():
+        group.sort(key=lambda row: row.config.optimizer.peak_lr)
+        rates = [row.config.optimizer.peak_lr for row in group]
+        if len(set(rates)) < 2 or len(set(rates)) < len(rates):
+            continue
+        losses = tuple(_loss(row, diverged) for row in group)
+        known = [(r, y) for r, y in zip(rates, losses, strict=True) if not math.isnan(y)]
+        enough = sum(math.isfinite(loss) for loss in losses) >= 3
+        best = statistics.best_rate(*zip(*known, strict=True)) if enough else None
+        names = [re.sub(r"[.,_/-]?(lr|peak_lr)[-=_][0-9.e+-]*\d", "", row.name) for row in group]
+        name = names[0] if len(set(names)) == 1 and names[0] else common_name(names)
+        made.append(Curve(name=name, rows=tuple(group), losses=losses, best=best))
+    return made
+
+
+def _loss(row: Row, diverged: frozenset[str]) -> float:
+    if str(epath.Path(row.path)) in diverged:
+        return math.inf
+    if excuse(row) and not row.seeds:
+        return math.nan
+    return row.evaluation["bits_per_byte"] if row.evaluation else math.nan
+
+
+def best_of_rates(rows: Sequence[Row], diverged: frozenset[str] = frozenset()) -> list[Row]:
+    """The rows without those that lose to another learning rate of the same model."""
+    losing = set()
+    for curve in curves(rows, diverged):
+        finite = [i for i, loss in enumerate(curve.losses) if math.isfinite(loss)]
+        if finite:
+            best = min(finite, key=lambda i: curve.losses[i])
+            losing |= {row.path for i, row in enumerate(curve.rows) if i != best}
+    return [row for row in rows if row.path not in losing]
+
+
+def rate_table(found: Sequence[Curve]) -> tuple[str, list[str], list[list[str]], str]:
+    """A title, headings, a line for each curve, and what they mean."""
+    made = []
+    for curve in found:
+        tried = []
+        for rate, loss in zip(curve.rates, curve.losses, strict=True):
+            told = (
+                "diverged"
+                if math.isinf(loss)
+                else "no result"
+                if math.isnan(loss)
+                else f"{loss:.4f}"
+            )
+            tried.append(f"{rate:.3g}: {told}")
+        best = curve.best
+        made.append(
+            [
+                curve.name,
+                "; ".join(tried),
+                f"{best.rate:.3g}" if best else "—",
+                f"{best.loss:.4f}" if best else "—",
+                curve.note.removeprefix(f"{curve.name}: ") or "inside the rates tried",
+            ]
+        )
+    headings = ["row", "bits per byte by rate", "best rate", "bits per byte there", "optimum"]
+    below = (
+        "The best rate is where a parabola in the logarithm of the rate, through the best point and its "
+        "neighbours, is lowest. At an edge of the rates tried it is the best point itself, and more points "
+        "are needed."
+    )
+    return "Best learning rates", headings, made, below
