@@ -126,6 +126,7 @@ def examined(mine, directory="runs", **more):
 @pytest.fixture
 def blank(monkeypatch):
     """Pictures are left blank: they take most of the time, and other tests look at them."""
+    monkeypatch.setattr(compare, "_commit", lambda: "c0ffee")
     monkeypatch.setattr(pareto, "saved", lambda *_: b"<svg></svg>")
     for drawn in ("plot", "learning_rates"):
         monkeypatch.setattr(page, drawn, lambda *_, **__: None)
@@ -308,7 +309,7 @@ def test_killed_and_relaunched_gives_the_same_report_and_a_finished_one_stays(mi
     run_all(but=late)
     for config, _ in trials():
         if config.name.endswith(late):
-            write_run(config, 0.0, step=2, evaluated=False)  # killed
+            write_run(config, 1.0, step=2, evaluated=False)  # killed
     out = decide(mine, capsys)
     assert "cla2 is better than half: not tested" in out
     assert "1 of 12 runs are missing: cla2 seed 5" in out
