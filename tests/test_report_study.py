@@ -368,7 +368,7 @@ def test_results_that_change_after_the_report_are_told_with_their_names(mine, ca
     [
         ({"steps": 31}, "its steps is 31, the study has 30"),
         ({"data.held_out": 0.5}, "its data.held_out is 0.5, the study has"),
-        ({"data.tokenizer": "bpe:300"}, "its data.tokenizer is 'bpe:300'"),
+        ({"data.tokenizer": "bpe:260"}, "its data.tokenizer is 'bpe:260'"),
         ({"optimizer.peak_lr": 1.0}, "its optimizer.peak_lr is 1.0"),
     ],
 )
