@@ -18,7 +18,7 @@ from flax import nnx
 
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.platform import per_token
+from cla_jax.model.platform import per_token, rotate
 
 M = TypeVar("M")
 
@@ -212,5 +212,4 @@ class Rope:
         """Rotates x_BT...H, any number of head axes, in float32."""
         heads = tuple(range(2, x.ndim - 1))
         cos, sin = jnp.expand_dims(self.cos, heads), jnp.expand_dims(self.sin, heads)
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        return rotate(x, cos, sin)
