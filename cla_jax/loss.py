@@ -30,14 +30,14 @@ def cross_entropy(
     `x_BTD` are final hidden states in the compute dtype, `head_VD` the float32 output head,
     `weights_BT` float32 (0 leaves a token out). `chunk` positions are handled at once; it divides T.
     """
-
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
 
-    def step(total, inputs):
-        loss, _ = _chunk_loss(inputs, whole_VD, rules)
+    def step(total, start):
+        tokens = _chunk(start, chunk, x_BTD, targets_BT, weights_BT)
+        loss, _ = _chunk_loss(tokens, whole_VD, rules)
         return total + loss, None
 
-    return jax.lax.scan(step, jnp.zeros(()), _chunks(chunk, x_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(step, jnp.zeros(()), jnp.arange(0, x_BTD.shape[1], chunk))[0]
 
 
 def token_losses(
@@ -46,12 +46,13 @@ def token_losses(
     """The negative log-likelihood of every token in nats, float32 [B, T]: what `cross_entropy` sums."""
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
 
-    def step(_, inputs):
-        x_ND, targets_N = inputs
+    B, T = targets_BT.shape
+
+    def step(_, start):
+        x_ND, targets_N = _chunk(start, chunk, x_BTD, targets_BT)
         return None, losses(_logits(x_ND, whole_VD, rules), targets_N)[0]
 
-    _, found = jax.lax.scan(step, None, _chunks(chunk, x_BTD, targets_BT))
-    B, T = targets_BT.shape
+    _, found = jax.lax.scan(step, None, jnp.arange(0, T, chunk))
     spec = rules.spec(None, "batch", None)
     found = found.reshape(T // chunk, B, chunk, out_sharding=spec)
     return jnp.moveaxis(found, 0, 1).reshape(B, T)
@@ -60,11 +61,13 @@ def token_losses(
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     # Before the loop, which would gather it once a chunk.
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
+    B, T, D = x_BTD.shape
+    spec = rules.gathered().spec(*axes("BTD"))
 
-    def step(carry, inputs):
-        total, d_head_VD = carry
-        x_ND = inputs[0]
-        loss, d_logits_NV = _chunk_loss(inputs, whole_VD, rules, gradient=True)
+    def step(carry, start):
+        total, d_head_DV, d_x_BTD = carry
+        tokens = _chunk(start, chunk, x_BTD, targets_BT, weights_BT)
+        loss, d_logits_NV = _chunk_loss(tokens, whole_VD, rules, gradient=True)
         d_x_ND = jnp.einsum(
             "NV,VD->ND",
             d_logits_NV,
@@ -72,27 +75,27 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
             out_sharding=rules.gathered().spec(*axes("ND")),
         )
         # Each device's own sum: the sums of all devices are added once, not once a chunk.
-        d_head_VD += jnp.einsum(
-            "NV,ND->VD",
+        d_head_DV += jnp.einsum(
+            "NV,ND->DV",
             d_logits_NV,
-            x_ND,
+            tokens[0],
             preferred_element_type=jnp.float32,
             out_sharding=own_sums,
         )
-        return (total + loss, d_head_VD), d_x_ND
+        d_chunk = d_x_ND.reshape(B, chunk, D, out_sharding=spec)
+        d_x_BTD = jax.lax.dynamic_update_slice_in_dim(d_x_BTD, d_chunk, start, axis=1)
+        return (total + loss, d_head_DV, d_x_BTD), None
 
-    own_sums = rules.own_sums(*axes("VD"))
-    zeros = (jnp.zeros(()), jnp.zeros_like(head_VD, out_sharding=own_sums))
-    (loss, d_head_VD), d_x = jax.lax.scan(
-        step, zeros, _chunks(chunk, x_BTD, targets_BT, weights_BT)
-    )
+    # [D, V], as TPUs keep the head: it has few of its D entries on each device.
+    own_sums = rules.own_sums(*axes("DV"))
+    d_head_DV = jnp.zeros(head_VD.shape[::-1], head_VD.dtype, out_sharding=own_sums)
+    carry = (jnp.zeros(()), d_head_DV, jnp.zeros_like(x_BTD, out_sharding=spec))
+    (loss, d_head_DV, d_x_BTD), _ = jax.lax.scan(step, carry, jnp.arange(0, T, chunk))
     if own_sums is not None:  # between devices in the compute dtype, as all gradients of weights
-        own_VD = d_head_VD.astype(x_BTD.dtype)
-        d_head_VD = jax.reshard(own_VD, rules.spec(*axes("VD"))).astype(head_VD.dtype)
-    B, T, D = x_BTD.shape
-    spec = rules.gathered().spec(None, *axes("BTD"))
-    d_x = d_x.reshape(T // chunk, B, chunk, D, out_sharding=spec)
-    return loss, (jnp.moveaxis(d_x, 0, 1).reshape(B, T, D), d_head_VD)
+        own_DV = d_head_DV.astype(x_BTD.dtype)
+        d_head_DV = jax.reshard(own_DV, rules.spec(*axes("DV"))).astype(head_VD.dtype)
+    # A device's own sum, as large as the head, is given up before the backward pass of the blocks begins.
+    return loss, jax.lax.optimization_barrier((d_x_BTD, d_head_DV.T))
 
 
 def _backward(_chunk, _rules, residuals, d_loss):
@@ -105,13 +108,12 @@ def _backward(_chunk, _rules, residuals, d_loss):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts [B, T, ...] into [T / chunk, B * chunk, ...]: one axis of tokens, as in `Linear`."""
+def _chunk(start: jax.Array, size: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Positions of [B, T, ...] from `start` on as [B * size, ...], one axis of tokens."""
 
     def cut(a: jax.Array) -> jax.Array:
-        B, T, *rest = a.shape
-        chunks = jnp.moveaxis(a.reshape(B, T // chunk, chunk, *rest), 1, 0)
-        return chunks.reshape(T // chunk, B * chunk, *rest)
+        part = jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+        return part.reshape(-1, *a.shape[2:])
 
     return tuple(map(cut, arrays_BT))
 
