@@ -1,9 +1,9 @@
 """What an accelerator can do, by kind: figures for plans, rooflines and MFU.
 
 TPU figures are a chip's as jax sees it (one device; of a TPU v7x chip, jax sees the two halves). Sources:
-Google's system pages for FLOP/s, memory and interconnect; "How to Scale Your Model" (Austin et al.,
-2025), chapters 2 and 5, for the one-way bandwidths of links and of the data-centre network; NVIDIA's data
-sheets, dense, SXM.
+Google's system pages for FLOP/s, memory, its bandwidth, interconnect and wrap-around links; "How to Scale
+Your Model" (Austin et al., 2025), chapters 2 and 5, for the one-way bandwidths of links and of the
+data-centre network; NVIDIA's data sheets, dense, SXM.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from cla_jax.config import near_choice
 class Chip:
     flops: float  # dense bfloat16 FLOP/s
     memory: float  # bytes of HBM
+    bandwidth: float  # bytes/s of HBM
     link: float = 0.0  # bytes/s through one axis of the interconnect, both directions together
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
@@ -29,22 +30,34 @@ class Chip:
 
 _GIB = 2**30
 
-_V5E = Chip(flops=197e12, memory=16 * _GIB, link=90e9, axes=2, network=3.1e9)
-_V6E = Chip(flops=918e12, memory=32 * _GIB, link=180e9, axes=2, network=6.25e9)
+_V5E = Chip(flops=197e12, memory=16 * _GIB, bandwidth=819e9, link=90e9, axes=2, network=3.1e9)
+_V6E = Chip(flops=918e12, memory=32 * _GIB, bandwidth=1640e9, link=180e9, axes=2, network=6.25e9)
 
 # By a part of jax's device kind; the first that matches counts.
 CHIPS = {
-    "H200": Chip(flops=989e12, memory=141e9, link=450e9, axes=1),
-    "H100": Chip(flops=989e12, memory=80e9, link=450e9, axes=1),
-    "A100": Chip(flops=312e12, memory=80e9, link=300e9, axes=1),
-    "TPU v4": Chip(flops=275e12, memory=32 * _GIB, link=90e9, axes=3, network=6.25e9),
+    "H200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, link=450e9, axes=1),
+    "H100": Chip(flops=989e12, memory=80e9, bandwidth=3.35e12, link=450e9, axes=1),
+    "A100": Chip(flops=312e12, memory=80e9, bandwidth=2.04e12, link=300e9, axes=1),
+    "TPU v4": Chip(
+        flops=275e12, memory=32 * _GIB, bandwidth=1228e9, link=90e9, axes=3, network=6.25e9
+    ),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
     # v5p; also written "TPU v5p"
-    "TPU v5": Chip(flops=459e12, memory=95 * _GIB, link=180e9, axes=3, network=6.25e9),
+    "TPU v5": Chip(
+        flops=459e12, memory=95 * _GIB, bandwidth=2765e9, link=180e9, axes=3, network=6.25e9
+    ),
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    "TPU7x": Chip(flops=1153e12, memory=96 * _GIB, link=100e9, axes=3, network=6.25e9, devices=2),
+    "TPU7x": Chip(
+        flops=1153e12,
+        memory=96 * _GIB,
+        bandwidth=3690e9,
+        link=100e9,
+        axes=3,
+        network=6.25e9,
+        devices=2,
+    ),
 }
 
 
@@ -70,6 +83,20 @@ _CUBE = (
 )
 # By our name of a kind of TPU.
 TOPOLOGIES = {"v4": _CUBE, "v5e": _PLANE, "v5p": _CUBE, "v6e": _PLANE, "v7x": _CUBE}
+
+
+def wrap(name: str) -> tuple[bool, bool, bool]:
+    """Along which axes the links of a topology close to a ring.
+
+    Of v4, v5p and 7x, optical switches join whole cubes of 4 x 4 x 4 chips, and close every axis. On v5e
+    and v6e an axis is closed where it is as long as the pod.
+    """
+    kind, _, shape = name.partition(":")
+    sizes = [int(size) for size in shape.split("x")]
+    if TOPOLOGIES[kind] is _PLANE:
+        return sizes[0] == 16, sizes[1] == 16, False
+    whole = all(size % 4 == 0 for size in sizes)
+    return whole, whole, whole
 
 
 def topology_names() -> list[str]:

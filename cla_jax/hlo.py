@@ -1,4 +1,4 @@
-"""What the compiler wrote about a program: collectives of its optimised HLO, and its largest buffers.
+"""What the compiler wrote about a program: memory traffic and collectives of its optimised HLO, buffers.
 
 Read from the files of `xla_dump_to`: the text of some TPU programs cannot be had from the executable.
 """
@@ -85,6 +85,169 @@ def collective_bytes(text: str) -> dict[str, int]:
     for kind, size in moved.values():
         total[kind] += size
     return dict(total)
+
+
+# ------------------------------------------------------------------------------- memory traffic
+
+# Operations that move nothing; what a started operation moves is counted at its start.
+_FREE = {
+    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "opt-barrier"),
+    *("after-all", "partition-id", "replica-id", "async-update"),
+}
+_LAYOUT = {"copy", "transpose"}
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+# An array type, its layout if it is written: S(n) there is another memory than the main one.
+_PLACED = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that a run of a program reads from and writes to the main memory of a device."""
+
+    total: int
+    copies: int  # of these, by instructions that only change the layout of an array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    is_root: bool
+    name: str
+    result: str  # type
+    operation: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition("), ")[0])
+
+    @property
+    def parameter(self) -> int:
+        """The number of a parameter."""
+        return int(self.rest.partition(")")[0])
+
+
+def _placed_bytes(types: str, *, anywhere: bool = False) -> int:
+    """Bytes of the arrays of a type that lie in the main memory, or `anywhere`."""
+    return sum(
+        nbytes
+        for dtype, listed, layout in _PLACED.findall(types)
+        if anywhere or "S(" not in layout
+        for _, _, nbytes in shapes(f"{dtype}[{listed}]")
+    )
+
+
+def memory_traffic(text: str) -> Traffic:
+    """What a run of the program moves, by its instructions.
+
+    A fusion reads of an operand as much as it uses: a slice, if it takes only slices. It writes its
+    results; of an array that it updates, the part that is new. What stands in a loop counts as often as the
+    loop turns.
+    """
+    lines = computations(text)
+    program = {
+        name: [
+            _Instruction(bool(m[1]), *m.groups()[1:]) for m in map(_INSTRUCTION.match, body) if m
+        ]
+        for name, body in lines.items()
+    }
+    defined = {name: {i.name: i for i in body} for name, body in program.items()}
+
+    def called(instruction: _Instruction) -> list[str]:
+        found = _CALLED.findall(instruction.rest)
+        for branches in _BRANCHES.findall(instruction.rest):
+            found += re.findall(r"[\w.\-]+", branches)
+        return [name for name in found if name in program]
+
+    def parameters(name: str) -> dict[int, str]:
+        return {i.parameter: i.name for i in program[name] if i.operation == "parameter"}
+
+    def read(name: str, array: str, whole: int) -> int:
+        """Bytes that a computation reads of one of its arrays, which has `whole` in the main memory."""
+        total = 0
+        for user in program[name]:
+            operands = user.operands
+            if array not in operands:
+                continue
+            if user.operation in ("slice", "dynamic-slice") and operands[0] == array:
+                total += _placed_bytes(user.result, anywhere=True)
+            elif user.operation == "dynamic-update-slice" and array not in operands[1:]:
+                pass  # the rest of the array stays as it is
+            elif user.operation in ("bitcast", "reshape") and not user.is_root:
+                total += read(name, user.name, whole)
+            elif user.operation == "fusion":
+                (inner,) = called(user)
+                names = parameters(inner)
+                total += sum(
+                    read(inner, names[k], whole) for k, a in enumerate(operands) if a == array
+                )
+            else:
+                return whole
+        return min(total, whole)
+
+    def not_written(name: str) -> int:
+        """Bytes of the results of a fused computation that it leaves as they are."""
+        kept = 0
+        for instruction in program[name]:
+            if instruction.operation == "dynamic-update-slice":
+                update = defined[name].get(instruction.operands[1])
+                if update is not None:
+                    kept += _placed_bytes(instruction.result, anywhere=True)
+                    kept -= _placed_bytes(update.result, anywhere=True)
+            elif instruction.operation == "fusion":
+                kept += sum(not_written(inner) for inner in called(instruction))
+        return kept
+
+    def moved(name: str, instruction: _Instruction) -> int:
+        operands = [defined[name][a] for a in instruction.operands if a in defined[name]]
+        result = _placed_bytes(instruction.result)
+        match instruction.operation:
+            case "fusion":
+                (inner,) = called(instruction)
+                names = parameters(inner)
+                total = max(result - not_written(inner), 0)
+                for k, operand in enumerate(operands):
+                    if whole := _placed_bytes(operand.result):
+                        total += read(inner, names[k], whole)
+                return total
+            case "slice" | "dynamic-slice":
+                part = _placed_bytes(instruction.result, anywhere=True)
+                return result + (part if _placed_bytes(operands[0].result) else 0)
+            case "dynamic-update-slice":
+                part = _placed_bytes(operands[1].result, anywhere=True)
+                return _placed_bytes(operands[1].result) + (part if result else 0)
+            case "copy-start":  # (to, from, context)
+                return _placed_bytes(instruction.result)
+            case "async-start":
+                (inner,) = called(instruction)
+                return sum(moved(inner, i) for i in program[inner] if i.operation not in _FREE)
+        return result + sum(_placed_bytes(operand.result) for operand in operands)
+
+    def only_moves(instruction: _Instruction) -> bool:
+        if instruction.operation != "fusion":
+            return instruction.operation in _LAYOUT
+        (inner,) = called(instruction)
+        inside = {i.operation for i in program[inner]} - _FREE - {"reshape"}
+        return bool(inside) and inside <= _LAYOUT
+
+    total = copies = 0
+
+    def visit(name: str, times: int) -> None:
+        nonlocal total, copies
+        for instruction in program[name]:
+            if instruction.operation == "while":
+                condition, body = re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest)
+                visit(body, times * trip_count(lines[condition]))
+            elif instruction.operation in ("call", "conditional"):
+                for inner in called(instruction):
+                    visit(inner, times)
+            elif instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
+                size = times * moved(name, instruction)
+                total += size
+                copies += size if only_moves(instruction) else 0
+
+    if "ENTRY" in program:
+        visit("ENTRY", 1)
+    return Traffic(total=total, copies=copies)
 
 
 def trip_count(condition: list[str]) -> int:

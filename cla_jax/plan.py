@@ -35,7 +35,6 @@ from cla_jax.train import Layout, lay_out, make_step, option_errors
 _MEGACORE: dict[str, Any] = {
     "chip_config_name": "megacore",  # two cores as one device, as jax runs them
     "chips_per_host_bounds": (2, 2, 1),
-    "wrap": (True, True, True),
 }
 # Where libtpu has another name or needs options.
 _LIBTPU_NAMES = {"v7x": "tpu7x"}
@@ -76,6 +75,7 @@ def topology(name: str, slices: int = 1) -> Topology:
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{_LIBTPU_NAMES.get(kind, kind)}:{shape}",
+            wrap=chips.wrap(name),
             **_LIBTPU_OPTIONS.get(kind, {}),
             **({"num_slices": slices} if slices > 1 else {}),
         )
@@ -129,7 +129,12 @@ def estimate(layout: Layout) -> dict[str, int]:
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
     # products give; everything, of which norms and SwiGLU are in float32.
     entry = D // tensor if layout.training.rules.sequence else D
-    left = {"block": entry, "dots": 2 * D + Q + 2 * F, "none": 4 * D + 4 * Q + 10 * F}[run.remat]
+    left = {
+        "block": entry,
+        "attention": entry + Q,
+        "dots": 2 * D + Q + 2 * F,
+        "none": 4 * D + 4 * Q + 10 * F,
+    }[run.remat]
     saved = (model.n_layers * left + model.n_slots * KV + 2 * D) * tokens * width
     beside = size - 1 if size <= UNROLLED and run.remat != "none" else 0
     if layout.mesh.shape["slice"] > 1:  # such programs are scheduled one block after another
@@ -183,6 +188,8 @@ class Plan:
     flops: float  # of a step on all devices, by `costs.train_flops_per_token`
     recomputed_flops: float  # on top of them, by rematerialisation
     collective_bytes: dict[str, int]  # a step hands each device, by kind
+    traffic: int  # a step moves to and from the main memory of each device
+    copied: int  # of these, only to change the layout of an array
     roofline: dict[str, float]  # seconds of a step that each resource takes, if nothing else did
     buffers: tuple[hlo.Buffer, ...]  # the largest
     advice: str  # where it does not fit: what to change first
@@ -235,7 +242,7 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
     fits = compiled["fits"] and (chip is None or compiled["peak"] <= chip.memory)
     model, tokens = config.model, config.tokens_per_step
     flops = costs.train_flops_per_token(model, config.data.seq_len) * tokens
-    recomputed = _recomputed_flops(config) * tokens
+    recomputed = _recomputed_flops(config, layout.run.attention) * tokens
     return Plan(
         name=config.name,
         topology=str(topology),
@@ -254,7 +261,9 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
         flops=flops,
         recomputed_flops=recomputed,
         collective_bytes=compiled["collective_bytes"],
-        roofline=_roofline(layout, chip, flops + recomputed, compiled["collective_bytes"]),
+        traffic=compiled["traffic"]["total"],
+        copied=compiled["traffic"]["copies"],
+        roofline=_roofline(layout, chip, flops + recomputed, compiled),
         buffers=tuple(hlo.Buffer(**buffer) for buffer in compiled["buffers"]),
         advice="" if fits else _advice(layout),
         compile_seconds=compiled["seconds"],
@@ -267,7 +276,9 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
     options = layout.config.placement.compiler_options
     versions = [f"{p.metadata['Name']} {p.version}" for p in _compilers()]
     kind = layout.mesh.devices.flat[0].device_kind
-    key = "\n".join([lowered.as_text(), str(topology), kind, options, *versions])
+    links = "" if topology.name == "here" else str(chips.wrap(topology.name))
+    asked = [str(topology), kind, links, options, "traffic", *versions]
+    key = "\n".join([lowered.as_text(), *asked])
     kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if kept and kept.exists():
         with contextlib.suppress(ValueError):  # a damaged file costs another compilation
@@ -293,6 +304,7 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
         "peak": peak,
         "fits": fits,
         "collective_bytes": hlo.collective_bytes(text),
+        "traffic": dataclasses.asdict(hlo.memory_traffic(text)),
         "buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(report, text, inputs)],
         "seconds": seconds,
     }
@@ -403,7 +415,7 @@ def needed_bytes(message: str) -> int | None:
     return round(float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1)))
 
 
-def _recomputed_flops(config: Config) -> float:
+def _recomputed_flops(config: Config, kernel: str) -> float:
     """FLOPs for one token that rematerialisation adds: a forward pass of the blocks, or of attention."""
     model = config.model
     count = costs.parameters(model)
@@ -414,19 +426,25 @@ def _recomputed_flops(config: Config) -> float:
     return {
         "none": 0.0,
         "dots": attention,
+        # Only splash returns all that its backward pass needs.
+        "attention": 2.0 * count.non_embedding + (0.0 if kernel == "splash" else attention),
         "block": 2.0 * count.non_embedding + attention,
     }[config.placement.remat]
 
 
 def _roofline(
-    layout: Layout, chip: chips.Chip | None, flops: float, collectives: dict[str, int]
+    layout: Layout, chip: chips.Chip | None, flops: float, compiled: dict[str, Any]
 ) -> dict[str, float]:
     """Seconds of a step in which each resource would do its part alone; empty for an unknown chip."""
     if chip is None:
         return {}
-    seconds = {"compute": flops / (layout.mesh.size * chip.flops)}
+    seconds = {
+        "compute": flops / (layout.mesh.size * chip.flops),
+        "HBM": compiled["traffic"]["total"] / chip.bandwidth,
+    }
     if chip.interconnect:
-        seconds["interconnect"] = sum(collectives.values()) / chip.interconnect
+        told = sum(compiled["collective_bytes"].values())
+        seconds["interconnect"] = told / chip.interconnect
     slices = layout.mesh.shape["slice"]
     if slices > 1 and chip.network:
         # Every device adds up its shard of the gradients with its counterparts on the other slices.
@@ -448,7 +466,7 @@ def _advice(layout: Layout) -> str:
 # -------------------------------------------------------------------------------------- search
 
 MAX_COMPILATIONS = 3
-RECOMPUTES = ("none", "dots", "block")  # values of placement.remat, the cheapest first
+RECOMPUTES = ("none", "dots", "attention", "block")  # values of placement.remat, the cheapest first
 
 
 def search(config: Config, topology: Topology, cache: Path | None = None) -> tuple[Plan, int]:
@@ -507,7 +525,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
 def _expected_seconds(config: Config, layout: Layout, chip: chips.Chip) -> float:
     """Of a step: computing, or gathering and reducing the weights once a microbatch."""
     flops = costs.train_flops_per_token(config.model, config.data.seq_len) + _recomputed_flops(
-        config
+        config, layout.run.attention
     )
     compute = flops * config.tokens_per_step / (layout.mesh.size * chip.flops)
     if not chip.interconnect:

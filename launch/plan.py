@@ -5,11 +5,12 @@
     python -m launch.plan cla_1b.h128_mqa --topology v5e:16x16 --slices 2 --search
     python -m launch.plan demo --topology here
 
-Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, the
-least time a step can take, and what a run costs in days and chip-hours at an assumed --mfu. A topology is
-kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows all); no TPU is needed, but libtpu: pip install -e
-'.[plan]'. `here` plans for the devices at hand. --search finds the fastest microbatch and rematerialisation
-that fit, and prints the command that trains so. Fields of the config come after a lone --:
+Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, how
+much each moves to and from its memory, the least time a step can take, and what a run costs in days and
+chip-hours at an assumed --mfu. A topology is kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows
+all); no TPU is needed, but libtpu: pip install -e '.[plan]'. `here` plans for the devices at hand. --search
+finds the fastest microbatch and rematerialisation that fit, and prints the command that trains so. Fields
+of the config come after a lone --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
 """
@@ -248,7 +249,8 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     told = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in plan.collective_bytes.items())
     console.print(
         f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device is told "
-        f"{told or 'nothing'}.",
+        f"{told or 'nothing'}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
+        f"{plan.copied / 1e9:.2f} GB of it only to change layouts.",
         soft_wrap=True,
         highlight=False,
     )

@@ -105,3 +105,73 @@ Total bytes: 8192 (4.0KiB)
     assert (first.bytes, first.shape) == (20 * 8 * 2048 * 2, "bf16[20,8,2048]")
     assert first.where == "mlp/dot_general (backward)"
     assert (second.bytes, second.where) == (16384 * 4, "model.embedding")
+
+
+MOVED = """\
+HloModule jit_step
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(20)
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%sliced (param_0: f32[20,16], param_1: s32[]) -> f32[1,16] {
+  %param_0 = f32[20,16]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %one = f32[1,16]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,16}
+  ROOT %twice = f32[1,16]{1,0} add(%one, %one)
+}
+
+%updated (param_0.1: f32[20,16], param_1.1: f32[1,16]) -> f32[20,16] {
+  %param_0.1 = f32[20,16]{1,0} parameter(0)
+  %param_1.1 = f32[1,16]{1,0} parameter(1)
+  ROOT %all = f32[20,16]{1,0} dynamic-update-slice(%param_0.1, %param_1.1, %i, %zero)
+}
+
+%turned (param_0.2: f32[4,16]) -> f32[16,4] {
+  %param_0.2 = f32[4,16]{1,0} parameter(0)
+  ROOT %t.1 = f32[16,4]{1,0} transpose(%param_0.2), dimensions={1,0}
+}
+
+%prefetch (param_0.3: f32[20,16]) -> f32[2,16] {
+  %param_0.3 = f32[20,16]{1,0} parameter(0)
+  ROOT %s.1 = f32[2,16]{1,0:T(8,128)S(1)} slice(%param_0.3), slice={[0:2], [0:16]}
+}
+
+%body (p: (s32[], f32[20,16])) -> (s32[], f32[20,16]) {
+  %p = (s32[], f32[20,16]) parameter(0)
+  %stack = f32[20,16]{1,0} get-tuple-element(%p), index=1
+  %part = f32[1,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  %new = f32[20,16]{1,0} fusion(%stack, %part), kind=kLoop, calls=%updated
+  ROOT %t = (s32[], f32[20,16]) tuple(%i, %new)
+}
+
+ENTRY %main (a: f32[4,16]) -> f32[16,4] {
+  %a = f32[4,16]{1,0} parameter(0)
+  %w = (s32[], f32[20,16]) while(%init), condition=%cond, body=%body
+  %stack.2 = f32[20,16]{1,0} get-tuple-element(%w), index=1
+  %near = f32[4,16]{1,0:T(8,128)S(1)} negate(%a)
+  %c = f32[4,16]{0,1} copy(%near)
+  %f = f32[16,4]{1,0} fusion(%a), kind=kLoop, calls=%turned
+  %start = ((f32[20,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]{:S(2)}) async-start(%stack.2), calls=%prefetch
+  %done = f32[2,16]{1,0:S(1)} async-done(%start)
+  ROOT %o = f32[16,4]{1,0} add(%f, %f)
+}
+"""
+
+
+def test_traffic_counts_what_is_read_and_written_in_the_main_memory():
+    row, array = 16 * 4, 4 * 16 * 4
+    turn = (
+        2 * row + 2 * row
+    )  # reads a slice and writes a row; reads a row and writes it into the stack
+    copies = array + 2 * array  # from near memory; read and written
+    prefetched = 2 * row
+    negated, added = array, 3 * array
+    found = hlo.memory_traffic(MOVED)
+    assert found.copies == copies
+    assert found.total == 20 * turn + copies + prefetched + negated + added
+
+
+def test_a_program_that_was_not_written_moves_nothing():
+    assert hlo.memory_traffic("") == hlo.Traffic(total=0, copies=0)

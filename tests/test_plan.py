@@ -30,6 +30,39 @@ def test_a_topology_that_does_not_exist_is_refused_with_those_near_it():
         plan.topology("v5p:16x16")
 
 
+@pytest.mark.parametrize(
+    ("name", "closed"),
+    [
+        ("v4:2x4x4", (False, False, False)),  # less than a cube
+        ("v4:4x4x4", (True, True, True)),
+        ("v5p:2x2x1", (False, False, False)),
+        ("v5p:4x4x8", (True, True, True)),
+        ("v7x:4x8x8", (True, True, True)),
+        ("v5e:8x8", (False, False, False)),
+        ("v5e:8x16", (False, True, False)),
+        ("v5e:16x16", (True, True, False)),
+        ("v6e:16x16", (True, True, False)),
+    ],
+)
+def test_links_close_to_rings_where_those_of_a_pod_do(name, closed):
+    assert chips.wrap(name) == closed
+
+
+def test_the_least_time_of_a_step_is_that_of_the_slowest_resource(tiny):
+    layout, chip = lay_out(tiny()), chips.CHIPS["TPU v6e"]
+
+    def slowest(flops, traffic, told):
+        compiled = {"traffic": {"total": traffic}, "collective_bytes": {"all-gather": told}}
+        seconds = plan._roofline(layout, chip, flops * layout.mesh.size, compiled)
+        assert set(seconds) == {"compute", "HBM", "interconnect"}
+        return max(seconds, key=seconds.__getitem__)
+
+    # Of v6e: 918 TFLOP/s, 1,640 GB/s, 360 GB/s.
+    assert slowest(1.1 * 918e12, 1640e9, 360e9) == "compute"
+    assert slowest(918e12, 1.1 * 1640e9, 360e9) == "HBM"
+    assert slowest(918e12, 1640e9, 1.1 * 360e9) == "interconnect"
+
+
 def test_without_libtpu_the_planner_says_how_to_get_it(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -115,7 +148,9 @@ def bought(**changes):
         "flops": 0.5 * 2.0 * 256 * chip.flops,
         "recomputed_flops": 0.0,
         "collective_bytes": {},
-        "roofline": {"compute": 1.0, "interconnect": 2.0},
+        "traffic": 1,
+        "copied": 0,
+        "roofline": {"compute": 1.0, "HBM": 1.5, "interconnect": 2.0},
         "buffers": (),
         "advice": "",
         "compile_seconds": 1.0,
@@ -178,7 +213,8 @@ class Chip:
         self.compiled += 1
         peak = self.peak(layout)
         found = {"peak": peak, "fits": peak <= 64 * 2**30, "seconds": 1.0}
-        return found | {"collective_bytes": {}, "buffers": []}
+        traffic = {"total": 10**9, "copies": 0}
+        return found | {"collective_bytes": {}, "traffic": traffic, "buffers": []}
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
