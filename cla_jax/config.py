@@ -501,8 +501,9 @@ class Placement:
     mesh: MeshConfig = MeshConfig()
     # Microbatches a step: gradients are accumulated in float32.
     accumulate: int = 1
-    # What the backward pass recomputes: nothing, each block, or each block except its matrix products.
-    remat: Literal["none", "block", "dots"] = "none"
+    # What the backward pass recomputes: nothing, each block, each block except attention, or each block
+    # except its matrix products.
+    remat: Literal["none", "block", "attention", "dots"] = "none"
     # Run the layers of a stack in a scan: compile time flat in depth. Off: unrolled, which is
     # faster for shallow models.
     scan_layers: bool = True
@@ -547,7 +548,7 @@ class Placement:
         for option in self.compiler_options.split(",") if self.compiler_options else ():
             if not all(option.partition("=")):
                 raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
-        _choice("placement.remat", self.remat, ("none", "block", "dots"))
+        _choice("placement.remat", self.remat, ("none", "block", "attention", "dots"))
         _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         for field in ("runs", "data_dir"):
             names.check_path(f"placement.{field}", getattr(self, field))

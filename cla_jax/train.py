@@ -57,7 +57,10 @@ class Layout:
     @property
     def training(self) -> Execution:
         """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
-        if self.run.remat != "block":  # little of what is kept then is the residual stream
+        if self.run.remat not in (
+            "block",
+            "attention",
+        ):  # little that is kept is the residual stream
             return self.run
         rules = meshes.split_residuals(self.rules, self.mesh, self.config.data.seq_len)
         return dataclasses.replace(self.run, rules=rules)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax.model import splash
+from cla_jax.model import splash, transformer
 from cla_jax.model.attention import KV, attend, choose_backend
+from cla_jax.model.transformer import Execution
 from tests.conftest import MODEL, replace
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -36,6 +37,22 @@ def test_splash_is_attention_forward_and_backward(K, G, H, documents):
     got = value_and_gradients(lambda q, k, v: splash.attend(q, k, v, starts, interpret=True))
     for name, a, b in zip(("output", "dq", "dk", "dv"), expected, got, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * jnp.abs(a).max(), err_msg=name)
+
+
+def test_what_the_kernel_returns_can_be_kept_for_the_backward_pass():
+    """Its output and the logarithms of its sums are all that its backward kernels need of it."""
+    q = jnp.ones((1, 128, 1, 2, 64))
+    kv = jnp.ones((1, 128, 1, 64))
+
+    def kept(remat):
+        attention = lambda q: splash.attend(q, kv, kv, None, interpret=True)
+        body = transformer.remat(attention, Execution(remat=remat), False)
+        backward = jax.eval_shape(lambda q: jax.vjp(body, q)[1], q)
+        return {leaf.shape for leaf in jax.tree.leaves(backward)}
+
+    output, sums = (1, 1, 2, 128, 64), (1, 1, 2, 128)
+    assert {output, sums} <= kept("attention")
+    assert not {output, sums} & kept("block")
 
 
 def test_on_a_tpu_splash_is_taken_where_it_serves(caplog):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
@@ -20,6 +21,7 @@ from cla_jax.model import splash
 from cla_jax.model.layers import axes
 from cla_jax.model.streamed import scores
 
+ATTENTION_OUTPUT = splash.OUTPUT
 MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,8 @@ def attend(
     total_BKN1 = p_BKNS.sum(axis=-1, keepdims=True)
     p_BKNS = p_BKNS.astype(kv.v_BSKH.dtype)
     o_BKNH = jnp.einsum("BKNS,BSKH->BKNH", p_BKNS, kv.v_BSKH, preferred_element_type=jnp.float32)
-    return restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype)
+    # Its gradient needs the scores again, whatever is kept.
+    return checkpoint_name(restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype), ATTENTION_OUTPUT)
 
 
 def _merged(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from cla_jax.config import ModelConfig
 
 LANES = 128
+OUTPUT = (
+    "attention_output"  # the name under which rematerialisation may keep what the kernel returns
+)
 _BLOCK = 512  # of queries and of keys; the shorter of this and the sequence
 _TESTED_HEAD = 64  # the kernel's own tests have multiples of it
 
@@ -75,4 +78,6 @@ def _kernel(n_heads: int, seq_len: int, interpret: bool):
         block_kv_dq=block,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((seq_len, seq_len))] * n_heads)
-    return splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mqa_single_device(
+        mask=mask, block_sizes=sizes, residual_checkpoint_name=OUTPUT, interpret=interpret
+    )

@@ -24,7 +24,7 @@ from flax import nnx
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import KV, Forks, attend, window_starts
+from cla_jax.model.attention import ATTENTION_OUTPUT, KV, Forks, attend, window_starts
 from cla_jax.model.layers import (
     Linear,
     Mlp,
@@ -49,7 +49,7 @@ class Execution:
     """How a forward pass runs. Nothing here changes what it computes."""
 
     rules: AxisRules = AxisRules()
-    remat: str = "none"  # none, block, dots: what the backward pass recomputes
+    remat: str = "none"  # none, block, attention, dots: what the backward pass recomputes
     scan_layers: bool = True
     attention: str = "xla"
 
@@ -124,15 +124,19 @@ class Group(nnx.Module):
     ) -> jax.Array:
         """Runs the blocks; `in_loop` if the group is one turn of a loop over several."""
 
-        def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
-            return block(x_BTD, kv, rope, attend, run.rules), None
-
         # Where blocks are rematerialised, what is saved is what enters them. One by one, the first of
         # them shares it with the projection; a scan would save it twice.
         size = jax.tree.leaves(self.blocks)[0].shape[0]
         scan = run.scan_layers and (run.remat == "none" or size > UNROLLED)
-        looped = in_loop or (scan and size > 1)
+        several = run.remat != "none" and not scan and size > 1
+
+        def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            if several:
+                x_BTD, block = gradients_together((x_BTD, block))
+            block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
+            return block(x_BTD, kv, rope, attend, run.rules), None
+
+        looped = not several and (in_loop or (scan and size > 1))
         return fold(remat(body, run, looped), x_BTD, self.blocks, scan=scan)[0]
 
 
@@ -300,6 +304,22 @@ def fold(body: Callable, x: Any, stacked: Any, *, scan: bool) -> tuple[Any, Any]
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
 
+@jax.custom_vjp
+def gradients_together(arrays: Any) -> Any:
+    """The arrays; their gradients are used only when all of them are there.
+
+    For what enters a block and its weights: its backward pass is over, the gradients of its weights summed
+    over devices, before that of the block below begins. XLA would else hold several at once.
+    """
+    return arrays
+
+
+gradients_together.defvjp(
+    lambda arrays: (arrays, None),
+    lambda _, gradients: (jax.lax.optimization_barrier(gradients),),
+)
+
+
 def remat(body: Callable, run: Execution, in_loop: bool) -> Callable:
     """The body, rematerialised in the backward pass as `run` says.
 
@@ -311,6 +331,7 @@ def remat(body: Callable, run: Execution, in_loop: bool) -> Callable:
     policies = jax.checkpoint_policies
     policy = {
         "block": policies.nothing_saveable,
+        "attention": policies.save_only_these_names(ATTENTION_OUTPUT),
         "dots": policies.dots_with_no_batch_dims_saveable,
     }[run.remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
