@@ -99,18 +99,18 @@ def _silent_stderr() -> Iterator[None]:
 
 
 # What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
-_FF = 7.0  # arrays [tokens, F]: gate, up, their product, gradients of all three
+_FF = 4.2  # arrays [tokens, F]: gate, up, their product, gradients of all three
 _EMBED = 2.0  # arrays [tokens, D]: residual stream, norms
-_FURTHER = 2.4  # arrays [tokens, F] for each further block that is compiled beside it
+_FURTHER = 1.35  # arrays [tokens, F] for each further block that is compiled beside it
 _WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
 
 
 def estimate(layout: Layout) -> dict[str, int]:
     """Bytes of a device at the peak of a step, by what they are for, in closed form.
 
-    The peak is in the backward pass of the last group: all that the forward pass left is still there. Of
-    the state the bytes are exact. Fitted to attention by a kernel: the scores of the XLA backend are added
-    as float32 arrays, roughly.
+    The peak is in the loss or in the backward pass of the last group, whichever holds more: all that the
+    forward pass left is still there. Of the state the bytes are exact. Fitted to attention by a kernel: the
+    scores of the XLA backend are added as float32 arrays, roughly.
     """
     config, model, run = layout.config, layout.config.model, layout.run
     width = jnp.dtype(model.compute_dtype).itemsize
@@ -146,16 +146,16 @@ def estimate(layout: Layout) -> dict[str, int]:
         block += scores_of_attention
         saved += scores_of_attention * (model.n_layers if run.remat == "none" else 0)
     gathered = _WEIGHTS * (2 * D * Q + D * KV + 3 * D * F) * width
-    # A device's own sum of the head's gradient, float32; the table; a chunk's scores and their gradients.
-    head = V * D * (4 + width)
-    scores = chunk * V * (4 + width)
+    # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores and
+    # their gradients; the backward pass of the blocks begins when they are gone.
+    loss = (V * D + chunk * V) * (4 + width)
     return {
         "parameters": parameters,
         "optimizer": sum(per_device.values()) - parameters,
         # Two while they are added up.
         "gradients": parameters * (1 if config.placement.accumulate == 1 else 2),
         "activations": round(saved + block),
-        "logits": round(head + max(0, scores - block - gathered)),
+        "logits": round(max(0, loss - block - gathered)),
         "gathered weights": round(gathered),
     }
 
