@@ -101,7 +101,7 @@ def _silent_stderr() -> Iterator[None]:
 # What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
 _FF = 4.2  # arrays [tokens, F]: gate, up, their product, gradients of all three
 _EMBED = 2.0  # arrays [tokens, D]: residual stream, norms
-_FURTHER = 1.35  # arrays [tokens, F] for each further block that is compiled beside it
+_FURTHER = 0.5  # arrays [tokens, F] for each further block that is compiled beside it
 _WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
 
 

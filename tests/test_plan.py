@@ -423,6 +423,21 @@ def test_one_step_is_planned_for_a_slice(capsys):
 
 
 @pytest.mark.pods
+def test_the_1b_step_changes_hardly_a_layout_and_sharing_lowers_its_peak():
+    """docs/pods.md has the figures."""
+    topology = plan.topology("v5e:16x16")
+    plans = [
+        plan.plan(experiments.find(f"cla_1b.h128_mqa{sharing}")[0], topology)
+        for sharing in ("", "_cla2")
+    ]
+    for found in plans:
+        assert found.copied < 0.01 * found.traffic
+        assert found.estimate == pytest.approx(found.peak, rel=0.05)
+    mqa, cla2 = plans
+    assert cla2.peak <= mqa.peak <= 2.85 * 2**30
+
+
+@pytest.mark.pods
 @pytest.mark.parametrize(
     ("d_head", "n_heads", "n_kv_heads"),
     [(32, 4, 4), (46, 3, 1), (90, 2, 1), (256, 2, 1), (512, 2, 2)],
