@@ -438,7 +438,10 @@ def components(rows: Sequence[Row]) -> list[str]:
 
 def columns(rows: Sequence[Row]) -> dict[str, Literal["left", "right", "center"]]:
     """COLUMNS, and one for each component of a mixture."""
-    return COLUMNS | {f"bits per byte\n{printable(name)}": "right" for name in components(rows)}
+    made = dict(COLUMNS)
+    for name in components(rows):
+        made[f"bits per byte\n{printable(name)}"] = "right"
+    return made
 
 
 def caption(rows: Sequence[Row]) -> str:
