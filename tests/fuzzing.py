@@ -35,7 +35,7 @@ from experiments import smoke
 from launch import cli, records, status
 
 MEMORY = 1 << 30
-COMPUTES_S, WAITS_S = 10, 60  # far above the two seconds that a case may take on an idle machine
+COMPUTES_S, WAITS_S = 2, 60  # far above the two seconds that a case may take on an idle machine
 LONGEST = 700  # characters of a message: a path, and a few hundred beside it
 
 # ------------------------------------------------------------------------------------- damage
