@@ -411,4 +411,6 @@ def test_cancelling_goes_on_beside_a_damaged_trial(record, capsys):
         cancel.main([str(record.sweep)])
     assert record.is_cancelled
     assert two.is_cancelled
-    assert "submission.json" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "two  cancelled" in shown.out
+    assert "submission.json" in shown.err
