@@ -198,6 +198,10 @@ def arguments(tmp_path, name: str, steps: int = STEPS) -> tuple[str, ...]:
     )
 
 
+# Two sources, and other weights from step 14 on.
+MIXTURE = ("--data.mixture", "a=0.7:sotu:20", "b=0.3:sotu:30", "--data.stages", "14:b=1")
+
+
 def train(tmp_path, name: str, hosts: int) -> list[subprocess.Popen]:
     return start(tmp_path, hosts, "-m", "launch.train", *arguments(tmp_path, name))
 
@@ -269,7 +273,7 @@ def witnessed(tmp_path, name: str, hosts: int, pause: int = 0) -> list[subproces
     kept.mkdir(exist_ok=True)
     return start(
         *(tmp_path, hosts, "-c", WITNESSED, str(kept), str(pause)),
-        *(*arguments(tmp_path, name, steps=24), "--placement.save-every", "5"),
+        *(*arguments(tmp_path, name, steps=24), "--placement.save-every", "5", *MIXTURE),
         devices=2,
     )
 

@@ -14,7 +14,7 @@ import pytest
 
 from cla_jax import checkpoint, costs, goodput
 from cla_jax import train as training
-from cla_jax.config import MeshConfig
+from cla_jax.config import Component, MeshConfig, Stage
 from cla_jax.data import tokenizers
 from cla_jax.evaluate import during_training
 from cla_jax.model import platform
@@ -57,12 +57,26 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kv_map", ["cla:2", "0,0,2,0"])
-def test_train_2_resume_to_4_equals_4_straight(tiny, devices, kv_map):
+# Two sources, and other weights after step 3: resuming at step 2 goes on within a stage and meets the next.
+MIXTURE = {
+    "data.mixture": (
+        Component(name="four", source="sotu:4", weight=0.7),
+        Component(name="five", source="sotu:5", weight=0.3),
+    ),
+    "data.stages": (Stage(step=3, weights=(("five", 1.0),)),),
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model.kv_map": "cla:2"}, {"model.kv_map": "0,0,2,0"}, MIXTURE],
+    ids=["cla:2", "0,0,2,0", "mixture"],
+)
+def test_train_2_resume_to_4_equals_4_straight(tiny, devices, fields):
     devices(1)
-    straight = tiny(name="straight", **{"model.kv_map": kv_map})
+    straight = tiny(name="straight", **fields)
     # Step 2 is saved because the run is stopped there, not because it is due.
-    resumed = tiny(name="resumed", **{"model.kv_map": kv_map, "placement.save_every": 3})
+    resumed = tiny(name="resumed", **fields, **{"placement.save_every": 3})
     assert train(straight, evaluate=NO_EVALUATION)
     assert not train(resumed, evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
     assert checkpoint.steps(find_runs([f"{resumed.placement.runs}/resumed"])[0].checkpoints) == [2]
@@ -270,11 +284,11 @@ def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices, monkey
 @pytest.mark.slow
 def test_resuming_on_another_mesh_keeps_bits_tokens_and_losses(tiny, devices):
     """Eight devices to step 2, then 2 x 2 x 2 to step 4, then one: as if never moved."""
-    steady = tiny(name="steady", steps=6)
-    moved = tiny(name="moved", steps=6)
+    steady = tiny(name="steady", steps=6, **MIXTURE)
+    moved = tiny(name="moved", steps=6, **MIXTURE)
     devices(1)
     train(steady, evaluate=NO_EVALUATION)
-    here = functools.partial(tiny, name="moved", steps=6)
+    here = functools.partial(tiny, name="moved", steps=6, **MIXTURE)
     devices(8)
     train(here(), evaluate=NO_EVALUATION, should_stop=lambda step: step == 2)
     before = parameters(here())
