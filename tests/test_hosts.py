@@ -66,7 +66,7 @@ from launch import train as launch_train
 kept, pause, *argv = sys.argv[1:]
 save, restore = checkpoint.Checkpointer.save, train.restore_or_init
 
-def save_and_keep(saver, state, *more, **named):
+def save_and_keep(saver, state, *more, **options):
     shards = [
         (name, shard.index, np.asarray(shard.data))
         for name, leaf in named(state).items()
@@ -74,10 +74,10 @@ def save_and_keep(saver, state, *more, **named):
     ]
     file = Path(kept) / f"{int(state.step)}-{jax.process_index()}.pickle"
     file.write_bytes(pickle.dumps(shards))
-    save(saver, state, *more, **named)
+    save(saver, state, *more, **options)
 
-def restore_and_compare(*given, **named):
-    state = restore(*given, **named)
+def restore_and_compare(*given, **options):
+    state = restore(*given, **options)
     leaves, step = named(state), int(state.step)
     saved = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     known = {name: np.zeros(leaf.shape, bool) for name, leaf in leaves.items()}
