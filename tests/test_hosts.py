@@ -388,7 +388,7 @@ def test_a_host_that_fails_alone_says_why_and_leaves(tmp_path):
         command = ("-m", "launch.train", *arguments(tmp_path, "alone"))
         processes.append(start_one(own, *command, "--data.held-out", "0.4", *flags))
     left, failed = (process.communicate(timeout=PATIENCE)[0] for process in processes)
-    assert "error: data.source" in failed
+    assert "error: the source 'text:*.txt'" in failed
     assert "Terminating process because the JAX distributed service" in left
     assert [process.returncode for process in processes] == [-signal.SIGABRT, 2]
 
