@@ -545,7 +545,7 @@ def test_the_planner_is_asked_and_its_reasons_are_passed_on(monkeypatch, tmp_pat
     monkeypatch.setattr(planning, "topology", lambda name, slices: here)
     config = fitting.shape(smoke.tiny())
     assert fitting._ask(config, "v5e:2x2", 1, tmp_path) == ""
-    small = chips.Chip(flops=1e12, memory=1e5)
+    small = chips.Chip(flops=1e12, memory=1e5, bandwidth=1e11)
     monkeypatch.setattr(chips, "find", lambda kind: small)
     reason = fitting._ask(config, "v5e:2x2", 1, tmp_path)
     assert "does not fit here: needs" in reason
