@@ -20,12 +20,11 @@ import numpy as np
 from benchmarks.child import Contestant, serve
 from benchmarks.common import first_and_rest
 from cla_jax.cache import CacheSpec, cache_spec
-from cla_jax.config import ModelConfig
+from cla_jax.config import ModelConfig, Sampling
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.engine import LOOP
 from cla_jax.generate import generate
 from cla_jax.model.transformer import Transformer
-from cla_jax.sampling import Sampling
 
 
 def timed(

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
+from cla_jax.config import Sampling
 from cla_jax.decode import Weights, decode, prefill
 from cla_jax.mesh import row_shards
 from cla_jax.model.layers import axes
-from cla_jax.sampling import Sampling, sample
+from cla_jax.sampling import sample
 
 # Prompts for at most this part of the rows go through the model one by one, instead of with all rows.
 APART = 1 / 4

@@ -22,8 +22,8 @@ import numpy as np
 
 from cla_jax.batch import Batch, Seed, _Emitted
 from cla_jax.cache import CacheSpec
+from cla_jax.config import Sampling, check_new_tokens
 from cla_jax.decode import Weights, check_prompt, check_weights, is_integer
-from cla_jax.sampling import Sampling
 
 LOOP = 64  # decode steps between two looks of the host, if nobody listens
 
@@ -130,10 +130,7 @@ class Engine:
         """
         if not is_integer(new_tokens):
             raise ValueError(f"new_tokens = {new_tokens} must be an integer")
-        if new_tokens < 1:
-            raise ValueError(f"new_tokens = {new_tokens} must be positive")
-        if new_tokens >= 1 << 31:
-            raise ValueError(f"new_tokens = {new_tokens} is more than positions can count")
+        check_new_tokens(new_tokens)
         for part in seed if isinstance(seed, tuple) else (seed,):
             if not is_integer(part):
                 raise ValueError(f"seed = {part} must be an integer")

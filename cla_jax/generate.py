@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from cla_jax.cache import CacheSpec
+from cla_jax.config import Sampling
 from cla_jax.decode import Weights, is_integer
 from cla_jax.engine import LOOP, Completion, Engine
-from cla_jax.sampling import Sampling
 
 
 def generate(

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 
 from cla_jax.batch import _Choice, _loop, _Rows
 from cla_jax.cache import CacheSpec, cache_spec, ledger
-from cla_jax.config import ModelConfig
+from cla_jax.config import ModelConfig, Sampling
 from cla_jax.decode import _prefill_chunk, decoding_weights
 from cla_jax.engine import LOOP
 from cla_jax.model.transformer import Transformer
-from cla_jax.sampling import Sampling
 
 
 class TooSmall(ValueError):

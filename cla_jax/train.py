@@ -57,10 +57,8 @@ class Layout:
     @property
     def training(self) -> Execution:
         """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
-        if self.run.remat not in (
-            "block",
-            "attention",
-        ):  # little that is kept is the residual stream
+        # Under other policies, little that is kept is the residual stream.
+        if self.run.remat not in ("block", "attention"):
             return self.run
         rules = meshes.split_residuals(self.rules, self.mesh, self.config.data.seq_len)
         return dataclasses.replace(self.run, rules=rules)

@@ -11,12 +11,11 @@ from cla_jax.batch import _Choice, _loop, _Rows
 from cla_jax.cache import FORMATS, cache_spec, ledger, make_format
 from cla_jax.cache.entries import Entries
 from cla_jax.cache.kivi import quantized_tokens
-from cla_jax.config import MeshConfig, ModelConfig
+from cla_jax.config import MeshConfig, ModelConfig, Sampling
 from cla_jax.decode import decode, decoding_weights, prefill
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh, split_cache
 from cla_jax.model.attention import EMPTY, KV
 from cla_jax.model.transformer import Execution, project
-from cla_jax.sampling import Sampling
 from tests import reference
 from tests.conftest import MODEL, replace
 

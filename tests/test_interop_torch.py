@@ -15,6 +15,7 @@ import pytest
 
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache import cache_spec
+from cla_jax.config import Sampling
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.generate import generate
@@ -22,7 +23,6 @@ from cla_jax.interop import hf, names
 from cla_jax.interop.export import export, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.keys import Keys
-from cla_jax.sampling import Sampling
 from tests import interop, reference
 
 pytestmark = pytest.mark.interop
