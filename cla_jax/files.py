@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar, cast, overload
 
@@ -36,6 +37,7 @@ _DEPTH = 64  # objects and arrays within each other
 _CONTAINERS = 2_000_000  # objects and arrays of one text: in memory they take 20 times their length
 _MESSAGE = 400  # characters
 _DIGITS = 308  # of an integer: what a float can hold
+_PROBE_BYTES = 1 << 16  # what `write_fault` tries to write
 
 # Errors of open and read that are about the path, not about the machine.
 _OF_THE_PATH = {
@@ -157,6 +159,25 @@ def about(file: PathLike) -> Iterator[None]:
     except ValueError as error:
         words = printable(error, _MESSAGE)
         raise ValueError(words if name(file) in words else f"{name(file)}: {words}") from None
+
+
+def write_fault(directory: PathLike) -> str:
+    """Why nothing can be written into a local directory; empty if something can.
+
+    A full disk often swallows the message of the process that failed on it. This asks again.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_PROBE_BYTES))
+            _flush(file)
+    except OSError as error:
+        return f"nothing can be written to {name(directory)}: {error.strerror}"
+    return ""
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())  # a remote file system may find room only now
 
 
 def exists(file: PathLike) -> bool:

@@ -141,14 +141,24 @@ def _written_as_text(
     )
 
 
-def read(kind: type[T] | Callable[..., T], also: Sequence[str] = (), **options: Any) -> T:
-    """How every entry point reads its command line: `tyro.cli`, with `options` of its.
+def read(
+    kind: type[T] | Callable[..., T],
+    also: Sequence[str] = (),
+    fields_follow: bool = False,
+    **options: Any,
+) -> T:
+    """How every entry point reads its command line: `tyro.cli` with its `options`.
 
-    `also` are flags that were taken out of the command line before. Raises ValueError, one line with the
-    flag, the value and the nearest match, for what is refused.
+    Args:
+      also: flags that were taken out of the command line before.
+      fields_follow: whether the fields of a run's config come later, after `--`.
+
+    Raises:
+      ValueError: one line with the flag, the value and the nearest match, for what is refused.
     """
     known = lambda: [*also, *_known(kind, options)]
-    with _errors.on_parse_error(functools.partial(_refuse, known)):
+    later = lambda: _known(Config, {"args": []}) if fields_follow else []
+    with _errors.on_parse_error(functools.partial(_refuse, known, later)):
         return tyro.cli(kind, registry=_FORMS, **options)
 
 
@@ -157,14 +167,16 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
     return read(Config, default=config, args=list(argv), **options)
 
 
-def _refuse(known: Callable[[], list[str]], event: _errors.ParseErrorEvent) -> None:
+def _refuse(
+    known: Callable[[], list[str]], later: Callable[[], list[str]], event: _errors.ParseErrorEvent
+) -> None:
     """Raises ValueError for what tyro is about to refuse; what is not known here, tyro tells itself."""
     see = f"`{event.prog} --help` tells more"
     match event:
         case _errors.UnrecognizedArgs(tokens=words) if words:
-            _refuse_words(words, known(), see)
+            _refuse_words(words, known(), later(), see)
         case _errors.MissingArgs(unrecognized_tokens=words) if words:
-            _refuse_words(words, known(), see)
+            _refuse_words(words, known(), later(), see)
         case _errors.MissingArgs(missing_arguments=missing):
             names = " and ".join(_name(one.arg) for one in missing)
             raise ValueError(f"{names} must be given; {see}")
@@ -189,10 +201,14 @@ def _name(argument: Any) -> str:
     return argument.lowered.metavar if argument.is_positional() else argument.display_name()
 
 
-def _refuse_words(words: Sequence[str], known: Sequence[str], see: str) -> None:
+def _refuse_words(
+    words: Sequence[str], known: Sequence[str], later: Sequence[str], see: str
+) -> None:
     flags = [word for word in words if word.startswith("-")]
     what, word = ("flag", flags[0].partition("=")[0]) if flags else ("word", words[0])
     name = word.replace("_", "-")
+    if what == "flag" and name in later:
+        raise ValueError(f"{shown(word)} is a field of the runs: put it after `--`; {see}")
     within = [flag for flag in known if flag.endswith("." + name.lstrip("-"))]  # --peak-lr
     near = within or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.7)
     raise ValueError(f"unknown {what} {shown(word)}; {f'did you mean {near[0]}?' if near else see}")

@@ -67,7 +67,13 @@ def compile_elsewhere() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = read(Arguments, args=argv[:cut], prog="python -m launch.plan", description=__doc__)
+    arguments = read(
+        Arguments,
+        fields_follow=True,
+        args=argv[:cut],
+        prog="python -m launch.plan",
+        description=__doc__,
+    )
     if any(topology != "here" for topology in arguments.topology):
         if "here" in arguments.topology:
             raise ValueError(

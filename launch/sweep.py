@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = read(
         Arguments,
+        fields_follow=True,
         args=argv[:cut],
         prog="python -m launch.sweep",
         description=f"{__doc__}\nSweeps:\n{listed}",
@@ -301,9 +302,9 @@ class Launcher:
             ):
                 said = list(files.read_lines(record.path / "runner.log", links=False))
                 said = [line for line in said if line.strip()]
-                self.stuck[name] = (
-                    f"exit code {code}: {said[-1].decode(errors='replace') if said else 'no word'}"
-                )
+                last = said[-1].decode(errors="replace") if said else ""
+                why = last or files.write_fault(record.path) or "it printed nothing"
+                self.stuck[name] = f"exit code {code}: {why}"
 
     def states(self, plan: LaunchPlan) -> dict[str, tuple[str, str]]:
         """What is to be done about each trial: todo, or why nothing is: (state, reason)."""

@@ -153,7 +153,9 @@ class Trial:
                     if self.record.is_cancelled:
                         self.stop()
             lines = reader.lines() if reader else tail()
-        return code, last_error(lines, code)
+        error = last_error(lines, code)
+        fault = files.write_fault(self.record.path) if code and self.record.is_local else ""
+        return code, f"{error}; {fault}" if fault else error
 
     @contextlib.contextmanager
     def _output(self) -> Iterator[tuple[Any, Any]]:

@@ -171,6 +171,11 @@ for line in sys.stdin.read().splitlines():
         ("train smoke --peak-lr 1", "unknown flag '--peak-lr'; did you mean --optimizer.peak-lr?"),
         ("train smoke --batch_sise=3", "unknown flag '--batch_sise'; did you mean --batch-size?"),
         ("train smoke --procesess 2", "unknown flag '--procesess'; did you mean --processes?"),
+        (
+            "sweep smoke.grid --placement.runs x",
+            "'--placement.runs' is a field of the runs: put it after `--`; "
+            "`python -m launch.sweep --help` tells more",
+        ),
         ("train smoke steps 3", "unknown word 'steps'; did you mean --steps?"),
         (
             "train smoke --zzz",

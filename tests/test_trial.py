@@ -12,6 +12,7 @@ import time
 import pytest
 from etils import epath
 
+from cla_jax import files
 from experiments import smoke
 from launch import cancel, records, status, trial
 from launch.records import Record, State
@@ -245,6 +246,20 @@ def test_a_full_disk_for_the_record_does_not_end_training(record, monkeypatch, c
     monkeypatch.setattr(records, "write", full)
     assert attempt(record, "exit:5", "finish") == trial.COMPLETE
     assert "the state is not written: [Errno 28] No space left on device" in capfd.readouterr().err
+
+
+def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
+    assert record.state().error == "exit code 5"  # the disk is not accused
+    record.lift()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_flush", full)
+        assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
+    fault = f"nothing can be written to {record.path}: No space left on device"
+    assert record.state().error == f"exit code 5; {fault}"
 
 
 @pytest.mark.parametrize(
