@@ -7,7 +7,7 @@ summed, and another one read and written; the faster of the two counts. The toke
 from random prompts, the weights are random; nothing is read from disk.
 
     python -m benchmarks.decode_bandwidth                        the paper's 1B model; a GPU or TPU
-    python -m benchmarks.decode_bandwidth demo.h32_mqa_cla2 --batch 1 8 --context 256 --probe 256MiB
+    python -m benchmarks.decode_bandwidth demo.h16_mqa_cla2 --batch 1 8 --context 256 --probe 256MiB
 
 A model that fits into a CPU's caches can reach more than its memory's bandwidth.
 """

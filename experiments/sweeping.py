@@ -3,7 +3,7 @@
     def seeds() -> Trials:
         '''Three seeds of one model.'''
         for seed in range(3):
-            yield f"seed-{seed}", replaced(h32_mqa(), {"seed": seed})
+            yield f"seed-{seed}", replaced(h16_mqa(), {"seed": seed})
 
 What `yield` gives back is the trial's `Result`. A grid ignores it, and all its trials are known at once. A
 sweep whose next trial depends on an earlier one asks the result for its perplexity, which raises `Pending`
@@ -98,13 +98,13 @@ def grid(
 
     An axis is a field with its values, or any word with named changes of several fields:
 
-        grid(h32_mqa(), {
+        grid(h16_mqa(), {
             "optimizer.peak_lr": (1e-3, 3e-3),
-            "heads": {"32": {}, "16": {"model.n_heads": 8, "model.d_head": 16}},
+            "heads": {"16": {}, "8": {"model.n_heads": 8, "model.d_head": 8}},
             "seed": range(3),
         })
 
-    yields `peak_lr=0.001,heads=32,seed=0` and eleven more.
+    yields `peak_lr=0.001,heads=16,seed=0` and eleven more.
     """
     choices = []
     for axis, values in axes.items():

@@ -1,7 +1,7 @@
 """Evaluate runs on their held-out text: by full forward, and through a KV cache.
 
     python -m launch.evaluate runs/demo                # every run of a study
-    python -m launch.evaluate runs/demo/h32_mqa --chunk 16 --windows 64
+    python -m launch.evaluate runs/demo/h16_mqa --chunk 16 --windows 64
     python -m launch.evaluate runs/demo --cache int8 --cache kivi4 --cache kivi2
 
     python -m launch.tasks fetch data/tasks            # once; without it, tasks come from the hub

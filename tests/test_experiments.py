@@ -35,16 +35,16 @@ def test_unknown_names_get_the_nearest():
 
 def test_a_study_is_all_its_rows():
     assert [config.name for config in experiments.find("demo")] == [
-        "demo/h32_mqa",
-        "demo/h32_mqa_cla2",
         "demo/h16_mqa",
+        "demo/h16_mqa_cla2",
+        "demo/h8_mqa",
     ]
 
 
 def test_the_demo_compares_half_a_cache_with_half_a_cache():
     mqa, cla2, narrow = (config.model for config in experiments.find("demo"))
     resident = [costs.kv_bytes(model, 128).resident for model in (mqa, cla2, narrow)]
-    assert resident == [1024, 512, 512]
+    assert resident == [512, 256, 256]
     assert mqa.n_heads * mqa.d_head == cla2.n_heads * cla2.d_head == narrow.n_heads * narrow.d_head
     fields = ("n_layers", "d_model", "d_ff", "vocab_size")
     for field in fields:

@@ -37,14 +37,14 @@ ROOT = Path(__file__).parents[1]
 
 def test_fields_are_overridden_by_flag():
     (config,) = launch_train.parse(
-        ["demo.h32_mqa", "--optimizer.peak-lr", "1e-3", "--model.kv-map", "cla:4", "--steps", "7"]
+        ["demo.h16_mqa", "--optimizer.peak-lr", "1e-3", "--model.kv-map", "cla:4", "--steps", "7"]
     )
     assert (config.optimizer.peak_lr, config.model.kv_map, config.steps) == (1e-3, "cla:4", 7)
     assert [c.steps for c in launch_train.parse(["demo", "--steps", "9"])] == [9, 9, 9]
 
 
 def test_a_run_is_trained_again_from_its_config(tmp_path):
-    (config,) = launch_train.parse(["demo.h32_mqa", "--steps", "7"])
+    (config,) = launch_train.parse(["demo.h16_mqa", "--steps", "7"])
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_record(config) | {"versions": {}}))
     assert launch_train.parse([str(file)]) == [config]
@@ -68,7 +68,7 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
 )
 def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        launch_train.main(["demo.h32_mqa", *flags])
+        launch_train.main(["demo.h16_mqa", *flags])
     assert stop.value.code == 2
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
@@ -371,7 +371,7 @@ def test_a_stop_ends_the_study_not_only_the_row(monkeypatch, complete):
     with pytest.raises(SystemExit) as stop:
         launch_train.main(["demo"])
     assert stop.value.code == distributed.STOPPED
-    assert trained == ["demo/h32_mqa"]
+    assert trained == ["demo/h16_mqa"]
     if complete:
         launch_train.main(["smoke"])
     else:
@@ -387,7 +387,7 @@ def test_the_first_row_pays_for_the_start_of_the_process_and_no_row_for_another(
     train = lambda config, *, clock, **_: started.append((config.name, clock)) or True
     monkeypatch.setattr(training, "train", train)
     launch_train.main(["demo"])
-    assert started[0] == ("demo/h32_mqa", 123.0)
+    assert started[0] == ("demo/h16_mqa", 123.0)
     assert {clock for _, clock in started[1:]} == {"now"}
 
 
@@ -675,7 +675,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (example,) = [found for found in examples if "completions" in found]
-    exec(example.replace("runs/demo/h32_mqa_cla2", run), found := {})
+    exec(example.replace("runs/demo/h16_mqa_cla2", run), found := {})
     assert [len(completion.tokens) > 0 for completion in found["completions"]] == [True, True]
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])

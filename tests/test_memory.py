@@ -133,13 +133,13 @@ def test_the_table_and_its_json(capsys):
     argv = ["demo", "--budget", "20MB", "--context", "256", "--cache", "dense", "--cache", "kivi4"]
     launch_memory.main(argv)
     table = capsys.readouterr().out
-    assert "demo/h32_mqa_cla2" in table
+    assert "demo/h16_mqa_cla2" in table
     assert "kivi4" in table
     launch_memory.main([*argv, "--json"])
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert [(line["name"], line["cache"]) for line in lines[:2]] == [
-        ("demo/h32_mqa", "dense"),
-        ("demo/h32_mqa", "kivi4"),
+        ("demo/h16_mqa", "dense"),
+        ("demo/h16_mqa", "kivi4"),
     ]
     assert all(line["sequences"] >= 1 for line in lines)
 
@@ -149,7 +149,7 @@ def test_the_table_and_its_json(capsys):
     [
         (
             ["demo", "--budget", "1MB"],
-            "demo/h32_mqa: budget = 1,000,000 B is smaller than the weights",
+            "demo/h16_mqa: budget = 1,000,000 B is smaller than the weights",
         ),
         (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
         (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),

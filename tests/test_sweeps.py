@@ -220,7 +220,7 @@ def test_every_sweep_is_documented_and_plans(tmp_path):
 def test_a_study_is_the_sweep_of_its_rows():
     plan = trials.make("demo")
     assert [trial.config for trial in plan.trials] == experiments.find("demo")
-    assert [trial.name for trial in plan.trials] == ["h32_mqa", "h32_mqa_cla2", "h16_mqa"]
+    assert [trial.name for trial in plan.trials] == ["h16_mqa", "h16_mqa_cla2", "h8_mqa"]
 
 
 def test_fields_are_overridden_for_every_trial():
