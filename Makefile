@@ -1,4 +1,4 @@
-# make demo       environment, three small models, their comparison (minutes on 2 cores)
+# make demo       environment, three small models with two seeds each, their comparison (minutes on 2 cores)
 # make test       every test that needs no heavy extra
 # make test-fast  the inner loop
 # make test-hosts several processes under jax.distributed; alone, for they wait for one another with limits
@@ -20,9 +20,9 @@ HERE := not pods and not hosts and not interop and not engines
 .PHONY: demo test test-fast test-hosts test-engines test-interop test-pods lint golden clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m launch.train demo
-	$(BIN)/python -m launch.evaluate runs/demo --chunk 8
-	$(BIN)/python -m launch.compare runs/demo
+	$(BIN)/python -m launch.sweep demo.seeds --local.workers 2
+	$(BIN)/python -m launch.evaluate runs/demo/seeds --chunk 64
+	$(BIN)/python -m launch.compare runs/demo/seeds
 
 test: $(TESTED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(HERE)"

@@ -7,7 +7,7 @@
     python -m launch.evaluate runs/smollm2-135m --windows 8
     python -m launch.generate runs/smollm2-135m --prompt "The capital of France is" --temperature 0
 
-    python -m launch.convert export runs/demo/h16_mqa_cla2 exported
+    python -m launch.convert export runs/demo/seeds/h16_mqa_cla2.seed-0 exported
 
 An import makes a run directory, which evaluation, generation and export read like any other. An export
 makes a directory that transformers opens: `AutoModelForCausalLM.from_pretrained("exported",

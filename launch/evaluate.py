@@ -1,12 +1,12 @@
 """Evaluate runs on their held-out text: by full forward, and through a KV cache.
 
-    python -m launch.evaluate runs/demo                # every run of a study
-    python -m launch.evaluate runs/demo/h16_mqa --chunk 16 --windows 64
-    python -m launch.evaluate runs/demo --cache int8 --cache kivi4 --cache kivi2
+    python -m launch.evaluate runs/demo/seeds          # every run of a study
+    python -m launch.evaluate runs/demo/seeds/h16_mqa.seed-0 --chunk 16 --windows 64
+    python -m launch.evaluate runs/demo/seeds --cache int8 --cache kivi4 --cache kivi2
 
     python -m launch.tasks fetch data/tasks            # once; without it, tasks come from the hub
-    python -m launch.evaluate runs/demo --tasks hellaswag,piqa,sciq --task-data data/tasks
-    python -m launch.evaluate runs/demo --tasks sciq --task-data data/tasks --cache int8 --limit 200
+    python -m launch.evaluate runs/demo/seeds --tasks hellaswag,piqa,sciq --task-data data/tasks
+    python -m launch.evaluate runs/demo/seeds --tasks sciq --task-data data/tasks --cache int8 --limit 200
 
 Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV bytes that
 a token takes (all of the ledger with --ledger), and writes eval/*.json into each run

@@ -1,6 +1,6 @@
 """Continue a prompt with a trained run.
 
-    python -m launch.generate runs/demo/h16_mqa_cla2 --prompt "Fellow citizens" --temperature 0.8
+    python -m launch.generate runs/demo/seeds/h16_mqa_cla2.seed-0 --prompt "Fellow citizens" --temperature 0.8
 
 The model, tokenizer and config are read from the run directory.
 """

@@ -2,7 +2,7 @@
 
     python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --budget 80GB --context 32768
     python -m launch.memory cla_1b --cache dense --cache int8 --context 8192
-    python -m launch.memory runs/demo --budget 1GiB --context 128 --compile
+    python -m launch.memory runs/demo/seeds --budget 1GiB --context 128 --compile
 
     python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --context 2048 --ledger
 

