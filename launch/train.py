@@ -7,7 +7,7 @@
     python -m launch.train demo.h16_mqa --model.kv-map cla:3 --name demo/h16_mqa_cla3
     python -m launch.train NAME --help                            # every field and its default
     python -m launch.train path/to/mine.py:row                    # of a file outside experiments/
-    python -m launch.train runs/demo/seeds/h16_mqa.seed-0/config.json --name demo/again    # as another run was
+    python -m launch.train runs/demo/seeds/h16_mqa.seed-0/config.json --name demo/again  # as that run was
 
 A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
 devices are there; a run with another identity needs another --name. SIGTERM, or Ctrl-C, finishes the step,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cla_jax import checkpoint, report
+from cla_jax import checkpoint, report, seals
 from cla_jax.cache import FORMATS
 from cla_jax.evaluate import open_setup
 from cla_jax.interop.task_data import Tasks
@@ -269,7 +269,8 @@ def test_scores_are_recorded_together_and_compared(run, school, capsys):
     assert "Downstream tasks" in (run.path / "report.html").read_text()
     # Of another checkpoint, nothing is kept.
     for other in ({"step": 1}, {"checkpoint": "another"}):
-        (run.path / "eval" / "tasks-full.json").write_text(json.dumps(full | other))
+        earlier = seals.seal(full | other | {"run": run.id}, "tasks-full")
+        (run.path / "eval" / "tasks-full.json").write_text(json.dumps(earlier))
         list(evaluate(run, Tasks(["essay"], data=data, index=index)))
         assert list(run.evals()["tasks-full"]["tasks"]) == ["essay"]
 
