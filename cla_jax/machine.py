@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 
 
 @functools.cache
@@ -9,3 +10,21 @@ def cores() -> int:
     """Cores that this process may use; XLA has as many threads."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def check_threads(count: int) -> None:
+    """Raises RuntimeError unless the system lets this process start so many further threads.
+
+    Native libraries that meet the limit while they start a pool of threads may wait for ever.
+    """
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=done.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()

@@ -374,16 +374,17 @@ def train(
             log.info("%s is complete already, at step %d", run.path, config.steps)
             return True
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
-        with ThreadPoolExecutor(1, thread_name_prefix="compile") as threads:
-            compiling = threads.submit(compile_step, setup)
-            state = restore_or_init(setup, run)
-            first_step = int(state.step)
-            log_start(setup, run, first_step)
-            log_data(setup)
-            with clock.booked("compile"):
-                step_fn = compiling.result()
-                # Hosts compile for different times, but gloo waits only 30 s at the first collective.
-                agree({"first step": first_step})
+        threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        compiling = threads.submit(compile_step, setup)
+        threads.shutdown(wait=False)  # an error here does not wait for the compiler
+        state = restore_or_init(setup, run)
+        first_step = int(state.step)
+        log_start(setup, run, first_step)
+        log_data(setup)
+        with clock.booked("compile"):
+            step_fn = compiling.result()
+            # Hosts compile for different times, but gloo waits only 30 s at the first collective.
+            agree({"first step": first_step})
         batches = batch_stream(setup, first_step, stop_waiting)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))

@@ -68,10 +68,10 @@ _RESOURCES = {
     errno.EIO,
     errno.ENOLCK,
 }
+_NO_THREAD = "can't start new thread"  # in Python's words
 _RAN_OUT = re.compile(
     "|".join(
-        re.escape(words)
-        for words in (*(os.strerror(number) for number in _RESOURCES), "can't start new thread")
+        re.escape(words) for words in (*(os.strerror(number) for number in _RESOURCES), _NO_THREAD)
     )
 )
 _LONGEST = 300  # characters of a library's message
@@ -272,11 +272,11 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            _leave(_INTERRUPTED)
+            leave(_INTERRUPTED)
         except BrokenPipeError:
             if not _reader_has_gone():
                 raise
-            _leave(1)
+            leave(1)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
             ran_out = _ran_out(error)
             words = ran_out or _absent(error) or _words(error)
@@ -285,7 +285,7 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             print(f"error: {printable_lines(words)}", file=sys.stderr)
             if ran_out and not _has_peers():
                 # Threads of a library that met the same may wait for each other for ever.
-                _leave(1)
+                leave(1)
             sys.exit(1 if ran_out or _absent(error) else 2)
 
     return wrapped
@@ -339,7 +339,7 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """Ends the process at once: the threads of a compiler at work do not survive Python's own end."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -358,6 +358,8 @@ def _ran_out(error: BaseException | None) -> str | None:
     # Libraries pass the system's words on, in exceptions of their own.
     ours = isinstance(error, ValueError) and _is_ours(error)
     if error is not None and not ours and (found := _RAN_OUT.search(str(error))):
+        if found.group() == _NO_THREAD:
+            return f"{_NO_THREAD}: the limits on memory (ulimit -v) or on processes (ulimit -u) are too low"
         line = next(line for line in str(error).splitlines() if found.group() in line)
         return f"{found.group()}: {line[:_LONGEST]}"
     return None

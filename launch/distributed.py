@@ -23,6 +23,7 @@ end as after a death.
 import contextlib
 import errno
 import faulthandler
+import functools
 import itertools
 import json
 import logging
@@ -42,11 +43,13 @@ from jax._src import clusters, distributed  # the coordinator's store has no pub
 
 from cla_jax.config import flatten
 from cla_jax.messages import shown
+from launch.cli import leave
 from launch.hosts import Hosts
 
 log = logging.getLogger("cla_jax.launch")
 
 STOPPED = 42  # exit code of a run that was asked to stop and has saved
+_STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 # At the end of a run process 0 is the last, when it has read back the last checkpoint for its checksums.
 _SHUTDOWN_S = 600
@@ -59,6 +62,7 @@ _NOT_JOINED = 134
 _WAITING_S = 60
 
 _calls = itertools.count()
+_stepping = threading.Event()  # the loop of the run has begun: it saves before it stops
 
 
 def wanted() -> bool:
@@ -283,6 +287,8 @@ def stop_on_signal() -> Callable[[int], bool]:
 
     A SIGHUP says that the terminal was closed; nohup, which has it ignored, is left alone. With one process
     Ctrl-C does the same, once. All hosts must ask equally often.
+
+    One process that was not asked yet, since its run began (`watched`), has nothing to save: it ends at once.
     """
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _hung_up)
@@ -301,7 +307,33 @@ def stop_on_signal() -> Callable[[int], bool]:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    return lambda step: asked.is_set()
+    _stepping.clear()
+    _end_start_up_on_signal()
+
+    def should_stop(_: int) -> bool:
+        _stepping.set()
+        return asked.is_set()
+
+    return should_stop
+
+
+@functools.cache
+def _end_start_up_on_signal() -> None:
+    """Starts the thread that ends the process when a signal comes before the first step.
+
+    A handler of Python's would wait for the main thread, which may be in native code that never returns.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def end() -> None:
+        while received := os.read(read_end, 1):
+            if received[0] in _STOPPING and not _stepping.is_set():
+                log.warning("asked to stop before the first step: there is nothing to save")
+                leave(STOPPED)
+
+    threading.Thread(target=end, daemon=True, name="signals").start()
 
 
 def _hung_up(*_: object) -> None:
@@ -328,6 +360,7 @@ def watched(
     `step_timeout` seconds prints the stacks of its threads and exits with code 1.
     """
     if jax.process_count() == 1:
+        _stepping.clear()  # another run of the same process starts up too
         yield should_stop
         return
 

@@ -23,6 +23,23 @@ def shared(tmp_path_factory) -> prepare.Prepared:
     return prepare.prepare(SMALL, tmp_path_factory.mktemp("data"))
 
 
+def test_a_reader_that_may_start_no_threads_is_refused(shared):
+    """The library would wait for ever for the threads of its pool that were started."""
+    program = f"""
+import resource
+from pathlib import Path
+from cla_jax.data import records
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (200 << 20), resource.RLIM_INFINITY))
+records.read(Path({os.fspath(shared.path)!r}), "train")[0]
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("can't start new thread\n")
+
+
 @pytest.fixture
 def copied(shared, tmp_path) -> Path:
     """A private copy of prepared data, to be damaged."""

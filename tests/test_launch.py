@@ -251,7 +251,7 @@ def test_help_lists_experiments_and_explains_fields(capsys):
         ("OSError(28, 'No space left on device', '/runs/a')", 1, "left on device: /runs/a\n"),
         ("OSError(24, 'Too many open files')", 1, "error: Too many open files\n"),
         ("MemoryError", 1, "error: the memory of this machine is used up\n"),
-        ('RuntimeError("can\'t start new thread")', 1, "new thread\n"),
+        ('RuntimeError("can\'t start new thread")', 1, "(ulimit -u) are too low\n"),
         # A library's own exception around it.
         ("RuntimeError('INTERNAL: [OS error 28: No space left on device]')", 1, "on device]\n"),
         ("OSError(40, 'Too many levels of symbolic links', 'a')", 2, "links: a\n"),
@@ -290,7 +290,7 @@ main()
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 1
-    assert ended.stderr == "error: can't start new thread: can't start new thread\n"
+    assert ended.stderr.startswith("error: can't start new thread: the limits")
 
 
 def test_a_terminal_that_knows_only_ascii(tmp_path):
@@ -719,7 +719,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     ids=lambda value: type(value).__name__,
 )
 def test_what_the_machine_has_run_out_of_is_one_line(capsys, monkeypatch, error, words):
-    monkeypatch.setattr(cli, "_leave", sys.exit)  # else the tests end too
+    monkeypatch.setattr(cli, "leave", sys.exit)  # else the tests end too
     code = compile("raise error", "library.py", "exec")  # not a file of ours
 
     @user_errors
@@ -734,8 +734,9 @@ def test_what_the_machine_has_run_out_of_is_one_line(capsys, monkeypatch, error,
 
 
 @pytest.fixture
-def handlers():
-    """The signal handlers of this process, as they were."""
+def handlers(monkeypatch):
+    """The signal handlers of this process, as they were; no signal ends it."""
+    monkeypatch.setattr(distributed, "leave", lambda code: None)
     numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -754,6 +755,41 @@ def test_a_closed_terminal_stops_a_run_and_nohup_does_not():
     should_stop = distributed.stop_on_signal()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not should_stop(1)
+
+
+def test_a_signal_in_start_up_ends_a_process_whose_main_thread_waits_in_native_code():
+    """As some native libraries wait for ever once the system starts no further thread."""
+    program = """
+import ctypes
+from launch import distributed
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+distributed.stop_on_signal()
+print("ready", flush=True)
+while True:
+    libc.pthread_mutex_lock(mutex)
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            process.terminate()
+            assert process.wait(timeout=60) == distributed.STOPPED
+        finally:
+            process.kill()
+
+
+@pytest.mark.usefixtures("handlers")
+def test_once_steps_are_made_a_signal_waits_for_the_end_of_one(monkeypatch):
+    left = []
+    monkeypatch.setattr(distributed, "leave", left.append)
+    should_stop = distributed.stop_on_signal()
+    with distributed.watched(should_stop, 60) as ask:
+        assert not ask(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ask(2)
+        time.sleep(0.2)  # for the thread that would end the process
+    assert not left
 
 
 def test_a_console_that_is_gone_does_not_end_training(tmp_path):

@@ -3,6 +3,7 @@
 Imported only where it is needed: importing tensorflow_datasets takes a good part of a second.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from cla_jax import machine
 from cla_jax.data import shards
 from cla_jax.data.workers import Workers
 
@@ -20,6 +22,8 @@ _NAME, _VERSION = "token_windows", "1.0.0"
 # A reader keeps every shard open: shards of 32 MiB, but not more than 512 of them.
 _SHARD_BYTES = 1 << 25
 _MOST_SHARDS = 512
+# The first reader of a process starts this many threads, and waits for ever if it may not.
+_READER_THREADS = 64
 
 
 class Windows(Sequence[Example]):
@@ -38,10 +42,12 @@ class Windows(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
+        check_reader_threads()
         return self._source[index]
 
     def take(self, indices: Sequence[int]) -> list[Example]:
         """Several windows, read together."""
+        check_reader_threads()
         return list(self._source.__getitems__(list(indices)))
 
 
@@ -80,6 +86,12 @@ def read(directory: Path, split: str) -> Windows:
     """The windows of a split written by `write` to the same directory."""
     builder: Any = tfds.builder_from_directory(directory / _NAME / _VERSION)
     return Windows(builder.as_data_source(split=split))
+
+
+@functools.cache  # an error is not kept
+def check_reader_threads() -> None:
+    """Raises RuntimeError if a reader of array_record files may not start its threads; once a process."""
+    machine.check_threads(_READER_THREADS)
 
 
 def _shards(directory: Path, split: str, stream: shards.Stream) -> list[shards.Shard]:

@@ -327,6 +327,9 @@ def _tfds(source: str, name: str, field: str) -> Iterator[str]:
     if field not in builder.info.features:
         known = ", ".join(builder.info.features)
         raise ValueError(f"the source {source!r} has no feature {field!r}, only {known}")
+    from cla_jax.data import records
+
+    records.check_reader_threads()
     for index, example in enumerate(builder.as_data_source(split="train")):
         text, where = example[field], f"{source}, example {index}"
         # Datasets on disk give bytes; tfds.testing.mock_data gives str.
