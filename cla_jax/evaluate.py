@@ -13,7 +13,7 @@ from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
 from cla_jax.data import prepare
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import Run
+from cla_jax.runs import Run, check_places
 from cla_jax.scoring import (
     Progress,
     agreement,
@@ -55,6 +55,7 @@ def open_setup(
     run: Run,
     data_dir: str | None = None,
     *,
+    data_sources: Sequence[str] = (),
     mesh: MeshConfig = MeshConfig(),
     split_cache: bool = False,
     batch_size: int | None = None,
@@ -63,8 +64,11 @@ def open_setup(
 
     `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many
     windows are evaluated at once, if not as many. Raises ValueError if the held-out text or the
-    tokenizer are not those the run was trained with; nothing is prepared then.
+    tokenizer are not those the run was trained with; nothing is prepared then. A run may be somebody
+    else's: places outside the current directory that it names are used only if they are given here
+    too, in `data_dir` and `data_sources` (`runs.check_places`).
     """
+    check_places(run, data_dir, data_sources)
     config = run.config()
     here = dataclasses.replace(
         config.placement,

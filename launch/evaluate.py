@@ -240,6 +240,7 @@ def _options(arguments: Arguments) -> dict[str, Any]:
     """How a run is opened."""
     return {
         "data_dir": arguments.data_dir,
+        "data_sources": arguments.data_source,
         "mesh": arguments.mesh,
         "split_cache": arguments.split_cache,
         "batch_size": arguments.batch_size or None,

@@ -157,6 +157,12 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
+def above_all_runs(tmp_path_factory, monkeypatch):
+    """The current directory holds all that tests write, so evaluation uses the places that runs name."""
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
 def devices(monkeypatch):
     """Pretends the machine has only the first n devices."""
     all_devices = jax.devices()

@@ -23,6 +23,8 @@ from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sen
 from cla_jax.train import set_up, train
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("above_all_runs")
+
 
 @pytest.fixture
 def setup(tiny, devices):
@@ -327,6 +329,22 @@ def test_data_of_another_fingerprint_is_not_prepared(tiny, devices, tmp_path):
     with pytest.raises(ValueError, match="was trained on data 'sotu-4-other'"):
         open_setup(run)
     assert not (tmp_path / "theirs").exists()
+
+
+def test_who_calls_from_python_names_the_places_of_a_run_too(tiny, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    theirs, source = str(tmp_path / "theirs"), f"text:{tmp_path}/*.txt"
+    (tmp_path / "a.txt").write_text("secret")
+    config = tiny(**{"placement.data_dir": theirs, "data.source": source})
+    run = runs.open_run(config, data_fingerprint="text-other", tokenizer_json="{}")
+    with pytest.raises(ValueError, match="outside this directory: name the place"):
+        open_setup(run)
+    with pytest.raises(ValueError, match="is not prepared yet"):
+        open_setup(run, theirs)
+    with pytest.raises(ValueError, match="was trained on data 'text-other'"):
+        open_setup(run, theirs, data_sources=[source])
+    assert not os.path.exists(theirs)
 
 
 # ---------------------------------------------------------------------------------- documents

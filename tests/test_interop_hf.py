@@ -165,7 +165,8 @@ def test_an_imported_run_is_evaluated_wherever_it_lies(tmp_path, devices):
     made.assert_equal_models(model, reference.randomised(made.MODEL))
     (tmp_path / "hf" / "tokenizer.json").unlink()
     run.path.rename(tmp_path / "moved")
-    ((_, record), *_) = evaluate(Run(find_runs([tmp_path / "moved"])[0].path), windows=3)
+    (moved,) = find_runs([tmp_path / "moved"])
+    ((_, record), *_) = evaluate(Run(moved.path), windows=3, data_dir=text.data_dir)
     assert 1 < record["perplexity"] < 1e6
     assert run_record(tmp_path / "moved")["origin"]["model_type"] == "llama"
     (row,) = rows.read(find_runs([tmp_path / "moved"]))

@@ -18,7 +18,7 @@ from launch import compare
 from launch import evaluate as launch
 from tests import reference
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("above_all_runs")]
 
 END = 256
 CONTEXT = 32

@@ -52,7 +52,11 @@ def theirs(gguf):
 
 @pytest.fixture(scope="module")
 def windows(run):
-    split = open_setup(run, batch_size=1).prepared.parts[""].split("held_out")
+    split = (
+        open_setup(run, run.config().placement.data_dir, batch_size=1)
+        .prepared.parts[""]
+        .split("held_out")
+    )
     return [split[i] for i in range(WINDOWS)]
 
 
@@ -71,7 +75,9 @@ def test_logits_and_bits_per_byte_are_those_of_transformers(run, theirs, windows
         log_z = np.logaddexp.reduce(scores, axis=-1)
         nll += (log_z - scores[np.arange(n), targets[:n]]).sum()
         n_bytes += int(window["n_bytes"])
-    ((_, record), *_) = evaluate(run, formats=(), windows=WINDOWS, batch_size=2)
+    ((_, record), *_) = evaluate(
+        run, formats=(), data_dir=run.config().placement.data_dir, windows=WINDOWS, batch_size=2
+    )
     bits = nll / math.log(2) / n_bytes
     print(f"max |dlogit| {apart:.2e}, bits per byte {record['bits_per_byte']:.6f} and {bits:.6f}")
     assert apart <= 1e-3
