@@ -711,6 +711,35 @@ def test_absent_and_null_differ_where_the_class_has_a_default(tmp_path):
     assert hf.read(directory).config.windows == "0"
 
 
+def test_lckv_says_of_windows_and_maps_what_its_class_says(tmp_path):
+    """A window that is absent is 4096 tokens; null is no window, also in a layer that asks for one."""
+    directory = made.write_hf(tmp_path / "hf")
+    edited(directory, model_type="lckv-llama", layer_types="0_1s_2_3s")
+    file = directory / "config.json"
+    keys = json.loads(file.read_text())
+    assert hf.read(directory).config.resolved_windows == (0, 4096, 0, 4096)
+    file.write_text(json.dumps(keys | {"sliding_window": None}))
+    assert hf.read(directory).config.resolved_windows == (0, 0, 0, 0)
+    for absent in (keys | {"layer_types": None}, without(keys, "layer_types")):
+        file.write_text(json.dumps(absent))
+        assert hf.read(directory).config.resolved_kv_map == (0, 1, 2, 3)
+
+
+def without(keys, key):
+    return {name: value for name, value in keys.items() if name != key}
+
+
+@pytest.mark.parametrize(("seq_len", "warned"), [(64, False), (65, True)])
+def test_an_import_that_reads_more_than_the_model_was_made_for_is_warned_of(
+    tmp_path, caplog, seq_len, warned
+):
+    directory = made.write_hf(tmp_path / "hf")
+    edited(directory, max_position_embeddings=64)
+    text = Text(source="sotu:2", seq_len=seq_len, data_dir=str(tmp_path / "data"))
+    import_run(interop.read(directory), tmp_path / "run", text)
+    assert ("the model was made for at most 64 tokens of context" in caplog.text) == warned
+
+
 def test_our_exported_file_and_our_reader_have_the_same_defaults():
     """Read from its text: importing it takes torch."""
     tree = ast.parse(Path(hf.__file__).with_name("modeling_cla.py").read_text())

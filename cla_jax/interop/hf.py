@@ -294,11 +294,12 @@ def _integers(keys: Keys, key: str) -> str:
 def _lckv(keys: Keys) -> ModelConfig:
     """LCKV: the entry of a layer is the layer whose keys and values it reads, `s` after it a window."""
     config = _llama(keys)
-    window = keys.take("sliding_window", 4096, int)
+    window = keys.take("sliding_window", 0, int)
     keys.only("force_nodiag", False)
     for training in ("forward_passes", "backward_passes", "use_sequential"):
         keys.take(training, None)  # of training with cycles, which are refused below
-    types = keys.take("layer_types", kind=str).split("_")
+    each_its_own = "_".join(map(str, range(config.n_layers)))
+    types = keys.take("layer_types", each_its_own, str).split("_")
     sources = [each.removesuffix("s") for each in types]
     windows = [window if each.endswith("s") else 0 for each in types]
     if not all(source.isdecimal() for source in sources):
@@ -381,7 +382,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    "lckv-llama": _LLAMA_DEFAULTS,
+    "lckv-llama": _LLAMA_DEFAULTS | {"sliding_window": 4096},
     # ClaConfig in modeling_cla.py.
     "cla": {
         "num_key_value_heads": 1,
