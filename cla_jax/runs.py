@@ -389,6 +389,14 @@ def open_run(
     return run
 
 
+def forget_unless_begun(run: Run) -> None:
+    """Takes back what `open_run` made, if no step of the run was made: its name is free again."""
+    begun = run.metrics.exists() or (run.path / "metrics").exists() or saved_steps(run.checkpoints)
+    if not begun:
+        for name in ("config.json", "tokenizer.json"):
+            (run.path / name).unlink(missing_ok=True)
+
+
 def _record(
     config: Config, data_fingerprint: str, tokenizer_json: str, run: str = "", **further: Any
 ) -> dict[str, Any]:

@@ -622,20 +622,25 @@ def log_data(setup: Setup) -> None:
     log.info("training tokens: %s in all", f"{config.steps * config.tokens_per_step:,}")
     for (name, part), rows in zip(setup.prepared.parts.items(), tokens, strict=True):
         log.info(
-            "  %s: %s tokens = %.3g epochs of its %s",
+            "  %s: %s tokens = %s epochs of its %s",
             name or config.data.source,
             f"{rows * config.data.seq_len:,}",
-            epochs[name],
+            _three_digits(epochs[name]),
             f"{part.totals['train']['windows'] * config.data.seq_len:,}",
         )
         if epochs[name] > _MANY_EPOCHS:
             log.warning(
-                "%s is seen %.3g times: beyond about %d, further epochs teach little; lower steps or "
+                "%s is seen %s times: beyond about %d, further epochs teach little; lower steps or "
                 "batch_size, or take more text",
                 name or config.data.source,
-                epochs[name],
+                _three_digits(epochs[name]),
                 _MANY_EPOCHS,
             )
+
+
+def _three_digits(number: float) -> str:
+    """0.168, 4.1, 83,800: three significant digits, never a power of ten."""
+    return f"{float(f'{number:.2e}'):,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def check_memory(layout: Layout, step: Any) -> None:
@@ -679,14 +684,20 @@ def opened(setup: Setup) -> Iterator[Run]:
     # One process holds the lock for all hosts, and it alone writes; before that, nothing is written.
     path, writes = runs.run_path(setup.config), jax.process_index() == 0
     with runs.locked(path) if writes else contextlib.nullcontext():
+        is_new = writes and not (path / "config.json").exists()
         run = runs.open_run(
             setup.config,
             write=writes,
             data_fingerprint=setup.prepared.fingerprint,
             tokenizer_json=setup.prepared.tokenizer.to_json(),
         )
-        with logging_to(run):
-            yield run
+        try:
+            with logging_to(run):
+                yield run
+        except Exception:
+            if is_new:  # what is refused before its first step does not keep the name
+                runs.forget_unless_begun(run)
+            raise
 
 
 @contextlib.contextmanager

@@ -98,10 +98,12 @@ def compare(
         further=further,
         diverged=diverged,
     )
-    console = Console()
-    if not console.is_terminal:
+    console, width = Console(), None
+    if console.is_terminal:
+        width = console.width
+    else:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
-    console.print(report.table(report.merged(rows)))
+    console.print(report.table(report.merged(rows), width))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
     # Not through the console, which would break a command into lines.

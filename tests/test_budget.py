@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from cla_jax import budget
+from cla_jax import budget, runs
 from cla_jax import train as training
 
 MiB = 1 << 20
@@ -67,6 +67,19 @@ def test_the_step_of_a_run_is_checked_with_its_batches_and_names_the_fields(
         training.check_memory(layout, program(MiB + 1, 0, 0, 0))
 
 
+def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(tiny, devices, monkeypatch):
+    devices(1)
+    monkeypatch.setattr(budget, "available_bytes", lambda: 1)
+    with pytest.raises(ValueError, match="a step needs"):
+        training.train(tiny(steps=1), evaluate=lambda *_: {})
+    monkeypatch.undo()
+    run = runs.open_run(tiny(seed=1), data_fingerprint="", tokenizer_json="{}")
+    run.metrics.write_text("")  # a step may have been made: now the name is taken
+    runs.forget_unless_begun(run)
+    with pytest.raises(ValueError, match="holds another run"):
+        runs.open_run(tiny(seed=2), data_fingerprint="", tokenizer_json="{}")
+
+
 @pytest.mark.parametrize(("epochs", "warned"), [(4.0, False), (4.1, True)])
 def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
     part = types.SimpleNamespace(totals={"train": {"windows": 10}})
@@ -81,3 +94,5 @@ def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
     assert f"web: 512 tokens = {epochs:.3g} epochs of its 320" in caplog.text
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert [record.getMessage()[:16] for record in warnings] == ["web is seen 4.1 "] * warned
+    numbers = (0.1678, 4.0, 99.96, 83_818.1)
+    assert [*map(training._three_digits, numbers)] == ["0.168", "4", "100", "83,800"]

@@ -89,6 +89,13 @@ def printed(rows, width=220):
     return out.getvalue()
 
 
+def drawn(rows, width):
+    """As in a terminal of a width."""
+    out = io.StringIO()
+    Console(file=out, width=width).print(report.table(rows, width))
+    return out.getvalue()
+
+
 def at(kv_bytes, quality, **kw):
     return Point(**{"label": "p", "kv_bytes": kv_bytes, "quality": quality, "series": "s"} | kw)
 
@@ -140,6 +147,23 @@ def test_the_columns_of_a_finished_run(tmp_path):
         "perplexity\ncached": "12.501",
     }
     assert "step 30/30" not in printed(rows(run))
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden"),
+    [(200, ()), (80, ("d_head", "kv_map", "total")), (60, ("d_head", "kv_map", "total", "cached"))],
+)
+def test_a_narrow_terminal_shows_fewer_columns_and_those_whole(tmp_path, width, hidden):
+    run = make(tmp_path, "tiny/a-long-name-of-a-run", kv_map="cla:2")
+    evaluate(run, 12.5)
+    log(run)
+    text = drawn(rows(run), width)
+    for heading in ("run", "KV bytes", "perplexity", "bits per"):
+        assert re.search(rf"[ ┃]{heading} ", text)
+    assert "12.500" in text
+    for heading in ("d_head", "kv_map", "total", "cached"):
+        assert (heading not in text) == (heading in hidden)
+    assert ("further columns" in text) == bool(hidden)
 
 
 def test_lines_are_sorted_by_bytes_then_perplexity_and_the_frontier_is_marked(tmp_path):

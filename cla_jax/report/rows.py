@@ -511,19 +511,55 @@ def _spread(row: Row) -> str:
     return f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The comparison for a terminal."""
+# Columns that a narrow terminal does not show, the first to go first.
+_DISPENSABLE = (
+    "parameters\ntotal",
+    "d_head",
+    "heads\nq/kv",
+    "kv_map",
+    "parameters\nno embed.",
+    "perplexity\ncached",
+)
+# Columns whose cells may take several lines, and their least width.
+_FOLDING, _FOLDED = ("run", "kv_map"), 12
+
+
+def table(rows: Sequence[Row], width: int | None = None) -> Table:
+    """The comparison for a terminal; one with a width shows the columns that fit."""
+    found = lines(rows)
+    headings = dict(enumerate(columns(rows).items()))
+    shown = [
+        _width(heading, [cells[i] for _, cells in found]) for i, (heading, _) in headings.items()
+    ]
+    hidden: set[str] = set()
+    for name in _DISPENSABLE:
+        kept = [shown[i] + 3 for i, (heading, _) in headings.items() if heading not in hidden]
+        if width is None or sum(kept) + 1 <= width:
+            break
+        hidden.add(name)
+    words = caption(rows)
+    if hidden:
+        words += " A wider terminal, and the report, show further columns."
     # Text throughout: names may hold what rich would read as markup.
-    made = Table(caption=Text(caption(rows)), caption_justify="left")
+    made = Table(caption=Text(words), caption_justify="left")
     for heading, justify in columns(rows).items():
-        fold = heading in ("run", "kv_map")
-        made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")
-    for row, cells in lines(rows):
+        if heading not in hidden:
+            fold = heading in _FOLDING
+            made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")
+    for row, cells in found:
         texts = [Text(cell) for cell in cells]
         if row.progress:
             texts[1].append(f"  {row.progress}", style="yellow")
-        made.add_row(*texts, style="bold" if cells[0] else "")
+        kept = [texts[i] for i, (heading, _) in headings.items() if heading not in hidden]
+        made.add_row(*kept, style="bold" if cells[0] else "")
     return made
+
+
+def _width(heading: str, cells: Sequence[str]) -> int:
+    """What a column needs without cutting anything off."""
+    words = max(map(len, heading.split("\n")))
+    widest = max([words, *map(len, cells)])
+    return min(widest, max(words, _FOLDED)) if heading in _FOLDING else widest
 
 
 def per_token(count: float) -> str:
