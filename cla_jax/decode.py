@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
 from cla_jax.model import streamed
-from cla_jax.model.attention import window_starts
+from cla_jax.model.attention import StepPositions
 from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather
 from cla_jax.model.transformer import Execution, Group, Transformer, project
 
@@ -92,6 +92,7 @@ def decode(
     lengths_B = cache.lengths_B + counts_B
     rope = Rope.at(positions_BT, config)
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
+    step = StepPositions(positions_BT, any_BT, lengths_B)
     slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
     spec_BTD = rules.gathered().spec(*axes("BTD"))
@@ -101,26 +102,25 @@ def decode(
         if group.owns:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             slots[p] = spec.write(p, slots[p], kv, positions_BT)
-        seen = Seen(positions_BT, window_starts(positions_BT, spec.windows[p], any_BT), lengths_B)
-        x_BTD = _group(blocks, x_BTD, slots[p], rope, seen, spec=spec, p=spec.like(p))
+        here = step.within(spec.windows[p])
+        x_BTD = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=spec.like(p))
     return weights.norm(x_BTD), Cache(tuple(slots), lengths_B)
-
-
-class Seen(NamedTuple):
-    """Which tokens of a cache the queries of a step see: positions starts_BT to their own."""
-
-    positions_BT: jax.Array
-    starts_BT: jax.Array
-    lengths_B: jax.Array
 
 
 # Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.
 @functools.partial(jax.jit, static_argnames=("spec", "p"))
 def _group(
-    blocks: Group, x_BTD: jax.Array, slot: Any, rope: Rope, seen: Seen, *, spec: CacheSpec, p: int
+    blocks: Group,
+    x_BTD: jax.Array,
+    slot: Any,
+    rope: Rope,
+    step: StepPositions,
+    *,
+    spec: CacheSpec,
+    p: int,
 ) -> jax.Array:
     def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
-        return spec.attend(p, slot, q_BTKGH, **seen._asdict())
+        return spec.attend(p, slot, q_BTKGH, step)
 
     return blocks(x_BTD, slot, rope, attend, Execution(rules=spec.rules), spec.config)
 

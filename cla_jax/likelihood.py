@@ -1,10 +1,10 @@
 """Log-likelihoods of continuations, what texts have in common being computed once.
 
-The options of a question are texts that begin alike. Texts that do are a family: a trunk, which all of
-them begin with, and a branch each. A family's trunk goes through the model once,
+The options of a question have a common prefix. Such texts are a prefix group: the prefix, and the suffix
+of each text. The prefix goes through the model once,
 
-    by full forward       trunk and branches side by side in a row, kept apart by what a token may see
-    through a KV cache    the trunk's cache is copied for each branch, which then decodes on
+    by full forward       prefix and suffixes side by side in a row, kept apart by what a token may see
+    through a KV cache    the prefix's cache is copied for each suffix, which then decodes on
 
 and a token's scores over the vocabulary exist only where a continuation is predicted.
 """
@@ -22,10 +22,10 @@ from jax.sharding import PartitionSpec
 from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, round_up
 from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decode
-from cla_jax.families import Family, Rows, Text, doubled, families, pack
 from cla_jax.mesh import AxisRules, row_shards
-from cla_jax.model.attention import Forks
+from cla_jax.model.attention import PrefixMask
 from cla_jax.model.transformer import Execution, Transformer, project
+from cla_jax.prefix_groups import PrefixGroup, Rows, Text, doubled, pack, prefix_groups
 
 Progress = Callable[[int, int], None]  # (texts done, texts in all)
 
@@ -54,8 +54,8 @@ class _Place(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="run")
-def _hidden(model: Transformer, tokens_BT, forks: Forks, *, run: Execution) -> jax.Array:
-    return model(tokens_BT, run, forks=forks)
+def _hidden(model: Transformer, tokens_BT, mask: PrefixMask, *, run: Execution) -> jax.Array:
+    return model(tokens_BT, run, mask=mask)
 
 
 def by_forward(
@@ -64,11 +64,11 @@ def by_forward(
     texts: Sequence[Text],
     progress: Progress = lambda done, total: None,
 ) -> list[Likelihood]:
-    """The likelihood of each text's targets, families packed into rows of a full forward pass."""
+    """The likelihood of each text's targets, groups packed into rows of a full forward pass."""
     tally = _Tally(len(texts), progress)
     packed = _packed(texts, model.config.d_model)
-    for tokens_BT, forks, places in _batches(texts, packed, rows_of(run.rules)):
-        arrays = jax.device_put((tokens_BT, forks), run.rules.spec("batch", None))
+    for tokens_BT, mask, places in _batches(texts, packed, rows_of(run.rules)):
+        arrays = jax.device_put((tokens_BT, mask), run.rules.spec("batch", None))
         x_BTD = _hidden(model, *arrays, run=run)
         tally.add(_scores(model.head_VD, x_BTD, places, run.rules), places)
     return tally.result()
@@ -79,7 +79,7 @@ def _packed(texts: Sequence[Text], width: int) -> Rows:
 
     In rows as long as the model is wide, attention takes about as long as everything else (on a CPU).
     """
-    found = families(texts)
+    found = prefix_groups(texts)
 
     def cost(rows: Rows) -> int:
         return sum(len(some) * length * (length + width) for length, some in rows.items())
@@ -89,48 +89,48 @@ def _packed(texts: Sequence[Text], width: int) -> Rows:
 
 def _batches(
     texts: Sequence[Text], packed: Rows, rows_of: Callable[[int], int]
-) -> Iterator[tuple[np.ndarray, Forks, list[_Place]]]:
-    """Rows of families, as many at once as `rows_of(length)` says: tokens, what sees what, targets."""
+) -> Iterator[tuple[np.ndarray, PrefixMask, list[_Place]]]:
+    """Rows of groups, as many at once as `rows_of(length)` says: tokens, what sees what, targets."""
     tokens = STEP if jax.default_backend() == "cpu" else 16 * STEP
     for length, rows in packed.items():
         size = rows_of(tokens // length)
         for begin in range(0, len(rows), size):
             tokens_BT = np.zeros((size, length), np.int32)
             empty: Any = np.full((3, size, length), -1, np.int32)
-            forks = Forks(*empty)
-            forks.positions_BT[:] = 0
+            mask = PrefixMask(*empty)
+            mask.positions_BT[:] = 0
             places: list[_Place] = []
             for r, row in enumerate(rows[begin : begin + size]):
                 column = 0
-                for family in row:
-                    column = _lay(family, texts, tokens_BT, forks, places, r, column)
-            yield tokens_BT, forks, places
+                for group in row:
+                    column = _lay(group, texts, tokens_BT, mask, places, r, column)
+            yield tokens_BT, mask, places
 
 
 def _lay(
-    family: Family,
+    group: PrefixGroup,
     texts: Sequence[Text],
     tokens_BT: np.ndarray,
-    forks: Forks,
+    mask: PrefixMask,
     places: list[_Place],
     r: int,
     column: int,
 ) -> int:
-    """Puts a family into row r from a column on; returns the column after it."""
-    start, trunk = column, family.trunk
+    """Puts a group into row r from a column on; returns the column after it."""
+    start, prefix = column, group.prefix
 
     def put(tokens: Sequence[int], position: int) -> int:
-        """Tokens that begin at a position of the text, as a branch."""
+        """Tokens that begin at a position of the text, as a suffix."""
         end = column + len(tokens)
         tokens_BT[r, column:end] = tokens
-        forks.positions_BT[r, column:end] = np.arange(position, position + len(tokens))
-        forks.trunks_BT[r, column:end] = start
-        forks.branches_BT[r, column:end] = column
+        mask.positions_BT[r, column:end] = np.arange(position, position + len(tokens))
+        mask.groups_BT[r, column:end] = start
+        mask.suffixes_BT[r, column:end] = column
         return end
 
-    column = put(texts[family.members[0]].tokens[:trunk], 0)
-    for i in family.members:
-        column = put(texts[i].tokens[trunk:], trunk)
+    column = put(texts[group.members[0]].tokens[:prefix], 0)
+    for i in group.members:
+        column = put(texts[i].tokens[prefix:], prefix)
         first = column - len(texts[i].targets)
         places += [_Place(i, r, first + t, target) for t, target in enumerate(texts[i].targets)]
     return column
@@ -166,48 +166,48 @@ def through_cache(
 ) -> list[Likelihood]:
     """The likelihood of each text's targets, decoded through a cache in steps of `chunk` tokens.
 
-    A branch starts from a copy of its trunk's cache, in the state that decoding the trunk left it in: for
+    A suffix starts from a copy of its prefix's cache, in the state that decoding the prefix left it in: for
     formats that keep every token by itself that is what decoding the whole text would give. (KIVI's is
     too, but for where its steps begin: see cache/kivi.py.)
     """
     tally = _Tally(len(texts), progress)
-    by_capacity: dict[int, list[Family]] = {}
-    for family in families(texts):
-        longest = max(len(texts[i].tokens) for i in family.members)
+    by_capacity: dict[int, list[PrefixGroup]] = {}
+    for group in prefix_groups(texts):
+        longest = max(len(texts[i].tokens) for i in group.members)
         capacity = doubled(SHORTEST, longest)
-        by_capacity.setdefault(capacity, []).append(family)
+        by_capacity.setdefault(capacity, []).append(group)
     for capacity, found in sorted(by_capacity.items()):
         batch = rows_of(rules)(CACHED // capacity)
         spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
-        found.sort(key=lambda family: family.trunk)
+        found.sort(key=lambda group: group.prefix)
         for begin in range(0, len(found), batch):
-            _decode_families(weights, spec, texts, found[begin : begin + batch], tally)
+            _decode_groups(weights, spec, texts, found[begin : begin + batch], tally)
     return tally.result()
 
 
-def _decode_families(
+def _decode_groups(
     weights: Weights,
     spec: CacheSpec,
     texts: Sequence[Text],
-    found: Sequence[Family],
+    found: Sequence[PrefixGroup],
     tally: "_Tally",
 ) -> None:
-    """Trunks first, as many as the cache has rows; then their branches, of like length together."""
-    trunks = [texts[members[0]].tokens[:trunk] for trunk, members in found]
-    cache = _feed(weights, spec, spec.allocate(), trunks)
-    branches = [(r, i) for r, family in enumerate(found) for i in family.members]
-    branches.sort(key=lambda branch: len(texts[branch[1]].tokens) - found[branch[0]].trunk)
-    for begin in range(0, len(branches), spec.batch):
-        some = branches[begin : begin + spec.batch]
+    """Prefixes first, as many as the cache has rows; then their suffixes, of like length together."""
+    prefixes = [texts[members[0]].tokens[:prefix] for prefix, members in found]
+    cache = _feed(weights, spec, spec.allocate(), prefixes)
+    suffixes = [(r, i) for r, group in enumerate(found) for i in group.members]
+    suffixes.sort(key=lambda suffix: len(texts[suffix[1]].tokens) - found[suffix[0]].prefix)
+    for begin in range(0, len(suffixes), spec.batch):
+        some = suffixes[begin : begin + spec.batch]
         rows = np.zeros(spec.batch, np.int32)
         rows[: len(some)] = [r for r, _ in some]
         copies = _handed_out(cache, jax.device_put(rows, spec.rules.spec("batch")))
         places = [
-            _Place(i, row, texts[i].given - found[r].trunk + t, target)
+            _Place(i, row, texts[i].given - found[r].prefix + t, target)
             for row, (r, i) in enumerate(some)
             for t, target in enumerate(texts[i].targets)
         ]
-        rest = [texts[i].tokens[found[r].trunk :] for r, i in some]
+        rest = [texts[i].tokens[found[r].prefix :] for r, i in some]
 
         def score(first: int, x_BTD: jax.Array, places: list[_Place] = places) -> None:
             here = [p for p in places if first <= p.column < first + spec.chunk]

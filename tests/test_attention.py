@@ -2,6 +2,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cla_jax.model import attention
@@ -9,10 +10,14 @@ from cla_jax.model.attention import (
     EMPTY,
     KV,
     Segment,
+    StepPositions,
     attend,
     attend_segments,
     choose_backend,
     cudnn_refusal,
+    merge,
+    normalized,
+    partial_attention,
     window_starts,
 )
 from tests.conftest import MODEL, replace
@@ -40,10 +45,15 @@ def segment(kv, n):
     return Segment(read, positions, jnp.int32(0), jnp.int32(-(-n // BLOCK)), tuple(kv))
 
 
+def at_once(kv, positions):
+    """A segment of one block."""
+    return Segment(lambda _: kv, lambda _: positions, 0, 1, tuple(kv))
+
+
 def blockwise(q, kv, first_query, starts):
     n = first_query + q.shape[1]
     positions = jnp.broadcast_to(first_query + jnp.arange(q.shape[1]), starts.shape)
-    return attend_segments(q, [segment(kv, n)], positions_BT=positions, starts_BT=starts)
+    return attend_segments(q, [segment(kv, n)], StepPositions(positions, starts, jnp.full(B, n)))
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [3, 9]])
@@ -67,10 +77,82 @@ def test_parts_of_a_cache_in_any_order_give_the_whole():
     starts = jnp.zeros((B, T), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     old, new = KV(*(a[:, :8] for a in kv)), KV(*(a[:, 8:T] for a in kv))
-    late = Segment(lambda _: new, lambda _: 8 + jnp.arange(T - 8)[None], 0, 1, tuple(new))
-    parts = [late, segment(old, 8)]
-    found = attend_segments(q, parts, positions_BT=positions, starts_BT=starts)
+    parts = [at_once(new, 8 + jnp.arange(T - 8)[None]), segment(old, 8)]
+    found = attend_segments(q, parts, StepPositions(positions, starts, jnp.full(B, T)))
     assert jnp.abs(found - blockwise(q, kv, 0, starts)).max() < 1e-6
+
+
+def partial(seed, keys):
+    """Attention of a few queries to keys of their own at positions 0 to `keys`, in one block."""
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.uniform(-2, 2)  # peaks far apart
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    k, v = scale * draw(B, keys, K, H), draw(B, keys, K, H)
+    positions = jnp.broadcast_to(jnp.arange(keys), (B, keys))
+    part = partial_attention(
+        QUERIES,
+        [at_once(KV(k, v), positions)],
+        positions_B1N1=jnp.full((B, 1, G, 1), keys),
+        starts_B1N1=jnp.zeros((B, 1, G, 1), jnp.int32),
+    )
+    return part, k, v
+
+
+QUERIES = jax.random.normal(jax.random.key(7), (B, K, G, H))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parts_merge_in_any_order_to_the_softmax_over_all_keys(seed):
+    """Independent of the code: one softmax in float64 over the keys of all parts."""
+    made = [partial(10 * seed + i, keys) for i, keys in enumerate((3, 1, 8, 5))]
+    none = partial(0, 4)[0]._replace(
+        sum_BKNH=jnp.zeros((B, K, G, H)), peak_BKN1=jnp.full((B, K, G, 1), attention.MASKED)
+    )
+    k, v = (np.concatenate([np.asarray(m[i], np.float64) for m in made], axis=1) for i in (1, 2))
+    scores = np.einsum("bknh,bskh->bkns", np.asarray(QUERIES, np.float64), k)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bkns,bskh->bknh", weights / weights.sum(-1, keepdims=True), v)
+    a, b, c, d = (m[0] for m in made)
+    for whole in (
+        merge(merge(merge(a, b), c), d),
+        merge(a, merge(b, merge(c, d))),
+        merge(merge(d, none), merge(merge(none, b), merge(c, a))),
+    ):
+        assert np.abs(normalized(whole) - expected).max() < 2e-6
+    assert (normalized(merge(none, none)) == 0).all()
+
+
+def test_a_merge_wants_float32():
+    part = partial(0, 4)[0]
+    with pytest.raises(AssertionError, match="bfloat16"):
+        merge(part, part._replace(total_BKN1=part.total_BKN1.astype(jnp.bfloat16)))
+
+
+def test_kv_heads_of_a_row_may_hold_different_tokens():
+    """As an eviction policy leaves them: each head has its own tokens, in an order of its own."""
+    q, kv = inputs(T)
+    q = q[:, -1:]
+    rng = np.random.default_rng(0)
+    kept = np.stack([[rng.permutation(T)[:6] for _ in range(K)] for _ in range(B)])  # [B, K, 6]
+    take = lambda a: jnp.stack(
+        [jnp.stack([a[b, kept[b, h], h] for h in range(K)], axis=1) for b in range(B)]
+    )
+    held = KV(take(kv.k_BSKH), take(kv.v_BSKH))
+    newest = jnp.full((B, 1), T - 1)
+    step = StepPositions(newest, jnp.full((B, 1), 2), jnp.full(B, T))
+    found = attend_segments(q, [at_once(held, jnp.asarray(kept))], step)
+    for b in range(B):
+        for h in range(K):
+            seen = [t for t in range(T) if t in kept[b, h] and t >= 2]
+            alone = KV(*(a[b : b + 1, jnp.array(seen), h : h + 1] for a in kv))
+            positions = jnp.arange(len(seen))[None]
+            one = StepPositions(positions[:, -1:], jnp.zeros((1, 1), jnp.int32), jnp.ones(1))
+            expected = attend_segments(
+                q[b : b + 1, :, h : h + 1],
+                [at_once(alone, positions)],
+                one,
+            )
+            assert jnp.abs(found[b, 0, h] - expected[0, 0, 0]).max() < 1e-6
 
 
 @pytest.mark.parametrize("window", [1, 4, 100])

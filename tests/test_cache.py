@@ -14,7 +14,7 @@ from cla_jax.cache.kivi import quantized_tokens
 from cla_jax.config import MeshConfig, ModelConfig, Sampling
 from cla_jax.decode import decode, decoding_weights, prefill
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh, split_cache
-from cla_jax.model.attention import EMPTY, KV
+from cla_jax.model.attention import EMPTY, KV, StepPositions
 from cla_jax.model.transformer import Execution, project
 from tests import reference
 from tests.conftest import MODEL, replace
@@ -64,15 +64,17 @@ def test_attention_reads_what_is_seen_not_the_capacity(name, start, length, monk
     """Of a step's new token, in a cache for many more: blocks from its first key on to its own."""
     spec = cache_spec(MODEL, name, batch=2, capacity=8192)
     slot, found = spec.allocate().slots[0], []
-    monkeypatch.setattr(caches, "attend_segments", lambda q, segments, **_: found.extend(segments))
+    monkeypatch.setattr(caches, "attend_segments", lambda q, segments, *_: found.extend(segments))
     newest = jnp.full((2, 1), length - 1)
     spec.attend(
         0,
         slot,
         jnp.zeros((2, 1, 1, 2, 8)),
-        positions_BT=newest.at[1].set(-1),  # padding, which sees nothing
-        starts_BT=jnp.array([[start], [0]]),
-        lengths_B=jnp.array([length, length]),
+        StepPositions(
+            positions_BT=newest.at[1].set(-1),  # padding, which sees nothing
+            starts_BT=jnp.array([[start], [0]]),
+            lengths_B=jnp.array([length, length]),
+        ),
     )
     ring = spec.formats[0].in_full
     blocks = [max(int(segment.end - segment.first), 0) for segment in found]

@@ -263,10 +263,10 @@ def test_a_consumer_one_position_off_would_be_noticed(monkeypatch):
     model = make(config)
     attend, calls = CacheSpec.attend, []
 
-    def advanced(self, *args, positions_BT, **options):
+    def advanced(self, p, slot, q_BTKGH, step):
         calls.append(1)
-        late = positions_BT + 1 - len(calls) % 2  # the second layer of the two
-        return attend(self, *args, positions_BT=late, **options)
+        late = step.positions_BT + 1 - len(calls) % 2  # the second layer of the two
+        return attend(self, p, slot, q_BTKGH, step._replace(positions_BT=late))
 
     _group.clear_cache()
     monkeypatch.setattr(CacheSpec, "attend", advanced)

@@ -19,7 +19,7 @@ LAYERS = [
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},
     {"train", "decode", "sampling", "batch", "engine", "generate"},
-    {"scoring", "families", "likelihood", "memory", "plan"},
+    {"scoring", "prefix_groups", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},
     {"report"},

@@ -1,4 +1,4 @@
-"""Likelihoods against full forward passes of each text alone, and how texts become families."""
+"""Likelihoods against full forward passes of each text alone, and how texts are grouped by prefix."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from cla_jax import mesh as meshes
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.families import Family, families, pack, text
 from cla_jax.model.transformer import Execution, project
+from cla_jax.prefix_groups import PrefixGroup, pack, prefix_groups, text
 from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL
@@ -98,7 +98,7 @@ def test_packed_rows_give_what_each_text_gives_alone(changes):
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - set(LOSSLESS)))
 def test_a_lossy_cache_gives_what_decoding_each_text_through_it_gives(format):
-    """The copies of a trunk are the trunk, bit for bit; only KIVI's steps must begin alike for that."""
+    """The copies of a prefix are the prefix, bit for bit; only KIVI's steps must begin alike for that."""
     model = reference.randomised(MODEL)
     weights = decoding_weights(model)
     texts = questions()[:14]
@@ -124,13 +124,13 @@ def test_a_lossy_cache_gives_what_decoding_each_text_through_it_gives(format):
 
 @pytest.mark.slow
 def test_a_cache_that_quantises_old_tokens_is_copied_whole():
-    """KIVI beyond its newest tokens: trunks of more than 128 tokens, branches that make groups due."""
+    """KIVI beyond its newest tokens: prefixes of more than 128 tokens, suffixes that make groups due."""
     model = reference.randomised(MODEL)
     weights = decoding_weights(model)
     draw = np.random.default_rng(1)
-    trunk = draw.integers(0, 256, 161).tolist()
-    texts = [text(trunk, draw.integers(0, 256, n).tolist(), 512) for n in (2, 31, 40, 64)]
-    assert families(texts) == [Family(160, tuple(families(texts)[0].members))]
+    prefix = draw.integers(0, 256, 161).tolist()
+    texts = [text(prefix, draw.integers(0, 256, n).tolist(), 512) for n in (2, 31, 40, 64)]
+    assert prefix_groups(texts) == [PrefixGroup(160, tuple(prefix_groups(texts)[0].members))]
     found = likelihood.through_cache(weights, MODEL, "kivi2", texts, chunk=1)
     alone = [
         likelihood.through_cache(weights, MODEL, "kivi2", [each], chunk=1)[0] for each in texts
@@ -156,36 +156,36 @@ def test_on_several_devices(mesh, devices):
     assert_same(found, expected)
 
 
-# ------------------------------------------------------------------------------------- families
+# -------------------------------------------------------------------------------------- prefix groups
 
 
 def test_options_are_a_family_and_questions_are_not():
-    """Texts with a common beginning that is not worth a trunk stay apart."""
+    """Texts whose common prefix is too short to be worth it stay apart."""
     opening = [1, 2]  # "Question:"
     texts = [
         text([*opening, *range(10 * q, 10 * q + 20)], [option, 7], 100)
         for q in range(3)
         for option in (91, 92, 93)
     ]
-    found = families(texts)
-    assert sorted(family.members for family in found) == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
-    # The last token of a context predicts: it is the branch's.
-    assert {family.trunk for family in found} == {21}
+    found = prefix_groups(texts)
+    assert sorted(group.members for group in found) == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
+    # The last token of a context predicts: it is the suffix's.
+    assert {group.prefix for group in found} == {21}
 
 
 def test_a_family_too_large_for_a_row_is_cut():
     texts = [text(range(20), [90 + i] * 5, 100) for i in range(6)]
-    ((length, rows),) = pack(texts, families(texts), shortest=32).items()
+    ((length, rows),) = pack(texts, prefix_groups(texts), shortest=32).items()
     assert length == 32
-    assert [[len(family.members) for family in row] for row in rows] == [[2], [2], [2]]
-    assert sorted(i for row in rows for family in row for i in family.members) == list(range(6))
+    assert [[len(group.members) for group in row] for row in rows] == [[2], [2], [2]]
+    assert sorted(i for row in rows for group in row for i in group.members) == list(range(6))
     long = [text(range(70), [1], 100), *texts]
-    lengths = pack(long, families(long), shortest=32)
+    lengths = pack(long, prefix_groups(long), shortest=32)
     assert [(length, len(rows)) for length, rows in lengths.items()] == [(32, 3), (128, 1)]
 
 
 def test_rows_are_of_the_length_that_costs_least():
-    """Two families of 20 tokens leave 24 of twice 32 unused, or 8 of 48; four of 8 fill one of 32."""
+    """Two groups of 20 tokens leave 24 of twice 32 unused, or 8 of 48; four of 8 fill one of 32."""
     two = [text([i] * 20, [1], 100) for i in (1, 2)]
     four = [text([i] * 8, [1], 100) for i in range(4)]
     assert [list(likelihood._packed(texts, 100)) for texts in (two, four)] == [[48], [32]]

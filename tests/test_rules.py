@@ -39,7 +39,7 @@ def test_no_test_can_pass_by_skipping():
 
 
 def test_a_compiled_function_takes_its_cache_over():
-    """Else every call would hold two. One copies a cache: the rows of a trunk, for its branches."""
+    """Else every call would hold two. One copies a cache: the rows of a prefix, for its suffixes."""
     kept, taken_over = set(), set()
     for _, node in nodes("cla_jax", ast.FunctionDef):
         jitted = [how for how in map(ast.unparse, node.decorator_list) if "jax.jit" in how]

@@ -29,7 +29,7 @@ from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
 from cla_jax.mesh import AxisRules, row_shards
-from cla_jax.model.attention import KV, Segment, attend_segments
+from cla_jax.model.attention import KV, Segment, StepPositions, attend_segments
 from cla_jax.model.layers import axes
 
 
@@ -205,31 +205,26 @@ class CacheSpec:
         p: int,
         slot: Slot,
         q_BTKGH: jax.Array,
-        *,
-        positions_BT: jax.Array,
-        starts_BT: jax.Array,
-        lengths_B: jax.Array,
+        step: StepPositions,
     ) -> jax.Array:
-        """Attention of new queries over slot p, each to positions starts_BT to its own. [B, T, K, G, H]"""
+        """Attention of the new tokens of a step over slot p. [B, T, K, G, H]"""
         axis = self.rules.cache_entries if self.shards > 1 else None
         assert axis is None or isinstance(axis, str)
 
-        def local(slot, q_BTKGH, positions_BT, starts_BT, lengths_B) -> jax.Array:
+        def local(slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
             # Padding sees nothing, and must not make others read from the beginning.
-            first = jnp.min(jnp.where(positions_BT >= 0, starts_BT, self.capacity))
-            segments = self.formats[p].segments(slot, lengths_B, first, self._here(p))
-            return attend_segments(
-                q_BTKGH, segments, positions_BT=positions_BT, starts_BT=starts_BT, axis=axis
-            )
+            first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
+            segments = self.formats[p].segments(slot, step.lengths_B, first, self._here(p))
+            return attend_segments(q_BTKGH, segments, step, axis)
 
         if jax.sharding.get_abstract_mesh().empty:
-            return local(slot, q_BTKGH, positions_BT, starts_BT, lengths_B)
+            return local(slot, q_BTKGH, step)
         letters, whole = axes("BTKGH"), self.rules
         if axis is not None:  # every device reads its entries for all query heads
             whole = dataclasses.replace(self.rules, q_groups=None)
             q_BTKGH = jax.reshard(q_BTKGH, whole.partition(*letters))
         sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
-        o_BTKGH = sharded(slot, q_BTKGH, positions_BT, starts_BT, lengths_B)
+        o_BTKGH = sharded(slot, q_BTKGH, step)
         return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
 
     def part(self, p: int, shard: jax.Array | int = 0) -> Entries:

@@ -118,7 +118,10 @@ def _used(spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray) -> float:
             for i in range(int(segment.first), int(segment.end)):
                 positions = np.asarray(segment.positions(i))[0]
                 visible = (positions != EMPTY) & (positions >= first) & (positions < lengths[0])
-                total += visible.sum() * _entry_bytes(segment)
+                heads = (
+                    visible.size // visible.shape[-1]
+                )  # 1 where all KV heads hold the same tokens
+                total += visible.sum() / heads * _entry_bytes(segment)
     return total
 
 
@@ -147,6 +150,6 @@ class _Seen:
         self.written.append(p)
         return self.spec.write(p, *args)
 
-    def attend(self, p: int, *args: Any, **options: Any) -> Any:
+    def attend(self, p: int, *args: Any) -> Any:
         self.read.append(p)
-        return self.spec.attend(p, *args, **options)
+        return self.spec.attend(p, *args)

@@ -22,10 +22,10 @@ from cla_jax.config import Sampling, near_choice
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.engine import Engine, Request
 from cla_jax.evaluate import open_setup
-from cla_jax.families import doubled, text
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.model.transformer import Transformer
+from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
 from cla_jax.scoring import Progress
 from cla_jax.train import Setup

@@ -42,26 +42,25 @@ def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | No
     return seen_BTS[:, None]
 
 
-class Forks(NamedTuple):
-    """Texts that begin alike, packed into rows so that what they share is computed once.
+class PrefixMask(NamedTuple):
+    """Which tokens see which, in rows where texts with a common prefix share it.
 
-    A row holds families one after the other. A family is a trunk, from which all its texts begin, and
-    then the branches, each the rest of one text. A token sees its own branch and the trunk. Padding has
-    a trunk of -1 and sees padding.
+    A row holds prefix groups one after the other: a prefix, then the suffixes of the group's texts. A token
+    sees its own suffix and the prefix. Padding is a group of its own, -1.
     """
 
-    positions_BT: jax.Array  # in the text, which rotates the keys and bounds a window
-    trunks_BT: jax.Array  # the column where the token's family begins
-    branches_BT: jax.Array  # the column where its branch begins; its trunk, if it has none
+    positions_BT: jax.Array  # in the text: they rotate the keys and bound a window
+    groups_BT: jax.Array  # the column where the token's group begins
+    suffixes_BT: jax.Array  # the column where its suffix begins; that of its group in the prefix
 
     def visible(self, window: jax.Array | None) -> jax.Array:
         """Which keys of its row a query sees, [B, T, S]."""
         of = lambda a_BT: (a_BT[:, :, None], a_BT[:, None, :])  # a query's, a key's
         position_q, position_s = of(self.positions_BT)
-        trunk_q, trunk_s = of(self.trunks_BT)
-        branch_q, branch_s = of(self.branches_BT)
-        seen_BTS = (position_s <= position_q) & (trunk_s == trunk_q)
-        seen_BTS &= (branch_s == branch_q) | (branch_s == trunk_s)
+        group_q, group_s = of(self.groups_BT)
+        suffix_q, suffix_s = of(self.suffixes_BT)
+        seen_BTS = (position_s <= position_q) & (group_s == group_q)
+        seen_BTS &= (suffix_s == suffix_q) | (suffix_s == group_s)
         if window is not None:
             seen_BTS &= (window == 0) | (position_s > position_q - window)
         return seen_BTS
@@ -173,45 +172,101 @@ _KERNELS = {"cudnn": _cudnn, "splash": splash.attend}
 EMPTY = 1 << 30  # the position of an entry that holds no token: later than any query
 
 
-class Segment(NamedTuple):
-    """A part of a KV cache, as attention reads it."""
+class StepPositions(NamedTuple):
+    """Where the new tokens of a decode step stand and what they see: settled once, for all layers."""
 
-    read: Callable[[Any], KV]  # KV of block i, [B, S, K, H]
-    positions: Callable[[Any], jax.Array]  # of the entries of block i, [B, S]; EMPTY where none is
+    positions_BT: jax.Array  # of the new tokens; -1 is padding, which sees nothing
+    starts_BT: jax.Array  # the first position that each may see
+    lengths_B: jax.Array  # tokens of each row, the new ones included
+
+    def within(self, window: int) -> "StepPositions":
+        """The same for layers with a sliding window; 0 is none."""
+        starts_BT = window_starts(self.positions_BT, window, self.starts_BT)
+        return self._replace(starts_BT=starts_BT)
+
+
+class Segment(NamedTuple):
+    """A part of a KV cache, as attention reads it: in blocks of S entries.
+
+    Entries may hold the tokens of a row in any order. The KV heads of a row may hold different tokens.
+    """
+
+    read: Callable[[Any], KV]  # keys and values of block i, [B, S, K, H]
+    # Of the entries of block i: [B, S], or [B, K, S] if they differ by KV head; EMPTY where none is.
+    positions: Callable[[Any], jax.Array]
     first: Any  # the blocks to read: first to end, the end not included
-    end: Any  # known only when the program runs: see `attend_segments`
+    end: Any  # known only when the program runs
     arrays: tuple[jax.Array, ...]  # what it is read from, [B, entries, ...]
     tokens: int = 1  # in an entry of those arrays
 
 
-def attend_segments(
-    q_BTKGH: jax.Array,
-    segments: Sequence[Segment],
-    *,
-    positions_BT: jax.Array,
-    starts_BT: jax.Array,
-    axis: str | None = None,
-) -> jax.Array:
-    """Attention of T queries over a cache that is read block by block. [B, T, K, G, H]
+class Partial(NamedTuple):
+    """Attention to a part of the keys that queries see. `merge` joins parts in any order.
 
-    A query sees the keys at positions `starts_BT <= s <= positions_BT`, its own among them: they have
-    been written already. Softmax is accumulated online in float32, so neither the scores nor a copy of
-    the cache ever exist whole. A query that sees no key (padding) gives zeros. With `axis`, a mesh axis
-    of a surrounding shard_map, the devices along it hold parts of one cache.
+    All in float32. Exponentials have base e; the log-sum-exp of the scores is peak + log(total). A query
+    that has seen no key has a peak of MASKED.
     """
 
-    B, T, K, G, H = q_BTKGH.shape
-    q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
-    over_heads = lambda a_BT: over_queries(a_BT)[:, None, :, None]  # [B, 1, N, 1]
-    positions, starts = over_heads(positions_BT), over_heads(starts_BT)
+    sum_BKNH: jax.Array  # of values, each times exp(score - peak)
+    total_BKN1: jax.Array  # of exp(score - peak)
+    peak_BKN1: jax.Array  # no score is higher
 
-    def step(segment: Segment, i, carry):
-        peak_BKN1, total_BKN1, sum_BKNH = carry
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention to the keys of both parts. Associative and commutative, up to rounding."""
+    _check_float32(a, b)
+    peak_BKN1 = jnp.maximum(a.peak_BKN1, b.peak_BKN1)
+    scaled = [
+        (part.sum_BKNH * shrink, part.total_BKN1 * shrink)
+        for part in (a, b)
+        for shrink in [jnp.exp(part.peak_BKN1 - peak_BKN1)]
+    ]
+    (sum_a, total_a), (sum_b, total_b) = scaled
+    return Partial(sum_a + sum_b, total_a + total_b, peak_BKN1)
+
+
+def merge_over_devices(part: Partial, axis: str) -> Partial:
+    """The same over the devices along a mesh axis of a surrounding shard_map: each gets the whole."""
+    _check_float32(part)
+    peak_BKN1 = jax.lax.pmax(part.peak_BKN1, axis)
+    shrink_BKN1 = jnp.exp(part.peak_BKN1 - peak_BKN1)
+    total_BKN1 = jax.lax.psum(part.total_BKN1 * shrink_BKN1, axis)
+    sum_BKNH = jax.lax.psum(part.sum_BKNH * shrink_BKN1, axis)
+    return Partial(sum_BKNH, total_BKN1, peak_BKN1)
+
+
+def normalized(part: Partial) -> jax.Array:
+    """The output of attention, [B, K, N, H]; zeros for a query that has seen no key."""
+    saw_none = part.peak_BKN1 <= MASKED
+    return jnp.where(saw_none, 0, part.sum_BKNH / jnp.where(saw_none, 1, part.total_BKN1))
+
+
+def _check_float32(*parts: Partial) -> None:
+    """A log-sum-exp in bfloat16 would cost up to 0.9 % of the output."""
+    for part in parts:
+        assert all(a.dtype == jnp.float32 for a in part), [a.dtype for a in part]
+
+
+def partial_attention(
+    q_BKNH: jax.Array,
+    segments: Sequence[Segment],
+    *,
+    positions_B1N1: jax.Array,
+    starts_B1N1: jax.Array,
+) -> Partial:
+    """Attention of N queries a KV head to segments of a cache that are read block by block.
+
+    A query sees the keys at positions `starts <= s <= positions`. Queries are scaled already. The softmax
+    is accumulated online, so neither the scores nor a copy of the cache ever exist whole.
+    """
+
+    def step(segment: Segment, i, part: Partial) -> Partial:
         # A segment of one block does not depend on i: its scores would be taken out of the loop.
-        queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, peak_BKN1))
-        kv, keys = segment.read(i), segment.positions(i)[:, None, None, :]
+        queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, part.peak_BKN1))
+        kv, keys = segment.read(i), segment.positions(i)
+        keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
         s_BKNS = scores(queries_BKNH, kv.k_BSKH)
-        s_BKNS = jnp.where((keys <= positions) & (keys >= starts), s_BKNS, MASKED)
+        s_BKNS = jnp.where((keys <= positions_B1N1) & (keys >= starts_B1N1), s_BKNS, MASKED)
         # What a query sums up before its first visible key shrinks to nothing when that key comes.
         new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
         p_BKNS = jnp.exp(s_BKNS - new_peak)
@@ -222,29 +277,43 @@ def attend_segments(
             kv.v_BSKH,
             preferred_element_type=jnp.float32,
         )
-        total_BKN1 = total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
-        return new_peak, total_BKN1, sum_BKNH * shrink_BKN1 + values_BKNH
+        total_BKN1 = part.total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
+        return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak)
 
-    zeros_BKN1 = jnp.zeros((B, K, G * T, 1))
-    # Zeros that hang on the queries (no position is less than -1): plain ones XLA's CPU compiler would
-    # make for all layers of a step at its begin, and hold until their turn.
-    sum_BKNH = jnp.where(positions < -1, q_BKNH, 0).astype(jnp.float32)
-    carry = (zeros_BKN1 + MASKED, zeros_BKN1, sum_BKNH)
+    zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
+    # Zeros that depend on the queries (no position is less than -1): XLA's CPU compiler would make plain
+    # ones for all layers at the start of a step, and hold them until their turn.
+    sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH, 0).astype(jnp.float32)
+    part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
     for segment in segments:
         # A loop even where one block is all: outside of one, XLA fuses the write of a slot into its
         # readers, and then copies the slot.
         body = functools.partial(step, segment)
-        carry = jax.lax.fori_loop(segment.first, segment.end, body, carry)
-    peak_BKN1, total_BKN1, sum_BKNH = carry
+        part = jax.lax.fori_loop(segment.first, segment.end, body, part)
+    return part
+
+
+def attend_segments(
+    q_BTKGH: jax.Array,
+    segments: Sequence[Segment],
+    step: StepPositions,
+    axis: str | None = None,
+) -> jax.Array:
+    """Attention of T queries a row over a cache, their own keys among it. [B, T, K, G, H]
+
+    With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.
+    """
+    q_BKNH, over_queries, restore = _merged(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+    over_heads = lambda a_BT: over_queries(a_BT)[:, None, :, None]  # [B, 1, N, 1]
+    part = partial_attention(
+        q_BKNH,
+        segments,
+        positions_B1N1=over_heads(step.positions_BT),
+        starts_B1N1=over_heads(step.starts_BT),
+    )
     if axis is not None:
-        highest_BKN1 = jax.lax.pmax(peak_BKN1, axis)
-        shrink_BKN1 = jnp.exp(peak_BKN1 - highest_BKN1)
-        total_BKN1 = jax.lax.psum(total_BKN1 * shrink_BKN1, axis)
-        sum_BKNH = jax.lax.psum(sum_BKNH * shrink_BKN1, axis)
-        peak_BKN1 = highest_BKN1
-    saw_none = peak_BKN1 <= MASKED
-    o_BKNH = jnp.where(saw_none, 0, sum_BKNH / jnp.where(saw_none, 1, total_BKN1))
-    return restore(o_BKNH).astype(q_BTKGH.dtype)
+        part = merge_over_devices(part, axis)
+    return restore(normalized(part)).astype(q_BTKGH.dtype)
 
 
 # ----------------------------------------------------------------------------- choice of backend

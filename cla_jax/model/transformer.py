@@ -24,7 +24,7 @@ from flax import nnx
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import ATTENTION_OUTPUT, KV, Forks, attend, window_starts
+from cla_jax.model.attention import ATTENTION_OUTPUT, KV, PrefixMask, attend, window_starts
 from cla_jax.model.layers import (
     Linear,
     Mlp,
@@ -175,19 +175,19 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         run: Execution,
         starts_BT: jax.Array | None = None,
-        forks: Forks | None = None,
+        mask: PrefixMask | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D]; `logits` or the loss turns them into scores.
 
-        `starts_BT`, if given, is the first position that each query may see; or `forks` say it all.
+        `starts_BT`, if given, is the first position that each query may see; or `mask` says all of it.
         """
         config, rules = self.config, run.rules
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None] if forks is None else forks.positions_BT
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
         rope = Rope.at(positions_BT, config)
 
         def attend_within(window: jax.Array | None) -> Attend:
-            if forks is not None:
-                seen_BTS = forks.visible(window)
+            if mask is not None:
+                seen_BTS = mask.visible(window)
                 return lambda q_BTKGH, kv: attend(q_BTKGH, kv, seen_BTS=seen_BTS)
             seen_from_BT = starts_BT
             if window is not None:
