@@ -20,12 +20,12 @@ from cla_jax import checkpoint
 from cla_jax.evaluate import open_setup
 from cla_jax.interop.lm_eval import Model
 from cla_jax.runs import find_runs
-from launch import programs
+from launch import compilation_cache
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
     (run,) = find_runs([spec["run"]])
-    programs.remember()
+    compilation_cache.enable()
     setup = open_setup(run, spec["data_dir"])
     asked = requests(spec)
     with jax.set_mesh(setup.mesh):

@@ -18,7 +18,7 @@ import numpy as np
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
-from cla_jax.model import streamed
+from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import StepPositions
 from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather
 from cla_jax.model.transformer import Execution, Group, Transformer, project
@@ -41,11 +41,11 @@ class Weights:
 
     def logits(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
         """Scores of the next token in float32, [B, T, V]."""
-        if not streamed.serves():
+        if not cpu_matmul.enabled():
             return project(x_BTD, self.head, rules)
         B, T, D = x_BTD.shape
-        x_ND = streamed.unsplit(x_BTD).reshape(B * T, D)
-        scores = streamed.product(x_ND, streamed.unsplit(self.head), jnp.dtype("float32"))
+        x_ND = cpu_matmul.unsplit(x_BTD).reshape(B * T, D)
+        scores = cpu_matmul.matmul(x_ND, cpu_matmul.unsplit(self.head), jnp.dtype("float32"))
         return scores.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
 
 
@@ -55,8 +55,8 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
     dtype = jnp.dtype(model.config.compute_dtype)
 
     def laid_out(module: Any) -> Any:
-        fits = isinstance(module, Linear) and streamed.serves()
-        return streamed.Streamed.of(module) if fits else module
+        fits = isinstance(module, Linear) and cpu_matmul.enabled()
+        return cpu_matmul.CpuLinear.of(module) if fits else module
 
     groups = model.unstacked(Execution(rules=rules))
     return Weights(
@@ -103,7 +103,7 @@ def decode(
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             slots[p] = spec.write(p, slots[p], kv, positions_BT)
         here = step.within(spec.windows[p])
-        x_BTD = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=spec.like(p))
+        x_BTD = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=spec.representative(p))
     return weights.norm(x_BTD), Cache(tuple(slots), lengths_B)
 
 

@@ -145,7 +145,7 @@ def _chunk(weights: Weights, cache: Cache, tokens_BT, counts_B, *, spec: CacheSp
 
 
 @jax.jit
-def _handed_out(cache: Cache, rows_B: jax.Array) -> Cache:
+def _gather_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     """A cache whose rows are copies of the named rows of another."""
     return jax.tree.map(lambda a: a.at[rows_B].get(out_sharding=_layout(a)), cache)
 
@@ -201,7 +201,7 @@ def _decode_groups(
         some = suffixes[begin : begin + spec.batch]
         rows = np.zeros(spec.batch, np.int32)
         rows[: len(some)] = [r for r, _ in some]
-        copies = _handed_out(cache, jax.device_put(rows, spec.rules.spec("batch")))
+        copies = _gather_rows(cache, jax.device_put(rows, spec.rules.spec("batch")))
         places = [
             _Place(i, row, texts[i].given - found[r].prefix + t, target)
             for row, (r, i) in enumerate(some)

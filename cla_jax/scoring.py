@@ -206,7 +206,7 @@ def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, A
 
 
 def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry, *more_BT):
-    """Feeds whole windows through an emptied cache, `spec.chunk` tokens a step.
+    """Feeds whole windows through a cache that was reset, `spec.chunk` tokens a step.
 
     `visit(carry, x_BtD, targets_Bt, *more_Bt) -> carry` sees the hidden states of every step.
     """

@@ -105,9 +105,9 @@ def _held_out(arguments: Arguments) -> None:
         # Not before: mistakes should not wait for jax.
         from cla_jax import progress
         from cla_jax.evaluate import evaluate
-        from launch import programs
+        from launch import compilation_cache
 
-        programs.remember()
+        compilation_cache.enable()
         for run in ready:
             print(run.path)
             with collected(refused), progress.shown() as bar:
@@ -194,9 +194,9 @@ def _tasks(arguments: Arguments) -> None:
         refuse(refused)
     from cla_jax import progress
     from cla_jax.interop import lm_eval, task_data
-    from launch import programs
+    from launch import compilation_cache
 
-    programs.remember()
+    compilation_cache.enable()
     with progress.shown() as bar:
         bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)

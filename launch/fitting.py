@@ -13,7 +13,7 @@ from etils import epath
 from cla_jax import files
 from cla_jax.config import Config, OptimizerConfig, Placement, replaced
 from cla_jax.runs import write_atomically
-from launch import programs
+from launch import compilation_cache
 from launch.trials import LaunchPlan
 
 _LIBRARY = Path(__file__).parents[1] / "cla_jax"
@@ -111,7 +111,7 @@ def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
 
 def _place() -> epath.Path:
     """Where verdicts are kept, beside the compiled programs."""
-    place = programs.directory()
+    place = compilation_cache.directory()
     if place is None:
         raise ValueError(
             "there is no place to keep verdicts in that is yours alone: set XDG_CACHE_HOME to a directory"

@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cla_jax.data import tokenizers
     from cla_jax.decode import decoding_weights
     from cla_jax.generate import generate
-    from launch import programs
+    from launch import compilation_cache
 
-    programs.remember()
+    compilation_cache.enable()
     config = run.config()
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
     texts = [utf8(text) for text in arguments.prompt or ("",)]

@@ -124,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _cache() -> Path | None:
     """Where the compiler's answers are kept; nowhere if the user has no place of their own."""
-    from launch import programs
+    from launch import compilation_cache
 
-    place = programs.directory()
+    place = compilation_cache.directory()
     return place / "plans" if place is not None else None
 
 

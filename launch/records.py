@@ -128,7 +128,7 @@ class Record:
     def cancel(self) -> None:
         write_atomically(self.path / "cancelled", "")
 
-    def lift(self) -> None:
+    def clear_failure(self) -> None:
         """Forgets a cancellation and what is held against the trial; its checkpoints stay."""
         (self.path / "cancelled").unlink(missing_ok=True)
         state = self.state()

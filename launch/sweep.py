@@ -247,7 +247,9 @@ class Launcher:
                 record = {"name": self.arguments.name, "engine": self.arguments.engine}
                 records.write(plan.directory / ".sweep" / "sweep.json", record)
                 if self.arguments.again:
-                    records.in_parallel(lambda trial: _record(plan, trial.name).lift(), plan.trials)
+                    records.in_parallel(
+                        lambda trial: _record(plan, trial.name).clear_failure(), plan.trials
+                    )
                     self.results.known.clear()  # some may have been known to diverge
                 return self._loop()
         except OSError as error:

@@ -93,12 +93,12 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
     from cla_jax import runs
     from cla_jax import train as training
     from cla_jax.evaluate import during_training
-    from launch import distributed, programs
+    from launch import compilation_cache, distributed
 
     distributed.agree({"runs": [config.name for config in configs], "versions": runs.versions()})
     for config in configs:
         preflight.check(config, leads=distributed.leads())
-    programs.remember()
+    compilation_cache.enable()
     should_stop = distributed.stop_on_signal()
     clock = goodput.Clock(goodput.process_start())
     for config in configs:

@@ -217,7 +217,7 @@ def test_no_more_tokens_are_counted_than_a_step_has():
     assert cache.lengths_B.tolist() == [3, 8]
 
 
-def test_an_emptied_cache_is_as_new():
+def test_a_cache_that_was_reset_is_as_new():
     """Nothing of its former rows is seen, in rings and quantised slots too."""
     config = replace(MODEL, n_layers=4, kv_map="cla:2", windows="0,0,20,20")
     weights = decoding_weights(make(config))
@@ -297,7 +297,7 @@ def test_equal_groups_are_traced_once():
     config = replace(MODEL, n_layers=8, kv_map="0,0,2,2,4,4,6,7", windows="0,0,0,0,9,9,0,0")
     weights = decoding_weights(make(config))
     spec = cache_spec(config, batch=3, capacity=T, chunk=T)
-    assert [spec.like(p) for p in range(5)] == [0, 0, 2, 0, 0]
+    assert [spec.representative(p) for p in range(5)] == [0, 0, 2, 0, 0]
     rows = (spec.allocate(), TOKENS, np.full(3, T), TOKENS)
     text = step.lower(weights, *rows, spec=spec, sized=False).as_text()
     assert text.count("call @_group") == 5

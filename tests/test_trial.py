@@ -96,7 +96,7 @@ def test_a_failure_is_tried_again_and_ends_the_trial_at_its_limit(record, capfd)
     assert left(record) == "finish"
     assert "tried again: RuntimeError: odd" in capfd.readouterr().out
     assert attempt(record, "finish") == trial.FAILED  # as before: nothing is started
-    record.lift()
+    record.clear_failure()
     assert attempt(record, "finish") == trial.COMPLETE
     assert counts(record) == ("done", 4, 0, 3)
 
@@ -165,7 +165,7 @@ def test_a_cancelled_trial_is_not_started(record):
     assert attempt(record, "finish") == trial.FAILED
     assert left(record) == "finish"
     assert status.line(record)["state"] == "cancelled"
-    record.lift()
+    record.clear_failure()
     assert attempt(record, "finish") == trial.COMPLETE
 
 
@@ -254,7 +254,7 @@ def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
 
     assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
     assert record.state().error == "exit code 5"  # the disk is not accused
-    record.lift()
+    record.clear_failure()
     with monkeypatch.context() as patch:
         patch.setattr(files, "_flush", full)
         assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED

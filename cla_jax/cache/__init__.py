@@ -146,7 +146,7 @@ class CacheSpec:
         kv_map = self.config.resolved_kv_map
         return tuple(kv_map.count(layer) for layer in kv_maps.slots(kv_map))
 
-    def like(self, p: int) -> int:
+    def representative(self, p: int) -> int:
         """The first slot that is kept, written and read as slot p is: in a program either will do."""
         kind = lambda slot: (self.formats[slot], self.windows[slot])
         return next(slot for slot in range(p + 1) if kind(slot) == kind(p))

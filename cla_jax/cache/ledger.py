@@ -143,7 +143,7 @@ class _Seen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.spec, name)
 
-    def like(self, p: int) -> int:
+    def representative(self, p: int) -> int:
         return _Apart(p)
 
     def write(self, p: int, *args: Any) -> Any:

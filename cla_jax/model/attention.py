@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import splash
+from cla_jax.model.cpu_matmul import scores
 from cla_jax.model.layers import axes
-from cla_jax.model.streamed import scores
 
 ATTENTION_OUTPUT = splash.OUTPUT
 MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN

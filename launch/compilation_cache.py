@@ -36,7 +36,7 @@ def directory() -> Path | None:
     return path if os.access(path, os.W_OK) else None
 
 
-def remember() -> None:
+def enable() -> None:
     """Keeps compiled programs in `programs` of `directory`.
 
     They are found again by their content, the compiler's version and the kind of device, so runs share them

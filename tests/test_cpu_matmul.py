@@ -4,7 +4,7 @@ import pytest
 
 from cla_jax.decode import decoding_weights
 from cla_jax.mesh import AxisRules
-from cla_jax.model import streamed
+from cla_jax.model import cpu_matmul
 from cla_jax.model.layers import Linear
 from cla_jax.model.transformer import project
 from tests import reference
@@ -27,7 +27,7 @@ def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
         linear.bias[...] = jax.random.normal(jax.random.key(1), linear.bias[...].shape)
     x = jax.random.normal(jax.random.key(2), shape)
     expected = linear(x, AxisRules())
-    found = streamed.Streamed.of(linear)(x, AxisRules())
+    found = cpu_matmul.CpuLinear.of(linear)(x, AxisRules())
     assert found.shape == expected.shape
     assert jnp.abs(found - expected).max() <= 1e-6 * jnp.abs(expected).max()
 
@@ -38,12 +38,12 @@ def test_a_streamed_map_is_the_linear_map(equation, shape, bias):
 )
 def test_a_product_with_one_token_is_dealt_out_to_the_cores(tokens, out, cores, parts, monkeypatch):
     """In equal parts, none too small."""
-    monkeypatch.setattr(streamed.machine, "cores", lambda: cores)
+    monkeypatch.setattr(cpu_matmul.machine, "cores", lambda: cores)
     x = jax.random.normal(jax.random.key(0), (tokens, 512))
     weight = jax.random.normal(jax.random.key(1), (out, 512))  # 2 MiB
-    found = streamed.product(x, weight)
+    found = cpu_matmul.matmul(x, weight)
     assert jnp.abs(found - x @ weight.T).max() <= 1e-5 * jnp.abs(found).max()
-    traced = jax.make_jaxpr(lambda x, weight: streamed.product(x, weight))(x, weight)
+    traced = jax.make_jaxpr(lambda x, weight: cpu_matmul.matmul(x, weight))(x, weight)
     (product,) = [eqn for eqn in equations(traced) if eqn.primitive.name == "dot_general"]
     assert product.outvars[0].aval.shape == (parts, out // parts, tokens)
 
@@ -63,4 +63,4 @@ def test_scores_are_the_same_whichever_comes_first(queries):
     q = jax.random.normal(jax.random.key(0), (2, 3, queries, 8))
     k = jax.random.normal(jax.random.key(1), (2, 64, 3, 8))
     expected = jnp.einsum("BKNH,BSKH->BKNS", q, k)
-    assert jnp.abs(jax.jit(streamed.scores)(q, k) - expected).max() < 1e-5
+    assert jnp.abs(jax.jit(cpu_matmul.scores)(q, k) - expected).max() < 1e-5

@@ -19,13 +19,13 @@ from cla_jax.model.layers import Linear, axes
 SMALLEST_PART = 1 << 18  # bytes of a matrix that are worth waking another thread
 
 
-def serves() -> bool:
+def enabled() -> bool:
     """Whether weights are kept in this form on the devices at hand."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
-def product(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def matmul(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x times the transposed matrix: [tokens, out], in `dtype` or that of the operands."""
     N, (out, _) = len(x_NI), weight_OI.shape
     # XLA gives a matrix times a vector to one thread, however large; of a batch of them, each thread
@@ -64,7 +64,7 @@ def unsplit(x: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Streamed:
+class CpuLinear:
     """What a `Linear` computes, from its weight transposed."""
 
     weight_OI: jax.Array
@@ -74,7 +74,7 @@ class Streamed:
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, linear: Linear) -> "Streamed":
+    def of(cls, linear: Linear) -> "CpuLinear":
         inputs, outputs = linear.equation.split("->")
         x, weight = (letters.removeprefix("BT") for letters in inputs.split(","))
         out = outputs.removeprefix("BT")
@@ -85,7 +85,7 @@ class Streamed:
 
     def __call__(self, x: jax.Array, rules: AxisRules) -> jax.Array:
         B, T = x.shape[:2]
-        y_NO = product(unsplit(x).reshape(B * T, -1), self.weight_OI)
+        y_NO = matmul(unsplit(x).reshape(B * T, -1), self.weight_OI)
         spec = rules.gathered().spec(*axes(self.outputs))
         y = y_NO.reshape(B, T, *self.sizes, out_sharding=spec)
         return y if self.bias is None else y + self.bias.astype(y.dtype)

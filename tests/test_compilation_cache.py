@@ -7,17 +7,17 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax._src import compilation_cache
+from jax._src import compilation_cache as jax_cache
 
 from cla_jax.runs import Run
-from launch import programs
+from launch import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def settings(monkeypatch):
-    """What `remember` sets, written down instead; the suite has a place of its own for programs."""
+    """What `enable` sets, written down instead; the suite has a place of its own for programs."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     taken = {}
     monkeypatch.setattr(jax.config, "update", taken.__setitem__)
@@ -31,39 +31,39 @@ def cache_home(tmp_path, monkeypatch):
 
 
 def test_programs_are_kept_in_a_place_of_the_user(cache_home, settings, monkeypatch):
-    programs.remember()
+    compilation_cache.enable()
     assert settings["jax_compilation_cache_dir"] == str(cache_home / "programs")
     assert cache_home.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # as the standard says, it does not count
     monkeypatch.setenv("HOME", str(cache_home / "home"))
-    assert programs.directory() == cache_home / "home" / ".cache" / "cla_jax"
+    assert compilation_cache.directory() == cache_home / "home" / ".cache" / "cla_jax"
 
 
 def test_the_environment_has_the_last_word(settings, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    programs.remember()
+    compilation_cache.enable()
     assert not settings
 
 
 def test_a_place_that_others_can_write_to_is_not_used(cache_home, settings):
     cache_home.mkdir()
     cache_home.chmod(0o777)
-    assert programs.directory() is None
-    programs.remember()
+    assert compilation_cache.directory() is None
+    compilation_cache.enable()
     assert not settings
 
 
 def test_no_place_at_all_means_no_programs(settings, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    programs.remember()
+    compilation_cache.enable()
     assert not settings
 
 
 def test_a_program_under_another_key_or_damaged_is_none(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(compilation_cache, "get_file_cache", compilation_cache.get_file_cache)
-    programs._check_contents()
-    programs._check_contents()  # once is enough
-    found = compilation_cache.get_file_cache(str(tmp_path))
+    monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
+    compilation_cache._check_contents()
+    compilation_cache._check_contents()  # once is enough
+    found = jax_cache.get_file_cache(str(tmp_path))
     assert found is not None
     cache, _ = found
     file = lambda key: tmp_path / f"{key}-checked-cache"
