@@ -19,10 +19,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 Report = Callable[[int, int], None]  # (done, in all)
 
+_NARROW = 110  # characters
 EVERY = 10.0  # seconds between two lines of a pipe or a file
 
 
@@ -31,10 +33,15 @@ class _Words(ProgressColumn):
 
     def __init__(self, read: Callable[[Task], str], style: str = ""):
         self.read, self.style = read, style
-        super().__init__()
+        super().__init__(_whole())
 
     def render(self, task: Task) -> Text:
         return Text(self.read(task), style=self.style)
+
+
+def _whole() -> Column:
+    """A column of one line: to break or to align lines, rich would import."""
+    return Column(no_wrap=True, overflow="ignore")
 
 
 def make_bar(console: Console, *, transient: bool = False) -> Progress:
@@ -42,14 +49,18 @@ def make_bar(console: Console, *, transient: bool = False) -> Progress:
 
     While it is shown, what is written to sys.stderr, and in a terminal to sys.stdout, appears above it.
     """
+    narrow = console.width < _NARROW
+    # Numbers of the work are never cut; words are, and the bar has what they leave.
+    name, line = (console.width // 4, console.width // 3) if narrow else (None, None)
+    bar = min(40, console.width - 68)
+    further = () if narrow else (TimeElapsedColumn(table_column=_whole()), _Words(lambda _: "ETA"))
     return Progress(
-        _Words(lambda task: task.description, "bold"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Words(lambda task: task.fields.get("line", "")),
-        TimeElapsedColumn(),
-        _Words(lambda _: "ETA"),
-        TimeRemainingColumn(),
+        _Words(lambda task: task.description[:name], "bold"),
+        *((BarColumn(bar),) if bar >= 8 else ()),
+        MofNCompleteColumn(table_column=_whole()),
+        _Words(lambda task: task.fields.get("line", "")[:line]),
+        *further,
+        TimeRemainingColumn(table_column=_whole()),
         console=console,
         transient=transient,
         redirect_stdout=sys.stdout.isatty(),  # else it would not arrive where it was sent

@@ -40,6 +40,24 @@ records.read(Path({os.fspath(shared.path)!r}), "train")[0]
     assert ended.stderr.endswith("can't start new thread\n")
 
 
+def test_the_library_of_records_is_loaded_before_progress_is_drawn(tmp_path):
+    """Loading it changes how all threads import, and the one that draws would fail."""
+    program = """
+import contextlib, sys
+from cla_jax.config import DataConfig
+from cla_jax.data import prepare
+
+@contextlib.contextmanager
+def drawn():
+    assert "tensorflow_datasets" in sys.modules
+    yield lambda _: None
+
+prepare._terminal = drawn
+prepare.prepare(DataConfig(source="sotu:4", seq_len=32, held_out=0.3), sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
+
+
 @pytest.fixture
 def copied(shared, tmp_path) -> Path:
     """A private copy of prepared data, to be damaged."""
@@ -159,7 +177,9 @@ def test_many_shards_hold_the_same_windows(shared, tmp_path, monkeypatch):
     ours, theirs = data.split("train"), shared.split("train")
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
 
 
 def test_windows_are_random_access(shared):

@@ -64,10 +64,21 @@ def test_bars_show_names_as_they_are_and_import_nothing_while_they_draw(monkeypa
 
     bar = progress.make_bar(Console(file=out, force_terminal=True, width=100))
     bar.add_task("[red]a[/red]", total=4, line="loss [1]", completed=1)
+    bar.console.print(bar.get_renderable())  # what is imported once, is by the first drawing
+    out.truncate(0)
     with monkeypatch.context() as patched:
         patched.setattr(builtins, "__import__", absolute_only)
-        renderable = bar.get_renderable()
-    bar.console.print(renderable)
+        bar.console.print(bar.get_renderable())
     assert "[red]a[/red]" in out.getvalue()
     assert "loss [1]" in out.getvalue()
     assert "1/4" in out.getvalue()
+
+
+def test_a_bar_is_one_line_in_a_narrow_terminal():
+    out = io.StringIO()
+    bar = progress.make_bar(Console(file=out, force_terminal=True, width=60))
+    bar.add_task("dense beside the full forward", total=10, line="loss 3.4386  11,377 tok/s")
+    bar.console.print(bar.get_renderable())
+    (line,) = out.getvalue().splitlines()
+    assert "dense beside" in line
+    assert "0/10" in line

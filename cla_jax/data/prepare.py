@@ -150,6 +150,9 @@ def prepare(
     path = prepared_path(config, data_dir, tokenizer_json)
 
     def make(partial: Path) -> None:
+        # First: while it loads tfds, an import in the thread that draws progress would fail.
+        from cla_jax.data import records  # noqa: F401
+
         shown = _terminal() if progress is None else contextlib.nullcontext(progress)
         with shown as report, Workers(processes or machine.cores()) as workers:
             _make(config, path, partial, report, tokenizer_json, workers)
