@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers as hf
+from array_record.python.array_record_module import ArrayRecordReader
 
 from cla_jax.config import DataConfig
 from cla_jax.data import prepare, sources, tokenizers
@@ -173,7 +174,11 @@ def test_many_shards_hold_the_same_windows(shared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(records, "_SHARD_BYTES", 3000)
     data = prepare.prepare(SMALL, tmp_path)
-    assert len(list(data.path.rglob("*train.array_record*"))) > 3
+    shards = [os.fspath(file) for file in data.path.rglob("*train.array_record*")]
+    assert len(shards) > 3
+    assert sum(ArrayRecordReader(shard).num_records() for shard in shards) == len(
+        data.split("train")
+    )
     ours, theirs = data.split("train"), shared.split("train")
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
