@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -298,9 +299,11 @@ def test_a_context_too_short_for_a_cache_format_is_told(tmp_path):
     assert note.startswith("A kivi4 cache does not quantise its newest tokens")
     assert "saves nothing at 64 tokens of context and 68% at 32,768" in note
     assert "launch.compare --context 32768" in note
-    (note,) = report.notes(report.read([run], 256))
+    note, measured = report.notes(report.read([run], 256))
     assert "saves 34% at 256 tokens" in note
-    assert report.notes(report.read([run], 32_768)) == []
+    assert "a kivi4 cache was measured in windows of 64 tokens, where it saves nothing" in measured
+    (measured,) = report.notes(report.read([run], 32_768))
+    assert "With 32,768 tokens of context more of them are quantised" in measured
 
 
 def test_altered_results_are_named_and_not_ranked(tmp_path):
@@ -491,6 +494,15 @@ def test_changed_data_or_a_partial_evaluation_is_told(tmp_path):
 
 
 # ------------------------------------------------------------------------------ plot and page
+
+
+def test_points_that_are_as_good_as_equal_are_drawn_so():
+    figure = plot([at(22, 16.0783), at(36, 16.0785), at(64, 16.0783)])
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert high - low > 0.16
+    assert axes.yaxis.get_offset_text().get_text() == ""
 
 
 def test_the_plot_draws_points_frontier_and_grey_reference():

@@ -133,6 +133,7 @@ def plot(
         for point in points:
             _draw(axes, point, COLOURS[point.colour % len(COLOURS)], *looks[point.series])
         axes.autoscale_view()
+        _keep_apart(axes)
         axes.autoscale(False)
         _ticks(axes, sizes)
         best = [points[i] for i in frontier(points)] if ranked else []
@@ -206,6 +207,19 @@ def _key(label: str, colour: str, marker: str, size: float) -> Line2D:
     return Line2D(
         [], [], linestyle="", marker=marker, markersize=0.9 * size**0.5, color=colour, label=label
     )
+
+
+# The least part of a value that the vertical axis spans.
+_SPAN = 0.01
+
+
+def _keep_apart(axes: Axes) -> None:
+    """Points that are as good as equal are drawn so, and ticks are whole numbers, not offsets."""
+    low, high = axes.get_ylim()
+    middle, least = (low + high) / 2, _SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        axes.set_ylim(middle - least / 2, middle + least / 2)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _ticks(axes: Axes, sizes: Sequence[float]) -> None:

@@ -304,20 +304,32 @@ _LONG = 32_768  # a context at which every format shows what it saves
 
 
 def _caches(rows: Sequence[Row]) -> list[str]:
-    """Where a context is too short for a cache format to show what it saves, one note a format."""
-    found: dict[str, str] = {}
+    """Where a context is too short for a cache format to show what it saves, or what that costs."""
+    found: list[str] = []
+    told: set[str] = set()
     for row in rows:
-        if not row.cache or row.cache in found:
+        if not row.cache or row.cache in told:
             continue
+        told.add(row.cache)
         here, long = row.saving(row.context), row.saving(_LONG)
         if here > 1.1 * long:
-            little = "nothing" if here >= 1 else f"{1 - here:.0%}"
-            found[row.cache] = (
+            found.append(
                 f"A {row.cache} cache does not quantise its newest tokens: of the bytes of a 16-bit cache "
-                f"it saves {little} at {row.context:,} tokens of context and {1 - long:.0%} at {_LONG:,}; "
-                f"see python -m launch.compare --context {_LONG}."
+                f"it saves {_saved(here)} at {row.context:,} tokens of context and {_saved(long)} at "
+                f"{_LONG:,}; see python -m launch.compare --context {_LONG}."
             )
-    return list(found.values())
+        scored = row.config.data.seq_len  # the windows that its perplexity was measured in
+        if scored < row.context and row.saving(scored) > 1.1 * here:
+            found.append(
+                f"The perplexity through a {row.cache} cache was measured in windows of {scored:,} tokens, "
+                f"where it saves {_saved(row.saving(scored))}. With {row.context:,} tokens of context more "
+                "of them are quantised, and it may be higher."
+            )
+    return found
+
+
+def _saved(share: float) -> str:
+    return "nothing" if share >= 1 else f"{1 - share:.0%}"
 
 
 def missing(rows: Sequence[Row]) -> str:
