@@ -141,7 +141,9 @@ def digests(case: str) -> dict[str, str]:
             for line in run.read_metrics()
         ]
         found = {"losses": steps, "parameters": parameters(run)}
-        for name, record in evaluate(run, formats=formats, chunk=16, windows=8):
+        for name, record in evaluate(
+            run, formats=formats, chunk=16, windows=8, data_dir=f"{directory}/data"
+        ):
             keys = ("perplexity", "bits_per_byte", "nats", "kl", "same_top_token")
             found[f"scores, {name or 'full'}"] = {k: record[k] for k in keys if k in record}
         found |= {f"tokens, {name}": generated(run, name) for name in formats}

@@ -706,6 +706,14 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
     return runs
 
 
+def find_run(path: str | os.PathLike) -> Run:
+    """The run in a directory. Raises ValueError if there is none, or if there are several."""
+    run, *others = find_runs([path])
+    if others:
+        raise ValueError(f"{path} holds several runs; name one of them, {run.path} say")
+    return run
+
+
 def _runs_below(directory: epath.Path) -> list[Run]:
     """Each run once. A link counts if it leads to a run; what is below a link is not searched."""
     runs: dict[str, Run] = {}

@@ -6,10 +6,9 @@ The model, tokenizer and config are read from the run directory.
 """
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -20,9 +19,6 @@ from launch.cli import log_to_stderr, read, user_errors, utf8
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
     from cla_jax.runs import Run
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,68 +55,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
-    import jax
-
-    from cla_jax import checkpoint
-    from cla_jax import mesh as meshes
-    from cla_jax.cache import cache_spec
-    from cla_jax.config import MeshConfig
-    from cla_jax.data import tokenizers
-    from cla_jax.decode import decoding_weights
-    from cla_jax.generate import generate
+    from cla_jax.decoder import Decoder
     from launch import compilation_cache
 
     compilation_cache.enable()
-    config = run.config()
-    tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
     texts = [utf8(text) for text in arguments.prompt or ("",)]
-    # Training saw every document begin after an end token, or this one in its place.
-    begin = tokenizer.begin(config.data.begin_token)
-    prompts = [[begin, *tokenizer.encode(text).tolist()] for text in texts]
-    longest = run.origin().get("max_length")
-    reach = max(map(len, prompts)) + max(arguments.new_tokens, 1)
-    if isinstance(longest, int) and reach > longest:
-        log.warning("the model was made for at most %d tokens of context, not %d", longest, reach)
-    # One device: a handful of rows gains nothing from more.
-    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    rules = meshes.axis_rules(config.model, mesh)
-    with jax.set_mesh(mesh):
-        spec = cache_spec(
-            config.model,
-            arguments.cache,
-            batch=len(prompts),
-            capacity=reach,
-            chunk=arguments.chunk,
-            rules=rules,
-        )
-        _, model = checkpoint.load_model(run, rules, mesh)
-        printer = _Printer(prompts[0], tokenizer)
-        completions = generate(
-            decoding_weights(model, rules),
-            spec,
-            prompts,
-            new_tokens=arguments.new_tokens,
-            stop=run.end_ids(tokenizer.end, tokenizer.size),
-            n_ids=tokenizer.size,
-            sampling=sampling,
-            seeds=arguments.seed,
-            on_tokens=printer if arguments.stream else None,
-        )
+    decoder = Decoder.open(run, cache=arguments.cache, chunk=arguments.chunk)
+    options: Any = {
+        "new_tokens": arguments.new_tokens,
+        "sampling": sampling,
+        "seed": arguments.seed,
+    }
     if arguments.stream:
+        printer = _Printer(decoder.tokens(texts[0]), decoder.tokenizer)
+        decoder.complete(texts, on_tokens=printer, **options)
         printer.finish()
         return
-    for prompt, completion in zip(prompts, completions, strict=True):
-        # Together: some tokenizers join words.
-        print(tokenizer.decode([*prompt, *completion.tokens]))
+    for text in decoder.generate(texts, **options):
+        print(text)
 
 
 def _run(arguments: Arguments) -> "Run":
     """The run, if it and the arguments are such that it can be decoded."""
-    from cla_jax.runs import find_runs
+    from cla_jax.runs import find_run
 
-    run, *others = find_runs([arguments.run])
-    if others:
-        raise ValueError(f"{arguments.run} holds several runs; name one of them, {run.path} say")
+    run = find_run(arguments.run)
     run.check_decodable([arguments.cache], chunk=1)
     check_new_tokens(arguments.new_tokens)
     if arguments.chunk < 1:

@@ -19,7 +19,7 @@ LAYERS = [
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},
     {"train", "decode", "sampling", "batch", "engine", "generate"},
-    {"scoring", "prefix_groups", "likelihood", "memory", "plan"},
+    {"decoder", "scoring", "prefix_groups", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},
     {"report"},

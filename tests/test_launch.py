@@ -674,9 +674,16 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     assert first == again != other
     launch_generate.main([run, "--temperature", "0", "--new-tokens", "5"])  # from nothing
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (example,) = [found for found in examples if "completions" in found]
+    (example,) = [found for found in examples if "Decoder" in found]
+    capsys.readouterr()
     exec(example.replace("runs/demo/seeds/h16_mqa_cla2.seed-0", run), found := {})
-    assert [len(completion.tokens) > 0 for completion in found["completions"]] == [True, True]
+    shown = capsys.readouterr().out
+    launch_generate.main(
+        [run, "--cache", "int8", "--prompt", "Fellow citizens", "--prompt", "The state of"]
+    )
+    first, second = found["decoder"].generate(["Fellow citizens", "The state of"])
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+    assert shown == f"{[first, second]}\n"
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
     assert "error: '\\udcffbad' is not UTF-8" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Text continued by the model of a run, through a KV cache.
+
+import cla_jax
+
+decoder = cla_jax.Decoder.open("runs/x", cache="int8")
+print(decoder.generate(["Fellow citizens", "The state of"], new_tokens=100))
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+
+from cla_jax import checkpoint
+from cla_jax import mesh as meshes
+from cla_jax.cache import CacheFormat, cache_spec, make_format
+from cla_jax.config import MeshConfig, Sampling, check_new_tokens
+from cla_jax.data import tokenizers
+from cla_jax.decode import Weights, decoding_weights
+from cla_jax.engine import Completion
+from cla_jax.generate import generate
+from cla_jax.mesh import AxisRules
+from cla_jax.runs import Run, find_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The weights and the tokenizer of a run, on the first device. Make it with `Decoder.open`."""
+
+    run: Run
+    tokenizer: tokenizers.Tokenizer
+    weights: Weights
+    mesh: jax.sharding.Mesh
+    rules: AxisRules
+    format: CacheFormat
+    chunk: int
+
+    @classmethod
+    def open(
+        cls, run: str | os.PathLike[str] | Run, *, cache: str = "dense", chunk: int = 256
+    ) -> "Decoder":
+        """Reads the newest checkpoint of a run.
+
+        Args:
+          run: the run, or its directory.
+          cache: the format of the KV cache; one of `cla_jax.cache.FORMATS`.
+          chunk: tokens of a prompt that go through the model at once.
+
+        Raises:
+          ValueError: there is no such run, no checkpoint that can be trusted, or no such format.
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk = {chunk} must be positive")
+        run = run if isinstance(run, Run) else find_run(run)
+        run.check_decodable([cache], chunk=1)
+        config = run.config()
+        # One device: a handful of rows gains nothing from more.
+        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        rules = meshes.axis_rules(config.model, mesh)
+        with jax.set_mesh(mesh):
+            _, model = checkpoint.load_model(run, rules, mesh)
+            weights = decoding_weights(model, rules)
+        return cls(
+            run=run,
+            tokenizer=tokenizers.load(run.tokenizer_json(), config.data.end_token),
+            weights=weights,
+            mesh=mesh,
+            rules=rules,
+            format=make_format(cache, config.model.compute_dtype),
+            chunk=chunk,
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text, behind the token that documents begin with in training."""
+        begin = self.tokenizer.begin(self.run.config().data.begin_token)
+        return [begin, *self.tokenizer.encode(text).tolist()]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        new_tokens: int = 100,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
+    ) -> list[Completion]:
+        """The tokens that follow each prompt, their log-probabilities, and what ended them.
+
+        Args:
+          prompts: texts; an empty one starts a document.
+          new_tokens: tokens to add to each at most. An end token ends a text earlier.
+          sampling: how tokens are drawn; by default from the model's distribution.
+          seed: each prompt draws with a seed derived from this one and its place.
+          on_tokens: called with the number of a prompt and its new tokens, as they come; True ends it.
+
+        Raises:
+          ValueError: there is no prompt, or new_tokens or the sampling is not possible.
+        """
+        check_new_tokens(new_tokens)
+        ids = [self.tokens(text) for text in prompts]
+        if not ids:
+            raise ValueError("there is no prompt")
+        reach = max(map(len, ids)) + max(new_tokens, 1)
+        longest = self.run.origin().get("max_length")
+        if isinstance(longest, int) and reach > longest:
+            log.warning(
+                "the model was made for at most %d tokens of context, not %d", longest, reach
+            )
+        with jax.set_mesh(self.mesh):
+            spec = cache_spec(
+                self.run.config().model,
+                self.format,
+                batch=len(ids),
+                capacity=reach,
+                chunk=self.chunk,
+                rules=self.rules,
+            )
+            return generate(
+                self.weights,
+                spec,
+                ids,
+                new_tokens=new_tokens,
+                stop=self.run.end_ids(self.tokenizer.end, self.tokenizer.size),
+                n_ids=self.tokenizer.size,
+                sampling=sampling,
+                seeds=seed,
+                on_tokens=on_tokens,
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        new_tokens: int = 100,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ) -> list[str]:
+        """Each prompt with the text that follows it. Arguments and errors are those of `complete`."""
+        completions = self.complete(prompts, new_tokens=new_tokens, sampling=sampling, seed=seed)
+        # Together: some tokenizers join words.
+        return [
+            self.tokenizer.decode([*self.tokens(text), *completion.tokens])
+            for text, completion in zip(prompts, completions, strict=True)
+        ]
