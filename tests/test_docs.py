@@ -1,0 +1,108 @@
+"""README and docs: links lead somewhere, commands parse, and sentences are short."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import shlex
+import typing
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LONGEST = 35  # words of a sentence
+
+
+def prose(page):
+    """The text of a page without code blocks and tables, links as what they show."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return [line for line in text.splitlines() if not line.startswith("|")]
+
+
+def long_sentences(page):
+    return [
+        sentence
+        for line in prose(page)
+        for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z`(*])", line)
+        if len(sentence.split()) > LONGEST
+    ]
+
+
+STANDS_FOR = {"NAME": "smoke", "HOST:PORT": "host:1234"}
+
+
+def commands():
+    """The `python -m launch.…` commands of all pages, without comments, placeholders filled in."""
+    found = []
+    for page in (README, *PAGES):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not line.startswith("python -m launch."):
+                    continue
+                words = [w for w in shlex.split(line, comments=True) if w != "…"]
+                for several in " ".join(map(shlex.quote, words)).split(" '&&' "):
+                    module, *argv = shlex.split(several)[2:]
+                    argv = [STANDS_FOR.get(word, word) for word in argv]
+                    name = f"{page.stem}: {' '.join([module, *argv])}"
+                    found.append(pytest.param(module, argv, id=name))
+    return found
+
+
+class Parsed(BaseException):
+    """A command line was read without a complaint."""
+
+
+@pytest.mark.parametrize(("module", "argv"), commands())
+def test_every_command_parses(module, argv, monkeypatch, capsys):
+    """Experiments and flags exist, and values have the right type. Nothing is run."""
+    cli = tyro.cli
+
+    def read(kind, *args, **options):
+        # Of a command that is a function, the arguments alone: it would be called with them.
+        if inspect.isfunction(kind):
+            kind = dataclasses.make_dataclass("Arguments", signature_of(kind), kw_only=True)
+        cli(kind, *args, **options)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", read)
+    with pytest.raises((Parsed, SystemExit)) as end:
+        importlib.import_module(module).main(argv)
+    helps = end.type is SystemExit and end.value.code == 0 and "--help" in argv
+    assert end.type is Parsed or helps, capsys.readouterr().err
+
+
+def signature_of(function):
+    """The parameters of a function as fields of a dataclass."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            yield name, hints[name]
+        else:
+            default = parameter.default
+            yield name, hints[name], dataclasses.field(default_factory=lambda value=default: value)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_one_screen_and_every_page_is_reached_from_it():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 1100
+    for page in PAGES:
+        assert f"docs/{page.name}" in text, page
+
+
+def test_sentences_are_short():
+    assert long_sentences(README) == []
+    found = [sentence for page in PAGES for sentence in long_sentences(page)]
+    assert len(found) <= 5, found
