@@ -89,6 +89,8 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     # [D, V], as TPUs keep the head: it has few of its D entries on each device.
     own_sums = rules.own_sums(*axes("DV"))
     d_head_DV = jnp.zeros(head_VD.shape[::-1], head_VD.dtype, out_sharding=own_sums)
+    # Not before the hidden states are there: XLA would hold these zeros during the forward pass.
+    x_BTD, d_head_DV = jax.lax.optimization_barrier((x_BTD, d_head_DV))
     carry = (jnp.zeros(()), d_head_DV, jnp.zeros_like(x_BTD, out_sharding=spec))
     (loss, d_head_DV, d_x_BTD), _ = jax.lax.scan(step, carry, jnp.arange(0, T, chunk))
     if own_sums is not None:  # between devices in the compute dtype, as all gradients of weights

@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cla_jax import chips, costs, files, hlo, kv_map
+from cla_jax import chips, costs, files, hlo
 from cla_jax.config import Config
 from cla_jax.mesh import row_shards
-from cla_jax.model.transformer import UNROLLED
+from cla_jax.model import splash
 from cla_jax.state import named
 from cla_jax.train import Layout, lay_out, make_step, option_errors
 
@@ -98,19 +98,20 @@ def _silent_stderr() -> Iterator[None]:
 # ------------------------------------------------------------------------------------ estimate
 
 
-# What the backward pass of a block holds at once, fitted to programs of the libtpu that jax 0.10.2 asks for:
-_FF = 4.2  # arrays [tokens, F]: gate, up, their product, gradients of all three
-_EMBED = 2.0  # arrays [tokens, D]: residual stream, norms
-_FURTHER = 0.5  # arrays [tokens, F] for each further block that is compiled beside it
-_WEIGHTS = 2.0  # copies of its gathered weights: used, and their gradients
+# Arrays of the compute dtype that the backward pass of an MLP holds at once:
+_FF = 4  # [tokens, F]: activated and not, the gradients of gate and up
+_EMBED = (
+    3  # [tokens, D]: the residual stream before the MLP, the gradients behind it and of its input
+)
+_HEADS = 2  # [tokens, Q]: queries and output of the attention before it, recomputed already
 
 
 def estimate(layout: Layout) -> dict[str, int]:
     """Bytes of a device at the peak of a step, by what they are for, in closed form.
 
-    The peak is in the loss or in the backward pass of the last group, whichever holds more: all that the
-    forward pass left is still there. Of the state the bytes are exact. Fitted to attention by a kernel: the
-    scores of the XLA backend are added as float32 arrays, roughly.
+    The peak is in the loss or in the backward pass of the last block's MLP, whichever holds more: all that
+    the forward pass left is still there. Of the state the bytes are exact. Gaps between buffers are not
+    counted. Attention is that of a kernel: the scores of the XLA backend are added, roughly.
     """
     config, model, run = layout.config, layout.config.model, layout.run
     width = jnp.dtype(model.compute_dtype).itemsize
@@ -124,7 +125,6 @@ def estimate(layout: Layout) -> dict[str, int]:
     Q, KV = heads * model.d_head, 2 * split("kv_heads", model.n_kv_heads) * model.d_head
     tokens = _rows(layout) * config.data.seq_len
     chunk = _rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
-    size = max(group.size for group in kv_map.groups(model.resolved_kv_map))
 
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
     # products give; everything, of which norms and SwiGLU are in float32.
@@ -135,20 +135,20 @@ def estimate(layout: Layout) -> dict[str, int]:
         "dots": 2 * D + Q + 2 * F,
         "none": 4 * D + 4 * Q + 10 * F,
     }[run.remat]
-    saved = (model.n_layers * left + model.n_slots * KV + 2 * D) * tokens * width
-    beside = size - 1 if size <= UNROLLED and run.remat != "none" else 0
-    if layout.mesh.shape["slice"] > 1:  # such programs are scheduled one block after another
-        beside = 0
-    arrays = (_FF + _FURTHER * beside) * F + _EMBED * D
-    block = arrays * tokens * width
+    saved = (model.n_layers * left + model.n_slots * KV) * tokens * width
+    block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
+    if run.attention == "splash":  # its sums are float32, in tiles of as many lanes
+        block += heads * splash.LANES * tokens * 4
     if run.attention == "xla":
         scores_of_attention = 3 * _rows(layout) * heads * config.data.seq_len**2 * 4
         block += scores_of_attention
         saved += scores_of_attention * (model.n_layers if run.remat == "none" else 0)
-    gathered = _WEIGHTS * (2 * D * Q + D * KV + 3 * D * F) * width
-    # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores and
-    # their gradients; the backward pass of the blocks begins when they are gone.
-    loss = (V * D + chunk * V) * (4 + width)
+    # Of the MLP the weights and their gradients; of attention the weights, which are read next.
+    gathered = (2 * D * Q + D * KV + 2 * 3 * D * F) * width
+    # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores, and the
+    # hidden states before and after the norm with their gradients; the backward pass of the blocks begins
+    # when they are gone.
+    loss = V * D * (4 + width) + chunk * V * 4 + 3 * D * tokens * width
     return {
         "parameters": parameters,
         "optimizer": sum(per_device.values()) - parameters,

@@ -85,11 +85,20 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
     ) -> jax.Array:
+        x_BTD = self.attention(x_BTD, kv, rope, attend, rules)
+        return feed_forward(x_BTD, self.mlp_norm, self.mlp, rules)
+
+    def attention(
+        self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
+    ) -> jax.Array:
         with jax.named_scope("attention"):
             q_BTKGH = rope(self.query(whole(self.attention_norm(x_BTD), rules), rules))
-            x_BTD = x_BTD + self.output(attend(q_BTKGH, kv), rules)
-        with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(whole(self.mlp_norm(x_BTD), rules), rules)
+            return x_BTD + self.output(attend(q_BTKGH, kv), rules)
+
+
+def feed_forward(x_BTD: jax.Array, norm: RMSNorm, mlp: Mlp, rules: AxisRules) -> jax.Array:
+    with jax.named_scope("mlp"):
+        return x_BTD + mlp(whole(norm(x_BTD), rules), rules)
 
 
 class Group(nnx.Module):
@@ -131,12 +140,17 @@ class Group(nnx.Module):
         several = run.remat != "none" and not scan and size > 1
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            use = lambda module: gather(module, run.rules, jnp.dtype(config.compute_dtype))
+            read = kv
             if several:
-                x_BTD, block = gradients_together((x_BTD, block))
-            block = gather(block, run.rules, jnp.dtype(config.compute_dtype))
-            return block(x_BTD, kv, rope, attend, run.rules), None
+                x_BTD, block, read = gradients_together((x_BTD, block, kv))
+            x_BTD = use(block).attention(x_BTD, read, rope, attend, run.rules)
+            norm, mlp = block.mlp_norm, block.mlp
+            if run.remat != "none":
+                x_BTD, norm, mlp = gradients_together((x_BTD, norm, mlp))
+            return feed_forward(x_BTD, use(norm), use(mlp), run.rules), None
 
-        looped = not several and (in_loop or (scan and size > 1))
+        looped = in_loop or (scan and size > 1)
         return fold(remat(body, run, looped), x_BTD, self.blocks, scan=scan)[0]
 
 
@@ -308,8 +322,9 @@ def fold(body: Callable, x: Any, stacked: Any, *, scan: bool) -> tuple[Any, Any]
 def gradients_together(arrays: Any) -> Any:
     """The arrays; their gradients are used only when all of them are there.
 
-    For what enters a block and its weights: its backward pass is over, the gradients of its weights summed
-    over devices, before that of the block below begins. XLA would else hold several at once.
+    For what enters a block or its MLP, with the weights and the keys and values that it reads. Its backward
+    pass is then over before the one below begins: the gradients of its weights are summed over devices.
+    XLA would otherwise put such sums off, to join them, and hold all that they are made of.
     """
     return arrays
 
