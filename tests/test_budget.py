@@ -67,11 +67,14 @@ def test_the_step_of_a_run_is_checked_with_its_batches_and_names_the_fields(
         training.check_memory(layout, program(MiB + 1, 0, 0, 0))
 
 
-def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(tiny, devices, monkeypatch):
+def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
+    tiny, devices, monkeypatch, caplog
+):
     devices(1)
     monkeypatch.setattr(budget, "available_bytes", lambda: 1)
-    with pytest.raises(ValueError, match="a step needs"):
+    with caplog.at_level("INFO"), pytest.raises(ValueError, match="a step needs"):
         training.train(tiny(steps=1), evaluate=lambda *_: {})
+    assert "training tokens: 256 in all" in caplog.text
     monkeypatch.undo()
     run = runs.open_run(tiny(seed=1), data_fingerprint="", tokenizer_json="{}")
     run.metrics.write_text("")  # a step may have been made: now the name is taken
