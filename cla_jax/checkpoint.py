@@ -332,10 +332,14 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
         intact = "run" not in manifest if checksum is None else checksum == digest(manifest)
         whole = all(set(sizes) == {"bytes", "sha256"} for sizes in manifest["files"].values())
         whole = whole and isinstance(manifest["arrays"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"checkpoint manifest {file} is not readable: {printable(error)}"
-        ) from None
+    except (OSError, ValueError) as error:
+        why = printable(error)
+    except (KeyError, TypeError, AttributeError):
+        why = "it does not list files and arrays"
+    else:
+        why = None
+    if why is not None:
+        raise ValueError(f"checkpoint manifest {file} is not readable: {why}")
     if not (intact and whole):
         raise ValueError(f"checkpoint manifest {file} was altered")
     return manifest
