@@ -44,7 +44,7 @@ def compile_training(n_layers: int) -> None:
         batch_size=4,
         steps=10,
     )
-    train.compile_step(train.lay_out(config))
+    train.compile_step(train.plan_layout(config))
 
 
 def compile_decoding(n_layers: int) -> None:

@@ -17,7 +17,7 @@ import jax
 from benchmarks.child import Contestant, serve
 from benchmarks.tasks_common import requests
 from cla_jax import checkpoint
-from cla_jax.evaluate import open_setup
+from cla_jax.evaluate import open_session
 from cla_jax.interop.lm_eval import Model
 from cla_jax.runs import find_runs
 from launch import compilation_cache
@@ -26,14 +26,14 @@ from launch import compilation_cache
 def contestant(spec: dict[str, Any]) -> Contestant:
     (run,) = find_runs([spec["run"]])
     compilation_cache.enable()
-    setup = open_setup(run, spec["data_dir"])
+    session = open_session(run, spec["data_dir"])
     asked = requests(spec)
-    with jax.set_mesh(setup.mesh):
-        _, weights = checkpoint.load_model(run, setup.rules, setup.mesh)
-        model = Model(setup, weights, way=spec["way"], context=spec["context"])
+    with jax.set_mesh(session.mesh):
+        _, weights = checkpoint.load_model(run, session.rules, session.mesh)
+        model = Model(session, weights, way=spec["way"], context=spec["context"])
 
     def burst(task: int) -> dict[str, Any]:
-        with jax.set_mesh(setup.mesh):
+        with jax.set_mesh(session.mesh):
             return {"answers": model.loglikelihood(list(asked.values())[task])}
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))

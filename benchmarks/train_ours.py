@@ -35,7 +35,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),
     )
-    layout = train.lay_out(config)
+    layout = train.plan_layout(config)
     mesh = layout.mesh
     tokens = np.random.default_rng(0).integers(
         0,

@@ -21,7 +21,7 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import StepPositions
 from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather
-from cla_jax.model.transformer import Execution, Group, Transformer, project
+from cla_jax.model.transformer import ForwardOptions, Group, Transformer, project
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
         fits = isinstance(module, Linear) and cpu_matmul.enabled()
         return cpu_matmul.CpuLinear.of(module) if fits else module
 
-    groups = model.unstacked(Execution(rules=rules))
+    groups = model.unstacked(ForwardOptions(rules=rules))
     return Weights(
         embedding=gather(model.embedding, rules, dtype)[...],
         groups=jax.tree.map(laid_out, groups, is_leaf=lambda x: isinstance(x, Linear)),
@@ -122,7 +122,7 @@ def _group(
     def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
         return spec.attend(p, slot, q_BTKGH, step)
 
-    return blocks(x_BTD, slot, rope, attend, Execution(rules=spec.rules), spec.config)
+    return blocks(x_BTD, slot, rope, attend, ForwardOptions(rules=spec.rules), spec.config)
 
 
 # -------------------------------------------------------------------------------------- prefill

@@ -21,22 +21,22 @@ from cla_jax.scoring import (
     full_forward,
     sensitivity,
 )
-from cla_jax.train import Setup, of_component, set_up
+from cla_jax.train import Session, of_component, prepare_session
 
 log = logging.getLogger(__name__)
 
 
-def during_training(setup: Setup, model: Transformer) -> dict[str, Any]:
+def during_training(session: Session, model: Transformer) -> dict[str, Any]:
     """The evaluator that training is given: a flat dict for the metrics, and the whole under `record`.
 
     Of a mixture it has those of all held-out text, and `perplexity/NAME` and so on of each component.
     The record has the scores of each document too.
     """
-    record = full_forward(setup, model)
+    record = full_forward(session, model)
     metrics = _metrics(record)
     for name, scored in record.get("components", {}).items():
         metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
-    record |= {"method": "training", "data_fingerprint": setup.prepared.fingerprint}
+    record |= {"method": "training", "data_fingerprint": session.prepared.fingerprint}
     return metrics | {"record": record}
 
 
@@ -51,7 +51,7 @@ def _metrics(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_setup(
+def open_session(
     run: Run,
     data_dir: str | None = None,
     *,
@@ -59,7 +59,7 @@ def open_setup(
     mesh: MeshConfig = MeshConfig(),
     split_cache: bool = False,
     batch_size: int | None = None,
-) -> Setup:
+) -> Session:
     """What a finished or running run becomes on the devices at hand, whatever mesh it was trained on.
 
     `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many
@@ -86,12 +86,14 @@ def open_setup(
     found = prepare.fingerprint(config.data, here.data_dir, tokenizer_json)
     if found != run.record().get("data_fingerprint"):
         run.check_data(found, run.tokenizer_json())
-    setup = set_up(config, tokenizer_json)
-    run.check_data(setup.prepared.fingerprint, setup.prepared.tokenizer.to_json())
+    session = prepare_session(config, tokenizer_json)
+    run.check_data(session.prepared.fingerprint, session.prepared.tokenizer.to_json())
     if split_cache:
-        rules = meshes.split_cache(setup.rules, setup.mesh)
-        setup = dataclasses.replace(setup, run=dataclasses.replace(setup.run, rules=rules))
-    return setup
+        rules = meshes.split_cache(session.rules, session.mesh)
+        session = dataclasses.replace(
+            session, options=dataclasses.replace(session.options, rules=rules)
+        )
+    return session
 
 
 def evaluate(
@@ -110,7 +112,7 @@ def evaluate(
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what
     was interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing
     is written: a part of the held-out split is no result of the run. A record of a later step is kept.
-    `per_slot` adds what each slot's error does by itself; `options` are those of `open_setup`. Raises
+    `per_slot` adds what each slot's error does by itself; `options` are those of `open_session`. Raises
     ValueError for what the arguments or the run do not allow, and at the end the OSError of a record that
     could not be written.
     """
@@ -118,17 +120,17 @@ def evaluate(
         raise ValueError(f"windows = {windows} must be positive")
     formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
     run.check_decodable(formats, chunk)
-    setup = open_setup(run, **options)
-    step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+    session = open_session(run, **options)
+    step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
         "step": step,
         "checkpoint": checkpoint.fingerprint(run, step),
-        "data_fingerprint": setup.prepared.fingerprint,
+        "data_fingerprint": session.prepared.fingerprint,
     }
     peak = memory.allocator_peak() or 0
-    notes = {name: _pointless(setup, name) for name in formats}
+    notes = {name: _pointless(session, name) for name in formats}
     unwritten: OSError | None = None
-    with jax.set_mesh(setup.mesh):
+    with jax.set_mesh(session.mesh):
         for name in ("", *formats):
             written_as = f"cached-{name}" if name else "full"
             known = {} if again or windows else run.eval(written_as)
@@ -143,15 +145,15 @@ def evaluate(
             work = f"{name} cache" if name else "full forward"
             limits = {"windows": windows, "progress": progress(f"{work}, windows")}
             if not name:
-                record = full_forward(setup, model, **limits)
+                record = full_forward(session, model, **limits)
             else:
-                record = cached_decoding(setup, model, name, chunk=chunk, **limits)
+                record = cached_decoding(session, model, name, chunk=chunk, **limits)
                 sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
                 sampled["progress"] = progress(f"{name} beside the full forward")
-                record["agreement"] = agreement(setup, model, name, **sampled)
+                record["agreement"] = agreement(session, model, name, **sampled)
                 if per_slot:
                     sampled["progress"] = progress(f"slots in {name}")
-                    record["per_slot"] = sensitivity(setup, model, name, **sampled)
+                    record["per_slot"] = sensitivity(session, model, name, **sampled)
             record |= origin
             before, peak = peak, memory.allocator_peak() or 0
             if peak > before:  # else it is that of something else
@@ -166,12 +168,12 @@ def evaluate(
         raise unwritten
 
 
-def _pointless(setup: Setup, name: str) -> str | None:
+def _pointless(session: Session, name: str) -> str | None:
     """What to say of a format that holds no less than dense does in windows as short as the run's."""
-    context = setup.config.data.seq_len
+    context = session.config.data.seq_len
     dense, held = (
         ledger.predicted(
-            cache_spec(setup.config.model, n, batch=1, capacity=context), context
+            cache_spec(session.config.model, n, batch=1, capacity=context), context
         ).resident
         for n in ("dense", name)
     )

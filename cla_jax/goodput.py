@@ -49,7 +49,7 @@ class Clock:
         return previous
 
     @contextlib.contextmanager
-    def booked(self, bucket: Bucket) -> Iterator[None]:
+    def timed(self, bucket: Bucket) -> Iterator[None]:
         """Books what happens inside under `bucket`, then goes on with the bucket before."""
         previous = self.switch(bucket)
         try:
@@ -95,7 +95,7 @@ def earlier(records: Iterable[dict[str, Any]], step: int) -> dict[str, float]:
     """
     booked = kept = dict.fromkeys(BUCKETS, 0.0)
     for record in records:
-        if is_account(record):
+        if is_time_summary(record):
             booked = {bucket: record.get(f"{bucket}_s", 0.0) for bucket in BUCKETS}
         else:
             booked = booked | {"step": booked["step"] + record.get("seconds", 0.0)}
@@ -106,14 +106,14 @@ def earlier(records: Iterable[dict[str, Any]], step: int) -> dict[str, float]:
     return booked | again | {"lost": booked["lost"] + lost}
 
 
-def account(seconds: dict[str, float]) -> dict[str, float]:
+def time_summary(seconds: dict[str, float]) -> dict[str, float]:
     """The record of a run's time for the metrics: goodput, 0 to 1, and seconds by bucket."""
     total = sum(seconds.values())
     share = seconds["step"] / total if total else 0.0
     return {"goodput": round(share, 6)} | {f"{b}_s": round(s, 4) for b, s in seconds.items()}
 
 
-def is_account(record: dict[str, Any]) -> bool:
+def is_time_summary(record: dict[str, Any]) -> bool:
     """Whether a record is about the run's time, rather than about the step it was written at."""
     return "goodput" in record
 

@@ -24,7 +24,7 @@ from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decode
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import PrefixMask
-from cla_jax.model.transformer import Execution, Transformer, project
+from cla_jax.model.transformer import ForwardOptions, Transformer, project
 from cla_jax.prefix_groups import PrefixGroup, Rows, Text, doubled, pack, prefix_groups
 
 Progress = Callable[[int, int], None]  # (texts done, texts in all)
@@ -53,24 +53,26 @@ class _Place(NamedTuple):
 # ------------------------------------------------------------------------------- by full forward
 
 
-@functools.partial(jax.jit, static_argnames="run")
-def _hidden(model: Transformer, tokens_BT, mask: PrefixMask, *, run: Execution) -> jax.Array:
-    return model(tokens_BT, run, mask=mask)
+@functools.partial(jax.jit, static_argnames="options")
+def _hidden(
+    model: Transformer, tokens_BT, mask: PrefixMask, *, options: ForwardOptions
+) -> jax.Array:
+    return model(tokens_BT, options, mask=mask)
 
 
 def by_forward(
     model: Transformer,
-    run: Execution,
+    options: ForwardOptions,
     texts: Sequence[Text],
     progress: Progress = lambda done, total: None,
 ) -> list[Likelihood]:
     """The likelihood of each text's targets, groups packed into rows of a full forward pass."""
     tally = _Tally(len(texts), progress)
     packed = _packed(texts, model.config.d_model)
-    for tokens_BT, mask, places in _batches(texts, packed, rows_of(run.rules)):
-        arrays = jax.device_put((tokens_BT, mask), run.rules.spec("batch", None))
-        x_BTD = _hidden(model, *arrays, run=run)
-        tally.add(_scores(model.head_VD, x_BTD, places, run.rules), places)
+    for tokens_BT, mask, places in _batches(texts, packed, rows_of(options.rules)):
+        arrays = jax.device_put((tokens_BT, mask), options.rules.spec("batch", None))
+        x_BTD = _hidden(model, *arrays, options=options)
+        tally.add(_scores(model.head_VD, x_BTD, places, options.rules), places)
     return tally.result()
 
 

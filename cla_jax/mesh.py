@@ -187,7 +187,7 @@ def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
     return AxisRules(**split)
 
 
-def split_residuals(rules: AxisRules, mesh: Mesh, seq_len: int) -> AxisRules:
+def sequence_parallel(rules: AxisRules, mesh: Mesh, seq_len: int) -> AxisRules:
     """The rules with the residual stream, where it is kept for the backward pass, split along the model axis.
 
     There all of its devices hold the same otherwise. A reduce-scatter where attention or MLP end, and an

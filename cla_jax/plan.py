@@ -28,7 +28,7 @@ from cla_jax.config import Config
 from cla_jax.mesh import row_shards
 from cla_jax.model import splash
 from cla_jax.state import named
-from cla_jax.train import Layout, lay_out, make_step, option_errors
+from cla_jax.train import Layout, make_step, option_errors, plan_layout
 
 # ------------------------------------------------------------------------------------ topologies
 
@@ -113,13 +113,13 @@ def estimate(layout: Layout) -> dict[str, int]:
     the forward pass left is still there. Of the state the bytes are exact. Gaps between buffers are not
     counted. Attention is that of a kernel: the scores of the XLA backend are added, roughly.
     """
-    config, model, run = layout.config, layout.config.model, layout.run
+    config, model, options = layout.config, layout.config.model, layout.options
     width = jnp.dtype(model.compute_dtype).itemsize
     per_device = {name: _shard_bytes(leaf) for name, leaf in named(layout.state).items()}
     parameters = sum(size for name, size in per_device.items() if name.startswith("model."))
 
     tensor = layout.mesh.shape["model"]
-    split = lambda axis, size: size // tensor if getattr(run.rules, axis) else size
+    split = lambda axis, size: size // tensor if getattr(options.rules, axis) else size
     D, F, V = model.d_model, split("ff", model.d_ff), split("vocab", model.vocab_size)
     heads = split("kv_heads", split("q_groups", model.n_heads))
     Q, KV = heads * model.d_head, 2 * split("kv_heads", model.n_kv_heads) * model.d_head
@@ -134,15 +134,15 @@ def estimate(layout: Layout) -> dict[str, int]:
         "attention": entry + Q,
         "dots": 2 * D + Q + 2 * F,
         "none": 4 * D + 4 * Q + 10 * F,
-    }[run.remat]
+    }[options.remat]
     saved = (model.n_layers * left + model.n_slots * KV) * tokens * width
     block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
-    if run.attention == "splash":  # its sums are float32, in tiles of as many lanes
+    if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4
-    if run.attention == "xla":
+    if options.attention == "xla":
         scores_of_attention = 3 * _rows(layout) * heads * config.data.seq_len**2 * 4
         block += scores_of_attention
-        saved += scores_of_attention * (model.n_layers if run.remat == "none" else 0)
+        saved += scores_of_attention * (model.n_layers if options.remat == "none" else 0)
     # Of the MLP the weights and their gradients; of attention the weights, which are read next.
     gathered = (2 * D * Q + D * KV + 2 * 3 * D * F) * width
     # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores, and the
@@ -233,7 +233,7 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
     changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the
     mesh or the batch does not fit the devices; ChildProcessError if the compiler was killed.
     """
-    layout = lay_out(config, topology.devices)
+    layout = plan_layout(config, topology.devices)
     kind = topology.devices[0].device_kind
     chip = chips.find(kind)
     estimated = estimate(layout)
@@ -242,14 +242,14 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
     fits = compiled["fits"] and (chip is None or compiled["peak"] <= chip.memory)
     model, tokens = config.model, config.tokens_per_step
     flops = costs.train_flops_per_token(model, config.data.seq_len) * tokens
-    recomputed = _recomputed_flops(config, layout.run.attention) * tokens
+    recomputed = _recomputed_flops(config, layout.options.attention) * tokens
     return Plan(
         name=config.name,
         topology=str(topology),
         devices=len(topology.devices),
         device_kind=kind,
         mesh=dict(layout.mesh.shape),
-        attention=layout.run.attention,
+        attention=layout.options.attention,
         remat=config.placement.remat,
         accumulate=config.placement.accumulate,
         rows=_rows(layout),
@@ -370,7 +370,7 @@ def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: An
     """The process of `_compile_apart`: hands over (peak, fits), or what was raised."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        layout = lay_out(config, topology(name, slices).devices)
+        layout = plan_layout(config, topology(name, slices).devices)
         with _silent_stderr():
             found = _compile(_lower(layout), dump, config.placement.compiler_options)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -477,7 +477,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
     the estimate where it disagrees, up and down. Raises DoesNotFit, a ValueError, if nothing does.
     """
     devices = topology.devices
-    layout = lay_out(config, devices)
+    layout = plan_layout(config, devices)
     chip = chips.find(devices[0].device_kind)
     if chip is None:
         raise ValueError(
@@ -494,7 +494,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
         if rows % accumulate == 0
     ]
     candidates.sort(key=lambda c: (_expected_seconds(c, layout, chip), c.placement.accumulate))
-    sizes = [sum(estimate(lay_out(candidate, devices)).values()) for candidate in candidates]
+    sizes = [sum(estimate(plan_layout(candidate, devices)).values()) for candidate in candidates]
     correction, best, found, tried = 1.0, None, None, set[int]()
     faster = range(len(candidates))  # those that have not been ruled out
     while len(tried) < MAX_COMPILATIONS:
@@ -525,7 +525,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
 def _expected_seconds(config: Config, layout: Layout, chip: chips.Chip) -> float:
     """Of a step: computing, or gathering and reducing the weights once a microbatch."""
     flops = costs.train_flops_per_token(config.model, config.data.seq_len) + _recomputed_flops(
-        config, layout.run.attention
+        config, layout.options.attention
     )
     compute = flops * config.tokens_per_step / (layout.mesh.size * chip.flops)
     if not chip.interconnect:

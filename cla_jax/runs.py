@@ -269,7 +269,7 @@ class Run:
         """
         records: dict[int, dict[str, Any]] = {}
         for record in self.read_records(problems):
-            if not goodput.is_account(record):
+            if not goodput.is_time_summary(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]

@@ -27,7 +27,7 @@ from cla_jax.documents import Documents
 from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
-from cla_jax.train import Setup
+from cla_jax.train import Session
 
 if TYPE_CHECKING:
     from cla_jax.data.prepare import Prepared
@@ -68,7 +68,7 @@ class Score:
 
 
 def score(
-    setup: Setup,
+    session: Session,
     batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     windows: int | None = None,
@@ -87,24 +87,24 @@ def score(
     scored for itself too. `windows` limits each to its first ones. With `warm_up` the first batch is run
     twice, so that compilation does not count as evaluation time.
     """
-    splits = {name: part.split("held_out") for name, part in setup.prepared.parts.items()}
+    splits = {name: part.split("held_out") for name, part in session.prepared.parts.items()}
     totals = {
         name: len(split) if windows is None else min(windows, len(split))
         for name, split in splits.items()
     }
-    total, done, size = Score(), 0, rows(setup, windows)
+    total, done, size = Score(), 0, rows(session, windows)
     progress(0, sum(totals.values()))
     for name, split in splits.items():
         part, pieces = Score(), []
         for scored in _score_split(
-            setup, batch_nll, split, size, totals[name], part, pieces, warm_up and not done
+            session, batch_nll, split, size, totals[name], part, pieces, warm_up and not done
         ):
             done += scored
             progress(done, sum(totals.values()))
         nll_N = np.concatenate(pieces)
         part.nll = float(nll_N.sum())
         if windows is None:
-            part.documents = _documents(setup.prepared.parts[name], nll_N)
+            part.documents = _documents(session.prepared.parts[name], nll_N)
             total.documents = None if name else part.documents
         for field in ("nll", "tokens", "bytes", "seconds"):
             setattr(total, field, getattr(total, field) + getattr(part, field))
@@ -113,20 +113,20 @@ def score(
     return total
 
 
-def rows(setup: Setup, windows: int | None = None) -> int:
+def rows(session: Session, windows: int | None = None) -> int:
     """Windows that are scored at once: as many as asked for, or as there are, in batches of like size.
 
     The devices share them evenly. Of a mixture, the component with most windows decides.
     """
-    held = max(part.totals["held_out"]["windows"] for part in setup.prepared.parts.values())
+    held = max(part.totals["held_out"]["windows"] for part in session.prepared.parts.values())
     scored = held if windows is None else min(windows, held)
-    batches = -(-scored // setup.eval_batch)
-    shards = row_shards(setup.mesh)
+    batches = -(-scored // session.eval_batch)
+    shards = row_shards(session.mesh)
     return -(-scored // (batches * shards)) * shards
 
 
 def _score_split(
-    setup: Setup,
+    session: Session,
     batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
     split: "Windows",
     size: int,
@@ -139,7 +139,7 @@ def _score_split(
 
     Adds to a result, and gives the nats of each token, a piece a window.
     """
-    spec = setup.rules.spec("batch", None)
+    spec = session.rules.spec("batch", None)
     for i, batch in enumerate(loader.windows(split, size)):
         done = i * size
         if done >= total:
@@ -174,14 +174,16 @@ def _documents(prepared: "Prepared", nll_N: np.ndarray) -> Documents | None:
 # ---------------------------------------------------------------------------------- two methods
 
 
-@functools.partial(jax.jit, static_argnames=("run", "end", "begins", "loss_chunk"))
-def _full_nll(model, tokens_BT1, *, run, end, begins, loss_chunk):
+@functools.partial(jax.jit, static_argnames=("options", "end", "begins", "loss_chunk"))
+def _full_nll(model, tokens_BT1, *, options, end, begins, loss_chunk):
     """The nats of every target, [B, T], whole on each device."""
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    x_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
+    x_BTD = model(inputs_of(inputs_BT, begins), options, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
-    return _whole(token_losses(x_BTD, model.head_VD, targets_BT, chunk, run.rules), run.rules)
+    return _whole(
+        token_losses(x_BTD, model.head_VD, targets_BT, chunk, options.rules), options.rules
+    )
 
 
 def _whole(a_BT: jax.Array, rules: AxisRules) -> jax.Array:
@@ -190,19 +192,19 @@ def _whole(a_BT: jax.Array, rules: AxisRules) -> jax.Array:
     return a_BT if spec is None else jax.reshard(a_BT, spec)
 
 
-def full_forward(setup: Setup, model: Transformer, **limits: Any) -> dict[str, Any]:
+def full_forward(session: Session, model: Transformer, **limits: Any) -> dict[str, Any]:
     """Perplexity and bits per byte with the whole window in one pass, as in training."""
     static = {
-        "run": setup.run,
-        "end": setup.end,
-        "begins": setup.begins,
-        "loss_chunk": setup.config.placement.loss_chunk,
+        "options": session.options,
+        "end": session.end,
+        "begins": session.begins,
+        "loss_chunk": session.config.placement.loss_chunk,
     }
 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
         return _full_nll(model, tokens_BT1, **static)
 
-    return {"method": "full forward"} | score(setup, nll, **limits).record()
+    return {"method": "full forward"} | score(session, nll, **limits).record()
 
 
 def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry, *more_BT):
@@ -249,7 +251,7 @@ def _cached_nll(weights, cache, tokens_BT1, *, spec, end, begins):
 
 
 def cached_decoding(
-    setup: Setup,
+    session: Session,
     model: Transformer,
     format: str | CacheFormat,
     *,
@@ -264,18 +266,18 @@ def cached_decoding(
     first tokens of a step find the step's last ones counted among the newest. Raises ValueError unless
     the chunk divides seq_len.
     """
-    weights = decoding_weights(model, setup.rules)
-    spec = _spec(setup, format, chunk, windows)
+    weights = decoding_weights(model, session.rules)
+    spec = _spec(session, format, chunk, windows)
     cache = spec.allocate()
 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
         nonlocal cache
-        ends = {"end": setup.end, "begins": setup.begins}
+        ends = {"end": session.end, "begins": session.begins}
         nll_BT, cache = _cached_nll(weights, cache, tokens_BT1, spec=spec, **ends)
         return nll_BT
 
-    scored = score(setup, nll, windows=windows, **how).record()
-    context = setup.config.data.seq_len
+    scored = score(session, nll, windows=windows, **how).record()
+    context = session.config.data.seq_len
     predicted = ledger.predicted(spec, context).per_token(context)
     counted = ledger.counted(spec, cache, _one_step(weights)).per_token(context)
     return {
@@ -293,21 +295,21 @@ def cached_decoding(
 
 
 def _spec(
-    setup: Setup,
+    session: Session,
     format: str | CacheFormat | Sequence[CacheFormat],
     chunk: int,
     windows: int | None,
 ) -> caches.CacheSpec:
     """A cache for the windows of the held-out split."""
-    seq_len = setup.config.data.seq_len
+    seq_len = session.config.data.seq_len
     check_chunk(chunk, seq_len)
     return caches.cache_spec(
-        setup.config.model,
+        session.config.model,
         format,
-        batch=rows(setup, windows),
+        batch=rows(session, windows),
         capacity=seq_len,
         chunk=chunk,
-        rules=setup.rules,
+        rules=session.rules,
     )
 
 
@@ -325,13 +327,13 @@ def _one_step(weights: Weights) -> Callable:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("spec", "run", "end", "begins"), donate_argnames="cache"
+    jax.jit, static_argnames=("spec", "options", "end", "begins"), donate_argnames="cache"
 )
-def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end, begins):
+def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, options, end, begins):
     """Sums over the tokens of windows of how far cached logits are from those of the full forward."""
     inputs_BT = tokens_BT1[:, :-1]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    full_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
+    full_BTD = model(inputs_of(inputs_BT, begins), options, starts_BT)
 
     def visit(carry, x_BtD, _, weights_Bt, full_BtD):
         ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
@@ -356,7 +358,7 @@ def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, run, end,
 
 
 def agreement(
-    setup: Setup,
+    session: Session,
     model: Transformer,
     format: str | CacheFormat | Sequence[CacheFormat],
     *,
@@ -370,7 +372,7 @@ def agreement(
     the likeliest token is the same, and the mean divergence KL(full || cached) in nats. Several formats
     are one for each slot.
     """
-    weights, spec = decoding_weights(model, setup.rules), _spec(setup, format, chunk, windows)
+    weights, spec = decoding_weights(model, session.rules), _spec(session, format, chunk, windows)
     cache = spec.allocate()
     totals: dict[str, float] = {}
 
@@ -383,22 +385,22 @@ def agreement(
             tokens_BT1,
             weights_BT,
             spec=spec,
-            run=setup.run,
-            end=setup.end,
-            begins=setup.begins,
+            options=session.options,
+            end=session.end,
+            begins=session.begins,
         )
         for name, value in found.items():
             join = max if name.startswith("max") else float.__add__
             totals[name] = join(totals.get(name, 0.0), float(value))
         return jnp.zeros(())
 
-    tokens = score(setup, visit, windows=windows, warm_up=False, progress=progress).tokens
+    tokens = score(session, visit, windows=windows, warm_up=False, progress=progress).tokens
     mean = {k: v if k.startswith("max") else v / tokens for k, v in totals.items()}
     return mean | {"tokens": tokens}
 
 
 def sensitivity(
-    setup: Setup,
+    session: Session,
     model: Transformer,
     name: str,
     *,
@@ -410,13 +412,13 @@ def sensitivity(
 
     An error in a shared slot is felt by every layer that reads it (`readers`).
     """
-    config = setup.config.model
+    config = session.config.model
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
     layers = kv_maps.slots(config.resolved_kv_map)
     found = []
     for p, layer in enumerate(layers):
         formats = [lossy if i == p else dense for i in range(len(layers))]
-        measured = agreement(setup, model, formats, chunk=chunk, windows=windows)
+        measured = agreement(session, model, formats, chunk=chunk, windows=windows)
         readers = config.resolved_kv_map.count(layer)
         found.append({"slot": p, "layer": layer, "readers": readers} | measured)
         progress(p + 1, len(layers))

@@ -1,4 +1,4 @@
-"""The training loop: a pure step, a journal that reads its metrics one step late, checkpoints."""
+"""The training loop: a pure step, a logger that reads its metrics one step late, checkpoints."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from cla_jax.loss import cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.messages import printable
 from cla_jax.model.attention import choose_backend
-from cla_jax.model.transformer import Execution, Transformer, document_starts, inputs_of
+from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
 from cla_jax.runs import Run
 from cla_jax.state import State, abstract_state, initial_state
@@ -44,7 +44,7 @@ class Layout:
 
     config: Config
     mesh: Mesh
-    run: Execution
+    options: ForwardOptions
     # The token that attention must not cross, if documents are kept apart.
     end: int | None
     # (end, begin): the model reads the second for the first, if texts have a begin token.
@@ -52,16 +52,16 @@ class Layout:
 
     @property
     def rules(self) -> AxisRules:
-        return self.run.rules
+        return self.options.rules
 
     @property
-    def training(self) -> Execution:
+    def training(self) -> ForwardOptions:
         """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
         # Under other policies, little that is kept is the residual stream.
-        if self.run.remat not in ("block", "attention"):
-            return self.run
-        rules = meshes.split_residuals(self.rules, self.mesh, self.config.data.seq_len)
-        return dataclasses.replace(self.run, rules=rules)
+        if self.options.remat not in ("block", "attention"):
+            return self.options
+        rules = meshes.sequence_parallel(self.rules, self.mesh, self.config.data.seq_len)
+        return dataclasses.replace(self.options, rules=rules)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -88,7 +88,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup(Layout):
+class Session(Layout):
     """A layout on the devices at hand, and the data."""
 
     prepared: Corpus
@@ -108,7 +108,7 @@ class Setup(Layout):
         }
 
 
-def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
+def plan_layout(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     """Checks a config against devices, by default those at hand, before any array exists.
 
     Only the tokenizer knows the end and begin tokens: here they are 0, which compiles to the same program
@@ -123,7 +123,7 @@ def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     rules = meshes.axis_rules(config.model, mesh)
     meshes.check_batch(config, mesh)
     attention = choose_backend(placement.attention, config.model, config.data.seq_len, devices[0])
-    run = Execution(
+    options = ForwardOptions(
         rules=rules,
         remat=placement.remat,
         scan_layers=placement.scan_layers,
@@ -131,24 +131,24 @@ def lay_out(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     )
     end = None if config.data.attend_across_documents else 0
     begins = (0, 0) if config.data.begin_token else None
-    return Layout(config=config, mesh=mesh, run=run, end=end, begins=begins)
+    return Layout(config=config, mesh=mesh, options=options, end=end, begins=begins)
 
 
-def set_up(config: Config, tokenizer_json: str | None = None) -> Setup:
+def prepare_session(config: Config, tokenizer_json: str | None = None) -> Session:
     """Checks the config against devices and data; prepares the data if need be.
 
     `tokenizer_json`, if given, stands for the file that `data.tokenizer` names.
     """
-    layout = lay_out(config)  # before the data, which take long
+    layout = plan_layout(config)  # before the data, which take long
     prepared = corpus(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
     check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
     tokenizer = prepared.tokenizer
     end = None if layout.end is None else tokenizer.end
     begins = layout.begins and (tokenizer.end, tokenizer.begin(config.data.begin_token))
-    return Setup(
+    return Session(
         config=config,
         mesh=layout.mesh,
-        run=layout.run,
+        options=layout.options,
         end=end,
         begins=begins,
         prepared=prepared,
@@ -163,7 +163,7 @@ def loss_sum(
     tokens_BT1: jax.Array,
     weights_BT: jax.Array,
     *,
-    run: Execution,
+    options: ForwardOptions,
     end: int | None,
     begins: tuple[int, int] | None = None,
     loss_chunk: int,
@@ -171,10 +171,10 @@ def loss_sum(
     """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens."""
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    x_BTD = model(inputs_of(inputs_BT, begins), run, starts_BT)
+    x_BTD = model(inputs_of(inputs_BT, begins), options, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
     with jax.named_scope("loss"):
-        return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, run.rules)
+        return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, options.rules)
 
 
 def train_step(
@@ -183,7 +183,7 @@ def train_step(
     *,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
-    run: Execution,
+    options: ForwardOptions,
     end: int | None,
     begins: tuple[int, int] | None = None,
     loss_chunk: int,
@@ -197,7 +197,13 @@ def train_step(
     def mean_loss(model: Transformer, tokens_BT1: jax.Array) -> jax.Array:
         weights_BT = jnp.ones_like(tokens_BT1[:, 1:], jnp.float32)
         total = loss_sum(
-            model, tokens_BT1, weights_BT, run=run, end=end, begins=begins, loss_chunk=loss_chunk
+            model,
+            tokens_BT1,
+            weights_BT,
+            options=options,
+            end=end,
+            begins=begins,
+            loss_chunk=loss_chunk,
         )
         return total / (A * B * (T1 - 1))
 
@@ -234,10 +240,10 @@ def tokens_hash(tokens_ABT1: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)  # wraps; integer sums have no order
 
 
-# -------------------------------------------------------------------------------------- journal
+# -------------------------------------------------------------------------------------- logger
 
 
-class Journal:
+class StepLogger:
     """Writes each step's metrics once the next step is under way, so the device never waits.
 
     The seconds of a step are those that the clock books under it and under its batch. Raises Diverged,
@@ -275,18 +281,18 @@ class Journal:
         self.writer.flush()
 
     @contextlib.contextmanager
-    def booked(self, bucket: goodput.Bucket) -> Iterator[None]:
+    def timed(self, bucket: goodput.Bucket) -> Iterator[None]:
         """Books what happens inside under `bucket`, out of the speed, and writes the run's time so far.
 
         Then only steps lie between two such records, and a killed process is known to its last step.
         """
-        with self.clock.booked(bucket):
+        with self.clock.timed(bucket):
             yield
-        self.account()
+        self.write_time_summary()
 
-    def account(self) -> None:
+    def write_time_summary(self) -> None:
         """Writes how the time of the run was spent so far, and which checkpoint is known to be whole."""
-        account = goodput.account(self.clock.seconds()) | {runs.SAVED: self.saved()}
+        account = goodput.time_summary(self.clock.seconds()) | {runs.SAVED: self.saved()}
         self.writer.write(self.written, account)
 
     def _training_seconds(self) -> float:
@@ -329,7 +335,7 @@ def of_component(metric: str, component: str) -> str:
 
 # Held-out metrics of a model, as a flat dict of numbers, `held_out_loss` among them. What stands under
 # `record` is kept as eval/training.json beside them.
-Evaluator = Callable[[Setup, Transformer], dict[str, Any]]
+Evaluator = Callable[[Session, Transformer], dict[str, Any]]
 
 
 def train(
@@ -361,31 +367,31 @@ def train(
     """
     clock = clock or goodput.Clock()
     agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
-    setup = set_up(config)
+    session = prepare_session(config)
     agree(
         {
-            "data": facts_of(setup.prepared),
+            "data": data_record(session.prepared),
             "newest checkpoint": newest_checkpoint(config),
             "evaluated steps": evaluated_steps(Run(runs.run_path(config))),
         }
     )
-    with opened(setup) as run, jax.set_mesh(setup.mesh), memory_errors(config):
+    with opened(session) as run, jax.set_mesh(session.mesh), memory_errors(config):
         if is_complete(run, config):
             log.info("%s is complete already, at step %d", run.path, config.steps)
             return True
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
         threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        compiling = threads.submit(compile_step, setup)
+        compiling = threads.submit(compile_step, session)
         threads.shutdown(wait=False)  # an error here does not wait for the compiler
-        state = restore_or_init(setup, run)
+        state = restore_or_init(session, run)
         first_step = int(state.step)
-        log_start(setup, run, first_step)
-        log_data(setup)
-        with clock.booked("compile"):
+        log_start(session, run, first_step)
+        log_data(session)
+        with clock.timed("compile"):
             step_fn = compiling.result()
             # Hosts compile for different times, but gloo waits only 30 s at the first collective.
             agree({"first step": first_step})
-        batches = batch_stream(setup, first_step, stop_waiting)
+        batches = batch_stream(session, first_step, stop_waiting)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
             clock.carry_on(goodput.earlier(earlier_records(run), first_step))
@@ -396,55 +402,55 @@ def train(
             stack.callback(writer.close)
             saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
             saved_so_far = lambda: saver.saved
-            journal = Journal(config, writer, first_step, clock, setup.epochs, saved_so_far)
+            logger = StepLogger(config, writer, first_step, clock, session.epochs, saved_so_far)
 
             def evaluated(step: int, state: State) -> None:
-                metrics = evaluate(setup, state.model)
+                metrics = evaluate(session, state.model)
                 record = metrics.pop("record", None)
                 # First: a run whose metrics say that it was evaluated has the record.
                 if record and jax.process_index() == 0:
                     run.write_eval("training", record | {"step": step})
                 writer.write(step, metrics)
 
-            stack.callback(journal.booked("checkpoint")(saver.close))
+            stack.callback(logger.timed("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
             traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
             step_fn = stack.enter_context(traced)
-            journal.account()
+            logger.write_time_summary()
             if evaluation_is_missing(run, config, first_step):
                 log.info("step %d was saved but not evaluated: evaluating it now", first_step)
-                with journal.booked("evaluation"):
+                with logger.timed("evaluation"):
                     evaluated(first_step, state)
             clock.switch("step")
 
             saved = first_step
             for step in range(first_step + 1, config.steps + 1):
-                with clock.booked("data_wait"):
+                with clock.timed("data_wait"):
                     batch = next(batches, None)
                 if batch is None:  # asked to stop while it was read
                     if step - 1 > saved:
-                        journal.flush()
-                        with journal.booked("checkpoint"):
+                        logger.flush()
+                        with logger.timed("checkpoint"):
                             saver.save(state)
                     log.warning("asked to stop: the run can be resumed from step %d", step - 1)
                     return False
                 state, metrics = step_fn(state, batch)
-                journal.record(step, metrics)
+                logger.record(step, metrics)
                 last, stop = step == config.steps, should_stop(step)
                 evaluation_due = not last and _due(step, config.placement.eval_every)
                 # Before an evaluation too: one that fails must not lose training.
                 if last or stop or evaluation_due or _due(step, config.placement.save_every):
-                    journal.flush()
-                    with journal.booked("checkpoint"):
+                    logger.flush()
+                    with logger.timed("checkpoint"):
                         saver.save(state)
                     saved = step
                 if stop and not last:
                     log.warning("asked to stop: step %d is saved, the run can be resumed", step)
                     return False
                 if evaluation_due:
-                    with journal.booked("evaluation"):
+                    with logger.timed("evaluation"):
                         evaluated(step, state)
-            with journal.booked("evaluation"):
+            with logger.timed("evaluation"):
                 evaluated(config.steps, state)
     return True
 
@@ -456,7 +462,7 @@ def shared_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def facts_of(prepared: Corpus) -> dict[str, Any]:
+def data_record(prepared: Corpus) -> dict[str, Any]:
     """What two hosts' prepared data have in common if they are the same."""
     tokenizer = hashlib.sha256(prepared.tokenizer.to_json().encode()).hexdigest()
     return {"fingerprint": prepared.fingerprint, "tokenizer": tokenizer, **prepared.totals}
@@ -534,7 +540,7 @@ def make_step(layout: Layout) -> Any:
         config.optimizer,
         config.steps,
         placement.compiler_options,
-        run=layout.training,
+        options=layout.training,
         end=layout.end,
         begins=layout.begins,
         loss_chunk=placement.loss_chunk,
@@ -542,7 +548,7 @@ def make_step(layout: Layout) -> Any:
 
 
 @functools.lru_cache(maxsize=4)  # a process may train many runs, and each keeps its program
-def _step(optimizer: OptimizerConfig, steps: int, options: str, **static: Any) -> Any:
+def _step(optimizer: OptimizerConfig, steps: int, compiler: str, **static: Any) -> Any:
     """One function for all equal runs of a process: to jax, another function is another program."""
     step = functools.partial(
         train_step,
@@ -550,7 +556,7 @@ def _step(optimizer: OptimizerConfig, steps: int, options: str, **static: Any) -
         rate=schedule(optimizer, steps),
         **static,
     )
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(compiler))
 
 
 def compiler_options(text: str) -> dict[str, bool | int | str]:
@@ -565,30 +571,34 @@ def compiler_options(text: str) -> dict[str, bool | int | str]:
     return {name.strip(): value(given.strip()) for name, _, given in options}
 
 
-def batch_stream(setup: Setup, first_step: int, stop: Callable[[], bool] = lambda: False) -> Any:
+def batch_stream(
+    session: Session, first_step: int, stop: Callable[[], bool] = lambda: False
+) -> Any:
     """The batches from update `first_step` on, on their devices: int32 [A, B, T + 1].
 
     It ends when a batch is waited for and `stop()` is true.
     """
-    config, parts = setup.config, setup.prepared.parts.items()
+    config, parts = session.config, session.prepared.parts.items()
     batches = Batches(
         {name: part.split("train") for name, part in parts},
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=config.placement.accumulate,
-        schedule=setup.schedule,
+        schedule=session.schedule,
     )
-    return batches.stream(first_step, setup.batch.sharding, stop=stop)
+    return batches.stream(first_step, session.batch.sharding, stop=stop)
 
 
-def restore_or_init(setup: Setup, run: Run) -> State:
+def restore_or_init(session: Session, run: Run) -> State:
     checkpoint.set_losses_aside(run)
-    state = checkpoint.restore_latest(run.checkpoints, setup.state, run.owner)
-    return initial_state(setup.config, setup.optimizer, setup.state) if state is None else state
+    state = checkpoint.restore_latest(run.checkpoints, session.state, run.owner)
+    return (
+        initial_state(session.config, session.optimizer, session.state) if state is None else state
+    )
 
 
-def log_start(setup: Setup, run: Run, first_step: int) -> None:
-    config, count = setup.config, costs.parameters(setup.config.model)
+def log_start(session: Session, run: Run, first_step: int) -> None:
+    config, count = session.config, costs.parameters(session.config.model)
     log.info(
         "%s: %s parameters (%s without embeddings), kv_map %s, %s KV bytes a token at 16 bits",
         run.path,
@@ -601,8 +611,8 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
         "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens a step",
         jax.device_count(),
         jax.devices()[0].device_kind,
-        " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
-        setup.run.attention,
+        " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items()),
+        session.options.attention,
         first_step,
         config.steps,
         f"{config.tokens_per_step:,}",
@@ -615,12 +625,12 @@ def log_start(setup: Setup, run: Run, first_step: int) -> None:
 _MANY_EPOCHS = 4
 
 
-def log_data(setup: Setup) -> None:
+def log_data(session: Session) -> None:
     """Says how much of each source the whole run will see."""
-    config, epochs = setup.config, setup.epochs(setup.config.steps)
-    tokens = setup.schedule.counts(config.steps * config.batch_size)
+    config, epochs = session.config, session.epochs(session.config.steps)
+    tokens = session.schedule.counts(config.steps * config.batch_size)
     log.info("training tokens: %s in all", f"{config.steps * config.tokens_per_step:,}")
-    for (name, part), rows in zip(setup.prepared.parts.items(), tokens, strict=True):
+    for (name, part), rows in zip(session.prepared.parts.items(), tokens, strict=True):
         log.info(
             "  %s: %s tokens = %s epochs of its %s",
             name or config.data.source,
@@ -679,17 +689,17 @@ def log_time(clock: goodput.Clock) -> None:
 
 
 @contextlib.contextmanager
-def opened(setup: Setup) -> Iterator[Run]:
+def opened(session: Session) -> Iterator[Run]:
     """The run's directory, kept from other processes; the log is copied into it."""
     # One process holds the lock for all hosts, and it alone writes; before that, nothing is written.
-    path, writes = runs.run_path(setup.config), jax.process_index() == 0
+    path, writes = runs.run_path(session.config), jax.process_index() == 0
     with runs.locked(path) if writes else contextlib.nullcontext():
         is_new = writes and not (path / "config.json").exists()
         run = runs.open_run(
-            setup.config,
+            session.config,
             write=writes,
-            data_fingerprint=setup.prepared.fingerprint,
-            tokenizer_json=setup.prepared.tokenizer.to_json(),
+            data_fingerprint=session.prepared.fingerprint,
+            tokenizer_json=session.prepared.tokenizer.to_json(),
         )
         try:
             with logging_to(run):

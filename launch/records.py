@@ -214,7 +214,7 @@ def last_step(run: Run) -> dict[str, Any]:
     """What the metrics last said of a step: step, loss, tokens_per_s, eta_s as far as they go."""
     merged: dict[str, Any] = {}
     for record in last_records(run):
-        if not goodput.is_account(record) and "loss" in record:
+        if not goodput.is_time_summary(record) and "loss" in record:
             merged = record
     return merged
 

@@ -16,7 +16,7 @@ from cla_jax.interop import names, safetensors
 from cla_jax.interop.export import hf_config
 from cla_jax.interop.foreign import Foreign, import_run
 from cla_jax.interop.text import Text
-from cla_jax.model.transformer import Execution
+from cla_jax.model.transformer import ForwardOptions
 from cla_jax.runs import Run
 from cla_jax.state import named
 from tests import reference
@@ -60,7 +60,9 @@ def foreign(config: ModelConfig, seed: int = 0) -> Foreign:
 def logits(model, tokens) -> np.ndarray:
     """Scores [B, T, V] by full forward."""
     model = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), model)  # off any mesh
-    return np.asarray(jax.jit(lambda m, t: m.logits(t, Execution()))(model, jnp.asarray(tokens)))
+    return np.asarray(
+        jax.jit(lambda m, t: m.logits(t, ForwardOptions()))(model, jnp.asarray(tokens))
+    )
 
 
 def tokens(batch: int, length: int, vocabulary: int = 256, seed: int = 0) -> np.ndarray:

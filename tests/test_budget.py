@@ -58,7 +58,7 @@ def test_the_step_of_a_run_is_checked_with_its_batches_and_names_the_fields(
 ):
     devices(1)
     config = tiny(batch_size=8)
-    layout = training.lay_out(config)
+    layout = training.plan_layout(config)
     batch = 8 * (config.data.seq_len + 1) * 4
     ahead = training.PREFETCH * batch
     monkeypatch.setattr(budget, "available_bytes", lambda: jax.local_device_count() * (MiB + ahead))
@@ -86,14 +86,14 @@ def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
 @pytest.mark.parametrize(("epochs", "warned"), [(4.0, False), (4.1, True)])
 def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
     part = types.SimpleNamespace(totals={"train": {"windows": 10}})
-    setup = types.SimpleNamespace(
+    session = types.SimpleNamespace(
         config=tiny(),
         epochs=lambda step: {"web": epochs, "code": 1.0},
         schedule=types.SimpleNamespace(counts=lambda rows: [rows // 2, rows // 2]),
         prepared=types.SimpleNamespace(parts={"web": part, "code": part}),
     )
     with caplog.at_level("INFO"):
-        training.log_data(setup)  # type: ignore[arg-type]
+        training.log_data(session)  # type: ignore[arg-type]
     assert f"web: 512 tokens = {epochs:.3g} epochs of its 320" in caplog.text
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert [record.getMessage()[:16] for record in warnings] == ["web is seen 4.1 "] * warned

@@ -15,7 +15,7 @@ from cla_jax.config import MeshConfig, ModelConfig, Sampling
 from cla_jax.decode import decode, decoding_weights, prefill
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh, split_cache
 from cla_jax.model.attention import EMPTY, KV, StepPositions
-from cla_jax.model.transformer import Execution, project
+from cla_jax.model.transformer import ForwardOptions, project
 from tests import reference
 from tests.conftest import MODEL, replace
 
@@ -227,7 +227,7 @@ def decoded_whole(H):
     config = replace(MODEL, d_head=H, n_heads=2, n_layers=n_layers, kv_map=kv_map)
     model = make(config)
     tokens = np.random.default_rng(0).integers(0, 260, (2, 300))
-    return decoding_weights(model), config, tokens, model.logits(tokens, Execution())[:, -1]
+    return decoding_weights(model), config, tokens, model.logits(tokens, ForwardOptions())[:, -1]
 
 
 @pytest.mark.parametrize("H", HEADS)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 import experiments
 from cla_jax import chips, costs
 from cla_jax.config import ModelConfig
-from cla_jax.model.transformer import Execution, Transformer
+from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import abstract_state, initial_state
 from tests.conftest import MODEL, replace
@@ -94,8 +94,8 @@ def dot_flops(jaxpr) -> int:
 @settings(max_examples=15, deadline=None)
 def test_flops_equal_those_of_the_traced_forward(model):
     T = 8
-    run = Execution(scan_layers=False)
-    forward = jax.make_jaxpr(lambda m, t: m.logits(t, run))(
+    options = ForwardOptions(scan_layers=False)
+    forward = jax.make_jaxpr(lambda m, t: m.logits(t, options))(
         shapes(model), jax.ShapeDtypeStruct((1, T), jnp.int32)
     )
     count = costs.parameters(model)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cla_jax import config as configs
 from cla_jax.config import Component, Config, DataConfig, Stage
 from cla_jax.data import loader, mixture, prepare, tokenizers
-from cla_jax.train import batch_stream, set_up
+from cla_jax.train import batch_stream, prepare_session
 from launch import train, trials
 from launch.cli import read_config
 
@@ -99,8 +99,8 @@ def sequential(config: Config, whole_numbers: dict[int, list[int]]) -> Iterator[
 
 
 def batches_of(config: Config, first: int, steps: int) -> list[np.ndarray]:
-    setup = set_up(config)
-    stream = batch_stream(setup, first)
+    session = prepare_session(config)
+    stream = batch_stream(session, first)
     found = [np.asarray(next(stream)).reshape(config.batch_size, -1) for _ in range(steps)]
     stream.close()
     return found
@@ -130,16 +130,16 @@ def test_tokens_equal_those_of_a_sequential_implementation(
     for ours, theirs in zip(batches_of(config, 0, steps), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # Some component is seen again, or the test says nothing of epochs.
-    assert max(set_up(config).epochs(steps).values()) > 1
+    assert max(prepare_session(config).epochs(steps).values()) > 1
     for start in (1, 4, 5, 13):  # a restart; before, at and after a change of the weights
         for ours, theirs in zip(batches_of(config, start, 3), expected[start:], strict=False):
             np.testing.assert_array_equal(ours, theirs)
     accumulated = configs.replaced(config, {"placement.accumulate": 4})
     np.testing.assert_array_equal(batches_of(accumulated, 7, 1)[0], expected[7])
     # Hosts read their own rows; meshes place them.
-    setup = set_up(config)
-    windows = {name: part.split("train") for name, part in setup.prepared.parts.items()}
-    batches = loader.Batches(windows, batch_size=B, seed=config.seed, schedule=setup.schedule)
+    session = prepare_session(config)
+    windows = {name: part.split("train") for name, part in session.prepared.parts.items()}
+    batches = loader.Batches(windows, batch_size=B, seed=config.seed, schedule=session.schedule)
     for hosts in (2, 4, 8):
         rows = B // hosts
         parts = [batches.rows(11, host * rows, (host + 1) * rows) for host in range(hosts)]
@@ -180,18 +180,18 @@ def test_a_component_is_the_data_of_its_source_and_the_order_follows_its_name(
 ):
     devices(1)
     config = mixed((1, 1, 1))
-    corpus = set_up(config).prepared
+    corpus = prepare_session(config).prepared
     assert list(corpus.parts) == ["web", "code", "math"]
     alone = configs.replaced(config, {"data.mixture": (), "data.source": texts["code"]})
-    assert set_up(alone).prepared.fingerprint == corpus.parts["code"].path.name
+    assert prepare_session(alone).prepared.fingerprint == corpus.parts["code"].path.name
     assert corpus.totals["train"]["windows"] == sum(
         len(part.split("train")) for part in corpus.parts.values()
     )
     # Another weight is the same data; another set of sources is not.
-    other = set_up(mixed((0, 1, 3))).prepared
+    other = prepare_session(mixed((0, 1, 3))).prepared
     assert other.fingerprint == corpus.fingerprint
     fewer = configs.replaced(config, {"data.mixture": config.data.mixture[1:]})
-    assert set_up(fewer).prepared.fingerprint != corpus.fingerprint
+    assert prepare_session(fewer).prepared.fingerprint != corpus.fingerprint
     assert prepare.fingerprint(config.data, config.placement.data_dir) == corpus.fingerprint
     assert mixture.seed_of(7, "") == 7
     assert len({mixture.seed_of(seed, name) for seed in (0, 1) for name in texts}) == 6

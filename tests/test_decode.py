@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.config import ModelConfig
 from cla_jax.decode import _group, decode, decoding_weights, prefill
-from cla_jax.model.transformer import Execution, document_starts, project
+from cla_jax.model.transformer import ForwardOptions, document_starts, project
 from tests import reference
 from tests.conftest import MODEL, replace
 from tests.test_kv_map import maps
 
-RUN = Execution()
+OPTIONS = ForwardOptions()
 T = 150  # more than one block of the cache
 TOKENS = np.random.default_rng(1).integers(0, 260, (3, T))
 
@@ -60,7 +60,7 @@ def cached_logits(model, tokens, chunk, *, lengths=None, starts=None, format="de
 
 @jax.jit
 def full_logits(model, tokens, starts=None):
-    return model.logits(tokens, RUN, starts)
+    return model.logits(tokens, OPTIONS, starts)
 
 
 def assert_close(a, b):
@@ -240,7 +240,7 @@ def test_sharing_is_not_lost_without_a_cache():
     config = replace(MODEL, kv_map="0,0,2,2")
     model = make(config)
     expected = reference.logits(model, config, TOKENS[0])
-    assert_close(model.logits(TOKENS[:1], RUN)[0], jnp.array(expected, jnp.float32))
+    assert_close(model.logits(TOKENS[:1], OPTIONS)[0], jnp.array(expected, jnp.float32))
     assert_close(cached_logits(model, TOKENS[:1], 1)[0], jnp.array(expected, jnp.float32))
     assert all(group.projection is not None for group in model.stacks)
     keys = [leaf.shape for leaf in jax.tree.leaves([group.projection for group in model.stacks])]

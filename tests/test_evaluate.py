@@ -15,36 +15,36 @@ from cla_jax import evaluate as evaluation
 from cla_jax.config import Component, MeshConfig
 from cla_jax.data import sources
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.evaluate import during_training, evaluate, open_setup
-from cla_jax.model.transformer import Execution, project
+from cla_jax.evaluate import during_training, evaluate, open_session
+from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_places, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sensitivity
-from cla_jax.train import set_up, train
+from cla_jax.train import prepare_session, train
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("above_all_runs")
 
 
 @pytest.fixture
-def setup(tiny, devices):
+def session(tiny, devices):
     devices(1)
     # Not bytes: tokens and bytes must not be the same number.
-    return set_up(tiny(**{"placement.eval_batch_size": 8, "data.tokenizer": "bpe:260"}))
+    return prepare_session(tiny(**{"placement.eval_batch_size": 8, "data.tokenizer": "bpe:260"}))
 
 
-def test_full_forward_is_perplexity_as_defined(setup):
+def test_full_forward_is_perplexity_as_defined(session):
     """Against numbers put together by hand: every held-out token once, in windows of seq_len."""
-    model = reference.randomised(setup.config.model)
-    split = setup.prepared.parts[""].split("held_out")
+    model = reference.randomised(session.config.model)
+    split = session.prepared.parts[""].split("held_out")
     limit = 10
-    with jax.set_mesh(setup.mesh):
-        record = full_forward(setup, model, windows=limit)
+    with jax.set_mesh(session.mesh):
+        record = full_forward(session, model, windows=limit)
     nll, tokens, size = 0.0, 0, 0
     for i in range(limit):
         window = split[i]
         inputs, targets = window["tokens"][:-1], window["tokens"][1:].astype(int)
-        logits = reference.logits(model, setup.config.model, inputs.astype(int))
+        logits = reference.logits(model, session.config.model, inputs.astype(int))
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         n = int(window["n_targets"])
         nll -= log_p[np.arange(n), targets[:n]].sum()
@@ -59,12 +59,12 @@ def test_full_forward_is_perplexity_as_defined(setup):
 @pytest.mark.parametrize(
     ("windows", "expected"), [(1, 1), (2, 2), (8, 8), (9, 5), (20, 7), (None, 8), (10_000, 8)]
 )
-def test_a_batch_is_no_larger_than_what_is_scored(setup, windows, expected):
+def test_a_batch_is_no_larger_than_what_is_scored(session, windows, expected):
     """Batches of at most 8 windows, of like size: the last one computes hardly a row for nothing."""
-    size = scoring.rows(setup, windows)
+    size = scoring.rows(session, windows)
     assert size == expected
-    with jax.set_mesh(setup.mesh):
-        spec = scoring._spec(setup, "dense", 16, windows)
+    with jax.set_mesh(session.mesh):
+        spec = scoring._spec(session, "dense", 16, windows)
         assert spec.batch == expected
         shapes = []
 
@@ -72,17 +72,17 @@ def test_a_batch_is_no_larger_than_what_is_scored(setup, windows, expected):
             shapes.append(len(tokens_BT1))
             return weights_BT
 
-        score(setup, nll, windows=windows, warm_up=False)
+        score(session, nll, windows=windows, warm_up=False)
     assert set(shapes) == {expected}
-    held = setup.prepared.totals["held_out"]["windows"]
+    held = session.prepared.totals["held_out"]["windows"]
     assert sum(shapes) - min(windows or held, held) < len(shapes)
 
 
-def test_the_whole_split_is_scored_once(setup):
-    model = reference.randomised(setup.config.model)
-    with jax.set_mesh(setup.mesh):
-        record = full_forward(setup, model)
-    totals = setup.prepared.totals["held_out"]
+def test_the_whole_split_is_scored_once(session):
+    model = reference.randomised(session.config.model)
+    with jax.set_mesh(session.mesh):
+        record = full_forward(session, model)
+    totals = session.prepared.totals["held_out"]
     assert (record["tokens"], record["bytes"]) == (totals["tokens"], totals["bytes"])
 
 
@@ -90,41 +90,42 @@ def test_the_whole_split_is_scored_once(setup):
 def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_documents):
     devices(1)
     changes = {"data.source": short_documents, "placement.eval_batch_size": 8}
-    setup, other = (
-        set_up(tiny(**changes, **{"data.attend_across_documents": a})) for a in (across, not across)
+    session, other = (
+        prepare_session(tiny(**changes, **{"data.attend_across_documents": a}))
+        for a in (across, not across)
     )
-    model = reference.randomised(setup.config.model)
+    model = reference.randomised(session.config.model)
     # The last window too: it is padded, and its batch is filled up.
-    with jax.set_mesh(setup.mesh):
-        full = full_forward(setup, model)
+    with jax.set_mesh(session.mesh):
+        full = full_forward(session, model)
         assert (
             abs(full_forward(other, model)["nll"] - full["nll"]) > 1
         )  # documents end within windows
         for chunk in (1, 16):
-            cached = cached_decoding(setup, model, "dense", chunk=chunk)
+            cached = cached_decoding(session, model, "dense", chunk=chunk)
             assert cached["tokens"] == full["tokens"]
             assert cached["nll"] == pytest.approx(full["nll"], rel=1e-5)
-            close = agreement(setup, model, "dense", chunk=chunk, windows=12)
+            close = agreement(session, model, "dense", chunk=chunk, windows=12)
             assert close["top1_agreement"] == 1
             assert close["tokens"] == 12 * 32
             assert close["max_logit_difference"] < 1e-4
             assert abs(close["kl"]) < 1e-6
 
 
-def test_agreement_is_what_its_names_say(setup):
+def test_agreement_is_what_its_names_say(session):
     """Against logits compared by hand, for a format that really differs, padding at the end included."""
-    model = reference.randomised(setup.config.model)
-    config, T = setup.config.model, setup.config.data.seq_len
+    model = reference.randomised(session.config.model)
+    config, T = session.config.model, session.config.data.seq_len
     coarse = dataclasses.replace(caches.make_format("int8", "float32"), largest=2.0)
-    with jax.set_mesh(setup.mesh):
-        found = agreement(setup, model, coarse, chunk=T, windows=10_000)
-        first = agreement(setup, model, coarse, chunk=T, windows=1)  # of a batch of 8
-    split = setup.prepared.parts[""].split("held_out")
+    with jax.set_mesh(session.mesh):
+        found = agreement(session, model, coarse, chunk=T, windows=10_000)
+        first = agreement(session, model, coarse, chunk=T, windows=1)  # of a batch of 8
+    split = session.prepared.parts[""].split("held_out")
     n = len(split)
     tokens = np.stack([split[i]["tokens"][:-1] for i in range(n)]).astype(int)
     seen = np.arange(T) < np.array([int(split[i]["n_targets"]) for i in range(n)])[:, None]
     assert not seen.all()
-    full = np.asarray(model.logits(tokens, Execution()), np.float64)
+    full = np.asarray(model.logits(tokens, ForwardOptions()), np.float64)
     weights = decoding_weights(model)
     spec = caches.cache_spec(config, coarse, batch=n, capacity=T, chunk=T)
     x, _ = decode(weights, spec, spec.allocate(), tokens, np.full(n, T))
@@ -146,20 +147,20 @@ def test_agreement_is_what_its_names_say(setup):
     assert abs(reverse / kl - 1) > 3e-3
 
 
-def test_the_error_of_one_slot_is_felt_by_its_readers_only(setup):
-    model = reference.randomised(setup.config.model)
-    with jax.set_mesh(setup.mesh):
-        slots = sensitivity(setup, model, "fp8", chunk=16, windows=8)
-        whole = agreement(setup, model, "fp8", chunk=16, windows=8)
+def test_the_error_of_one_slot_is_felt_by_its_readers_only(session):
+    model = reference.randomised(session.config.model)
+    with jax.set_mesh(session.mesh):
+        slots = sensitivity(session, model, "fp8", chunk=16, windows=8)
+        whole = agreement(session, model, "fp8", chunk=16, windows=8)
     assert [(s["slot"], s["layer"], s["readers"]) for s in slots] == [(0, 0, 2), (1, 2, 2)]
     assert all(1e-6 < s["kl"] < whole["kl"] for s in slots)
 
 
-def test_ledger_counts_what_the_closed_form_predicts(setup):
-    model = reference.randomised(setup.config.model)
-    with jax.set_mesh(setup.mesh):
-        record = cached_decoding(setup, model, "dense", chunk=16, windows=1)
-    predicted = costs.kv_bytes(setup.config.model, 32, bytes_per_element=4)
+def test_ledger_counts_what_the_closed_form_predicts(session):
+    model = reference.randomised(session.config.model)
+    with jax.set_mesh(session.mesh):
+        record = cached_decoding(session, model, "dense", chunk=16, windows=1)
+    predicted = costs.kv_bytes(session.config.model, 32, bytes_per_element=4)
     for counts in record["kv_bytes"].values():
         assert counts["predicted"] == counts["counted"]
     for name in ("resident", "written", "read"):
@@ -169,10 +170,10 @@ def test_ledger_counts_what_the_closed_form_predicts(setup):
     assert record["readers_per_slot"] == [2, 2]
 
 
-def test_a_chunk_must_divide_the_window(setup):
-    model = reference.randomised(setup.config.model)
+def test_a_chunk_must_divide_the_window(session):
+    model = reference.randomised(session.config.model)
     with pytest.raises(ValueError, match=r"chunk = 5 does not divide data.seq_len = 32"):
-        cached_decoding(setup, model, "dense", chunk=5)
+        cached_decoding(session, model, "dense", chunk=5)
 
 
 @pytest.mark.slow
@@ -260,19 +261,19 @@ def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):
     config = tiny(steps=1)
     train(config, evaluate=lambda *_: {})
     (run,) = find_runs([config.placement.runs])
-    setup = open_setup(run)
+    session = open_session(run)
     run.checkpoints.rmtree()
     with pytest.raises(ValueError, match="no checkpoint yet"):
-        checkpoint.load_model(run, setup.rules, setup.mesh)
+        checkpoint.load_model(run, session.rules, session.mesh)
     text = (run.path / "config.json").read_text()
-    elsewhere = open_setup(run, str(tmp_path / "elsewhere"))
+    elsewhere = open_session(run, str(tmp_path / "elsewhere"))
     assert elsewhere.prepared.parts[""].path.parent == tmp_path / "elsewhere"
     older = json.loads(text.replace("sotu-4", "sotu-7"))
     for field in ("checksum", "run", "format"):  # as before records had checksums
         del older[field]
     (run.path / "config.json").write_text(json.dumps(older))
     with pytest.raises(ValueError, match=r"trained on data 'sotu-7.*here is 'sotu-4"):
-        open_setup(run)
+        open_session(run)
 
 
 @pytest.mark.parametrize("place", ["/srv/data", "../data", "~/data", "a/../../data"])
@@ -328,7 +329,7 @@ def test_data_of_another_fingerprint_is_not_prepared(tiny, devices, tmp_path):
     config = tiny(**{"placement.data_dir": str(tmp_path / "theirs")})
     run = runs.open_run(config, data_fingerprint="sotu-4-other", tokenizer_json="{}")
     with pytest.raises(ValueError, match="was trained on data 'sotu-4-other'"):
-        open_setup(run)
+        open_session(run)
     assert not (tmp_path / "theirs").exists()
 
 
@@ -340,27 +341,29 @@ def test_who_calls_from_python_names_the_places_of_a_run_too(tiny, tmp_path, mon
     config = tiny(**{"placement.data_dir": theirs, "data.source": source})
     run = runs.open_run(config, data_fingerprint="text-other", tokenizer_json="{}")
     with pytest.raises(ValueError, match="outside this directory: name the place"):
-        open_setup(run)
+        open_session(run)
     with pytest.raises(ValueError, match="is not prepared yet"):
-        open_setup(run, theirs)
+        open_session(run, theirs)
     with pytest.raises(ValueError, match="was trained on data 'text-other'"):
-        open_setup(run, theirs, data_sources=[source])
+        open_session(run, theirs, data_sources=[source])
     assert not os.path.exists(theirs)
 
 
 # ---------------------------------------------------------------------------------- documents
 
 
-def by_hand(setup, model):
+def by_hand(session, model):
     """Each document's nats, tokens and bytes, from the text and an independent forward pass."""
-    texts = list(sources.documents(setup.config.data.source))
-    texts = [text for text in texts if sources.is_held_out(text, setup.config.data.held_out)]
-    ids = [[*setup.prepared.tokenizer.encode(text), setup.prepared.tokenizer.end] for text in texts]
-    losses, T = [], setup.config.data.seq_len
-    split = setup.prepared.parts[""].split("held_out")
+    texts = list(sources.documents(session.config.data.source))
+    texts = [text for text in texts if sources.is_held_out(text, session.config.data.held_out)]
+    ids = [
+        [*session.prepared.tokenizer.encode(text), session.prepared.tokenizer.end] for text in texts
+    ]
+    losses, T = [], session.config.data.seq_len
+    split = session.prepared.parts[""].split("held_out")
     for window in (split[i] for i in range(len(split))):
         n, tokens = int(window["n_targets"]), window["tokens"].astype(int)
-        logits = reference.logits(model, setup.config.model, tokens[:T])
+        logits = reference.logits(model, session.config.model, tokens[:T])
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         losses += list(-log_p[np.arange(n), tokens[1 : 1 + n]])
     ends = np.cumsum([len(document) for document in ids])
@@ -373,15 +376,15 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
     records = []
     for batch, count in ((8, 1), (24, 8)):
         devices(count)
-        setup = set_up(tiny(**changes, **{"placement.eval_batch_size": batch}))
-        model = reference.randomised(setup.config.model)
-        with jax.set_mesh(setup.mesh):
-            records.append(full_forward(setup, model))
+        session = prepare_session(tiny(**changes, **{"placement.eval_batch_size": batch}))
+        model = reference.randomised(session.config.model)
+        with jax.set_mesh(session.mesh):
+            records.append(full_forward(session, model))
     devices(1)
-    setup = set_up(tiny(**changes, **{"placement.eval_batch_size": 8}))
-    nll, tokens, n_bytes = by_hand(setup, model)
-    with jax.set_mesh(setup.mesh):
-        records.append(cached_decoding(setup, model, "dense", chunk=16))
+    session = prepare_session(tiny(**changes, **{"placement.eval_batch_size": 8}))
+    nll, tokens, n_bytes = by_hand(session, model)
+    with jax.set_mesh(session.mesh):
+        records.append(cached_decoding(session, model, "dense", chunk=16))
     assert len(nll) > 40
     for record in records:
         found = documents.read(json.loads(json.dumps(record)), "full.json")
@@ -391,8 +394,8 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
         assert found.nll.sum() == pytest.approx(record["nll"], abs=1e-2)
         assert (found.tokens.sum(), found.bytes.sum()) == (record["tokens"], record["bytes"])
     # What an older version prepared does not list its documents.
-    (path,) = (part.path for part in setup.prepared.parts.values())
-    listed, bare = setup.prepared.parts[""], path.with_name("older")
+    (path,) = (part.path for part in session.prepared.parts.values())
+    listed, bare = session.prepared.parts[""], path.with_name("older")
     shutil.copytree(path, bare)
     (bare / "held_out.json").unlink()
     older = dataclasses.replace(listed, path=bare).documents()
@@ -402,16 +405,16 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
 
 
 def test_documents_that_do_not_add_up_are_not_scored_but_told(tiny, caplog, short_documents):
-    setup = set_up(tiny(**{"data.source": short_documents}))
-    part = setup.prepared.parts[""]
+    session = prepare_session(tiny(**{"data.source": short_documents}))
+    part = session.prepared.parts[""]
     totals = {"held_out": part.totals["held_out"] | {"bytes": 7}}
     wrong = dataclasses.replace(part, totals=totals)
     with pytest.raises(ValueError, match=r"the held-out split has 7 in"):
         wrong.documents()
-    corpus = dataclasses.replace(setup.prepared, parts={"": wrong})
-    model = reference.randomised(setup.config.model)
-    with jax.set_mesh(setup.mesh):
-        record = full_forward(dataclasses.replace(setup, prepared=corpus), model)
+    corpus = dataclasses.replace(session.prepared, parts={"": wrong})
+    model = reference.randomised(session.config.model)
+    with jax.set_mesh(session.mesh):
+        record = full_forward(dataclasses.replace(session, prepared=corpus), model)
     assert "documents" not in record
     assert "not scored one by one" in caplog.text
 

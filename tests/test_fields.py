@@ -20,7 +20,7 @@ from cla_jax.config import Component, Stage
 from cla_jax.evaluate import during_training
 from cla_jax.runs import find_runs
 from cla_jax.state import named
-from cla_jax.train import batch_stream, make_step, restore_or_init, set_up, train
+from cla_jax.train import batch_stream, make_step, prepare_session, restore_or_init, train
 
 # Fields that say what is computed: other data, other arrays, or three steps that end in other numbers.
 IDENTITY = {
@@ -98,18 +98,18 @@ def test_every_field_stands_in_a_table(tiny):
 
 def outcome(config) -> Iterator[dict]:
     """What a config computes with; then what three steps of it end in."""
-    setup = set_up(config)
-    with contextlib.closing(batch_stream(setup, 0)) as batches:
+    session = prepare_session(config)
+    with contextlib.closing(batch_stream(session, 0)) as batches:
         batch = next(batches)
     yield {
         "batch": batch,
-        "json": setup.prepared.tokenizer.to_json(),
-        "end": setup.prepared.tokenizer.end,
-        "shapes": {name: leaf.shape for name, leaf in named(setup.state).items()},
+        "json": session.prepared.tokenizer.to_json(),
+        "end": session.prepared.tokenizer.end,
+        "shapes": {name: leaf.shape for name, leaf in named(session.state).items()},
     }
-    with contextlib.closing(batch_stream(setup, 0)) as batches, jax.set_mesh(setup.mesh):
-        state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
-        step = make_step(setup)
+    with contextlib.closing(batch_stream(session, 0)) as batches, jax.set_mesh(session.mesh):
+        state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
+        step = make_step(session)
         for _ in range(3):
             state, metrics = step(state, next(batches))
     yield {"loss": metrics["loss"], **named(state.model)}
@@ -151,10 +151,10 @@ def test_the_seed_draws_the_weights_and_orders_the_data(tiny, devices):
     devices(1)
 
     def start(seed):
-        setup = set_up(tiny(seed=seed))
-        with jax.set_mesh(setup.mesh):
-            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
-            batches = batch_stream(setup, 0)
+        session = prepare_session(tiny(seed=seed))
+        with jax.set_mesh(session.mesh):
+            state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
+            batches = batch_stream(session, 0)
             batch = next(batches)
             batches.close()
         return {"batch": batch, **named(state.model)}
@@ -209,11 +209,11 @@ def test_a_field_of_the_step_changes_the_program(tiny, devices, field):
     devices(1)
 
     def program(config):
-        setup = set_up(config)
-        with jax.set_mesh(setup.mesh):
-            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
-            batches = batch_stream(setup, 0)
-            text = make_step(setup).lower(state, next(batches)).as_text()
+        session = prepare_session(config)
+        with jax.set_mesh(session.mesh):
+            state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
+            batches = batch_stream(session, 0)
+            text = make_step(session).lower(state, next(batches)).as_text()
             batches.close()
             return text
 
@@ -237,18 +237,18 @@ def test_the_mesh_the_backend_the_names_and_the_evaluation_batch_are_read(tiny, 
         meshes.make_mesh(tiny(**{"placement.mesh.fsdp": 4}).placement.mesh)
     devices(1)
     with pytest.raises(ValueError, match="'cudnn' cannot be used"):
-        set_up(tiny(**{"placement.attention": "cudnn"}))
-    other = set_up(tiny(**{"placement.data_dir": str(tmp_path / "elsewhere")}))
+        prepare_session(tiny(**{"placement.attention": "cudnn"}))
+    other = prepare_session(tiny(**{"placement.data_dir": str(tmp_path / "elsewhere")}))
     assert other.prepared.parts[""].path.parent == tmp_path / "elsewhere"
     run = runs.open_run(tiny(name="another"), data_fingerprint="", tokenizer_json="")
     assert run.path.name == "another"
     seen = set()
     for size in (256, 128):
-        setup = set_up(tiny(**{"placement.eval_batch_size": size}))
-        with jax.set_mesh(setup.mesh):
-            state = restore_or_init(setup, runs.Run(runs.epath.Path("/nowhere")))
+        session = prepare_session(tiny(**{"placement.eval_batch_size": size}))
+        with jax.set_mesh(session.mesh):
+            state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
             with jax.log_compiles(False), count_batches() as batches:
-                during_training(setup, state.model)
+                during_training(session, state.model)
         seen.add(tuple(batches))
     assert len(seen) == 2
 

@@ -13,7 +13,7 @@ from cla_jax.decode import decoding_weights
 from cla_jax.engine import Engine
 from cla_jax.generate import generate
 from cla_jax.mesh import axis_rules, make_mesh, split_cache
-from cla_jax.model.transformer import Execution
+from cla_jax.model.transformer import ForwardOptions
 from cla_jax.sampling import _cut, sample
 from cla_jax.state import layout
 from tests import reference
@@ -39,7 +39,7 @@ def tokens(completions):
 
 @jax.jit
 def scores(model, tokens):
-    return model.logits(tokens, Execution())
+    return model.logits(tokens, ForwardOptions())
 
 
 def by_full_forward(model, prompt, new_tokens):
@@ -274,7 +274,7 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
     model = make(MODEL)
     (completion,) = run(model, PROMPTS[:1], sampling=Sampling(temperature=2.0, top_k=3), stop=[])
     text = PROMPTS[0] + completion.tokens
-    scores = jax.nn.log_softmax(model.logits(jnp.array([text]), Execution())[0])
+    scores = jax.nn.log_softmax(model.logits(jnp.array([text]), ForwardOptions())[0])
     expected = [float(scores[i + 2, token]) for i, token in enumerate(completion.tokens)]
     assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cla_jax import goodput
-from cla_jax.goodput import BUCKETS, Clock, account, earlier, process_start, summary
+from cla_jax.goodput import BUCKETS, Clock, earlier, process_start, summary, time_summary
 
 
 class Time:
@@ -27,7 +27,7 @@ def seconds(**booked: float) -> dict:
 
 def written(at_step: int, **booked: float) -> dict:
     """An account in the metrics."""
-    return {"step": at_step, **account(seconds(**booked))}
+    return {"step": at_step, **time_summary(seconds(**booked))}
 
 
 def steps(*numbers: int, each: float = 1.0) -> list[dict]:
@@ -39,17 +39,17 @@ def test_a_clock_is_always_in_one_bucket():
     time = Time()
     clock = Clock(started=990.0, now=time)
     time.advance(1)
-    with clock.booked("compile"):
+    with clock.timed("compile"):
         time.advance(2)
     time.advance(4)  # startup again
     clock.switch("step")
     time.advance(8)
-    with clock.booked("evaluation"):
+    with clock.timed("evaluation"):
         time.advance(16)
-        with clock.booked("data_wait"):
+        with clock.timed("data_wait"):
             time.advance(32)
         time.advance(64)
-    with contextlib.suppress(KeyError), clock.booked("checkpoint"):
+    with contextlib.suppress(KeyError), clock.timed("checkpoint"):
         time.advance(128)
         raise KeyError
     time.advance(256)
@@ -117,16 +117,16 @@ def test_a_run_sums_over_its_processes():
     for process in range(3):
         time = Time()
         clock = Clock(now=time)
-        with clock.booked("compile"):
+        with clock.timed("compile"):
             time.advance(5)
         clock.carry_on(earlier(lines, 2 * process))
         clock.switch("step")
-        lines.append({"step": 2 * process, **account(clock.seconds())})
+        lines.append({"step": 2 * process, **time_summary(clock.seconds())})
         time.advance(10 + process)
         lines += steps(2 * process + 1, 2 * process + 2, each=5 + process / 2)
-        with clock.booked("checkpoint"):
+        with clock.timed("checkpoint"):
             time.advance(3)
-        lines.append({"step": 2 * process + 2, **account(clock.seconds())})
+        lines.append({"step": 2 * process + 2, **time_summary(clock.seconds())})
         wall += time.now - 1000
     assert clock.seconds() == seconds(compile=15, step=33, checkpoint=9)
     assert sum(clock.seconds().values()) == wall == 57
@@ -135,7 +135,7 @@ def test_a_run_sums_over_its_processes():
 
 def test_accounts_and_their_line():
     spent = seconds(startup=1, step=6, data_wait=0.5, lost=2.5)
-    assert account(spent) == {
+    assert time_summary(spent) == {
         "goodput": 0.6,
         "startup_s": 1,
         "compile_s": 0,
@@ -149,7 +149,7 @@ def test_accounts_and_their_line():
     assert line.startswith("goodput 60.0 % of 10.0 s: startup 1.0 s (10.0 %), ")
     assert "data wait 0.5 s (5.0 %), step 6.0 s (60.0 %)" in line
     assert line.endswith("lost 2.5 s (25.0 %)")
-    assert account(seconds())["goodput"] == 0
+    assert time_summary(seconds())["goodput"] == 0
     assert "goodput 0.0 % of 0.0 s" in summary(seconds())
 
 

@@ -31,16 +31,16 @@ import jax, numpy as np
 from etils import epath
 from cla_jax.runs import Run
 from cla_jax.state import named
-from cla_jax.train import restore_or_init, set_up
+from cla_jax.train import restore_or_init, prepare_session
 from launch import distributed
 from launch.hosts import Hosts
 
 distributed.initialize(Hosts())
 run = Run(epath.Path(sys.argv[1]))
-setup = set_up(run.config())
-assert jax.process_count() == setup.mesh.size == 2
-with jax.set_mesh(setup.mesh):
-    state = restore_or_init(setup, run)
+session = prepare_session(run.config())
+assert jax.process_count() == session.mesh.size == 2
+with jax.set_mesh(session.mesh):
+    state = restore_or_init(session, run)
 saved = np.load(sys.argv[2])
 shards = 0
 for name, leaf in named(state).items():

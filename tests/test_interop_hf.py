@@ -23,7 +23,7 @@ from cla_jax.interop.export import export, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.names import Tensor
 from cla_jax.interop.text import Text
-from cla_jax.model.transformer import Execution
+from cla_jax.model.transformer import ForwardOptions
 from cla_jax.report import rows
 from cla_jax.runs import Run, find_runs
 from cla_jax.state import named
@@ -854,14 +854,14 @@ def test_a_begin_token_is_read_in_place_of_the_end_token(attend):
     read = np.where(tokens == 256, 257, tokens)
     starts = None if attend else jax.numpy.array([[0, 0, 0, 3, 3, 3, 3, 3]])
     model = jax.tree.map(jax.numpy.asarray, model)
-    x = model(jax.numpy.asarray(read[:, :-1]), Execution(), starts)
+    x = model(jax.numpy.asarray(read[:, :-1]), ForwardOptions(), starts)
     log_p = jax.nn.log_softmax(x @ model.head_VD.T)
     expected = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], -1).sum()
     end = None if attend else 256
     ends = {"end": end, "begins": (256, 257)}
     weights = jax.numpy.ones((1, 8))
     total = loss_sum(
-        model, jax.numpy.asarray(tokens), weights, run=Execution(), loss_chunk=8, **ends
+        model, jax.numpy.asarray(tokens), weights, options=ForwardOptions(), loss_chunk=8, **ends
     )
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
     spec = cache_spec(config, "dense", batch=1, capacity=8, chunk=4)

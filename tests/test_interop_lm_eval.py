@@ -9,7 +9,7 @@ import pytest
 
 from cla_jax import checkpoint, report, seals
 from cla_jax.cache import FORMATS
-from cla_jax.evaluate import open_setup
+from cla_jax.evaluate import open_session
 from cla_jax.interop.task_data import Tasks
 from cla_jax.report import tasks as scores
 from cla_jax.runs import find_runs
@@ -108,10 +108,10 @@ def model(run):
     """What makes a harness's model of the run, its weights made wild."""
     from cla_jax.interop.lm_eval import Model
 
-    setup = open_setup(run)
-    wild = reference.randomised(setup.config.model)
-    with jax.set_mesh(setup.mesh):
-        yield lambda **options: Model(setup, wild, **{"context": CONTEXT} | options)
+    session = open_session(run)
+    wild = reference.randomised(session.config.model)
+    with jax.set_mesh(session.mesh):
+        yield lambda **options: Model(session, wild, **{"context": CONTEXT} | options)
 
 
 def ask(kind, *arguments):
@@ -382,10 +382,10 @@ def test_answers_are_those_of_the_harness_s_own_backend(tiny, devices, tmp_path)
         batch_size=4,
         max_length=CONTEXT,
     )
-    setup = open_setup(run)
-    with jax.set_mesh(setup.mesh):
-        _, model = checkpoint.load_model(run, setup.rules, setup.mesh)
-        ours = Model(setup, model, context=CONTEXT)
+    session = open_session(run)
+    with jax.set_mesh(session.mesh):
+        _, model = checkpoint.load_model(run, session.rules, session.mesh)
+        ours = Model(session, model, context=CONTEXT)
         draw = np.random.default_rng(0)
         speech = "the people of a nation, and in peace we are what others have been before us. " * 2
         words = lambda low, high: speech[draw.integers(40) :][: draw.integers(low, high)]
@@ -431,10 +431,10 @@ def test_texts_behind_a_begin_token_are_answered_as_by_the_harness_s_own_backend
     run = import_run(read_from.read(directory), tmp_path / "run", text)
     options = {"device": "cpu", "dtype": "float32", "batch_size": 1, "max_length": CONTEXT}
     theirs = HFLM(pretrained=str(directory), **options)
-    setup = open_setup(run)
-    with jax.set_mesh(setup.mesh):
-        _, model = checkpoint.load_model(run, setup.rules, setup.mesh)
-        ours = Model(setup, model, context=CONTEXT, ends=run.end_ids(256, 264))
+    session = open_session(run)
+    with jax.set_mesh(session.mesh):
+        _, model = checkpoint.load_model(run, session.rules, session.mesh)
+        ours = Model(session, model, context=CONTEXT, ends=run.end_ids(256, 264))
         assert ours.prefix_token_id == theirs.prefix_token_id == 257
         pairs = ask(
             "loglikelihood", ("", "abc"), ("The", "abc"), ("The ", "state"), ("<s>The", "abc")

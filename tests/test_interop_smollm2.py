@@ -8,7 +8,7 @@ import pytest
 
 from cla_jax import interop
 from cla_jax.data import tokenizers
-from cla_jax.evaluate import evaluate, open_setup
+from cla_jax.evaluate import evaluate, open_session
 from cla_jax.interop import fetch
 from cla_jax.interop.export import export
 from cla_jax.interop.foreign import import_run
@@ -53,7 +53,7 @@ def theirs(gguf):
 @pytest.fixture(scope="module")
 def windows(run):
     split = (
-        open_setup(run, run.config().placement.data_dir, batch_size=1)
+        open_session(run, run.config().placement.data_dir, batch_size=1)
         .prepared.parts[""]
         .split("held_out")
     )

@@ -11,7 +11,7 @@ from cla_jax import mesh as meshes
 from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.model.transformer import Execution, project
+from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.prefix_groups import PrefixGroup, pack, prefix_groups, text
 from cla_jax.state import layout
 from tests import reference
@@ -85,7 +85,7 @@ def test_packed_rows_give_what_each_text_gives_alone(changes):
     assert 0.2 < np.mean([greedy for _, greedy in expected]) < 0.8
     seen = []
     found = likelihood.by_forward(
-        model, Execution(), texts, progress=lambda done, total: seen.append((done, total))
+        model, ForwardOptions(), texts, progress=lambda done, total: seen.append((done, total))
     )
     assert_same(found, expected)
     assert seen == sorted(seen)
@@ -150,7 +150,7 @@ def test_on_several_devices(mesh, devices):
     expected = by_itself(model, texts)
     with jax.set_mesh(made):
         model = jax.device_put(model, layout(model, rules, made))
-        assert_same(likelihood.by_forward(model, Execution(rules=rules), texts), expected)
+        assert_same(likelihood.by_forward(model, ForwardOptions(rules=rules), texts), expected)
         weights = decoding_weights(model, rules)
         found = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=8, rules=rules)
     assert_same(found, expected)

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import experiments
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, check_batch, choose_mesh, make_mesh
-from cla_jax.train import lay_out
+from cla_jax.train import plan_layout
 from tests.conftest import MODEL, replace
 
 
@@ -122,8 +122,8 @@ def test_batch_must_divide(tiny):
 
 
 def test_an_evaluation_takes_as_many_rows_as_the_devices_can_share(tiny):
-    assert lay_out(tiny(**{"placement.eval_batch_size": 12})).eval_batch == 16
-    assert lay_out(tiny(**{"placement.eval_batch_size": 8})).eval_batch == 8
+    assert plan_layout(tiny(**{"placement.eval_batch_size": 12})).eval_batch == 16
+    assert plan_layout(tiny(**{"placement.eval_batch_size": 8})).eval_batch == 8
 
 
 def test_specs():

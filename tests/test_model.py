@@ -11,7 +11,7 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh
 from cla_jax.model.layers import is_param
-from cla_jax.model.transformer import Execution, Transformer, document_starts
+from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts
 from cla_jax.state import layout, named, with_named
 from tests import reference
 from tests.conftest import MODEL, equations, replace
@@ -21,7 +21,7 @@ HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 MAPS = ["identity", "cla:2", "cla:3", "0,0,2,0,0", "0,1,2,1,2", "keep-ends"]
 
 T = 9
-RUN = Execution()
+OPTIONS = ForwardOptions()
 TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 260)
 
 
@@ -37,9 +37,9 @@ make = functools.cache(reference.randomised)
 initial = jax.jit(Transformer, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnames="run")
-def logits(model, tokens=TOKENS, run=RUN, starts=None):
-    return model.logits(tokens, run, starts)
+@functools.partial(jax.jit, static_argnames="options")
+def logits(model, tokens=TOKENS, options=OPTIONS, starts=None):
+    return model.logits(tokens, options, starts)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -54,7 +54,7 @@ def test_causality_by_gradient(kv_map, heads):
     def gradient_at(delta_BTD, position):
         shifted = lambda self, tokens, rules: embed(self, tokens, rules) + delta_BTD
         with mock.patch.object(Transformer, "embed", shifted):
-            return model.logits(TOKENS, RUN)[:, position].sum()
+            return model.logits(TOKENS, OPTIONS)[:, position].sum()
 
     for position in (0, 4, T - 1):
         gradient = gradient_at(jnp.zeros((2, T, 32)), position)
@@ -88,7 +88,7 @@ def test_windows_equal_an_independent_plain_transformer(kv_map, windows):
     config = model_config(f"{kv_map}:{short}" if short else kv_map, windows=windows)
     model = make(config)
     for scan in (True, False):
-        ours = logits(model, run=Execution(scan_layers=scan))
+        ours = logits(model, options=ForwardOptions(scan_layers=scan))
         theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
         assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
     assert np.abs(ours - logits(make(model_config(config.kv_map)))).max() > 1e-3
@@ -119,8 +119,8 @@ def test_block_norm_is_a_llama_and_has_no_norm_of_its_own(kv_map):
     assert np.abs(logits(model)[0] - theirs).max() <= 1e-6 * np.abs(theirs).max()
 
 
-def loss_and_gradients(model, run):
-    loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(TOKENS, run), axis=-1))
+def loss_and_gradients(model, options):
+    loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(TOKENS, options), axis=-1))
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     return value, named(gradients)
 
@@ -137,9 +137,9 @@ def loss_and_gradients(model, run):
 )
 def test_scan_and_remat_change_nothing(kv_map, scanned, unrolled):
     model = make(model_config(kv_map, n_layers=kv_map.count(",") + 1))
-    expected = loss_and_gradients(model, Execution(scan_layers=False, remat="none"))
+    expected = loss_and_gradients(model, ForwardOptions(scan_layers=False, remat="none"))
     for scan, remat in [(True, "none"), (True, scanned), (False, unrolled)]:
-        value, gradients = loss_and_gradients(model, Execution(scan_layers=scan, remat=remat))
+        value, gradients = loss_and_gradients(model, ForwardOptions(scan_layers=scan, remat=remat))
         np.testing.assert_allclose(value, expected[0], rtol=1e-6)
         for name, gradient in gradients.items():
             scale = jnp.abs(expected[1][name]).max()
@@ -151,17 +151,17 @@ def test_scan_and_remat_are_really_different_programs():
     """What the test above compares; otherwise it could not fail."""
     model = make(model_config())
 
-    def program(run):
-        gradient = jax.grad(lambda m: m.logits(TOKENS, run).sum())
+    def program(options):
+        gradient = jax.grad(lambda m: m.logits(TOKENS, options).sum())
         return str(jax.make_jaxpr(gradient)(model))
 
-    count = lambda run, word: program(run).count(word)
-    unrolled = count(Execution(scan_layers=False), "scan[")
+    count = lambda options, word: program(options).count(word)
+    unrolled = count(ForwardOptions(scan_layers=False), "scan[")
     assert unrolled == 1  # Rope's cosines and sines
-    assert count(Execution(scan_layers=True), "scan[") > unrolled
-    assert "remat" not in program(Execution(remat="none"))
-    assert count(Execution(remat="block"), "remat") > 0
-    assert program(Execution(remat="block")) != program(Execution(remat="dots"))
+    assert count(ForwardOptions(scan_layers=True), "scan[") > unrolled
+    assert "remat" not in program(ForwardOptions(remat="none"))
+    assert count(ForwardOptions(remat="block"), "remat") > 0
+    assert program(ForwardOptions(remat="block")) != program(ForwardOptions(remat="dots"))
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -170,8 +170,8 @@ def test_remat_keeps_less_for_the_backward_pass(scan):
     model = make(model_config())
 
     def kept(remat):
-        run = Execution(scan_layers=scan, remat=remat)
-        backward = lambda m: jax.vjp(lambda m: m.logits(TOKENS, run).sum(), m)[1]
+        options = ForwardOptions(scan_layers=scan, remat=remat)
+        backward = lambda m: jax.vjp(lambda m: m.logits(TOKENS, options).sum(), m)[1]
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, model)))
 
     assert kept("block") < kept("attention") < kept("dots") < kept("none")
@@ -179,7 +179,7 @@ def test_remat_keeps_less_for_the_backward_pass(scan):
 
 def test_products_are_of_bfloat16_and_reductions_of_float32():
     model = make(replace(MODEL, compute_dtype="bfloat16"))
-    program = jax.make_jaxpr(lambda m: m.logits(TOKENS, RUN))(model).jaxpr
+    program = jax.make_jaxpr(lambda m: m.logits(TOKENS, OPTIONS))(model).jaxpr
     products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
     for eqn in products:
         assert {operand.aval.dtype for operand in eqn.invars} == {jnp.dtype("bfloat16")}, eqn
@@ -196,7 +196,7 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
     """Only producers have a projection, each gets a gradient, and together they are right."""
     config = model_config(kv_map)
     model = make(config)
-    loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, RUN) ** 2).mean()))
+    loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, OPTIONS) ** 2).mean()))
     _, gradients = loss(model)
     for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), gradients.stacks, strict=True):
         if stack.owns:
@@ -284,7 +284,7 @@ def test_layouts_are_declared_and_change_no_logits(shape, heads):
     with jax.set_mesh(mesh):
         sharded = jax.device_put(model, layout(model, rules, mesh))
         placed = jax.device_put(tokens, rules.spec("batch", None))
-        scores = logits(sharded, placed, run=Execution(rules=rules))
+        scores = logits(sharded, placed, options=ForwardOptions(rules=rules))
     # The one KV head of MQA cannot be split: its query heads are.
     split = (None, "model") if heads == "mqa" and tensor > 1 else ("model", None)
     declared = {

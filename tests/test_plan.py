@@ -15,7 +15,7 @@ import experiments
 from cla_jax import chips, hlo, plan
 from cla_jax.config import MeshConfig
 from cla_jax.state import named
-from cla_jax.train import compile_step, lay_out, make_step
+from cla_jax.train import compile_step, make_step, plan_layout
 from launch import plan as launch_plan
 from launch import train as launch_train
 from tests.conftest import MODEL, equations, replace
@@ -49,7 +49,7 @@ def test_links_close_to_rings_where_those_of_a_pod_do(name, closed):
 
 
 def test_the_least_time_of_a_step_is_that_of_the_slowest_resource(tiny):
-    layout, chip = lay_out(tiny()), chips.CHIPS["TPU v6e"]
+    layout, chip = plan_layout(tiny()), chips.CHIPS["TPU v6e"]
 
     def slowest(flops, traffic, told):
         compiled = {"traffic": {"total": traffic}, "collective_bytes": {"all-gather": told}}
@@ -87,7 +87,7 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
 def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
     config = tiny(**{"placement.remat": "block"})
     found = plan.plan(config, plan.topology("here"))
-    state = named(lay_out(tiny()).state)
+    state = named(plan_layout(tiny()).state)
     local = {k: math.prod(v.sharding.shard_shape(v.shape)) * 4 for k, v in state.items()}
     assert found.parts["parameters"] == sum(v for k, v in local.items() if k.startswith("model."))
     assert found.parts["optimizer"] + found.parts["parameters"] == sum(local.values())
@@ -229,7 +229,7 @@ def test_the_search_ends_at_the_fastest_that_fits_though_the_estimate_is_off(mon
         for remat in plan.RECOMPUTES
         for accumulate in (1, 2, 4, 8, 16, 32, 64, 128, 256)
         for changes in [{"placement.remat": remat, "placement.accumulate": accumulate}]
-        if chip.peak(lay_out(replace(config, **changes))) <= 64 * 2**30
+        if chip.peak(plan_layout(replace(config, **changes))) <= 64 * 2**30
     ]
     assert (plan.RECOMPUTES.index(found.remat), found.accumulate) == min(fitting)
 
@@ -298,7 +298,7 @@ def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
 
 
 def compiled_on(config, tmp_path):
-    layout = lay_out(config)
+    layout = plan_layout(config)
     with jax.set_mesh(layout.mesh):
         plan._compile(make_step(layout).lower(layout.state, layout.batch), tmp_path)
     return layout, hlo.find(tmp_path, "after_optimizations.txt")
@@ -319,7 +319,7 @@ def sharded(tiny, **changes):
 def test_bytes_of_the_state_fall_as_one_over_n(tiny, devices, n):
     """All but the norms, which every device keeps."""
     devices(n)
-    layout = lay_out(sharded(tiny))
+    layout = plan_layout(sharded(tiny))
     compiled = compile_step(layout)
     state = named(layout.state)
     norms = {k: v for k, v in state.items() if "norm" in k or v.ndim == 0}
@@ -349,7 +349,9 @@ def test_no_step_gathers_the_whole_model_at_once(tiny, tmp_path):
 def test_keys_and_values_are_computed_once_a_group(tiny):
     """8 layers in 4 groups of two project 4 times."""
     config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
-    layout = lay_out(replace(config, **{"placement.scan_layers": False, "placement.remat": "none"}))
+    layout = plan_layout(
+        replace(config, **{"placement.scan_layers": False, "placement.remat": "none"})
+    )
     with jax.set_mesh(layout.mesh):
         jaxpr = jax.make_jaxpr(make_step(layout))(layout.state, layout.batch)
     names = [
@@ -384,7 +386,7 @@ def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
     config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
     config = replace(config, **{"model.d_ff": 96, "batch_size": 32})
     odd = replace(config, **{"placement.loss_chunk": 64, "data.seq_len": 33})
-    assert lay_out(odd).training.rules.sequence is None
+    assert plan_layout(odd).training.rules.sequence is None
     groups, rows, T, D = 4, config.batch_size // 4, config.data.seq_len, config.model.d_model
 
     def kept(part, name):
@@ -395,7 +397,7 @@ def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
         return plan.estimate(layout)["activations"]
 
     split = kept(T // 2, "split")
-    monkeypatch.setattr("cla_jax.mesh.split_residuals", lambda rules, mesh, seq_len: rules)
+    monkeypatch.setattr("cla_jax.mesh.sequence_parallel", lambda rules, mesh, seq_len: rules)
     assert kept(T, "whole") - split == config.model.n_layers * rows * T // 2 * D * 4
 
 
@@ -452,8 +454,8 @@ def test_splash_compiles_for_every_head_size_of_the_paper(tiny, d_head, n_heads,
         **{"data.attend_across_documents": False, "placement.loss_chunk": 128},
         **{"placement.eval_batch_size": 4},
     )
-    layout = lay_out(config, plan.topology("v5e:2x2").devices)
-    assert layout.run.attention == "splash"
+    layout = plan_layout(config, plan.topology("v5e:2x2").devices)
+    assert layout.options.attention == "splash"
     assert compile_step(layout).memory_analysis().temp_size_in_bytes > 0
 
 
@@ -463,7 +465,7 @@ def test_heads_and_widths_can_be_split_on_every_torus(tiny, topology, slices):
     """An axis of the mesh need not be one of the torus."""
     mesh = MeshConfig(slice=slices, data=2, fsdp=-1, model=2)
     config = tiny(**{"placement.mesh": mesh, "batch_size": 32, "model.compute_dtype": "bfloat16"})
-    layout = lay_out(config, plan.topology(topology, slices).devices)
+    layout = plan_layout(config, plan.topology(topology, slices).devices)
     assert layout.mesh.shape["model"] == 2
     assert compile_step(layout).memory_analysis().generated_code_size_in_bytes > 0
 

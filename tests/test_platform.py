@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh, Mesh
 from cla_jax.mesh import AxisRules
 from cla_jax.model import platform
 from cla_jax.model.layers import Linear
-from cla_jax.model.transformer import Execution, Transformer
+from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.state import named
 from tests.conftest import MODEL, replace
 
@@ -37,7 +37,7 @@ def test_all_platforms_compute_the_same(monkeypatch, bias):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, MODEL.vocab_size)
 
     def gradients():
-        loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(tokens, Execution()), axis=-1))
+        loss = lambda m: jnp.mean(jax.nn.logsumexp(m.logits(tokens, ForwardOptions()), axis=-1))
         return named(jax.jit(jax.grad(loss))(model))
 
     expected = gradients()

@@ -9,7 +9,7 @@ import pytest
 
 from cla_jax.model import splash, transformer
 from cla_jax.model.attention import KV, attend, choose_backend
-from cla_jax.model.transformer import Execution
+from cla_jax.model.transformer import ForwardOptions
 from tests.conftest import MODEL, replace
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -46,7 +46,7 @@ def test_what_the_kernel_returns_can_be_kept_for_the_backward_pass():
 
     def kept(remat):
         attention = lambda q: splash.attend(q, kv, kv, None, interpret=True)
-        body = transformer.remat(attention, Execution(remat=remat), False)
+        body = transformer.remat(attention, ForwardOptions(remat=remat), False)
         backward = jax.eval_shape(lambda q: jax.vjp(body, q)[1], q)
         return {leaf.shape for leaf in jax.tree.leaves(backward)}
 

@@ -18,7 +18,7 @@ from cla_jax.config import Component, MeshConfig, Stage
 from cla_jax.data import tokenizers
 from cla_jax.evaluate import during_training
 from cla_jax.model import platform
-from cla_jax.model.transformer import Execution
+from cla_jax.model.transformer import ForwardOptions
 from cla_jax.optimizer import schedule
 from cla_jax.runs import find_runs
 from cla_jax.state import named
@@ -27,8 +27,8 @@ from cla_jax.train import (
     batch_stream,
     make_step,
     opened,
+    prepare_session,
     restore_or_init,
-    set_up,
     tokens_hash,
     train,
 )
@@ -41,9 +41,9 @@ def parameters(config) -> dict[str, np.ndarray]:
     (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
     step = checkpoint.steps(run.checkpoints)[-1]
     assert checkpoint.verify(run.checkpoints / f"{step:08d}") is None
-    setup = set_up(config)
-    with jax.set_mesh(setup.mesh):
-        return jax.device_get(named(restore_or_init(setup, run)))
+    session = prepare_session(config)
+    with jax.set_mesh(session.mesh):
+        return jax.device_get(named(restore_or_init(session, run)))
 
 
 def metrics(config) -> list[dict]:
@@ -216,25 +216,25 @@ def test_hosts_meet_once_their_steps_are_compiled(tiny, devices, monkeypatch):
 
 def test_further_hosts_neither_lock_nor_write(tiny, devices, monkeypatch):
     devices(1)
-    with opened(set_up(tiny())) as run:
+    with opened(prepare_session(tiny())) as run:
         before = (run.path / "config.json").read_text()
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        with opened(set_up(tiny(**{"placement.eval_batch_size": 128}))):
+        with opened(prepare_session(tiny(**{"placement.eval_batch_size": 128}))):
             assert (run.path / "config.json").read_text() == before
 
 
 def losses(config, n, mesh: MeshConfig, devices):
     devices(n)
-    setup = set_up(
+    session = prepare_session(
         training.dataclasses.replace(
             config, placement=training.dataclasses.replace(config.placement, mesh=mesh)
         )
     )
-    with jax.set_mesh(setup.mesh):
-        state = restore_or_init(setup, find_run(config))
+    with jax.set_mesh(session.mesh):
+        state = restore_or_init(session, find_run(config))
         layouts = {name: leaf.sharding.spec for name, leaf in named(state).items()}
-        step = make_step(setup)
-        batches = batch_stream(setup, 0)
+        step = make_step(session)
+        batches = batch_stream(session, 0)
         out = []
         for _ in range(10):
             state, values = step(state, next(batches))
@@ -320,17 +320,17 @@ def test_metrics_hold_the_rate_of_the_update_and_the_norm_before_clipping(tiny, 
     first, second = metrics(config)
     rate = schedule(config.optimizer, 2)
     assert (first["lr"], second["lr"]) == pytest.approx((float(rate(0)), float(rate(1))))
-    setup = set_up(config)
-    with jax.set_mesh(setup.mesh):
-        model = restore_or_init(setup, find_run(config)).model
-        batches = batch_stream(setup, 0)
+    session = prepare_session(config)
+    with jax.set_mesh(session.mesh):
+        model = restore_or_init(session, find_run(config)).model
+        batches = batch_stream(session, 0)
         model, (tokens,) = jax.device_get((model, next(batches)))
         batches.close()
 
     @jax.jit
     @jax.value_and_grad
     def mean_loss(model):
-        log_p = jax.nn.log_softmax(model.logits(tokens[:, :-1], Execution()))
+        log_p = jax.nn.log_softmax(model.logits(tokens[:, :-1], ForwardOptions()))
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
 
     loss, gradients = mean_loss(model)
@@ -385,8 +385,8 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
     config = tiny(steps=6, **{"placement.save_every": 1})
     compile_step = training.compile_step
 
-    def poisoned(setup):
-        step_fn = compile_step(setup)
+    def poisoned(session):
+        step_fn = compile_step(session)
 
         def step(state, batch):
             if int(state.step) + 1 == bad_step:
@@ -406,11 +406,11 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_neither_loss_nor_gradient_may_be_infinite_or_nan(tiny, name, value):
-    journal = training.Journal(tiny(), training.CompositeWriter([]), 0, goodput.Clock())
-    journal.record(1, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
-    journal.record(2, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0), name: jnp.array(value)})
+    logger = training.StepLogger(tiny(), training.CompositeWriter([]), 0, goodput.Clock())
+    logger.record(1, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
+    logger.record(2, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0), name: jnp.array(value)})
     with pytest.raises(Diverged, match=f"step 2: {name} is {value}"):
-        journal.flush()
+        logger.flush()
 
 
 def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
@@ -421,11 +421,11 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
     )
     monkeypatch.setattr(training.chips, "find", lambda kind: types.SimpleNamespace(flops=1e12))
     config = tiny()
-    journal = training.Journal(config, writer, 0, goodput.Clock())
+    logger = training.StepLogger(config, writer, 0, goodput.Clock())
     for step in (1, 2, 3):
         assert [done for done, _ in written] == list(range(1, step - 1))
-        journal.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
-    journal.flush()
+        logger.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
+    logger.flush()
     assert [done for done, _ in written] == [1, 2, 3]
     # Model FLOPs utilisation is of all devices together.
     flops = costs.train_flops_per_token(config.model, config.data.seq_len)
@@ -453,24 +453,24 @@ def timed(devices, monkeypatch):
 
         return slower
 
-    def compile_step(setup):
+    def compile_step(session):
         # Another thread: only what the first one waits for it is booked.
         while clock.bucket != "compile":
             assert clock.bucket == "startup"
             time.sleep(0.001)
-        return slow(11, slow(50, compiled)(setup))
+        return slow(11, slow(50, compiled)(session))
 
     compiled, batches = training.compile_step, training.batch_stream
 
-    def slow_batches(setup, first_step, stop):
-        stream = batches(setup, first_step, stop)
+    def slow_batches(session, first_step, stop):
+        stream = batches(session, first_step, stop)
         with contextlib.closing(stream):
             while True:
                 yield slow(2, next)(stream)
 
     monkeypatch.setattr(training, "compile_step", compile_step)
     monkeypatch.setattr(training, "batch_stream", slow_batches)
-    monkeypatch.setattr(training, "set_up", slow(100, training.set_up))
+    monkeypatch.setattr(training, "set_up", slow(100, training.prepare_session))
     saver = checkpoint.Checkpointer
     monkeypatch.setattr(saver, "save", slow(3, saver.save))
     monkeypatch.setattr(saver, "close", slow(0.5, saver.close))
@@ -594,11 +594,11 @@ def test_token_hash_sees_place_and_value_but_not_the_mesh():
 
 def test_the_step_compiles_once(tiny, devices):
     devices(1)
-    setup = set_up(tiny())
-    with jax.set_mesh(setup.mesh):
-        state = restore_or_init(setup, find_run(setup.config))
-        step = make_step(setup)
-        batches = batch_stream(setup, 0)
+    session = prepare_session(tiny())
+    with jax.set_mesh(session.mesh):
+        state = restore_or_init(session, find_run(session.config))
+        step = make_step(session)
+        batches = batch_stream(session, 0)
         for _ in range(3):
             state, _ = step(state, next(batches))
         batches.close()
@@ -613,11 +613,11 @@ def test_the_step_is_compiled_for_the_layouts_it_meets_before_there_is_a_state(
 ):
     """A compiled program takes no other shape, layout or dtype: neither at first nor of its own result."""
     devices(n)
-    setup = set_up(tiny(**{"placement.mesh": mesh, "placement.accumulate": 2}))
-    step = training.compile_step(setup)
-    with jax.set_mesh(setup.mesh):
-        state = restore_or_init(setup, find_run(setup.config))
-        batches = batch_stream(setup, 0)
+    session = prepare_session(tiny(**{"placement.mesh": mesh, "placement.accumulate": 2}))
+    step = training.compile_step(session)
+    with jax.set_mesh(session.mesh):
+        state = restore_or_init(session, find_run(session.config))
+        batches = batch_stream(session, 0)
         for _ in range(3):
             state, metrics = step(state, next(batches))
         batches.close()
@@ -629,14 +629,14 @@ def test_options_reach_the_compiler(tiny, devices):
     devices(1)
     option = "placement.compiler_options"
     good = "xla_backend_optimization_level=1,xla_llvm_disable_expensive_passes=True"
-    training.compile_step(set_up(tiny(**{option: good, "model.n_layers": 2})))
+    training.compile_step(prepare_session(tiny(**{option: good, "model.n_layers": 2})))
     assert training.compiler_options(good) == {
         "xla_backend_optimization_level": 1,
         "xla_llvm_disable_expensive_passes": True,
     }
     for bad in ("xla_no_such_thing=1", "xla_backend_optimization_level=high"):
         with pytest.raises(ValueError, match=f"placement.compiler_options.*{bad}"):
-            training.compile_step(set_up(tiny(**{option: bad})))
+            training.compile_step(prepare_session(tiny(**{option: bad})))
     with pytest.raises(ValueError, match="'flag' must be name=value"):
         tiny(**{option: "flag"})
 

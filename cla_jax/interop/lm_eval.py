@@ -21,14 +21,14 @@ from cla_jax.cache import FORMATS, cache_spec
 from cla_jax.config import Sampling, near_choice
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.engine import Engine, Request
-from cla_jax.evaluate import open_setup
+from cla_jax.evaluate import open_session
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
 from cla_jax.scoring import Progress
-from cla_jax.train import Setup
+from cla_jax.train import Session
 
 try:
     import lm_eval.utils as harness
@@ -50,7 +50,7 @@ class Model(TemplateLM):
     """A run's model as the harness wants it, on the mesh that is set.
 
     Args:
-      setup: the tokenizer, the mesh's rules and how a full forward pass runs.
+      session: the tokenizer, the mesh's rules and how a full forward pass runs.
       model: the weights.
       way: a cache format, or `full` for full forward passes; what is generated then goes through a
         dense cache.
@@ -65,7 +65,7 @@ class Model(TemplateLM):
 
     def __init__(
         self,
-        setup: Setup,
+        session: Session,
         model: Transformer,
         *,
         way: str = FULL,
@@ -76,18 +76,18 @@ class Model(TemplateLM):
     ):
         super().__init__()
         near_choice("cache format", way, WAYS)
-        self.max_length: int = context or setup.config.data.seq_len
+        self.max_length: int = context or session.config.data.seq_len
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
-        self._setup, self._model, self.way, self.chunk = setup, model, way, chunk
-        self._tokenizer = setup.prepared.tokenizer
-        self._begin_token = setup.config.data.begin_token
+        self._session, self._model, self.way, self.chunk = session, model, way, chunk
+        self._tokenizer = session.prepared.tokenizer
+        self._begin_token = session.config.data.begin_token
         begin = self._tokenizer.begin(self._begin_token)
         self._prefix = begin if prefix is None else prefix
         self._ends = list(dict.fromkeys([self._tokenizer.end, *ends]))
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        return decoding_weights(self._model, self._setup.rules)
+        return decoding_weights(self._model, self._session.rules)
 
     # --------------------------------------------------------------------------------- tokens
 
@@ -144,9 +144,9 @@ class Model(TemplateLM):
         """The likelihood of each (context, continuation); what is asked twice is computed once."""
         distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         texts = [text(context, rest, self.max_length) for context, rest in distinct]
-        rules, progress = self._setup.rules, self.progress("log-likelihoods")
+        rules, progress = self._session.rules, self.progress("log-likelihoods")
         if self.way == FULL:
-            found = likelihood.by_forward(self._model, self._setup.run, texts, progress)
+            found = likelihood.by_forward(self._model, self._session.options, texts, progress)
         else:
             found = likelihood.through_cache(
                 self._weights,
@@ -199,14 +199,14 @@ class Model(TemplateLM):
                 f"{new_tokens} tokens are to be generated, which leaves none of the context of "
                 f"{self.max_length} for the prompt: raise --context"
             )
-        rows_of = likelihood.rows_of(self._setup.rules)
+        rows_of = likelihood.rows_of(self._session.rules)
         spec = cache_spec(
             self._model.config,
             "dense" if self.way == FULL else self.way,
             batch=min(rows_of(CACHED // capacity), rows_of(len(prompts))),
             capacity=capacity,
             chunk=self.chunk,
-            rules=self._setup.rules,
+            rules=self._session.rules,
         )
         engine = Engine(
             self._weights,
@@ -294,24 +294,24 @@ def evaluate(
     The records of a way are `eval/tasks-WAY.json`, together with those that other evaluations of the same
     checkpoint have written there; a task that is among them, asked in the same way, is not scored again,
     unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
-    `options` are those of `open_setup`. Raises ValueError for what the arguments or the run do not allow.
+    `options` are those of `open_session`. Raises ValueError for what the arguments or the run do not allow.
     """
     for name, value in (("limit", limit), ("context", context), ("chunk", chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be positive")
     for way in ways:
         near_choice("cache format", way, WAYS)
-    setup = open_setup(run, **options)
-    step, model = checkpoint.load_model(run, setup.rules, setup.mesh)
+    session = open_session(run, **options)
+    step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
-    tokenizer = setup.prepared.tokenizer
+    tokenizer = session.prepared.tokenizer
     ends = run.end_ids(tokenizer.end, tokenizer.size)
-    longest, read = run.origin().get("max_length"), context or setup.config.data.seq_len
+    longest, read = run.origin().get("max_length"), context or session.config.data.seq_len
     if isinstance(longest, int) and read > longest:
         log.warning("the model was made for at most %d tokens of context, not %d", longest, read)
-    with jax.set_mesh(setup.mesh):
+    with jax.set_mesh(session.mesh):
         for way in ways:
-            answers = Model(setup, model, way=way, chunk=chunk, context=context, ends=ends)
+            answers = Model(session, model, way=way, chunk=chunk, context=context, ends=ends)
             tasks.draw_alike()
             for name, loaded in tasks.loaded.items():
                 title = f"{name}, {way}"

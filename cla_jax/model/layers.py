@@ -82,12 +82,12 @@ def gather(module: M, rules: AxisRules, dtype: jnp.dtype) -> M:
     return jax.tree.map(use, module, is_leaf=is_param)
 
 
-def in_parts(x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
+def shard_sequence(x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
     """The residual stream as it is between blocks: split along T too, if the rules say so."""
     return jax.reshard(x_BTD, rules.spec("batch", "sequence", None)) if rules.sequence else x_BTD
 
 
-def whole(x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
+def gather_sequence(x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
     """The residual stream as a linear map reads it: all positions."""
     return jax.reshard(x_BTD, rules.gathered().spec(*axes("BTD"))) if rules.sequence else x_BTD
 
@@ -106,18 +106,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, rules: AxisRules) -> jax.Array:
         if rules.sequence and self.outputs == "BTD":
-            return self._into_parts(x, rules)
+            return self._reduce_scattered(x, rules)
         spec = lambda letters: rules.gathered().spec(*axes(letters))
         y = per_token(self.equation, x, self.weight[...], spec)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
-    def _into_parts(self, x: jax.Array, rules: AxisRules) -> jax.Array:
+    def _reduce_scattered(self, x: jax.Array, rules: AxisRules) -> jax.Array:
         """Back to the residual stream in parts: what devices hold a share of is added up part by part."""
         spec = rules.gathered().partition(*axes("BTD"))
         inputs = axes(self.equation.split(",")[0])
         if rules.sequence in [getattr(rules, axis, None) for axis in inputs if axis]:
             spec = spec.update(unreduced=frozenset({rules.sequence}))
-        y_BTD = in_parts(jnp.einsum(self.equation, x, self.weight[...], out_sharding=spec), rules)
+        y_BTD = shard_sequence(
+            jnp.einsum(self.equation, x, self.weight[...], out_sharding=spec), rules
+        )
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(y_BTD.dtype)
 
 

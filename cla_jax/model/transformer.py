@@ -32,9 +32,9 @@ from cla_jax.model.layers import (
     Rope,
     axes,
     gather,
-    in_parts,
+    gather_sequence,
     normal,
-    whole,
+    shard_sequence,
 )
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
@@ -45,7 +45,7 @@ UNROLLED = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
+class ForwardOptions:
     """How a forward pass runs. Nothing here changes what it computes."""
 
     rules: AxisRules = AxisRules()
@@ -67,7 +67,7 @@ class KVProjection(nnx.Module):
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
-            kv_BTCKH = self.kv(whole(norm(x_BTD), rules), rules)
+            kv_BTCKH = self.kv(gather_sequence(norm(x_BTD), rules), rules)
             return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
 
 
@@ -92,13 +92,13 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
     ) -> jax.Array:
         with jax.named_scope("attention"):
-            q_BTKGH = rope(self.query(whole(self.attention_norm(x_BTD), rules), rules))
+            q_BTKGH = rope(self.query(gather_sequence(self.attention_norm(x_BTD), rules), rules))
             return x_BTD + self.output(attend(q_BTKGH, kv), rules)
 
 
 def feed_forward(x_BTD: jax.Array, norm: RMSNorm, mlp: Mlp, rules: AxisRules) -> jax.Array:
     with jax.named_scope("mlp"):
-        return x_BTD + mlp(whole(norm(x_BTD), rules), rules)
+        return x_BTD + mlp(gather_sequence(norm(x_BTD), rules), rules)
 
 
 class Group(nnx.Module):
@@ -127,7 +127,7 @@ class Group(nnx.Module):
         kv: Any,
         rope: Rope,
         attend: Attend,
-        run: Execution,
+        options: ForwardOptions,
         config: ModelConfig,
         in_loop: bool = False,
     ) -> jax.Array:
@@ -136,22 +136,22 @@ class Group(nnx.Module):
         # Where blocks are rematerialised, what is saved is what enters them. One by one, the first of
         # them shares it with the projection; a scan would save it twice.
         size = jax.tree.leaves(self.blocks)[0].shape[0]
-        scan = run.scan_layers and (run.remat == "none" or size > UNROLLED)
-        several = run.remat != "none" and not scan and size > 1
+        scan = options.scan_layers and (options.remat == "none" or size > UNROLLED)
+        several = options.remat != "none" and not scan and size > 1
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            use = lambda module: gather(module, run.rules, jnp.dtype(config.compute_dtype))
+            use = lambda module: gather(module, options.rules, jnp.dtype(config.compute_dtype))
             read = kv
             if several:
                 x_BTD, block, read = gradients_together((x_BTD, block, kv))
-            x_BTD = use(block).attention(x_BTD, read, rope, attend, run.rules)
+            x_BTD = use(block).attention(x_BTD, read, rope, attend, options.rules)
             norm, mlp = block.mlp_norm, block.mlp
-            if run.remat != "none":
+            if options.remat != "none":
                 x_BTD, norm, mlp = gradients_together((x_BTD, norm, mlp))
-            return feed_forward(x_BTD, use(norm), use(mlp), run.rules), None
+            return feed_forward(x_BTD, use(norm), use(mlp), options.rules), None
 
         looped = in_loop or (scan and size > 1)
-        return fold(remat(body, run, looped), x_BTD, self.blocks, scan=scan)[0]
+        return fold(remat(body, options, looped), x_BTD, self.blocks, scan=scan)[0]
 
 
 class Transformer(nnx.Module):
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens_BT: jax.Array,
-        run: Execution,
+        options: ForwardOptions,
         starts_BT: jax.Array | None = None,
         mask: PrefixMask | None = None,
     ) -> jax.Array:
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
 
         `starts_BT`, if given, is the first position that each query may see; or `mask` says all of it.
         """
-        config, rules = self.config, run.rules
+        config, rules = self.config, options.rules
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
         rope = Rope.at(positions_BT, config)
 
@@ -208,10 +208,10 @@ class Transformer(nnx.Module):
                 any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
                 seen_from_BT = window_starts(positions_BT, window, any_BT)
             return lambda q_BTKGH, kv: attend(
-                q_BTKGH, kv, starts_BT=seen_from_BT, backend=run.attention, rules=rules
+                q_BTKGH, kv, starts_BT=seen_from_BT, backend=options.attention, rules=rules
             )
 
-        x_BTD = in_parts(self.embed(tokens_BT, rules), rules)
+        x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
         lent: dict[int, KV] = {}
         for stack, groups in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
             borrowed = None if stack.owns else lent[stack.groups[0].source]
@@ -219,27 +219,27 @@ class Transformer(nnx.Module):
 
             def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=borrowed):
                 group: Group = item["group"]
-                looped = run.scan_layers and len(stack.groups) > 1
+                looped = options.scan_layers and len(stack.groups) > 1
                 if stack.owns:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
-                    kv = remat(produce, run, looped)(x_BTD)
+                    kv = remat(produce, options, looped)(x_BTD)
                 attend = attend_within(item["window"])
-                x_BTD = group(x_BTD, kv, rope, attend, run, config, looped)
+                x_BTD = group(x_BTD, kv, rope, attend, options, config, looped)
                 return x_BTD, kv if stack.lends else None
 
             # A window is data of the scan: a pattern of them does not break a stack.
             window = jnp.array(windows) if any(config.resolved_windows) else None
             items = {"group": groups, "window": window}
-            x_BTD, kvs = fold(body, x_BTD, items, scan=run.scan_layers)
+            x_BTD, kvs = fold(body, x_BTD, items, scan=options.scan_layers)
             if stack.lends:
                 lent |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
-        return whole(self.norm(x_BTD), rules)
+        return gather_sequence(self.norm(x_BTD), rules)
 
-    def logits(self, tokens_BT: jax.Array, run: Execution, starts_BT=None) -> jax.Array:
+    def logits(self, tokens_BT: jax.Array, options: ForwardOptions, starts_BT=None) -> jax.Array:
         """Scores of the next token in float32, [B, T, V]. For short inputs: training never holds them."""
-        return project(self(tokens_BT, run, starts_BT), self.head_VD, run.rules)
+        return project(self(tokens_BT, options, starts_BT), self.head_VD, options.rules)
 
-    def unstacked(self, run: Execution) -> tuple[Group, ...]:
+    def unstacked(self, options: ForwardOptions) -> tuple[Group, ...]:
         """The groups one by one, their blocks in a tuple: the layout decoding wants.
 
         Scanning or slicing stacked weights inside a decode loop would copy them for every token.
@@ -249,7 +249,7 @@ class Transformer(nnx.Module):
             kv_maps.stacks(self.config.resolved_kv_map), self.stacks, strict=True
         ):
             for i in range(len(stack.groups)):
-                group = at(gather(stacked, run.rules, jnp.dtype(self.config.compute_dtype)), i)
+                group = at(gather(stacked, options.rules, jnp.dtype(self.config.compute_dtype)), i)
                 group.blocks = tuple(at(group.blocks, j) for j in range(stack.size))
                 groups.append(group)
         return tuple(groups)
@@ -335,18 +335,18 @@ gradients_together.defvjp(
 )
 
 
-def remat(body: Callable, run: Execution, in_loop: bool) -> Callable:
-    """The body, rematerialised in the backward pass as `run` says.
+def remat(body: Callable, options: ForwardOptions, in_loop: bool) -> Callable:
+    """The body, rematerialised in the backward pass as `options` say.
 
     Forward and backward loops are two; outside of a loop, the compiler must be kept from computing once,
     and holding, what it is told to compute twice.
     """
-    if run.remat == "none":
+    if options.remat == "none":
         return body
     policies = jax.checkpoint_policies
     policy = {
         "block": policies.nothing_saveable,
         "attention": policies.save_only_these_names(ATTENTION_OUTPUT),
         "dots": policies.dots_with_no_batch_dims_saveable,
-    }[run.remat]
+    }[options.remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)

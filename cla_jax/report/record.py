@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from cla_jax import files
-from cla_jax.goodput import is_account
+from cla_jax.goodput import is_time_summary
 from cla_jax.report import seeds, studies
 from cla_jax.report.rows import Row
 from cla_jax.runs import Run, listed
@@ -111,6 +111,6 @@ def _seconds(run: Run) -> float:
     """How long a run took, over all its restarts; 0 where it does not say."""
     last = {}
     for one in run.read_records():
-        if is_account(one):
+        if is_time_summary(one):
             last = one
     return sum(value for key, value in last.items() if key.endswith("_s"))
