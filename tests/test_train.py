@@ -470,7 +470,7 @@ def timed(devices, monkeypatch):
 
     monkeypatch.setattr(training, "compile_step", compile_step)
     monkeypatch.setattr(training, "batch_stream", slow_batches)
-    monkeypatch.setattr(training, "set_up", slow(100, training.prepare_session))
+    monkeypatch.setattr(training, "prepare_session", slow(100, training.prepare_session))
     saver = checkpoint.Checkpointer
     monkeypatch.setattr(saver, "save", slow(3, saver.save))
     monkeypatch.setattr(saver, "close", slow(0.5, saver.close))
