@@ -490,7 +490,7 @@ def timed(devices, monkeypatch):
 
 def accounts(config) -> list[dict]:
     (run,) = find_runs([f"{config.placement.runs}/{config.name}"])
-    return [record for record in run.read_records() if goodput.is_account(record)]
+    return [record for record in run.read_records() if goodput.is_time_summary(record)]
 
 
 def spent(record: dict) -> dict:
@@ -559,7 +559,7 @@ def test_steps_of_a_killed_process_that_are_done_again_are_lost(timed, tiny):
     timed(config=config, should_stop=kill)
     (run,) = find_runs([config.placement.runs])
     *lines, last = run.metrics.read_text().splitlines()
-    assert goodput.is_account(json.loads(last))
+    assert goodput.is_time_summary(json.loads(last))
     run.metrics.write_text("\n".join(lines) + "\n")  # SIGKILL leaves no last account
     assert json.loads(lines[-1])["step"] == 5
     wall = timed(config=config)
