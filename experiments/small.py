@@ -156,7 +156,9 @@ RATES: dict[str, float] = {}
 
 # Tuning and the noise pilot have seeds of their own: a seed that chose a rate does not judge it.
 TUNING_SEED = 100
-TUNING_RATES = (3e-3, 4.5e-3, 6.75e-3, 1.01e-2)
+# First tried were 0.003 to 0.0101. Two rows in, the best rates were 0.0035 and 0.003, the lowest tried, and
+# 0.0101 was worse than both by 0.03 bits per byte: so a lower rate took its place.
+TUNING_RATES = (2e-3, 3e-3, 4.5e-3, 6.75e-3)
 PILOT_SEEDS = range(200, 206)
 
 
