@@ -73,7 +73,9 @@ def _emit(
     kept_B = ~rows.done_B & ~is_stop_B
     count_B = rows.count_B + kept_B
     stopped_B = rows.stopped_B | (~rows.done_B & is_stop_B)
-    rows = _Rows(token_B, count_B, stopped_B | (count_B >= choice.limits_B), stopped_B)
+    # A row that the host has ended has reached neither a stop token nor its limit.
+    done_B = rows.done_B | stopped_B | (count_B >= choice.limits_B)
+    rows = _Rows(token_B, count_B, done_B, stopped_B)
     return rows, jnp.where(kept_B, token_B, -1), logprob_B
 
 

@@ -101,10 +101,12 @@ class Decoder:
           ValueError: there is no prompt, or new_tokens or the sampling is not possible.
         """
         check_new_tokens(new_tokens)
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: give a list of texts")
         ids = [self.tokens(text) for text in prompts]
         if not ids:
             raise ValueError("there is no prompt")
-        reach = max(map(len, ids)) + max(new_tokens, 1)
+        reach = max(map(len, ids)) + new_tokens
         longest = self.run.origin().get("max_length")
         if isinstance(longest, int) and reach > longest:
             log.warning(

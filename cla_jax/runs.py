@@ -710,7 +710,7 @@ def find_run(path: str | os.PathLike) -> Run:
     """The run in a directory. Raises ValueError if there is none, or if there are several."""
     run, *others = find_runs([path])
     if others:
-        raise ValueError(f"{path} holds several runs; name one of them, {run.path} say")
+        raise ValueError(f"{path} holds several runs; name one of them, for example {run.path}")
     return run
 
 

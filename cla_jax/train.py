@@ -282,7 +282,7 @@ class StepLogger:
 
     @contextlib.contextmanager
     def timed(self, bucket: goodput.Bucket) -> Iterator[None]:
-        """Books what happens inside under `bucket`, out of the speed, and writes the run's time so far.
+        """Counts the time of what happens inside under `bucket`, and writes the run's time so far.
 
         Then only steps lie between two such records, and a killed process is known to its last step.
         """
@@ -292,8 +292,8 @@ class StepLogger:
 
     def write_time_summary(self) -> None:
         """Writes how the time of the run was spent so far, and which checkpoint is known to be whole."""
-        account = goodput.time_summary(self.clock.seconds()) | {runs.SAVED: self.saved()}
-        self.writer.write(self.written, account)
+        summary = goodput.time_summary(self.clock.seconds()) | {runs.SAVED: self.saved()}
+        self.writer.write(self.written, summary)
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
@@ -649,8 +649,10 @@ def log_data(session: Session) -> None:
 
 
 def _three_digits(number: float) -> str:
-    """0.168, 4.1, 83,800: three significant digits, never a power of ten."""
-    return f"{float(f'{number:.2e}'):,.0f}" if number >= 100 else f"{number:.3g}"
+    """0.168, 4.1, 83,800: three significant digits, without an exponent."""
+    if number >= 100:
+        return f"{float(f'{number:.2e}'):,.0f}"
+    return f"{number:.3g}" if number >= 1e-4 else "under 0.0001"
 
 
 def check_memory(layout: Layout, step: Any) -> None:

@@ -330,7 +330,9 @@ def _end_start_up_on_signal() -> None:
     def end() -> None:
         while received := os.read(read_end, 1):
             if received[0] in _STOPPING and not _stepping.is_set():
-                log.warning("asked to stop before the first step: there is nothing to save")
+                log.warning(
+                    "stopped during start-up or an evaluation: there is nothing new to save"
+                )
                 leave(STOPPED)
 
     threading.Thread(target=end, daemon=True, name="signals").start()

@@ -86,7 +86,7 @@ def _held_out(arguments: Arguments) -> None:
     for name in ("task_data", "limit", "shots", "context"):
         if getattr(arguments, name) is not None:
             raise ValueError(
-                f"{name} = {getattr(arguments, name)!r} is of tasks: name some with --tasks"
+                f"{name} = {getattr(arguments, name)!r} applies only to tasks: give --tasks"
             )
     if arguments.windows is not None and arguments.windows < 1:
         raise ValueError(f"windows = {arguments.windows} must be positive")
@@ -171,9 +171,9 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
 
 
 def _tasks(arguments: Arguments) -> None:
-    if arguments.windows is not None or arguments.per_slot:
+    if arguments.windows is not None or arguments.per_slot or arguments.ledger:
         raise ValueError(
-            "windows and per_slot are of the held-out text: leave them out, or --tasks"
+            "windows, per_slot and ledger are of the held-out text: leave them out, or --tasks"
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")

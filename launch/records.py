@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 HEARTBEAT_S = 15  # between two signs of life of a runner
 SILENT_S = 90  # without one, a runner counts as dead
-_TAIL = 1 << 16  # bytes of the metrics that hold the last step, evaluation and account
+_TAIL = 1 << 16  # bytes of the metrics that hold the last step, evaluation and time summary
 
 Status = Literal["waiting", "running", "stopped", "failed", "done"]
 

@@ -131,7 +131,8 @@ class Trial:
                 time.sleep(0.1)
 
     def _delay(self) -> float:
-        return min(60.0, self.arguments.delay * 2 ** (self.state.failed_in_a_row - 1))
+        delay = self.arguments.delay
+        return min(max(60.0, delay), delay * 2 ** (self.state.failed_in_a_row - 1))
 
     def _attempt(self, lock: Sequence[int]) -> tuple[int, str]:
         """Trains; the exit code and the last error."""

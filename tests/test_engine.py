@@ -114,6 +114,22 @@ def test_nothing_is_compiled_for_who_comes_later():
     assert [program._cache_size() for program in PROGRAMS] == before
 
 
+def test_a_cancelled_row_stays_as_it_is():
+    """It writes nothing more, and the others need not wait for it."""
+    engine = Engine(weights(), spec(2), n_ids=257, every=2)
+    first = engine.submit(PROMPTS[0], new_tokens=30)
+    second = engine.submit(PROMPTS[2], new_tokens=30)
+    engine.step()
+    engine.cancel(first)
+    engine.step()
+    before = int(engine._batch.cache.lengths_B[0])
+    for _ in range(3):
+        engine.step()
+    assert int(engine._batch.cache.lengths_B[0]) == before
+    assert engine._batch.rows.done_B.tolist() == [True, False]
+    assert len(second.completion.tokens) > 4
+
+
 def test_a_listener_hears_every_token_once_and_may_end_a_request():
     heard = {"all": [], "two": []}
     engine = Engine(weights(), spec(1), every=3, n_ids=257)

@@ -26,7 +26,7 @@ def seconds(**booked: float) -> dict:
 
 
 def written(at_step: int, **booked: float) -> dict:
-    """An account in the metrics."""
+    """A time summary in the metrics."""
     return {"step": at_step, **time_summary(seconds(**booked))}
 
 

@@ -682,6 +682,8 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         [run, "--cache", "int8", "--prompt", "Fellow citizens", "--prompt", "The state of"]
     )
     first, second = found["decoder"].generate(["Fellow citizens", "The state of"])
+    with pytest.raises(ValueError, match="prompts is one text"):
+        found["decoder"].generate("Fellow citizens")
     assert capsys.readouterr().out == f"{first}\n{second}\n"
     assert shown == f"{[first, second]}\n"
     with pytest.raises(SystemExit):
@@ -698,7 +700,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         ([run, "--chunk", "3"], "chunk = 3 does not divide"),
         ([run, "--chunk", "0"], "chunk = 0"),
         ([study], "untrained has no checkpoint yet"),
-        ([run, "--limit", "3"], "limit = 3 is of tasks: name some with --tasks"),
+        ([run, "--limit", "3"], "limit = 3 applies only to tasks: give --tasks"),
         ([run, "--tasks", "sciq", "--windows", "3"], "are of the held-out text"),
     ):
         with pytest.raises(SystemExit):

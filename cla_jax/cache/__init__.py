@@ -118,7 +118,7 @@ class Cache:
     lengths_B: jax.Array  # tokens of each row so far
 
     def reset(self, rows_B: jax.Array | bool = True) -> "Cache":
-        """These rows empty, by default all. What they held lies beyond the length of what comes."""
+        """Empties these rows, by default all. Their old entries are masked, because the length is 0."""
         return dataclasses.replace(self, lengths_B=jnp.where(rows_B, 0, self.lengths_B))
 
 

@@ -1,7 +1,7 @@
 """Attention over shared keys and values, one function for every head layout and kv_map.
 
 Query heads are two axes, (K, G): MHA is G = 1, MQA is K = 1, and nothing is repeated or branched on.
-What a query may see is a half-open question of two integers: keys `starts_BT <= s <= position`.
+What a query may see is a range of positions: keys `starts_BT <= s <= position`.
 `starts` is 0 for plain causal attention, and the first position of a document (or of a row's text,
 after its padding) where attention must not reach further back.
 """
