@@ -92,7 +92,7 @@ def decode(
     lengths_B = cache.lengths_B + counts_B
     rope = Rope.at(positions_BT, config)
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-    step = StepPositions(positions_BT, any_BT, lengths_B)
+    step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages)
     slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
     spec_BTD = rules.gathered().spec(*axes("BTD"))
@@ -101,10 +101,10 @@ def decode(
         p = slot_of[group.source]
         if group.owns:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
-            slots[p] = spec.write(p, slots[p], kv, positions_BT)
+            slots[p] = spec.write(p, slots[p], kv, step)
         here = step.within(spec.windows[p])
         x_BTD = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=spec.representative(p))
-    return weights.norm(x_BTD), Cache(tuple(slots), lengths_B)
+    return weights.norm(x_BTD), dataclasses.replace(cache, slots=tuple(slots), lengths_B=lengths_B)
 
 
 # Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.

@@ -90,10 +90,12 @@ def test_padding_and_positions_beyond_the_end_are_dropped():
     spec = cache_spec(MODEL, batch=1, capacity=128)
     slot = spec.allocate().slots[0]
     kv = KV(*(jnp.ones((1, 1, 1, 8)) for _ in range(2)))
+    zero = jnp.zeros((1, 1), jnp.int32)
+    at = lambda position: StepPositions(jnp.array([[position]]), zero, jnp.array([position + 1]))
     for position in (-1, 128, 1000):
-        written = spec.write(0, slot, kv, jnp.array([[position]]))
+        written = spec.write(0, slot, kv, at(position))
         assert all((a == 0).all() for a in jax.tree.leaves(written))
-    assert jax.tree.leaves(spec.write(0, slot, kv, jnp.array([[127]])))[0][0, 127].min() == 1
+    assert jax.tree.leaves(spec.write(0, slot, kv, at(127)))[0][0, 127].min() == 1
 
 
 # ----------------------------------------------------------------------------- what formats keep

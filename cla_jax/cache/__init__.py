@@ -116,6 +116,7 @@ def make_format(name: str, dtype: str) -> CacheFormat:
 class Cache:
     slots: tuple[Slot, ...]
     lengths_B: jax.Array  # tokens of each row so far
+    pages: Any = None  # see `StepPositions`
 
     def reset(self, rows_B: jax.Array | bool = True) -> "Cache":
         """Empties these rows, by default all. Their old entries are masked, because the length is 0."""
@@ -186,8 +187,9 @@ class CacheSpec:
     def shapes(self, p: int) -> Any:
         return self.formats[p].shapes(self.config, self.batch, self.entries(p))
 
-    def write(self, p: int, slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
+    def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
         """Slot p with the KV of new tokens at their positions; negative positions are padding."""
+        positions_BT = step.positions_BT
         T = positions_BT.shape[1]
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
 

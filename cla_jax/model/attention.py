@@ -93,7 +93,7 @@ def attend(
         return _attend_kernel(backend, q_BTKGH, kv, starts_BT, rules or AxisRules())
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     positions = jnp.arange(T)[None]
-    q_BKNH, over_queries, restore = _merged(q_BTKGH * H**-0.5)
+    q_BKNH, over_queries, restore = grouped_queries(q_BTKGH * H**-0.5)
     starts_BN = None if starts_BT is None else over_queries(starts_BT)
     if seen_BTS is None:
         seen_B1NS = visible(over_queries(positions), positions, starts_BN)
@@ -111,7 +111,7 @@ def attend(
     return checkpoint_name(restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype), ATTENTION_OUTPUT)
 
 
-def _merged(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
+def grouped_queries(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
     """The T positions and G query heads of a KV head as one axis N: two plain matrix products follow.
 
     Contracting over two axes, as the gradients of keys and values do, XLA would transpose the weights
@@ -178,6 +178,7 @@ class StepPositions(NamedTuple):
     positions_BT: jax.Array  # of the new tokens; -1 is padding, which sees nothing
     starts_BT: jax.Array  # the first position that each may see
     lengths_B: jax.Array  # tokens of each row, the new ones included
+    pages: Any = None  # where the tokens of each row are, for caches that are not one array a row
 
     def within(self, window: int) -> "StepPositions":
         """The same for layers with a sliding window; 0 is none."""
@@ -303,7 +304,7 @@ def attend_segments(
 
     With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.
     """
-    q_BKNH, over_queries, restore = _merged(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+    q_BKNH, over_queries, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
     over_heads = lambda a_BT: over_queries(a_BT)[:, None, :, None]  # [B, 1, N, 1]
     part = partial_attention(
         q_BKNH,

@@ -1,0 +1,306 @@
+"""A KV cache whose rows share the chunks of a common prefix, and attention over it in two phases.
+
+ChunkAttention (2402.15220): chunks of tokens lie in one pool for each KV layer, and requests with a common
+prefix read the same chunks (section 3.1). `PrefixTree` says on the host who reads what. Attention first
+takes the chunks that several rows read, each once for all of its rows, and then what a row has alone
+(section 3.2). Both are parts of one softmax.
+
+    tree = PrefixTree(chunk=64, slots=1000)
+    spec = prefix_spec(config, "dense", batch=32, page=64, pages=1000, capacity=4096)
+    cache = spec.allocate()
+    cache = dataclasses.replace(cache, pages=spec.tables({0: first, 5: second}, tree))
+
+Rows need no order: a work item of the first phase names its rows. Tables are int32 arrays whose shapes never
+change, so nothing is compiled when requests come and go. They change only when `tree.version` does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache.per_token import PerToken, Shape, Slot
+from cla_jax.config import ModelConfig
+from cla_jax.mesh import AxisRules
+from cla_jax.model.attention import (
+    EMPTY,
+    KV,
+    MASKED,
+    Partial,
+    Segment,
+    StepPositions,
+    grouped_queries,
+    merge,
+    normalized,
+    partial_attention,
+)
+from cla_jax.prefix_tree import Path, PrefixTree, Run
+
+BLOCK = 256  # tokens that are read at once, if pages are not larger
+TILE = 8  # rows of a work item
+
+
+class Pages(NamedTuple):
+    """Which pages of the pool hold the tokens of each row. A page past the pool is none; a row past the
+    batch is none.
+    """
+
+    private_BC: Any  # that a row alone reads, in the order of their tokens
+    starts_B: Any  # position of the first token in them
+    shared_NM: Any  # blocks of M pages that several rows read
+    positions_N: Any  # position of the first token of a block
+    rows_IR: Any  # the rows of each work item
+    blocks_I2: Any  # its blocks: from, to
+    items: Any  # work items, a scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixSpec(CacheSpec):
+    """Everything static about a prefix-shared cache. Make it with `prefix_spec`, which checks it."""
+
+    page: int  # tokens
+    pages: int  # of the pool
+
+    @property
+    def pages_of_row(self) -> int:
+        """The most pages of a row: the last one is never full."""
+        return self.capacity // self.page + 1
+
+    @property
+    def pages_at_once(self) -> int:
+        return max(1, BLOCK // self.page)
+
+    def shapes(self, p: int) -> Any:
+        return self.formats[p].shapes(self.config, self.pages, self.page)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def allocate(self) -> Cache:
+        """An empty pool for each KV layer, and tables in which no row has a page."""
+        zeros = lambda shape: jnp.zeros(shape.shape, shape.dtype)
+        slots = tuple(
+            jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
+            for p in range(len(self.formats))
+        )
+        pages = jax.tree.map(jnp.asarray, self.empty())
+        return Cache(slots, jnp.zeros(self.batch, jnp.int32), pages)
+
+    # ------------------------------------------------------------------------------- tables
+
+    def empty(self) -> Pages:
+        tiles = -(-self.batch // TILE)
+        full = lambda *shape, value: np.full(shape, value, np.int32)
+        return Pages(
+            private_BC=full(self.batch, self.pages_of_row, value=self.pages),
+            starts_B=full(self.batch, value=0),
+            shared_NM=full(self.pages, self.pages_at_once, value=self.pages),
+            positions_N=full(self.pages, value=0),
+            rows_IR=full(self.pages * tiles, min(TILE, self.batch), value=self.batch),
+            blocks_I2=full(self.pages * tiles, 2, value=0),
+            items=np.int32(0),
+        )
+
+    def tables(self, rows: Mapping[int, Path], tree: PrefixTree) -> Pages:
+        """The tables of the requests in these rows of the batch."""
+        assert (tree.chunk, tree.slots) == (self.page, self.pages)
+        tables = self.empty()
+        layout = tree.layout()
+        row_of = {path.leaf: row for row, path in rows.items()}
+        order = [row_of.get(path.leaf, self.batch) for path in layout.rows]
+        for row, slots, start in zip(order, layout.private, layout.starts, strict=True):
+            if row < self.batch:
+                tables.private_BC[row, : len(slots)] = slots
+                tables.starts_B[row] = start
+        blocks = items = 0
+        for run in _spans(layout.shared):
+            first = blocks
+            for i in range(0, len(run.slots), self.pages_at_once):
+                some = run.slots[i : i + self.pages_at_once]
+                tables.shared_NM[blocks, : len(some)] = some
+                tables.positions_N[blocks] = run.position + i * self.page
+                blocks += 1
+            readers = [row for row in order[run.first : run.end] if row < self.batch]
+            for i in range(0, len(readers), TILE):
+                some = readers[i : i + TILE]
+                tables.rows_IR[items, : len(some)] = some
+                tables.blocks_I2[items] = first, blocks
+                items += 1
+        return tables._replace(items=np.int32(items))
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def copy_page(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+        """One page into another, in every KV layer: the leaf of a fork. The cache is donated."""
+        slots = jax.tree.map(lambda held: held.at[target].set(held[source]), cache.slots)
+        return dataclasses.replace(cache, slots=slots)
+
+    # ------------------------------------------------------------------------------- a step
+
+    def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
+        """The new tokens of a row go into its own pages."""
+        assert step.positions_BT.shape[1] <= self.chunk
+        pages: Pages = step.pages
+        offset_BT = step.positions_BT - pages.starts_B[:, None]
+        index_BT = jnp.clip(offset_BT // self.page, 0, self.pages_of_row - 1)
+        page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
+        page_BT = jnp.where((step.positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
+        entry_BT = offset_BT % self.page
+        put = lambda held, new: held.at[page_BT, entry_BT].set(new, mode="drop")
+        return jax.tree.map(put, slot, self._format(p).encode(kv))
+
+    def attend(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
+        """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
+        q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+        positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
+        shared = self._shared(p, slot, step.pages, q_BKNH, positions_BN, starts_BN)
+        alone = partial_attention(
+            q_BKNH,
+            [self._private(p, slot, step)],
+            positions_B1N1=positions_BN[:, None, :, None],
+            starts_B1N1=starts_BN[:, None, :, None],
+        )
+        return restore(normalized(merge(shared, alone))).astype(q_BTKGH.dtype)
+
+    def _private(self, p: int, slot: Slot, step: StepPositions) -> Segment:
+        """What rows read alone, block by block."""
+        pages, M = step.pages, self.pages_at_once
+        # The last block begins early enough to be whole; what the one before had is empty then.
+        C = self.pages_of_row
+        M = min(M, C)
+        first = lambda i: jnp.minimum(i * M, C - M)
+
+        def read(i: Any) -> KV:
+            some_BM = jax.lax.dynamic_slice_in_dim(pages.private_BC, first(i), M, axis=1)
+            return self._read(p, slot, some_BM)
+
+        def positions(i: Any) -> jax.Array:
+            offset_S = first(i) * self.page + jnp.arange(M * self.page)
+            at_BS = pages.starts_B[:, None] + offset_S
+            seen_BS = (at_BS < step.lengths_B[:, None]) & (offset_S >= i * M * self.page)
+            return jnp.where(seen_BS, at_BS, EMPTY)
+
+        held_B = jnp.maximum(step.lengths_B - pages.starts_B, 0)
+        end = -(-jnp.max(held_B) // (M * self.page))
+        return Segment(read, positions, 0, end, tuple(jax.tree.leaves(slot)))
+
+    def _shared(
+        self,
+        p: int,
+        slot: Slot,
+        pages: Pages,
+        q_BKNH: jax.Array,
+        positions_BN: jax.Array,
+        starts_BN: jax.Array,
+    ) -> Partial:
+        """What several rows read: each block of pages is one matrix product for all rows of an item."""
+        B, K, N, H = q_BKNH.shape
+        R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
+
+        def read(i: Any) -> KV:
+            return self._read(p, slot, pages.shared_NM[i][None])
+
+        def positions(i: Any) -> jax.Array:
+            held_S = jnp.repeat(pages.shared_NM[i] < self.pages, self.page, total_repeat_length=S)
+            return jnp.where(held_S, pages.positions_N[i] + jnp.arange(S), EMPTY)[None]
+
+        def body(i: Any, found: Partial) -> Partial:
+            rows_R = pages.rows_IR[i]
+            # No row: a query at position -1, which sees nothing.
+            of = lambda a, fill: a.at[rows_R].get(mode="fill", fill_value=fill)
+            together = lambda a_RKNX: a_RKNX.swapaxes(0, 1).reshape(1, K, R * N, -1)
+            segment = Segment(read, positions, pages.blocks_I2[i, 0], pages.blocks_I2[i, 1], ())
+            part = partial_attention(
+                together(of(q_BKNH, 0)),
+                [segment],
+                positions_B1N1=of(positions_BN, -1).reshape(1, 1, R * N, 1),
+                starts_B1N1=of(starts_BN, 0).reshape(1, 1, R * N, 1),
+            )
+            apart = lambda a: a.reshape(K, R, N, -1).swapaxes(0, 1)
+            before = Partial(*(of(a, 0) for a in found))
+            after = merge(before, Partial(*map(apart, part)))
+            return Partial(
+                *(a.at[rows_R].set(new, mode="drop") for a, new in zip(found, after, strict=True))
+            )
+
+        zeros_BKN1 = jnp.zeros((B, K, N, 1))
+        none = Partial(jnp.zeros((B, K, N, H)), zeros_BKN1, zeros_BKN1 + MASKED)
+        return jax.lax.fori_loop(0, pages.items, body, none)
+
+    def _read(self, p: int, slot: Slot, pages_BM: jax.Array) -> KV:
+        """The tokens of M pages a row, one after the other: [B, M * page, K, H]."""
+        B, M = pages_BM.shape
+
+        def gathered(held: jax.Array) -> jax.Array:
+            taken = held.at[pages_BM].get(mode="fill", fill_value=0)
+            return taken.reshape(B, M * self.page, *held.shape[2:])
+
+        return self._format(p).decode(jax.tree.map(gathered, slot))
+
+    def _format(self, p: int) -> PerToken:
+        format = self.formats[p]
+        assert isinstance(format, PerToken)
+        return format
+
+
+class _Span(NamedTuple):
+    """Consecutive chunks with the same readers."""
+
+    slots: tuple[int, ...]
+    position: int
+    first: int
+    end: int
+
+
+def _spans(shared: Sequence[Run]) -> list[_Span]:
+    """Chunks that follow one another and have the same readers are read as one."""
+    found: list[_Span] = []
+    for run in shared:
+        last = found[-1] if found else None
+        if last is not None and (run.first, run.end) == (last.first, last.end):
+            found[-1] = last._replace(slots=(*last.slots, run.slot))
+        else:
+            found.append(_Span((run.slot,), run.position, run.first, run.end))
+    return found
+
+
+def prefix_spec(
+    config: ModelConfig,
+    format: str = "dense",
+    *,
+    batch: int,
+    page: int,
+    pages: int,
+    capacity: int,
+    chunk: int = 1,
+) -> PrefixSpec:
+    """The spec of a prefix-shared cache on one device.
+
+    Args:
+      format: how a token is kept; only formats that keep every token by itself can be shared.
+      batch: rows that decode at once.
+      page: tokens of a page, the chunk of the tree.
+      pages: pages of the pool, of each KV layer.
+      capacity: tokens of a row at most.
+      chunk: tokens that a step writes at most.
+
+    Raises:
+      ValueError: sizes that are not positive, sliding windows, or a format that groups tokens.
+    """
+    for name, value in (("page", page), ("pages", pages)):
+        if value < 1:
+            raise ValueError(f"prefix-shared cache: {name} = {value} must be a positive integer")
+    if any(config.resolved_windows):
+        raise ValueError("a prefix-shared cache has no sliding windows: model.windows must be 0")
+    spec = cache_spec(
+        config, format, batch=batch, capacity=capacity, chunk=chunk, rules=AxisRules()
+    )
+    for one in spec.formats:
+        if not isinstance(one, PerToken):
+            raise ValueError(
+                f"format {one.name} quantises tokens in groups: it cannot be shared page by page"
+            )
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return PrefixSpec(**fields, page=page, pages=pages)

@@ -1,0 +1,194 @@
+"""Attention over shared chunks in two phases: every request gets what it gets alone."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cla_jax.cache import prefix_shared
+from cla_jax.cache.prefix_shared import _spans, prefix_spec
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.model.transformer import ForwardOptions, Transformer
+from cla_jax.prefix_tree import PrefixTree, Run
+from tests.conftest import MODEL, replace
+
+PAGE, PAGES, BATCH, CAPACITY, CHUNK = 4, 64, 5, 44, 8
+PREFIXES = [[7] * 3, list(range(10, 19)), list(range(10, 30))]  # the second begins the third
+
+
+class Requests:
+    """Requests in the rows of one prefix-shared cache, and their tokens, to be computed alone."""
+
+    def __init__(self, config, format):
+        self.model = Transformer(jax.random.key(1), config)
+        self.weights = decoding_weights(self.model)
+        self.spec = prefix_spec(
+            config, format, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY, chunk=CHUNK
+        )
+        self.tree = PrefixTree(chunk=PAGE, slots=PAGES)
+        self.cache = self.spec.allocate()
+        self.rows, self.texts, self.version, self.uploads = {}, {}, -1, 0
+        # A function of its own, so that its programs can be counted.
+        self.decode = jax.jit(lambda *arrays: decode(self.weights, self.spec, *arrays))
+        self.forward = jax.jit(lambda tokens: self.model.logits(tokens, ForwardOptions()))
+
+    def upload(self):
+        if self.version != self.tree.version:
+            pages = jax.tree.map(jnp.asarray, self.spec.tables(self.rows, self.tree))
+            self.cache = dataclasses.replace(self.cache, pages=pages)
+            self.version, self.uploads = self.tree.version, self.uploads + 1
+
+    def feed(self, tokens):
+        """Tokens to their rows; the logits after the last one of each."""
+        self.upload()
+        T = CHUNK if max(map(len, tokens.values())) > 1 else 1  # two programs
+        fed, counts = np.zeros((BATCH, T), np.int32), np.zeros(BATCH, np.int32)
+        for row, some in tokens.items():
+            fed[row, : len(some)], counts[row] = some, len(some)
+        x, self.cache = self.decode(self.cache, fed, counts)
+        logits = self.weights.logits(x, self.spec.rules)
+        return {row: logits[row, len(some) - 1] for row, some in tokens.items()}
+
+    def insert(self, row, prompt, new_tokens):
+        path = self.tree.insert(prompt, new_tokens=new_tokens)
+        self.rows[row], self.texts[row] = path, list(prompt)
+        lengths = self.cache.lengths_B.at[row].set(path.matched)
+        self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
+        for start in range(path.matched, len(prompt), CHUNK):
+            found = self.feed({row: prompt[start : start + CHUNK]})
+        self.check(found)
+        return path.matched
+
+    def append(self, tokens):
+        found = self.feed({row: [token] for row, token in tokens.items()})
+        for row, token in tokens.items():
+            self.tree.append(self.rows[row], token)
+            self.texts[row].append(token)
+        self.check(found)
+
+    def fork(self, row, to, new_tokens):
+        path = self.rows[row]
+        twin = self.tree.fork(path, new_tokens=new_tokens)
+        self.cache = self.spec.copy_page(self.cache, path.leaf.slot, twin.leaf.slot)
+        lengths = self.cache.lengths_B.at[to].set(path.length)
+        self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
+        self.rows[to], self.texts[to] = twin, list(self.texts[row])
+
+    def remove(self, row):
+        self.tree.remove(self.rows.pop(row))
+        del self.texts[row]
+        lengths = self.cache.lengths_B.at[row].set(0)
+        self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
+
+    def check(self, found, tolerance=1e-5):
+        for row, logits in found.items():
+            text = self.texts[row]
+            padded = jnp.array([text + [0] * (CAPACITY - len(text))])
+            alone = self.forward(padded)[0, len(text) - 1]
+            scale = jnp.abs(alone).max()
+            assert jnp.abs(logits - alone).max() < tolerance * scale, (row, len(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "tile", "block"),
+    [
+        ({"n_kv_heads": 2, "n_heads": 2, "kv_map": "identity"}, 0, 8, 256),  # MHA
+        ({"n_kv_heads": 2, "n_heads": 4, "kv_map": "cla:2"}, 1, 2, 8),  # GQA; blocks of two pages
+        ({"n_kv_heads": 1, "kv_map": "cla:3"}, 2, 2, 1),  # MQA; blocks of one page
+        ({"n_kv_heads": 1, "kv_map": "0,1,0,1"}, 3, 3, 12),
+    ],
+)
+def test_requests_that_share_chunks_get_what_they_get_alone(
+    changes, seed, tile, block, monkeypatch
+):
+    """Requests come, grow, fork and go at random. Nothing is compiled for them."""
+    monkeypatch.setattr(prefix_shared, "TILE", tile)
+    monkeypatch.setattr(prefix_shared, "BLOCK", block)
+    config = replace(MODEL, n_layers=4, vocab_size=64, **changes)
+    requests, draw = Requests(config, "dense"), random.Random(seed)
+    requests.insert(0, [*PREFIXES[2], 1, 2], 12)
+    assert requests.insert(1, [*PREFIXES[2], 3], 12) == 20  # the common prefix is skipped
+    for _ in range(22):
+        free = [row for row in range(BATCH) if row not in requests.rows]
+        growing = [r for r, text in requests.texts.items() if len(text) < 30]
+        what = draw.choice(["insert", "insert", "append", "append", "fork", "remove"])
+        if what == "insert" and free:
+            prompt = [
+                *draw.choice(PREFIXES),
+                *(draw.randrange(64) for _ in range(draw.randint(1, 6))),
+            ]
+            requests.insert(draw.choice(free), prompt, CAPACITY - len(prompt) - 1)
+        elif what == "append" and growing:
+            some = draw.sample(growing, draw.randint(1, len(growing)))
+            requests.append({row: draw.randrange(64) for row in some})
+        elif what == "fork" and free and growing:
+            row = draw.choice(growing)
+            requests.fork(row, draw.choice(free), CAPACITY - len(requests.texts[row]) - 1)
+        elif what == "remove" and requests.rows:
+            requests.remove(draw.choice(list(requests.rows)))
+    assert requests.decode._cache_size() == 2
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_shared_chunks_may_be_quantised(format):
+    """Every token is kept by itself, so sharing changes nothing: equal to the same requests unshared."""
+    config = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, vocab_size=64, kv_map="cla:2")
+    shared, apart = (Requests(config, format) for _ in range(2))
+    shared.check = apart.check = lambda *_: None
+    prompts = {row: [*PREFIXES[2], row, row + 1] for row in range(3)}
+    for row, prompt in prompts.items():
+        shared.insert(row, prompt, 5)
+        apart.insert(row, [row + 40, *prompt], 5)  # nothing in common
+        apart.remove(row)
+    found = shared.feed({row: [5] for row in range(3)})
+    for row, prompt in prompts.items():
+        alone = Requests(config, format)
+        alone.check = lambda *_: None
+        alone.insert(0, prompt, 5)
+        (expected,) = alone.feed({0: [5]}).values()
+        assert jnp.abs(found[row] - expected).max() < 1e-5 * jnp.abs(expected).max()
+
+
+def test_a_block_that_all_rows_read_is_one_item_a_tile():
+    config = replace(MODEL, n_layers=2, n_kv_heads=1, vocab_size=64)
+    requests = Requests(config, "dense")
+    for row in range(3):
+        requests.insert(row, [*PREFIXES[2], row], 5)
+    tables = requests.spec.tables(requests.rows, requests.tree)
+    assert tables.items == 1
+    assert sorted(tables.rows_IR[0][:3].tolist()) == [0, 1, 2]
+    assert (tables.rows_IR[0][3:] == BATCH).all()
+    before = requests.uploads
+    requests.append({row: row for row in range(3)})
+    assert requests.uploads == before  # the tree has not changed
+    requests.remove(0)
+    requests.remove(1)
+    assert requests.spec.tables(requests.rows, requests.tree).items == 0  # nobody shares
+
+
+def test_spans_join_chunks_with_equal_readers():
+    runs = [Run(5, 0, 0, 4), Run(6, 4, 0, 4), Run(2, 8, 0, 2), Run(9, 8, 2, 4)]
+    assert [(s.slots, s.position, s.first, s.end) for s in _spans(runs)] == [
+        ((5, 6), 0, 0, 4),
+        ((2,), 8, 0, 2),
+        ((9,), 8, 2, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "format", "sizes", "words"),
+    [
+        ({"windows": "8,8,8,8"}, "dense", {}, "no sliding windows"),
+        ({}, "kivi4", {}, "quantises tokens in groups"),
+        ({}, "dense", {"page": 0}, "page = 0 must be a positive integer"),
+        ({}, "dense", {"batch": 0}, "batch = 0 must be a positive integer"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(changes, format, sizes, words):
+    config = replace(MODEL, n_layers=4, **changes)
+    sizes = {"batch": 2, "page": 4, "pages": 9, "capacity": 16} | sizes
+    with pytest.raises(ValueError, match=words):
+        prefix_spec(config, format, **sizes)
