@@ -6,7 +6,7 @@ from the root to a leaf is one request. Requests with equal beginnings share the
 
     tree = PrefixTree(chunk=64, slots=1000)
     first = tree.insert(prompt, new_tokens=100)     # first.matched tokens need no prefill
-    tree.append(first, token)                       # in slot tree.leaf(first).slot
+    tree.append(first, token)                       # in slot first.leaf.slot
     tree.remove(first)
 
 Rules that the paper leaves to its code:
@@ -54,6 +54,8 @@ class Path:
     matched: int  # tokens of the prompt that were in the pool before
     length: int  # tokens
     reserved: int  # slots that it may still take
+    # Slots that it has taken for tokens to come, in order.
+    ahead: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +74,9 @@ class Layout:
 
     rows: tuple[Path, ...]  # the request of each row
     shared: tuple[Run, ...]
-    private: tuple[tuple[int, ...], ...]  # slots that only this row reads, in order
+    private: tuple[
+        tuple[int, ...], ...
+    ]  # slots that only this row reads, in order; those ahead too
     starts: tuple[int, ...]  # position of the first token in them
 
 
@@ -142,12 +146,32 @@ class PrefixTree:
         leaf.tokens.append(token)
         path.length += 1
         if len(leaf.tokens) == self.chunk:
-            assert path.reserved, "a request takes more tokens than it was inserted with"
             assert leaf.parent is not None
             leaf.parent.full.setdefault(tuple(leaf.tokens), leaf)
+            if path.ahead:  # the layout has had it already
+                del self._paths[leaf]
+                path.leaf = self._add(leaf, [], path.ahead.pop(0))
+                self._paths[path.leaf] = path
+                return
+            assert path.reserved, "a request takes more tokens than it was inserted with"
             del self._paths[leaf]
             self._reserve(path, path.reserved - 1)
             self._put(path, self._grow(leaf, []))
+
+    def prepare(self, path: Path, tokens: int) -> None:
+        """Takes the slots for so many more tokens of a request, in advance.
+
+        A loop on the device can then write them all before the host looks again. Appending them changes the
+        tree, but not its layout.
+        """
+        assert self._paths.get(path.leaf) is path
+        more = self._chunks(path.length + tokens) - self._chunks(path.length) - len(path.ahead)
+        if more <= 0:
+            return
+        assert path.reserved >= more, "a request takes more tokens than it was inserted with"
+        self._reserve(path, path.reserved - more)
+        path.ahead += [self._take() for _ in range(more)]
+        self.version += 1
 
     def fork(self, path: Path, *, new_tokens: int) -> Path:
         """Adds a request that goes on from where another one is, with room for `new_tokens` more.
@@ -169,6 +193,8 @@ class PrefixTree:
         """Ends a request. Its slots are free, or idle if they are retained."""
         assert self._paths.pop(path.leaf) is path
         self._reserve(path, 0)
+        self._free += reversed(path.ahead)
+        path.ahead = []
         self._pass_through(path.leaf, -1)
         node = path.leaf
         while node.parent is not None and not node.readers:
@@ -232,10 +258,14 @@ class PrefixTree:
             if node in self._paths:
                 rows.append(self._paths[node])
         alone = [[node for node in self.path(row) if node.readers == 1] for row in rows]
+        slots = [
+            (*(node.slot for node in nodes), *row.ahead)
+            for row, nodes in zip(rows, alone, strict=True)
+        ]
         return Layout(
             rows=tuple(rows),
             shared=tuple(shared),
-            private=tuple(tuple(node.slot for node in nodes) for nodes in alone),
+            private=tuple(slots),
             starts=tuple(positions[nodes[0]] for nodes in alone),  # a leaf is read by one
         )
 
@@ -270,9 +300,16 @@ class PrefixTree:
 
     def _grow(self, parent: Node, tokens: list[int]) -> Node:
         """A new chunk with one reader."""
+        return self._add(parent, tokens, self._take())
+
+    def _take(self) -> int:
+        """A free slot; there is one, or an idle one."""
         if not self._free:
             self._evict()
-        node = Node(tokens, self._free.pop(), parent, readers=1, used=next(self._clock))
+        return self._free.pop()
+
+    def _add(self, parent: Node, tokens: list[int], slot: int) -> Node:
+        node = Node(tokens, slot, parent, readers=1, used=next(self._clock))
         parent.children.append(node)
         if len(tokens) == self.chunk:
             parent.full.setdefault(tuple(tokens), node)

@@ -35,7 +35,8 @@ class Model:
 
     def needs(self, path):
         have = len(self.texts[path])
-        return (have + self.left[path]) // self.tree.chunk - have // self.tree.chunk
+        total = (have + self.left[path]) // self.tree.chunk - have // self.tree.chunk
+        return total - len(path.ahead)
 
     def live_chunks(self):
         return self.tree.live_slots
@@ -45,6 +46,14 @@ class Model:
             self.tree.append(path, token)
             self.texts[path].append(token)
             self.left[path] -= 1
+
+    def prepare(self, path, tokens):
+        tokens = min(tokens, self.left[path])
+        self.tree.prepare(path, tokens)
+        layout = self.tree.layout()
+        row = layout.rows.index(path)
+        room = len(layout.private[row]) * self.tree.chunk + layout.starts[row] - path.length
+        assert room > tokens  # a leaf is never full
 
     def fork(self, path, new):
         try:
@@ -62,10 +71,12 @@ class Model:
         nodes = list(tree.nodes())
         # Every slot is free or has one chunk; none is lost.
         slots = [node.slot for node in nodes]
+        ahead = [slot for path in self.texts for slot in path.ahead]
+        slots += ahead
         assert len(set(slots)) == len(slots)
         assert set(slots) <= set(range(tree.slots))
         assert len(slots) == tree.live_slots + tree.idle_slots
-        assert tree.live_slots == sum(node.readers > 0 for node in nodes)
+        assert tree.live_slots == sum(node.readers > 0 for node in nodes) + len(ahead)
         assert tree.retain or not tree.idle_slots
         promised = sum(self.needs(path) for path in self.texts)
         assert tree.room == tree.slots - tree.live_slots - promised >= 0
@@ -104,7 +115,9 @@ class Model:
                 text += by_slot[run.slot].tokens
                 position = len(text)
             assert layout.starts[row] == position
-            for slot in layout.private[row]:
+            own = layout.private[row][: len(layout.private[row]) - len(path.ahead)]
+            assert [*own, *path.ahead] == list(layout.private[row])
+            for slot in own:
                 assert by_slot[slot].readers == 1
                 text += by_slot[slot].tokens
             assert text == self.texts[path]
@@ -117,6 +130,7 @@ operations = st.lists(
         st.tuples(st.just("insert"), texts, st.integers(0, 6)),
         st.tuples(st.just("append"), which, st.integers(0, ALPHABET - 1)),
         st.tuples(st.just("append"), which, st.integers(0, ALPHABET - 1)),
+        st.tuples(st.just("prepare"), which, st.integers(0, 9)),
         st.tuples(st.just("fork"), which, st.integers(0, 6)),
         st.tuples(st.just("remove"), which),
     ),
@@ -142,17 +156,19 @@ def test_the_tree_holds_what_lists_hold(operations, chunk, slots, retain):
 def test_no_slot_is_lost_in_ten_thousand_operations(retain):
     draw, model = random.Random(0), Model(chunk=4, slots=60, retain=retain)
     bases = [[draw.randrange(50) for _ in range(24)] for _ in range(3)]
-    done = dict.fromkeys(("insert", "append", "fork", "remove"), 0)
+    kinds = ("insert", "append", "append", "append", "prepare", "fork", "remove")
+    done = dict.fromkeys(kinds, 0)
     for i in range(10_000):
         paths = list(model.texts)
-        what = draw.choice(("insert", "append", "append", "append", "fork", "remove"))
+        what = draw.choice(kinds)
         if what == "insert" or not paths:
             what, base = "insert", draw.choice(bases)
             rest = [draw.randrange(50) for _ in range(draw.randrange(1, 9))]
             model.insert(base[: draw.randrange(25)] + rest, draw.randrange(20))
         else:
-            values = {"append": [draw.randrange(50)], "fork": [draw.randrange(10)], "remove": []}
-            getattr(model, what)(draw.choice(paths), *values[what])
+            largest = {"append": 50, "prepare": 9, "fork": 10}
+            values = [draw.randrange(largest[what])] if what in largest else []
+            getattr(model, what)(draw.choice(paths), *values)
         done[what] += 1
         if i % 50 == 0:
             model.check()
@@ -275,3 +291,19 @@ def test_a_request_that_never_fits_is_refused_and_not_kept_waiting():
         tree.insert(range(10), new_tokens=2)
     with pytest.raises(ValueError, match="empty prompt"):
         tree.insert([], new_tokens=2)
+
+
+def test_slots_taken_in_advance_keep_the_layout_while_tokens_come():
+    tree = PrefixTree(chunk=4, slots=20)
+    path = tree.insert([1, 2, 3], new_tokens=12)
+    tree.prepare(path, 9)  # 12 tokens: three full chunks and an empty leaf
+    version, layout = tree.version, tree.layout()
+    assert len(layout.private[0]) == 4
+    for token in range(9):
+        tree.append(path, token)
+    assert tree.version == version
+    assert tree.layout().private == layout.private
+    assert tree.insert([1, 2, 3, 0, 9], new_tokens=0).matched == 4  # as if appended one by one
+    tree.prepare(path, 3)
+    tree.remove(path)
+    assert tree.live_slots == 2
