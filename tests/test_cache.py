@@ -113,7 +113,8 @@ def roundtrip(format, kv):
         positions = np.broadcast_to(
             np.arange(i, i + part.k_BSKH.shape[1]), (2, part.k_BSKH.shape[1])
         )
-        slot = write(0, slot, part, positions)
+        step = StepPositions(positions, jnp.zeros_like(positions), positions.max(axis=1) + 1)
+        slot = write(0, slot, part, step)
     lengths = jnp.full(2, S)
     found = KV(*(np.zeros(a.shape, np.float32) for a in kv))
     for segment in spec.formats[0].segments(slot, lengths, jnp.int32(0), spec.part(0)):

@@ -131,7 +131,7 @@ class PrefixSpec(CacheSpec):
                 items += 1
         return tables._replace(items=np.int32(items))
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
     def copy_page(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
         """One page into another, in every KV layer: the leaf of a fork. The cache is donated."""
         slots = jax.tree.map(lambda held: held.at[target].set(held[source]), cache.slots)
