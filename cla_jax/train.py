@@ -382,7 +382,7 @@ def train(
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
         threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = threads.submit(compile_step, session)
-        threads.shutdown(wait=False)  # an error here does not wait for the compiler
+        threads.shutdown(wait=False)  # an error here is told before the compiler ends
         state = restore_or_init(session, run)
         first_step = int(state.step)
         log_start(session, run, first_step)

@@ -166,10 +166,10 @@ class PrefixSpec(CacheSpec):
 
     def _private(self, p: int, slot: Slot, step: StepPositions) -> Segment:
         """What rows read alone, block by block."""
-        pages, M = step.pages, self.pages_at_once
+        pages: Pages = step.pages
         # The last block begins early enough to be whole; what the one before had is empty then.
         C = self.pages_of_row
-        M = min(M, C)
+        M = min(self.pages_at_once, C)
         first = lambda i: jnp.minimum(i * M, C - M)
 
         def read(i: Any) -> KV:

@@ -82,11 +82,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = Mlp(mlp, config)
 
-    def __call__(
-        self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
-    ) -> jax.Array:
-        x_BTD = self.attention(x_BTD, kv, rope, attend, rules)
-        return feed_forward(x_BTD, self.mlp_norm, self.mlp, rules)
+    # Its two parts are called apart: `Group` keeps their backward passes apart.
 
     def attention(
         self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
