@@ -13,6 +13,11 @@ Rows, all of one model with random weights and random caches:
 Contestants take turns; the table has medians and, as multiples of dense, their ratios. The bytes are those
 that keys and values take in closed form: what a step must read.
 """
+# ruff: noqa: E402 - the allocator is set up before jax is imported
+
+from launch import allocator
+
+allocator.set_up()
 
 import dataclasses
 import json

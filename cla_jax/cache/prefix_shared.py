@@ -41,8 +41,9 @@ from cla_jax.model.attention import (
 )
 from cla_jax.prefix_tree import Path, PrefixTree, Run
 
-BLOCK = 256  # tokens that are read at once, if pages are not larger
-TILE = 8  # rows of a work item
+BLOCK = 256  # shared tokens that are read at once, if pages are not larger
+PRIVATE_BLOCK = 64  # tokens of each row that are read at once, likewise
+TILE = 16  # rows of a work item
 
 
 class Pages(NamedTuple):
@@ -76,7 +77,14 @@ class PrefixSpec(CacheSpec):
         return max(1, BLOCK // self.page)
 
     def shapes(self, p: int) -> Any:
-        return self.formats[p].shapes(self.config, self.pages, self.page)
+        """The pool of slot p: pages, and in each of them heads before tokens.
+
+        So attention reads a page as it lies: no product needs keys or values transposed.
+        """
+        shapes = self.formats[p].shapes(self.config, self.pages, self.page)
+        swapped = lambda a: (a[0], a[2], a[1], *a[3:])
+        heads_first = lambda s: Shape("".join(swapped(s.letters)), swapped(s.shape), s.dtype)
+        return jax.tree.map(heads_first, shapes, is_leaf=lambda x: isinstance(x, Shape))
 
     @functools.partial(jax.jit, static_argnums=0)
     def allocate(self) -> Cache:
@@ -148,7 +156,7 @@ class PrefixSpec(CacheSpec):
         page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
         page_BT = jnp.where((step.positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
         entry_BT = offset_BT % self.page
-        put = lambda held, new: held.at[page_BT, entry_BT].set(new, mode="drop")
+        put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
         return jax.tree.map(put, slot, self._format(p).encode(kv))
 
     def attend(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
@@ -169,7 +177,7 @@ class PrefixSpec(CacheSpec):
         pages: Pages = step.pages
         # The last block begins early enough to be whole; what the one before had is empty then.
         C = self.pages_of_row
-        M = min(self.pages_at_once, C)
+        M = min(max(1, PRIVATE_BLOCK // self.page), C)
         first = lambda i: jnp.minimum(i * M, C - M)
 
         def read(i: Any) -> KV:
@@ -232,12 +240,27 @@ class PrefixSpec(CacheSpec):
     def _read(self, p: int, slot: Slot, pages_BM: jax.Array) -> KV:
         """The tokens of M pages a row, one after the other: [B, M * page, K, H]."""
         B, M = pages_BM.shape
+        # What is read instead of no page is never seen, but it must be the row's own.
+        pages_BM = jnp.where(pages_BM < self.pages, pages_BM, pages_BM[:, :1])
 
         def gathered(held: jax.Array) -> jax.Array:
-            taken = held.at[pages_BM].get(mode="fill", fill_value=0)
-            return taken.reshape(B, M * self.page, *held.shape[2:])
+            _, K, page, *H = held.shape
+            numbers = jax.lax.GatherDimensionNumbers(
+                offset_dims=(1, *range(3, held.ndim + 1)),  # B, K, M, page, H
+                collapsed_slice_dims=(0,),
+                start_index_map=(0,),
+            )
+            taken = jax.lax.gather(
+                held,
+                pages_BM[..., None],
+                numbers,
+                slice_sizes=(1, *held.shape[1:]),
+                mode="clip",
+            )
+            return taken.reshape(B, K, M * page, *H)
 
-        return self._format(p).decode(jax.tree.map(gathered, slot))
+        kv = self._format(p).decode(jax.tree.map(gathered, slot))
+        return KV(*(x.swapaxes(1, 2) for x in kv))
 
     def _format(self, p: int) -> PerToken:
         format = self.formats[p]
