@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,13 +47,27 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves in the background, one checkpoint at a time; an error surfaces at the next call."""
 
-    def __init__(self, directory: epath.Path, keep: int, owner: Owner | None = None):
+    def __init__(
+        self,
+        directory: epath.Path,
+        keep: int,
+        owner: Owner | None = None,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ):
+        """Makes one for a directory.
+
+        Args:
+          directory: `checkpoints` of a run.
+          keep: how many of the newest checkpoints stay.
+          owner: the run that they belong to.
+          on_saved: called with its step as soon as a checkpoint is whole, in another thread.
+        """
         self.directory = directory
         self.keep = keep
         self.owner = owner
-        self.saved = max(steps(directory), default=0)  # the newest that is known to be whole
+        self.on_saved = on_saved
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: tuple[int, concurrent.futures.Future] | None = None
+        self._pending: concurrent.futures.Future | None = None
 
     def save(self, state: State) -> None:
         """Starts saving; returns when the arrays have left the device, so the state may be donated."""
@@ -68,7 +83,6 @@ class Checkpointer:
         if _manifest(path).exists():
             problem = _foreign(path, self.owner)
             if problem is None:
-                self.saved = step
                 return
             if jax.process_index() == 0:
                 log.warning("%s", problem)
@@ -83,14 +97,13 @@ class Checkpointer:
         arrays = {
             k: [list(a.shape), str(a.dtype)] for part in parts.values() for k, a in part.items()
         }
-        self._pending = step, self._thread.submit(self._finish, saving, path, arrays)
+        self._pending = self._thread.submit(self._finish, saving, path, arrays)
 
     def wait(self) -> None:
         """Blocks until the checkpoint under way is whole; raises what went wrong with it."""
         if self._pending is not None:
-            (step, pending), self._pending = self._pending, None
+            pending, self._pending = self._pending, None
             pending.result()
-            self.saved = step
 
     def close(self) -> None:
         self.wait()
@@ -110,6 +123,7 @@ class Checkpointer:
             manifest |= {"run": self.owner.run, "identity": self.owner.identity}
         manifest["checksum"] = digest(manifest)
         write_atomically(_manifest(path), json.dumps(manifest, indent=1))
+        self.on_saved(manifest["step"])
         for step in steps(self.directory)[: -self.keep]:
             old = self.directory / f"{step:08d}"
             if problem := _foreign(old, self.owner):

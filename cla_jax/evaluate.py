@@ -13,7 +13,7 @@ from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
 from cla_jax.data import prepare
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import Run, check_places
+from cla_jax.runs import TRAINING, Run, check_places
 from cla_jax.scoring import (
     Progress,
     agreement,
@@ -36,7 +36,7 @@ def during_training(session: Session, model: Transformer) -> dict[str, Any]:
     metrics = _metrics(record)
     for name, scored in record.get("components", {}).items():
         metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
-    record |= {"method": "training", "data_fingerprint": session.prepared.fingerprint}
+    record |= {"method": TRAINING, "data_fingerprint": session.prepared.fingerprint}
     return metrics | {"record": record}
 
 

@@ -161,6 +161,17 @@ def about(file: PathLike) -> Iterator[None]:
         raise ValueError(words if name(file) in words else f"{name(file)}: {words}") from None
 
 
+@contextlib.contextmanager
+def naming(file: PathLike) -> Iterator[None]:
+    """An OSError of an open file names the file: the system names it only where a path is given."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(file)) from error
+
+
 def write_fault(directory: PathLike) -> str:
     """Why nothing can be written into a local directory; empty if something can.
 

@@ -97,8 +97,10 @@ def earlier(records: Iterable[dict[str, Any]], step: int) -> dict[str, float]:
     for record in records:
         if is_time_summary(record):
             booked = {bucket: record.get(f"{bucket}_s", 0.0) for bucket in BUCKETS}
-        else:
-            booked = booked | {"step": booked["step"] + record.get("seconds", 0.0)}
+        elif "seconds" in record:
+            booked = booked | {"step": booked["step"] + record["seconds"]}
+        else:  # an evaluation, or a note, which may be of an earlier step
+            continue
         if record["step"] <= step:
             kept = booked
     again = {bucket: kept[bucket] for bucket in ("data_wait", "step")}

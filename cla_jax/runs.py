@@ -18,8 +18,8 @@ altered is named and not used, and it is never deleted. A run directory must not
 there stays there.
 
 The `format` in config.json says what a run has had from its beginning. Without it, or with 1: its first
-records may have no checksum. With 2: every record has one, and metrics and checkpoints tell of each other
-what is missing at their ends (see `Run.losses`).
+records may have no checksum. With 2: every record has one, and metrics, checkpoints and the last evaluation
+tell of each other what is missing at their ends (see `Run.losses`).
 """
 
 import contextlib
@@ -53,7 +53,10 @@ _LONGER = (
     " The learning rate is planned over all steps, so a run cannot be made longer: with another --name it "
     "is trained from the beginning."
 )
-SAVED = "saved"  # in the metrics: the step of the newest checkpoint that is known to be whole
+# Notes in the metrics, each a step: the newest checkpoint that is known to be whole, and the newest
+# evaluation of training that is a file too.
+SAVED, RECORDED = "saved", "recorded"
+TRAINING = "training"  # the name of that file, and the method of its evaluation
 _FORMAT = 2  # of the runs that are begun here
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
@@ -155,8 +158,10 @@ class Run:
         return list(dict.fromkeys([end, *(i for i in others if is_a(i, int) and 0 <= i < size)]))
 
     def check_saved(self) -> None:
-        """Raises ValueError for a run without checkpoints."""
+        """Raises ValueError for a run without checkpoints, and tells of one that it had."""
         if not saved_steps(self.checkpoints):
+            if (losses := self.losses()).checkpoint is not None:
+                raise ValueError("; ".join(losses.problems))
             raise ValueError(f"{self.path} has no checkpoint yet: train it first")
 
     def check_decodable(self, formats: Iterable[str], chunk: int) -> None:
@@ -265,31 +270,38 @@ class Run:
     def read_metrics(self, problems: list[str] | None = None) -> list[dict[str, Any]]:
         """The records by step: of a step that stands there twice, the last whole one counts.
 
-        Those of the run's time are left out: they are of no step. See cla_jax.goodput.
+        Notes, and records of the run's time, are left out: they are of no step. See cla_jax.goodput.
         """
         records: dict[int, dict[str, Any]] = {}
         for record in self.read_records(problems):
-            if not goodput.is_time_summary(record):
+            if not (goodput.is_time_summary(record) or _is_note(record)):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
 
     def losses(self) -> "Losses":
-        """What metrics and checkpoints say of each other that is no longer there.
+        """What metrics, checkpoints and the evaluation of training say of each other that is no longer there.
 
-        The metrics of a step are written before its checkpoint; that the checkpoint is whole is written into
-        the metrics afterwards.
+        The metrics of a step are written before its checkpoint. A note follows as soon as the checkpoint is
+        whole. Of an evaluation the file is written first, then its line in the metrics.
         """
         if not self.is_sealed or "origin" in self._own():
             return Losses()
         # The metrics in the middle: while the run trains, neither seems to be behind the other.
         before = max(saved_steps(self.checkpoints), default=0)
+        noted = self._training_evaluation()
         lines, number = list(self.metric_lines()), self.id
-        last, saved = (
+        last, saved, evaluated, recorded = (
             seals.last_record(lines, number, key).get(value, 0)
-            for key, value in (("loss", "step"), (SAVED, SAVED))
+            for key, value in (
+                ("loss", "step"),
+                (SAVED, SAVED),
+                ("held_out_loss", "step"),
+                (RECORDED, RECORDED),
+            )
         )
         newest = max(saved_steps(self.checkpoints), default=0)
+        found, file = self._training_evaluation(), self.path / "eval" / f"{TRAINING}.json"
         problems = []
         if last < before:
             problems.append(
@@ -301,7 +313,27 @@ class Run:
                 f"{self.checkpoints / f'{saved:08d}.json'} is missing: that checkpoint was saved; the newest "
                 f"that is left is of step {newest:,}"
             )
-        return Losses(tuple(problems), last < before, saved if newest < saved else None)
+        if evaluated < noted:
+            problems.append(
+                f"{self._metrics_place}: the end is missing: it has no evaluation of step {noted:,}, and "
+                f"{file} is of that step; train the run again to make it anew"
+            )
+        if found < recorded:
+            problems.append(
+                f"{file} of step {recorded:,} is missing: the metrics have that evaluation; train the run "
+                "again to make it anew"
+            )
+        return Losses(
+            tuple(problems),
+            metrics=last < before,
+            checkpoint=saved if newest < saved else None,
+            evaluation=recorded if found < recorded else None,
+        )
+
+    def _training_evaluation(self) -> int:
+        """The step of the evaluation of training that is a file; 0 if there is none."""
+        step = self.eval(TRAINING).get("step", 0)
+        return step if is_a(step, int) else 0
 
     @property
     def _metrics_place(self) -> epath.Path:
@@ -315,6 +347,12 @@ class Losses:
     problems: tuple[str, ...] = ()  # in words, naming the files
     metrics: bool = False  # whether the end of the metrics is missing
     checkpoint: int | None = None  # the step of the one whose manifest is missing
+    evaluation: int | None = None  # the step of the one of training whose file is missing
+
+
+def _is_note(record: dict[str, Any]) -> bool:
+    """Whether a line of the metrics says only what lies beside them."""
+    return set(record) <= {"step", "time", SAVED}
 
 
 def metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:

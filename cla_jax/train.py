@@ -257,10 +257,9 @@ class StepLogger:
         first_step: int,
         clock: goodput.Clock,
         epochs: Callable[[int], dict[str, float]] = lambda step: {},
-        saved: Callable[[], int] = lambda: 0,
     ):
         self.config, self.writer, self.clock = config, writer, clock
-        self.epochs, self.saved = epochs, saved
+        self.epochs = epochs
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
         chip = chips.find(jax.devices()[0].device_kind)
         self.peak = chip.flops if chip else None  # unknown: no MFU is printed
@@ -291,9 +290,8 @@ class StepLogger:
         self.write_time_summary()
 
     def write_time_summary(self) -> None:
-        """Writes how the time of the run was spent so far, and which checkpoint is known to be whole."""
-        summary = goodput.time_summary(self.clock.seconds()) | {runs.SAVED: self.saved()}
-        self.writer.write(self.written, summary)
+        """Writes how the time of the run was spent so far."""
+        self.writer.write(self.written, goodput.time_summary(self.clock.seconds()))
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
@@ -400,22 +398,25 @@ def train(
                 run, config, process_index=jax.process_index(), first_step=first_step
             )
             stack.callback(writer.close)
-            saver = checkpoint.Checkpointer(run.checkpoints, config.placement.keep, run.owner)
-            saved_so_far = lambda: saver.saved
-            logger = StepLogger(config, writer, first_step, clock, session.epochs, saved_so_far)
+            saver = checkpoint.Checkpointer(
+                run.checkpoints, config.placement.keep, run.owner, writer.note_saved
+            )
+            logger = StepLogger(config, writer, first_step, clock, session.epochs)
 
             def evaluated(step: int, state: State) -> None:
                 metrics = evaluate(session, state.model)
                 record = metrics.pop("record", None)
                 # First: a run whose metrics say that it was evaluated has the record.
                 if record and jax.process_index() == 0:
-                    run.write_eval("training", record | {"step": step})
+                    run.write_eval(runs.TRAINING, record | {"step": step})
+                    metrics[runs.RECORDED] = step
                 writer.write(step, metrics)
 
             stack.callback(logger.timed("checkpoint")(saver.close))
             steps = config.placement.profiled_steps
             traced = profiler.traced(step_fn, steps, first_step, config.steps, run.profile)
             step_fn = stack.enter_context(traced)
+            writer.note_saved(first_step)  # later checkpoints may have been set aside
             logger.write_time_summary()
             if evaluation_is_missing(run, config, first_step):
                 log.info("step %d was saved but not evaluated: evaluating it now", first_step)
@@ -494,8 +495,13 @@ def is_complete(run: Run, config: Config) -> bool:
 
 
 def evaluated_steps(run: Run) -> list[int]:
-    """The steps that the metrics hold an evaluation of: the hosts have to agree on what is missing."""
-    return [record["step"] for record in run.read_metrics() if "held_out_loss" in record]
+    """The steps that were evaluated, with their file: the hosts have to agree on what is missing."""
+    lost = run.losses().evaluation
+    return [
+        record["step"]
+        for record in run.read_metrics()
+        if "held_out_loss" in record and record["step"] != lost
+    ]
 
 
 def evaluation_is_missing(run: Run, config: Config, step: int) -> bool:

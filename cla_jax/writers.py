@@ -8,14 +8,15 @@ import contextlib
 import dataclasses
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 from rich.console import Console
 
-from cla_jax import extras, names, progress, runs, seals
+from cla_jax import extras, files, names, progress, runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run
 
@@ -30,10 +31,14 @@ class MetricWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line: appended to metrics.jsonl, or in segments where nothing can append."""
+    """One JSON object a line: appended to metrics.jsonl, or in segments where nothing can append.
+
+    Two threads may write at once.
+    """
 
     def __init__(self, run: Run):
         self.run, self.id = run, run.id
+        self.lock = threading.Lock()
         self.lines: list[str] = []
         self.number = seals.last_record(run.metric_lines(), self.id).get("line", 0)
         # Lines that are missing at the end keep a number, so that readers go on to see that they are.
@@ -51,21 +56,23 @@ class JsonlWriter:
                 self.file.write(b"\n")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self.number += 1
         record = {"step": step, **metrics, "time": round(time.time(), 3)}
-        line = seals.seal_line(record, self.number, self.id)
-        if self.run.is_local:
-            self.file.write(line.encode())
-        else:
-            self.lines.append(line)
+        with self.lock, files.naming(self.run.metrics):
+            self.number += 1
+            line = seals.seal_line(record, self.number, self.id)
+            if self.run.is_local:
+                self.file.write(line.encode())
+            else:
+                self.lines.append(line)
 
     def flush(self) -> None:
-        if self.run.is_local:
-            os.fsync(self.file.fileno())
-        elif self.lines:
-            segment = f"{time.time_ns():020d}.jsonl"  # names sort in the order of writing
-            epath.Path(self.run.path / "metrics" / segment).write_text("".join(self.lines))
-            self.lines = []
+        with self.lock, files.naming(self.run.metrics):
+            if self.run.is_local:
+                os.fsync(self.file.fileno())
+            elif self.lines:
+                segment = f"{time.time_ns():020d}.jsonl"  # names sort in the order of writing
+                epath.Path(self.run.path / "metrics" / segment).write_text("".join(self.lines))
+                self.lines = []
 
     def close(self) -> None:
         self.flush()
@@ -220,10 +227,21 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 class CompositeWriter:
-    """All of several writers."""
+    """All of several writers.
 
-    def __init__(self, writers: list[MetricWriter]):
-        self.writers = writers
+    Args:
+      writers: those that get every record.
+      log: the one among them that keeps the run's log, if this process does.
+    """
+
+    def __init__(self, writers: Sequence[MetricWriter], log: JsonlWriter | None = None):
+        self.writers, self.log = writers, log
+
+    def note_saved(self, step: int) -> None:
+        """Makes it known, and safe, that the checkpoint of a step is whole. Any thread may call it."""
+        if self.log is not None:
+            self.log.write(step, {runs.SAVED: step})
+            self.log.flush()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         for writer in self.writers:
@@ -253,7 +271,7 @@ def make_writer(
         thinned.append(TensorBoardWriter(run, first_step))
     if config.placement.wandb:
         thinned.append(WandbWriter(run, config))
-    console = ConsoleWriter(run, last, every=every)
+    log, console = JsonlWriter(run), ConsoleWriter(run, last, every=every)
     return CompositeWriter(
-        [JsonlWriter(run), console, *(ThinnedWriter(writer, every, last) for writer in thinned)]
+        [log, console, *(ThinnedWriter(writer, every, last) for writer in thinned)], log
     )

@@ -203,6 +203,16 @@ def test_the_manifest_is_written_and_older_ones_removed_after_the_commit(saved, 
     assert steps(directory) == [4, 6]
 
 
+def test_who_waits_for_a_checkpoint_is_told_when_it_is_whole(saved, tmp_path):
+    _, _, states = saved
+    told = []
+    directory = epath.Path(tmp_path / "other")
+    saver = Checkpointer(directory, 2, on_saved=lambda step: told.append((step, steps(directory))))
+    saver.save(states[2])
+    saver.close()
+    assert told == [(2, [2])]
+
+
 def test_a_checkpoint_that_is_being_removed_counts_no_more(saved, monkeypatch):
     directory, _, states = saved
 

@@ -527,3 +527,36 @@ def test_what_metrics_and_checkpoints_say_of_each_other_is_missed(tiny):
     assert "1 lines before line 4 are missing" in problems[0]
     run.metrics.unlink()
     assert run.losses().metrics
+
+
+def test_an_evaluation_of_training_that_is_gone_is_missed(tiny):
+    run = opened(tiny())
+    steps = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+    score = {"step": 2, "held_out_loss": 1.0, runs.RECORDED: 2}
+    run.write_eval(runs.TRAINING, {"step": 2})
+    write_metrics(run, [*steps, score])
+    assert run.losses() == runs.Losses()
+    write_metrics(run, steps)  # the last line was cut away
+    (problem,) = run.losses().problems
+    assert "metrics.jsonl: the end is missing: it has no evaluation of step 2" in problem
+    write_metrics(run, [*steps, score])
+    file = run.path / "eval" / "training.json"
+    for earlier in (None, {"step": 1}):
+        file.unlink(missing_ok=True)
+        if earlier:
+            run.write_eval(runs.TRAINING, earlier)
+        (problem,) = run.losses().problems
+        assert "training.json of step 2 is missing" in problem
+        assert run.losses().evaluation == 2
+    # An evaluation without a file, of an evaluator of one's own, misses none.
+    write_metrics(run, [*steps, {"step": 2, "held_out_loss": 1.0}])
+    assert run.losses() == runs.Losses()
+
+
+def test_a_run_that_lost_all_its_checkpoints_says_so_to_readers(tiny):
+    run = opened(tiny())
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        run.check_saved()
+    write_metrics(run, [{"step": 4, "loss": 1.0}, {"step": 4, runs.SAVED: 4}])
+    with pytest.raises(ValueError, match=r"00000004\.json is missing: that checkpoint was saved"):
+        run.check_saved()

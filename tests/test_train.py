@@ -167,6 +167,38 @@ def test_an_evaluation_between_two_checkpoints_that_a_kill_prevented_is_made_up_
     assert [r["step"] for r in metrics(other) if "held_out_loss" in r] == [2, 4]
 
 
+def test_that_a_checkpoint_is_whole_is_known_before_the_evaluation_after_it(tiny, devices):
+    """Else its manifest could vanish from a run that is killed in the evaluation, without a word."""
+    devices(1)
+    config = tiny()
+
+    def killed(*_):
+        (run,) = find_runs([config.placement.runs])
+        manifest, deadline = run.checkpoints / "00000004.json", time.monotonic() + 20
+        while '"saved": 4' not in run.metrics.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        manifest.unlink()
+        assert run.losses().checkpoint == 4
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, evaluate=killed)
+
+
+def test_the_file_of_the_last_evaluation_is_made_again(tiny, devices, caplog):
+    devices(1)
+    config = tiny()
+    evaluate = lambda *_: {"held_out_loss": 1.0, "record": {"nll": 2.0}}
+    train(config, evaluate=evaluate)
+    (run,) = find_runs([config.placement.runs])
+    assert training.is_complete(run, config)
+    (run.path / "eval" / "training.json").unlink()
+    train(config, evaluate=evaluate)
+    assert "training.json of step 4 is missing" in caplog.text
+    assert run.eval("training") == {"nll": 2.0, "step": 4}
+    assert training.is_complete(run, config)
+
+
 def test_altered_metrics_are_told_when_a_run_goes_on(tiny, devices, caplog):
     devices(1)
     config = tiny()
@@ -561,7 +593,8 @@ def test_steps_of_a_killed_process_that_are_done_again_are_lost(timed, tiny):
     *lines, last = run.metrics.read_text().splitlines()
     assert goodput.is_time_summary(json.loads(last))
     run.metrics.write_text("\n".join(lines) + "\n")  # SIGKILL leaves no last account
-    assert json.loads(lines[-1])["step"] == 5
+    steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
+    assert steps[-1] == 5
     wall = timed(config=config)
     before, *_, last = accounts(config)[2:]
     assert before["step"] == 3

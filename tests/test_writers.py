@@ -1,8 +1,11 @@
+import errno
 import io
 import json
+import os
 import re
 import sys
 import types
+from unittest.mock import Mock
 
 import pytest
 from etils import epath
@@ -50,6 +53,19 @@ def test_a_remote_run_gets_segments(run, monkeypatch):
     assert not run.metrics.exists()
     assert len(list((run.path / "metrics").iterdir())) == 2
     assert [r["step"] for r in run.read_metrics()] == [1, 2, 3]
+
+
+def test_a_full_disk_names_the_file(run, monkeypatch):
+    """The system names a file only where it is given a path."""
+    writer = JsonlWriter(run)
+    fault = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=fault))
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        writer.flush()
+    writer.file.close()
+    writer.file = Mock(write=Mock(side_effect=fault))
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        writer.write(1, {"loss": 2.0})
 
 
 def test_console_prints_plain_lines_without_a_terminal(run):

@@ -18,7 +18,7 @@ from cla_jax import costs, files
 from cla_jax.config import Config
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import Run, find_runs, is_local, read_config, read_json
+from cla_jax.runs import TRAINING, Run, find_runs, is_local, read_config, read_json
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -28,7 +28,6 @@ _SCORES = {
     "bits_per_byte": float,
     "tokens": int,
 }  # of every evaluation but those of tasks
-TRAINING = "training"  # the method of an evaluation that training made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from cla_jax.documents import Documents
 from cla_jax.messages import printable
 from cla_jax.report import seeds
 from cla_jax.report.rows import Row, human
+from cla_jax.runs import TRAINING
 from cla_jax.study import Declared, Gain, Study, Verdict, decide
 
 METRICS = {
@@ -183,7 +184,7 @@ def documents_of(row: Row) -> Documents | None:
     """The scores of a run's held-out documents, of the evaluation that is compared; None without them."""
     record = row.evaluation
     if record and row.from_training:
-        record = row.evals.get("training")
+        record = row.evals.get(TRAINING)
         if record is None or record.get("step") != (row.evaluation or {})["step"]:
             return None
     return documents.read(record, f"{row.path}: an evaluation") if record else None
