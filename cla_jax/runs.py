@@ -310,8 +310,8 @@ class Run:
             )
         if newest < saved:
             problems.append(
-                f"{self.checkpoints / f'{saved:08d}.json'} is missing: that checkpoint was saved; the newest "
-                f"that is left is of step {newest:,}"
+                f"{self.checkpoints / f'{saved:08d}.json'} is missing: that checkpoint was saved; "
+                + (f"the newest that is left is of step {newest:,}" if newest else "none is left")
             )
         if evaluated < noted:
             problems.append(
