@@ -4,6 +4,13 @@ import functools
 import os
 import threading
 
+COMPILER = "compile"  # what the names of threads that compile begin with
+
+
+def is_compiling() -> bool:
+    """Whether a thread compiles, for which Python would wait at its end."""
+    return any(thread.name.startswith(COMPILER) for thread in threading.enumerate())
+
 
 @functools.cache
 def cores() -> int:

@@ -27,7 +27,7 @@ def check(config: Config, *, leads: bool = True) -> None:
     run = runs.Run(runs.run_path(config))
     if runs.is_local(run.path):
         _check_parents(f"name = {config.name!r}", Path(run.path))
-    if (run.path / "config.json").exists():
+    if (run.path / "config.json").exists() and run.has_begun:
         runs.check_identity(run, config, {})
 
 

@@ -87,6 +87,23 @@ class Run:
     def is_local(self) -> bool:
         return is_local(self.path)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is more of the run than its start: a step, a checkpoint, an evaluation, an import.
+
+        What has not begun holds no name: another run may take its place.
+        """
+        if any(
+            files.exists(path) and (not path.is_dir() or any(path.iterdir()))
+            for path in (self.checkpoints, self.path / "eval")
+        ):
+            return True
+        if "origin" in self._own():
+            return True
+        problems: list[str] = []
+        lines = self.read_records(problems)
+        return any(not _is_of_no_step(line) for line in lines) or bool(problems)
+
     def record(self) -> dict[str, Any]:
         """config.json, without its checksum.
 
@@ -274,7 +291,7 @@ class Run:
         """
         records: dict[int, dict[str, Any]] = {}
         for record in self.read_records(problems):
-            if not (goodput.is_time_summary(record) or _is_note(record)):
+            if not _is_of_no_step(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
@@ -350,9 +367,9 @@ class Losses:
     evaluation: int | None = None  # the step of the one of training whose file is missing
 
 
-def _is_note(record: dict[str, Any]) -> bool:
-    """Whether a line of the metrics says only what lies beside them."""
-    return set(record) <= {"step", "time", SAVED}
+def _is_of_no_step(record: dict[str, Any]) -> bool:
+    """Whether a line of the metrics is about the run's time, or a note of what lies beside them."""
+    return goodput.is_time_summary(record) or set(record) <= {"step", "time", SAVED}
 
 
 def metrics_record(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -404,10 +421,12 @@ def open_run(
 
     Raises ValueError, showing the difference, if the directory belongs to a run with another identity,
     other data or another tokenizer, or if nothing says whose its checkpoints are. A different placement
-    just continues.
+    just continues. A run that was stopped before its first step is begun anew, whatever it was.
     """
     run = Run(run_path(config))
-    if (run.path / "config.json").exists():
+    if write:
+        forget_unless_begun(run)
+    if (run.path / "config.json").exists() and run.has_begun:
         check_identity(run, config, {"data_fingerprint": data_fingerprint})
         if (run.path / "tokenizer.json").exists():
             run.check_data(data_fingerprint, tokenizer_json)
@@ -429,8 +448,9 @@ def open_run(
 
 def forget_unless_begun(run: Run) -> None:
     """Takes back what `open_run` made, if no step of the run was made: its name is free again."""
-    begun = run.metrics.exists() or (run.path / "metrics").exists() or saved_steps(run.checkpoints)
-    if not begun:
+    if not run.has_begun:
+        for file in (run.metrics, *listed(run.path / "metrics", ".jsonl")):
+            file.unlink(missing_ok=True)
         for name in ("config.json", "tokenizer.json"):
             (run.path / name).unlink(missing_ok=True)
 

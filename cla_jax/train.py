@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import budget, checkpoint, chips, costs, goodput, profiler, runs
+from cla_jax import budget, checkpoint, chips, costs, goodput, machine, profiler, runs
 from cla_jax import mesh as meshes
 from cla_jax.config import Config, OptimizerConfig, check_vocabulary
 from cla_jax.data import mixture
@@ -378,7 +378,7 @@ def train(
             log.info("%s is complete already, at step %d", run.path, config.steps)
             return True
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
-        threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        threads = ThreadPoolExecutor(1, thread_name_prefix=machine.COMPILER)
         compiling = threads.submit(compile_step, session)
         threads.shutdown(wait=False)  # an error here is told before the compiler ends
         state = restore_or_init(session, run)
@@ -702,7 +702,6 @@ def opened(session: Session) -> Iterator[Run]:
     # One process holds the lock for all hosts, and it alone writes; before that, nothing is written.
     path, writes = runs.run_path(session.config), jax.process_index() == 0
     with runs.locked(path) if writes else contextlib.nullcontext():
-        is_new = writes and not (path / "config.json").exists()
         run = runs.open_run(
             session.config,
             write=writes,
@@ -712,8 +711,10 @@ def opened(session: Session) -> Iterator[Run]:
         try:
             with logging_to(run):
                 yield run
-        except Exception:
-            if is_new:  # what is refused before its first step does not keep the name
+        except Diverged:
+            raise  # that is a result
+        except BaseException:
+            if writes:  # what ends before its first step does not keep the name
                 runs.forget_unless_begun(run)
             raise
 

@@ -6,13 +6,21 @@ import importlib.util
 import os
 from importlib import metadata
 
+from cla_jax import machine
+
 # mallopt's parameters, from glibc's malloc.h, and madvise's advice, from Linux' mman.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGES = 14
+# XLA on two cores aborted where it could start 20 threads, and did not with 30.
+_XLA_THREADS = 32
 
 
 def set_up() -> None:
-    """What an entry point that computes does first: before jax is imported, and starts its threads."""
+    """What an entry point that computes does first: before jax is imported, and starts its threads.
+
+    Raises RuntimeError if the system does not let it start them: XLA would abort.
+    """
+    machine.check_threads(max(_XLA_THREADS, 4 * machine.cores()))
     # jax makes objects by the million, importing and tracing, and keeps them. Looking through them at
     # Python's usual rate is a twentieth of the time to the first step.
     gc.set_threshold(100_000, 50, 50)

@@ -22,7 +22,7 @@ from tyro import (
     _errors,
 )  # the version is pinned: there is no public way to say a refusal in own words
 
-from cla_jax import extras
+from cla_jax import extras, machine
 from cla_jax.config import Component, Config, Stage, near_choice
 from cla_jax.messages import printable_lines, shown
 
@@ -67,6 +67,13 @@ _RESOURCES = {
     errno.EAGAIN,
     errno.EIO,
     errno.ENOLCK,
+}
+# What to raise where an error names no file.
+_LIMITS = {
+    errno.EMFILE: "the limit on open files (ulimit -n) is too low",
+    errno.EFBIG: "the limit on the size of a file (ulimit -f) is too low",
+    errno.ENOMEM: "the limit on memory (ulimit -v) or the memory of this machine is too low",
+    errno.EAGAIN: "the limit on processes (ulimit -u) is too low",
 }
 _NO_THREAD = "can't start new thread"  # in Python's words
 _RAN_OUT = re.compile(
@@ -281,14 +288,26 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             ran_out = _ran_out(error)
             words = ran_out or _absent(error) or _words(error)
             if words is None:
+                _leave_a_compiler()
                 raise
             print(f"error: {printable_lines(words)}", file=sys.stderr)
-            if ran_out and not _has_peers():
-                # Threads of a library that met the same may wait for each other for ever.
-                leave(1)
-            sys.exit(1 if ran_out or _absent(error) else 2)
+            code = 1 if ran_out or _absent(error) else 2
+            # Threads of a library that met the same may wait for each other for ever.
+            if (ran_out or machine.is_compiling()) and not _has_peers():
+                leave(code)
+            sys.exit(code)
+        except Exception:
+            _leave_a_compiler()
+            raise
 
     return wrapped
+
+
+def _leave_a_compiler() -> None:
+    """Ends the process with the traceback of a bug, where Python would first wait for a compiler."""
+    if machine.is_compiling() and not _has_peers():
+        traceback.print_exc()
+        leave(1)
 
 
 @contextlib.contextmanager
@@ -353,8 +372,8 @@ def _ran_out(error: BaseException | None) -> str | None:
     if isinstance(error, MemoryError):
         return "the memory of this machine is used up"
     if isinstance(error, OSError) and error.errno in _RESOURCES:
-        where = f": {error.filename}" if error.filename is not None else ""
-        return f"{error.strerror}{where}"
+        where = _LIMITS.get(error.errno) if error.filename is None else error.filename
+        return f"{error.strerror}: {where}" if where else error.strerror
     # Libraries pass the system's words on, in exceptions of their own.
     ours = isinstance(error, ValueError) and _is_ours(error)
     if error is not None and not ours and (found := _RAN_OUT.search(str(error))):

@@ -21,9 +21,9 @@ end as after a death.
 """
 
 import contextlib
+import ctypes
 import errno
 import faulthandler
-import functools
 import itertools
 import json
 import logging
@@ -288,17 +288,25 @@ def stop_on_signal() -> Callable[[int], bool]:
     A SIGHUP says that the terminal was closed; nohup, which has it ignored, is left alone. With one process
     Ctrl-C does the same, once. All hosts must ask equally often.
 
-    One process that was not asked yet, since its run began (`watched`), has nothing to save: it ends at once.
+    A process that was not asked yet, since its run began (`watched`), has nothing to save: it ends at once.
+    If there are others, they end as after a death.
     """
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _hung_up)
+    _stepping.clear()
     if jax.process_count() > 1:
         # jax.distributed has a SIGTERM handler of its own that agrees on a count to stop at. It must
         # never run backwards, as the steps of one row after another do.
         from jax.experimental import multihost_utils
 
         asked_before = itertools.count()
-        return lambda step: multihost_utils.reached_preemption_sync_point(next(asked_before))
+        _end_start_up_on_signal(_taken_over(signal.SIGTERM))
+
+        def reached(_: int) -> bool:
+            _stepping.set()
+            return multihost_utils.reached_preemption_sync_point(next(asked_before))
+
+        return reached
     asked = threading.Event()
 
     def stop(*_: object) -> None:
@@ -307,8 +315,7 @@ def stop_on_signal() -> Callable[[int], bool]:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    _stepping.clear()
-    _end_start_up_on_signal()
+    _end_start_up_on_signal(lambda: None)
 
     def should_stop(_: int) -> bool:
         _stepping.set()
@@ -317,12 +324,29 @@ def stop_on_signal() -> Callable[[int], bool]:
     return should_stop
 
 
-@functools.cache
-def _end_start_up_on_signal() -> None:
-    """Starts the thread that ends the process when a signal comes before the first step.
+def _taken_over(number: int) -> Callable[[], None]:
+    """Puts a handler of Python's in the place of one in C; returns what calls the one in C."""
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    address = libc.signal(number, None)
+    signal.signal(number, lambda *_: None)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
+    return lambda: handler(number)
+
+
+_watching: list[threading.Thread] = []
+
+
+def _end_start_up_on_signal(terminate: Callable[[], None]) -> None:
+    """Starts, once, the thread that ends the process when a signal comes before the first step.
 
     A handler of Python's would wait for the main thread, which may be in native code that never returns.
+
+    Args:
+      terminate: called for a SIGTERM that comes later.
     """
+    if _watching:
+        return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
@@ -334,8 +358,11 @@ def _end_start_up_on_signal() -> None:
                     "stopped during start-up or an evaluation: there is nothing new to save"
                 )
                 leave(STOPPED)
+            if received[0] == signal.SIGTERM:
+                terminate()
 
-    threading.Thread(target=end, daemon=True, name="signals").start()
+    _watching.append(threading.Thread(target=end, daemon=True, name="signals"))
+    _watching[0].start()
 
 
 def _hung_up(*_: object) -> None:
@@ -361,8 +388,8 @@ def watched(
     it, alive too. From the first step until the with statement is left, a process that has not asked for
     `step_timeout` seconds prints the stacks of its threads and exits with code 1.
     """
+    _stepping.clear()  # another run of the same process starts up too
     if jax.process_count() == 1:
-        _stepping.clear()  # another run of the same process starts up too
         yield should_stop
         return
 

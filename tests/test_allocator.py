@@ -40,3 +40,21 @@ def test_large_arrays_are_on_huge_pages_and_their_memory_is_kept():
     assert 256 <= int(held) <= 300  # MiB; reserving took none
     assert int(kept) >= 256
     assert (huge, threshold) == ("True", "100000")
+
+
+def test_too_few_threads_are_refused_before_a_library_aborts():
+    program = (
+        "import threading\n"
+        "from launch import allocator, cli\n"
+        "begin, started = threading.Thread.start, []\n"
+        "def start(thread):\n"
+        "    if len(started) == 20:\n"
+        '        raise RuntimeError("can\'t start new thread")\n'
+        "    started.append(begin(thread))\n"
+        "threading.Thread.start = start\n"
+        "cli.user_errors(allocator.set_up)()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: can't start new thread: the limits on memory")
+    assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ import pytest
 
 from cla_jax import budget, runs
 from cla_jax import train as training
+from tests.sealed import write_metrics
 
 MiB = 1 << 20
 
@@ -77,7 +78,7 @@ def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
     assert "training tokens: 256 in all" in caplog.text
     monkeypatch.undo()
     run = runs.open_run(tiny(seed=1), data_fingerprint="", tokenizer_json="{}")
-    run.metrics.write_text("")  # a step may have been made: now the name is taken
+    write_metrics(run, [{"step": 1, "loss": 5.0}])  # a step was made: now the name is taken
     runs.forget_unless_begun(run)
     with pytest.raises(ValueError, match="holds another run"):
         runs.open_run(tiny(seed=2), data_fingerprint="", tokenizer_json="{}")

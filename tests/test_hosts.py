@@ -437,3 +437,29 @@ def test_a_loss_that_is_not_finite_ends_all_hosts_at_the_same_step(tmp_path):
     logs = finish(start(tmp_path, 2, *command), code=1)
     said = [re.findall(r"diverged: step (\d+): \w+ is \w+", log) for log in logs]
     assert said[0] == said[1] != []
+
+
+# launch.train whose compiler never ends.
+COMPILING = """
+import sys, time
+from cla_jax import train
+from launch import train as launch_train
+
+train.compile_step = lambda layout: time.sleep(10_000)
+launch_train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.hosts
+def test_hosts_that_are_told_to_stop_in_start_up_stop_at_once(tmp_path):
+    hosts = start(tmp_path, 2, "-c", COMPILING, *arguments(tmp_path, "early"))
+    log = tmp_path / "runs" / "early" / "log.txt"
+    wait_for(lambda: log.exists() and "training tokens" in log.read_text(), hosts)
+    for host in hosts:
+        host.terminate()
+    for said in finish(hosts, code=STOPPED):
+        assert "stopped during start-up" in said
+    # It made no step, so another run may have its name.
+    finish(
+        start(tmp_path, 1, "-m", "launch.train", *arguments(tmp_path, "early", 1), "--seed", "1")
+    )

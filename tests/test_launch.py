@@ -249,7 +249,7 @@ def test_help_lists_experiments_and_explains_fields(capsys):
         ("KeyboardInterrupt", 130, "interrupted\n"),
         ("__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 2, "9 bytes\n"),
         ("OSError(28, 'No space left on device', '/runs/a')", 1, "left on device: /runs/a\n"),
-        ("OSError(24, 'Too many open files')", 1, "error: Too many open files\n"),
+        ("OSError(24, 'Too many open files')", 1, "(ulimit -n) is too low\n"),
         ("MemoryError", 1, "error: the memory of this machine is used up\n"),
         ('RuntimeError("can\'t start new thread")', 1, "(ulimit -u) are too low\n"),
         # A library's own exception around it.
@@ -855,3 +855,31 @@ def test_what_generation_cannot_do_is_refused_before_jax(
     with pytest.raises(SystemExit):
         launch_generate.main([str(run.path), *flags])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [("ValueError", 2), ("KeyError", 1)])
+def test_an_error_does_not_wait_for_a_compiler(tmp_path, error, code):
+    """Python waits at its end for threads of executors; a compiler may work for minutes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "import launch.cli\n"
+        "from cla_jax import machine\n"
+        "launch.cli._OURS = (__file__,)\n"
+        "@launch.cli.user_errors\n"
+        "def main():\n"
+        "    threads = ThreadPoolExecutor(1, thread_name_prefix=machine.COMPILER)\n"
+        "    threads.submit(threading.Event().wait)\n"
+        f"    raise {error}('what is wrong')\n"
+        "main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == code
+    assert "what is wrong" in ended.stderr

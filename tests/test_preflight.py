@@ -10,6 +10,7 @@ from cla_jax.config import Component
 from cla_jax.data import sources
 from launch import sweep
 from launch import train as launch_train
+from tests.sealed import write_metrics
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,8 @@ def test_a_directory_whose_name_misleads_libraries_is_refused_from_inside_too(
 
 
 def test_another_runs_name_is_refused_before_data_is_prepared(tiny, tmp_path, capsys, monkeypatch):
-    runs.open_run(tiny(), data_fingerprint="x", tokenizer_json="{}")
+    run = runs.open_run(tiny(), data_fingerprint="x", tokenizer_json="{}")
+    write_metrics(run, [{"step": 1, "loss": 5.0}])
     monkeypatch.setattr(
         launch_train, "parse", lambda _: [tiny(seed=1, **{"placement.data_dir": "d"})]
     )

@@ -16,6 +16,13 @@ def opened(config, fingerprint="data-1", tokenizer="{}"):
     return open_run(config, data_fingerprint=fingerprint, tokenizer_json=tokenizer)
 
 
+def begun(config):
+    """A run that made a step: now it holds its name."""
+    run = opened(config)
+    write_metrics(run, [{"step": 1, "loss": 5.0}])
+    return run
+
+
 def test_config_comes_back(tiny):
     config = tiny()
     assert opened(config).config() == config
@@ -28,7 +35,7 @@ def test_another_placement_continues_and_is_recorded(tiny):
 
 
 def test_another_identity_is_refused_with_the_difference(tiny):
-    run = opened(tiny())
+    run = begun(tiny())
     before = (run.path / "config.json").read_text()
     with pytest.raises(ValueError) as error:
         opened(tiny(seed=3, **{"model.kv_map": "identity"}))
@@ -39,7 +46,7 @@ def test_another_identity_is_refused_with_the_difference(tiny):
 
 
 def test_more_steps_of_the_same_run_say_how_to_go_on(tiny):
-    opened(tiny())
+    begun(tiny())
     with pytest.raises(
         ValueError, match=r"steps: 4 there, 8 asked for\n.*cannot be made longer: with another"
     ):
@@ -64,7 +71,7 @@ def test_a_file_system_without_locks_is_named(tiny, monkeypatch):
 
 
 def test_other_data_or_tokenizer_is_refused(tiny):
-    opened(tiny())
+    begun(tiny())
     with pytest.raises(ValueError, match="data_fingerprint: 'data-1' there"):
         opened(tiny(), fingerprint="data-2")
     with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer"):
@@ -92,6 +99,7 @@ def test_an_unknown_field_from_another_version_is_named(tiny):
 def test_a_run_older_than_a_field_goes_on(tiny):
     """The field has its default: that is what it meant before it could be set."""
     run = opened(tiny())
+    run.metrics.write_text('{"step": 1, "loss": 5.0}\n')
     make_older(run, numbered=False)
     record = run.record()
     del record["identity"]["model"]["rope_scaling"]
@@ -198,12 +206,35 @@ def test_checkpoints_without_a_config_belong_to_nobody(tiny):
     assert not (run.path / "config.json").exists()
 
 
+def test_a_run_that_made_no_step_does_not_hold_its_name(tiny):
+    """It was killed in start-up, say, and its time was noted already."""
+    run = opened(tiny())
+    notes = [{"step": 0, "goodput": 0.0}, {"step": 0, runs.SAVED: 0}]
+    write_metrics(run, notes)
+    other = opened(tiny(seed=3))
+    assert other.path == run.path
+    assert other.config().seed == 3
+    assert other.read_metrics([]) == []
+    assert not other.metrics.exists()
+    # Whatever there is more of a run holds the name.
+    for name in ("checkpoints/00000002.damaged", "eval/full.json"):
+        runs.write_atomically(run.path / name, "{}")
+        with pytest.raises(ValueError, match="holds another run"):
+            opened(tiny())
+        (run.path / name).unlink()
+    for lines, end in (([{"step": 1, "loss": 1.0}], ""), ([], '{"step": 1}\n')):
+        write_metrics(run, notes + lines, end)  # a line without a checksum was altered
+        with pytest.raises(ValueError, match="holds another run"):
+            opened(tiny())
+    opened(tiny(seed=3))
+
+
 def test_who_does_not_write_only_checks(tiny):
     """As all hosts but the first, which holds the lock."""
     options = {"data_fingerprint": "f", "tokenizer_json": "{}"}
     run = runs.open_run(tiny(), **options, write=False)
     assert not run.path.exists()
-    runs.open_run(tiny(), **options)
+    write_metrics(runs.open_run(tiny(), **options), [{"step": 1, "loss": 5.0}])
     before = (run.path / "config.json").read_text()
     runs.open_run(tiny(**{"placement.log_every": 77}), **options, write=False)
     assert (run.path / "config.json").read_text() == before
@@ -247,7 +278,7 @@ def altered(file, before, after):
 
 @pytest.mark.parametrize("where", ["identity", "data_fingerprint", "versions"])
 def test_an_edited_config_is_no_config(tiny, where):
-    run = opened(tiny())
+    run = begun(tiny())
     file = run.path / "config.json"
     before, after = {
         "identity": ('"rope_theta": 10000.0', '"rope_theta": 10001.0'),
@@ -397,6 +428,21 @@ def test_a_run_that_is_linked_counts_once(tiny, tmp_path):
     (linked / "b").symlink_to(study / "b")  # a comparison put together by hand
     assert names([linked]) == ["b"]
     assert names([linked, study]) == ["b", "a"]
+
+
+def test_links_that_a_tracker_makes_below_a_run_are_not_followed(tiny):
+    """wandb keeps wandb/latest-run beside its logs."""
+    run = opened(tiny())
+    logs = run.path / "wandb" / "run-1"
+    logs.mkdir(parents=True)
+    os.symlink("run-1", run.path / "wandb" / "latest-run")
+    os.symlink(run.path, logs / "config.json")
+    assert run.config() == tiny()
+    assert [found.path for found in find_runs([run.path.parent])] == [run.path]
+    run.write_eval("full", {"step": 4})
+    assert run.evals() == {"full": {"step": 4}}
+    runs.remove_partial(run.path)
+    assert os.path.islink(run.path / "wandb" / "latest-run")
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "eval", "eval/full.json"])
