@@ -20,6 +20,7 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model import splash
 from cla_jax.model.cpu_matmul import scores
 from cla_jax.model.layers import axes
+from cla_jax.model.platform import query_block
 
 ATTENTION_OUTPUT = splash.OUTPUT
 MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN
@@ -87,28 +88,40 @@ def attend(
 ) -> jax.Array:
     """Causal attention of T queries over the same T positions; softmax in float32. [B, T, K, G, H]
 
-    `seen_BTS`, if given, says instead which keys a query sees; only XLA takes it.
+    `seen_BTS`, if given, says instead which keys a query sees, none of them later; only XLA takes it.
     """
     if backend != "xla":
         return _attend_kernel(backend, q_BTKGH, kv, starts_BT, rules or AxisRules())
-    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    positions = jnp.arange(T)[None]
-    q_BKNH, over_queries, restore = grouped_queries(q_BTKGH * H**-0.5)
-    starts_BN = None if starts_BT is None else over_queries(starts_BT)
+    T = q_BTKGH.shape[1]
     if seen_BTS is None:
-        seen_B1NS = visible(over_queries(positions), positions, starts_BN)
-    else:
-        seen_B1NS = over_queries(seen_BTS)[:, None]
+        positions = jnp.arange(T)[None]
+        seen_BTS = visible(positions, positions, starts_BT)[:, 0]
+    size = query_block(T)
+    parts = [
+        _attend_to_seen(
+            q_BTKGH[:, first : first + size],
+            KV(*(a_BSKH[:, : first + size] for a_BSKH in kv)),
+            seen_BTS[:, first : first + size, : first + size],
+        )
+        for first in range(0, T, size)
+    ]
+    output_BTKGH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    # Its gradient needs the scores again, whatever is kept.
+    return checkpoint_name(output_BTKGH, ATTENTION_OUTPUT)
+
+
+def _attend_to_seen(q_BTKGH: jax.Array, kv: KV, seen_BTS: jax.Array) -> jax.Array:
+    """Attention of T queries to those of S keys that each sees."""
+    q_BKNH, over_queries, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
     s_BKNS = jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, kv.k_BSKH, preferred_element_type=jnp.float32)
-    s_BKNS = jnp.where(seen_B1NS, s_BKNS, MASKED)
+    s_BKNS = jnp.where(over_queries(seen_BTS)[:, None], s_BKNS, MASKED)
     # The sum divides the output, which is smaller than the weights; the peak has no gradient.
     peak_BKN1 = jax.lax.stop_gradient(s_BKNS.max(axis=-1, keepdims=True))
     p_BKNS = jnp.exp(s_BKNS - peak_BKN1)
     total_BKN1 = p_BKNS.sum(axis=-1, keepdims=True)
     p_BKNS = p_BKNS.astype(kv.v_BSKH.dtype)
     o_BKNH = jnp.einsum("BKNS,BSKH->BKNH", p_BKNS, kv.v_BSKH, preferred_element_type=jnp.float32)
-    # Its gradient needs the scores again, whatever is kept.
-    return checkpoint_name(restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype), ATTENTION_OUTPUT)
+    return restore(o_BKNH / total_BKN1).astype(q_BTKGH.dtype)
 
 
 def grouped_queries(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
