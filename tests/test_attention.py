@@ -71,6 +71,33 @@ def test_block_by_block_equals_the_whole(starts):
     assert jnp.abs(tail - blocks[:, 9:]).max() < 1e-6
 
 
+@pytest.mark.parametrize("mask", ["causal", "starts", "seen"])
+def test_queries_in_blocks_give_the_same_output_and_gradients(monkeypatch, mask):
+    q, kv = inputs()
+    kv = KV(*(a[:, :T] for a in kv))
+    starts = jnp.maximum(jnp.arange(T) - jnp.array([[3], [6]]), 0)
+    seen = jax.random.bernoulli(jax.random.key(3), 0.5, (B, T, T)) | jnp.eye(T, dtype=bool)
+    masks = {"causal": {}, "starts": {"starts_BT": starts}, "seen": {"seen_BTS": jnp.tril(seen)}}
+    weight = jax.random.normal(jax.random.key(4), q.shape)
+
+    def outputs(block):
+        monkeypatch.setattr(attention, "query_block", lambda queries: block)
+        loss = lambda q, kv: (attend(q, kv, **masks[mask]) * weight).sum()
+        return jax.tree.leaves(jax.value_and_grad(loss, (0, 1))(q, kv))
+
+    for whole, blocks in zip(outputs(T), outputs(5), strict=True):
+        assert jnp.abs(blocks - whole).max() < 1e-5
+
+
+def test_a_block_of_queries_has_no_scores_of_later_keys(monkeypatch):
+    q, kv = inputs()
+    monkeypatch.setattr(attention, "query_block", lambda queries: 5)
+    program = str(jax.make_jaxpr(attend)(q, KV(*(a[:, :T] for a in kv))))
+    for queries, keys in ((5, 5), (5, 10), (3, 13)):
+        assert f"f32[{B},{K},{queries * G},{keys}]" in program
+    assert f"f32[{B},{K},{5 * G},{T}]" not in program
+
+
 def test_parts_of_a_cache_in_any_order_give_the_whole():
     """Two segments, one of them read without a loop, the newest tokens first."""
     q, kv = inputs()
