@@ -29,9 +29,9 @@ def h16_mqa() -> Config:
         ),
         data=DataConfig(source="sotu", tokenizer="byte", seq_len=256, held_out=0.01),
         optimizer=OptimizerConfig(peak_lr=6e-3),
-        batch_size=8,
-        steps=300,
-        placement=Placement(log_every=50, save_every=300, eval_every=300, scan_layers=False),
+        batch_size=4,
+        steps=600,
+        placement=Placement(log_every=50, save_every=600, eval_every=600, scan_layers=False),
     )
 
 
