@@ -111,8 +111,8 @@ def measured(checkout: Path, cases: Sequence[str]) -> dict[str, dict[str, str]]:
 def digests(case: str) -> dict[str, str]:
     import logging
 
-    from cla_jax.config import replaced
     from cla_jax.evaluate import during_training, evaluate
+    from cla_jax.fields import replaced
     from cla_jax.runs import find_runs
     from cla_jax.train import train
     from experiments.smoke import tiny

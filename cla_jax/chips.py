@@ -9,7 +9,7 @@ data-centre network; NVIDIA's data sheets, dense, SXM.
 import dataclasses
 import difflib
 
-from cla_jax.config import near_choice
+from cla_jax.messages import near_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,16 @@ only, so a run may move to half the chips.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, Literal
 
 from cla_jax import kv_map as kv_maps
 from cla_jax import names
-from cla_jax.messages import shown
+from cla_jax.fields import from_dict
+from cla_jax.messages import choice, near_choice, shown
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
 # The KV-cache formats of cla_jax.cache. Their names are here so that a wrong one is refused without jax.
@@ -62,21 +59,6 @@ def _bounded(config: Any, prefix: str = "") -> None:
 def _digits(text: str, most: int = 18) -> bool:
     """Whether a text is a plain number of at most so many digits."""
     return text.isascii() and text.isdecimal() and len(text) <= most
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} = {shown(value)} must be one of {', '.join(choices)}")
-
-
-def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    """Raises ValueError with the nearest names unless `value` is one of `choices`."""
-    choices = tuple(choices)
-    if value in choices:
-        return
-    near = difflib.get_close_matches(value[:100], choices, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
-    raise ValueError(f"unknown {what} {shown(value)}; {hint}")
 
 
 SOURCES = ("sotu", "text", "jsonl", "tfds")
@@ -161,8 +143,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.d_head = {self.d_head} must be even: RoPE turns pairs of dimensions"
             )
-        _choice("model.kv_norm", self.kv_norm, ("own", "block"))
-        _choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        choice("model.kv_norm", self.kv_norm, ("own", "block"))
+        choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
             _positive(f"model.{field}", getattr(self, field))
         self.resolved_rope_scaling  # noqa: B018  raises for what is none of its forms
@@ -421,19 +403,76 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to the floor (2405.12981, section 3.1)."""
+
+    # cosine, wsd or constant; each has fields of its own.
+    kind: Literal["cosine"] = dataclasses.field(default="cosine", init=False)
+    # Share of the steps spent warming up.
+    warmup_fraction: float = 0.05
+    # Learning rate at the last step, as a share of the peak.
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        _fractions(self, "optimizer.schedule")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WSD:
+    """Warmup-stable-decay: linear warm-up, the peak, linear decay to the floor (2404.06395, section 4)."""
+
+    # cosine, wsd or constant; each has fields of its own.
+    kind: Literal["wsd"] = dataclasses.field(default="wsd", init=False)
+    # Share of the steps spent warming up.
+    warmup_fraction: float = 0.05
+    # Share of the steps, the last ones, over which the rate falls.
+    decay_fraction: float = 0.1
+    # Learning rate at the last step, as a share of the peak.
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        _fractions(self, "optimizer.schedule")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"optimizer.schedule: warmup_fraction = {self.warmup_fraction} and decay_fraction = "
+                f"{self.decay_fraction} are more than all steps together"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warm-up, then the peak to the end."""
+
+    # cosine, wsd or constant; each has fields of its own.
+    kind: Literal["constant"] = dataclasses.field(default="constant", init=False)
+    # Share of the steps spent warming up.
+    warmup_fraction: float = 0.05
+
+    def __post_init__(self):
+        _fractions(self, "optimizer.schedule")
+
+
+def _fractions(config: Any, name: str) -> None:
+    """Raises ValueError unless every field that is a fraction lies in 0 to 1."""
+    for field in dataclasses.fields(config):
+        if field.name.endswith("_fraction") and not 0 <= getattr(config, field.name) <= 1:
+            raise ValueError(
+                f"{name}.{field.name} = {getattr(config, field.name)} must lie in 0 to 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under linear warm-up and cosine decay (2405.12981, section 3.1).
+    """AdamW after clipping (2405.12981, section 3.1).
 
     Weight decay reaches every parameter, norms and embeddings included, as in the authors' public
     code; the paper is silent.
     """
 
-    # Learning rate at the end of warm-up.
+    # The highest learning rate of the schedule.
     peak_lr: float = 3e-4
-    # Share of the steps spent warming up.
-    warmup_fraction: float = 0.05
-    # Learning rate at the last step, as a share of the peak.
-    final_fraction: float = 0.1
+    # How the learning rate changes over the steps.
+    schedule: Cosine | WSD | Constant = Cosine()
     # Decay of the first moment.
     b1: float = 0.9
     # Decay of the second moment.
@@ -448,9 +487,6 @@ class OptimizerConfig:
     def __post_init__(self):
         for field in ("peak_lr", "eps", "clip_norm"):
             _positive(f"optimizer.{field}", getattr(self, field))
-        for field in ("warmup_fraction", "final_fraction"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in 0 to 1")
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
@@ -458,6 +494,16 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.weight_decay = {self.weight_decay} must be finite and not negative"
             )
+
+    @staticmethod
+    def upgrade(fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a record, of one from before there were other schedules than the cosine too."""
+        of_cosine = {"warmup_fraction", "final_fraction"} & fields.keys()
+        if not of_cosine or "schedule" in fields:
+            return fields
+        rest = {key: value for key, value in fields.items() if key not in of_cosine}
+        schedule = {"kind": "cosine"} | {key: fields[key] for key in of_cosine}
+        return rest | {"schedule": schedule}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -548,8 +594,8 @@ class Placement:
         for option in self.compiler_options.split(",") if self.compiler_options else ():
             if not all(option.partition("=")):
                 raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
-        _choice("placement.remat", self.remat, ("none", "block", "attention", "dots"))
-        _choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        choice("placement.remat", self.remat, ("none", "block", "attention", "dots"))
+        choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         for field in ("runs", "data_dir"):
             names.check_path(f"placement.{field}", getattr(self, field))
         self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT
@@ -700,86 +746,3 @@ def from_record(record: dict[str, Any]) -> Config:
         return from_dict(Config, fields | record["identity"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a run's config: {error}") from None
-
-
-def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace` by dotted names: `replaced(config, {"optimizer.peak_lr": 1e-3, "seed": 1})`.
-
-    The changes are made together, so two fields may change that are only valid together. Raises ValueError
-    for an unknown field, with the nearest names.
-    """
-    here: dict[str, Any] = {}
-    below: dict[str, dict[str, Any]] = {}
-    for path, value in changes.items():
-        field, _, rest = path.partition(".")
-        near_choice("field", field, [known.name for known in dataclasses.fields(config)])
-        if rest:
-            below.setdefault(field, {})[rest] = value
-        else:
-            here[field] = value
-    here |= {field: replaced(getattr(config, field), inner) for field, inner in below.items()}
-    return dataclasses.replace(config, **here)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys: `{"model.d_head": 64}`.
-
-    Dicts in a list are known by their name, or by their place in it: `data.mixture.web.weight`.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, list | tuple) and value and all(isinstance(x, dict) for x in value):
-            value = {str(inner.get("name", place)): inner for place, inner in enumerate(value)}
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two nested dicts differ, with both values (None where absent)."""
-    a, b = flatten(ours), flatten(theirs)
-    keys = [*a, *(key for key in b if key not in a)]
-    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
-
-
-def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
-    """The inverse of `dataclasses.asdict`. Raises ValueError for an unknown or missing field."""
-    hints = typing.get_type_hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for key in fields:
-        near_choice(f"field of {prefix or 'the config'}", key, tuple(known))
-    for key, field in known.items():
-        required = field.default is dataclasses.MISSING
-        if required and field.default_factory is dataclasses.MISSING and key not in fields:
-            raise ValueError(f"{prefix}{key} is missing")
-    return cls(**{key: _value(prefix + key, value, hints[key]) for key, value in fields.items()})
-
-
-def _value(name: str, value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type, hint), value, f"{name}.")
-    if typing.get_origin(hint) is tuple:  # JSON knows only lists
-        inner = typing.get_args(hint)
-        if isinstance(value, list | tuple):
-            if inner[-1] is ...:
-                inner = inner[:1] * len(value)
-            if len(inner) == len(value):
-                return tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
-        raise ValueError(f"{name} = {value!r} is not of type {hint}")
-    _check_type(name, value, hint)
-    return value
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    if typing.get_origin(hint) is Literal:
-        return _choice(name, value, typing.get_args(hint))
-    if typing.get_origin(hint) is types.UnionType:
-        return None
-    accepted = (int, float) if hint is float else (hint,)
-    if not isinstance(value, accepted) or (hint is not bool and isinstance(value, bool)):
-        raise ValueError(
-            f"{name} = {shown(value)} is not of type {getattr(hint, '__name__', hint)}"
-        )
-    return None

@@ -1,7 +1,9 @@
 """How values that others wrote appear in messages: on one line, printable, and of bounded length."""
 
+import difflib
 import reprlib
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 300  # characters of a message that are somebody else's words
@@ -53,3 +55,20 @@ class _Short(reprlib.Repr):
         del level
         # Python itself writes no integer of more than 4,300 digits.
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 4096 else repr(x)
+
+
+def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError with the nearest names unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value[:100], choices, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
+    raise ValueError(f"unknown {what} {shown(value)}; {hint}")
+
+
+def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ValueError with all the choices unless `value` is one of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} = {shown(value)} must be one of {', '.join(map(str, choices))}")

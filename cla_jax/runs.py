@@ -42,9 +42,10 @@ from typing import IO, Any
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import files, goodput, seals
-from cla_jax.config import CACHE_FORMATS, Config, check_chunk, near_choice
+from cla_jax import fields, files, goodput, seals
+from cla_jax.config import CACHE_FORMATS, Config, check_chunk
 from cla_jax.files import is_a
+from cla_jax.messages import near_choice
 from cla_jax.seals import Altered
 
 log = logging.getLogger(__name__)
@@ -405,7 +406,7 @@ class Owner:
         ours, theirs = (configs.identity(as_config(i)) for i in (self.identity, saved["identity"]))
         return "; ".join(
             f"{key} is {a!r}, and what was saved has {b!r}"
-            for key, (a, b) in configs.difference(ours, theirs).items()
+            for key, (a, b) in fields.difference(ours, theirs).items()
         )
 
 
@@ -543,7 +544,7 @@ def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None
     record = run.record()
     # By way of a Config: a field that is younger than the run has its default there.
     theirs = configs.identity(run.config()) | {key: record.get(key) for key in further}
-    difference = configs.difference(configs.identity(config) | dict(further), theirs)
+    difference = fields.difference(configs.identity(config) | dict(further), theirs)
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from cla_jax import statistics
-from cla_jax.config import Config, near_choice
+from cla_jax.config import Config
+from cla_jax.messages import near_choice
 from cla_jax.statistics import Alternative
 
 Status = Literal["supported", "contradicted", "inconclusive", "not tested"]

@@ -25,7 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cla_jax.config import Config, near_choice
+from cla_jax.config import Config
+from cla_jax.messages import near_choice
 from cla_jax.study import Declared
 from experiments.sweeping import Trials
 

@@ -5,14 +5,8 @@ stack and data order, which its seed stands for here. What the paper leaves open
 `experiments.cla_1b`; the data is read as described there.
 """
 
-from cla_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Placement,
-    replaced,
-)
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from experiments import sweeping
 from experiments.sweeping import Trials
 

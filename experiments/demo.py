@@ -6,7 +6,8 @@ same with tuned rates, more seeds and more text. Here a model sees each byte of 
 about two bytes a parameter.
 """
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement, replaced
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from experiments import sweeping
 from experiments.sweeping import Trials
 

@@ -6,7 +6,8 @@ parameters. As in the first of these papers, a wider MLP makes up for that: all 
 MHA. The models are those of the study `small`, and train on its text.
 """
 
-from cla_jax.config import Config, replaced
+from cla_jax.config import Config
+from cla_jax.fields import replaced
 from cla_jax.study import Claim, Study
 from experiments import small, sweeping
 from experiments.sweeping import Trials

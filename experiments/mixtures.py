@@ -9,7 +9,8 @@ one changes them when four fifths of the steps are done. Every source has held-o
     python -m launch.compare runs/mixtures/weights
 """
 
-from cla_jax.config import Component, Config, Stage, replaced
+from cla_jax.config import Component, Config, Stage
+from cla_jax.fields import replaced
 from experiments.small import CORPUS, h16_mqa_cla2
 from experiments.sweeping import Trials
 

@@ -8,7 +8,8 @@ No sweep of this study has been run yet. The 40 minutes are computed, at a fifth
 """
 
 from cla_jax import chips, costs
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement, replaced
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from cla_jax.study import Claim, Gain, Study
 from experiments import small, sweeping
 from experiments.sweeping import Trials

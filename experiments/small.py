@@ -12,7 +12,8 @@ have in common. The held-out text is the same for all. So rows are compared seed
 
 from collections.abc import Callable, Iterable
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement, replaced
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from cla_jax.study import Claim, Gain, Study
 from experiments import sweeping
 from experiments.sweeping import Trials

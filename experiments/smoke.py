@@ -3,14 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from cla_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Placement,
-    replaced,
-)
+from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from experiments import sweeping
 from experiments.sweeping import Trials
 
@@ -75,7 +69,7 @@ def search(directory: str | os.PathLike[str]) -> Trials:
             tiny(),
             {
                 "optimizer.peak_lr": trial.suggest_float("peak_lr", 1e-3, 1e-1, log=True),
-                "optimizer.warmup_fraction": trial.suggest_float("warmup", 0.0, 0.5),
+                "optimizer.schedule.warmup_fraction": trial.suggest_float("warmup", 0.0, 0.5),
             },
         )
 

@@ -23,7 +23,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from cla_jax import costs, extras
-from cla_jax.config import Config, near_choice, replaced
+from cla_jax.config import Config
+from cla_jax.fields import replaced
+from cla_jax.messages import near_choice
 from cla_jax.study import Study
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from cla_jax.config import near_choice
+from cla_jax.messages import near_choice
 from launch import engines, records
 from launch.cli import collected, read, user_errors
 from launch.records import Record, Submission

@@ -1,6 +1,7 @@
 """What every entry point does alike."""
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import functools
@@ -22,9 +23,9 @@ from tyro import (
     _errors,
 )  # the version is pinned: there is no public way to say a refusal in own words
 
-from cla_jax import extras, machine
-from cla_jax.config import Component, Config, Stage, near_choice
-from cla_jax.messages import printable_lines, shown
+from cla_jax import extras, fields, machine
+from cla_jax.config import Component, Config, Stage
+from cla_jax.messages import near_choice, printable_lines, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,6 +153,7 @@ def read(
     kind: type[T] | Callable[..., T],
     also: Sequence[str] = (),
     fields_follow: bool = False,
+    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
     **options: Any,
 ) -> T:
     """How every entry point reads its command line: `tyro.cli` with its `options`.
@@ -159,31 +161,63 @@ def read(
     Args:
       also: flags that were taken out of the command line before.
       fields_follow: whether the fields of a run's config come later, after `--`.
+      elsewhere: flags that are refused here, with what to say of them.
 
     Raises:
       ValueError: one line with the flag, the value and the nearest match, for what is refused.
     """
     known = lambda: [*also, *_known(kind, options)]
-    later = lambda: _known(Config, {"args": []}) if fields_follow else []
-    with _errors.on_parse_error(functools.partial(_refuse, known, later)):
+
+    def misplaced() -> dict[str, str]:
+        fields_of_runs = _known(Config, {"args": []}) if fields_follow else []
+        after = dict.fromkeys(fields_of_runs, "is a field of the runs: put it after `--`")
+        return after | dict(elsewhere)
+
+    with _errors.on_parse_error(functools.partial(_refuse, known, misplaced)):
         return tyro.cli(kind, registry=_FORMS, **options)
 
 
 def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
-    """A config with the fields of a command line put in; `options` are those of `read`."""
-    return read(Config, default=config, args=list(argv), **options)
+    """A config with the fields of a command line put in; `options` are those of `read`.
+
+    `--optimizer.schedule.kind wsd` comes first, wherever it stands: it decides what other flags there are.
+    """
+    flags = {_flag(f"{field}.kind"): field for field, _ in fields.unions(Config)}
+    rest, words = [], iter(argv)
+    for word in words:
+        flag, equals, kind = word.replace("_", "-").partition("=")
+        if flag in flags:
+            kind = kind if equals else next(words, "")
+            config = fields.replaced(config, {f"{flags[flag]}.kind": kind})
+        else:
+            rest.append(word)
+    elsewhere = {
+        _flag(f"{field}.{inner.name}"): f"goes with {_flag(field)}.kind {kind}"
+        for field, union in fields.unions(Config)
+        for kind, variant in fields.variants(union).items()
+        for inner in dataclasses.fields(variant)
+        if not hasattr(functools.reduce(getattr, field.split("."), config), inner.name)
+    }
+    options |= {"config": (tyro.conf.AvoidSubcommands,), "elsewhere": elsewhere}
+    return read(Config, default=config, args=rest, **options)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def _refuse(
-    known: Callable[[], list[str]], later: Callable[[], list[str]], event: _errors.ParseErrorEvent
+    known: Callable[[], list[str]],
+    misplaced: Callable[[], Mapping[str, str]],
+    event: _errors.ParseErrorEvent,
 ) -> None:
     """Raises ValueError for what tyro is about to refuse; what is not known here, tyro tells itself."""
     see = f"`{event.prog} --help` tells more"
     match event:
         case _errors.UnrecognizedArgs(tokens=words) if words:
-            _refuse_words(words, known(), later(), see)
+            _refuse_words(words, known(), misplaced(), see)
         case _errors.MissingArgs(unrecognized_tokens=words) if words:
-            _refuse_words(words, known(), later(), see)
+            _refuse_words(words, known(), misplaced(), see)
         case _errors.MissingArgs(missing_arguments=missing):
             names = " and ".join(_name(one.arg) for one in missing)
             raise ValueError(f"{names} must be given; {see}")
@@ -209,13 +243,13 @@ def _name(argument: Any) -> str:
 
 
 def _refuse_words(
-    words: Sequence[str], known: Sequence[str], later: Sequence[str], see: str
+    words: Sequence[str], known: Sequence[str], misplaced: Mapping[str, str], see: str
 ) -> None:
     flags = [word for word in words if word.startswith("-")]
     what, word = ("flag", flags[0].partition("=")[0]) if flags else ("word", words[0])
     name = word.replace("_", "-")
-    if what == "flag" and name in later:
-        raise ValueError(f"{shown(word)} is a field of the runs: put it after `--`; {see}")
+    if what == "flag" and name in misplaced:
+        raise ValueError(f"{shown(word)} {misplaced[name]}; {see}")
     within = [flag for flag in known if flag.endswith("." + name.lstrip("-"))]  # --peak-lr
     near = within or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.7)
     raise ValueError(f"unknown {what} {shown(word)}; {f'did you mean {near[0]}?' if near else see}")

@@ -41,7 +41,7 @@ from typing import Any
 import jax
 from jax._src import clusters, distributed  # the coordinator's store has no public name
 
-from cla_jax.config import flatten
+from cla_jax.fields import flatten
 from cla_jax.messages import shown
 from launch.cli import leave
 from launch.hosts import Hosts

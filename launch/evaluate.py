@@ -25,7 +25,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from cla_jax.config import CACHE_FORMATS, MeshConfig, near_choice
+from cla_jax.config import CACHE_FORMATS, MeshConfig
+from cla_jax.messages import near_choice
 from launch import allocator
 from launch.cli import collected, log_to_stderr, read, refuse, user_errors
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from etils import epath
 
 from cla_jax import files
-from cla_jax.config import Config, OptimizerConfig, Placement, replaced
+from cla_jax.config import Config, OptimizerConfig, Placement
+from cla_jax.fields import replaced
 from cla_jax.runs import write_atomically
 from launch import compilation_cache
 from launch.trials import LaunchPlan

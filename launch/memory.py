@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
+from cla_jax.config import CACHE_FORMATS, ModelConfig
+from cla_jax.messages import near_choice
 from launch.cli import collected, read, refuse, user_errors
 
 if TYPE_CHECKING:

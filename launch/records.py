@@ -29,6 +29,7 @@ from etils import epath
 from cla_jax import config as configs
 from cla_jax import files, goodput, runs, seals
 from cla_jax.config import Config
+from cla_jax.fields import from_dict
 from cla_jax.runs import Run, is_local, write_atomically
 
 T = TypeVar("T")
@@ -232,6 +233,6 @@ def _read(file: epath.Path, cls: type[T]) -> T | None:
     try:
         fields = files.read_object(file, links=False)
         with files.about(file):
-            return configs.from_dict(cls, fields)
+            return from_dict(cls, fields)
     except ValueError as error:
         raise ValueError(f"{error}; remove it to begin its count anew") from None

@@ -22,8 +22,7 @@ import tyro
 from etils import epath
 
 import experiments
-from cla_jax.config import near_choice
-from cla_jax.messages import printable
+from cla_jax.messages import near_choice, printable
 from launch import records, trials
 from launch.cli import read, user_errors
 from launch.records import Record

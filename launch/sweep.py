@@ -31,8 +31,7 @@ from etils import epath
 
 import experiments
 from cla_jax import files, preflight
-from cla_jax.config import near_choice
-from cla_jax.messages import printable_lines
+from cla_jax.messages import near_choice, printable_lines
 from cla_jax.runs import is_local
 from experiments.sweeping import Result
 from launch import engines, fitting, records, trials

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from cla_jax.config import near_choice
+from cla_jax.messages import near_choice
 
 CHIPS_PER_HOST = 4
 

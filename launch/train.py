@@ -25,7 +25,8 @@ from etils import epath
 
 import experiments
 from cla_jax import goodput, preflight
-from cla_jax.config import Config, replaced
+from cla_jax.config import Config
+from cla_jax.fields import replaced
 from launch import allocator, hosts
 from launch.cli import log_to_stderr, read_config, user_errors
 

@@ -15,8 +15,7 @@ from typing import Any
 from etils import epath
 
 import experiments
-from cla_jax import config as configs
-from cla_jax import extras, files, names, runs
+from cla_jax import extras, fields, files, names, runs
 from cla_jax.config import Config
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
@@ -228,7 +227,7 @@ def _check_name(name: str, others: Iterable[str]) -> None:
 
 
 def _sliced(config: Config, slices: int) -> Config:
-    return config if slices == 1 else configs.replaced(config, {"placement.mesh.slice": slices})
+    return config if slices == 1 else fields.replaced(config, {"placement.mesh.slice": slices})
 
 
 def _copy(own: epath.Path, scratch: Path) -> Path:
@@ -260,7 +259,7 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
                 for field in (flag, positive):
                     with contextlib.suppress(AttributeError):
                         given[field] = operator.attrgetter(field)(parsed)
-        return configs.replaced(config, given)
+        return fields.replaced(config, given)
 
     return change
 

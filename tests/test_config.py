@@ -4,21 +4,23 @@ import json
 import pytest
 
 from cla_jax import config as configs
-from cla_jax.config import Config, DataConfig, MeshConfig, Placement
+from cla_jax.config import WSD, Config, Constant, Cosine, DataConfig, MeshConfig, Placement
+from cla_jax.fields import difference, from_dict, replaced
+from launch.cli import read_config
 from tests.conftest import MODEL, replace
 
 
 def test_round_trip_through_json(tiny):
     config = tiny(**{"placement.mesh": MeshConfig(data=2, fsdp=4)})
     fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert configs.from_dict(Config, fields) == config
+    assert from_dict(Config, fields) == config
 
 
 def test_identity_leaves_out_name_and_placement(tiny):
     a, b = tiny(), tiny(name="other", **{"placement.remat": "block"})
     assert configs.identity(a) == configs.identity(b)
     c = tiny(**{"optimizer.peak_lr": 0.5, "model.d_head": 6})
-    assert configs.difference(configs.identity(a), configs.identity(c)) == {
+    assert difference(configs.identity(a), configs.identity(c)) == {
         "model.d_head": (8, 6),
         "optimizer.peak_lr": (0.01, 0.5),
     }
@@ -54,8 +56,14 @@ def test_identity_leaves_out_name_and_placement(tiny):
         ({"optimizer.peak_lr": -1.0}, ["optimizer.peak_lr = -1.0"]),
         ({"optimizer.eps": 0.0}, ["optimizer.eps = 0.0"]),
         ({"optimizer.clip_norm": 0.0}, ["optimizer.clip_norm = 0.0"]),
-        ({"optimizer.warmup_fraction": 1.5}, ["optimizer.warmup_fraction = 1.5", "0 to 1"]),
-        ({"optimizer.final_fraction": -0.1}, ["optimizer.final_fraction = -0.1", "0 to 1"]),
+        (
+            {"optimizer.schedule.warmup_fraction": 1.5},
+            ["optimizer.schedule.warmup_fraction = 1.5", "0 to 1"],
+        ),
+        (
+            {"optimizer.schedule.final_fraction": -0.1},
+            ["optimizer.schedule.final_fraction = -0.1", "0 to 1"],
+        ),
         ({"optimizer.b1": -0.1}, ["optimizer.b1 = -0.1"]),
         ({"optimizer.b2": 1.0}, ["optimizer.b2 = 1.0"]),
         ({"optimizer.peak_lr": float("nan")}, ["optimizer.peak_lr = nan"]),
@@ -93,14 +101,71 @@ def test_refusals_name_field_and_numbers(tiny, changes, words):
 def test_from_dict_names_unknown_missing_and_mistyped_fields(tiny):
     fields = dataclasses.asdict(tiny())
     with pytest.raises(ValueError, match=r"'stepz'.*steps"):
-        configs.from_dict(Config, fields | {"stepz": 3})
+        from_dict(Config, fields | {"stepz": 3})
     with pytest.raises(ValueError, match=r"model\..*'d_hed'.*d_head"):
-        configs.from_dict(Config, fields | {"model": fields["model"] | {"d_hed": 3}})
+        from_dict(Config, fields | {"model": fields["model"] | {"d_hed": 3}})
     with pytest.raises(ValueError, match="batch_size is missing"):
-        configs.from_dict(Config, {key: fields[key] for key in fields if key != "batch_size"})
+        from_dict(Config, {key: fields[key] for key in fields if key != "batch_size"})
     for value in ("8", 8.0, True, None):
         with pytest.raises(ValueError, match="batch_size"):
-            configs.from_dict(Config, fields | {"batch_size": value})
+            from_dict(Config, fields | {"batch_size": value})
+
+
+def test_a_union_is_read_by_its_kind(tiny):
+    config = tiny(**{"optimizer.schedule": WSD(decay_fraction=0.3)})
+    record = dataclasses.asdict(config)
+    assert record["optimizer"]["schedule"]["kind"] == "wsd"
+    assert from_dict(Config, record) == config
+    schedule = record["optimizer"]["schedule"]
+    for changed, words in [
+        (schedule | {"kind": "wsb"}, "optimizer.schedule.kind = 'wsb' must be one of cosine, wsd"),
+        ({"warmup_fraction": 0.1}, "optimizer.schedule.kind = None"),
+        ("wsd", "optimizer.schedule = 'wsd' must be the fields of one of"),
+        (schedule | {"kind": "constant"}, "unknown field of optimizer.schedule"),
+        (schedule | {"decay_fraction": 0.99}, "more than all steps"),
+    ]:
+        optimizer = record["optimizer"] | {"schedule": changed}
+        with pytest.raises(ValueError, match=words):
+            from_dict(Config, record | {"optimizer": optimizer})
+
+
+def test_records_from_before_there_were_schedules_are_read(tiny):
+    config = tiny(**{"optimizer.schedule.warmup_fraction": 0.2})
+    record = dataclasses.asdict(config)
+    schedule = record["optimizer"].pop("schedule")
+    del schedule["kind"]
+    assert from_dict(Config, record | {"optimizer": record["optimizer"] | schedule}) == config
+
+
+def test_a_change_of_kind_keeps_what_both_have(tiny):
+    config = tiny(**{"optimizer.schedule.warmup_fraction": 0.2})
+    changes = {"optimizer.schedule.kind": "wsd", "optimizer.schedule.decay_fraction": 0.3}
+    expected = WSD(warmup_fraction=0.2, decay_fraction=0.3)
+    assert replaced(config, changes).optimizer.schedule == expected
+    with pytest.raises(ValueError, match=r"schedule\.kind = 'wsb'"):
+        replaced(config, {"optimizer.schedule.kind": "wsb"})
+
+
+def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
+    config = tiny(**{"optimizer.schedule": Cosine(warmup_fraction=0.2, final_fraction=0.3)})
+    words = ["--optimizer.schedule.decay-fraction", "0.5", "--optimizer.schedule.kind", "wsd"]
+    expected = WSD(warmup_fraction=0.2, decay_fraction=0.5, final_fraction=0.3)
+    assert read_config(config, words).optimizer.schedule == expected
+    assert read_config(
+        config, ["--optimizer.schedule.kind=constant"]
+    ).optimizer.schedule == Constant(warmup_fraction=0.2)
+    for words, said in [
+        (["--optimizer.schedule.kind", "wsb"], "'wsb' must be one of cosine, wsd, constant"),
+        (["--optimizer.schedule.kind"], "'' must be one of"),
+        (["--optimizer.schedule.kin", "wsd"], "did you mean --optimizer.schedule.kind"),
+        (["--optimizer.warmup-fraction", "0.1"], "--optimizer.schedule.warmup-fraction"),
+        (["--optimizer.schedule.decay-fraction", "0.1"], "--optimizer.schedule.kind wsd"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            read_config(config, words)
+    with pytest.raises(SystemExit):
+        read_config(config, ["--help"])
+    assert "cosine, wsd or constant" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_map_follows_the_depth():
@@ -135,7 +200,7 @@ def test_defaults_are_valid():
 )
 def test_numbers_have_a_limit(tiny, field, value, most):
     with pytest.raises(ValueError) as caught:
-        configs.replaced(tiny(), {field: value})
+        replaced(tiny(), {field: value})
     assert field in str(caught.value)
     assert f"must be at most {most}" in str(caught.value)
     assert len(str(caught.value)) < 300
@@ -148,7 +213,7 @@ def test_numbers_have_a_limit(tiny, field, value, most):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_numbers_are_finite(tiny, field, value):
     with pytest.raises(ValueError, match=rf"{field} = (inf|nan) must be .*finite"):
-        configs.replaced(tiny(), {field: value})
+        replaced(tiny(), {field: value})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +233,6 @@ def test_numbers_are_finite(tiny, field, value):
 )
 def test_odd_texts_cost_a_short_message(tiny, field, text):
     with pytest.raises(ValueError) as caught:
-        configs.replaced(tiny(), {field: text})
+        replaced(tiny(), {field: text})
     assert field.rpartition(".")[2] in str(caught.value)
     assert len(str(caught.value)) < 500

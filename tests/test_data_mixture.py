@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cla_jax import config as configs
 from cla_jax.config import Component, Config, DataConfig, Stage
 from cla_jax.data import loader, mixture, prepare, tokenizers
+from cla_jax.fields import difference, replaced
 from cla_jax.train import batch_stream, prepare_session
 from launch import train, trials
 from launch.cli import read_config
@@ -44,7 +45,7 @@ def mixed(tiny, texts):
             for name, weight in zip(texts, weights, strict=True)
         )
         fields = {"data.mixture": parts, "data.stages": stages, "data.held_out": 0.3, "steps": 60}
-        return configs.replaced(tiny(), fields | changes)
+        return replaced(tiny(), fields | changes)
 
     return make
 
@@ -134,7 +135,7 @@ def test_tokens_equal_those_of_a_sequential_implementation(
     for start in (1, 4, 5, 13):  # a restart; before, at and after a change of the weights
         for ours, theirs in zip(batches_of(config, start, 3), expected[start:], strict=False):
             np.testing.assert_array_equal(ours, theirs)
-    accumulated = configs.replaced(config, {"placement.accumulate": 4})
+    accumulated = replaced(config, {"placement.accumulate": 4})
     np.testing.assert_array_equal(batches_of(accumulated, 7, 1)[0], expected[7])
     # Hosts read their own rows; meshes place them.
     session = prepare_session(config)
@@ -182,7 +183,7 @@ def test_a_component_is_the_data_of_its_source_and_the_order_follows_its_name(
     config = mixed((1, 1, 1))
     corpus = prepare_session(config).prepared
     assert list(corpus.parts) == ["web", "code", "math"]
-    alone = configs.replaced(config, {"data.mixture": (), "data.source": texts["code"]})
+    alone = replaced(config, {"data.mixture": (), "data.source": texts["code"]})
     assert prepare_session(alone).prepared.fingerprint == corpus.parts["code"].path.name
     assert corpus.totals["train"]["windows"] == sum(
         len(part.split("train")) for part in corpus.parts.values()
@@ -190,7 +191,7 @@ def test_a_component_is_the_data_of_its_source_and_the_order_follows_its_name(
     # Another weight is the same data; another set of sources is not.
     other = prepare_session(mixed((0, 1, 3))).prepared
     assert other.fingerprint == corpus.fingerprint
-    fewer = configs.replaced(config, {"data.mixture": config.data.mixture[1:]})
+    fewer = replaced(config, {"data.mixture": config.data.mixture[1:]})
     assert prepare_session(fewer).prepared.fingerprint != corpus.fingerprint
     assert prepare.fingerprint(config.data, config.placement.data_dir) == corpus.fingerprint
     assert mixture.seed_of(7, "") == 7
@@ -233,7 +234,7 @@ def test_runs_without_a_mixture_are_what_they_were(tiny):
 def test_what_two_mixtures_differ_in_is_named(mixed):
     ours = configs.identity(mixed((0.5, 0.5, 0), stage(5, web=1)))
     theirs = configs.identity(mixed((0.5, 0.25, 0), stage(5, code=1)))
-    assert configs.difference(ours, theirs) == {
+    assert difference(ours, theirs) == {
         "data.mixture.code.weight": (0.5, 0.25),
         "data.stages.0.weights": ((("web", 1),), (("code", 1),)),
     }
@@ -295,7 +296,7 @@ def test_a_stage_after_the_last_step_is_refused(mixed):
 
 
 def test_a_tokenizer_beside_a_config_file_is_found(tiny, tmp_path):
-    config = configs.replaced(tiny(), {"data.tokenizer": "tokenizer.json"})
+    config = replaced(tiny(), {"data.tokenizer": "tokenizer.json"})
     (tmp_path / "config.json").write_text(json.dumps(configs.to_record(config)))
     (read,) = train.parse([str(tmp_path / "config.json")])
     assert read.data.tokenizer == "tokenizer.json"  # there is none

@@ -530,7 +530,7 @@ def test_a_shape_is_compiled_once_and_remembered(monkeypatch, tmp_path):
     ],
 )
 def test_what_changes_the_shape_is_compiled_again(field, value, same):
-    from cla_jax.config import replaced
+    from cla_jax.fields import replaced
 
     changed = replaced(smoke.tiny(), {field: value})
     assert (fitting.shape(changed) == fitting.shape(smoke.tiny())) == same

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from cla_jax import config as configs
+from cla_jax import fields, runs
 from cla_jax import mesh as meshes
-from cla_jax import runs
-from cla_jax.config import Component, Stage
+from cla_jax.config import WSD, Component, Stage
 from cla_jax.evaluate import during_training
+from cla_jax.fields import flatten
 from cla_jax.runs import find_runs
 from cla_jax.state import named
 from cla_jax.train import batch_stream, make_step, prepare_session, restore_or_init, train
@@ -51,8 +52,10 @@ IDENTITY = {
     "data.held_out": 0.5,
     "data.attend_across_documents": False,
     "optimizer.peak_lr": 2e-2,
-    "optimizer.warmup_fraction": 0.75,
-    "optimizer.final_fraction": 0.5,
+    "optimizer.schedule": WSD(),
+    "optimizer.schedule.warmup_fraction": 0.75,
+    "optimizer.schedule.final_fraction": 0.5,
+    "optimizer.schedule.decay_fraction": 0.75,
     "optimizer.b1": 0.5,
     "optimizer.b2": 0.5,
     "optimizer.eps": 1.0,
@@ -92,8 +95,12 @@ PLACEMENT = {
 
 
 def test_every_field_stands_in_a_table(tiny):
-    fields = set(configs.flatten(dataclasses.asdict(tiny())))
-    assert fields == IDENTITY.keys() | PLACEMENT.keys()
+    found = set(flatten(dataclasses.asdict(tiny())))
+    for name, union in fields.unions(configs.Config):
+        kinds = fields.variants(union).values()
+        found |= {name} | {f"{name}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
+        found -= {f"{name}.kind"}  # the union itself stands in the table
+    assert found == IDENTITY.keys() | PLACEMENT.keys()
 
 
 def outcome(config) -> Iterator[dict]:
@@ -121,7 +128,7 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def base_outcomes():
-    """By the number of layers, and whether there is a mixture."""
+    """By the number of layers, and what else the base has."""
     return {}
 
 
@@ -136,9 +143,11 @@ def test_an_identity_field_changes_what_is_computed(
         base |= {"model.n_layers": 2}
     else:
         base |= {"model.kv_map": "identity", "model.n_layers": 1}
+    if field == "optimizer.schedule.decay_fraction":
+        base |= {"optimizer.schedule": WSD()}
     if field == "data.stages":
         base |= {"data.mixture": IDENTITY["data.mixture"]}
-    key = (base["model.n_layers"], "data.mixture" in base)
+    key = (base["model.n_layers"], "data.mixture" in base, "optimizer.schedule" in base)
     if key not in base_outcomes:
         base_outcomes[key] = list(outcome(tiny(**base)))
     changed = outcome(tiny(**(base | {field: IDENTITY[field]})))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # docs/design.md, section 3: a module imports only from layers before its own, or from its own.
 LAYERS = [
-    {"kv_map", "prefix_tree", "messages", "names", "progress", "extras", "machine"},
+    {"kv_map", "prefix_tree", "messages", "fields", "names", "progress", "extras", "machine"},
     {"config", "files"},
     {"costs", "chips", "hlo", "statistics", "study", "documents"},
     {"seals"},

@@ -2,10 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax.config import OptimizerConfig
+from cla_jax.config import WSD, Constant, Cosine, OptimizerConfig
+from cla_jax.fields import replaced
 from cla_jax.optimizer import make_optimizer, schedule
 
-CONFIG = OptimizerConfig(peak_lr=1e-2, warmup_fraction=0.1, final_fraction=0.1, clip_norm=0.5)
+CONFIG = OptimizerConfig(
+    peak_lr=1e-2, schedule=Cosine(warmup_fraction=0.1, final_fraction=0.1), clip_norm=0.5
+)
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_the_floor():
@@ -18,9 +21,28 @@ def test_schedule_rises_to_the_peak_and_falls_to_the_floor():
     assert (rates[54] + rates[55]) / 2 == pytest.approx(5.5e-3, rel=1e-4)
 
 
+def test_wsd_keeps_the_peak_and_falls_in_the_last_steps():
+    config = OptimizerConfig(
+        peak_lr=1e-2,
+        schedule=WSD(warmup_fraction=0.1, decay_fraction=0.2, final_fraction=0.1),
+    )
+    rates = np.array([schedule(config, 100)(step) for step in range(100)])
+    np.testing.assert_allclose(rates[:10], 1e-2 * np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(rates[10:80], 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(rates[79:], np.linspace(1e-2, 1e-3, 21), rtol=1e-5)
+
+
+def test_a_constant_rate_stays_at_the_peak():
+    config = OptimizerConfig(peak_lr=1e-2, schedule=Constant(warmup_fraction=0.1))
+    rates = [float(schedule(config, 20)(step)) for step in range(20)]
+    np.testing.assert_allclose(rates, [5e-3] + [1e-2] * 19, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Cosine, WSD, Constant])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_schedule_of_very_short_runs(steps):
-    rates = [float(schedule(CONFIG, steps)(step)) for step in range(steps)]
+def test_schedule_of_very_short_runs(steps, kind):
+    config = replaced(CONFIG, {"schedule": kind(warmup_fraction=0.1)})
+    rates = [float(schedule(config, steps)(step)) for step in range(steps)]
     assert all(0 < rate <= 1e-2 for rate in rates)
 
 

@@ -112,7 +112,7 @@ def test_a_sweep_is_refused_before_its_trials_are(tmp_path, capsys, monkeypatch)
 
 
 def sweeping_config(project):
-    from cla_jax.config import replaced
+    from cla_jax.fields import replaced
     from experiments import smoke
 
     return replaced(smoke.tiny(), {"placement.wandb": project})

@@ -12,7 +12,7 @@ import pytest
 
 import experiments
 from cla_jax import documents, report, runs
-from cla_jax.config import replaced
+from cla_jax.fields import replaced
 from cla_jax.report import page, paper, pareto, seeds, studies, tables
 from cla_jax.study import Claim, Gain, Study
 from experiments import smoke, sweeping

@@ -6,7 +6,7 @@ import pytest
 
 import experiments
 from cla_jax import costs, runs
-from cla_jax.config import replaced
+from cla_jax.fields import replaced
 from experiments import smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep

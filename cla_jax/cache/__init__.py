@@ -27,8 +27,9 @@ from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
-from cla_jax.config import CACHE_FORMATS, ModelConfig, near_choice
+from cla_jax.config import CACHE_FORMATS, ModelConfig
 from cla_jax.mesh import AxisRules, row_shards
+from cla_jax.messages import near_choice
 from cla_jax.model.attention import KV, Segment, StepPositions, attend_segments
 from cla_jax.model.layers import axes
 

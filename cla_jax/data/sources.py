@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cla_jax import extras, files
-from cla_jax.config import near_choice, split_source
-from cla_jax.messages import shown
+from cla_jax.config import split_source
+from cla_jax.messages import near_choice, shown
 
 SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.

@@ -19,9 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cla_jax import files
-from cla_jax.config import DataConfig, near_choice
+from cla_jax.config import DataConfig
 from cla_jax.data import sources
-from cla_jax.messages import printable, shown
+from cla_jax.messages import near_choice, printable, shown
 
 # BPE is learned from the first bytes of the training split: more text changes few merges.
 _BPE_SAMPLE_BYTES = 1 << 28

@@ -15,9 +15,10 @@ import jax
 
 from cla_jax import checkpoint
 from cla_jax import mesh as meshes
-from cla_jax.config import MeshConfig, ModelConfig, near_choice
+from cla_jax.config import MeshConfig, ModelConfig
 from cla_jax.data import tokenizers
 from cla_jax.interop import names, safetensors
+from cla_jax.messages import near_choice
 from cla_jax.runs import Run
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}

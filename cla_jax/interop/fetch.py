@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cla_jax.config import near_choice
 from cla_jax.data import enwik8
+from cla_jax.messages import near_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

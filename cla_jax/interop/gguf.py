@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax import files
-from cla_jax.config import ModelConfig, near_choice
+from cla_jax.config import ModelConfig
 from cla_jax.interop import gguf_tokenizer, names
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
-from cla_jax.messages import shown
+from cla_jax.messages import near_choice, shown
 
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cla_jax import files
-from cla_jax.config import ModelConfig, near_choice
+from cla_jax.config import ModelConfig
 from cla_jax.data import tokenizers
 from cla_jax.interop import dolomite, names, safetensors
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
-from cla_jax.messages import shown
+from cla_jax.messages import near_choice, shown
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Constants that old checkpoints store and that follow from the config.

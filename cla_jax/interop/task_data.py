@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cla_jax import files
-from cla_jax.config import near_choice
 from cla_jax.interop.fetch import Package, download
+from cla_jax.messages import near_choice
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -13,6 +13,7 @@ from etils import epath
 
 from cla_jax import config as configs
 from cla_jax import statistics
+from cla_jax.fields import flatten
 from cla_jax.report.rows import Row
 from cla_jax.statistics import Optimum
 
@@ -72,7 +73,7 @@ def left_out(rows: Sequence[Row]) -> list[str]:
 
 def _key(row: Row, *fields: str) -> str:
     """Equal for runs of one directory that differ in nothing but these fields."""
-    identity = configs.flatten(configs.identity(row.config))
+    identity = flatten(configs.identity(row.config))
     for field in fields:
         identity.pop(field)
     where = [os.path.dirname(row.path), row.cache, row.context]

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from cla_jax import config as configs
-from cla_jax import costs, documents, statistics
+from cla_jax import costs, documents, fields, statistics
 from cla_jax.config import Config
 from cla_jax.documents import Documents
 from cla_jax.messages import printable
@@ -124,7 +124,7 @@ def _excuse(row: Row, declared: Config) -> str:
     if row.altered:
         return row.altered[0]
     theirs, ours = configs.identity(row.config), configs.identity(declared)
-    if apart := configs.difference(theirs, ours):
+    if apart := fields.difference(theirs, ours):
         told = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
         return "; ".join(told[:3]) + ("; and others" if len(told) > 3 else "")
     return seeds.excuse(row)

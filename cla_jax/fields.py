@@ -1,0 +1,134 @@
+"""Nested dataclasses as dicts and back, and changes to them by dotted names."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from cla_jax.messages import choice, near_choice, shown
+
+
+def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`dataclasses.replace` by dotted names: `replaced(config, {"optimizer.peak_lr": 1e-3, "seed": 1})`.
+
+    The changes are made together, so two fields may change that are only valid together. The `kind` of a
+    field that is one of several dataclasses puts another of them there, with the values of the fields that
+    both have: `replaced(config, {"optimizer.schedule.kind": "wsd"})`. Raises ValueError for an unknown field,
+    with the nearest names.
+    """
+    here: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        field, _, rest = path.partition(".")
+        near_choice("field", field, [known.name for known in dataclasses.fields(config)])
+        if rest:
+            below.setdefault(field, {})[rest] = value
+        else:
+            here[field] = value
+    hints = typing.get_type_hints(type(config))
+    for field, inner in below.items():
+        value = here.get(field, getattr(config, field))
+        if "kind" in inner and (kinds := variants(hints[field])):
+            kind = inner.pop("kind")
+            choice(f"{field}.kind", kind, kinds)
+            value = _as_kind(value, kinds[kind])
+        here[field] = replaced(value, inner)
+    return dataclasses.replace(config, **here)
+
+
+def _as_kind(value: Any, kind: type) -> Any:
+    """Another dataclass, with the values of the fields that both have."""
+    shared = {f.name for f in dataclasses.fields(kind) if f.init} & {
+        f.name for f in dataclasses.fields(value)
+    }
+    return kind(**{name: getattr(value, name) for name in shared})
+
+
+def variants(hint: Any) -> dict[str, type]:
+    """The dataclasses of a union, by their `kind`. Empty for any other type."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    return {member.kind: member for member in members if dataclasses.is_dataclass(member)}
+
+
+def unions(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a dataclass, and of those in it, whose type is a union of dataclasses: name and type."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if variants(hint):
+            yield prefix + name, hint
+        elif dataclasses.is_dataclass(hint):
+            yield from unions(typing.cast(type, hint), f"{prefix}{name}.")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys: `{"model.d_head": 64}`.
+
+    Dicts in a list are known by their name, or by their place in it: `data.mixture.web.weight`.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(x, dict) for x in value):
+            value = {str(inner.get("name", place)): inner for place, inner in enumerate(value)}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The leaves in which two nested dicts differ, with both values (None where absent)."""
+    a, b = flatten(ours), flatten(theirs)
+    keys = [*a, *(key for key in b if key not in a)]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
+    """The inverse of `dataclasses.asdict`. Raises ValueError for an unknown or missing field."""
+    hints = typing.get_type_hints(cls)
+    if hasattr(cls, "upgrade"):  # how a record of an earlier version is read
+        fields = cls.upgrade(fields)
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in fields:
+        near_choice(f"field of {prefix or 'the config'}", key, tuple(known))
+    for key, field in known.items():
+        required = field.default is dataclasses.MISSING
+        if required and field.default_factory is dataclasses.MISSING and key not in fields:
+            raise ValueError(f"{prefix}{key} is missing")
+    return cls(**{key: _value(prefix + key, value, hints[key]) for key, value in fields.items()})
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    if kinds := variants(hint):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{name} = {shown(value)} must be the fields of one of {', '.join(kinds)}"
+            )
+        choice(f"{name}.kind", value.get("kind"), kinds)
+        rest = {key: inner for key, inner in value.items() if key != "kind"}
+        return from_dict(kinds[value["kind"]], rest, f"{name}.")
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, f"{name}.")
+    if typing.get_origin(hint) is tuple:  # JSON knows only lists
+        inner = typing.get_args(hint)
+        if isinstance(value, list | tuple):
+            if inner[-1] is ...:
+                inner = inner[:1] * len(value)
+            if len(inner) == len(value):
+                return tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
+        raise ValueError(f"{name} = {value!r} is not of type {hint}")
+    _check_type(name, value, hint)
+    return value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) is Literal:
+        choice(name, value, typing.get_args(hint))
+        return
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in accepted:
+        accepted += (int,)
+    if not isinstance(value, accepted) or (bool not in accepted and isinstance(value, bool)):
+        raise ValueError(
+            f"{name} = {shown(value)} is not of type {getattr(hint, '__name__', hint)}"
+        )
