@@ -45,10 +45,10 @@ def _as_kind(value: Any, kind: type) -> Any:
     return kind(**{name: getattr(value, name) for name in shared})
 
 
-def variants(hint: Any) -> dict[str, type]:
+def variants(hint: Any) -> dict[str, Any]:
     """The dataclasses of a union, by their `kind`. Empty for any other type."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
-    return {member.kind: member for member in members if dataclasses.is_dataclass(member)}
+    members: tuple[Any, ...] = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    return {member.kind: member for member in members if hasattr(member, "kind")}
 
 
 def unions(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
