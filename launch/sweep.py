@@ -292,10 +292,21 @@ class Launcher:
             time.sleep(0.1)
 
     def _collect(self, plan: LaunchPlan, ended: Mapping[str, int]) -> None:
-        """Gives up trials whose runner itself is broken; others are judged by their records."""
+        """Gives up trials whose runner is broken, or sees what this launcher does not see.
+
+        Others are judged by their records.
+        """
+        configs = {trial.name: trial.config for trial in plan.trials}
         for name, code in ended.items():
             record = _record(plan, name)
-            if (
+            if code == 0 and name in configs and configs[name].name not in self.results.known:
+                # A runner of newer code, for one: this launcher would start it again and again.
+                why = trials.misplaced(configs[name], record)
+                if not why and record.state().status == "done":
+                    why = "there is no result"
+                if why:
+                    self.stuck[name] = f"its runner says that it is complete, but here {why}"
+            elif (
                 code > 0
                 and code != STOPPED
                 and record.state().status != "failed"

@@ -722,6 +722,8 @@ if order == "finish":
     line = {{"step": 40, "perplexity": 7.0}}
     (sweep / name / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
     time.sleep(1.2)  # done, and not yet ended
+elif order == "call it done":
+    (sweep / ".sweep" / name / "state.json").write_text('{{"status": "done", "attempts": 1}}')
 elif order == "crash":
     sys.exit("Traceback: the runner is broken")
 """
@@ -766,6 +768,15 @@ def test_a_broken_runner_is_not_started_for_ever(pool):
     assert f"{broken}  stuck: exit code 1: Traceback: the runner is broken" in said
     assert "5 done" in said
     assert "1 stuck" in said
+
+
+def test_a_runner_that_sees_another_result_is_not_started_for_ever(pool):
+    """As one whose code has changed since the launcher began."""
+    odd = "peak_lr=0.001,seed=1"
+    code, said, started = pool({odd: "call it done"}, "--local.workers", "2", "--local.cores", "1")
+    assert (code, started.count(odd)) == (1, 1)
+    assert f"{odd}  stuck: its runner says that it is complete, but here there is no result" in said
+    assert "5 done" in said
 
 
 def test_a_damaged_record_is_one_trial_s_trouble(pool, tmp_path):
