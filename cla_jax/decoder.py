@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 import jax
 
@@ -22,9 +23,18 @@ from cla_jax.decode import Weights, decoding_weights
 from cla_jax.engine import Completion
 from cla_jax.generate import generate
 from cla_jax.mesh import AxisRules
-from cla_jax.runs import Run, find_run
+from cla_jax.runs import Run, find_decodable
 
 log = logging.getLogger(__name__)
+
+
+class Options(TypedDict, total=False):
+    """How a text is continued; `Decoder.complete` says what each means, and has the defaults."""
+
+    new_tokens: int
+    sampling: Sampling
+    seed: int
+    on_tokens: Callable[[int, list[int]], bool | None] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +63,7 @@ class Decoder:
         Raises:
           ValueError: there is no such run, no checkpoint that can be trusted, or no such format.
         """
-        if chunk < 1:
-            raise ValueError(f"chunk = {chunk} must be positive")
-        run = run if isinstance(run, Run) else find_run(run)
-        run.check_decodable([cache], chunk=1)
+        run = find_decodable(run, cache, chunk)
         config = run.config()
         # One device: a handful of rows gains nothing from more.
         mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -133,16 +140,9 @@ class Decoder:
                 on_tokens=on_tokens,
             )
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        new_tokens: int = 100,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
-    ) -> list[str]:
-        """Each prompt with the text that follows it. Arguments and errors are those of `complete`."""
-        completions = self.complete(prompts, new_tokens=new_tokens, sampling=sampling, seed=seed)
+    def generate(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
+        """Each prompt with the text that follows it. Options and errors are those of `complete`."""
+        completions = self.complete(prompts, **options)
         # Together: some tokenizers join words.
         return [
             self.tokenizer.decode([*self.tokens(text), *completion.tokens])

@@ -773,6 +773,23 @@ def find_run(path: str | os.PathLike) -> Run:
     return run
 
 
+def find_decodable(run: "str | os.PathLike | Run", cache: str, chunk: int) -> Run:
+    """A run, or the one in a directory, that text can be generated with; needs no jax.
+
+    Args:
+      cache: the format of the KV cache.
+      chunk: tokens of a prompt that go through the model at once.
+
+    Raises:
+      ValueError: there is no such run or format, it has no checkpoint, or no such chunk is possible.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk} must be positive")
+    run = run if isinstance(run, Run) else find_run(run)
+    run.check_decodable([cache], chunk=1)  # a long chunk is cut at the end of a prompt
+    return run
+
+
 def _runs_below(directory: epath.Path) -> list[Run]:
     """Each run once. A link counts if it leads to a run; what is below a link is not searched."""
     runs: dict[str, Run] = {}

@@ -8,7 +8,7 @@ The model, tokenizer and config are read from the run directory.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -18,6 +18,7 @@ from launch.cli import log_to_stderr, read, user_errors, utf8
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
+    from cla_jax.decoder import Options
     from cla_jax.runs import Run
 
 
@@ -61,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     compilation_cache.enable()
     texts = [utf8(text) for text in arguments.prompt or ("",)]
     decoder = Decoder.open(run, cache=arguments.cache, chunk=arguments.chunk)
-    options: Any = {
+    options: Options = {
         "new_tokens": arguments.new_tokens,
         "sampling": sampling,
         "seed": arguments.seed,
     }
     if arguments.stream:
         printer = _Printer(decoder.tokens(texts[0]), decoder.tokenizer)
-        decoder.complete(texts, on_tokens=printer, **options)
+        decoder.complete(texts, **{**options, "on_tokens": printer})
         printer.finish()
         return
     for text in decoder.generate(texts, **options):
@@ -77,13 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Arguments) -> "Run":
     """The run, if it and the arguments are such that it can be decoded."""
-    from cla_jax.runs import find_run
+    from cla_jax.runs import find_decodable
 
-    run = find_run(arguments.run)
-    run.check_decodable([arguments.cache], chunk=1)
+    run = find_decodable(arguments.run, arguments.cache, arguments.chunk)
     check_new_tokens(arguments.new_tokens)
-    if arguments.chunk < 1:
-        raise ValueError(f"chunk = {arguments.chunk} must be positive")
     if arguments.stream and len(arguments.prompt) > 1:
         raise ValueError(f"stream: {len(arguments.prompt)} prompts cannot be printed at once")
     return run

@@ -592,6 +592,57 @@ def test_gpt_crosslayer_is_refused_by_key(tmp_path, keys, words):
         hf.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [("position_embedding_type", "learned_absolute"), ("normalization_function", "layernorm")],
+)
+def test_what_a_gpt_crosslayer_leaves_out_is_not_what_we_can_express(tmp_path, key, default):
+    """Its class means other things by an absent key, and none by one that is null."""
+    config = dataclasses.replace(
+        made.MODEL, n_layers=5, kv_map="0,0,2,2,2", kv_norm="own", bias=True
+    )
+    keys = COMMON | OLD
+    for given, words in (({key: None}, "None"), ({}, f"'{default}'")):
+        left = {k: v for k, v in keys.items() if k != key} | given
+        stored(tmp_path, dolomite_tensors(config, True), left)
+        with pytest.raises(ValueError, match=f"key {key} = {words} cannot be expressed"):
+            hf.read(tmp_path)
+
+
+def test_keys_that_a_gpt_crosslayer_leaves_out_are_those_of_its_class(tmp_path):
+    config = dataclasses.replace(
+        made.MODEL, n_layers=5, kv_map="0,0,2,2,2", kv_norm="own", bias=True, d_head=12
+    )
+    tensors = dolomite_tensors(config, True)
+    absent = ("rope_theta", "n_positions", "add_bias", "attention_head_type")
+    given = {k: v for k, v in (COMMON | OLD).items() if k not in absent}
+    # As the class spells them out.
+    spelled = given | {
+        "rope_theta": 10000,
+        "n_positions": 1024,
+        "add_bias": True,
+        "attention_head_type": "gqa",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "joint_residual_stream": False,
+        "tie_word_embeddings": True,
+        "rope_scaling": None,
+    }
+    for name in ("short", "long", "none"):
+        (tmp_path / name).mkdir()
+    short, long = (
+        hf.read(stored(tmp_path / name, tensors, keys))
+        for name, keys in (("short", given), ("long", spelled))
+    )
+    assert short.config == long.config
+    assert short.max_length == long.max_length == 1024
+    for key in ("num_key_value_heads", "activation_function", "n_inner"):
+        stored(tmp_path / "none", tensors, {k: v for k, v in given.items() if k != key})
+        with pytest.raises(ValueError, match=key):
+            hf.read(tmp_path / "none")
+
+
 def test_a_begin_token_of_its_own_is_kept(tmp_path):
     """Its id and its token, for a chat template may say it."""
     directory = made.write_hf(tmp_path / "llama")

@@ -21,8 +21,9 @@ _ATTENTION, _MLP = ("attn", "sequence_mixer"), ("mlp", "mlp_block")
 
 def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
     """The model of such a config.json."""
-    keys.only("position_embedding_type", "rope")
-    keys.only("normalization_function", "rmsnorm")
+    for key, only in (("position_embedding_type", "rope"), ("normalization_function", "rmsnorm")):
+        if (given := keys.take(key, None)) != only:
+            raise ValueError(f"key {key} = {shown(given)} cannot be expressed, only {only!r}")
     keys.only("scale_attn_weights", True)
     keys.only("joint_residual_stream", False)
     for multiplier in ("m_emb", "m_width", "m_residual", "attention_multiplier"):

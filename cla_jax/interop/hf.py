@@ -383,6 +383,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "lckv-llama": _LLAMA_DEFAULTS | {"sliding_window": 4096},
+    # GPTCrossLayerConfig of 2024, and CommonConfig of 2025, in dolomite-engine. What blocks describe one by
+    # one has no default here; without it a config is refused.
+    "gpt_crosslayer": {
+        "position_embedding_type": "learned_absolute",
+        "normalization_function": "layernorm",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "rope_theta": 10_000,
+        "n_positions": 1024,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "tie_word_embeddings": True,
+    },
     # ClaConfig in modeling_cla.py.
     "cla": {
         "num_key_value_heads": 1,
