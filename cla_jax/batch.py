@@ -5,7 +5,6 @@ the others stay as they are, and every row draws by its own seed and count. So w
 depend on the other rows. `Engine` decides which request has which row.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from cla_jax.config import Sampling
 from cla_jax.decode import Weights, decode, prefill
 from cla_jax.mesh import row_shards
 from cla_jax.model.layers import axes
+from cla_jax.places import Places, put_row
 from cla_jax.sampling import sample
 
 # Prompts for at most this part of the rows go through the model one by one, instead of with all rows.
@@ -124,16 +124,6 @@ def _loop(weights, cache: Cache, rows: _Rows, choice: _Choice, hurry, *, spec, s
     return cache, rows, _Emitted(tokens_BN, logprobs_BN, rows.done_B, rows.stopped_B)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "x_BD"))
-def _put_row(cache: Cache, x_BD, one: Cache, x_1D, row):
-    """A cache with the one row of another in it; the hidden states likewise."""
-
-    def put(whole, part):
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0)
-
-    return jax.tree.map(put, cache, one), put(x_BD, x_1D)
-
-
 @jax.jit
 def _keys(seeds_B, numbers_B, derived_B) -> jax.Array:
     """A random key a row: of its seed, or derived from the seed by a number."""
@@ -155,8 +145,9 @@ class Batch:
         sampling: Sampling,
         allowed_V: np.ndarray,
         stops_V: np.ndarray,
+        places: Places,
     ):
-        self.weights, self.spec = weights, spec
+        self.weights, self.spec, self.places = weights, spec, places
         self.options: Any = {"spec": spec, "sampling": sampling}
         rules, mesh = spec.rules, jax.sharding.get_abstract_mesh()
         self.split_B = rules.spec("batch")
@@ -171,8 +162,7 @@ class Batch:
         self.ids = tuple(jax.device_put(ids_V, rules.spec(None)) for ids_V in (allowed_V, stops_V))
         # One row cannot be taken from rows that are split over devices.
         splits = not mesh.empty and row_shards(mesh) > 1
-        self.one = None if splits else dataclasses.replace(self.spec, batch=1)
-        self.one_cache: Cache | None = None
+        self.one = None if splits else places.one_spec
 
     def end(self, ended: np.ndarray) -> None:
         """Ends rows that the host has ended, and clears the marks."""
@@ -195,19 +185,29 @@ class Batch:
         self.choice = _Choice(_keys(*given), placed_B, *self.ids)
 
     def fill(self, prompts: dict[int, Sequence[int]]) -> None:
-        """Puts prompts into rows of the cache. Few go one by one: a step for all rows costs that of all."""
+        """Puts prompts into rows of the cache, as far as they are not there already."""
+        for turn in self.places.turns(list(prompts)):
+            twins = {row: twin for row in turn if (twin := self.places.twin(row)) is not None}
+            self._prefill({row: prompts[row] for row in turn if row not in twins})
+            for row, twin in twins.items():
+                self.cache = self.places.copy(self.cache, twin, row)
+                self.last_BD = put_row(self.last_BD, self.last_BD[twin : twin + 1], row)
+
+    def _prefill(self, prompts: dict[int, Sequence[int]]) -> None:
+        """Few prompts go one by one: a step for all rows costs that of all."""
+        held = {row: self.places.held(row) for row in prompts}
         if self.one is None or len(prompts) > APART * self.spec.batch:
+            self.cache = self.places.placed(self.cache, prompts)
             rows = [prompts.get(row) for row in range(self.spec.batch)]
             self.last_BD, self.cache = prefill(
-                self.weights, self.spec, self.cache, rows, self.last_BD
+                self.weights, self.spec, self.cache, rows, self.last_BD, held
             )
             return
         for row, prompt in prompts.items():
-            cache = self.one.allocate() if self.one_cache is None else self.one_cache
-            last_1D, self.one_cache = prefill(self.weights, self.one, cache, [prompt])
-            self.cache, self.last_BD = _put_row(
-                self.cache, self.last_BD, self.one_cache, last_1D, row
-            )
+            one = self.places.take_row(self.cache, row)
+            last_1D, one = prefill(self.weights, self.one, one, [prompt], held={0: held[row]})
+            self.cache = self.places.put_row(self.cache, one, row)
+            self.last_BD = put_row(self.last_BD, last_1D, row)
 
     def first(self, rows: Sequence[int]) -> _Emitted:
         joins_B = jax.device_put(np.isin(np.arange(self.spec.batch), rows), self.split_B)
@@ -217,6 +217,7 @@ class Batch:
         return emitted
 
     def decode(self, steps: int, hurry: bool) -> _Emitted:
+        self.cache = self.places.placed(self.cache)
         self.cache, self.rows, emitted = _loop(
             *(self.weights, self.cache, self.rows, self.choice, hurry), steps=steps, **self.options
         )

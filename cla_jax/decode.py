@@ -7,7 +7,7 @@ read block by block up to the current length.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -151,13 +151,15 @@ def prefill(
     cache: Cache,
     prompts: Sequence[Sequence[int] | None],
     last_BD: jax.Array | None = None,
+    held: Mapping[int, int] = {},
 ) -> tuple[jax.Array, Cache]:
     """Fills rows with prompts of any lengths, `spec.chunk` tokens a step, the last padded.
 
-    What these rows held is forgotten. Rows without a prompt (None, or beyond the last prompt) keep what
-    they hold. Returns the hidden state of the last token of each row with a prompt, [B, D], that of the
-    others from `last_BD`, and the cache. The cache and `last_BD` are donated. One program serves every
-    chunk of every prompt. Raises ValueError for prompts that do not fit.
+    What these rows held is forgotten, except for the first `held` tokens of a row's prompt. Rows without
+    a prompt (None, or beyond the last prompt) keep what they hold. Returns the hidden state of the last
+    token of each row with a prompt, [B, D], that of the others from `last_BD`, and the cache. The cache and
+    `last_BD` are donated. One program serves every chunk of every prompt. Raises ValueError for prompts
+    that do not fit.
     """
     T, B = spec.chunk, spec.batch
     if len(prompts) > B:
@@ -167,14 +169,15 @@ def prefill(
         raise ValueError("there is no prompt")
     for row, prompt in given.items():
         check_prompt(prompt, spec, name=f"prompt {row}")
+    given = {row: prompt[held.get(row, 0) :] for row, prompt in given.items()}
     chunks = -(-max(map(len, given.values())) // T)
     tokens = np.zeros((B, chunks * T), np.int32)
-    counts = np.zeros(B, np.int32)
+    counts, before = np.zeros((2, B), np.int32)
     for row, prompt in given.items():
         tokens[row, : len(prompt)] = prompt
-        counts[row] = len(prompt)
+        counts[row], before[row] = len(prompt), held.get(row, 0)
     rules = spec.rules
-    cache = cache.reset(jax.device_put(counts > 0, rules.spec("batch")))
+    cache = cache.reset(*jax.device_put((counts > 0, before), (rules.spec("batch"),) * 2))
     none_BD = jnp.zeros(
         (B, spec.config.d_model),
         spec.config.compute_dtype,

@@ -6,8 +6,9 @@
         print(first.completion.tokens)
 
 A row of the cache serves one request at a time. A step of the engine gives free rows to the requests that
-wait, in the order of their submission, puts their prompts through the model, and then decodes all rows in a
-loop that stays on the device. What a request gets does not depend on what else is in the batch.
+wait, in the order of their submission and as far as the cache has room. It puts their prompts through the
+model, and then decodes all rows in a loop that stays on the device. What a request gets does not depend on
+what else is in the batch.
 
 Four programs are compiled, once for a cache spec and a way of sampling: a chunk of a prompt for all rows,
 the same for one row, the first token, and the loop of decode steps. Requests are data of these programs.
@@ -21,9 +22,10 @@ from typing import Literal
 import numpy as np
 
 from cla_jax.batch import Batch, Seed, _Emitted
-from cla_jax.cache import CacheSpec
+from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling, check_new_tokens
 from cla_jax.decode import Weights, check_prompt, check_weights, is_integer
+from cla_jax.places import make_places
 
 LOOP = 64  # decode steps between two looks of the host, if nobody listens
 
@@ -105,6 +107,7 @@ class Engine:
             collections.deque()
         )
         self._batch: Batch | None = None  # made for the first request
+        self.places = make_places(spec)
 
     def submit(
         self,
@@ -137,6 +140,7 @@ class Engine:
             if not 0 <= part < 2**32:
                 raise ValueError(f"seed = {part} must lie in 0 to 2**32 - 1")
         check_prompt(prompt, self.spec, int(new_tokens), name)
+        self.places.check(len(prompt) + int(new_tokens), name)
         request = Request(
             prompt=np.asarray(prompt).tolist(),
             new_tokens=int(new_tokens),
@@ -158,6 +162,12 @@ class Engine:
     def idle(self) -> bool:
         """Whether no request waits or decodes."""
         return not self._waiting and not any(self._requests)
+
+    @property
+    def cache(self) -> Cache:
+        """The live cache. There is one from the first request on."""
+        assert self._batch is not None
+        return self._batch.cache
 
     def step(self) -> bool:
         """Admits what waits, decodes up to `every` tokens a row. Whether anything is left to do."""
@@ -181,16 +191,20 @@ class Engine:
 
     def _admit(self) -> None:
         """Free rows get the requests that wait: their prompts go into the cache, a first token comes out."""
-        free = [row for row, request in enumerate(self._requests) if request is None]
-        joining = {row: self._waiting.popleft() for row in free[: len(self._waiting)]}
+        joining: dict[int, Request] = {}
+        for row, running in enumerate(self._requests):
+            if running is not None or not self._waiting:
+                continue
+            request = self._waiting[0]
+            if not self.places.join(row, request.prompt, request.new_tokens):
+                break  # in the order of submission: who needs much is not overtaken for ever
+            joining[row] = self._requests[row] = self._waiting.popleft()
+            request.asked = 1
         if not joining:
             return
-        for row, request in joining.items():
-            self._requests[row] = request
-            request.asked = 1
         if self._batch is None:
             ids = self._allowed, self._stops
-            self._batch = Batch(self.weights, self.spec, self.sampling, *ids)
+            self._batch = Batch(self.weights, self.spec, self.sampling, *ids, self.places)
         running = {row: request for row, request in enumerate(self._requests) if request}
         self._batch.end(self._cancelled)
         self._batch.choose(
@@ -207,6 +221,10 @@ class Engine:
             return False
         assert self._batch is not None  # whoever runs was admitted
         self._batch.end(self._cancelled)
+        for row, request in enumerate(self._requests):
+            if request is not None:
+                new_tokens = min(request.asked + self.every, request.new_tokens)
+                self.places.prepare(row, len(request.prompt) + new_tokens)
         emitted = self._batch.decode(self.every, hurry=bool(self._waiting))
         self._in_flight.append((list(self._requests), emitted))
         for request in running:
@@ -225,6 +243,7 @@ class Engine:
                 new = tokens_BN[row][is_token_N].tolist()
                 request.completion.tokens += new
                 request.completion.logprobs += logprobs_BN[row][is_token_N].tolist()
+                self.places.grew(row, request.completion.tokens)
                 if new and request.listener is not None and request.listener(new):
                     self._end(request, "stop")
                 elif done_B[row] and not request.ended:  # a listener may cancel
@@ -239,4 +258,5 @@ class Engine:
         if request in self._requests:
             row = self._requests.index(request)
             self._requests[row] = None
+            self.places.leave(row)
             self._cancelled[row] = not known

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from cla_jax.batch import _Choice, _loop, _Rows
 from cla_jax.cache import CacheSpec, cache_spec, ledger
+from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import ModelConfig, Sampling
 from cla_jax.decode import _prefill_chunk, decoding_weights
 from cla_jax.engine import LOOP
@@ -32,6 +33,7 @@ class Fit:
     workspace: int  # of one sequence, while its prompt goes through
     sequences: int
     binds: str  # what most of the bytes of a further sequence would go to
+    prefix: int = 0  # of a common beginning, held once for all
 
 
 def weights_bytes(config: ModelConfig) -> int:
@@ -57,19 +59,51 @@ def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     return decoded + tokens * per_token + 4 * config.vocab_size * 4
 
 
-def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: int = 256) -> Fit:
+def fit(
+    config: ModelConfig,
+    format: str,
+    *,
+    context: int,
+    budget: int,
+    chunk: int = 256,
+    shared: int | None = None,
+    page: int = 64,
+) -> Fit:
     """How many sequences of `context` tokens a device with `budget` bytes can hold.
 
-    Raises TooSmall, a ValueError, if it cannot hold the weights and one sequence.
+    With `shared`, they begin with so many common tokens, and a prefix-shared cache holds the full pages of
+    `page` tokens of these once. Without, each has a row of its own.
+
+    Raises:
+      TooSmall: a ValueError; it cannot hold the weights and one sequence.
+      ValueError: more shared tokens than there are, or a cache that cannot be shared.
     """
     spec = cache_spec(config, format, batch=1, capacity=context, chunk=chunk)
-    weights, kv = weights_bytes(config), int(ledger.predicted(spec, context).allocated)
+    weights, prefix = weights_bytes(config), 0
+    if shared is None:
+        kv = int(ledger.predicted(spec, context).allocated)
+    else:
+        if not 0 <= shared < context:
+            raise ValueError(f"shared = {shared} must lie in 0 to context - 1 = {context - 1}")
+        full = shared // page
+        alone = context // page + 1 - full  # the last page is never full
+        prefix, kv = (
+            sum(
+                prefix_spec(
+                    config, format, batch=1, page=page, pages=pages, capacity=context
+                ).slot_bytes
+            )
+            if pages
+            else 0
+            for pages in (full, alone)
+        )
     workspace = workspace_bytes(spec, spec.chunk)
-    sequences = max(budget - weights, 0) // (kv + workspace)
+    sequences = max(budget - weights - prefix, 0) // (kv + workspace)
     if sequences < 1:
         raise TooSmall(
             f"budget = {budget:,} B is smaller than the weights ({weights:,} B), the KV cache of one "
-            f"sequence of {context:,} tokens ({kv:,} B, {format}) and its workspace ({workspace:,} B)"
+            f"sequence of {context:,} tokens ({prefix + kv:,} B, {format}) and its workspace "
+            f"({workspace:,} B)"
         )
     return Fit(
         context=context,
@@ -78,6 +112,7 @@ def fit(config: ModelConfig, format: str, *, context: int, budget: int, chunk: i
         workspace=workspace,
         sequences=sequences,
         binds="KV cache" if kv >= workspace else "workspace",
+        prefix=prefix,
     )
 
 

@@ -86,14 +86,16 @@ class PrefixTree:
     Args:
       chunk: tokens in a chunk.
       slots: chunks in the pool.
-      retain: full chunks of requests that have ended stay until their slots are needed; the least recently
-        used go first.
+      retain: full chunks of requests that have ended stay until their slots are needed, so many at most; the
+        least recently used go first.
     """
 
-    def __init__(self, *, chunk: int, slots: int, retain: bool = False):
+    def __init__(self, *, chunk: int, slots: int, retain: int = 0):
         for name, value in (("chunk", chunk), ("slots", slots)):
             if value < 1:
                 raise ValueError(f"prefix tree: {name} = {value} must be positive")
+        if retain < 0:
+            raise ValueError(f"prefix tree: retain = {retain} must not be negative")
         self.chunk, self.slots, self.retain = chunk, slots, retain
         self.version = 0  # changes whenever `layout` does
         self._root = Node([], -1, None)
@@ -118,7 +120,7 @@ class PrefixTree:
         """
         if not len(prompt):
             raise ValueError("prefix tree: an empty prompt")
-        total = self._chunks(len(prompt) + new_tokens)
+        total = self.chunks(len(prompt) + new_tokens)
         if total > self.slots:
             raise ValueError(
                 f"a request of {len(prompt)} tokens and {new_tokens} new ones needs {total} chunks of "
@@ -130,7 +132,7 @@ class PrefixTree:
         while above.parent is not None and not above.readers:
             idle, above = idle + 1, above.parent
         self._check_room(total - shared, but=idle)
-        now = self._chunks(len(prompt)) - shared
+        now = self.chunks(len(prompt)) - shared
         path = Path(node, matched, len(prompt), 0)
         self._pass_through(node, +1)
         for start in range(matched, matched + now * self.chunk, self.chunk):
@@ -165,7 +167,7 @@ class PrefixTree:
         tree, but not its layout.
         """
         assert self._paths.get(path.leaf) is path
-        more = self._chunks(path.length + tokens) - self._chunks(path.length) - len(path.ahead)
+        more = self.chunks(path.length + tokens) - self.chunks(path.length) - len(path.ahead)
         if more <= 0:
             return
         assert path.reserved >= more, "a request takes more tokens than it was inserted with"
@@ -182,7 +184,7 @@ class PrefixTree:
         leaf = path.leaf
         assert self._paths.get(leaf) is path
         assert leaf.parent is not None
-        future = self._chunks(path.length + new_tokens) - self._chunks(path.length)
+        future = self.chunks(path.length + new_tokens) - self.chunks(path.length)
         self._check_room(1 + future)
         twin = Path(leaf, path.length - len(leaf.tokens), path.length, 0)
         self._pass_through(leaf.parent, +1)
@@ -205,6 +207,8 @@ class PrefixTree:
             elif not node.children:
                 heapq.heappush(self._evictable, (node.used, node.slot, node))
             node = above
+        while self._idle > self.retain:
+            self._evict()
         self.version += 1
 
     # ------------------------------------------------------------------------------ questions
@@ -223,6 +227,10 @@ class PrefixTree:
     def idle_slots(self) -> int:
         """Slots of requests that have ended."""
         return self._idle
+
+    def chunks(self, tokens: int) -> int:
+        """Chunks of a path with so many tokens: the last one is not full."""
+        return tokens // self.chunk + 1
 
     def nodes(self) -> Iterator[Node]:
         """All chunks, depth first."""
@@ -270,10 +278,6 @@ class PrefixTree:
         )
 
     # ------------------------------------------------------------------------------- in between
-
-    def _chunks(self, tokens: int) -> int:
-        """Chunks of a path with so many tokens: the last one is not full."""
-        return tokens // self.chunk + 1
 
     def _match(self, prompt: Sequence[int]) -> tuple[Node, int]:
         """The deepest chunk that holds a beginning of the prompt, and the tokens up to its end."""

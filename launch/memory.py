@@ -5,10 +5,12 @@
     python -m launch.memory runs/demo/seeds --budget 1GiB --context 128 --compile
 
     python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --context 2048 --ledger
+    python -m launch.memory cla_1b.h128_mha --context 2048 --shared 1024
 
 Nothing is allocated. All bytes are closed forms; --compile adds what the compiler of the backend at hand
 says of a chunk of prefill and of the decode loop, at the batch that fits. --ledger shows the bytes of a
-token instead: held, written and read, which CLA does not divide alike.
+token instead: held, written and read, which CLA does not divide alike. --shared adds how many fit if all
+begin with so many common tokens, which a prefix-shared cache holds once.
 """
 
 import contextlib
@@ -51,6 +53,10 @@ class Arguments:
     chunk: int = 256
     # Show resident, written and read bytes per token at this context, instead of what fits.
     ledger: bool = False
+    # Tokens that all sequences begin with, for a prefix-shared cache; 0 is none.
+    shared: int = 0
+    # Tokens of a page of that cache.
+    page: int = 64
     # Ask the compiler too (seconds a line).
     compile: bool = False
     # Print JSON instead of a table.
@@ -95,9 +101,15 @@ def models(names: Sequence[str], refused: list[str] | None = None) -> dict[str, 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.memory", description=__doc__)
     budget = parse_bytes(arguments.budget)
-    for field in ("context", "chunk"):
+    for field in ("context", "chunk", "page"):
         if getattr(arguments, field) < 1:
             raise ValueError(f"{field} = {getattr(arguments, field)} must be positive")
+    if not 0 <= arguments.shared < arguments.context:
+        raise ValueError(
+            f"shared = {arguments.shared} must lie in 0 to context - 1 = {arguments.context - 1}"
+        )
+    if arguments.ledger and arguments.shared:
+        raise ValueError("--ledger is of one sequence, which shares nothing: leave --shared out")
     if arguments.ledger and arguments.compile:
         raise ValueError("--ledger shows the bytes of a token; leave it or --compile out")
     # In the model's own dtype `dense` says it all.
@@ -167,6 +179,8 @@ def _fits(
                 lines.append(line | {"sequences": 0})
                 continue
             line |= dataclasses.asdict(found)
+            if arguments.shared:
+                line["sharing"] = _sharing(config, format, budget, arguments)
             if arguments.compile:
                 spec = cache_spec(
                     config,
@@ -181,6 +195,22 @@ def _fits(
     if not any(line["sequences"] for line in lines):
         raise ValueError(errors[0])
     return lines
+
+
+def _sharing(
+    config: ModelConfig, format: str, budget: int, arguments: Arguments
+) -> dict[str, Any] | None:
+    """The same with a common prefix; None for a cache that cannot be shared."""
+    from cla_jax import memory
+    from cla_jax.cache.prefix_shared import refusal
+
+    if refusal(config, format):
+        return None
+    sizes = {name: getattr(arguments, name) for name in ("context", "chunk", "shared", "page")}
+    try:
+        return dataclasses.asdict(memory.fit(config, format, budget=budget, **sizes))
+    except memory.TooSmall:
+        return {"sequences": 0}
 
 
 def _print_ledger(lines: list[dict[str, Any]], arguments: Arguments) -> None:
@@ -217,21 +247,28 @@ def _show(table: "Table") -> None:
     console.print(table)
 
 
+def _shared_cell(found: dict[str, Any] | None) -> str:
+    return "cannot share" if found is None else f"{found['sequences']:,}"
+
+
 def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> None:
     from cla_jax.report.rows import human
 
     human_bytes = lambda count: f"{human(count)}B".replace("BB", "GB").replace("KB", "kB")
     compiled = ("prefill compiled", "decode compiled") if arguments.compile else ()
+    sharing = ("fit, sharing",) if arguments.shared else ()
     table = _table(
         f"Sequences of {arguments.context:,} tokens in {human_bytes(budget)}",
         "Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: a sequence's "
         f"share while {min(arguments.chunk, arguments.context):,} tokens of its prompt go through.",
-        ("weights", "KV", "work", "fit", *compiled, "binds"),
+        ("weights", "KV", "work", "fit", *sharing, *compiled, "binds"),
     )
     for line in lines:
         if not line["sequences"]:
             table.add_row(
-                line["name"], line["cache"], *[""] * 3, "0", *compiled and ["", ""], "budget"
+                *(line["name"], line["cache"], *[""] * 3, "0"),
+                *[""] * len(sharing + compiled),
+                "budget",
             )
             continue
         peaks = [human_bytes(peak["total"]) for peak in line.get("compiled", {}).values()]
@@ -240,6 +277,7 @@ def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> No
             line["cache"],
             *(human_bytes(line[key]) for key in ("weights", "kv", "workspace")),
             f"{line['sequences']:,}",
+            *(_shared_cell(line["sharing"]) for _ in sharing),
             *peaks,
             line["binds"],
         )

@@ -1,4 +1,5 @@
 import functools
+import random
 
 import hypothesis.strategies as st
 import numpy as np
@@ -7,7 +8,9 @@ from hypothesis import given, settings
 
 from cla_jax import batch as batches
 from cla_jax import decode as decoding
-from cla_jax.cache import cache_spec
+from cla_jax import places
+from cla_jax.cache import cache_spec, ledger
+from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.decode import decoding_weights
 from cla_jax.engine import Engine
 from tests import reference
@@ -20,7 +23,7 @@ PROMPTS = [[1, 2, 3], [4] * 37, [5, 6], [7, 8, 9, 10], list(range(20)), [11]]
 MOST = 14  # new tokens
 STOP = 30  # ids below it end a text: about one token in nine
 OPTIONS = {"stop": range(STOP), "n_ids": 257, "every": 3}
-PROGRAMS = (decoding._prefill_chunk, batches._first, batches._loop, batches._put_row)
+PROGRAMS = (decoding._prefill_chunk, batches._first, batches._loop, places.put_row)
 
 
 @functools.cache
@@ -223,3 +226,148 @@ def test_a_spec_is_data_of_the_engine_alone():
     one.run()
     assert_as_alone(a, 0, 0, MOST)
     assert_as_alone(b, 1, 1, MOST)
+
+
+# ------------------------------------------------------------------------- requests that share chunks
+
+SHARED = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, kv_map="cla:2")
+PREFIX = list(range(40, 57))  # four pages of four tokens, and one token
+
+
+def shared_engine(pages=24, **options):
+    sizes = {"batch": 4, "page": 4, "pages": pages, "capacity": 64, "chunk": 16}
+    return Engine(weights(SHARED), prefix_spec(SHARED, **sizes, **options), **OPTIONS)
+
+
+@functools.cache
+def alone_unshared(prompt, seed):
+    engine = Engine(weights(SHARED), spec(1, config=SHARED), **OPTIONS)
+    request = engine.submit(prompt, new_tokens=MOST, seed=seed)
+    engine.run()
+    return request.completion
+
+
+def assert_as_unshared(request, seed):
+    expected = alone_unshared(tuple(request.prompt), seed)
+    found, limit = request.completion, request.new_tokens
+    assert found.tokens == expected.tokens[:limit]
+    assert found.logprobs == pytest.approx(expected.logprobs[:limit], abs=1e-4)
+
+
+def assert_nothing_is_left(engine):
+    assert engine.idle
+    tree = engine.places.tree
+    assert tree.live_slots == 0
+    assert tree.room == tree.slots
+
+
+def test_requests_that_share_chunks_get_what_they_get_alone():
+    """They come while others decode, wait for the pool, are cancelled, and are samples of one prompt."""
+    draw = random.Random(0)
+    engine = shared_engine(retain=8)
+    asked = []
+    for _ in range(40):
+        what = draw.choice(["submit", "submit", "step", "cancel"])
+        if what == "submit":
+            prompt = PREFIX[: draw.choice([9, 17])] + [draw.randrange(3)] * draw.randint(1, 3)
+            for seed in range(draw.randint(1, 2)):
+                limit = draw.randint(1, MOST)
+                asked.append((engine.submit(prompt, new_tokens=limit, seed=seed), seed))
+        elif what == "step":
+            engine.step()
+        elif asked:
+            engine.cancel(draw.choice(asked[-4:])[0])
+    engine.run()
+    assert_nothing_is_left(engine)
+    counts = engine.places.counts
+    assert counts.matched > 0
+    assert counts.copied > 0
+    assert counts.peak_pages <= 24
+    finished = [pair for pair in asked if pair[0].completion.finish != "cancelled"]
+    assert len(finished) > 10
+    for request, seed in finished:
+        assert_as_unshared(request, seed)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_what_the_cache_holds_already_is_prefilled_once(skip, monkeypatch):
+    """The first request writes the common prefix; those that join with it read it."""
+    fed = []
+    real = batches.prefill
+
+    def counted(weights, spec, cache, prompts, last=None, held={}):  # noqa: B006
+        fed.extend(len(p) - held.get(i, 0) for i, p in enumerate(prompts) if p is not None)
+        return real(weights, spec, cache, prompts, last, held)
+
+    monkeypatch.setattr(batches, "prefill", counted)
+    engine = shared_engine(skip_matched=skip)
+    prompts = [[*PREFIX, 1], [*PREFIX, 2], [*PREFIX, 3], [*PREFIX, 1]]
+    requests = [engine.submit(prompt, new_tokens=MOST) for prompt in prompts]
+    engine.run()
+    # 16 of 18 tokens are shared; the last request is a second sample of the first prompt.
+    assert sorted(fed) == ([2, 2, 18] if skip else [18] * 4)
+    assert engine.places.counts.matched == 3 * 16
+    assert engine.places.counts.copied == int(skip)
+    for request in requests:
+        assert_as_unshared(request, 0)
+    assert_nothing_is_left(engine)
+
+
+def test_bytes_of_shared_chunks_from_the_tree_and_from_live_arrays():
+    engine = shared_engine()
+    for i in range(3):
+        engine.submit([*PREFIX, i], new_tokens=MOST, seed=4)
+    engine.step()
+    engine._collect()  # the tree knows what the device has written
+    predicted = ledger.predicted_shared(engine.spec, engine.places.tree)
+    assert ledger.counted_shared(engine.spec, engine._batch.cache) == predicted
+    token = (
+        2 * 2 * SHARED.d_head * 4
+    )  # one slot for both layers: keys and values of two heads, float32
+    alone = sum(18 + len(r.completion.tokens) - 1 - 16 for r in engine._requests if r)
+    assert predicted.allocated == 24 * 4 * token
+    assert predicted.resident == (16 + alone) * token
+    assert predicted.unshared == (3 * 16 + alone) * token
+    assert predicted.read == 2 * predicted.resident
+    assert predicted.unshared_read == 2 * predicted.unshared
+
+
+def test_tables_are_sent_only_when_the_tree_has_changed():
+    engine = shared_engine()
+    request = engine.submit(PREFIX, new_tokens=MOST, seed=4)
+    steps = 0
+    while engine.step():
+        steps += 1
+    assert len(request.completion.tokens) == MOST
+    # For its prompt, for the first steps, and for each later page that it grows into.
+    assert engine.places.counts.uploads <= 1 + (17 + MOST) // 4 - 17 // 4 < steps
+
+
+def test_requests_wait_for_a_full_pool_and_that_is_said_once(caplog):
+    engine = shared_engine()  # one request of 17 + 14 tokens takes eight pages
+    requests = [engine.submit([i, *PREFIX[1:]], new_tokens=MOST, seed=1) for i in range(4)]
+    engine.run()
+    assert caplog.text.count("the pool is full") == 1
+    assert engine.places.counts.peak_pages <= 24
+    for request in requests:
+        assert_as_unshared(request, 1)
+    assert_nothing_is_left(engine)
+
+
+def test_a_request_longer_than_the_pool_is_refused_before_anything_is_compiled():
+    engine = shared_engine(pages=5)
+    with pytest.raises(ValueError, match=r"the prompt, .* needs 8 pages of 4 tokens: the pool has"):
+        engine.submit(PREFIX, new_tokens=MOST)
+    assert engine.idle
+    assert engine._batch is None
+
+
+def test_prefixes_of_requests_that_have_ended_are_found_again_up_to_a_limit():
+    for retain, matched in ((0, 0), (2, 8), (24, 16)):
+        engine = shared_engine(retain=retain)
+        for _ in range(2):
+            request = engine.submit([*PREFIX, 1], new_tokens=3)
+            engine.run()
+            assert_as_unshared(request, 0)
+        assert engine.places.counts.matched == matched
+        assert_nothing_is_left(engine)

@@ -18,7 +18,7 @@ LAYERS = [
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint"},
-    {"train", "decode", "sampling", "batch", "engine", "generate"},
+    {"train", "decode", "sampling", "places", "batch", "engine", "generate", "traces"},
     {"decoder", "scoring", "prefix_groups", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},

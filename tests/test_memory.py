@@ -74,6 +74,32 @@ def test_what_fits_is_the_last_sequence_that_does():
     assert (found.binds, longer.binds) == ("workspace", "KV cache")
 
 
+def test_a_common_prefix_is_held_once():
+    options = {"context": 100, "budget": 2_000_000, "chunk": 8}
+    alone = memory.fit(MODEL, "dense", **options)
+    shared = memory.fit(MODEL, "dense", **options, shared=70, page=16)
+    token = ledger.predicted(cache_spec(MODEL, "dense", batch=1, capacity=128), 100).written
+    # Four full pages are shared; a request has the rest, and its last page is never full.
+    assert shared.prefix == 4 * 16 * token
+    assert shared.kv == (100 // 16 + 1 - 4) * 16 * token
+    left = options["budget"] - shared.weights - shared.prefix
+    assert shared.sequences == left // (shared.kv + shared.workspace) > alone.sequences
+    with pytest.raises(ValueError, match="shared = 100 must lie in 0 to context - 1 = 99"):
+        memory.fit(MODEL, "dense", **options, shared=100)
+
+
+def test_the_table_says_what_fits_with_a_common_prefix(capsys):
+    argv = ["demo.h16_mqa", "--budget", "20MB", "--context", "256", "--shared", "128"]
+    argv += ["--chunk", "16"]
+    launch_memory.main([*argv, "--cache", "dense", "--cache", "kivi4"])
+    table = capsys.readouterr().out
+    assert "fit, sharing" in table
+    assert "cannot share" in table  # kivi4
+    launch_memory.main([*argv, "--cache", "dense", "--json"])
+    (line,) = json.loads(capsys.readouterr().out)["lines"]
+    assert line["sharing"]["sequences"] > line["sequences"]
+
+
 def test_sharing_doubles_what_fits_when_the_cache_binds():
     fits = {}
     for name in ("h128_mqa", "h128_mqa_cla2"):
@@ -157,6 +183,11 @@ def test_the_table_and_its_json(capsys):
         (["runs/nowhere"], "runs/nowhere does not exist"),
         (["dem"], "unknown experiment 'dem'; did you mean demo"),
         (["demo", "--context", "0"], "context = 0"),
+        (
+            ["demo", "--context", "9", "--shared", "9"],
+            "shared = 9 must lie in 0 to context - 1 = 8",
+        ),
+        (["demo", "--ledger", "--shared", "9"], "leave --shared out"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(capsys, argv, words):

@@ -12,7 +12,7 @@ from cla_jax.cache import prefix_shared
 from cla_jax.cache.prefix_shared import _spans, prefix_spec
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model.transformer import ForwardOptions, Transformer
-from cla_jax.prefix_tree import PrefixTree, Run
+from cla_jax.prefix_tree import PrefixTree
 from tests.conftest import MODEL, replace
 
 PAGE, PAGES, BATCH, CAPACITY, CHUNK = 4, 64, 5, 44, 8
@@ -170,11 +170,11 @@ def test_a_block_that_all_rows_read_is_one_item_a_tile():
 
 
 def test_spans_join_chunks_with_equal_readers():
-    runs = [Run(5, 0, 0, 4), Run(6, 4, 0, 4), Run(2, 8, 0, 2), Run(9, 8, 2, 4)]
-    assert [(s.slots, s.position, s.first, s.end) for s in _spans(runs)] == [
-        ((5, 6), 0, 0, 4),
-        ((2,), 8, 0, 2),
-        ((9,), 8, 2, 4),
+    runs = [(5, 0, (3, 1, 2)), (6, 4, (3, 1, 2)), (2, 8, (3, 1)), (7, 12, ()), (9, 8, (2,))]
+    assert [tuple(span) for span in _spans(runs)] == [
+        ((5, 6), 0, (3, 1, 2)),
+        ((2,), 8, (3, 1)),
+        ((9,), 8, (2,)),
     ]
 
 

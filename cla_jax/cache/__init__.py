@@ -119,9 +119,9 @@ class Cache:
     lengths_B: jax.Array  # tokens of each row so far
     pages: Any = None  # see `StepPositions`
 
-    def reset(self, rows_B: jax.Array | bool = True) -> "Cache":
-        """Empties these rows, by default all. Their old entries are masked, because the length is 0."""
-        return dataclasses.replace(self, lengths_B=jnp.where(rows_B, 0, self.lengths_B))
+    def reset(self, rows_B: jax.Array | bool = True, lengths_B: jax.Array | int = 0) -> "Cache":
+        """Empties these rows, by default all, down to so many tokens. Entries beyond a length are masked."""
+        return dataclasses.replace(self, lengths_B=jnp.where(rows_B, lengths_B, self.lengths_B))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ All numbers are for one sequence of `context` tokens:
     written     for one new token, on average
     read        by one decode step: every layer reads what it sees of its slot, consumers too
 
-CLA divides the first three, not the last.
+CLA divides the first three, not the last. Requests that share a prefix are counted together (`SharedLedger`).
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache.prefix_shared import TILE, Pages, PrefixSpec
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import EMPTY, Segment
+from cla_jax.prefix_tree import PrefixTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,63 @@ def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:
             for segment in _segments(spec, p, cache.slots[p], lengths, 0)
         ),
         read=sum(used[p] for p in seen.read),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedLedger:
+    """Bytes of all requests in a prefix-shared cache together."""
+
+    allocated: int  # of the pools
+    resident: int  # that their tokens use
+    unshared: int  # that the same tokens would use without sharing
+    read: int  # by one decode step: a shared page once for each tile of its readers
+    unshared_read: int  # without sharing
+
+
+def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
+    """From the requests in the tree alone."""
+    held = sum(len(node.tokens) for node in tree.nodes() if node.readers)
+    all_tokens = sum(len(node.tokens) * node.readers for node in tree.nodes())
+    read = sum(len(node.tokens) * -(-node.readers // TILE) for node in tree.nodes())
+    return _shared(spec, spec.slot_bytes, held, all_tokens, read)
+
+
+def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
+    """From the live arrays: the pools, the tables, and how long each row is."""
+    pages: Pages = jax.device_get(cache.pages)
+    lengths_B = np.asarray(jax.device_get(cache.lengths_B))
+    used: dict[int, int] = {}  # tokens in each page
+    all_tokens = read = 0
+    for row, (slots, start) in enumerate(zip(pages.private_BC, pages.starts_B, strict=True)):
+        alone = max(int(lengths_B[row]) - int(start), 0)
+        for i, slot in enumerate(slots[: -(-alone // spec.page)]):
+            used[int(slot)] = min(spec.page, alone - i * spec.page)
+        all_tokens, read = all_tokens + alone, read + alone
+    for rows_R, (first, end) in zip(
+        pages.rows_IR[: pages.items], pages.blocks_I2[: pages.items], strict=True
+    ):
+        blocks = pages.shared_NM[first:end]
+        slots = blocks[blocks < spec.pages].tolist()
+        used |= dict.fromkeys(slots, spec.page)
+        all_tokens += len(slots) * spec.page * int((rows_R < spec.batch).sum())
+        read += len(slots) * spec.page
+    return _shared(spec, list(map(nbytes, cache.slots)), sum(used.values()), all_tokens, read)
+
+
+def _shared(
+    spec: PrefixSpec, of_slot: Sequence[int], held: int, all_tokens: int, read: int
+) -> SharedLedger:
+    """From numbers of tokens, and the bytes of each slot's pool."""
+    of_token = [size // (spec.pages * spec.page) for size in of_slot]
+    once = sum(of_token)
+    by_every_layer = sum(map(operator.mul, of_token, spec.readers))
+    return SharedLedger(
+        allocated=sum(of_slot),
+        resident=held * once,
+        unshared=all_tokens * once,
+        read=read * by_every_layer,
+        unshared_read=all_tokens * by_every_layer,
     )
 
 

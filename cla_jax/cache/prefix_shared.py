@@ -16,14 +16,14 @@ change, so nothing is compiled when requests come and go. They change only when 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache import Cache, CacheSpec, cache_spec, make_format
 from cla_jax.cache.per_token import PerToken, Shape, Slot
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
@@ -66,6 +66,11 @@ class PrefixSpec(CacheSpec):
 
     page: int  # tokens
     pages: int  # of the pool
+    # What only the host acts on: programs do not differ by it.
+    # Pages of requests that have ended, kept for others with the same beginning.
+    retain: int = dataclasses.field(compare=False)
+    # The prefill leaves out what is in the cache already.
+    skip_matched: bool = dataclasses.field(compare=False)
 
     @property
     def pages_of_row(self) -> int:
@@ -97,6 +102,12 @@ class PrefixSpec(CacheSpec):
         pages = jax.tree.map(jnp.asarray, self.empty())
         return Cache(slots, jnp.zeros(self.batch, jnp.int32), pages)
 
+    @functools.cached_property
+    def slot_bytes(self) -> tuple[int, ...]:
+        """Bytes of the pool of each KV layer."""
+        tokens = self.pages * self.page
+        return tuple(format.slot_bytes(self.config, tokens) for format in self.formats)
+
     # ------------------------------------------------------------------------------- tables
 
     def empty(self) -> Pages:
@@ -104,7 +115,7 @@ class PrefixSpec(CacheSpec):
         full = lambda *shape, value: np.full(shape, value, np.int32)
         return Pages(
             private_BC=full(self.batch, self.pages_of_row, value=self.pages),
-            starts_B=full(self.batch, value=0),
+            starts_B=full(self.batch, value=self.capacity),  # nothing, whatever its length is
             shared_NM=full(self.pages, self.pages_at_once, value=self.pages),
             positions_N=full(self.pages, value=0),
             rows_IR=full(self.pages * tiles, min(TILE, self.batch), value=self.batch),
@@ -112,28 +123,44 @@ class PrefixSpec(CacheSpec):
             items=np.int32(0),
         )
 
-    def tables(self, rows: Mapping[int, Path], tree: PrefixTree) -> Pages:
-        """The tables of the requests in these rows of the batch."""
+    def tables(
+        self, rows: Mapping[int, Path], tree: PrefixTree, writing: Collection[int] = ()
+    ) -> Pages:
+        """The tables of the requests in these rows of the batch.
+
+        A row writes to its private pages only. For a row that is `writing` its prompt, these are all from the
+        end of what it matched on, though others may wait to read them.
+        """
         assert (tree.chunk, tree.slots) == (self.page, self.pages)
         tables = self.empty()
         layout = tree.layout()
         row_of = {path.leaf: row for row, path in rows.items()}
         order = [row_of.get(path.leaf, self.batch) for path in layout.rows]
-        for row, slots, start in zip(order, layout.private, layout.starts, strict=True):
+        ends = [  # up to where a row reads what is shared
+            min(path.matched, start) if row in writing else start
+            for row, path, start in zip(order, layout.rows, layout.starts, strict=True)
+        ]
+        for row, path, end in zip(order, layout.rows, ends, strict=True):
             if row < self.batch:
+                nodes = tree.path(path)[end // self.page :]
+                slots = [*(node.slot for node in nodes), *path.ahead]
                 tables.private_BC[row, : len(slots)] = slots
-                tables.starts_B[row] = start
+                tables.starts_B[row] = end
+
+        def readers(run: Run) -> tuple[int, ...]:
+            here = range(run.first, run.end)
+            return tuple(order[i] for i in here if order[i] < self.batch and run.position < ends[i])
+
         blocks = items = 0
-        for run in _spans(layout.shared):
+        for span in _spans([(run.slot, run.position, readers(run)) for run in layout.shared]):
             first = blocks
-            for i in range(0, len(run.slots), self.pages_at_once):
-                some = run.slots[i : i + self.pages_at_once]
+            for i in range(0, len(span.slots), self.pages_at_once):
+                some = span.slots[i : i + self.pages_at_once]
                 tables.shared_NM[blocks, : len(some)] = some
-                tables.positions_N[blocks] = run.position + i * self.page
+                tables.positions_N[blocks] = span.position + i * self.page
                 blocks += 1
-            readers = [row for row in order[run.first : run.end] if row < self.batch]
-            for i in range(0, len(readers), TILE):
-                some = readers[i : i + TILE]
+            for i in range(0, len(span.readers), TILE):
+                some = span.readers[i : i + TILE]
                 tables.rows_IR[items, : len(some)] = some
                 tables.blocks_I2[items] = first, blocks
                 items += 1
@@ -273,20 +300,30 @@ class _Span(NamedTuple):
 
     slots: tuple[int, ...]
     position: int
-    first: int
-    end: int
+    readers: tuple[int, ...]  # rows
 
 
-def _spans(shared: Sequence[Run]) -> list[_Span]:
-    """Chunks that follow one another and have the same readers are read as one."""
+def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
+    """Chunks (slot, position, readers) that follow one another and have the same readers are read as one."""
     found: list[_Span] = []
-    for run in shared:
+    for slot, position, readers in shared:
         last = found[-1] if found else None
-        if last is not None and (run.first, run.end) == (last.first, last.end):
-            found[-1] = last._replace(slots=(*last.slots, run.slot))
+        if not readers:
+            continue
+        if last is not None and readers == last.readers:
+            found[-1] = last._replace(slots=(*last.slots, slot))
         else:
-            found.append(_Span((run.slot,), run.position, run.first, run.end))
+            found.append(_Span((slot,), position, readers))
     return found
+
+
+def refusal(config: ModelConfig, format: str) -> str | None:
+    """Why no prefix-shared cache can be made; None if it can."""
+    if any(config.resolved_windows):
+        return "a prefix-shared cache has no sliding windows: model.windows must be 0"
+    if not isinstance(make_format(format, config.compute_dtype), PerToken):
+        return f"format {format} quantises tokens in groups: it cannot be shared page by page"
+    return None
 
 
 def prefix_spec(
@@ -298,6 +335,8 @@ def prefix_spec(
     pages: int,
     capacity: int,
     chunk: int = 1,
+    retain: int = 0,
+    skip_matched: bool = True,
 ) -> PrefixSpec:
     """The spec of a prefix-shared cache on one device.
 
@@ -308,6 +347,8 @@ def prefix_spec(
       pages: pages of the pool, of each KV layer.
       capacity: tokens of a row at most.
       chunk: tokens that a step writes at most.
+      retain: pages of requests that have ended that are kept, at most, until others need them.
+      skip_matched: whether the prefill leaves out what is in the cache already.
 
     Raises:
       ValueError: sizes that are not positive, sliding windows, or a format that groups tokens.
@@ -315,15 +356,12 @@ def prefix_spec(
     for name, value in (("page", page), ("pages", pages)):
         if value < 1:
             raise ValueError(f"prefix-shared cache: {name} = {value} must be a positive integer")
-    if any(config.resolved_windows):
-        raise ValueError("a prefix-shared cache has no sliding windows: model.windows must be 0")
+    if not 0 <= retain <= pages:
+        raise ValueError(f"prefix-shared cache: retain = {retain} must lie in 0 to pages = {pages}")
+    if words := refusal(config, format):
+        raise ValueError(words)
     spec = cache_spec(
         config, format, batch=batch, capacity=capacity, chunk=chunk, rules=AxisRules()
     )
-    for one in spec.formats:
-        if not isinstance(one, PerToken):
-            raise ValueError(
-                f"format {one.name} quantises tokens in groups: it cannot be shared page by page"
-            )
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return PrefixSpec(**fields, page=page, pages=pages)
+    return PrefixSpec(**fields, page=page, pages=pages, retain=retain, skip_matched=skip_matched)

@@ -1,0 +1,155 @@
+"""A trace of requests through the engine: a prefix-shared cache beside a row for each request.
+
+    python -m benchmarks.serving
+    python -m benchmarks.serving --made.shared 2048 --made.requests 64 --rounds 5
+
+Contestants, of one model with random weights, all on one trace of which all requests come at once:
+
+    unshared         every request has a cache row of its own
+    whole-prefill    the prefix-shared cache, but every prompt goes through the model whole
+    shared           the prefix-shared cache
+
+Rounds take turns. The table has medians of tokens a second, and bytes of the live cache arrays beside the
+closed form.
+"""
+# ruff: noqa: E402 - the allocator is set up before jax is imported
+
+from launch import allocator
+
+allocator.set_up()
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import HERE, machine
+from cla_jax import costs, traces
+from cla_jax.cache import CacheSpec, cache_spec, ledger
+from cla_jax.cache.prefix_shared import prefix_spec
+from cla_jax.config import ModelConfig
+from cla_jax.decode import decoding_weights
+from cla_jax.engine import Engine
+from cla_jax.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    # The trace: see `launch.serve_trace`.
+    kind: str = "shared-prompt"
+    made: traces.Shape = dataclasses.field(default_factory=lambda: traces.Shape(requests=32))
+    # Requests that decode at once.
+    rows: int = 32
+    page: int = 64
+    # Query heads, KV heads and head size of the model, whose width is their product.
+    heads: tuple[int, int, int] = (4, 4, 64)
+    layers: int = 8
+    kv_map: str = "identity"
+    rounds: int = 3
+    # Where the JSON goes, raw rounds included.
+    output: Path = HERE / "results" / "serving.json"
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    n_heads, n_kv_heads, d_head = options.heads
+    config = ModelConfig(
+        vocab_size=4096,
+        n_layers=options.layers,
+        d_model=n_heads * d_head,
+        d_ff=n_heads * d_head * 8 // 3,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        kv_map=options.kv_map,
+        compute_dtype="float32",
+    )
+    weights = decoding_weights(Transformer(jax.random.key(0), config))
+    lines = traces.make_trace(options.kind, options.made)
+    specs = contestants(config, options)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
+    about: dict[str, dict[str, Any]] = {}
+    order = list(specs)
+    for done in range(options.rounds + 1):  # the first compiles
+        for name in order:
+            engine = Engine(weights, specs[name], every=16)
+            found = traces.replay(engine, lines).summary()
+            if done:
+                rounds[name].append(found)
+            about[name] = dataclasses.asdict(engine.places.counts) | {
+                "allocated": ledger.nbytes(engine.cache.slots)
+            }
+        order = order[1:] + order[:1]
+    forms = closed_form(config, options)
+    show(rounds, about, forms)
+    record = {
+        "options": dataclasses.asdict(options) | {"output": ""},
+        "parameters": costs.parameters(config).total,
+        "machine": machine(0),
+        "rounds": rounds,
+        "about": about,
+        "closed_form": forms,
+    }
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def tokens_of(options: Options) -> int:
+    return options.made.shared + options.made.own + options.made.new_tokens
+
+
+def pages_of(options: Options) -> int:
+    """Pages for all rows at once, the full pages of the prefix once."""
+    full = options.made.shared // options.page if options.kind == "shared-prompt" else 0
+    return full * options.made.mixes + options.rows * (
+        tokens_of(options) // options.page + 1 - full
+    )
+
+
+def contestants(config: ModelConfig, options: Options) -> dict[str, CacheSpec]:
+    sizes: Any = {"batch": options.rows, "capacity": tokens_of(options), "chunk": 256}
+    pool: Any = {"page": options.page, "pages": pages_of(options)}
+    return {
+        "unshared": cache_spec(config, **sizes),
+        "whole-prefill": prefix_spec(config, **sizes, **pool, skip_matched=False),
+        "shared": prefix_spec(config, **sizes, **pool),
+    }
+
+
+def closed_form(config: ModelConfig, options: Options) -> dict[str, float]:
+    """Bytes of the keys and values of all rows at their ends, from the sizes alone."""
+    token = costs.kv_bytes(config, 1, bytes_per_element=4).resident
+    length, full = tokens_of(options) - 1, options.made.shared // options.page * options.page
+    return {
+        "unshared": options.rows * length * token,
+        "shared": (full * options.made.mixes + options.rows * (length - full)) * token,
+    }
+
+
+def show(rounds: dict[str, Any], about: dict[str, Any], forms: dict[str, float]) -> None:
+    table = Table(
+        "", "tokens/s", "of unshared", "first token p50, s", "allocated", "resident, peak"
+    )
+    median = lambda name, key: statistics.median(one[key] for one in rounds[name])
+    for name in rounds:
+        speed = median(name, "tokens_per_second")
+        table.add_row(
+            name,
+            f"{speed:.1f}",
+            f"{speed / median('unshared', 'tokens_per_second'):.2f}x",
+            f"{median(name, 'first_token_p50'):.2f}",
+            f"{about[name]['allocated']:,} B",
+            f"{median(name, 'resident_peak_bytes'):,.0f} B",
+        )
+    Console().print(table)
+    Console().print(f"closed form: {forms['unshared']:,} B unshared, {forms['shared']:,} B shared")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Where the requests of a running batch are in its cache: who has room, and what is there already.
+
+    places = make_places(spec)
+    if places.join(row, prompt, new_tokens):    # the request has this row now
+        held = places.held(row)                 # so many tokens of its prompt need no prefill
+    places.leave(row)
+
+`Engine` asks the same questions of every cache. In most of them each row has room of its own, so a free row
+is all that a request needs. In a prefix-shared cache requests take pages of one pool, and a tree says which.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.cache import Cache, CacheSpec, ledger
+from cla_jax.cache.prefix_shared import Pages, PrefixSpec
+from cla_jax.prefix_tree import Node, Path, PoolFull, PrefixTree
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Counts:
+    """What has happened so far."""
+
+    prompted: int = 0  # tokens of the prompts of all requests that have joined
+    matched: int = 0  # of these, tokens that were in the cache before
+    copied: int = 0  # pages that were copied for a second sample of a prompt
+    uploads: int = 0  # of tables to the device
+    uploaded_bytes: int = 0
+    peak_pages: int = 0  # that live requests held at once
+
+
+class Places:
+    """Rows that have room of their own."""
+
+    def __init__(self, spec: CacheSpec):
+        self.spec, self.counts = spec, Counts()
+        self._one: Cache | None = None  # the cache of one row, kept for the next prompt
+        self._lengths: dict[int, int] = {}  # tokens of the requests in the cache
+        self._prompts: dict[int, int] = {}  # tokens of their prompts
+
+    def check(self, tokens: int, name: str) -> None:
+        """Raises ValueError for a request of so many tokens, new ones included, that never finds room."""
+
+    def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:  # noqa: ARG002
+        """Gives a request this free row; False if there is no room for it now."""
+        self.counts.prompted += len(prompt)
+        self._lengths[row] = self._prompts[row] = len(prompt)
+        return True
+
+    def leave(self, row: int) -> None:
+        """The row is free again."""
+        del self._lengths[row], self._prompts[row]
+
+    def held(self, row: int) -> int:  # noqa: ARG002
+        """Tokens of the row's prompt that are in the cache before its prefill."""
+        return 0
+
+    def twin(self, row: int) -> int | None:  # noqa: ARG002
+        """The row whose prompt this row gets a copy of, instead of a prefill."""
+        return None
+
+    def turns(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows whose prompts go in together, one list after the other: who reads comes after who writes."""
+        return [list(rows)]
+
+    def prepare(self, row: int, length: int) -> None:
+        """Makes room for the row to grow to so many tokens."""
+
+    def grew(self, row: int, tokens: Sequence[int]) -> None:
+        """Tells all new tokens of a row so far. The newest is not in the cache yet."""
+        self._lengths[row] = self._prompts[row] + max(len(tokens) - 1, 0)
+
+    def bytes(self) -> tuple[int, int]:
+        """Bytes that the requests use of the cache, and what they would use without sharing."""
+        alone = sum(
+            ledger.predicted(self.spec, length).resident for length in self._lengths.values()
+        )
+        return int(alone), int(alone)
+
+    def placed(self, cache: Cache, writing: Collection[int] = ()) -> Cache:  # noqa: ARG002
+        """The cache with the tables of the requests as they are now, while these rows get their prompts."""
+        return cache
+
+    def copy(self, cache: Cache, source: int, target: int) -> Cache:
+        """The prompt of one row for another."""
+        raise NotImplementedError  # no row is a twin
+
+    # One row of the cache, to put a prompt in, and the cache with that row in it again.
+
+    def take_row(self, cache: Cache, row: int) -> Cache:  # noqa: ARG002
+        return self.one_spec.allocate() if self._one is None else self._one
+
+    def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
+        self._one = one
+        return put_row(cache, one, row)
+
+    @functools.cached_property
+    def one_spec(self) -> CacheSpec:
+        return dataclasses.replace(self.spec, batch=1)
+
+
+class SharedPlaces(Places):
+    """Rows that take pages of one pool; those of a common prefix once."""
+
+    spec: PrefixSpec
+
+    def __init__(self, spec: PrefixSpec):
+        super().__init__(spec)
+        self.tree = PrefixTree(chunk=spec.page, slots=spec.pages, retain=spec.retain)
+        self._paths: dict[int, Path] = {}
+        self._twins: dict[int, int] = {}
+        # Of the rows that have joined since the last prefill: their prompts and turns, and the turns in
+        # which their new chunks are written.
+        self._joining: dict[tuple[int, ...], int] = {}
+        self._turns: dict[int, int] = {}
+        self._written: dict[Node, int] = {}
+        self._sent: Any = None  # what the tables on the device are of
+        self._waited = False
+
+    def check(self, tokens: int, name: str) -> None:
+        wanted = self.tree.chunks(tokens)
+        if wanted > self.spec.pages:
+            raise ValueError(
+                f"{name}, with its new tokens, needs {wanted} pages of {self.spec.page} tokens: the pool "
+                f"has pages = {self.spec.pages}"
+            )
+
+    def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:
+        twin = self._joining.get(tuple(prompt)) if self.spec.skip_matched else None
+        try:
+            if twin is None:
+                path = self.tree.insert(prompt, new_tokens=new_tokens)
+            else:
+                path = self.tree.fork(self._paths[twin], new_tokens=new_tokens)
+        except PoolFull as error:
+            if not self._waited:
+                log.warning("requests wait for others to end: the pool is full (%s)", error)
+            self._waited = True
+            return False
+        self._paths[row] = path
+        if twin is None:
+            nodes, matched = self.tree.path(path), path.matched // self.spec.page
+            # What a turn writes can be read in the next one.
+            turn = max((self._written.get(node, -1) + 1 for node in nodes[:matched]), default=0)
+            self._written |= dict.fromkeys(nodes[matched:], turn)
+            self._joining[tuple(prompt)] = row
+        else:
+            turn = self._turns[twin]
+            self._twins[row] = twin
+            self.counts.copied += 1
+        self._turns[row] = turn
+        self.counts.matched += path.matched
+        self._note_peak()
+        return super().join(row, prompt, new_tokens)
+
+    def leave(self, row: int) -> None:
+        self.tree.remove(self._paths.pop(row))
+        super().leave(row)
+
+    def held(self, row: int) -> int:
+        return self._paths[row].matched if self.spec.skip_matched else 0
+
+    def twin(self, row: int) -> int | None:
+        return self._twins.pop(row, None)
+
+    def turns(self, rows: Sequence[int]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            found.setdefault(self._turns[row], []).append(row)
+        self._turns, self._joining, self._written = {}, {}, {}
+        return [found[turn] for turn in sorted(found)]
+
+    def prepare(self, row: int, length: int) -> None:
+        path = self._paths[row]
+        self.tree.prepare(path, length - path.length)
+        self._note_peak()
+
+    def grew(self, row: int, tokens: Sequence[int]) -> None:
+        path = self._paths[row]
+        for token in tokens[path.length - self._prompts[row] : -1]:
+            self.tree.append(path, token)
+
+    def bytes(self) -> tuple[int, int]:
+        found = ledger.predicted_shared(self.spec, self.tree)
+        return found.resident, found.unshared
+
+    def placed(self, cache: Cache, writing: Collection[int] = ()) -> Cache:
+        others_wait = [row for row in writing if self._is_awaited(self._paths[row])]
+        if self._sent == (wanted := (self.tree.version, others_wait)):
+            return cache
+        tables = self.spec.tables(self._paths, self.tree, others_wait)
+        self._sent = wanted
+        return dataclasses.replace(cache, pages=self._uploaded(tables))
+
+    def copy(self, cache: Cache, source: int, target: int) -> Cache:
+        one, other = self._paths[source], self._paths[target]
+        cache = self.spec.copy_page(cache, one.leaf.slot, other.leaf.slot)
+        lengths_B = put_row(cache.lengths_B, np.array([self._prompts[target]], np.int32), target)
+        return dataclasses.replace(cache, lengths_B=lengths_B)
+
+    def take_row(self, cache: Cache, row: int) -> Cache:
+        one = dataclasses.replace(self.spec, batch=1)
+        tables = one.tables({0: self._paths[row]}, self.tree, writing=[0])
+        return Cache(cache.slots, jnp.zeros(1, jnp.int32), self._uploaded(tables))
+
+    def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
+        return Cache(one.slots, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
+
+    def _uploaded(self, tables: Pages) -> Pages:
+        self.counts.uploads += 1
+        self.counts.uploaded_bytes += sum(table.nbytes for table in tables)
+        return jax.tree.map(jnp.asarray, tables)
+
+    def _is_awaited(self, path: Path) -> bool:
+        """Whether others read what this request is about to write."""
+        return any(n.readers > 1 for n in self.tree.path(path)[path.matched // self.spec.page :])
+
+    def _note_peak(self) -> None:
+        self.counts.peak_pages = max(self.counts.peak_pages, self.tree.live_slots)
+
+
+def make_places(spec: CacheSpec) -> Places:
+    return SharedPlaces(spec) if isinstance(spec, PrefixSpec) else Places(spec)
+
+
+@functools.partial(jax.jit, donate_argnames="whole")
+def put_row(whole: Any, one: Any, row: jax.Array | int) -> Any:
+    """Arrays of rows with one row, of arrays like them, put in. The first are donated."""
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0)
+
+    return jax.tree.map(put, whole, one)

@@ -1,0 +1,207 @@
+"""Replay a trace of requests through the engine, and report how fast they were served and with what memory.
+
+    python -m launch.serve_trace trace.jsonl --model heads.mha --make shared-prompt
+    python -m launch.serve_trace trace.jsonl --model heads.mha --cache dense --unshared
+    python -m launch.serve_trace trace.jsonl --model runs/demo/seeds/h16_mqa_cla2.seed-0 --cache int8
+
+The cache is prefix-shared (docs/prefix.md): requests with a common beginning hold and read it once. A model
+is a run, or an experiment with random weights. A trace has a request a line:
+
+    {"arrival": 0.5, "prompt": [1, 2, 3], "new_tokens": 100, "group": "a"}
+
+--make writes one first: shared-prompt, few-shot, parallel-sampling or no-sharing.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+import experiments
+from cla_jax.config import CACHE_FORMATS, near_choice
+from launch import allocator
+from launch.cli import log_to_stderr, read, user_errors
+
+if TYPE_CHECKING:
+    from cla_jax.engine import Engine
+    from cla_jax.traces import Line, Replay
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    # Requests.
+    requests: int = 64
+    # Tokens that requests have in common.
+    shared: int = 1024
+    # Different beginnings; requests take them in turn.
+    mixes: int = 1
+    # Tokens of a prompt that belong to one request.
+    own: int = 32
+    # Tokens to generate for a request.
+    new_tokens: int = 32
+    # Mean requests a second; 0: all come at once.
+    rate: float = 0.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # The trace, in JSON lines.
+    trace: Annotated[str, tyro.conf.Positional]
+    # A run directory, or an experiment, whose weights are random then.
+    model: str
+    # Write a trace of this kind first: shared-prompt, few-shot, parallel-sampling, no-sharing.
+    make: str = ""
+    # What a made trace looks like.
+    made: Made = Made()
+    # KV cache format.
+    cache: str = "dense"
+    # Give every request a row of its own.
+    unshared: bool = False
+    # Requests that decode at once.
+    rows: int = 32
+    # Pages of the pool; 0: what so many of the longest requests take without sharing.
+    pages: int = 0
+    # Tokens of a page.
+    page: int = 64
+    # Bytes of pages of ended requests that are kept for later ones, at most.
+    retain: str = "0"
+    # Prefill also what is in the cache already, to see what leaving it out gains.
+    whole_prefill: bool = False
+    # Tokens of a prompt that go through the model at once.
+    chunk: int = 256
+    # Decode steps between two looks at what has come.
+    every: int = 16
+    # Print JSON, the memory over time included.
+    json: bool = False
+    # Draw throughput, memory and latencies over time into this file.
+    plot: str = ""
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = read(Arguments, args=argv, prog="python -m launch.serve_trace", description=__doc__)
+    log_to_stderr()
+    near_choice("cache format", arguments.cache, CACHE_FORMATS)
+    for name in ("rows", "page", "chunk", "every"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} = {getattr(arguments, name)} must be positive")
+    allocator.set_up()
+    # After the checks: a mistake should not wait for jax.
+    from cla_jax import traces
+    from launch import compilation_cache
+
+    compilation_cache.enable()
+    config, weights, encode = _model(arguments.model)
+    if arguments.make:
+        made = dataclasses.asdict(arguments.made)
+        shape = traces.Shape(vocabulary=min(config.vocab_size, 256), **made)
+        traces.write_trace(arguments.trace, traces.make_trace(arguments.make, shape))
+    lines = traces.read_trace(arguments.trace, encode)
+    engine = _engine(arguments, config, weights, lines)
+    traces.check(engine, lines, arguments.trace)
+    _warm_up(engine, lines)
+    _show(engine, lines, traces.replay(engine, lines), arguments)
+
+
+def _model(name: str) -> tuple[Any, Any, Any]:
+    """The config, the weights, and what makes token ids of a text: None without a tokenizer."""
+    import jax
+
+    from cla_jax.decode import decoding_weights
+    from cla_jax.model.transformer import Transformer
+
+    if not Path(name).exists():
+        (config, *others) = experiments.find(name)
+        if others:
+            raise ValueError(f"model = {name!r} is a study: name one of its rows, as {config.name}")
+        return config.model, decoding_weights(Transformer(jax.random.key(0), config.model)), None
+    from cla_jax.decoder import Decoder
+
+    decoder = Decoder.open(name)
+    return decoder.run.config().model, decoder.weights, decoder.tokens
+
+
+def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Line]") -> "Engine":
+    from cla_jax.cache import cache_spec
+    from cla_jax.cache.prefix_shared import prefix_spec
+    from cla_jax.engine import Engine
+    from launch.memory import parse_bytes
+
+    longest = max(len(line.prompt) + line.new_tokens for line in lines)
+    sizes: Any = {"batch": arguments.rows, "capacity": longest, "chunk": arguments.chunk}
+    if arguments.unshared:
+        spec = cache_spec(config, arguments.cache, **sizes)
+    else:
+        page = arguments.page
+        pages = arguments.pages or arguments.rows * (longest // page + 1)
+        sizes |= {"page": page, "pages": pages, "skip_matched": not arguments.whole_prefill}
+        spec = prefix_spec(config, arguments.cache, **sizes)
+        retain = parse_bytes(arguments.retain, "retain") // (sum(spec.slot_bytes) // pages)
+        spec = dataclasses.replace(spec, retain=min(retain, pages))
+    return Engine(weights, spec, every=arguments.every)
+
+
+def _warm_up(engine: "Engine", lines: "Sequence[Line]") -> None:
+    """Compiles all programs: prompts for all rows, then one alone. What it has counted is forgotten."""
+    from cla_jax.places import Counts
+
+    for count in (engine.spec.batch, 1):
+        for i in range(count):
+            prompt = [i % engine.spec.config.vocab_size, *lines[0].prompt[1:3]]
+            engine.submit(prompt, new_tokens=1 + (lines[0].new_tokens > 1))
+        engine.run()
+    engine.places.counts = Counts()
+
+
+def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments: Arguments) -> None:
+    from cla_jax.cache.ledger import nbytes
+
+    counts = engine.places.counts
+    summary = found.summary() | {
+        "requests": len(lines),
+        "hit_rate": counts.matched / counts.prompted,
+        "allocated_bytes": nbytes(engine.cache.slots),
+        "uploads": counts.uploads,
+        "uploaded_bytes": counts.uploaded_bytes,
+    }
+    if arguments.plot:
+        _plot(found, arguments.plot)
+    if arguments.json:
+        moments = [dataclasses.asdict(moment) for moment in found.moments]
+        json.dump(summary | {"moments": moments}, sys.stdout, indent=1)
+        print()
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    for name, value in summary.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)
+
+
+def _plot(found: "Replay", path: str) -> None:
+    """KV bytes over time, with and without sharing, and how late first tokens were."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    memory, latency = figure.subplots(2)
+    at = [moment.at for moment in found.moments]
+    for name in ("resident", "unshared"):
+        memory.step(at, [getattr(moment, name) for moment in found.moments], label=name)
+    memory.set(xlabel="seconds", ylabel="KV bytes")
+    memory.legend()
+    latency.plot(found.first_token, ".")
+    latency.set(xlabel="request", ylabel="seconds to the first token")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
