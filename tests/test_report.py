@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from html import escape
 from xml.etree import ElementTree as ET
 
@@ -813,3 +814,18 @@ def spoil(file, harm):
             file.write_text("[" * 3_000_000)
         case "device":
             os.symlink("/dev/zero", file)
+
+
+@pytest.mark.parametrize("sizes", [(256,), (256, 512)])
+def test_points_of_several_seeds_are_drawn_without_a_warning(sizes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pareto.saved(plot([at(size, 8.0, seeds=(7.9, 8.1)) for size in sizes]), "png")
+
+
+def test_what_only_a_screen_can_do_is_not_printed(tmp_path):
+    text = html(two(tmp_path))
+    printed, screen = text.index("@media print"), text.index(".screen { display: none; }")
+    assert "@media" not in text[printed + 1 : screen]
+    for words in ("Click a point", "Two runs side by side"):
+        assert re.search(rf'class="[a-z ]*screen">\s*(<h2>)?{words}', text)

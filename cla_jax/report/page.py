@@ -229,7 +229,7 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
   body { margin: 0; max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .3rem; } td { white-space: pre-wrap; }
   td.run, td.left { min-width: 0; overflow-wrap: anywhere; } svg, tr { break-inside: avoid; }
-  h2 { break-after: avoid; } .curves svg { flex-basis: 45%; } }
+  h2 { break-after: avoid; } .curves svg { flex-basis: 45%; } .screen { display: none; } }
 """
 
 
@@ -281,7 +281,7 @@ def html(
 <h1>{escape(title)}</h1>
 <p class="muted">{len(runs)} run{"s" if len(runs) != 1 else ""}, compared by cla_jax</p>
 {told}{_claims(outcome)}{pictures["resident"]}
-<p class="muted">Click a point, or reach it with the tab key, to see its config.</p>
+<p class="muted screen">Click a point, or reach it with the tab key, to see its config.</p>
 <div id="shown" class="muted" aria-live="polite"></div>
 <h2>Results</h2>
 {_results(together)}
@@ -366,8 +366,9 @@ def _side_by_side(rows: Sequence[Row]) -> str:
         )
 
     return (
-        f'<h2>Two runs side by side</h2>\n<p><select id="a" aria-label="first run">{options(0)}</select> '
-        f'<select id="b" aria-label="second run">{options(1)}</select></p>\n<div id="pair"></div>\n'
+        f'<div class="screen">\n<h2>Two runs side by side</h2>\n'
+        f'<p><select id="a" aria-label="first run">{options(0)}</select> '
+        f'<select id="b" aria-label="second run">{options(1)}</select></p>\n<div id="pair"></div>\n</div>\n'
     )
 
 

@@ -126,8 +126,10 @@ def plot(
         axes.set_xscale("log")
         axes.margins(0.13, 0.16)
         sizes = [point.kv_bytes for point in (*points, *reference)]
-        if len(set(sizes)) == 1:
-            axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
+        # Before anything is drawn: matplotlib warns of the limits of a single point.
+        least, most = min(sizes), max(sizes)
+        room = (most / least) ** 0.13 if most > least else 2
+        axes.set_xlim(least / room, most * room)
         for point in reference:
             _draw(axes, point, "#9aa3ad", "o", 52)
         for point in points:
