@@ -27,7 +27,7 @@ the ratios hold on a machine with a core to spare.
 
 Rows:
     ours            the identity map, a cache in the model's dtype
-    ours-cla2       kv_map cla:2: every second layer borrows keys and values
+    ours-cla2       kv_map cla:2: every second layer reads the keys and values of the one before
     ours-int8       the identity map, an int8 cache
     ours-kivi4      the identity map, KIVI's cache of 4 bits
     torch           LlamaForCausalLM.generate, eager, sdpa, the default dynamic cache

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int, int, int]]] =
     "cla3-last": ({"model.n_layers": 4, "model.kv_map": "cla:3:last"}, ("int8",), (1, 1, 1)),
     "keep-ends": ({"model.n_layers": 5, "model.kv_map": "keep-ends"}, ("dense",), (1, 1, 1)),
     "dense-front": ({"model.n_layers": 5, "model.kv_map": "dense-front"}, ("fp8",), (1, 1, 1)),
-    "borrowed": ({"model.n_layers": 4, "model.kv_map": "0,1,0,1"}, ("dense", "int8"), (1, 1, 1)),
+    "reused": ({"model.n_layers": 4, "model.kv_map": "0,1,0,1"}, ("dense", "int8"), (1, 1, 1)),
     "own-norm": ({"model.kv_norm": "own", "model.n_layers": 4}, ("dense",), (1, 1, 1)),
     "windows": (
         {"model.n_layers": 4, "model.kv_map": "identity", "model.windows": "24,0,24,0"},

@@ -19,7 +19,7 @@ Rows:
     ours            make_step with the identity map, the default placement
     ours-unrolled   the same, layers unrolled instead of scanned (scan_layers off)
     ours-scanned    the same, layers scanned (scan_layers on)
-    ours-cla2       kv_map cla:2: every second layer borrows keys and values
+    ours-cla2       kv_map cla:2: every second layer reads the keys and values of the one before
     torch           LlamaForCausalLM, eager, sdpa, fused AdamW
     torch-compile   the same under torch.compile (needs a C++ compiler)
 """

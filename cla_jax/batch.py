@@ -93,8 +93,10 @@ def _first(weights, x_BD, rows: _Rows, choice: _Choice, joins_B, *, spec, sampli
 @functools.partial(
     jax.jit, static_argnames=("spec", "sampling", "steps"), donate_argnames=("cache", "rows")
 )
-def _loop(weights, cache: Cache, rows: _Rows, choice: _Choice, hurry, *, spec, sampling, steps):
-    """Up to `steps` decode steps. With `hurry`, none after the step at which a row ends."""
+def _loop(
+    weights, cache: Cache, rows: _Rows, choice: _Choice, stop_early, *, spec, sampling, steps
+):
+    """Up to `steps` decode steps. With `stop_early`, none after the step at which a row ends."""
     split_BN = spec.rules.spec("batch", None)
     tokens_BN = jnp.full((spec.batch, steps), -1, jnp.int32, out_sharding=split_BN)
     logprobs_BN = jnp.zeros((spec.batch, steps), out_sharding=split_BN)
@@ -102,7 +104,7 @@ def _loop(weights, cache: Cache, rows: _Rows, choice: _Choice, hurry, *, spec, s
 
     def going(carry):
         i, _, rows, _, _ = carry
-        ended = hurry & jnp.any(rows.done_B & ~before_B)
+        ended = stop_early & jnp.any(rows.done_B & ~before_B)
         return (i < steps) & ~jnp.all(rows.done_B) & ~ended
 
     def body(carry):
@@ -216,9 +218,11 @@ class Batch:
         )
         return emitted
 
-    def decode(self, steps: int, hurry: bool) -> _Emitted:
+    def decode(self, steps: int, stop_early: bool) -> _Emitted:
         self.cache = self.places.placed(self.cache)
         self.cache, self.rows, emitted = _loop(
-            *(self.weights, self.cache, self.rows, self.choice, hurry), steps=steps, **self.options
+            *(self.weights, self.cache, self.rows, self.choice, stop_early),
+            steps=steps,
+            **self.options,
         )
         return emitted

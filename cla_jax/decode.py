@@ -99,7 +99,7 @@ def decode(
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
     for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
         p = slot_of[group.source]
-        if group.owns:
+        if group.produces:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             slots[p] = spec.write(p, slots[p], kv, step)
         here = step.within(spec.windows[p])

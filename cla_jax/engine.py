@@ -225,7 +225,7 @@ class Engine:
             if request is not None:
                 new_tokens = min(request.asked + self.every, request.new_tokens)
                 self.places.prepare(row, len(request.prompt) + new_tokens)
-        emitted = self._batch.decode(self.every, hurry=bool(self._waiting))
+        emitted = self._batch.decode(self.every, stop_early=bool(self._waiting))
         self._in_flight.append((list(self._requests), emitted))
         for request in running:
             request.asked += self.every
@@ -248,7 +248,7 @@ class Engine:
                     self._end(request, "stop")
                 elif done_B[row] and not request.ended:  # a listener may cancel
                     self._end(request, "stop" if stopped_B[row] else "length", known=True)
-        if not self._in_flight:  # a loop in a hurry may have ended early
+        if not self._in_flight:  # a loop may have stopped early
             for request in filter(None, self._requests):
                 request.asked = len(request.completion.tokens)
 

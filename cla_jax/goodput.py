@@ -63,7 +63,7 @@ class Clock:
         return dict(self._seconds)
 
     def carry_on(self, earlier: dict[str, float]) -> None:
-        """Adds what earlier processes of the run booked."""
+        """Adds what earlier processes of the run recorded."""
         for bucket, seconds in earlier.items():
             self._seconds[bucket] += seconds
 
@@ -84,28 +84,28 @@ def process_start() -> float:
 
 
 def earlier(records: Iterable[dict[str, Any]], step: int) -> dict[str, float]:
-    """Seconds that earlier processes of a run booked, now that it goes on from `step`.
+    """Seconds that earlier processes of a run recorded, as the run continues from `step`.
 
-    A killed process has not booked what came after its last record; the `seconds` of its steps since
+    A killed process has not recorded what came after its last record; the `seconds` of its steps since
     then are known all the same, if not what it was doing when it was killed.
 
     Args:
       records: the lines of the run's metrics, in the order of writing.
       step: the step that is restored; later ones are lost.
     """
-    booked = kept = dict.fromkeys(BUCKETS, 0.0)
+    recorded = kept = dict.fromkeys(BUCKETS, 0.0)
     for record in records:
         if is_time_summary(record):
-            booked = {bucket: record.get(f"{bucket}_s", 0.0) for bucket in BUCKETS}
+            recorded = {bucket: record.get(f"{bucket}_s", 0.0) for bucket in BUCKETS}
         elif "seconds" in record:
-            booked = booked | {"step": booked["step"] + record["seconds"]}
+            recorded = recorded | {"step": recorded["step"] + record["seconds"]}
         else:  # an evaluation, or a note, which may be of an earlier step
             continue
         if record["step"] <= step:
-            kept = booked
+            kept = recorded
     again = {bucket: kept[bucket] for bucket in ("data_wait", "step")}
-    lost = sum(booked[bucket] - seconds for bucket, seconds in again.items())
-    return booked | again | {"lost": booked["lost"] + lost}
+    lost = sum(recorded[bucket] - seconds for bucket, seconds in again.items())
+    return recorded | again | {"lost": recorded["lost"] + lost}
 
 
 def time_summary(seconds: dict[str, float]) -> dict[str, float]:

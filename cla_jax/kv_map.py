@@ -1,7 +1,7 @@
 """Who shares keys and values with whom.
 
 `kv_map[i]` is the layer whose keys and values layer `i` attends to. A *producer* (`kv_map[i] == i`)
-owns a K/V projection and writes a cache; every other layer is a *consumer*. From the map alone follow
+projects keys and values and writes a cache; every other layer is a *consumer*. From the map alone follow
 
     groups   consecutive layers with one source: the unit of structure of the model,
     stacks   consecutive groups of equal shape: what one `jax.lax.scan` executes in training,
@@ -10,7 +10,7 @@ owns a K/V projection and writes a cache; every other layer is a *consumer*. Fro
 Example, six layers with CLA2 (Brandon et al. 2024, section 3):
 
     kv_map   (0, 0, 2, 2, 4, 4)
-    groups   0-1, 2-3, 4-5     (three owning groups of two layers)
+    groups   0-1, 2-3, 4-5     (three producing groups of two layers)
     stacks   one, of three groups
     slots    0, 2, 4           (half the KV cache)
 """
@@ -36,19 +36,17 @@ class Group:
 
     first: int  # its first layer
     size: int  # number of layers
-    source: (
-        int  # the layer whose K/V all of them read; `first` itself if the group owns a projection
-    )
-    lends: bool  # a later group reads this group's K/V
+    source: int  # the layer whose keys and values all of them read; `first` if they are its own
+    reused: bool  # a later group reads them too
 
     @property
-    def owns(self) -> bool:
+    def produces(self) -> bool:
         return self.source == self.first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Consecutive owning groups of equal shape, or one borrowing group."""
+    """Consecutive producing groups of equal shape, or one consuming group."""
 
     groups: tuple[Group, ...]
 
@@ -58,12 +56,12 @@ class Stack:
         return self.groups[0].size
 
     @property
-    def owns(self) -> bool:
-        return self.groups[0].owns
+    def produces(self) -> bool:
+        return self.groups[0].produces
 
     @property
-    def lends(self) -> bool:
-        return self.groups[0].lends
+    def reused(self) -> bool:
+        return self.groups[0].reused
 
 
 def validate(kv_map: KvMap, n_layers: int) -> None:
@@ -103,18 +101,18 @@ def groups(kv_map: KvMap) -> tuple[Group, ...]:
         size = len(list(layers))
         runs.append((first, size, source))
         first += size
-    borrowed = {source for first, _, source in runs if source != first}
+    later = {source for first, _, source in runs if source != first}
     return tuple(
-        Group(first=first, size=size, source=source, lends=first == source and source in borrowed)
+        Group(first=first, size=size, source=source, reused=first == source and source in later)
         for first, size, source in runs
     )
 
 
 def stacks(kv_map: KvMap) -> tuple[Stack, ...]:
-    """Gathers consecutive owning groups of equal (size, lends); a borrowing group stands alone."""
+    """Gathers consecutive producing groups of equal (size, reused); a consuming group stands alone."""
 
     def shape(group: Group) -> tuple[int, ...]:
-        return (group.size, group.lends) if group.owns else (-1, group.first)
+        return (group.size, group.reused) if group.produces else (-1, group.first)
 
     return tuple(
         Stack(groups=tuple(run)) for _, run in itertools.groupby(groups(kv_map), key=shape)
@@ -155,9 +153,9 @@ def keep_ends(n_layers: int) -> KvMap:
 
 
 def dense_front(n_layers: int) -> KvMap:
-    """1B-DenseFront (2405.12981, section 3.2.2): the first half own K/V, the rest but the last share one.
+    """1B-DenseFront (2405.12981, section 3.2.2): the first half produce, the rest but the last share one.
 
-    Twenty layers: 0-9 own, 10-18 read layer 9, 19 owns; eleven producers.
+    Twenty layers: 0-9 produce, 10-18 read layer 9, 19 produces; eleven producers.
     """
     _at_least("dense-front", n_layers, 3)
     half = n_layers // 2
@@ -168,7 +166,7 @@ def dense_back(n_layers: int) -> KvMap:
     """1B-DenseBack (2405.12981, section 3.2.2): the mirror image, sharing near the bottom.
 
     The paper's text counts 2 + 10 + 9 = 21 layers for a model of 20. Its table gives 11 KV layers,
-    which leaves one reading for 20 layers: 0 and 1 own, 2-10 read layer 1, 11-19 own.
+    which leaves one reading for 20 layers: 0 and 1 produce, 2-10 read layer 1, 11-19 produce.
     """
     _at_least("dense-back", n_layers, 4)
     half = n_layers // 2
@@ -176,15 +174,15 @@ def dense_back(n_layers: int) -> KvMap:
 
 
 def pizza(n_layers: int, n_kv_layers: int) -> KvMap:
-    """Pizza-bottom (2410.14442): the first `n_kv_layers - 1` own K/V, all others share the next one's."""
+    """Pizza-bottom (2410.14442): `n_kv_layers - 1` layers read their own K/V, all later ones the next K/V."""
     _positive("pizza", "n_kv_layers", n_kv_layers, n_layers)
     return (*range(n_kv_layers - 1), *[n_kv_layers - 1] * (n_layers - n_kv_layers + 1))
 
 
 def sandwich(n_layers: int, n_kv_layers: int) -> KvMap:
-    """Sandwich-bottom (2410.14442): K/V owned at both ends, one shared block between.
+    """Sandwich-bottom (2410.14442): layers at both ends read their own K/V, one shared block between.
 
-    Of the `n_kv_layers - 1` layers that own K/V for themselves, the larger half is at the bottom.
+    Of the `n_kv_layers - 1` layers that alone read their K/V, the larger half is at the bottom.
     """
     _positive("sandwich", "n_kv_layers", n_kv_layers, n_layers)
     top = (n_kv_layers - 1) // 2

@@ -148,7 +148,7 @@ def lowered(spec: CacheSpec) -> dict[str, Any]:
             cache,
             _Rows(ints, ints, flags, flags),
             _Choice(keys, ints, ids, ids),
-            True,  # hurry
+            True,  # stop_early
             spec=spec,
             sampling=Sampling(),
             steps=LOOP,

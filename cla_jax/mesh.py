@@ -35,7 +35,7 @@ class AxisRules:
     vocab: MeshAxis = "model"
     kv_heads: MeshAxis = None  # K, if the mesh divides it; else the split moves to G
     q_groups: MeshAxis = None
-    cache_entries: MeshAxis = None  # entries of a KV cache, dealt out in blocks
+    cache_entries: MeshAxis = None  # entries of a KV cache, distributed in blocks
     sequence: MeshAxis = None  # T of what the backward pass keeps of the residual stream
 
     def spec(self, *axes: str | None) -> PartitionSpec | None:
@@ -200,7 +200,7 @@ def sequence_parallel(rules: AxisRules, mesh: Mesh, seq_len: int) -> AxisRules:
 
 
 def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:
-    """The rules with the entries of KV caches dealt out along the model axis, instead of copied to it.
+    """The rules with the entries of KV caches distributed along the model axis, instead of copied to it.
 
     For models with fewer KV heads than the axis has devices. Raises ValueError where heads are split.
     """

@@ -225,7 +225,9 @@ def test_kivi_quantises_whole_groups_and_keeps_128():
 @functools.cache
 def decoded_whole(H):
     """A model of head size H, texts of 300 tokens, and the scores of what follows them."""
-    kv_map = "0,0,2,0" if H == 46 else "0,0"  # one size with several slots, one of them lent late
+    kv_map = (
+        "0,0,2,0" if H == 46 else "0,0"
+    )  # one size with several slots, one of them read again late
     n_layers = kv_map.count(",") + 1
     config = replace(MODEL, d_head=H, n_heads=2, n_layers=n_layers, kv_map=kv_map)
     model = make(config)
@@ -258,7 +260,7 @@ def test_every_format_decodes_close_to_the_full_forward(name, H):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("H", HEADS)
 def test_predicted_bytes_are_those_of_the_live_cache(name, H):
-    """Rings and borrowed slots too, at lengths in and out of step with blocks and groups."""
+    """Rings and slots that are read again too, at lengths in and out of step with blocks and groups."""
     config = replace(
         MODEL,
         d_head=H,

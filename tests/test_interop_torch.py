@@ -174,7 +174,7 @@ EXPORTED = {
         "n_kv_heads": 1,
     },
     "keep-ends": {"kv_map": "keep-ends", "n_layers": 6, "kv_norm": "own", "n_kv_heads": 4},
-    "lent": {"kv_map": "0,0,2,0,2,5", "n_layers": 6, "kv_norm": "own"},
+    "reused": {"kv_map": "0,0,2,0,2,5", "n_layers": 6, "kv_norm": "own"},
     "windows": {"kv_map": "cla:2", "windows": "5,5,0,0"},
     "llama3": {"kv_map": "cla:2", "rope_scaling": "llama3:8:1:4:16"},
     "yarn": {"kv_map": "cla:2", "rope_scaling": "yarn:4:32:1:16:1.1"},
@@ -387,7 +387,7 @@ def test_what_the_exported_file_has_no_use_for_is_refused_by_name(twins):
             call()
 
 
-@pytest.mark.parametrize("exported", ["cla2", "windows", "lent"], indirect=True)
+@pytest.mark.parametrize("exported", ["cla2", "windows", "reused"], indirect=True)
 def test_a_static_cache_generates_the_same(exported):
     import torch
 
@@ -401,7 +401,7 @@ def test_a_static_cache_generates_the_same(exported):
     assert static.tolist() == dynamic.tolist()
 
 
-@pytest.mark.parametrize("exported", ["lent"], indirect=True)
+@pytest.mark.parametrize("exported", ["reused"], indirect=True)
 def test_gradient_checkpointing_changes_no_gradient(exported):
     import torch
 

@@ -65,16 +65,16 @@ def test_groups_stacks_and_slots_of_any_map(kv_map):
     groups, stacks = m.groups(kv_map), m.stacks(kv_map)
     layers = [(g.first + i, g.source) for g in groups for i in range(g.size)]
     assert layers == list(enumerate(kv_map))
-    assert tuple(g.first for g in groups if g.owns) == m.slots(kv_map)
+    assert tuple(g.first for g in groups if g.produces) == m.slots(kv_map)
     assert [g for stack in stacks for g in stack.groups] == list(groups)
     for group in groups:
         later = kv_map[group.first + group.size :]
-        assert group.lends == (group.owns and group.first in later)
+        assert group.reused == (group.produces and group.first in later)
     for stack in stacks:
-        assert len({(g.size, g.owns, g.lends) for g in stack.groups}) == 1
-        assert stack.owns or len(stack.groups) == 1
+        assert len({(g.size, g.produces, g.reused) for g in stack.groups}) == 1
+        assert stack.produces or len(stack.groups) == 1
     for a, b in itertools.pairwise(stacks):
-        assert not (a.owns and b.owns) or (a.size, a.lends) != (b.size, b.lends)
+        assert not (a.produces and b.produces) or (a.size, a.reused) != (b.size, b.reused)
 
 
 def test_cla_is_one_stack_and_identity_has_groups_of_one():

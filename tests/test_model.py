@@ -17,7 +17,7 @@ from tests import reference
 from tests.conftest import MODEL, equations, replace
 
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
-# Plain, shared, uneven, one borrowed twice, one that lends from within a run of equal groups.
+# Plain, shared, uneven, one source that is reused twice, one from within a run of equal groups.
 MAPS = ["identity", "cla:2", "cla:3", "0,0,2,0,0", "0,1,2,1,2", "keep-ends"]
 
 T = 9
@@ -199,7 +199,7 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
     loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, OPTIONS) ** 2).mean()))
     _, gradients = loss(model)
     for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), gradients.stacks, strict=True):
-        if stack.owns:
+        if stack.produces:
             weight = group.projection.kv.weight[...]
             assert (jnp.abs(weight).sum(axis=(1, 2, 3, 4)) > 0).all()
         else:

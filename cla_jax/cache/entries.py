@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from cla_jax.model.attention import EMPTY
 
-UNIT = 128  # entries are allocated, and dealt out to devices, in units
+UNIT = 128  # entries are allocated, and distributed over devices, in units
 
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
     """The entries of a slot, as one device sees them.
 
-    On several devices that hold parts of one slot, units of entries are dealt to them in turn, so that
+    On several devices that hold parts of one slot, units of entries are distributed in turn, so that
     all have as much to read at any length. A ring starts over at its first entry when it is full, and
     so holds the newest tokens only.
     """

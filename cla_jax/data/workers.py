@@ -1,4 +1,4 @@
-"""Work dealt out to other processes, its results in the order of the tasks."""
+"""Work spread over other processes, its results in the order of the tasks."""
 
 import collections
 import contextlib

@@ -1,13 +1,13 @@
 """A transformer whose layers share keys and values, as the kv_map says.
 
-The group is the unit of structure. A group that owns its keys and values projects them once from the
+The group is the unit of structure. A producing group projects its keys and values once from the
 residual stream that enters it; every block of the group attends to that same value:
 
     kv = projection(x)
     for block in blocks:
         x = block(x, kv)
 
-A group that borrows has no projection and is handed the `kv` of an earlier group. That is all there is
+A consuming group has no projection and is handed the `kv` of an earlier group. That is all there is
 to cross-layer attention (CLA, 2405.12981 section 3.1). Shared keys and values are an ordinary value, so
 gradients and rematerialisation need no care; whether `kv` holds arrays or a slot of a cache, a block
 cannot tell.
@@ -101,19 +101,19 @@ class Group(nnx.Module):
     """Consecutive blocks that attend to the same keys and values."""
 
     def __init__(
-        self, key: jax.Array, first: jax.Array | int, size: int, config: ModelConfig, owns
+        self, key: jax.Array, first: jax.Array | int, size: int, config: ModelConfig, produces
     ):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
         projections, blocks = jax.vmap(jax.random.split, out_axes=1)(layers)
-        self.projection = KVProjection(projections[0], config) if owns else None
+        self.projection = KVProjection(projections[0], config) if produces else None
         self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
     def keys_and_values(
         self, x_BTD: jax.Array, rope: Rope, rules: AxisRules, config: ModelConfig
     ) -> KV:
         first = self.blocks[0] if isinstance(self.blocks, tuple) else at(self.blocks, 0)
-        assert self.projection is not None  # only an owning group is asked
+        assert self.projection is not None  # only a producing group is asked
         projection = gather(self.projection, rules, jnp.dtype(config.compute_dtype))
         return projection(x_BTD, first.attention_norm, rope, rules)
 
@@ -162,7 +162,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = normal(embedding, "VD", config)
         self.stacks = nnx.List(
-            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.owns))(
+            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.produces))(
                 jnp.array([group.first for group in stack.groups])
             )
             for stack in kv_maps.stacks(config.resolved_kv_map)
@@ -208,27 +208,27 @@ class Transformer(nnx.Module):
             )
 
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
-        lent: dict[int, KV] = {}
+        reused: dict[int, KV] = {}
         for stack, groups in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
-            borrowed = None if stack.owns else lent[stack.groups[0].source]
+            earlier = None if stack.produces else reused[stack.groups[0].source]
             windows = [config.resolved_windows[group.first] for group in stack.groups]
 
-            def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=borrowed):
+            def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=earlier):
                 group: Group = item["group"]
                 looped = options.scan_layers and len(stack.groups) > 1
-                if stack.owns:
+                if stack.produces:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
                     kv = remat(produce, options, looped)(x_BTD)
                 attend = attend_within(item["window"])
                 x_BTD = group(x_BTD, kv, rope, attend, options, config, looped)
-                return x_BTD, kv if stack.lends else None
+                return x_BTD, kv if stack.reused else None
 
             # A window is data of the scan: a pattern of them does not break a stack.
             window = jnp.array(windows) if any(config.resolved_windows) else None
             items = {"group": groups, "window": window}
             x_BTD, kvs = fold(body, x_BTD, items, scan=options.scan_layers)
-            if stack.lends:
-                lent |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
+            if stack.reused:
+                reused |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
         return gather_sequence(self.norm(x_BTD), rules)
 
     def logits(self, tokens_BT: jax.Array, options: ForwardOptions, starts_BT=None) -> jax.Array:
