@@ -231,7 +231,7 @@ def test_a_spec_is_data_of_the_engine_alone():
 # ------------------------------------------------------------------------- requests that share chunks
 
 SHARED = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, kv_map="cla:2")
-PREFIX = list(range(40, 57))  # four pages of four tokens, and one token
+PREFIX = list(range(40, 61))  # five pages of four tokens, and one token: more than a chunk
 
 
 def shared_engine(pages=24, **options):
@@ -269,7 +269,7 @@ def test_requests_that_share_chunks_get_what_they_get_alone():
     for _ in range(40):
         what = draw.choice(["submit", "submit", "step", "cancel"])
         if what == "submit":
-            prompt = PREFIX[: draw.choice([9, 17])] + [draw.randrange(3)] * draw.randint(1, 3)
+            prompt = PREFIX[: draw.choice([9, 21])] + [draw.randrange(3)] * draw.randint(1, 3)
             for seed in range(draw.randint(1, 2)):
                 limit = draw.randint(1, MOST)
                 asked.append((engine.submit(prompt, new_tokens=limit, seed=seed), seed))
@@ -301,12 +301,12 @@ def test_what_the_cache_holds_already_is_prefilled_once(skip, monkeypatch):
 
     monkeypatch.setattr(batches, "prefill", counted)
     engine = shared_engine(skip_matched=skip)
-    prompts = [[*PREFIX, 1], [*PREFIX, 2], [*PREFIX, 3], [*PREFIX, 1]]
-    requests = [engine.submit(prompt, new_tokens=MOST) for prompt in prompts]
+    prompts = [[*PREFIX, 1], [9, *PREFIX], [*PREFIX, 3], [*PREFIX, 1]]
+    requests = [engine.submit(prompt, new_tokens=5) for prompt in prompts]
     engine.run()
-    # 16 of 18 tokens are shared; the last request is a second sample of the first prompt.
-    assert sorted(fed) == ([2, 2, 18] if skip else [18] * 4)
-    assert engine.places.counts.matched == 3 * 16
+    # 20 of 22 tokens are shared; the last request is a second sample of the first prompt.
+    assert sorted(fed) == ([2, 22, 22] if skip else [22] * 4)
+    assert engine.places.counts.matched == 2 * 20
     assert engine.places.counts.copied == int(skip)
     for request in requests:
         assert_as_unshared(request, 0)
@@ -324,10 +324,10 @@ def test_bytes_of_shared_chunks_from_the_tree_and_from_live_arrays():
     token = (
         2 * 2 * SHARED.d_head * 4
     )  # one slot for both layers: keys and values of two heads, float32
-    alone = sum(18 + len(r.completion.tokens) - 1 - 16 for r in engine._requests if r)
+    alone = sum(22 + len(r.completion.tokens) - 1 - 20 for r in engine._requests if r)
     assert predicted.allocated == 24 * 4 * token
-    assert predicted.resident == (16 + alone) * token
-    assert predicted.unshared == (3 * 16 + alone) * token
+    assert predicted.resident == (20 + alone) * token
+    assert predicted.unshared == (3 * 20 + alone) * token
     assert predicted.read == 2 * predicted.resident
     assert predicted.unshared_read == 2 * predicted.unshared
 
@@ -340,30 +340,30 @@ def test_tables_are_sent_only_when_the_tree_has_changed():
         steps += 1
     assert len(request.completion.tokens) == MOST
     # For its prompt, for the first steps, and for each later page that it grows into.
-    assert engine.places.counts.uploads <= 1 + (17 + MOST) // 4 - 17 // 4 < steps
+    assert engine.places.counts.uploads <= 1 + (21 + MOST) // 4 - 21 // 4 < steps
 
 
 def test_requests_wait_for_a_full_pool_and_that_is_said_once(caplog):
-    engine = shared_engine()  # one request of 17 + 14 tokens takes eight pages
-    requests = [engine.submit([i, *PREFIX[1:]], new_tokens=MOST, seed=1) for i in range(4)]
+    engine = shared_engine()  # one request of 21 + 14 tokens takes nine pages
+    requests = [engine.submit([i, *PREFIX[1:]], new_tokens=MOST, seed=2) for i in range(4)]
     engine.run()
     assert caplog.text.count("the pool is full") == 1
     assert engine.places.counts.peak_pages <= 24
     for request in requests:
-        assert_as_unshared(request, 1)
+        assert_as_unshared(request, 2)
     assert_nothing_is_left(engine)
 
 
 def test_a_request_longer_than_the_pool_is_refused_before_anything_is_compiled():
     engine = shared_engine(pages=5)
-    with pytest.raises(ValueError, match=r"the prompt, .* needs 8 pages of 4 tokens: the pool has"):
+    with pytest.raises(ValueError, match=r"the prompt, .* needs 9 pages of 4 tokens: the pool has"):
         engine.submit(PREFIX, new_tokens=MOST)
     assert engine.idle
     assert engine._batch is None
 
 
 def test_prefixes_of_requests_that_have_ended_are_found_again_up_to_a_limit():
-    for retain, matched in ((0, 0), (2, 8), (24, 16)):
+    for retain, matched in ((0, 0), (2, 8), (24, 20)):
         engine = shared_engine(retain=retain)
         for _ in range(2):
             request = engine.submit([*PREFIX, 1], new_tokens=3)
