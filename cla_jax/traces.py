@@ -19,6 +19,7 @@ from cla_jax import files
 from cla_jax.config import near_choice
 from cla_jax.engine import Engine, Request
 from cla_jax.messages import shown
+from cla_jax.places import Counts
 
 FIELDS = ("arrival", "prompt", "new_tokens", "group")
 
@@ -228,6 +229,15 @@ def check(engine: Engine, lines: Sequence[Line], where: str = "the trace") -> No
     for i, line in enumerate(lines, 1):
         name = f"{where}, request {i} by arrival"
         engine.cancel(engine.submit(line.prompt, new_tokens=line.new_tokens, name=name))
+
+
+def warm_up(engine: Engine) -> None:
+    """Compiles all programs: prompts for all rows, then one alone. What this counts is forgotten."""
+    for count in (engine.spec.batch, 1):
+        for i in range(count):
+            engine.submit([i % engine.spec.config.vocab_size], new_tokens=2)
+        engine.run()
+    engine.places.counts = Counts()
 
 
 def replay(engine: Engine, lines: Sequence[Line]) -> Replay:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = traces.read_trace(arguments.trace, encode)
     engine = _engine(arguments, config, weights, lines)
     traces.check(engine, lines, arguments.trace)
-    _warm_up(engine, lines)
+    traces.warm_up(engine)
     _show(engine, lines, traces.replay(engine, lines), arguments)
 
 
@@ -144,18 +144,6 @@ def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Li
         retain = parse_bytes(arguments.retain, "retain") // (sum(spec.slot_bytes) // pages)
         spec = dataclasses.replace(spec, retain=min(retain, pages))
     return Engine(weights, spec, every=arguments.every)
-
-
-def _warm_up(engine: "Engine", lines: "Sequence[Line]") -> None:
-    """Compiles all programs: prompts for all rows, then one alone. What it has counted is forgotten."""
-    from cla_jax.places import Counts
-
-    for count in (engine.spec.batch, 1):
-        for i in range(count):
-            prompt = [i % engine.spec.config.vocab_size, *lines[0].prompt[1:3]]
-            engine.submit(prompt, new_tokens=1 + (lines[0].new_tokens > 1))
-        engine.run()
-    engine.places.counts = Counts()
 
 
 def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments: Arguments) -> None:
