@@ -6,7 +6,7 @@ same with tuned rates, more seeds and more text. Here a model sees each byte of 
 about three bytes a parameter.
 """
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import Config, Cosine, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.fields import replaced
 from experiments import sweeping
 from experiments.sweeping import Trials
@@ -29,7 +29,7 @@ def h16_mqa() -> Config:
             compute_dtype="float32",
         ),
         data=DataConfig(source="sotu", tokenizer="byte", seq_len=256, held_out=0.01),
-        optimizer=OptimizerConfig(peak_lr=6e-3),
+        optimizer=OptimizerConfig(peak_lr=4e-3, schedule=Cosine(warmup_fraction=0.2)),
         batch_size=8,
         steps=500,
         placement=Placement(log_every=50, save_every=500, eval_every=500, scan_layers=False),
