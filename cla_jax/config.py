@@ -160,7 +160,10 @@ class ModelConfig:
     @functools.cached_property
     def resolved_kv_map(self) -> kv_maps.KvMap:
         """`kv_map` as a tuple with one source a layer."""
-        return kv_maps.resolve(self.kv_map, self.n_layers)
+        try:
+            return kv_maps.resolve(self.kv_map, self.n_layers)
+        except ValueError as error:
+            raise ValueError(f"model.kv_map: {error}") from None
 
     @functools.cached_property
     def resolved_windows(self) -> tuple[int, ...]:
@@ -743,6 +746,8 @@ def from_record(record: dict[str, Any]) -> Config:
     """The inverse of `to_record`; other keys are left alone. Raises ValueError for what is no config."""
     try:
         fields = {"name": record["name"], "placement": record["placement"]}
+        if not isinstance(record["identity"], dict):
+            raise ValueError(f"identity = {shown(record['identity'])} is not a record of fields")
         return from_dict(Config, fields | record["identity"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a run's config: {error}") from None

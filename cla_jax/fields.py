@@ -14,26 +14,35 @@ def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
 
     The changes are made together, so two fields may change that are only valid together. The `kind` of a
     field that is one of several dataclasses puts another of them there, with the values of the fields that
-    both have: `replaced(config, {"optimizer.schedule.kind": "wsd"})`. Raises ValueError for an unknown field,
-    with the nearest names.
+    both have: `replaced(config, {"optimizer.schedule.kind": "wsd"})`.
+
+    Raises:
+      ValueError: an unknown field, with the nearest names; or a value of another type than the field's.
     """
+    return _replaced(config, changes, "")
+
+
+def _replaced(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    if not dataclasses.is_dataclass(config):
+        raise ValueError(f"{prefix[:-1]} = {shown(config)} has no fields")
     here: dict[str, Any] = {}
     below: dict[str, dict[str, Any]] = {}
+    hints = typing.get_type_hints(type(config))
     for path, value in changes.items():
         field, _, rest = path.partition(".")
-        near_choice("field", field, [known.name for known in dataclasses.fields(config)])
+        what = f"field of {prefix[:-1]}" if prefix else "field"
+        near_choice(what, field, [known.name for known in dataclasses.fields(config)])
         if rest:
             below.setdefault(field, {})[rest] = value
         else:
-            here[field] = value
-    hints = typing.get_type_hints(type(config))
+            here[field] = _value(prefix + field, value, hints[field])
     for field, inner in below.items():
         value = here.get(field, getattr(config, field))
         if "kind" in inner and (kinds := variants(hints[field])):
             kind = inner.pop("kind")
-            choice(f"{field}.kind", kind, kinds)
+            choice(f"{prefix}{field}.kind", kind, kinds)
             value = _as_kind(value, kinds[kind])
-        here[field] = replaced(value, inner)
+        here[field] = _replaced(value, inner, f"{prefix}{field}.")
     return dataclasses.replace(config, **here)
 
 
@@ -83,14 +92,20 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
 
-def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
-    """The inverse of `dataclasses.asdict`. Raises ValueError for an unknown or missing field."""
+def from_dict(cls: type, fields: dict[str, Any], prefix: str = "", kind: str = "") -> Any:
+    """The inverse of `dataclasses.asdict`. Raises ValueError for an unknown or missing field.
+
+    Args:
+      prefix: before the names of fields in messages, with a dot at its end.
+      kind: which one of a union this is.
+    """
     hints = typing.get_type_hints(cls)
     if hasattr(cls, "upgrade"):  # how a record of an earlier version is read
         fields = cls.upgrade(fields)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    whole = f"{prefix[:-1] or 'the config'}{f' ({kind})' if kind else ''}"
     for key in fields:
-        near_choice(f"field of {prefix or 'the config'}", key, tuple(known))
+        near_choice(f"field of {whole}", key, tuple(known))
     for key, field in known.items():
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and key not in fields:
@@ -100,13 +115,17 @@ def from_dict(cls: type, fields: dict[str, Any], prefix: str = "") -> Any:
 
 def _value(name: str, value: Any, hint: Any) -> Any:
     if kinds := variants(hint):
+        if isinstance(value, tuple(kinds.values())):
+            return value
         if not isinstance(value, dict):
             raise ValueError(
                 f"{name} = {shown(value)} must be the fields of one of {', '.join(kinds)}"
             )
-        choice(f"{name}.kind", value.get("kind"), kinds)
+        if "kind" not in value:
+            raise ValueError(f"{name}.kind is missing: one of {', '.join(kinds)}")
+        choice(f"{name}.kind", value["kind"], kinds)
         rest = {key: inner for key, inner in value.items() if key != "kind"}
-        return from_dict(kinds[value["kind"]], rest, f"{name}.")
+        return from_dict(kinds[value["kind"]], rest, f"{name}.", value["kind"])
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, f"{name}.")
     if typing.get_origin(hint) is tuple:  # JSON knows only lists

@@ -27,8 +27,29 @@ def check(config: Config, *, leads: bool = True) -> None:
     run = runs.Run(runs.run_path(config))
     if runs.is_local(run.path):
         _check_parents(f"name = {config.name!r}", Path(run.path))
+        _check_neighbours(config, Path(run.path))
     if (run.path / "config.json").exists() and run.has_begun:
         runs.check_identity(run, config, {})
+
+
+def _check_neighbours(config: Config, path: Path) -> None:
+    """Raises ValueError for a run inside another run, above other runs, or in the place of prepared data.
+
+    Commands that take a directory of runs look no further below a run.
+    """
+    root, data = Path(config.placement.runs).absolute(), config.placement.data_dir
+    place = path.absolute()
+    if runs.is_local(data) and place == Path(data).absolute():
+        raise ValueError(f"name = {config.name!r}: {path} is placement.data_dir")
+    for above in place.parents:
+        if above.is_relative_to(root) and (above / "config.json").exists():
+            name = above.relative_to(root)
+            raise ValueError(f"name = {config.name!r} lies inside another run, {name}")
+    if place.is_dir() and not (place / "config.json").exists():
+        found = (file for depth in ("*", "*/*") for file in place.glob(f"{depth}/config.json"))
+        if below := next(found, None):
+            name = below.parent.relative_to(root)
+            raise ValueError(f"name = {config.name!r} is a directory of runs, such as {name}")
 
 
 def check_trackers(config: Config) -> None:

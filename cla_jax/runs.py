@@ -858,8 +858,14 @@ def remove_partial(directory: epath.Path) -> None:
 
 
 def read_config(file: epath.Path) -> Config:
-    """The config in a file that holds one: a run's config.json. Raises ValueError naming the file."""
-    return _as_config(read_json(file), file)
+    """The config in a file like a run's config.json, which may have been edited: then a warning says so.
+
+    Raises ValueError naming the file.
+    """
+    record = read_json(file)
+    if not _is_intact(record):
+        log.warning("%s was edited since a run wrote it; the edited values are used", file)
+    return _as_config(record, file)
 
 
 def _as_config(record: dict[str, Any], file: epath.Path) -> Config:

@@ -169,7 +169,11 @@ def read(
     known = lambda: [*also, *_known(kind, options)]
 
     def misplaced() -> dict[str, str]:
-        fields_of_runs = _known(Config, {"args": []}) if fields_follow else []
+        fields_of_runs = []
+        if fields_follow:
+            fields_of_runs = _known(Config, {"args": []})
+            for union, _ in fields.unions(Config):
+                fields_of_runs += _flags_of_kinds(union)
         after = dict.fromkeys(fields_of_runs, "is a field of the runs: put it after `--`")
         return after | dict(elsewhere)
 
@@ -188,18 +192,30 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
         flag, equals, kind = word.replace("_", "-").partition("=")
         if flag in flags:
             kind = kind if equals else next(words, "")
+            if not kind or kind.startswith("--"):
+                raise ValueError(
+                    f"{flag} needs a value; `{options.get('prog', '')} --help` tells more"
+                )
             config = fields.replaced(config, {f"{flags[flag]}.kind": kind})
         else:
             rest.append(word)
     elsewhere = {
-        _flag(f"{field}.{inner.name}"): f"goes with {_flag(field)}.kind {kind}"
-        for field, union in fields.unions(Config)
-        for kind, variant in fields.variants(union).items()
-        for inner in dataclasses.fields(variant)
-        if not hasattr(functools.reduce(getattr, field.split("."), config), inner.name)
+        flag: f"goes with {_flag(field)}.kind {' or '.join(kinds)}"
+        for field, _ in fields.unions(Config)
+        for flag, kinds in _flags_of_kinds(field).items()
+        if functools.reduce(getattr, field.split("."), config).kind not in kinds
     }
     options |= {"config": (tyro.conf.AvoidSubcommands,), "elsewhere": elsewhere}
     return read(Config, default=config, args=rest, **options)
+
+
+def _flags_of_kinds(union: str) -> dict[str, list[str]]:
+    """The flags of a field that is one of several dataclasses, with the kinds that have them."""
+    found: dict[str, list[str]] = {}
+    for kind, variant in fields.variants(dict(fields.unions(Config))[union]).items():
+        for field in dataclasses.fields(variant):
+            found.setdefault(_flag(f"{union}.{field.name}"), []).append(kind)
+    return found
 
 
 def _flag(field: str) -> str:

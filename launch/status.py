@@ -59,7 +59,7 @@ def find(sweep: str, runs: str) -> epath.Path:
     for path in (epath.Path(sweep), epath.Path(runs) / trials.sweep_name(sweep)):
         if (path / ".sweep").exists():
             return path
-    if "/" not in sweep:
+    if "/" not in sweep and not experiments.names_a_file(sweep):
         near_choice("sweep", sweep, experiments.sweeps())
     raise ValueError(f"{sweep} was never launched: no .sweep in {sweep} nor in {path}")
 

@@ -8,7 +8,7 @@ import operator
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,11 @@ def make(
             unread = _unreadable(own) if dry else ""
             arguments = [(Path(scratch) if unread else _copy(own, Path(scratch))) if dry else own]
         generator = function(*arguments)
+        if not isinstance(generator, Generator):
+            raise ValueError(
+                f"{sweep} yields no trials: a sweep is a generator. An experiment is started by "
+                f"`python -m launch.train {sweep}`"
+            )
         waits_for, found, answer = "", None, None
         while True:
             try:

@@ -102,7 +102,7 @@ def test_from_dict_names_unknown_missing_and_mistyped_fields(tiny):
     fields = dataclasses.asdict(tiny())
     with pytest.raises(ValueError, match=r"'stepz'.*steps"):
         from_dict(Config, fields | {"stepz": 3})
-    with pytest.raises(ValueError, match=r"model\..*'d_hed'.*d_head"):
+    with pytest.raises(ValueError, match=r"field of model 'd_hed'.*d_head"):
         from_dict(Config, fields | {"model": fields["model"] | {"d_hed": 3}})
     with pytest.raises(ValueError, match="batch_size is missing"):
         from_dict(Config, {key: fields[key] for key in fields if key != "batch_size"})
@@ -119,9 +119,12 @@ def test_a_union_is_read_by_its_kind(tiny):
     schedule = record["optimizer"]["schedule"]
     for changed, words in [
         (schedule | {"kind": "wsb"}, "optimizer.schedule.kind = 'wsb' must be one of cosine, wsd"),
-        ({"warmup_fraction": 0.1}, "optimizer.schedule.kind = None"),
+        ({"warmup_fraction": 0.1}, r"optimizer\.schedule\.kind is missing: one of cosine, wsd"),
         ("wsd", "optimizer.schedule = 'wsd' must be the fields of one of"),
-        (schedule | {"kind": "constant"}, "unknown field of optimizer.schedule"),
+        (
+            schedule | {"kind": "constant"},
+            r"unknown field of optimizer\.schedule \(constant\) 'decay_fraction'",
+        ),
         (schedule | {"decay_fraction": 0.99}, "more than all steps"),
     ]:
         optimizer = record["optimizer"] | {"schedule": changed}
@@ -142,8 +145,30 @@ def test_a_change_of_kind_keeps_what_both_have(tiny):
     changes = {"optimizer.schedule.kind": "wsd", "optimizer.schedule.decay_fraction": 0.3}
     expected = WSD(warmup_fraction=0.2, decay_fraction=0.3)
     assert replaced(config, changes).optimizer.schedule == expected
-    with pytest.raises(ValueError, match=r"schedule\.kind = 'wsb'"):
+    with pytest.raises(ValueError, match=r"optimizer\.schedule\.kind = 'wsb'"):
         replaced(config, {"optimizer.schedule.kind": "wsb"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("model.kv_map", (0, 0), r"model\.kv_map = \(0, 0\) is not of type str"),
+        ("optimizer.schedule", "wsd", "must be the fields of one of cosine, wsd"),
+        ("optimizer.schedule.decay_fraction", 0.2, "unknown field of optimizer.schedule"),
+        ("optimizer.schedule.warmup_fraction", "0.2", "is not of type float"),
+        ("optimizer.schedule.kind.x", 1, r"optimizer\.schedule\.kind = 'cosine' has no fields"),
+        ("optimizer.peak_lr", None, r"optimizer\.peak_lr = None is not of type float"),
+        ("seed", "1", "seed = '1' is not of type int"),
+    ],
+)
+def test_a_change_of_another_type_is_refused_with_the_field(tiny, field, value, words):
+    with pytest.raises(ValueError, match=words):
+        replaced(tiny(), {field: value})
+
+
+def test_an_identity_that_is_no_record_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"identity = \[1\] is not a record"):
+        configs.from_record(configs.to_record(tiny()) | {"identity": [1]})
 
 
 def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
@@ -156,10 +181,15 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
     ).optimizer.schedule == Constant(warmup_fraction=0.2)
     for words, said in [
         (["--optimizer.schedule.kind", "wsb"], "'wsb' must be one of cosine, wsd, constant"),
-        (["--optimizer.schedule.kind"], "'' must be one of"),
+        (["--optimizer.schedule.kind"], "--optimizer.schedule.kind needs a value"),
+        (["--optimizer.schedule.kind", "--steps", "4"], "--optimizer.schedule.kind needs a value"),
         (["--optimizer.schedule.kin", "wsd"], "did you mean --optimizer.schedule.kind"),
         (["--optimizer.warmup-fraction", "0.1"], "--optimizer.schedule.warmup-fraction"),
         (["--optimizer.schedule.decay-fraction", "0.1"], "--optimizer.schedule.kind wsd"),
+        (
+            ["--optimizer.schedule.kind=constant", "--optimizer.schedule.final-fraction", "0.1"],
+            "--optimizer.schedule.kind cosine or wsd",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             read_config(config, words)

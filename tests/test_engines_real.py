@@ -263,7 +263,7 @@ def test_slurm_starts_every_trial_as_it_is_called_and_bound_to_a_core_of_its_own
     told = tmp_path / "told"
     told.mkdir()
     (tmp_path / "mine.py").write_text(
-        "from cla_jax.config import replaced\n"
+        "from cla_jax.fields import replaced\n"
         "from experiments.smoke import tiny\n"
         "def odd():\n"
         '    """Odd names."""\n'

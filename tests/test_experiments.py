@@ -103,6 +103,10 @@ def test_a_file_is_taken_wherever_a_name_is(mine, tmp_path, capsys):
     arguments = plan.Arguments(names=(f"{mine}:row",))
     assert [config.name for config in plan._configs(arguments, [])] == ["mine/row"]
     runs = ["--placement.runs", str(tmp_path / "runs")]
+    with pytest.raises(ValueError, match=r"mine\.py:row yields no trials: a sweep is a generator"):
+        trials.make(f"{mine}:row", overrides=runs)
+    with pytest.raises(ValueError, match=r"mine\.py:grid was never launched"):
+        status.find(f"{mine}:grid", str(tmp_path / "runs"))
     made = trials.make(f"{mine}:grid", overrides=runs)
     assert (made.sweep, made.directory) == ("mine.grid", tmp_path / "runs/mine/grid")
     sweep.main([f"{mine}:grid", "--dry-run", "--", *runs])

@@ -177,6 +177,11 @@ for line in sys.stdin.read().splitlines():
             "'--placement.runs' is a field of the runs: put it after `--`; "
             "`python -m launch.sweep --help` tells more",
         ),
+        (
+            "sweep smoke.grid --optimizer.schedule.decay-fraction 0.1",
+            "'--optimizer.schedule.decay-fraction' is a field of the runs: put it after `--`; "
+            "`python -m launch.sweep --help` tells more",
+        ),
         ("train smoke steps 3", "unknown word 'steps'; did you mean --steps?"),
         (
             "train smoke --zzz",

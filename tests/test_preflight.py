@@ -139,3 +139,22 @@ def test_text_that_needs_a_package_names_it(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="needs the extra `zstd`"):
         sources._zstd(tmp_path / "a.zst")
+
+
+def test_a_run_lies_in_no_other_run_and_above_none(tiny, tmp_path):
+    place = tmp_path / "runs/study/one"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("{}")
+    for name, words in {
+        "study": "name = 'study' is a directory of runs, such as study/one",
+        "study/one/checkpoints": "lies inside another run, study/one",
+        "study/one/eval/x": "lies inside another run, study/one",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            preflight.check(tiny(name=name))
+    preflight.check(tiny(name="study/two"))
+    data = tiny(
+        name="d", **{"placement.runs": str(tmp_path), "placement.data_dir": f"{tmp_path}/d"}
+    )
+    with pytest.raises(ValueError, match=r"name = 'd': .* is placement\.data_dir"):
+        preflight.check(data)

@@ -53,7 +53,9 @@ def test_fields_are_replaced_together_and_unknown_ones_named():
     # Neither is valid alone: 3 query heads do not divide by 4, nor 4 by 3.
     mha = replaced(smoke.tiny(), {"model.n_kv_heads": 4})
     assert replaced(mha, {"model.n_heads": 6, "model.n_kv_heads": 3}).model.q_groups == 2
-    with pytest.raises(ValueError, match=r"unknown field 'peak_l'; did you mean peak_lr"):
+    with pytest.raises(
+        ValueError, match=r"unknown field of optimizer 'peak_l'; did you mean peak_lr"
+    ):
         replaced(mha, {"optimizer.peak_l": 1.0})
 
 

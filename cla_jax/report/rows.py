@@ -72,8 +72,9 @@ class Row:
 
     @property
     def from_training(self) -> bool:
-        """Whether the evaluation is the one that training made."""
-        return (self.evaluation or {}).get("method") == TRAINING
+        """Whether the evaluation, of a seed at least, is the one that training made."""
+        evaluations = [row.evaluation or {} for row in (self, *self.seeds)]
+        return any(evaluation.get("method") == TRAINING for evaluation in evaluations)
 
     @property
     def trained_steps(self) -> int | None:
