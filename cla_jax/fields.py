@@ -23,7 +23,7 @@ def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _replaced(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
-    if not dataclasses.is_dataclass(config):
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ValueError(f"{prefix[:-1]} = {shown(config)} has no fields")
     here: dict[str, Any] = {}
     below: dict[str, dict[str, Any]] = {}

@@ -39,7 +39,7 @@ def _check_neighbours(config: Config, path: Path) -> None:
     """
     root, data = Path(config.placement.runs).absolute(), config.placement.data_dir
     place = path.absolute()
-    if runs.is_local(data) and place == Path(data).absolute():
+    if "://" not in data and place == Path(data).absolute():
         raise ValueError(f"name = {config.name!r}: {path} is placement.data_dir")
     for above in place.parents:
         if above.is_relative_to(root) and (above / "config.json").exists():

@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import logging
+import operator
 import os
 import re
 import select
@@ -203,7 +204,7 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
         flag: f"goes with {_flag(field)}.kind {' or '.join(kinds)}"
         for field, _ in fields.unions(Config)
         for flag, kinds in _flags_of_kinds(field).items()
-        if functools.reduce(getattr, field.split("."), config).kind not in kinds
+        if operator.attrgetter(f"{field}.kind")(config) not in kinds
     }
     options |= {"config": (tyro.conf.AvoidSubcommands,), "elsewhere": elsewhere}
     return read(Config, default=config, args=rest, **options)
