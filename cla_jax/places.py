@@ -92,7 +92,7 @@ class Places:
 
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
         """The prompt of one row for another."""
-        raise NotImplementedError  # no row is a twin
+        raise NotImplementedError  # never called: `twin` is None for rows that have room of their own
 
     # One row of the cache, to put a prompt in, and the cache with that row in it again.
 

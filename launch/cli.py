@@ -347,7 +347,7 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             if (ran_out or machine.is_compiling()) and not _has_peers():
                 leave(code)
             sys.exit(code)
-        except Exception:
+        except Exception:  # a bug: nothing is swallowed, only the wait at exit is left out
             _leave_a_compiler()
             raise
 
