@@ -20,15 +20,17 @@ def set_up() -> None:
 
     Raises RuntimeError if the system does not let it start them: XLA would abort.
     """
+    accelerated = importlib.util.find_spec("libtpu") or metadata.entry_points(group="jax_plugins")
+    libc = ctypes.CDLL(None)
+    # With an accelerator many host threads allocate. mallopt is glibc's.
+    tuned = not accelerated and hasattr(libc, "mallopt")
+    if tuned:
+        _keep_freed_memory(libc)  # before the first thread: glibc then fixes its number of arenas
     machine.check_threads(max(_XLA_THREADS, 4 * machine.cores()))
     # jax makes objects by the million, importing and tracing, and keeps them. Looking through them at
     # Python's usual rate is a twentieth of the time to the first step.
     gc.set_threshold(100_000, 50, 50)
-    if importlib.util.find_spec("libtpu") or metadata.entry_points(group="jax_plugins"):
-        return  # an accelerator does the work, and many host threads allocate
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        _keep_freed_memory(libc)
+    if tuned:
         _ask_for_huge_pages(libc)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 _REPORT = """
-import ctypes, gc, sys
+import ctypes, gc, sys, threading
 from pathlib import Path
 from launch import allocator
 
@@ -17,12 +17,19 @@ def resident():
 for _ in range(2):  # a second entry point in the same process
     allocator.set_up()
 assert "jax" not in sys.modules
-before = resident()
-array = bytearray(b"1") * (256 << 20)
-held = resident() - before
-middle = ctypes.addressof(ctypes.c_char.from_buffer(array, 128 << 20))
-del array
-kept = resident() - before
+
+def allocate():  # in a thread, as XLA does: each has an arena of its own unless glibc is told otherwise
+    global held, middle, kept
+    before = resident()
+    array = bytearray(b"1") * (256 << 20)
+    held = resident() - before
+    middle = ctypes.addressof(ctypes.c_char.from_buffer(array, 128 << 20))
+    del array
+    kept = resident() - before
+
+thread = threading.Thread(target=allocate)
+thread.start()
+thread.join()
 for line in Path("/proc/self/smaps").read_text().splitlines():
     name, *rest = line.split()
     if "-" in name and not name.endswith(":"):
