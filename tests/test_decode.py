@@ -122,7 +122,7 @@ def models(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     config=models(),
     chunk=st.sampled_from([3, 32, 140]),
