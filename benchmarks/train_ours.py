@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.child import Contestant, serve
 from cla_jax import train
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.fields import from_dict
 from cla_jax.state import initial_state
 
 
@@ -30,7 +31,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
             compute_dtype="float32",
         ),
         data=DataConfig(seq_len=spec["seq_len"]),
-        optimizer=OptimizerConfig(**spec["optimizer"]),
+        optimizer=from_dict(OptimizerConfig, spec["optimizer"]),
         batch_size=spec["batch_size"],
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),

@@ -465,17 +465,15 @@ def _fractions(config: Any, name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW after clipping (2405.12981, section 3.1).
+class AdamW:
+    """Adam with decoupled weight decay (1711.05101).
 
-    Weight decay reaches every parameter, norms and embeddings included, as in the authors' public
-    code; the paper is silent.
+    Weight decay reaches every parameter, norms and embeddings included, as in the CLA authors' public code;
+    their paper is silent.
     """
 
-    # The highest learning rate of the schedule.
-    peak_lr: float = 3e-4
-    # How the learning rate changes over the steps.
-    schedule: Cosine | WSD | Constant = Cosine()
+    # adamw or muon; each has fields of its own.
+    kind: Literal["adamw"] = dataclasses.field(default="adamw", init=False)
     # Decay of the first moment.
     b1: float = 0.9
     # Decay of the second moment.
@@ -484,29 +482,79 @@ class OptimizerConfig:
     eps: float = 1e-8
     # Decoupled weight decay.
     weight_decay: float = 0.1
+
+    def __post_init__(self):
+        _check_rule(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Momentum whose matrices are made orthogonal, for the matrices of blocks; AdamW for the rest.
+
+    The rest are the embedding, the output head, norms and biases. An update has the root mean square of
+    AdamW's, so learning rate and weight decay have its scale (Moonlight, 2502.16982, section 2.2).
+    """
+
+    # adamw or muon; each has fields of its own.
+    kind: Literal["muon"] = dataclasses.field(default="muon", init=False)
+    # Decay of the momentum of matrices.
+    momentum: float = 0.95
+    # Newton-Schulz iterations that make a matrix orthogonal.
+    iterations: int = 5
+    # Decay of the first moment of the rest.
+    b1: float = 0.9
+    # Decay of the second moment of the rest.
+    b2: float = 0.95
+    # Added to the root of the second moment of the rest.
+    eps: float = 1e-8
+    # Decoupled weight decay, of every parameter.
+    weight_decay: float = 0.1
+
+    def __post_init__(self):
+        _check_rule(self)
+        if not 1 <= self.iterations <= 100:
+            raise ValueError(f"optimizer.rule.iterations = {self.iterations} must lie in 1 to 100")
+
+
+def _check_rule(rule: AdamW | Muon) -> None:
+    _positive("optimizer.rule.eps", rule.eps)
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        if field.name in ("b1", "b2", "momentum") and not 0 <= value < 1:
+            raise ValueError(f"optimizer.rule.{field.name} = {value} must lie in [0, 1)")
+    if not 0 <= rule.weight_decay < float("inf"):
+        raise ValueError(
+            f"optimizer.rule.weight_decay = {rule.weight_decay} must be finite and not negative"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Clipping, then an update rule at a scheduled learning rate."""
+
+    # The highest learning rate of the schedule.
+    peak_lr: float = 3e-4
+    # How the learning rate changes over the steps.
+    schedule: Cosine | WSD | Constant = Cosine()
+    # How a gradient becomes an update.
+    rule: AdamW | Muon = AdamW()
     # Gradients are scaled down to this global norm.
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        for field in ("peak_lr", "eps", "clip_norm"):
+        for field in ("peak_lr", "clip_norm"):
             _positive(f"optimizer.{field}", getattr(self, field))
-        for field in ("b1", "b2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"optimizer.{field} = {getattr(self, field)} must lie in [0, 1)")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(
-                f"optimizer.weight_decay = {self.weight_decay} must be finite and not negative"
-            )
 
     @staticmethod
     def upgrade(fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a record, of one from before there were other schedules than the cosine too."""
-        of_cosine = {"warmup_fraction", "final_fraction"} & fields.keys()
-        if not of_cosine or "schedule" in fields:
-            return fields
-        rest = {key: value for key, value in fields.items() if key not in of_cosine}
-        schedule = {"kind": "cosine"} | {key: fields[key] for key in of_cosine}
-        return rest | {"schedule": schedule}
+        """The fields of a record; also of one from when all runs had AdamW, or the cosine too."""
+        fields = dict(fields)
+        for union, first in (("schedule", Cosine()), ("rule", AdamW())):
+            names = {field.name for field in dataclasses.fields(first) if field.init}
+            if union not in fields and names & fields.keys():
+                own = {name: fields.pop(name) for name in names & fields.keys()}
+                fields[union] = {"kind": first.kind} | own
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

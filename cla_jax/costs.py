@@ -6,7 +6,7 @@ Nothing is allocated and jax is not imported; tests hold every number equal to t
 import dataclasses
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config import ModelConfig
+from cla_jax.config import ModelConfig, Muon, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class TrainingBytes:
     """Bytes of the float32 training state over all devices, without activations."""
 
     parameters: int
-    optimizer: int  # the two AdamW moments
+    optimizer: int  # two moments for AdamW; one for the matrices of Muon
     gradients: int
 
     @property
@@ -93,6 +93,17 @@ class TrainingBytes:
         return self.parameters + self.optimizer + self.gradients
 
 
-def training_bytes(model: ModelConfig) -> TrainingBytes:
-    size = 4 * parameters(model).total
-    return TrainingBytes(parameters=size, optimizer=2 * size, gradients=size)
+def training_bytes(
+    model: ModelConfig, optimizer: OptimizerConfig = OptimizerConfig()
+) -> TrainingBytes:
+    size, one_moment = 4 * parameters(model).total, 0
+    if isinstance(optimizer.rule, Muon):
+        one_moment = 4 * _matrices(model)
+    return TrainingBytes(parameters=size, optimizer=2 * size - one_moment, gradients=size)
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Elements of the matrices of blocks, without biases and norms."""
+    without = dataclasses.replace(model, bias=False)
+    norms = 2 * model.n_layers + (model.n_slots if model.kv_norm == "own" else 0)
+    return parameters(without).blocks - norms * model.d_model

@@ -9,7 +9,7 @@ SlimPajama and the GPT-NeoX tokenizer are read from local files: override `data.
 `data.tokenizer` with their paths.
 """
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 
 # 30e9 tokens in batches of 2048 sequences of 2048 tokens.
 _STEPS = 7_153
@@ -34,7 +34,7 @@ def _row(name: str, d_head: int, n_heads: int, n_kv_heads: int, kv_map: str = "i
             seq_len=2048,
             held_out=0.0001,
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-4, eps=1e-10),
+        optimizer=OptimizerConfig(peak_lr=3e-4, rule=AdamW(eps=1e-10)),
         batch_size=2048,
         steps=_STEPS,
         placement=Placement(

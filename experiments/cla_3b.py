@@ -5,7 +5,7 @@ stack and data order, which its seed stands for here. What the paper leaves open
 `experiments.cla_1b`; the data is read as described there.
 """
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.fields import replaced
 from experiments import sweeping
 from experiments.sweeping import Trials
@@ -33,7 +33,7 @@ def _row(name: str, d_head: int, peak_lr: float, kv_map: str = "identity", seed:
             seq_len=2048,
             held_out=0.0001,
         ),
-        optimizer=OptimizerConfig(peak_lr=peak_lr, eps=1e-10),
+        optimizer=OptimizerConfig(peak_lr=peak_lr, rule=AdamW(eps=1e-10)),
         batch_size=2048,
         steps=_STEPS,
         seed=seed,

@@ -54,7 +54,7 @@ def test_identity_leaves_out_name_and_placement(tiny):
         ({"data.held_out": 1.0}, ["data.held_out = 1.0"]),
         ({"data.seq_len": 24}, ["data.seq_len = 24", "placement.loss_chunk = 16"]),
         ({"optimizer.peak_lr": -1.0}, ["optimizer.peak_lr = -1.0"]),
-        ({"optimizer.eps": 0.0}, ["optimizer.eps = 0.0"]),
+        ({"optimizer.rule.eps": 0.0}, ["optimizer.rule.eps = 0.0"]),
         ({"optimizer.clip_norm": 0.0}, ["optimizer.clip_norm = 0.0"]),
         (
             {"optimizer.schedule.warmup_fraction": 1.5},
@@ -64,10 +64,10 @@ def test_identity_leaves_out_name_and_placement(tiny):
             {"optimizer.schedule.final_fraction": -0.1},
             ["optimizer.schedule.final_fraction = -0.1", "0 to 1"],
         ),
-        ({"optimizer.b1": -0.1}, ["optimizer.b1 = -0.1"]),
-        ({"optimizer.b2": 1.0}, ["optimizer.b2 = 1.0"]),
+        ({"optimizer.rule.b1": -0.1}, ["optimizer.rule.b1 = -0.1"]),
+        ({"optimizer.rule.b2": 1.0}, ["optimizer.rule.b2 = 1.0"]),
         ({"optimizer.peak_lr": float("nan")}, ["optimizer.peak_lr = nan"]),
-        ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay"]),
+        ({"optimizer.rule.weight_decay": -0.1}, ["optimizer.rule.weight_decay"]),
         ({"batch_size": 0}, ["batch_size = 0"]),
         ({"steps": 0}, ["steps = 0"]),
         ({"seed": -1}, ["seed = -1"]),
@@ -238,7 +238,7 @@ def test_numbers_have_a_limit(tiny, field, value, most):
 
 @pytest.mark.parametrize(
     "field",
-    ["model.norm_eps", "model.rope_theta", "optimizer.peak_lr", "optimizer.weight_decay"],
+    ["model.norm_eps", "model.rope_theta", "optimizer.peak_lr", "optimizer.rule.weight_decay"],
 )
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_numbers_are_finite(tiny, field, value):

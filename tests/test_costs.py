@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import experiments
 from cla_jax import chips, costs
-from cla_jax.config import ModelConfig
+from cla_jax.config import AdamW, ModelConfig, Muon
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import abstract_state, initial_state
@@ -144,16 +144,17 @@ def test_flops_count_what_windows_leave_to_see():
     assert extra == pytest.approx(exact, rel=0.05)
 
 
-def test_training_bytes_equal_the_live_state(tiny, devices):
+@pytest.mark.parametrize("rule", [AdamW(), Muon()])
+def test_training_bytes_equal_the_live_state(tiny, devices, rule):
     from cla_jax.mesh import axis_rules, make_mesh
 
-    config = tiny()
+    config = tiny(**{"optimizer.rule": rule})
     mesh = make_mesh(config.placement.mesh, devices(1))
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = initial_state(
         config, optimizer, abstract_state(config, optimizer, axis_rules(config.model, mesh), mesh)
     )
-    predicted = costs.training_bytes(config.model)
+    predicted = costs.training_bytes(config.model, config.optimizer)
     nbytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     assert nbytes(state.model) == predicted.parameters == predicted.gradients
     scalars = sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments) if leaf.ndim == 0)

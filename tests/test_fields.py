@@ -16,7 +16,7 @@ import pytest
 from cla_jax import config as configs
 from cla_jax import fields, runs
 from cla_jax import mesh as meshes
-from cla_jax.config import WSD, Component, Stage
+from cla_jax.config import WSD, Component, Muon, Stage
 from cla_jax.evaluate import during_training
 from cla_jax.fields import flatten
 from cla_jax.runs import find_runs
@@ -56,10 +56,13 @@ IDENTITY = {
     "optimizer.schedule.warmup_fraction": 0.75,
     "optimizer.schedule.final_fraction": 0.5,
     "optimizer.schedule.decay_fraction": 0.75,
-    "optimizer.b1": 0.5,
-    "optimizer.b2": 0.5,
-    "optimizer.eps": 1.0,
-    "optimizer.weight_decay": 0.5,
+    "optimizer.rule": Muon(),
+    "optimizer.rule.b1": 0.5,
+    "optimizer.rule.b2": 0.5,
+    "optimizer.rule.eps": 1.0,
+    "optimizer.rule.weight_decay": 0.5,
+    "optimizer.rule.momentum": 0.5,
+    "optimizer.rule.iterations": 1,
     "optimizer.clip_norm": 0.01,
     "batch_size": 4,
     "steps": 8,
@@ -67,6 +70,12 @@ IDENTITY = {
 }
 # Of those, what only several layers can show.
 OF_LAYERS = ("model.n_layers", "model.windows", "model.kv_map", "model.kv_norm")
+# Fields that only one kind of a union has.
+OF_KINDS = {
+    "optimizer.schedule.decay_fraction": {"optimizer.schedule": WSD()},
+    "optimizer.rule.momentum": {"optimizer.rule": Muon()},
+    "optimizer.rule.iterations": {"optimizer.rule": Muon()},
+}
 # Fields that say where and how; what to look at is in the tests below.
 PLACEMENT = {
     "name": "another",
@@ -143,11 +152,11 @@ def test_an_identity_field_changes_what_is_computed(
         base |= {"model.n_layers": 2}
     else:
         base |= {"model.kv_map": "identity", "model.n_layers": 1}
-    if field == "optimizer.schedule.decay_fraction":
-        base |= {"optimizer.schedule": WSD()}
+    if field in OF_KINDS:
+        base |= OF_KINDS[field]
     if field == "data.stages":
         base |= {"data.mixture": IDENTITY["data.mixture"]}
-    key = (base["model.n_layers"], "data.mixture" in base, "optimizer.schedule" in base)
+    key = (base["model.n_layers"], "data.mixture" in base, *sorted(OF_KINDS.get(field, ())))
     if key not in base_outcomes:
         base_outcomes[key] = list(outcome(tiny(**base)))
     changed = outcome(tiny(**(base | {field: IDENTITY[field]})))

@@ -1,10 +1,16 @@
+import contextlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from cla_jax.config import WSD, Constant, Cosine, OptimizerConfig
+from cla_jax import runs
+from cla_jax.config import WSD, Constant, Cosine, MeshConfig, Muon, OptimizerConfig
 from cla_jax.fields import replaced
 from cla_jax.optimizer import make_optimizer, schedule
+from cla_jax.train import batch_stream, make_step, prepare_session, restore_or_init
 
 CONFIG = OptimizerConfig(
     peak_lr=1e-2, schedule=Cosine(warmup_fraction=0.1, final_fraction=0.1), clip_norm=0.5
@@ -72,3 +78,64 @@ def test_updates_equal_adamw_written_out():
             p[name] -= rate * (mean / (np.sqrt(square) + 1e-8) + 0.1 * p[name])
     for name in p:
         np.testing.assert_allclose(parameters[name], p[name], rtol=1e-5)
+
+
+def _parameters():
+    """A stack of two weights that read the residual stream, one that writes it, a table and a norm."""
+    shapes = {
+        "query": ((2, 6, 2, 4), ("embed", "kv_heads", None)),
+        "output": ((2, 4, 6), ("kv_heads", None, "embed")),
+        "table": ((9, 6), ("vocab", "embed")),
+        "norm": ((6,), (None,)),
+    }
+    rng = np.random.default_rng(0)
+    return {
+        name: nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32), axes=axes)
+        for name, (shape, axes) in shapes.items()
+    }
+
+
+def test_muon_makes_the_matrices_of_blocks_orthogonal_and_leaves_the_rest_to_adamw():
+    config = replaced(CONFIG, {"schedule": Constant(warmup_fraction=0), "rule": Muon()})
+    parameters, gradients = _parameters(), jax.tree.map(jnp.sin, _parameters())
+    updates = {}
+    for kind in ("muon", "adamw"):
+        optimizer = make_optimizer(replaced(config, {"rule.kind": kind}), 100)
+        state = optimizer.init(parameters)
+        for _ in range(2):
+            updates[kind], state = optimizer.update(gradients, state, parameters)
+    for name in ("table", "norm"):
+        ours, theirs = (updates[kind][name][...] for kind in ("muon", "adamw"))
+        np.testing.assert_array_equal(ours, theirs)
+    # query: two matrices of 6 x 8; output: one of 8 x 6.
+    for name, shape in {"query": (2, 6, 8), "output": (1, 8, 6)}.items():
+        decay = 0.1 * np.asarray(parameters[name][...])
+        made = (-np.asarray(updates["muon"][name][...]) / 1e-2 - decay).reshape(shape)
+        given = np.asarray(gradients[name][...]).reshape(shape)
+        for update, gradient in zip(made, given, strict=True):
+            assert np.sqrt((update**2).mean()) == pytest.approx(0.2, rel=0.25)
+            u, _, v = np.linalg.svd(gradient, full_matrices=False)
+            values = np.diag(u.T @ update @ v.T) / (0.2 * 8**0.5)
+            assert values.min() > 0.6
+            assert values.max() < 1.3
+            # The singular vectors are the gradient's.
+            assert np.abs(u @ np.diag(values) @ v * 0.2 * 8**0.5 - update).max() < 1e-4
+
+
+def test_muon_trains_the_same_on_any_mesh(tiny, devices):
+    def losses(**mesh):
+        config = tiny(**{"optimizer.rule": Muon(), "placement.mesh": MeshConfig(**mesh)})
+        session = prepare_session(config)
+        step, found = make_step(session), []
+        with contextlib.closing(batch_stream(session, 0)) as batches, jax.set_mesh(session.mesh):
+            state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
+            for _ in range(3):
+                state, metrics = step(state, next(batches))
+                found.append(float(metrics["loss"]))
+        return found
+
+    devices(1)
+    expected = losses()
+    assert expected[2] < expected[0]
+    devices(4)
+    np.testing.assert_allclose(losses(fsdp=2, model=2), expected, rtol=2e-5)
