@@ -12,6 +12,7 @@ Paths are local or remote (gs://).
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -184,6 +185,24 @@ def write_fault(directory: PathLike) -> str:
     except OSError as error:
         return f"nothing can be written to {name(directory)}: {error.strerror}"
     return ""
+
+
+def lock(file: IO | int, operation: int, directory: str) -> None:
+    """Takes a lock of an open file: `operation` is that of `fcntl.flock`.
+
+    Raises ValueError where the file system has no locks. `directory` names the field that says where the
+    file lies. Raises BlockingIOError as flock does.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        where = "a directory" if isinstance(file, int) else file.name
+        raise ValueError(
+            f"{where} cannot be locked ({error.strerror}): its file system must support flock; choose "
+            f"another with --{directory}"
+        ) from None
 
 
 def _flush(file: IO[bytes]) -> None:

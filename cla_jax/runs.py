@@ -623,19 +623,14 @@ def try_lock(file: IO | int, *, shared: bool = False, required: bool = True) -> 
     it is not `required`, a file system that cannot lock it will do.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        files.lock(
+            file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, "placement.runs"
+        )
     except BlockingIOError:
         return False
-    except OSError as error:
-        if not required:
-            return True
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+    except (OSError, ValueError):
+        if required:
             raise
-        name = "a directory" if isinstance(file, int) else file.name
-        raise ValueError(
-            f"{name} cannot be locked ({error.strerror}): its file system must support flock; choose "
-            "another with --placement.runs"
-        ) from None
     return True
 
 

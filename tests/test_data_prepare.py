@@ -1,5 +1,6 @@
 """Prepared data: exact totals, found again, and never taken for complete when it is not."""
 
+import errno
 import json
 import os
 import shutil
@@ -39,6 +40,16 @@ records.read(Path({os.fspath(shared.path)!r}), "train")[0]
     )
     assert ended.returncode == 1
     assert ended.stderr.endswith("can't start new thread\n")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    refusal = r"\.lock cannot be locked \(No locks available\): .* --placement\.data-dir"
+    with pytest.raises(ValueError, match=refusal):
+        prepare.prepare(SMALL, tmp_path)
 
 
 def test_the_library_of_records_is_loaded_before_progress_is_drawn(tmp_path):

@@ -60,7 +60,7 @@ def test_a_file_system_without_locks_is_named(tiny, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with (
         pytest.raises(
             ValueError, match=r"\.lock cannot be locked \(No locks available\): .* flock"

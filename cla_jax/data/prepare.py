@@ -512,7 +512,7 @@ def _write_records(
 def _lock(path: Path) -> Iterator[None]:
     """Lets one process at a time prepare; ends with the process, however that ends."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        files.lock(file, fcntl.LOCK_EX, "placement.data-dir")
         yield
 
 
