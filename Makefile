@@ -5,6 +5,7 @@
 # make test-interop  beside torch, transformers and lm-eval, and with a real model, which it downloads
 # make test-engines launch engines as they are: a SLURM cluster, gcloud, xpk, SkyPilot; alone, root, minutes
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
+# make test-gpu   programs compiled for GPUs, with jax's CUDA plugin, which is fetched for them alone (1.6 GB)
 # make lint       formatting, lint, types
 # make golden     rewrite tests/golden from the experiments; review the diff
 PYTHON ?= python3
@@ -15,9 +16,9 @@ TESTED := $(VENV)/.installed-test
 LINTED := $(VENV)/.installed-lint
 INTEROP := $(VENV)/.installed-interop
 # What has no target of its own.
-HERE := not pods and not hosts and not interop and not engines
+HERE := not pods and not gpu and not hosts and not interop and not engines
 
-.PHONY: demo test test-fast test-hosts test-engines test-interop test-pods lint golden clean
+.PHONY: demo test test-fast test-hosts test-engines test-interop test-pods test-gpu lint golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.sweep demo.seeds --local.workers 2
@@ -55,6 +56,16 @@ test-pods: $(TESTED) $(VENV)/libtpu
 $(VENV)/libtpu: $(TESTED)
 	$(BIN)/python -c "import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('jax') if 'libtpu' in r])" \
 		| xargs $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@
+	touch $@
+
+# The same. Without the rest of CUDA (4 GB), which only running needs.
+test-gpu: $(TESTED) $(VENV)/cuda
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -n 1 -m gpu
+
+$(VENV)/cuda: $(TESTED)
+	version=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('jax'))") \
+		&& $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+			jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version 'nvidia-cudnn-cu12>=9.10,<10'
 	touch $@
 
 lint: $(LINTED)

@@ -3,11 +3,13 @@
 TPU figures are a chip's as jax sees it (one device; of a TPU v7x chip, jax sees the two halves). Sources:
 Google's system pages for FLOP/s, memory, its bandwidth, interconnect and wrap-around links; "How to Scale
 Your Model" (Austin et al., 2025), chapters 2 and 5, for the one-way bandwidths of links and of the
-data-centre network; NVIDIA's data sheets, dense, SXM.
+data-centre network; NVIDIA's data sheets, dense, SXM. Of a GPU, the link is NVLink, one way, and the
+network is one port a GPU of what NVIDIA's DGX and HGX systems have: 200 Gb/s for A100, 400 Gb/s since.
 """
 
 import dataclasses
 import difflib
+import re
 
 from cla_jax.messages import near_choice
 
@@ -21,6 +23,7 @@ class Chip:
     axes: int = 0  # axes of the interconnect's torus
     network: float = 0.0  # bytes/s of its share of its host's data-centre network
     devices: int = 1  # that jax sees of what is sold as one chip
+    links: str = "interconnect"  # what it is called
 
     @property
     def interconnect(self) -> float:
@@ -35,9 +38,42 @@ _V6E = Chip(flops=918e12, memory=32 * _GIB, bandwidth=1640e9, link=180e9, axes=2
 
 # By a part of jax's device kind; the first that matches counts.
 CHIPS = {
-    "H200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, link=450e9, axes=1),
-    "H100": Chip(flops=989e12, memory=80e9, bandwidth=3.35e12, link=450e9, axes=1),
-    "A100": Chip(flops=312e12, memory=80e9, bandwidth=2.04e12, link=300e9, axes=1),
+    "B200": Chip(
+        flops=2250e12,
+        memory=180e9,
+        bandwidth=7.7e12,
+        link=900e9,
+        axes=1,
+        network=50e9,
+        links="NVLink",
+    ),
+    "H200": Chip(
+        flops=989e12,
+        memory=141e9,
+        bandwidth=4.8e12,
+        link=450e9,
+        axes=1,
+        network=50e9,
+        links="NVLink",
+    ),
+    "H100": Chip(
+        flops=989e12,
+        memory=80e9,
+        bandwidth=3.35e12,
+        link=450e9,
+        axes=1,
+        network=50e9,
+        links="NVLink",
+    ),
+    "A100": Chip(
+        flops=312e12,
+        memory=80e9,
+        bandwidth=2.04e12,
+        link=300e9,
+        axes=1,
+        network=25e9,
+        links="NVLink",
+    ),
     "TPU v4": Chip(
         flops=275e12, memory=32 * _GIB, bandwidth=1228e9, link=90e9, axes=3, network=6.25e9
     ),
@@ -81,17 +117,128 @@ _CUBE = (
     "8x8x16",
     "8x16x16",
 )
-# By our name of a kind of TPU.
-TOPOLOGIES = {"v4": _CUBE, "v5e": _PLANE, "v5p": _CUBE, "v6e": _PLANE, "v7x": _CUBE}
+_TPUS = {"v4": _CUBE, "v5e": _PLANE, "v5p": _CUBE, "v6e": _PLANE, "v7x": _CUBE}
+
+# Shapes of GPU systems: GPUs of one host, or hosts x GPUs. Other numbers of hosts are taken too.
+_HOST = ("1", "2", "4", "8")
+_HOSTS = tuple(f"{hosts}x8" for hosts in (2, 4, 8, 16, 32, 64, 128))
+_GPU_SHAPE = re.compile(r"(?:([1-9][0-9]{0,3})x)?([1248])")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What XLA must know of a GPU to compile for it. Figures are those that CUDA reports."""
+
+    description: str  # jax's device kind
+    capability: int  # major number of the compute capability
+    cores: int  # streaming multiprocessors
+    lanes: int  # float32 units of each
+    clock: float  # GHz
+    memory: int  # bytes
+    bandwidth: int  # bytes/s
+    l2: int  # bytes
+    shared: int  # bytes of shared memory of each core
+    shared_by_block: int  # the most that a block may ask for
+
+
+GPUS = {
+    "a100-80": Gpu(
+        description="NVIDIA A100-SXM4-80GB",
+        capability=8,
+        cores=108,
+        lanes=64,
+        clock=1.41,
+        memory=85100068864,
+        bandwidth=2039040000000,
+        l2=41943040,
+        shared=167936,
+        shared_by_block=166912,
+    ),
+    "h100": Gpu(
+        description="NVIDIA H100 80GB HBM3",
+        capability=9,
+        cores=132,
+        lanes=128,
+        clock=1.98,
+        memory=84942979072,
+        bandwidth=3352320000000,
+        l2=52428800,
+        shared=233472,
+        shared_by_block=232448,
+    ),
+    "h200": Gpu(
+        description="NVIDIA H200",
+        capability=9,
+        cores=132,
+        lanes=128,
+        clock=1.98,
+        memory=151397597184,
+        bandwidth=4800000000000,
+        l2=52428800,
+        shared=233472,
+        shared_by_block=232448,
+    ),
+    "b200": Gpu(
+        description="NVIDIA B200",
+        capability=10,
+        cores=148,
+        lanes=128,
+        clock=1.965,
+        memory=191514411008,
+        bandwidth=7672320000000,
+        l2=132644864,
+        shared=233472,
+        shared_by_block=232448,
+    ),
+}
+
+# By our name of a kind of accelerator.
+TOPOLOGIES = _TPUS | dict.fromkeys(GPUS, (*_HOST, *_HOSTS))
+
+
+def is_gpu(name: str) -> bool:
+    """Whether a topology, `h100:16x8`, is one of GPUs."""
+    return name.partition(":")[0] in GPUS
+
+
+def gpu_shape(name: str) -> tuple[int, int]:
+    """Hosts, and GPUs of each, of a topology of GPUs."""
+    check_topology(name)
+    found = _GPU_SHAPE.fullmatch(name.partition(":")[2])
+    assert found is not None  # it was checked
+    return int(found[1] or 1), int(found[2])
+
+
+def gpu_target(kind: str) -> str:
+    """The description of a GPU that XLA's compiler takes in its place, as text of a protocol buffer."""
+    gpu = GPUS[kind]
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          core_count: {gpu.cores} fpus_per_core: {gpu.lanes} clock_rate_ghz: {gpu.clock}
+          shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared}
+          shared_memory_per_block_optin: {gpu.shared_by_block}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2}
+          cuda_compute_capability {{ major: {gpu.capability} }}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        device_description_str: "{gpu.description}"
+    """
 
 
 def wrap(name: str) -> tuple[bool, bool, bool]:
-    """Along which axes the links of a topology close to a ring.
+    """Along which axes the links of a topology close to a ring; none of GPUs, which are joined by switches.
 
     Of v4, v5p and 7x, optical switches join whole cubes of 4 x 4 x 4 chips, and close every axis. On v5e
     and v6e an axis is closed where it is as long as the pod.
     """
     kind, _, shape = name.partition(":")
+    if kind in GPUS:
+        return False, False, False
     sizes = [int(size) for size in shape.split("x")]
     if TOPOLOGIES[kind] is _PLANE:
         return sizes[0] == 16, sizes[1] == 16, False
@@ -106,10 +253,12 @@ def topology_names() -> list[str]:
 def check_topology(name: str) -> None:
     """Raises ValueError, with those near it, for a topology that does not exist."""
     kind, _, shape = name.partition(":")
-    near_choice("kind of TPU", kind, TOPOLOGIES)
-    if shape not in TOPOLOGIES[kind]:
-        near = difflib.get_close_matches(shape, TOPOLOGIES[kind], n=3, cutoff=0.0)
-        raise ValueError(
-            f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
-            "(shapes are in chips)"
-        )
+    near_choice("kind of accelerator", kind, TOPOLOGIES)
+    if shape in TOPOLOGIES[kind] or (kind in GPUS and _GPU_SHAPE.fullmatch(shape)):
+        return
+    near = difflib.get_close_matches(shape, TOPOLOGIES[kind], n=3, cutoff=0.0)
+    unit = "GPUs of one host, or hosts x GPUs" if kind in GPUS else "chips"
+    raise ValueError(
+        f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
+        f"(shapes are in {unit})"
+    )

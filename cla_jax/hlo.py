@@ -4,10 +4,11 @@ Read from the files of `xla_dump_to`: the text of some TPU programs cannot be ha
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
@@ -21,6 +22,7 @@ _FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # GPU programs say it
 
 
 def find(dump: Path, ending: str) -> str:
@@ -45,34 +47,72 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Devices that exchange something, in one place of the program."""
+
+    kind: str
+    bytes: int  # that a run of the program hands each device
+    group: tuple[int, ...]  # the devices that exchange it with the first of them; empty for all
+
+
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes that the collectives of a run of the program hand a device, by kind of collective.
+    """Bytes that the collectives of a run of the program hand a device, by kind of collective."""
+    return by_kind((collective.kind, collective.bytes) for collective in collectives(text))
+
+
+def by_kind(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The sums of (kind, bytes)."""
+    total: Counter[str] = Counter()
+    for kind, size in sizes:
+        total[kind] += size
+    return dict(total)
+
+
+def network_bytes(found: Iterable[Collective], per_host: int) -> dict[str, int]:
+    """Bytes that collectives over several hosts take through the network port of each device, by kind.
+
+    Rings pass each host once for all of its devices, which share the work. So a device's port carries
+    its share of what its host is handed. Hosts have `per_host` devices.
+    """
+    return by_kind(
+        (collective.kind, collective.bytes // sum(i < per_host for i in collective.group))
+        for collective in found
+        if collective.group and max(collective.group) >= per_host
+    )
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a run of the program.
 
     An all-gather counts its result; an all-reduce twice its result, as a ring moves it; a reduce-scatter
     its operand. What stands in a loop counts as often as the loop turns.
     """
     modules = computations(text)
     # By channel: one that is overlapped with computation is written into each of the fusions it spans.
-    moved: dict[str, tuple[str, int]] = {}
+    moved: dict[str, tuple[str, int, tuple[int, ...]]] = {}
 
     def visit(name: str, times: int) -> None:
         for line in modules.get(name, ()):
             if loop := _WHILE.search(line):
-                visit(loop[2], times * trip_count(modules[loop[1]]))
+                visit(loop[2], times * _turns(line, modules[loop[1]]))
                 continue
             if match := _COLLECTIVE.search(line):
                 result, kind, started = match.groups()
                 sizes = [nbytes for _, _, nbytes in shapes(result)]
                 if started and kind in ("all-gather", "collective-permute"):
                     sizes = sizes[len(sizes) // 2 :]  # operands, results
-                size = sum(sizes)
-                factor = {"all-reduce": 2, "reduce-scatter": _group_size(line)}.get(kind, 1)
+                size, group = sum(sizes), _group(line)
+                # The result of a started reduce-scatter has the operand beside it.
+                factor = {"all-reduce": 2, "reduce-scatter": max(len(group), 1)}.get(kind, 1)
                 if kind == "all-reduce" and name.startswith(_FUSED_REDUCE_SCATTER):
                     kind, factor = "reduce-scatter", 1
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else line
                 # A first or last turn may stand before or after its loop.
-                moved[key] = max(moved.get(key, (kind, 0)), (kind, times * factor * size))
+                moved[key] = max(
+                    moved.get(key, (kind, 0, group)), (kind, times * factor * size, group)
+                )
                 continue
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
@@ -81,10 +121,7 @@ def collective_bytes(text: str) -> dict[str, int]:
                 visit(inner, times)
 
     visit("ENTRY", 1)
-    total: Counter[str] = Counter()
-    for kind, size in moved.values():
-        total[kind] += size
-    return dict(total)
+    return [Collective(kind=kind, bytes=size, group=group) for kind, size, group in moved.values()]
 
 
 # ------------------------------------------------------------------------------- memory traffic
@@ -236,7 +273,7 @@ def memory_traffic(text: str) -> Traffic:
         for instruction in program[name]:
             if instruction.operation == "while":
                 condition, body = re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest)
-                visit(body, times * trip_count(lines[condition]))
+                visit(body, times * _turns(instruction.rest, lines[condition]))
             elif instruction.operation in ("call", "conditional"):
                 for inner in called(instruction):
                     visit(inner, times)
@@ -248,6 +285,12 @@ def memory_traffic(text: str) -> Traffic:
     if "ENTRY" in program:
         visit("ENTRY", 1)
     return Traffic(total=total, copies=copies)
+
+
+def _turns(loop: str, condition: list[str]) -> int:
+    """How often a loop turns: by its instruction, if that says it, or else by its condition."""
+    known = _KNOWN_TURNS.search(loop)
+    return int(known[1]) if known else trip_count(condition)
 
 
 def trip_count(condition: list[str]) -> int:
@@ -268,15 +311,33 @@ def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
             yield dtype, dims, math.prod(dims) * _BYTES[dtype]
 
 
-def _group_size(line: str) -> int:
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(match[1])
+def _group(line: str) -> tuple[int, ...]:
+    """The devices of the first group of a collective; empty if it names none."""
     if match := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
-        return match[1].count(",") + 1
+        return tuple(map(int, match[1].split(",")))
+    if match := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line
+    ):
+        sizes = [int(size) for size in match[3].split(",")]
+        order = [int(axis) for axis in match[4].split(",")] if match[4] else list(range(len(sizes)))
+        return _first_devices(sizes, order)[: int(match[2])]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return 1
+        named = re.findall(r"'(\w+)'=(\d+)", match[1])
+        names, sizes = [name for name, _ in named], [int(size) for _, size in named]
+        within = [names.index(axis) for axis in re.findall(r"'(\w+)'", match[2])]
+        outside = [axis for axis in range(len(names)) if axis not in within]
+        members = math.prod(sizes[axis] for axis in within)
+        return _first_devices(sizes, [*outside, *within])[:members]
+    return ()
+
+
+def _first_devices(sizes: list[int], order: list[int]) -> tuple[int, ...]:
+    """The numbers of an array of these sizes, which count from 0, with its axes in another order."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    places = itertools.product(*(range(sizes[axis]) for axis in order))
+    return tuple(
+        sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places
+    )
 
 
 def allocated_bytes(report: str) -> int:

@@ -1,8 +1,11 @@
 """What this process has of the machine."""
 
+import contextlib
 import functools
 import os
 import threading
+from collections.abc import Iterator
+from typing import IO
 
 COMPILER = "compile"  # what the names of threads that compile begin with
 
@@ -35,3 +38,22 @@ def check_threads(count: int) -> None:
         done.set()
         for thread in started:
             thread.join()
+
+
+@contextlib.contextmanager
+def stderr_to(file: IO[bytes]) -> Iterator[None]:
+    """Has a file get what is written to stderr, past Python too: by native code, and by new processes."""
+    stderr = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextlib.contextmanager
+def stderr_to_nowhere() -> Iterator[None]:
+    """Drops what is written to stderr."""
+    with open(os.devnull, "wb") as nowhere, stderr_to(nowhere):
+        yield

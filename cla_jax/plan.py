@@ -1,7 +1,9 @@
-"""What a training run will need on a pod, before there is one: its real step, compiled for the topology.
+"""What a training run will need on a pod or a GPU cluster, before there is one: its real step, compiled for
+the topology.
 
-TPU programs are compiled by libtpu, on any machine. Beside the compiler's figures stand our own: what the
-closed forms say, at once and for any layout. Where the two disagree, one of them is wrong, and worth a look.
+TPU programs are compiled by libtpu and GPU programs by jax's CUDA plugin, both on any machine. Beside the
+compiler's figures stand our own: what the closed forms say, at once and for any layout. Where the two
+disagree, one of them is wrong, and worth a look.
 """
 
 import contextlib
@@ -23,9 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cla_jax import chips, costs, files, hlo
+from cla_jax import chips, costs, files, hlo, machine
 from cla_jax.config import Config
 from cla_jax.mesh import row_shards
+from cla_jax.messages import printable
 from cla_jax.model import splash
 from cla_jax.state import named
 from cla_jax.train import Layout, make_step, option_errors, plan_layout
@@ -45,24 +48,28 @@ _LIBTPU_OPTIONS = {"v4": _MEGACORE}
 class Topology:
     """Devices to compile for, which need not be at hand."""
 
-    name: str  # `v5e:16x16`, or `here` for those at hand
+    name: str  # `v5e:16x16`, `h100:16x8`, or `here` for those at hand
     slices: int
     devices: Sequence[Any]
+    per_host: int = 0  # GPUs that NVLink joins; 0 for TPUs, and where it is not known
 
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-    """The devices of `v5e:16x16` and so on, several slices of it, or those `here`.
+    """The devices of `v5e:16x16`, `h100:16x8` and so on, several slices of it, or those `here`.
 
-    Raises ValueError for a topology that does not exist, and if libtpu is not installed. In the environment
-    should stand what keeps libtpu from looking for a TPU here (`launch.plan` sees to it).
+    Raises ValueError for a topology that does not exist, and if its compiler is not installed. In the
+    environment should stand what keeps compilers from looking for accelerators here (`launch.plan` sees to
+    it).
     """
     if name == "here":
         return Topology(name, 1, jax.devices())
     kind, _, shape = name.partition(":")
     chips.check_topology(name)
+    if chips.is_gpu(name):
+        return _gpus(name, slices)
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -71,7 +78,7 @@ def topology(name: str, slices: int = 1) -> Topology:
         ) from None
     from jax.experimental import topologies
 
-    with _silent_stderr():
+    with machine.stderr_to_nowhere():
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{_LIBTPU_NAMES.get(kind, kind)}:{shape}",
@@ -82,17 +89,55 @@ def topology(name: str, slices: int = 1) -> Topology:
     return Topology(name, slices, found.devices)
 
 
+# What compiles for GPUs: jax's plugin for CUDA with the runtime that holds XLA, and cuDNN, which says how
+# much memory its kernels take.
+_CUDA = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12")
+
+
+def _gpus(name: str, slices: int) -> Topology:
+    missing = [package for package in _CUDA if not _installed(package)]
+    if missing:
+        raise ValueError(
+            f"compiling for a GPU needs {', '.join(missing)}: pip install -e '.[plan-gpu]' in the repository"
+        )
+    hosts, per_host = chips.gpu_shape(name)
+    from jax.experimental import topologies
+
+    with machine.stderr_to_nowhere():
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=chips.gpu_target(name.partition(":")[0]),
+            topology=f"1x{hosts * slices}x{per_host}",
+        )
+    return Topology(name, slices, found.devices, per_host)
+
+
+def _installed(package: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=package)))
+
+
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keeps from stderr what libtpu writes, past Python, about the TPU that is not there."""
-    with tempfile.TemporaryFile() as away:
-        stderr = os.dup(2)
-        os.dup2(away.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+def _asked_of(devices: Sequence[Any]) -> Iterator[None]:
+    """Has jax judge what cuDNN takes by the devices that are compiled for; it asks those at hand."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    capability = getattr(devices[0], "compute_capability", None)
+    if capability is None or devices[0] in jax.local_devices():
+        yield
+        return
+    numbers = lambda text: tuple(map(int, text.split(".")))
+    ours = {
+        "check_compute_capability": lambda least: numbers(capability) >= numbers(least),
+        "is_cuda_compute_capability_equal": lambda exact: numbers(capability) == numbers(exact),
+    }
+    theirs = {name: getattr(cudnn, name) for name in ours}
+    try:
+        for name, check in ours.items():
+            setattr(cudnn, name, check)
+        yield
+    finally:
+        for name, check in theirs.items():
+            setattr(cudnn, name, check)
 
 
 # ------------------------------------------------------------------------------------ estimate
@@ -188,6 +233,7 @@ class Plan:
     flops: float  # of a step on all devices, by `costs.train_flops_per_token`
     recomputed_flops: float  # on top of them, by rematerialisation
     collective_bytes: dict[str, int]  # a step hands each device, by kind
+    network_bytes: dict[str, int]  # of GPUs: a step takes through the network port of each, by kind
     traffic: int  # a step moves to and from the main memory of each device
     copied: int  # of these, only to change the layout of an array
     roofline: dict[str, float]  # seconds of a step that each resource takes, if nothing else did
@@ -206,6 +252,12 @@ class Plan:
         if chip is None or self.step_seconds is None:
             return None
         return self.flops / (self.step_seconds * chip.flops * self.devices)
+
+    @property
+    def links(self) -> str:
+        """What joins the devices of a host or a slice."""
+        chip = chips.find(self.device_kind)
+        return chip.links if chip else "interconnect"
 
     @property
     def chips(self) -> int:
@@ -261,6 +313,7 @@ def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
         flops=flops,
         recomputed_flops=recomputed,
         collective_bytes=compiled["collective_bytes"],
+        network_bytes=compiled["network_bytes"],
         traffic=compiled["traffic"]["total"],
         copied=compiled["traffic"]["copies"],
         roofline=_roofline(layout, chip, flops + recomputed, compiled),
@@ -277,7 +330,7 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
     versions = [f"{p.metadata['Name']} {p.version}" for p in _compilers()]
     kind = layout.mesh.devices.flat[0].device_kind
     links = "" if topology.name == "here" else str(chips.wrap(topology.name))
-    asked = [str(topology), kind, links, options, "traffic", *versions]
+    asked = [str(topology), kind, links, options, "network", *versions]
     key = "\n".join([lowered.as_text(), *asked])
     kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if kept and kept.exists():
@@ -300,10 +353,14 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
         text = hlo.find(dump, "after_optimizations.txt")
         assert text or not fits, "the compiler wrote nothing"
         report = hlo.find(dump, _REPORT)
+    collectives = hlo.collectives(text)
     found = {
         "peak": peak,
         "fits": fits,
-        "collective_bytes": hlo.collective_bytes(text),
+        "collective_bytes": hlo.by_kind((found.kind, found.bytes) for found in collectives),
+        "network_bytes": hlo.network_bytes(collectives, topology.per_host)
+        if topology.per_host
+        else {},
         "traffic": dataclasses.asdict(hlo.memory_traffic(text)),
         "buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(report, text, inputs)],
         "seconds": seconds,
@@ -317,12 +374,12 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
 
 
 def _lower(layout: Layout) -> Any:
-    with jax.set_mesh(layout.mesh):
+    with jax.set_mesh(layout.mesh), _asked_of(list(layout.mesh.devices.flat)):
         return make_step(layout).lower(layout.state, layout.batch)
 
 
 def _compilers() -> list[importlib.metadata.Distribution]:
-    found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu"))
+    found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu", *_CUDA))
     return [distribution for named in found for distribution in named]
 
 
@@ -333,34 +390,40 @@ def _rows(layout: Layout) -> int:
     return layout.batch.shape[1] // row_shards(layout.mesh)
 
 
-# What libtpu writes when it has laid out the memory, in this order; then it generates code.
+# What a compiler writes when it has laid out the memory, and what comes last before it generates code.
 _REPORT = "memory-usage-report.txt"
-_LAST = "after_optimizations_after_buffer_assignment.txt"
+_LAST_OF_TPU = "after_optimizations_after_buffer_assignment.txt"
+_LAST_OF_GPU = ".debug_options"
 
 
 def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int, bool]:
-    """`_compile`, for a TPU, as far as a plan needs it: in a process that is ended where code generation
-    begins, which takes four fifths of the time."""
+    """`_compile`, for devices elsewhere, as far as a plan needs it: in a process that is ended where code
+    generation begins, which takes four fifths of the time."""
+    last = _LAST_OF_GPU if topology.per_host else _LAST_OF_TPU
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit jax's threads, dead
     ours, theirs = spawn.Pipe(duplex=False)
     arguments = (config, topology.name, topology.slices, dump, theirs)
     compiler = spawn.Process(target=_compile_for, args=arguments, daemon=True)
-    compiler.start()
-    theirs.close()  # its end is then the end of the pipe
-    try:
+    with tempfile.TemporaryFile() as said, contextlib.ExitStack() as ended:
+        # Compilers complain, past Python, that the accelerator is not here.
+        with machine.stderr_to(said):
+            compiler.start()
+        ended.callback(compiler.join)
+        ended.callback(compiler.kill)
+        theirs.close()  # its end is then the end of the pipe
         while not ours.poll(0.1):
-            if hlo.find(dump, _LAST):
+            if hlo.find(dump, last) and hlo.find(dump, _REPORT):
                 return hlo.allocated_bytes(hlo.find(dump, _REPORT)), True
-        outcome = ours.recv()
-    except EOFError:
-        compiler.join()
-        raise ChildProcessError(
-            f"the compiler died with exit code {compiler.exitcode}; if that is -9, this machine has too "
-            "little memory for it"
-        ) from None
-    finally:
-        compiler.kill()
-        compiler.join()
+        try:
+            outcome = ours.recv()
+        except EOFError:
+            compiler.join()
+            said.seek(0)
+            lines = said.read().decode(errors="replace").splitlines()
+            raise ChildProcessError(
+                f"the compiler died with exit code {compiler.exitcode}; if that is -9, this machine has too "
+                f"little memory for it. It said last: {printable(lines[-1] if lines else 'nothing')}"
+            ) from None
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -371,11 +434,23 @@ def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: An
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         layout = plan_layout(config, topology(name, slices).devices)
-        with _silent_stderr():
-            found = _compile(_lower(layout), dump, config.placement.compiler_options)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        found = _compile(_lower(layout), dump, config.placement.compiler_options)
+    except ValueError as error:
         found = error
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        found = ValueError(refusal(name, str(error)))
     outcome.send(found)
+
+
+def refusal(topology: str, message: str) -> str:
+    """What a compiler said that took no program, on one line, and what may help."""
+    first = next((line for line in message.splitlines() if line.strip()), "no reason given")
+    remedy = (
+        "--placement.attention xla does without this kernel"
+        if re.search("cudnn|attention|splash|mosaic|head dim", message, re.IGNORECASE)
+        else "another version of jax and its plugins may take it"
+    )
+    return f"the compiler for {topology} refuses the program: {printable(first)}; {remedy}"
 
 
 def _end_with_parent() -> None:
@@ -444,9 +519,11 @@ def _roofline(
     }
     if chip.interconnect:
         told = sum(compiled["collective_bytes"].values())
-        seconds["interconnect"] = told / chip.interconnect
+        seconds[chip.links] = told / chip.interconnect
     slices = layout.mesh.shape["slice"]
-    if slices > 1 and chip.network:
+    if compiled["network_bytes"]:
+        seconds["network"] = sum(compiled["network_bytes"].values()) / chip.network
+    elif slices > 1 and chip.network and layout.mesh.devices.flat[0].platform == "tpu":
         # Every device adds up its shard of the gradients with its counterparts on the other slices.
         gradients = costs.training_bytes(layout.config.model).gradients
         within = layout.mesh.size // slices

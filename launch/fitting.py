@@ -17,6 +17,7 @@ from cla_jax.runs import write_atomically
 from launch import compilation_cache
 from launch.trials import LaunchPlan
 
+COMPILERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12")
 _LIBRARY = Path(__file__).parents[1] / "cla_jax"
 # What of the placement does not change what a step needs.
 _BESIDE = (
@@ -64,7 +65,7 @@ def misfits(
 
     A shape is compiled once for a topology; the verdict is kept beside the compiled programs, under the
     shape, the compiler's version and the library's own text. Raises ValueError for a topology that the
-    planner does not know, and if libtpu is missing.
+    planner does not know, and if its compiler is missing.
     """
     shapes: dict[Config, list[str]] = {}
     for trial in plan.trials:
@@ -93,16 +94,15 @@ def misfits(
 
 def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
     """Why a config does not fit, by the planner; empty if it does."""
-    from launch.plan import compile_elsewhere
+    from launch.plan import compiling_elsewhere, planner
 
-    compile_elsewhere()
-    from cla_jax import plan as planning
-
-    devices = planning.topology(topology, slices)
-    try:
-        found = planning.plan(config, devices, cache)
-    except ValueError as error:  # the mesh or the batch does not fit the devices
-        return str(error)
+    with compiling_elsewhere():
+        planning = planner()
+        devices = planning.topology(topology, slices)
+        try:
+            found = planning.plan(config, devices, cache)
+        except ValueError as error:  # the mesh or the batch does not fit the devices
+            return str(error)
     if found.fits:
         return ""
     gib = lambda size: f"{size / 2**30:.1f} GiB"
@@ -125,7 +125,7 @@ def _library() -> str:
     digest = hashlib.sha256()
     for file in sorted(_LIBRARY.rglob("*.py")):
         digest.update(file.read_bytes())
-    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+    for name in ("jax", "jaxlib", *COMPILERS, "flax", "optax"):
         for found in importlib.metadata.distributions(name=name):
             digest.update(f"{name} {found.version}".encode())
     return digest.hexdigest()

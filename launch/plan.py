@@ -1,32 +1,35 @@
-"""What training runs will need on a pod, before there is one: each compiled for the topology.
+"""What training runs will need on a pod or a GPU cluster, before there is one: each compiled for it.
 
     python -m launch.plan cla_1b.h128_mqa_cla2 --topology v5e:16x16
     python -m launch.plan cla_3b --topology v5p:4x4x8 --topology v4:4x4x8
     python -m launch.plan cla_1b.h128_mqa --topology v5e:16x16 --slices 2 --search
+    python -m launch.plan cla_1b.h128_mqa_cla2 --topology h100:8 --topology h100:16x8
     python -m launch.plan demo --topology here
 
 Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, how
 much each moves to and from its memory, the least time a step can take, and what a run costs in days and
-chip-hours at an assumed --mfu. A topology is kind:shape in chips (v4, v5e, v5p, v6e, v7x; --list shows
-all); no TPU is needed, but libtpu: pip install -e '.[plan]'. `here` plans for the devices at hand. --search
-finds the fastest microbatch and rematerialisation that fit, and prints the command that trains so. Fields
-of the config come after a lone --:
+chip-hours at an assumed --mfu. A topology is kind:shape, of TPUs in chips (v4, v5e, v5p, v6e, v7x), of
+GPUs in hosts x GPUs (a100-80, h100, h200, b200; h100:8 is one host); --list shows all. No accelerator is
+needed, but its compiler: pip install -e '.[plan]' for TPUs, '.[plan-gpu]' for GPUs. `here` plans for the
+devices at hand. --search finds the fastest microbatch and rematerialisation that fit, and prints the
+command that trains so. Fields of the config come after a lone --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cla_jax import chips
+from cla_jax import chips, machine
 from cla_jax.config import Config
 from launch.cli import log_to_stderr, read, user_errors
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 class Arguments:
     # Experiments or studies.
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
-    # Kind and shape in chips, v5e:16x16; `here` for the devices at hand. Give it several times.
+    # Kind and shape, v5e:16x16 or h100:16x8; `here` for the devices at hand. Give it several times.
     topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Slices of that topology, joined by the data-centre network; 0 for placement.mesh.slice of the config.
     slices: int = 0
@@ -52,15 +55,44 @@ class Arguments:
     list: bool = False
 
 
+# By themselves, jax and the compilers would look for accelerators here. No variable of the user's may keep
+# them from compiling for others.
+_ELSEWHERE = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: nothing runs on a TPU
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it asks the driver
+}
+
+
 def compile_elsewhere() -> None:
-    """Makes jax compute on the CPU, and libtpu not look for a TPU; before the first use of jax."""
-    for name, value in {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once: nothing runs on a TPU
-    }.items():
-        os.environ.setdefault(name, value)
+    """Makes jax compute on the CPU, and compilers not look for accelerators; before the first use of jax."""
+    os.environ.update(_ELSEWHERE)
+
+
+def planner() -> Any:
+    """`cla_jax.plan`. With it comes jax, and its plugins say that there is no driver: not here."""
+    with machine.stderr_to_nowhere():
+        from cla_jax import plan
+
+        return plan
+
+
+@contextlib.contextmanager
+def compiling_elsewhere() -> Iterator[None]:
+    """The same for a while: programs that are started later see the environment as it was."""
+    before = {name: os.environ.get(name) for name in _ELSEWHERE}
+    compile_elsewhere()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @user_errors
@@ -93,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             chips.check_topology(topology)
     overrides = argv[cut + 1 :]
     configs = _configs(arguments, overrides)
-    from cla_jax import plan as planning  # after the checks: mistakes should not wait for jax
-
+    planning = planner()  # after the checks: mistakes should not wait for jax
     plans, misfits = [], []
     for topology in arguments.topology:
         for config in configs:
@@ -214,6 +245,9 @@ def cost(plan: "Plan", config: Config, assumed: float) -> list[str]:
     return lines
 
 
+UNTRIED = "No GPU has confirmed these figures: XLA compiled the step for one that is not here."
+
+
 def _print(plan: "Plan", config: Config, mfu: float) -> None:
     from rich import box
     from rich.console import Console
@@ -252,10 +286,14 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     console.print(buffers)
     if not plan.fits:
         console.print(f"Change first: {plan.advice}", highlight=False)
-    told = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in plan.collective_bytes.items())
+    by_kind = lambda sizes: ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in sizes.items())
+    links = f" over {plan.links}" if plan.links != "interconnect" and plan.collective_bytes else ""
+    told = f"{by_kind(plan.collective_bytes) or 'nothing'}{links}"
+    if plan.network_bytes:
+        told += f" and through its network port {by_kind(plan.network_bytes)}"
     console.print(
         f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device is told "
-        f"{told or 'nothing'}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
+        f"{told}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
         f"{plan.copied / 1e9:.2f} GB of it only to change layouts.",
         soft_wrap=True,
         highlight=False,
@@ -263,6 +301,8 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     for line in cost(plan, config, mfu):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"Compiled in {plan.compile_seconds:.0f} s.", highlight=False)
+    if plan.links == "NVLink":
+        console.print(UNTRIED, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Arguments:
     evaluate: bool = False
     # Start again what failed for good or was cancelled.
     again: bool = False
-    # TPUs of a trial, kind and shape in chips: v5e:16x16.
+    # What a trial runs on, kind and shape: TPUs in chips, v5e:16x16; GPUs in hosts x GPUs, h100:16x8 (slurm).
     topology: str = ""
     # Slices of that topology for each trial.
     slices: int = 1

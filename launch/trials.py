@@ -15,8 +15,9 @@ from typing import Any
 from etils import epath
 
 import experiments
-from cla_jax import extras, fields, files, names, runs
+from cla_jax import chips, extras, fields, files, names, runs
 from cla_jax.config import Config
+from cla_jax.messages import near_choice
 from experiments.sweeping import Pending, Result
 from launch import records, tpus
 from launch.cli import read_config
@@ -47,7 +48,7 @@ class Retry:
 class Resources:
     """What a trial runs on. Without a topology: what the engine gives it."""
 
-    topology: str = ""  # of one slice, v5e:16x16
+    topology: str = ""  # of one slice, v5e:16x16 or h100:16x8
     slices: int = 1
     hosts: int = 1  # of all slices together
 
@@ -319,11 +320,18 @@ def count(statuses: Iterable[str]) -> str:
 
 
 def resources(topology: str, slices: int, vms: bool = False) -> Resources:
-    """What a trial gets, on GKE or in Cloud TPU VMs. Raises ValueError for a topology that does not exist."""
+    """What a trial gets: GPU nodes, or TPUs on GKE or in Cloud TPU VMs.
+
+    Raises ValueError for a topology that does not exist.
+    """
     if not topology:
         if slices != 1:
             raise ValueError(f"--slices {slices} needs a --topology")
         return Resources()
+    near_choice("kind of accelerator", topology.partition(":")[0], chips.TOPOLOGIES)
+    if chips.is_gpu(topology):
+        hosts, _ = chips.gpu_shape(topology)
+        return Resources(topology=topology, slices=slices, hosts=hosts * slices)
     slice_ = tpus.find(topology)
     hosts = slice_.vms if vms else slice_.hosts
     return Resources(topology=topology, slices=slices, hosts=hosts * slices)

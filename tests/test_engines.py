@@ -87,7 +87,7 @@ def test_every_topology_of_the_planner_is_known_to_the_engines():
     from cla_jax.chips import topology_names
 
     for name in topology_names():
-        assert tpus.find(name).hosts >= 1
+        assert trials.resources(name, 1).hosts >= 1
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,23 @@ def test_a_slurm_array_has_a_task_a_trial():
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     with pytest.raises(ValueError, match=r"--slurm\.sbatch=.*No closing quotation"):
         Slurm(sbatch="--comment='a")
+
+
+def test_a_topology_of_gpus_says_how_many_nodes_slurm_gives_a_trial():
+    plan = planned(runs="/shared/runs", topology="h100:4x8", slices=2)
+    (job,) = jobs(Slurm(), plan)
+    assert {"--nodes=8", "--gpus-per-node=8"} <= set(job.command)
+    assert '"$trial" --hosts 8' in next(iter(job.files.values()))
+    (same,) = jobs(Slurm(nodes=8, gpus=8), plan)
+    assert same == job
+    with pytest.raises(ValueError, match=r"--slurm\.nodes 4, but --topology h100:4x8 has 8"):
+        jobs(Slurm(nodes=4), plan)
+    with pytest.raises(ValueError, match=r"--slurm\.gpus 4, but --topology h100:4x8 has 8"):
+        jobs(Slurm(gpus=4), plan)
+    with pytest.raises(ValueError, match=r"--topology v5e:4x4: engine slurm takes GPUs, h100:16x8"):
+        jobs(Slurm(), planned(topology="v5e:4x4"))
+    with pytest.raises(ValueError, match=r"unknown kind of accelerator 'h10'; did you mean h100"):
+        planned(topology="h10:8")
 
 
 def started(tmp_path, script, task):
@@ -542,6 +559,7 @@ def test_the_planner_is_asked_and_its_reasons_are_passed_on(monkeypatch, tmp_pat
     from cla_jax import plan as planning
 
     here = planning.Topology("here", 1, devices(2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(planning, "topology", lambda name, slices: here)
     config = fitting.shape(smoke.tiny())
     assert fitting._ask(config, "v5e:2x2", 1, tmp_path) == ""
@@ -552,6 +570,8 @@ def test_the_planner_is_asked_and_its_reasons_are_passed_on(monkeypatch, tmp_pat
     assert "Change first: placement.remat" in reason
     import dataclasses
 
+    # Jobs that are submitted later must not find what keeps compilers from the accelerators here.
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == "0,1"
     odd = dataclasses.replace(config, batch_size=3)
     assert "3" in fitting._ask(odd, "v5e:2x2", 1, tmp_path)  # no way to share it
 

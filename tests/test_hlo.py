@@ -77,13 +77,34 @@ def test_a_loop_of_unknown_length_is_not_guessed():
 
 
 def test_groups_are_read_in_every_notation():
-    for groups, size in (
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups={{0,1},{2,3}}", 2),
-        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
-        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+    for groups, first in (
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("replica_groups={{0,1},{2,3}}", (0, 1)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", (0, 1)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("dimensions={0}", ()),
     ):
-        assert hlo._group_size(f"%s = f32[2] reduce-scatter(%y), {groups}, to_apply=%add") == size
+        assert hlo._group(f"%s = f32[2] reduce-scatter(%y), {groups}, to_apply=%add") == first
+
+
+def test_what_spans_hosts_takes_the_network_ports_of_their_devices_together():
+    found = [
+        hlo.Collective(kind="all-gather", bytes=800, group=tuple(range(16))),
+        hlo.Collective(kind="all-gather", bytes=80, group=tuple(range(8))),  # within a host
+        hlo.Collective(kind="all-reduce", bytes=50, group=(0, 8)),  # one device of each host
+    ]
+    assert hlo.network_bytes(found, per_host=8) == {"all-gather": 100, "all-reduce": 50}
+    assert hlo.network_bytes(found, per_host=16) == {}
+
+
+def test_a_loop_that_says_how_often_it_turns_is_believed():
+    """Programs for GPUs do; the constant of their condition may stand elsewhere."""
+    known = TEXT.replace(
+        "body=%body\n", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}\n'
+    ).replace("constant(20)", "parameter(1)")
+    assert hlo.collective_bytes(known)["all-gather"] == 5 * 8 * 4 * 2
 
 
 def test_the_largest_buffers_are_named_by_parameter_or_by_what_computes_them():

@@ -22,12 +22,32 @@ from tests.conftest import MODEL, equations, replace
 
 
 def test_a_topology_that_does_not_exist_is_refused_with_those_near_it():
-    with pytest.raises(ValueError, match=r"kind of TPU .v5f.; did you mean .*v5e"):
+    with pytest.raises(ValueError, match=r"kind of accelerator .v5f.; did you mean .*v5e"):
         plan.topology("v5f:4x4")
     with pytest.raises(ValueError, match=r"no topology 'v5e:16x17'; near it: v5e:16x16"):
         plan.topology("v5e:16x17")
     with pytest.raises(ValueError, match=r"no topology 'v5p:16x16'.*in chips"):
         plan.topology("v5p:16x16")
+    with pytest.raises(ValueError, match=r"kind of accelerator .h10.; did you mean .*h100"):
+        plan.topology("h10:8")
+    with pytest.raises(ValueError, match=r"no topology 'h100:16x7'; near it: h100:16x8.* x GPUs"):
+        plan.topology("h100:16x7")
+
+
+def test_gpus_are_in_one_table_with_tpus():
+    assert {"v5e:16x16", "h100:8", "h100:16x8", "h200:8", "a100-80:8", "b200:8"} <= set(
+        chips.topology_names()
+    )
+    assert chips.gpu_shape("h100:8") == (1, 8)
+    assert chips.gpu_shape("h100:12x8") == (12, 8)  # not in the table
+    for kind, gpu in chips.GPUS.items():
+        chip = chips.find(gpu.description)
+        assert chip is not None
+        assert chip.links == "NVLink"
+        # What a program may use, and what CUDA reports.
+        assert 0.9 * gpu.memory < chip.memory < 0.95 * gpu.memory
+        assert chip.bandwidth == pytest.approx(gpu.bandwidth, rel=0.01)
+        assert gpu.description in chips.gpu_target(kind)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +72,11 @@ def test_the_least_time_of_a_step_is_that_of_the_slowest_resource(tiny):
     layout, chip = plan_layout(tiny()), chips.CHIPS["TPU v6e"]
 
     def slowest(flops, traffic, told):
-        compiled = {"traffic": {"total": traffic}, "collective_bytes": {"all-gather": told}}
+        compiled = {
+            "traffic": {"total": traffic},
+            "collective_bytes": {"all-gather": told},
+            "network_bytes": {},
+        }
         seconds = plan._roofline(layout, chip, flops * layout.mesh.size, compiled)
         assert set(seconds) == {"compute", "HBM", "interconnect"}
         return max(seconds, key=seconds.__getitem__)
@@ -70,6 +94,44 @@ def test_without_libtpu_the_planner_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[plan\]'"):
         plan.topology("v5e:4x4")
+
+
+def test_without_the_compiler_for_gpus_the_planner_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(plan, "_installed", lambda package: "cudnn" not in package)
+    with pytest.raises(
+        ValueError, match=r"needs nvidia-cudnn-cu12: pip install -e '\.\[plan-gpu\]'"
+    ):
+        plan.topology("h100:8")
+
+
+def test_variables_of_the_user_do_not_keep_compilers_from_compiling_for_others(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", raising=False)
+    before = dict(os.environ)
+    with launch_plan.compiling_elsewhere():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert dict(os.environ) == before
+
+
+def test_what_spans_hosts_takes_the_network(tiny):
+    layout, chip = plan_layout(tiny()), chips.CHIPS["H100"]
+    told = {"collective_bytes": {"all-gather": 90e9}, "network_bytes": {"all-gather": 15e9}}
+    seconds = plan._roofline(layout, chip, 0.0, {"traffic": {"total": 0}, **told})
+    assert seconds == pytest.approx(
+        {"compute": 0.0, "HBM": 0.0, "NVLink": 90 / 450, "network": 15 / 50}
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [("\nUNIMPLEMENTED: cuDNN graph\nat x", "attention xla"), ("INTERNAL: y", "another version")],
+)
+def test_a_refusal_of_the_compiler_is_one_line_with_what_may_help(message, remedy):
+    said = plan.refusal("h100:8", message)
+    assert "\n" not in said
+    assert message.split("\n")[-2 if "cuDNN" in message else -1] in said
+    assert remedy in said
 
 
 def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
@@ -148,6 +210,7 @@ def bought(**changes):
         "flops": 0.5 * 2.0 * 256 * chip.flops,
         "recomputed_flops": 0.0,
         "collective_bytes": {},
+        "network_bytes": {},
         "traffic": 1,
         "copied": 0,
         "roofline": {"compute": 1.0, "HBM": 1.5, "interconnect": 2.0},
@@ -214,7 +277,8 @@ class Chip:
         peak = self.peak(layout)
         found = {"peak": peak, "fits": peak <= 64 * 2**30, "seconds": 1.0}
         traffic = {"total": 10**9, "copies": 0}
-        return found | {"collective_bytes": {}, "traffic": traffic, "buffers": []}
+        told = {"collective_bytes": {}, "network_bytes": {}}
+        return found | told | {"traffic": traffic, "buffers": []}
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
@@ -265,7 +329,7 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
 def lays_out_the_memory(_config, _name, _slices, dump, _outcome):
     """A compiler that has written what a plan needs, and would go on for an hour."""
     (dump / f"m.{plan._REPORT}").write_text("Memory Space: default\nTotal bytes: 12345 (12KiB)\n")
-    (dump / f"m.{plan._LAST}").write_text("ENTRY")
+    (dump / f"m.{plan._LAST_OF_TPU}").write_text("ENTRY")
     time.sleep(3600)
 
 
@@ -274,6 +338,7 @@ def refuses(_config, _name, _slices, _dump, outcome):
 
 
 def dies(*_):
+    os.write(2, b"a complaint\nout of luck\n")
     os._exit(11)
 
 
@@ -290,7 +355,7 @@ def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
     with pytest.raises(ValueError, match="no such option"):
         plan._compile_apart(tiny(), topology, empty)
     monkeypatch.setattr(plan, "_compile_for", dies)
-    with pytest.raises(ChildProcessError, match="died with exit code 11"):
+    with pytest.raises(ChildProcessError, match=r"died with exit code 11.*said last: out of luck"):
         plan._compile_apart(tiny(), topology, empty)
 
 
@@ -406,7 +471,8 @@ def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def elsewhere():
-    launch_plan.compile_elsewhere()
+    with launch_plan.compiling_elsewhere():
+        yield
 
 
 @pytest.mark.pods

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from cla_jax import chips
 from launch.engines import Job, call
 from launch.records import Submission
-from launch.trials import LaunchPlan, Trial
+from launch.trials import LaunchPlan, Resources, Trial
 
 _USUAL_ARRAY = 1001  # SLURM's own default
 _GET = "part of SLURM's client package (Debian: slurm-client); or launch from a login node"
@@ -52,11 +53,11 @@ class Slurm:
     # Time limit of a job, as sbatch takes it: 12:00:00. Two minutes before it, training saves and the job
     # queues again.
     time: str = ""
-    # Nodes for each trial; on each of them one process.
+    # Nodes for each trial; on each of them one process. With a --topology: as many as it has.
     nodes: int = 1
     # Cores for each process; 0 for the cluster's usual number.
     cpus: int = 0
-    # GPUs on each node.
+    # GPUs on each node. With a --topology: as many as it has.
     gpus: int = 0
     # Trials at a time; 0 for as many as there is room for.
     at_once: int = 0
@@ -67,7 +68,7 @@ class Slurm:
 
     tools: ClassVar[Mapping[str, str]] = dict.fromkeys(("sbatch", "squeue", "scancel"), _GET)
     here: ClassVar[bool] = True
-    topology: ClassVar[str] = "none"
+    topology: ClassVar[str] = "allowed"
     vms: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -85,6 +86,7 @@ class Slurm:
 
     def _array(self, plan: LaunchPlan, trials: Sequence[Trial], numbers: Mapping[str, int]) -> Job:
         first = trials[0]
+        nodes, gpus = self.machines(first.resources)
         round_ = max(numbers.get(trial.name, 1) for trial in trials)
         array = f"0-{len(trials) - 1}" + (f"%{self.at_once}" if self.at_once else "")
         # In names of files sbatch replaces %A and the like.
@@ -92,7 +94,7 @@ class Slurm:
         options: dict[str, object] = {
             "job-name": plan.sweep,
             "array": array,
-            "nodes": self.nodes,
+            "nodes": nodes,
             "ntasks-per-node": 1,
             "output": f"{directory}/.sweep/jobs/%A_%a.out",
             "open-mode": "append",
@@ -101,7 +103,7 @@ class Slurm:
             "partition": self.partition,
             "time": self.time,
             "cpus-per-task": self.cpus or "",
-            "gpus-per-node": self.gpus or "",
+            "gpus-per-node": gpus or "",
             "priority": first.priority,
         }
         # All trials have the same command but for the name.
@@ -111,7 +113,7 @@ class Slurm:
             '"$trial"',
             *map(shlex.quote, after),
         ]
-        hosts = ["--hosts", str(self.nodes)] if self.nodes > 1 else []
+        hosts = ["--hosts", str(nodes)] if nodes > 1 else []
         script = SCRIPT.format(
             names=" ".join(shlex.quote(trial.name) for trial in trials),
             setup=self.setup and f"{self.setup}\n",
@@ -129,6 +131,22 @@ class Slurm:
             ),
             jobs={trial.name: f"{{}}_{i}" for i, trial in enumerate(trials)},
         )
+
+    def machines(self, resources: Resources) -> tuple[int, int]:
+        """Nodes of a trial, and GPUs of each. Raises ValueError where options and topology differ."""
+        name = resources.topology
+        if not name:
+            return self.nodes, self.gpus
+        if not chips.is_gpu(name):
+            raise ValueError(f"--topology {name}: engine slurm takes GPUs, h100:16x8")
+        _, gpus = chips.gpu_shape(name)
+        for flag, given, usual, needed in (
+            ("nodes", self.nodes, 1, resources.hosts),
+            ("gpus", self.gpus, 0, gpus),
+        ):
+            if given not in (usual, needed):
+                raise ValueError(f"--slurm.{flag} {given}, but --topology {name} has {needed}")
+        return resources.hosts, gpus
 
     @property
     def further(self) -> list[str]:
