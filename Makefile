@@ -7,6 +7,7 @@
 # make test-pods  programs compiled for TPUs, with libtpu, which is fetched for them alone
 # make test-gpu   programs compiled for GPUs, with jax's CUDA plugin, which is fetched for them alone (1.6 GB)
 # make lint       formatting, lint, types
+# make site       the documentation as a website, in build/site
 # make golden     rewrite tests/golden from the experiments; review the diff
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,11 +15,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 LINTED := $(VENV)/.installed-lint
+DOCUMENTED := $(VENV)/.installed-docs
 INTEROP := $(VENV)/.installed-interop
 # What has no target of its own.
 HERE := not pods and not gpu and not hosts and not interop and not engines
 
-.PHONY: demo test test-fast test-hosts test-engines test-interop test-pods test-gpu lint golden clean
+.PHONY: demo test test-fast test-hosts test-engines test-interop test-pods test-gpu lint site golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.sweep demo.seeds --local.workers 2
@@ -73,6 +75,9 @@ lint: $(LINTED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+site: $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 golden: $(INSTALLED)
 	$(BIN)/python -m tests.golden
 
@@ -92,9 +97,13 @@ $(LINTED): $(TESTED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
 	touch $@
 
+$(DOCUMENTED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
 $(INTEROP): $(TESTED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,interop]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) build runs data

@@ -94,6 +94,13 @@ def test_every_link_leads_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_a_list_begins_after_an_empty_line(page):
+    """Else a website of these pages shows it as one paragraph."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"^(?!\s*(?:- |\d+\. )|  )\S.*\n- .*", text, flags=re.MULTILINE) == []
+
+
 def test_the_readme_is_one_screen_and_every_page_is_reached_from_it():
     text = README.read_text()
     assert len(text.splitlines()) <= 120
