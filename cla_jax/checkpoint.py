@@ -74,7 +74,7 @@ class Checkpointer:
         self._save(int(state.step), _parts(state))
 
     def save_model(self, step: int, model: Transformer) -> None:
-        """Like `save`, of a model without a training state: it can be evaluated, not trained on."""
+        """Like `save`, of a model without a training state: training begins with it."""
         self._save(step, {"model": named(model)})
 
     def _save(self, step: int, parts: dict[str, dict[str, Any]]) -> None:
@@ -158,6 +158,8 @@ def restore_latest(
     directory: epath.Path, abstract: State, owner: Owner | None = None
 ) -> State | None:
     """The newest checkpoint that verifies, in the layout of `abstract`; None if none was ever saved.
+
+    Of one that holds a model alone, the moments are None.
 
     One that is damaged or of another run is reported, set aside as STEP.damaged with its manifest, and the
     one before it used. Raises ValueError if no checkpoint is left, or if the arrays are not those of
@@ -287,7 +289,13 @@ def _parts(state: State) -> dict[str, dict[str, jax.Array]]:
 
 
 def _load(path: epath.Path, abstract: State) -> State:
-    parts = _load_parts(path, _parts(abstract))
+    wanted = _parts(abstract)
+    if "step" not in _read_manifest(path)["arrays"]:  # `save_model` made it
+        del wanted["training"]
+    parts = _load_parts(path, wanted)
+    if "training" not in parts:
+        step = jax.numpy.asarray(int(path.name), abstract.step.dtype)
+        return State(step=step, model=with_named(abstract.model, parts["model"]), moments=None)
     training = with_named({"step": abstract.step, "moments": abstract.moments}, parts["training"])
     return State(
         step=training["step"],

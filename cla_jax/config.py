@@ -558,6 +558,51 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Initial weights are drawn from the seed."""
+
+    # scratch or run; each has fields of its own.
+    kind: Literal["scratch"] = dataclasses.field(default="scratch", init=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromRun:
+    """Initial weights are those of another run, converted to this model.
+
+    The two models may differ in n_kv_heads and kv_map: several heads of keys and values become one. The
+    other run may also teach this one: the loss is then (1 - w) cross-entropy + w T^2 KL(teacher || student).
+    """
+
+    # scratch or run; each has fields of its own.
+    kind: Literal["run"] = dataclasses.field(default="run", init=False)
+    # The directory of the other run.
+    run: str = ""
+    # The checksum of its checkpoint; empty for the newest one, whatever it is.
+    checkpoint: str = ""
+    # How one head of keys and values is made of several: the producer's first; their mean; the mean with the
+    # members' norm; the mean after each was rotated towards the others; least squares on activations. The
+    # last two run the source on text, and fold what they turn into the queries and outputs that read it.
+    init: Literal["own", "mean", "renormalized", "aligned", "least_squares"] = "aligned"
+    # Windows of the training text that these two look at.
+    calibration_windows: int = 16
+    # w: the weight of the teacher in the loss; 0 is plain training.
+    distill_weight: float = 0.0
+    # T: logits of both are divided by it.
+    distill_temperature: float = 1.0
+
+    def __post_init__(self):
+        names.check_path("start.run", self.run)
+        choice("start.init", self.init, INITS)
+        _positive("start.calibration_windows", self.calibration_windows)
+        if not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"start.distill_weight = {self.distill_weight} must lie in 0 to 1")
+        _positive("start.distill_temperature", self.distill_temperature)
+
+
+INITS = ("own", "mean", "renormalized", "aligned", "least_squares")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis; one axis may be -1, which takes the devices that are left."""
 
@@ -682,6 +727,8 @@ class Config:
     steps: int
     # Seeds the initial weights and the order of the data.
     seed: int = 0
+    # Where the initial weights are from.
+    start: Scratch | FromRun = Scratch()
     # Where and how the run computes; it may change at any restart.
     placement: Placement = Placement()
 
@@ -775,9 +822,12 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 def identity(config: Config) -> dict[str, Any]:
     """The half of the config that says which run it is, as nested dicts.
 
-    A run without a mixture has no fields of one: the identities of runs from before mixtures stay.
+    A run without a mixture has no fields of one, and a run from scratch no start: the identities of runs
+    from before there were these stay.
     """
     fields = dataclasses.asdict(config)
+    if config.start == Scratch():
+        del fields["start"]
     for field in ("mixture", "stages"):
         if not fields["data"][field]:
             del fields["data"][field]

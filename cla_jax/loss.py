@@ -7,6 +7,7 @@ compared with keeping them it saves B * T * V floats.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,21 @@ from cla_jax.model.layers import axes
 from cla_jax.model.transformer import project
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+class Distill(NamedTuple):
+    """How much a teacher counts, and at what temperature."""
+
+    weight: float
+    temperature: float
+
+
+class Taught(NamedTuple):
+    """What a teacher says of the same tokens."""
+
+    x_BTD: jax.Array  # its final hidden states
+    head_VD: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 7))
 def cross_entropy(
     x_BTD: jax.Array,
     head_VD: jax.Array,
@@ -24,17 +39,23 @@ def cross_entropy(
     weights_BT: jax.Array,
     chunk: int,
     rules: AxisRules,
+    taught: Taught | None = None,
+    distill: Distill | None = None,
 ) -> jax.Array:
     """Weighted sum over all tokens of the negative log-likelihood, in nats; a float32 scalar.
+
+    With a teacher a token's loss is (1 - w) of that and w T^2 of KL(teacher || student), where logits of
+    both are divided by T (1503.02531). No gradient reaches the teacher.
 
     `x_BTD` are final hidden states in the compute dtype, `head_VD` the float32 output head,
     `weights_BT` float32 (0 leaves a token out). `chunk` positions are handled at once; it divides T.
     """
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
+    teach = _teacher(taught, chunk, rules)
 
     def step(total, start):
         tokens = _chunk(start, chunk, x_BTD, targets_BT, weights_BT)
-        loss, _ = _chunk_loss(tokens, whole_VD, rules)
+        loss, _ = _chunk_loss(tokens, whole_VD, rules, teach(start), distill)
         return total + loss, None
 
     return jax.lax.scan(step, jnp.zeros(()), jnp.arange(0, x_BTD.shape[1], chunk))[0]
@@ -58,16 +79,19 @@ def token_losses(
     return jnp.moveaxis(found, 0, 1).reshape(B, T)
 
 
-def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
+def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules, taught=None, distill=None):
     # Before the loop, which would gather it once a chunk.
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
+    teach = _teacher(taught, chunk, rules)
     B, T, D = x_BTD.shape
     spec = rules.gathered().spec(*axes("BTD"))
 
     def step(carry, start):
         total, d_head_DV, d_x_BTD = carry
         tokens = _chunk(start, chunk, x_BTD, targets_BT, weights_BT)
-        loss, d_logits_NV = _chunk_loss(tokens, whole_VD, rules, gradient=True)
+        loss, d_logits_NV = _chunk_loss(
+            tokens, whole_VD, rules, teach(start), distill, gradient=True
+        )
         d_x_ND = jnp.einsum(
             "NV,VD->ND",
             d_logits_NV,
@@ -100,11 +124,11 @@ def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules):
     return loss, jax.lax.optimization_barrier((d_x_BTD, d_head_DV.T))
 
 
-def _backward(_chunk, _rules, residuals, d_loss):
+def _backward(_chunk, _rules, _distill, residuals, d_loss):
     d_x_BTD, d_head_VD = residuals
     # The cotangent, 1 / tokens, would be rounded in the compute dtype: scaled in float32 it is not.
     scaled_BTD = (d_loss * d_x_BTD.astype(jnp.float32)).astype(d_x_BTD.dtype)
-    return (scaled_BTD, d_loss * d_head_VD, None, None)
+    return (scaled_BTD, d_loss * d_head_VD, None, None, None)
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -120,15 +144,31 @@ def _chunk(start: jax.Array, size: int, *arrays_BT: jax.Array) -> tuple[jax.Arra
     return tuple(map(cut, arrays_BT))
 
 
-def _chunk_loss(inputs, head_VD, rules, *, gradient=False):
+def _teacher(taught: Taught | None, chunk: int, rules: AxisRules):
+    """From where a chunk begins to the teacher's logits of it; None without a teacher."""
+    if taught is None:
+        return lambda start: None
+    whole_VD = _whole(taught.head_VD.astype(taught.x_BTD.dtype), rules)
+    return lambda start: _logits(*_chunk(start, chunk, taught.x_BTD), whole_VD, rules)
+
+
+def _chunk_loss(inputs, head_VD, rules, teacher_NV=None, distill=None, *, gradient=False):
     """The chunk's weighted loss and, if asked for, its gradient with respect to the logits."""
     x_ND, targets_N, weights_N = inputs
     logits_NV = _logits(x_ND, head_VD, rules)
     losses_N, log_total_N, is_target_NV = losses(logits_NV, targets_N)
+    if teacher_NV is not None:
+        w, T = distill
+        student_NV, teacher_NV = (jax.nn.log_softmax(a / T) for a in (logits_NV, teacher_NV))
+        kl_N = jnp.sum(jnp.exp(teacher_NV) * (teacher_NV - student_NV), axis=-1)
+        losses_N = (1 - w) * losses_N + w * T**2 * kl_N
     loss = jnp.sum(weights_N * losses_N)
     if not gradient:
         return loss, None
     d_logits_NV = jnp.exp(logits_NV - log_total_N[..., None]) - is_target_NV
+    if teacher_NV is not None:
+        apart_NV = jnp.exp(student_NV) - jnp.exp(teacher_NV)
+        d_logits_NV = (1 - w) * d_logits_NV + w * T * apart_NV
     return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
 
 

@@ -375,7 +375,7 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
 
 def _lower(layout: Layout) -> Any:
     with jax.set_mesh(layout.mesh), _asked_of(list(layout.mesh.devices.flat)):
-        return make_step(layout).lower(layout.state, layout.batch)
+        return make_step(layout).lower(*layout.inputs)
 
 
 def _compilers() -> list[importlib.metadata.Distribution]:

@@ -5,8 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from cla_jax import extras, names, runs
-from cla_jax.config import Config
+from cla_jax import extras, names, runs, start
+from cla_jax.config import Config, FromRun
 
 _WANDB = "/\\#?%:"  # what the name of a project there may not hold
 
@@ -28,8 +28,12 @@ def check(config: Config, *, leads: bool = True) -> None:
     if runs.is_local(run.path):
         _check_parents(f"name = {config.name!r}", Path(run.path))
         _check_neighbours(config, Path(run.path))
-    if (run.path / "config.json").exists() and run.has_begun:
+    begun = (run.path / "config.json").exists() and run.has_begun
+    if begun:
         runs.check_identity(run, config, {})
+    # A run that has begun no longer needs the other one, unless that teaches it.
+    if isinstance(config.start, FromRun) and (config.start.distill_weight or not begun):
+        start.check_start(config)
 
 
 def _check_neighbours(config: Config, path: Path) -> None:

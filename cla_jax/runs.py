@@ -440,7 +440,9 @@ def open_run(
         remove_partial(run.path)
         number = run.id or _saved_id(run)
         is_new = not (run.path / "config.json").exists()
-        further = {"format": _FORMAT if is_new or run.is_sealed else 1}
+        further: dict[str, Any] = {"format": _FORMAT if is_new or run.is_sealed else 1}
+        if not is_new and (origin := run.origin()):
+            further["origin"] = origin
         record = _record(config, data_fingerprint, tokenizer_json, number, **further)
         write_atomically(run.path / "config.json", _dump(record))
         write_atomically(run.path / "tokenizer.json", tokenizer_json)
@@ -524,7 +526,11 @@ def new_run(
                 left.rmtree() if left.is_dir() else left.unlink()
         try:
             record = _record(
-                config, data_fingerprint, tokenizer_json, format=_FORMAT, origin=origin
+                config,
+                data_fingerprint,
+                tokenizer_json,
+                format=_FORMAT,
+                **({"origin": origin} if origin else {}),
             )
             write_atomically(partial / "config.json", _dump(record))
             write_atomically(partial / "tokenizer.json", tokenizer_json)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,20 +16,31 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cla_jax import budget, checkpoint, chips, costs, goodput, machine, profiler, runs
+from cla_jax import (
+    budget,
+    checkpoint,
+    chips,
+    costs,
+    goodput,
+    machine,
+    profiler,
+    runs,
+    start,
+    uptrain,
+)
 from cla_jax import mesh as meshes
-from cla_jax.config import Config, OptimizerConfig, check_vocabulary
+from cla_jax.config import Config, FromRun, ModelConfig, OptimizerConfig, check_vocabulary
 from cla_jax.data import mixture
 from cla_jax.data.loader import PREFETCH, Batches
 from cla_jax.data.prepare import Corpus, corpus
-from cla_jax.loss import cross_entropy
+from cla_jax.loss import Distill, Taught, cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.messages import printable
 from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
 from cla_jax.runs import Run
-from cla_jax.state import State, abstract_state, initial_state
+from cla_jax.state import State, abstract_state, initial_state, with_layout
 from cla_jax.writers import CompositeWriter, make_writer
 
 log = logging.getLogger(__name__)
@@ -36,6 +48,15 @@ log = logging.getLogger(__name__)
 
 class Diverged(RuntimeError):
     """The loss or a gradient of a step was not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The run that teaches another one, on the same devices."""
+
+    model: ModelConfig
+    options: ForwardOptions
+    distill: Distill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,33 @@ class Layout:
     def state(self) -> State:
         """Shapes, dtypes and layouts of the run's state."""
         return abstract_state(self.config, self.optimizer, self.rules, self.mesh)
+
+    @functools.cached_property
+    def teacher(self) -> Teacher | None:
+        """How the run's teacher computes; None without one. Reads the config of that run."""
+        given = self.config.start
+        if not isinstance(given, FromRun) or not given.distill_weight:
+            return None
+        model = start.source(given).config().model
+        rules = meshes.axis_rules(model, self.mesh)
+        device = self.mesh.devices.flat[0]
+        attention = choose_backend(
+            self.config.placement.attention, model, self.config.data.seq_len, device
+        )
+        options = ForwardOptions(
+            rules=rules, scan_layers=self.options.scan_layers, attention=attention
+        )
+        distill = Distill(given.distill_weight, given.distill_temperature)
+        return Teacher(model=model, options=options, distill=distill)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What a step is given, in shapes, dtypes and layouts: state, batch, and the teacher's model."""
+        if self.teacher is None:
+            return self.state, self.batch
+        config = self.teacher.model
+        shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+        return self.state, self.batch, with_layout(shapes, self.teacher.options.rules, self.mesh)
 
     @property
     def batch(self) -> jax.ShapeDtypeStruct:
@@ -167,19 +215,33 @@ def loss_sum(
     end: int | None,
     begins: tuple[int, int] | None = None,
     loss_chunk: int,
+    teaching: Transformer | None = None,
+    teacher: Teacher | None = None,
 ) -> jax.Array:
-    """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens."""
+    """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens.
+
+    With the model of a teacher, `teaching`, it is a mean of that and of the distance to the teacher.
+    """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
-    x_BTD = model(inputs_of(inputs_BT, begins), options, starts_BT)
+    read_BT = inputs_of(inputs_BT, begins)
+    x_BTD = model(read_BT, options, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
+    taught = None
+    if teaching is not None and teacher is not None:
+        with jax.named_scope("teacher"):
+            taught = Taught(teaching(read_BT, teacher.options, starts_BT), teaching.head_VD)
+    distill = teacher.distill if teacher else None
     with jax.named_scope("loss"):
-        return cross_entropy(x_BTD, model.head_VD, targets_BT, weights_BT, chunk, options.rules)
+        return cross_entropy(
+            x_BTD, model.head_VD, targets_BT, weights_BT, chunk, options.rules, taught, distill
+        )
 
 
 def train_step(
     state: State,
     tokens_ABT1: jax.Array,
+    teaching: Transformer | None = None,
     *,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
@@ -187,6 +249,7 @@ def train_step(
     end: int | None,
     begins: tuple[int, int] | None = None,
     loss_chunk: int,
+    teacher: Teacher | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from A microbatches of B windows; a pure function of (state, batch).
 
@@ -204,6 +267,8 @@ def train_step(
             end=end,
             begins=begins,
             loss_chunk=loss_chunk,
+            teaching=teaching,
+            teacher=teacher,
         )
         return total / (A * B * (T1 - 1))
 
@@ -365,7 +430,7 @@ def train(
     """
     clock = clock or goodput.Clock()
     agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
-    session = prepare_session(config)
+    session = prepare_session(config, own_tokenizer(config))
     agree(
         {
             "data": data_record(session.prepared),
@@ -385,8 +450,10 @@ def train(
         first_step = int(state.step)
         log_start(session, run, first_step)
         log_data(session)
+        teaching = load_teacher(session)
         with clock.timed("compile"):
-            step_fn = compiling.result()
+            compiled = compiling.result()
+            step_fn = lambda state, batch: compiled(state, batch, *teaching)
             # Hosts compile for different times, but gloo waits only 30 s at the first collective.
             agree({"first step": first_step})
         batches = batch_stream(session, first_step, stop_waiting)
@@ -521,7 +588,7 @@ StepFn = Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
 def compile_step(layout: Layout) -> StepFn:
     """The step of a run, compiled ahead for the shapes and layouts it will meet; the state is donated."""
     with jax.set_mesh(layout.mesh):  # a property of the thread
-        step = make_step(layout).lower(layout.state, layout.batch)
+        step = make_step(layout).lower(*layout.inputs)
         with option_errors(layout.config.placement.compiler_options):
             compiled = step.compile()
     check_memory(layout, compiled)
@@ -550,6 +617,7 @@ def make_step(layout: Layout) -> Any:
         end=layout.end,
         begins=layout.begins,
         loss_chunk=placement.loss_chunk,
+        teacher=layout.teacher,
     )
 
 
@@ -598,9 +666,32 @@ def batch_stream(
 def restore_or_init(session: Session, run: Run) -> State:
     checkpoint.set_losses_aside(run)
     state = checkpoint.restore_latest(run.checkpoints, session.state, run.owner)
-    return (
-        initial_state(session.config, session.optimizer, session.state) if state is None else state
-    )
+    if state is not None and state.moments is not None:
+        return state
+    model = state and state.model
+    if model is None and isinstance(session.config.start, FromRun):
+        text = uptrain.Text(session.prepared, session.end, session.begins)
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, session.state.model)
+        model = jax.device_put(uptrain.first_model(session.config, text), layouts)
+    fresh = initial_state(session.config, session.optimizer, session.state)
+    return fresh if model is None else dataclasses.replace(fresh, model=model)
+
+
+def load_teacher(session: Session) -> tuple[Transformer, ...]:
+    """The model of the run's teacher, if it has one."""
+    if session.teacher is None:
+        return ()
+    given = session.config.start
+    assert isinstance(given, FromRun)
+    uptrain.check_tokenizers(start.source(given), session.prepared)
+    return (uptrain.load(given, session.teacher.options.rules, session.mesh),)
+
+
+def own_tokenizer(config: Config) -> str | None:
+    """The run's copy of a tokenizer that was a file and is not there; None where there is no such copy."""
+    named, run = config.data.tokenizer, Run(runs.run_path(config))
+    is_missing = named.endswith(".json") and not os.path.exists(named)
+    return run.tokenizer_json() if is_missing and run.has_begun else None
 
 
 def log_start(session: Session, run: Run, first_step: int) -> None:

@@ -9,21 +9,34 @@
 
     python -m launch.convert export runs/demo/seeds/h16_mqa_cla2.seed-0 exported
 
+    python -m launch.convert uptrain runs/X runs/Y --kv-map cla:2 --kv-heads 1    # share what is trained
+    python -m launch.train runs/Y/config.json                                     # and train it on
+
 An import makes a run directory, which evaluation, generation and export read like any other. An export
 makes a directory that transformers opens: `AutoModelForCausalLM.from_pretrained("exported",
 trust_remote_code=True)`; models without sharing are plain Llamas and need no remote code.
+
+`uptrain` makes a run whose first weights are those of another one with fewer KV heads or KV layers.
+docs/uptraining.md tells what each way costs.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from etils import epath
 
+from cla_jax.config import INITS, Config, FromRun
+from cla_jax.fields import replaced
 from cla_jax.interop.text import Text
 from launch.cli import log_to_stderr, read, user_errors
+
+if TYPE_CHECKING:
+    from cla_jax.runs import Run
 
 # Its fields are flags without a prefix.
 Flags = Annotated[Text, tyro.conf.arg(name="")]
@@ -65,10 +78,41 @@ class Export:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uptrain:
+    """Make a run that starts from another one, with fewer KV heads or layers; launch.train trains it on."""
+
+    # The run directory to start from.
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    # The run directory to make, with a checkpoint at step 0.
+    made: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MADE")]
+    # Which layers share: a kv_map; random:PRODUCERS[:SEED]; or damage:PRODUCERS, where those layers become
+    # consumers that do it with the least loss one by one. By default as it is.
+    kv_map: str | None = None
+    # KV heads; by default as many as there are.
+    kv_heads: int | None = None
+    # How one head is made of several; see start.init.
+    init: Literal["own", "mean", "renormalized", "aligned", "least_squares"] = "aligned"
+    # Steps, as a share of those of the recipe.
+    fraction: float = 0.05
+    # Whose optimizer, batch_size, steps and seed: an experiment, or a file like a run's config.json. By
+    # default the source's.
+    recipe: str | None = None
+    # Windows of training text that aligned, least_squares and damage look at.
+    calibration_windows: int = 16
+    # Weight of the source as a teacher in the loss; 0 is plain training.
+    distill_weight: float = 0.0
+    # Logits of both are divided by it.
+    distill_temperature: float = 1.0
+
+
+assert set(INITS) == set(typing.get_args(typing.get_type_hints(Uptrain)["init"]))
+
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+    | Annotated[Uptrain, tyro.conf.subcommand("uptrain")]
 )
 
 
@@ -88,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fetch(command.model, command.run or f"runs/{command.model}", command.text)
         case Export():
             _export(command)
+        case Uptrain():
+            _uptrain(command)
 
 
 def _import(path: Path, run: str, text: Text, tokenizer: str | None = None) -> None:
@@ -126,6 +172,97 @@ def _export(command: Export) -> None:
         made = export(run, command.directory, command.dtype, progress)
     remote = ", trust_remote_code=True" if (made / "modeling_cla.py").exists() else ""
     print(f'{made}: open it with AutoModelForCausalLM.from_pretrained("{made}"{remote})')
+
+
+def _uptrain(command: Uptrain) -> None:
+    from cla_jax import preflight, runs, start
+
+    source = runs.find_run(command.run)
+    if Path(command.made).exists():
+        raise ValueError(f"{command.made} exists already: remove it, or choose another directory")
+    config, form = _uptrained(command, source), None
+    if command.kv_map is not None:
+        form = start.resolved_map(command.kv_map, source.config().model)
+        kv_map = command.kv_map
+        if form:  # of the damage the measurement is still to come: any map of as many producers
+            kv_map = start.random_map(source.config().model, *form[1:])
+        config = replaced(config, {"model.kv_map": kv_map})
+    preflight.check(config)
+
+    from cla_jax import train, uptrain
+    from cla_jax.checkpoint import Checkpointer
+
+    pinned = uptrain.pinned(config.start)
+    config = dataclasses.replace(config, start=pinned)
+    from_file = config.data.tokenizer.endswith(".json") or bool(config.data.mixture)
+    session = train.prepare_session(config, source.tokenizer_json() if from_file else None)
+    text = uptrain.Text(session.prepared, session.end, session.begins)
+    if form and form[0] == "damage":
+        with _bar("measuring layers") as progress:
+            config = uptrain.with_least_damage(config, form[1], text, progress)
+        print(f"--kv-map {command.kv_map} is {config.model.kv_map}")
+    with runs.new_run(
+        config,
+        data_fingerprint=session.prepared.fingerprint,
+        tokenizer_json=session.prepared.tokenizer.to_json(),
+        origin=source.origin(),
+    ) as run:
+        saver = Checkpointer(run.checkpoints, config.placement.keep, run.owner)
+        try:
+            saver.save_model(0, uptrain.first_model(config, text))
+        finally:
+            saver.close()
+    print(
+        f"{command.made}: {config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens; train "
+        f"it with python -m launch.train {command.made}/config.json"
+    )
+
+
+def _uptrained(command: Uptrain, source: "Run") -> Config:
+    """The config of the run to make, with the source's kv_map."""
+    theirs, path = source.config(), Path(command.made)
+    recipe = theirs
+    if command.recipe is not None:
+        recipe = _recipe(command.recipe)
+    elif source.origin() and not isinstance(theirs.start, FromRun):
+        raise ValueError(
+            f"{source.path} was imported, and says nothing of how it was trained: name a --recipe"
+        )
+    if not 0 < command.fraction <= 1:
+        raise ValueError(f"--fraction {command.fraction} must lie above 0 and at most be 1")
+    start = FromRun(
+        run=command.run,
+        init=command.init,
+        calibration_windows=command.calibration_windows,
+        distill_weight=command.distill_weight,
+        distill_temperature=command.distill_temperature,
+    )
+    heads = {} if command.kv_heads is None else {"model.n_kv_heads": command.kv_heads}
+    return replaced(
+        theirs,
+        heads
+        | {
+            "name": path.name,
+            "placement.runs": str(path.parent),
+            "start": start,
+            "steps": max(round(command.fraction * recipe.steps), 1),
+            "batch_size": recipe.batch_size,
+            "optimizer": recipe.optimizer,
+            "seed": recipe.seed,
+        },
+    )
+
+
+def _recipe(name: str) -> Config:
+    import experiments
+    from cla_jax import runs
+
+    if name.endswith(".json"):
+        return runs.read_config(epath.Path(name))
+    config, *others = experiments.find(name)
+    if others:
+        raise ValueError(f"--recipe {name} is a study; name one of its rows, {config.name} say")
+    return config
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from etils import epath
 
 from cla_jax import files
-from cla_jax.config import Config, OptimizerConfig, Placement
+from cla_jax.config import Config, FromRun, OptimizerConfig, Placement, Scratch
 from cla_jax.fields import replaced
 from cla_jax.runs import write_atomically
 from launch import compilation_cache
@@ -40,6 +40,7 @@ def shape(config: Config) -> Config:
     Two hundred trials that differ in learning rate, seed and text have one shape, and it is compiled once.
     """
     usual = Placement()
+    taught = isinstance(config.start, FromRun) and config.start.distill_weight > 0
     return replaced(
         config,
         {
@@ -47,6 +48,7 @@ def shape(config: Config) -> Config:
             "steps": 1000,
             "seed": 0,
             "optimizer": OptimizerConfig(),
+            "start": config.start if taught else Scratch(),
             "data.source": "sotu",
             "data.mixture": (),
             "data.stages": (),

@@ -24,7 +24,7 @@ from pathlib import Path
 from etils import epath
 
 import experiments
-from cla_jax import goodput, preflight
+from cla_jax import goodput, preflight, runs
 from cla_jax.config import Config
 from cla_jax.fields import replaced
 from launch import allocator, hosts
@@ -40,13 +40,16 @@ def parse(argv: Sequence[str]) -> list[Config]:
         raise SystemExit(0 if argv else 2)
     name, *overrides = argv
     configs = [
-        read_config(
-            config,
-            overrides,
-            also=hosts.flags(),
-            prog=f"python -m launch.train {name}",
-            description=f"{config.name}: every field of the run, with its default. The flags for several "
-            "processes are in `python -m launch.train --help`.",
+        _with_tokenizer(
+            name,
+            read_config(
+                config,
+                overrides,
+                also=hosts.flags(),
+                prog=f"python -m launch.train {name}",
+                description=f"{config.name}: every field of the run, with its default. The flags for several "
+                "processes are in `python -m launch.train --help`.",
+            ),
         )
         for config in _found(name)
     ]
@@ -60,14 +63,20 @@ def _found(name: str) -> list[Config]:
     """The configs of an experiment or study, or the one in a file like a run's config.json."""
     if not name.endswith(".json"):
         return experiments.find(name)
-    from cla_jax import runs
+    return [runs.read_config(epath.Path(name))]
 
-    config = runs.read_config(epath.Path(name))
-    # An import names the copy of the tokenizer that lies beside its config.json.
+
+def _with_tokenizer(name: str, config: Config) -> Config:
+    """A config from a file, with the tokenizer that lies beside it, for a run of another directory.
+
+    An import names that copy. The run of the file's own directory finds it by itself.
+    """
     tokenizer, beside = config.data.tokenizer, Path(name).parent / config.data.tokenizer
-    if tokenizer.endswith(".json") and not Path(tokenizer).is_file() and beside.is_file():
-        config = replaced(config, {"data.tokenizer": str(beside)})
-    return [config]
+    is_own = Path(runs.run_path(config)).absolute() == Path(name).parent.absolute()
+    is_copy = name.endswith(".json") and tokenizer.endswith(".json") and not is_own
+    if is_copy and not Path(tokenizer).is_file() and beside.is_file():
+        return replaced(config, {"data.tokenizer": str(beside)})
+    return config
 
 
 @user_errors
@@ -91,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
     import jax
 
-    from cla_jax import runs
     from cla_jax import train as training
     from cla_jax.evaluate import during_training
     from launch import compilation_cache, distributed

@@ -35,6 +35,7 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "cla_jax-test
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -115,27 +116,27 @@ def short_documents(tmp_path_factory):
 @pytest.fixture
 def tiny(tmp_path, data_dir):
     """Makes a config of a run that takes a second: `tiny(steps=3, **{"model.kv_map": "identity"})`."""
+    return functools.partial(tiny_config, str(tmp_path / "runs"), data_dir)
 
-    def make(**changes: Any) -> Config:
-        config = Config(
-            name="tiny",
-            model=MODEL,
-            data=DataConfig(source="sotu:4", tokenizer="byte", seq_len=32, held_out=0.3),
-            optimizer=OptimizerConfig(peak_lr=1e-2),
-            batch_size=8,
-            steps=4,
-            placement=Placement(
-                runs=str(tmp_path / "runs"),
-                data_dir=data_dir,
-                loss_chunk=16,
-                log_every=2,
-                save_every=2,
-                eval_batch_size=256,
-            ),
-        )
-        return replace(config, **changes)
 
-    return make
+def tiny_config(runs: str, data_dir: str, **changes: Any) -> Config:
+    config = Config(
+        name="tiny",
+        model=MODEL,
+        data=DataConfig(source="sotu:4", tokenizer="byte", seq_len=32, held_out=0.3),
+        optimizer=OptimizerConfig(peak_lr=1e-2),
+        batch_size=8,
+        steps=4,
+        placement=Placement(
+            runs=runs,
+            data_dir=data_dir,
+            loss_chunk=16,
+            log_every=2,
+            save_every=2,
+            eval_batch_size=256,
+        ),
+    )
+    return replace(config, **changes)
 
 
 def replace(config: Any, **changes: Any) -> Any:

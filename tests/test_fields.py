@@ -13,15 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cla_jax import checkpoint, fields, runs
 from cla_jax import config as configs
-from cla_jax import fields, runs
 from cla_jax import mesh as meshes
-from cla_jax.config import WSD, Component, Muon, Stage
+from cla_jax.config import WSD, Component, FromRun, Muon, Stage
 from cla_jax.evaluate import during_training
 from cla_jax.fields import flatten
+from cla_jax.model.transformer import Transformer
 from cla_jax.runs import find_runs
 from cla_jax.state import named
-from cla_jax.train import batch_stream, make_step, prepare_session, restore_or_init, train
+from cla_jax.train import (
+    batch_stream,
+    load_teacher,
+    make_step,
+    prepare_session,
+    restore_or_init,
+    train,
+)
+from tests.conftest import tiny_config
 
 # Fields that say what is computed: other data, other arrays, or three steps that end in other numbers.
 IDENTITY = {
@@ -67,6 +76,13 @@ IDENTITY = {
     "batch_size": 4,
     "steps": 8,
     "seed": 1,
+    "start": FromRun(),
+    "start.run": "of another seed",
+    "start.checkpoint": "another",
+    "start.init": "mean",
+    "start.calibration_windows": 1,
+    "start.distill_weight": 0.5,
+    "start.distill_temperature": 5.0,
 }
 # Of those, what only several layers can show.
 OF_LAYERS = ("model.n_layers", "model.windows", "model.kv_map", "model.kv_norm")
@@ -126,8 +142,9 @@ def outcome(config) -> Iterator[dict]:
     with contextlib.closing(batch_stream(session, 0)) as batches, jax.set_mesh(session.mesh):
         state = restore_or_init(session, runs.Run(runs.epath.Path("/nowhere")))
         step = make_step(session)
+        teaching = load_teacher(session)
         for _ in range(3):
-            state, metrics = step(state, next(batches))
+            state, metrics = step(state, next(batches), *teaching)
     yield {"loss": metrics["loss"], **named(state.model)}
 
 
@@ -141,12 +158,30 @@ def base_outcomes():
     return {}
 
 
+@pytest.fixture
+def sources(tmp_path, data_dir):
+    """Runs of two KV heads, of two seeds, that a run of one may start from."""
+
+    def make(seed: int) -> str:
+        changes = {"model.kv_map": "identity", "model.n_layers": 1, "model.n_kv_heads": 2}
+        config = tiny_config(str(tmp_path), data_dir, name=f"seed-{seed}", seed=seed, **changes)
+        tokenizer = prepare_session(config).prepared.tokenizer.to_json()
+        with runs.new_run(config, data_fingerprint="", tokenizer_json=tokenizer, origin={}) as run:
+            saver = checkpoint.Checkpointer(run.checkpoints, 2, run.owner)
+            saver.save_model(0, Transformer(jax.random.key(seed), config.model))
+            saver.close()
+        return str(tmp_path / config.name)
+
+    return make
+
+
 @pytest.mark.slow  # a compilation a field
 @pytest.mark.parametrize("field", IDENTITY)
 def test_an_identity_field_changes_what_is_computed(
-    tiny, devices, field, base_outcomes, short_documents
+    tiny, devices, field, base_outcomes, short_documents, sources
 ):
     devices(1)
+    value = IDENTITY[field]
     base = {"data.source": short_documents, "placement.scan_layers": False}
     if field in OF_LAYERS:
         base |= {"model.n_layers": 2}
@@ -156,10 +191,20 @@ def test_an_identity_field_changes_what_is_computed(
         base |= OF_KINDS[field]
     if field == "data.stages":
         base |= {"data.mixture": IDENTITY["data.mixture"]}
-    key = (base["model.n_layers"], "data.mixture" in base, *sorted(OF_KINDS.get(field, ())))
+    if field == "start":
+        value = FromRun(run=sources(0))
+    elif field.startswith("start."):
+        weight = 0.5 if field == "start.distill_temperature" else 0.0
+        base |= {"start": FromRun(run=sources(0), distill_weight=weight)}
+        value = sources(1) if field == "start.run" else value
+    key = tuple(sorted((name, str(each)) for name, each in base.items()))
     if key not in base_outcomes:
         base_outcomes[key] = list(outcome(tiny(**base)))
-    changed = outcome(tiny(**(base | {field: IDENTITY[field]})))
+    if field == "start.checkpoint":
+        with pytest.raises(ValueError, match=r"start\.checkpoint = another is not the newest"):
+            list(outcome(tiny(**(base | {field: value}))))
+        return
+    changed = outcome(tiny(**(base | {field: value})))
     # The steps are compiled only where nothing else differs.
     assert not all(map(equal, changed, base_outcomes[key]))
 

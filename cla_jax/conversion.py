@@ -1,0 +1,172 @@
+"""How several heads of keys and values become one: the arithmetic of converting a trained model.
+
+Heads that become one are its *members*: heads of one layer (fewer KV heads), heads of several layers (layers
+that share), or both. A way to join them (`JOINS`) gives the weights of the shared head, and for each member
+how its readers make up for the change: a factor for each pair of dimensions that RoPE turns, which goes into
+the queries, and a matrix for the values, which goes into the outputs.
+
+    k_member ~ s * turn     pair by pair, a pair being a complex number: this commutes with RoPE
+    v_member ~ v_shared @ map
+
+Any orthogonal map would do for values, but keys are rotated by position after their projection: only what
+acts on each pair of dimensions alone, as a rotation and a factor, can be moved to the queries.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+_RIDGE = 1e-4  # of the mean square of an input, added in the regression on another layer's stream
+_ROUNDS = 10  # of moving members and their mean towards each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The heads that become one, in float64. With biases, the last row of each weight is the bias.
+
+    Weights are relative to the norm of the producer: they apply to its normed stream.
+    """
+
+    keys: np.ndarray  # [M, D, H]
+    values: np.ndarray  # [M, D, H]
+    # Activations that each member reads, normed, [M, N, D]; the first is the producer's own stream. Only
+    # where a join asks for them.
+    inputs: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """One head for all members, and what their readers do about it."""
+
+    key: np.ndarray  # [D, H]
+    value: np.ndarray  # [D, H]
+    turns: np.ndarray  # [M, H / 2], complex
+    maps: np.ndarray  # [M, H, H]
+
+
+def pairs(x: np.ndarray) -> np.ndarray:
+    """[..., H] as the H / 2 pairs that RoPE turns, complex: dimension i turns with dimension i + H / 2."""
+    half = x.shape[-1] // 2
+    return x[..., :half] + 1j * x[..., half:]
+
+
+def unpaired(z: np.ndarray) -> np.ndarray:
+    """The inverse of `pairs`."""
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def own(members: Members) -> Shared:
+    """The producer's own first head; what the others had is dropped."""
+    M, _, H = members.keys.shape
+    maps = np.broadcast_to(np.eye(H), (M, H, H))
+    return Shared(members.keys[0], members.values[0], np.ones((M, H // 2), complex), maps)
+
+
+def mean(members: Members) -> Shared:
+    """The mean of the weights, as the GQA paper converts (2305.13245, section 2.1)."""
+    simple = own(members)
+    return dataclasses.replace(
+        simple, key=members.keys.mean(axis=0), value=members.values.mean(axis=0)
+    )
+
+
+def renormalized(members: Members) -> Shared:
+    """The mean, as long as its members are in the mean: unlike heads cancel each other out."""
+    return _as_long(mean(members), members)
+
+
+def _as_long(shared: Shared, members: Members) -> Shared:
+    def scaled(joined: np.ndarray, each: np.ndarray) -> np.ndarray:
+        length = np.linalg.norm(joined)
+        return joined * (np.linalg.norm(each, axis=(1, 2)).mean() / length if length else 1.0)
+
+    return dataclasses.replace(
+        shared, key=scaled(shared.key, members.keys), value=scaled(shared.value, members.values)
+    )
+
+
+def aligned(members: Members) -> Shared:
+    """The mean after each member is rotated towards the others (2412.20677), then made as long as they are.
+
+    A key's pairs are rotated one by one, a value by any orthogonal matrix. Heads of a model have no common
+    basis: whatever rotates a head and its readers changes nothing. What is aligned are activations.
+    """
+    assert members.inputs is not None
+    of = lambda weights: [u @ w for u, w in zip(members.inputs, weights, strict=True)]
+    keys, values = [pairs(k) for k in of(members.keys)], of(members.values)
+    turns = np.ones((len(members), keys[0].shape[-1]), complex)
+    maps = np.stack([np.eye(values[0].shape[-1])] * len(members))
+    shared_key, shared_value = keys[0], values[0]
+    for _ in range(_ROUNDS):
+        turns = np.stack([_unit((shared_key.conj() * key).sum(axis=0)) for key in keys])
+        maps = np.stack([_orthogonal(shared_value.T @ value) for value in values])
+        shared_key = np.mean([k * t.conj() for k, t in zip(keys, turns, strict=True)], axis=0)
+        shared_value = np.mean([v @ m.T for v, m in zip(values, maps, strict=True)], axis=0)
+    key = unpaired(np.mean(pairs(members.keys) * turns[:, None].conj(), axis=0))
+    value = np.mean(members.values @ maps.transpose(0, 2, 1), axis=0)
+    return _as_long(Shared(key, value, turns, maps), members)
+
+
+def least_squares(members: Members) -> Shared:
+    """The head from which all members are read off with the least error, summed over the text.
+
+    Members of other layers are first expressed by the producer's stream (a regression). For the values, the
+    best H directions of all members together are then a singular value decomposition. For keys it is one
+    direction a pair, of complex numbers.
+    """
+    assert members.inputs is not None
+    stream = members.inputs[0]
+    square = stream.T @ stream
+    ridge = _RIDGE * np.trace(square) / len(square) * np.eye(len(square))
+    on_stream = lambda u, w: np.linalg.solve(square + ridge, stream.T @ (u @ w))
+    expressed = lambda weights: np.stack(
+        [
+            w if u is stream else on_stream(u, w)
+            for u, w in zip(members.inputs or [], weights, strict=True)
+        ]
+    )
+    keys, values = pairs(expressed(members.keys)), expressed(members.values)
+    M, D, H = values.shape
+    weight = M**-0.5  # equal members stay what they are
+
+    gram_PMM = np.einsum("mdp,de,nep->pmn", keys.conj(), square, keys, optimize=True)
+    best_PM = np.linalg.eigh(gram_PMM)[1][..., -1]
+    best_PM = best_PM * _unit(best_PM[:, :1].conj())
+    key = unpaired(np.einsum("mdp,pm->dp", keys, best_PM)) * weight
+    turns = best_PM.T.conj() / weight
+
+    side = values.transpose(1, 0, 2).reshape(D, M * H)
+    best = np.linalg.eigh(side.T @ square @ side)[1][:, -H:]
+    best = best @ _orthogonal(best[:H].T)  # in the basis of the first member
+    maps = best.T.reshape(H, M, H).transpose(1, 0, 2) / weight
+    return Shared(key, side @ best * weight, turns, maps)
+
+
+def _unit(z: np.ndarray) -> np.ndarray:
+    size = np.abs(z)
+    return np.where(size > 0, z / np.where(size > 0, size, 1), 1)
+
+
+def _orthogonal(a: np.ndarray) -> np.ndarray:
+    """The orthogonal matrix nearest to `a`."""
+    left, _, right = np.linalg.svd(a)
+    return left @ right
+
+
+JOINS: dict[str, Callable[[Members], Shared]] = {
+    "own": own,
+    "mean": mean,
+    "renormalized": renormalized,
+    "aligned": aligned,
+    "least_squares": least_squares,
+}
+CALIBRATED = ("aligned", "least_squares")  # these look at activations
+
+
+def join(members: Members, how: str) -> Shared:
+    """One head for all members. One member alone stays what it is, to the bit."""
+    return own(members) if len(members) == 1 else JOINS[how](members)

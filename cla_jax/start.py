@@ -1,0 +1,106 @@
+"""Starting from another run: what is refused, and which layers keep their keys and values.
+
+Only config.json of the other run is read here; `cla_jax.uptrain` converts its weights.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping
+
+from cla_jax import runs
+from cla_jax.config import Config, FromRun, ModelConfig
+from cla_jax.fields import difference
+from cla_jax.messages import shown
+
+# What a conversion changes, and what does not decide which weights a model has.
+_MAY_DIFFER = {"n_kv_heads", "kv_map", "init_std", "compute_dtype"}
+
+
+def source(start: FromRun) -> runs.Run:
+    """The run that another starts from. Raises ValueError if there is none with a checkpoint."""
+    if not start.run:
+        raise ValueError("start.run is empty: name the directory of the run to start from")
+    run = runs.find_run(start.run)
+    run.check_saved()
+    return run
+
+
+def check(theirs: Config, ours: Config, run: runs.Run) -> None:
+    """Raises ValueError, naming both sides, unless the model of `theirs` converts into that of `ours`."""
+    a, b = theirs.model, ours.model
+    fields = lambda model: {
+        key: value for key, value in dataclasses.asdict(model).items() if key not in _MAY_DIFFER
+    }
+    what = f"start.run = {shown(str(run.path))}"
+    for key, (mine, its) in difference(fields(b), fields(a)).items():
+        raise ValueError(
+            f"{what} has model.{key} = {its}, this run has {mine}: both must be the same"
+        )
+    if a.n_kv_heads % b.n_kv_heads:
+        raise ValueError(
+            f"{what} has model.n_kv_heads = {a.n_kv_heads}, which this run's {b.n_kv_heads} does not "
+            "divide: as many heads must become one for each"
+        )
+    producers = {layer for layer, read in enumerate(a.resolved_kv_map) if layer == read}
+    for layer, read in enumerate(b.resolved_kv_map):
+        if layer == read and layer not in producers:
+            raise ValueError(
+                f"{what} has no keys and values of layer {layer} (kv_map {a.kv_map}), and this run's kv_map "
+                f"{b.kv_map} makes it produce them: a conversion takes producers away, and adds none"
+            )
+    for field in ("tokenizer", "end_token", "begin_token"):
+        mine, its = getattr(ours.data, field), getattr(theirs.data, field)
+        # Files are compared by their content, when the data is there.
+        if mine != its and not (str(mine).endswith(".json") and str(its).endswith(".json")):
+            raise ValueError(f"{what} has data.{field} = {its!r}, this run has {mine!r}")
+
+
+def check_start(config: Config) -> None:
+    """Raises ValueError for a start that cannot be; reads config.json of the other run and no more."""
+    if isinstance(config.start, FromRun):
+        run = source(config.start)
+        check(run.config(), config, run)
+
+
+# ------------------------------------------------------------------- which layers keep producing
+
+
+def random_map(parts: ModelConfig, producers: int, seed: int) -> str:
+    """A kv_map of so many producers, drawn among those of a model; the first stays."""
+    theirs = sorted(set(parts.resolved_kv_map))
+    kept = random.Random(seed).sample(theirs[1:], producers - 1)
+    return map_of(parts, {theirs[0], *kept})
+
+
+def least_damaged(config: ModelConfig, damage: Mapping[int, float], producers: int) -> str:
+    """The kv_map of so many producers whose consumers do the least damage one by one."""
+    theirs = sorted(set(config.resolved_kv_map))
+    costly = sorted(damage, key=lambda layer: -damage[layer])
+    return map_of(config, {theirs[0], *costly[: producers - 1]})
+
+
+def map_of(config: ModelConfig, producers: set[int]) -> str:
+    """The map where each layer reads the newest of these producers at or below what it reads now."""
+    return ",".join(
+        str(max(kept for kept in producers if kept <= read)) for read in config.resolved_kv_map
+    )
+
+
+def resolved_map(form: str, config: ModelConfig) -> tuple[str, int, int] | None:
+    """`random:N`, `random:N:SEED` or `damage:N` as (kind, N, seed); None for a form of kv_map.
+
+    Raises ValueError for a number of producers that the model cannot be left with.
+    """
+    kind, *rest = form.split(":")
+    if kind not in ("random", "damage"):
+        return None
+    forms = {"random": "random:PRODUCERS[:SEED]", "damage": "damage:PRODUCERS"}
+    if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(str.isdecimal, rest)):
+        raise ValueError(f"--kv-map {shown(form)}: the form is {forms[kind]}")
+    producers = int(rest[0])
+    if not 1 <= producers <= config.n_slots:
+        raise ValueError(
+            f"--kv-map {shown(form)}: the source has {config.n_slots} producers (kv_map {config.kv_map}), "
+            f"so the run can have 1 to {config.n_slots}"
+        )
+    return kind, producers, int(rest[1]) if len(rest) > 1 else 0

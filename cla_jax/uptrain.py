@@ -1,0 +1,256 @@
+"""A run's first weights, made of another run's.
+
+The config says it all (`start`), so what is made once can be made again. `cla_jax.start` knows which models
+go together.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cla_jax import checkpoint, conversion, layerwise, runs
+from cla_jax import mesh as meshes
+from cla_jax.config import Config, FromRun, MeshConfig, ModelConfig
+from cla_jax.data.prepare import Corpus
+from cla_jax.layerwise import Arrays, Layer, Layers
+from cla_jax.mesh import AxisRules
+from cla_jax.messages import shown
+from cla_jax.model.transformer import Transformer, document_starts, inputs_of
+from cla_jax.start import check_start, least_damaged, map_of, source
+
+log = logging.getLogger(__name__)
+
+
+def check_tokenizers(run: runs.Run, prepared: Corpus) -> None:
+    """Raises ValueError unless the other run's tokenizer is that of this run's data."""
+    if run.tokenizer_json() != prepared.tokenizer.to_json():
+        raise ValueError(
+            f"start.run = {shown(str(run.path))} has another tokenizer.json than this run's data: its "
+            "embeddings mean other tokens"
+        )
+
+
+def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
+    """The model of the other run on a mesh. Raises ValueError if its checkpoint is not the one asked for."""
+    run = source(start)
+    step, model = checkpoint.load_model(run, rules, mesh)
+    found = checkpoint.fingerprint(run, step)
+    if start.checkpoint and found != start.checkpoint:
+        raise ValueError(
+            f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path}, which is of "
+            f"step {step} and has {found}: it was trained on, or altered"
+        )
+    return model
+
+
+def load_here(start: FromRun) -> Layers:
+    """The model of the other run, taken apart on this host."""
+    config = source(start).config().model
+    mesh = meshes.make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        model = load(start, meshes.axis_rules(config, mesh), mesh)
+    return layerwise.taken_apart(model)
+
+
+def first_model(config: Config, text: "Text") -> Transformer:
+    """The weights that a run starts with, as its `start` says. Its arrays are numpy's."""
+    start = config.start
+    assert isinstance(start, FromRun)
+    if jax.process_count() > 1:
+        raise ValueError(
+            "start.run: several processes cannot convert a model together: make the first checkpoint with "
+            "launch.convert uptrain, then start them"
+        )
+    check_start(config)
+    check_tokenizers(source(start), text.prepared)
+    parts = load_here(start)
+    model = dataclasses.replace(config.model, compute_dtype="float32")
+    inputs = None
+    if start.init in conversion.CALIBRATED and _joins(parts.config, model):
+        inputs = streams(parts, text, start.calibration_windows)
+    made = converted(parts, model, start.init, inputs)
+    return layerwise.put_together(dataclasses.replace(made, config=config.model))
+
+
+# ------------------------------------------------------------------------------------ conversion
+
+
+def converted(
+    parts: Layers, config: ModelConfig, init: str, inputs: Mapping[int, np.ndarray] | None
+) -> Layers:
+    """The layers of a model with fewer KV heads or producers.
+
+    `inputs` are the streams of the producers, for ways to join heads that ask for them (`streams`).
+    """
+    ours, theirs = config.resolved_kv_map, parts.config.resolved_kv_map
+    per_head = parts.config.n_kv_heads // config.n_kv_heads
+    layers = list(parts.layers)
+    for producer in sorted(set(ours)):
+        readers = [layer for layer, read in enumerate(ours) if read == producer]
+        sources = list(dict.fromkeys(theirs[layer] for layer in readers))
+        joined = [
+            conversion.join(
+                _members(parts, sources, range(k * per_head, (k + 1) * per_head), inputs), init
+            )
+            for k in range(config.n_kv_heads)
+        ]
+        for layer in readers:
+            at = sources.index(theirs[layer]) * per_head
+            block = _folded(parts.layers[layer].block, joined, slice(at, at + per_head))
+            layers[layer] = Layer(block, None)
+        projection = dict(parts.layers[producer].projection or {})
+        kv = np.stack([np.stack([each.key, each.value], 1) for each in joined], 2)  # [D, C, K, H]
+        D = projection["kv.weight"].shape[0]
+        projection["kv.weight"] = kv[:D].astype(np.float32)
+        if "kv.bias" in projection:
+            projection["kv.bias"] = kv[D].astype(np.float32)
+        layers[producer] = Layer(layers[producer].block, projection)
+    return Layers(config, tuple(layers), parts.rest)
+
+
+def _joins(theirs: ModelConfig, ours: ModelConfig) -> bool:
+    return (theirs.n_kv_heads, theirs.resolved_kv_map) != (ours.n_kv_heads, ours.resolved_kv_map)
+
+
+def _members(
+    parts: Layers, sources: Sequence[int], heads: range, inputs: Mapping[int, np.ndarray] | None
+) -> conversion.Members:
+    """The heads of these layers that become one; the first layer is the producer."""
+    scale = _norm_scale(parts.layers[sources[0]])
+    keys, values, streams = [], [], []
+    for producer in sources:
+        layer = parts.layers[producer]
+        assert layer.projection is not None
+        ratio = np.divide(_norm_scale(layer), scale, out=np.zeros_like(scale), where=scale != 0)
+        weight = layer.projection["kv.weight"].astype(np.float64) * ratio[:, None, None, None]
+        if "kv.bias" in layer.projection:
+            weight = np.concatenate([weight, layer.projection["kv.bias"][None]])
+        stream = None
+        if inputs is not None:
+            stream = inputs[producer] * scale
+            if "kv.bias" in layer.projection:
+                stream = np.concatenate([stream, np.ones((len(stream), 1))], axis=1)
+        for head in heads:
+            keys.append(weight[:, 0, head])
+            values.append(weight[:, 1, head])
+            streams.append(stream)
+    return conversion.Members(np.stack(keys), np.stack(values), None if inputs is None else streams)
+
+
+def _norm_scale(layer: Layer) -> np.ndarray:
+    """Of the norm that feeds a layer's K/V projection."""
+    own = (layer.projection or {}).get("norm.scale")
+    return (layer.block["attention_norm.scale"] if own is None else own).astype(np.float64)
+
+
+def _folded(block: Arrays, joined: Sequence[conversion.Shared], members: slice) -> Arrays:
+    """A block whose queries and outputs make up for what was done to the keys and values that they read."""
+    turns = np.concatenate([each.turns[members] for each in joined]).conj()  # [K, H / 2]
+    maps = np.concatenate([each.maps[members] for each in joined])  # [K, H, H]
+    K = len(joined)
+
+    def turned(query: np.ndarray) -> np.ndarray:
+        new = conversion.unpaired(conversion.pairs(query.astype(np.float64)) * turns[:, None])
+        return new.astype(np.float32).reshape(*query.shape[:-3], K, -1, query.shape[-1])
+
+    output = np.einsum("kij,kgjd->kgid", maps, block["output.weight"].astype(np.float64))
+    _, _, H, D = output.shape
+    changed = {
+        "query.weight": turned(block["query.weight"]),
+        "output.weight": output.astype(np.float32).reshape(K, -1, H, D),
+    }
+    if "query.bias" in block:
+        changed["query.bias"] = turned(block["query.bias"])
+    return block | changed
+
+
+# ----------------------------------------------------------------------------------- calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text of a run, as its model reads it."""
+
+    prepared: Corpus
+    end: int | None  # the token that attention must not cross
+    begins: tuple[int, int] | None
+
+    def windows(self, count: int, split: str = "train") -> tuple[np.ndarray, ...]:
+        """The first windows of a split, of each component alike: inputs, targets, and the first position
+        that each token may see; [B, T] each."""
+        parts = [part.split(split) for part in self.prepared.parts.values()]
+        each = -(-count // len(parts))
+        tokens_BT1 = np.stack(
+            [
+                example["tokens"]
+                for part in parts
+                for example in part.take(range(min(each, len(part))))
+            ]
+        )
+        inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+        starts_BT = np.zeros_like(inputs_BT)
+        if self.end is not None:
+            starts_BT = np.asarray(document_starts(inputs_BT, self.end))
+        return np.asarray(inputs_of(inputs_BT, self.begins)), targets_BT, starts_BT
+
+
+def streams(parts: Layers, text: Text, windows: int) -> dict[int, np.ndarray]:
+    """What the K/V projection of each producer reads on training text, before its norm's scale: [N, D]."""
+    tokens_BT, _, starts_BT = text.windows(windows)
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in set(parts.config.resolved_kv_map)}
+
+    def visit(layer: int, x_BTD: jax.Array) -> None:
+        if layer in found:
+            x = np.asarray(x_BTD[0])
+            square = np.mean(x * x, axis=-1, keepdims=True)
+            found[layer].append(x / np.sqrt(square + parts.config.norm_eps))
+
+    for row in range(len(tokens_BT)):
+        layerwise.run(parts, tokens_BT[row : row + 1], starts_BT[row : row + 1], visit)
+    return {layer: np.concatenate(rows) for layer, rows in found.items()}
+
+
+# -------------------------------------------------------------------- which layers can consume
+
+
+def damages(
+    parts: Layers, text: Text, init: str, windows: int, progress: Callable[[int, int], None]
+) -> dict[int, float]:
+    """For each producer but the first, the loss in nats on training text if it alone becomes a consumer.
+
+    It then reads the producer before it.
+    """
+    inputs = streams(parts, text, windows) if init in conversion.CALIBRATED else None
+    batch = text.windows(windows)
+    producers = sorted(set(parts.config.resolved_kv_map))
+    found = {}
+    for done, layer in enumerate(producers[1:]):
+        kv_map = map_of(parts.config, set(producers) - {layer})
+        config = dataclasses.replace(parts.config, kv_map=kv_map)
+        found[layer] = layerwise.mean_loss(converted(parts, config, init, inputs), *batch)
+        progress(done + 1, len(producers) - 1)
+    return found
+
+
+def with_least_damage(
+    config: Config, producers: int, text: Text, progress: Callable[[int, int], None]
+) -> Config:
+    """The config with the kv_map of so many producers whose consumers do the least damage one by one."""
+    start = config.start
+    assert isinstance(start, FromRun)
+    parts = load_here(start)
+    measured = damages(parts, text, start.init, start.calibration_windows, progress)
+    log.info("nats of each layer as a consumer: %s", {k: round(v, 3) for k, v in measured.items()})
+    kv_map = least_damaged(parts.config, measured, producers)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, kv_map=kv_map))
+
+
+def pinned(start: FromRun) -> FromRun:
+    """The start with the checkpoint named that is the newest now."""
+    run = source(start)
+    step = runs.saved_steps(run.checkpoints)[-1]
+    return dataclasses.replace(start, checkpoint=checkpoint.fingerprint(run, step))

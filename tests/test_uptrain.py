@@ -1,0 +1,322 @@
+"""Runs that start from other runs: the arithmetic of joining heads, whole conversions, teachers, refusals."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cla_jax import checkpoint, conversion, layerwise, runs, start, uptrain
+from cla_jax import mesh as meshes
+from cla_jax.config import FromRun, MeshConfig
+from cla_jax.loss import Distill, Taught, cross_entropy
+from cla_jax.mesh import AxisRules
+from cla_jax.model.transformer import ForwardOptions, Transformer
+from cla_jax.state import named
+from cla_jax.train import train
+from launch import convert
+from launch import train as launch_train
+from tests.conftest import MODEL, replace, tiny_config
+
+M, D, H, N = 3, 12, 8, 200
+
+
+@pytest.fixture
+def members():
+    """Three heads that are one head in disguise: rotated in pairs, and by orthogonal maps."""
+    draw = np.random.default_rng(0)
+    key, value = draw.normal(size=(2, D, H))
+    turns = np.exp(2j * np.pi * draw.random((M, 1, H // 2)))
+    maps = [np.linalg.qr(draw.normal(size=(H, H)))[0] for _ in range(M)]
+    stream = draw.normal(size=(N, D))
+    return conversion.Members(
+        conversion.unpaired(conversion.pairs(key) * turns),
+        np.stack([value @ rotation for rotation in maps]),
+        [stream] * M,
+    )
+
+
+def error(shared: conversion.Shared, members: conversion.Members) -> float:
+    """The part of the keys and values, as their readers see them, that a join loses."""
+    key = conversion.pairs(shared.key) * shared.turns[:, None]
+    lost = np.linalg.norm(conversion.unpaired(key) - members.keys)
+    lost += np.linalg.norm(shared.value @ shared.maps - members.values)
+    return lost / (np.linalg.norm(members.keys) + np.linalg.norm(members.values))
+
+
+@pytest.mark.parametrize("how", ["aligned", "least_squares"])
+def test_heads_that_differ_by_rotations_are_joined_without_loss(members, how):
+    assert error(conversion.JOINS[how](members), members) < 1e-6
+    assert error(conversion.mean(members), members) > 0.3
+
+
+def test_least_squares_loses_least(members):
+    draw = np.random.default_rng(1)
+    noisy = conversion.Members(
+        draw.normal(size=members.keys.shape), draw.normal(size=members.values.shape), members.inputs
+    )
+
+    def lost(how: str) -> float:
+        shared, (stream, *_) = conversion.JOINS[how](noisy), noisy.inputs
+        key = conversion.unpaired(conversion.pairs(shared.key) * shared.turns[:, None])
+        return float(
+            np.square(stream @ (key - noisy.keys)).sum()
+            + np.square(stream @ (shared.value @ shared.maps - noisy.values)).sum()
+        )
+
+    losses = {how: lost(how) for how in conversion.JOINS}
+    assert min(losses, key=losses.__getitem__) == "least_squares"
+
+
+@pytest.mark.parametrize("how", conversion.JOINS)
+def test_one_member_stays_what_it_is(members, how):
+    one = conversion.Members(members.keys[:1], members.values[:1], members.inputs[:1])
+    shared = conversion.join(one, how)
+    np.testing.assert_array_equal(shared.key, members.keys[0])
+    np.testing.assert_array_equal(shared.maps[0], np.eye(H))
+
+
+def test_a_renormalized_mean_is_as_long_as_its_members(members):
+    lengths = np.linalg.norm(members.keys, axis=(1, 2))
+    assert np.linalg.norm(conversion.mean(members).key) < 0.9 * lengths.mean()
+    assert np.isclose(np.linalg.norm(conversion.renormalized(members).key), lengths.mean())
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_map": "0,1,0,0"},
+        {"kv_map": "0,1,1,3", "kv_norm": "block", "bias": True, "tied_embeddings": False},
+    ],
+)
+def test_a_model_is_taken_apart_and_put_together(changes):
+    config = replace(MODEL, **changes)
+    model = Transformer(jax.random.key(0), config)
+    parts = layerwise.taken_apart(model)
+    again = layerwise.put_together(parts)
+    for name, array in named(model).items():
+        np.testing.assert_array_equal(named(again)[name], array)
+    tokens = np.random.default_rng(0).integers(0, 260, (2, 17))
+    starts = np.zeros((2, 16), np.int32)
+    logits = jax.jit(lambda model, tokens: model.logits(tokens, ForwardOptions()))
+    log_p = jax.nn.log_softmax(logits(model, tokens[:, :-1]))
+    expected = -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+    found = layerwise.mean_loss(parts, tokens[:, :-1], tokens[:, 1:], starts)
+    assert np.isclose(found, expected, rtol=1e-6)
+
+
+def disguised(config) -> tuple[layerwise.Layers, dict[int, np.ndarray]]:
+    """A model with two KV heads a layer that are one, but for rotations; and inputs to its layers."""
+    parts = layerwise.taken_apart(Transformer(jax.random.key(0), config))
+    draw, layers = np.random.default_rng(0), []
+    for layer in parts.layers:
+        angles = np.exp(2j * np.pi * draw.random(config.d_head // 2))
+        rotation = np.linalg.qr(draw.normal(size=(config.d_head, config.d_head)))[0]
+        kv = layer.projection["kv.weight"].copy()
+        kv[:, 0, 1] = conversion.unpaired(conversion.pairs(kv[:, 0, 0]) * angles)
+        kv[:, 1, 1] = kv[:, 1, 0] @ rotation
+        layers.append(layerwise.Layer(layer.block, layer.projection | {"kv.weight": kv}))
+    inputs = {i: draw.normal(size=(64, config.d_model)) for i in range(config.n_layers)}
+    return layerwise.Layers(config, tuple(layers), parts.rest), inputs
+
+
+@pytest.mark.parametrize(
+    ("init", "is_exact"), [("aligned", True), ("least_squares", True), ("mean", False)]
+)
+def test_what_is_folded_into_queries_and_outputs_leaves_the_model_as_it_is(init, is_exact):
+    """Through RoPE, for every position: a rotation that mixed pairs would show."""
+    config = replace(MODEL, n_kv_heads=2, kv_map="identity", n_layers=2)
+    parts, inputs = disguised(config)
+    made = uptrain.converted(parts, replace(config, n_kv_heads=1), init, inputs)
+    tokens = np.random.default_rng(0).integers(0, 260, (1, 17))
+    starts = np.zeros((1, 16), np.int32)
+    before, after = (layerwise.run(p, tokens[:, :-1], starts) for p in (parts, made))
+    assert (float(jnp.abs(after - before).max()) < 1e-4) == is_exact
+
+
+def test_a_conversion_that_changes_nothing_is_exact():
+    config = replace(MODEL, n_kv_heads=2, kv_map="0,0,2,0", bias=True)
+    model = Transformer(jax.random.key(0), config)
+    parts = layerwise.taken_apart(model)
+    for init in conversion.JOINS:
+        made = layerwise.put_together(uptrain.converted(parts, config, init, None))
+        for name, array in named(model).items():
+            np.testing.assert_array_equal(named(made)[name], array)
+
+
+def test_own_keeps_the_first_head_of_the_producer():
+    config = replace(MODEL, n_kv_heads=2, kv_map="identity", kv_norm="block")
+    parts = layerwise.taken_apart(Transformer(jax.random.key(0), config))
+    made = uptrain.converted(parts, replace(config, n_kv_heads=1, kv_map="cla:2"), "own", None)
+    before, after = (p.layers[2].projection["kv.weight"] for p in (parts, made))
+    np.testing.assert_array_equal(after, before[:, :, :1])
+    assert made.layers[3].projection is None
+
+
+# ------------------------------------------------------------------------------------------- maps
+
+
+def test_maps_are_drawn_or_take_the_least_damage():
+    config = replace(MODEL, kv_map="identity", n_layers=6)
+    drawn = {start.random_map(config, 3, seed) for seed in range(8)}
+    assert len(drawn) > 3
+    for kv_map in drawn:
+        assert replace(config, kv_map=kv_map).n_slots == 3
+    damage = {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.2, 5: 0.3}
+    assert start.least_damaged(config, damage, 3) == "0,1,1,3,3,3"
+    shared = replace(config, kv_map="0,0,2,2,4,4")
+    assert start.least_damaged(shared, {2: 0.1, 4: 0.2}, 2) == "0,0,0,0,4,4"
+    assert start.resolved_map("cla:2", config) is None
+    with pytest.raises(
+        ValueError, match=r"random:7.*6 producers \(kv_map identity\), so .* 1 to 6"
+    ):
+        start.resolved_map("random:7", config)
+    with pytest.raises(ValueError, match="the form is damage:PRODUCERS"):
+        start.resolved_map("damage:3:1", config)
+
+
+# ----------------------------------------------------------------------------------------- teacher
+
+
+def test_the_loss_of_a_teacher_and_its_gradient():
+    draw = jax.random.split(jax.random.key(0), 6)
+    x, taught = (jax.random.normal(key, (2, 6, 5)) for key in draw[:2])
+    head, theirs = (jax.random.normal(key, (7, 5)) for key in draw[2:4])
+    targets = jax.random.randint(draw[4], (2, 6), 0, 7)
+    weights = jax.random.uniform(draw[5], (2, 6))
+    w, T = 0.7, 2.0
+
+    def plain(x, head):
+        student, teacher = x @ head.T, taught @ theirs.T
+        log_p = jax.nn.log_softmax(student)
+        nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        teacher = jax.nn.softmax(teacher / T)
+        kl = jnp.sum(teacher * (jnp.log(teacher) - jax.nn.log_softmax(student / T)), -1)
+        return jnp.sum(weights * ((1 - w) * nll + w * T**2 * kl))
+
+    def ours(x, head):
+        said = Taught(taught, theirs)
+        return cross_entropy(x, head, targets, weights, 3, AxisRules(), said, Distill(w, T))
+
+    expected, found = (jax.value_and_grad(f, argnums=(0, 1))(x, head) for f in (plain, ours))
+    assert np.isclose(found[0], expected[0], rtol=1e-6)
+    assert np.isclose(ours(x, head), expected[0], rtol=1e-6)  # without a gradient
+    for a, b in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """A run of a few steps, with two KV heads and no sharing."""
+    config = tiny_config(
+        str(tmp_path_factory.mktemp("source")),
+        data_dir,
+        name="source",
+        steps=40,
+        **{
+            "model.kv_map": "identity",
+            "model.n_layers": 2,
+            "model.n_kv_heads": 2,
+            "placement.save_every": 40,
+        },
+    )
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda *_: first)
+        patched.setattr(jax, "device_count", lambda *_: 1)
+        assert train(config, evaluate=lambda *_: {})
+    return runs.find_run(f"{config.placement.runs}/source")
+
+
+def model_of(path) -> Transformer:
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    run = runs.find_run(path)
+    with jax.set_mesh(mesh):
+        return checkpoint.load_model(run, meshes.axis_rules(run.config().model, mesh), mesh)[1]
+
+
+def uptrained(trained, path, *flags: str) -> runs.Run:
+    convert.main(["uptrain", str(trained.path), str(path), "--calibration-windows", "2", *flags])
+    return runs.find_run(path)
+
+
+def test_a_start_without_a_change_has_the_weights_of_the_source(trained, tmp_path, devices):
+    devices(1)
+    made = uptrained(trained, tmp_path / "same", "--fraction", "0.5")
+    config, source = made.config(), trained.config()
+    assert (config.steps, config.seed, config.optimizer) == (20, source.seed, source.optimizer)
+    assert config.start.checkpoint == checkpoint.fingerprint(trained, 40)
+    before, after = named(model_of(trained.path)), named(model_of(made.path))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+def test_a_converted_run_is_trained_and_taught_and_goes_on(trained, tmp_path, devices):
+    devices(1)
+    flags = ("--kv-map", "damage:1", "--kv-heads", "1", "--fraction", "0.1")
+    made = uptrained(trained, tmp_path / "shared", *flags, "--distill-weight", "0.5")
+    assert made.config().model.kv_map == "0,0"
+    first = named(model_of(made.path))
+    (config,) = launch_train.parse([str(made.path / "config.json")])
+
+    def trained_on(config, until=None) -> list[float]:
+        stop = lambda step: step == until
+        done = train(config, evaluate=lambda *_: {"held_out_loss": 1.0}, should_stop=stop)
+        assert done == (until is None)
+        found = runs.find_run(runs.run_path(config))
+        return [record["loss"] for record in found.read_metrics() if "loss" in record]
+
+    assert len(trained_on(config, until=2)) == 2
+    losses = trained_on(config)
+    assert len(losses) == config.steps == 4
+    last = named(model_of(made.path))
+    assert any(bool(jnp.any(last[name] != array)) for name, array in first.items())
+    # The start says it all: of the config alone the same weights are made again, and taught the same.
+    assert trained_on(dataclasses.replace(config, name="again")) == losses
+
+
+def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, monkeypatch):
+    devices(1)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("weights were read"))
+    given = trained.config()
+
+    def refusal(**changes) -> str:
+        started = FromRun(run=str(trained.path))
+        with pytest.raises(ValueError) as refused:
+            start.check_start(replace(given, **({"start": started} | changes)))
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "model.n_layers = 2, this run has 3" in refusal(**{"model.n_layers": 3})
+    assert "n_kv_heads = 2, which this run's 4" in refusal(**{"model.n_kv_heads": 4})
+    assert "data.tokenizer = 'byte', this run has 'bpe:259'" in refusal(
+        **{"data.tokenizer": "bpe:259"}
+    )
+    assert "start.run is empty" in refusal(start=FromRun())
+    with pytest.raises(ValueError, match=r"no keys and values of layer 1 .*cla:2.*identity"):
+        start.check(replace(given, **{"model.kv_map": "cla:2"}), given, trained)
+    with pytest.raises(SystemExit):
+        convert.main(["uptrain", str(trained.path), str(tmp_path / "x"), "--kv-heads", "3"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_checkpoint_than_the_one_named_is_refused(trained, devices):
+    devices(1)
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(
+        ValueError, match=r"start.checkpoint = 0+ is not the newest checkpoint of .*step 40"
+    ):
+        uptrain.load(FromRun(run=str(trained.path), checkpoint="0" * 8), AxisRules(), mesh)
+
+
+def test_a_run_from_scratch_has_no_start_in_its_identity(trained):
+    assert "start" not in json.loads((trained.path / "config.json").read_text())["identity"]
