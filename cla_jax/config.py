@@ -87,6 +87,37 @@ def check_source(name: str, source: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsKV:
+    """Keys and values of n_kv_heads heads, each d_head wide."""
+
+    # heads or latent; each has fields of its own.
+    kind: Literal["heads"] = dataclasses.field(default="heads", init=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentKV:
+    """One latent for all heads, and a rotated key beside it: multi-head latent attention (2405.04434, 2.1).
+
+    Each layer makes keys and values of the latent by matrices of its own, so layers that share a latent
+    need not share keys and values.
+    """
+
+    # heads or latent; each has fields of its own.
+    kind: Literal["latent"] = dataclasses.field(default="latent", init=False)
+    # Width of the latent.
+    rank: int = 64
+    # Width of the part of queries and keys that RoPE turns, beside the d_head that it leaves alone; even.
+    rope_dims: int = 16
+
+    def __post_init__(self):
+        _positive("model.kv.rank", self.rank)
+        if self.rope_dims < 2 or self.rope_dims % 2:
+            raise ValueError(
+                f"model.kv.rope_dims = {self.rope_dims} must be even: RoPE turns pairs of dimensions"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-like decoder with grouped heads and layer-shared keys and values."""
 
@@ -104,6 +135,8 @@ class ModelConfig:
     n_kv_heads: int
     # Width of a head; even, since RoPE turns pairs.
     d_head: int
+    # What a K/V projection makes, and a cache holds.
+    kv: HeadsKV | LatentKV = HeadsKV()
     # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends,
     # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2.
     kv_map: str = "identity"
@@ -143,6 +176,19 @@ class ModelConfig:
             raise ValueError(
                 f"model.d_head = {self.d_head} must be even: RoPE turns pairs of dimensions"
             )
+        if isinstance(self.kv, LatentKV):
+            if self.kv.rank > self.d_model:
+                raise ValueError(
+                    f"model.kv.rank = {self.kv.rank} is wider than the stream that it is made of: "
+                    f"model.d_model = {self.d_model}"
+                )
+            if self.n_kv_heads != 1:
+                raise ValueError(
+                    f"model.n_kv_heads = {self.n_kv_heads} must be 1 with model.kv.kind = latent: all heads "
+                    "read one latent"
+                )
+            if self.bias:
+                raise ValueError("model.bias = True: models with model.kv.kind = latent have none")
         choice("model.kv_norm", self.kv_norm, ("own", "block"))
         choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
@@ -212,6 +258,35 @@ class ModelConfig:
     def q_groups(self) -> int:
         """Query heads per key/value head (G)."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of a query head: with a latent, d_head and what is rotated."""
+        return self.d_head + (self.kv.rope_dims if isinstance(self.kv, LatentKV) else 0)
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a query head that RoPE turns."""
+        return self.kv.rope_dims if isinstance(self.kv, LatentKV) else self.d_head
+
+    @property
+    def kept_widths(self) -> tuple[int, int]:
+        """Widths of what is kept of a token as keys and as values of a KV head.
+
+        With a latent, these are the rotated key and the latent.
+        """
+        if isinstance(self.kv, LatentKV):
+            return self.kv.rope_dims, self.kv.rank
+        return self.d_head, self.d_head
+
+    @property
+    def read_widths(self) -> tuple[int, int]:
+        """Widths of a key and a value as attention reads them from a cache.
+
+        With a latent, values are the latent, and keys are the latent and the rotated key.
+        """
+        keys, values = self.kept_widths
+        return (keys + values, values) if isinstance(self.kv, LatentKV) else (keys, values)
 
     @property
     def n_slots(self) -> int:
@@ -822,10 +897,12 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 def identity(config: Config) -> dict[str, Any]:
     """The half of the config that says which run it is, as nested dicts.
 
-    A run without a mixture has no fields of one, and a run from scratch no start: the identities of runs
-    from before there were these stay.
+    A run without a mixture has no fields of one, a run from scratch no start, and a model without a latent
+    no kv: the identities of runs from before there were these stay.
     """
     fields = dataclasses.asdict(config)
+    if config.model.kv == HeadsKV():
+        del fields["model"]["kv"]
     if config.start == Scratch():
         del fields["start"]
     for field in ("mixture", "stages"):

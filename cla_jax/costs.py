@@ -6,7 +6,7 @@ Nothing is allocated and jax is not imported; tests hold every number equal to t
 import dataclasses
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config import ModelConfig, Muon, OptimizerConfig
+from cla_jax.config import LatentKV, ModelConfig, Muon, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,16 @@ class Parameters:
 
 def parameters(model: ModelConfig) -> Parameters:
     d, f, bias = model.d_model, model.d_ff, int(model.bias)
-    q_width, kv_width = model.n_heads * model.d_head, 2 * model.n_kv_heads * model.d_head
+    q_width, o_width = model.n_heads * model.query_width, model.n_heads * model.d_head
+    kv_width = model.n_kv_heads * sum(model.kept_widths)
     query = d * q_width + bias * q_width
-    output = q_width * d + bias * d
+    output = o_width * d + bias * d
     mlp = 3 * d * f + bias * (2 * f + d)
     block = query + output + mlp + 2 * d
     kv_projection = d * kv_width + bias * kv_width + (d if model.kv_norm == "own" else 0)
+    if isinstance(model.kv, LatentKV):
+        block += 2 * model.kv.rank * o_width
+        kv_projection += model.kv.rank
     return Parameters(
         embedding=model.vocab_size * d,
         head=0 if model.tied_embeddings else model.vocab_size * d,
@@ -45,6 +49,8 @@ def parameters(model: ModelConfig) -> Parameters:
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward for one token of a window of `seq_len`: 6 N + 6 L n_heads d_head T.
 
+    With a latent, a query head is wider than its values: d_head stands for the mean of both.
+
     N counts the parameters with the output head and without the embedding table. Attention is halved for
     causality; a layer with a window W < T counts W (2 - W / T) instead of T. Rematerialisation is left out.
     """
@@ -52,7 +58,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     head = model.vocab_size * model.d_model if model.tied_embeddings else count.head
     windows = (min(window or seq_len, seq_len) for window in model.resolved_windows)
     seen = sum(window * (2 - window / seq_len) for window in windows)
-    attention = 6 * model.n_heads * model.d_head * seen
+    attention = 3 * model.n_heads * (model.query_width + model.d_head) * seen
     return 6.0 * (count.non_embedding + head) + attention
 
 
@@ -70,7 +76,7 @@ def kv_bytes(model: ModelConfig, context: int, bytes_per_element: int = 2) -> Kv
 
     Without windows they do not depend on the context.
     """
-    layer = 2 * model.n_kv_heads * model.d_head * bytes_per_element
+    layer = model.n_kv_heads * sum(model.kept_widths) * bytes_per_element
     tokens = [min(window or context, context) for window in model.resolved_windows]
     slots = kv_maps.slots(model.resolved_kv_map)
     return KvBytes(
@@ -103,7 +109,11 @@ def training_bytes(
 
 
 def _matrices(model: ModelConfig) -> int:
-    """Elements of the matrices of blocks, without biases and norms."""
+    """Elements of the matrices of blocks that read or write the residual stream."""
     without = dataclasses.replace(model, bias=False)
     norms = 2 * model.n_layers + (model.n_slots if model.kv_norm == "own" else 0)
-    return parameters(without).blocks - norms * model.d_model
+    others = norms * model.d_model
+    if isinstance(model.kv, LatentKV):
+        made = 2 * model.n_heads * model.d_head  # of a latent, for each of its elements
+        others += model.kv.rank * (model.n_layers * made + model.n_slots)
+    return parameters(without).blocks - others

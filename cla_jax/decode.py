@@ -122,7 +122,8 @@ def _group(
     def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
         return spec.attend(p, slot, q_BTKGH, step)
 
-    return blocks(x_BTD, slot, rope, attend, ForwardOptions(rules=spec.rules), spec.config)
+    options = ForwardOptions(rules=spec.rules, absorbed=True)
+    return blocks(x_BTD, slot, rope, attend, options, spec.config)
 
 
 # -------------------------------------------------------------------------------------- prefill

@@ -50,11 +50,11 @@ def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     sampling makes of them.
     """
     config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize
-    heads, H = config.n_heads, config.d_head
+    heads, (keys, values) = config.n_heads, config.read_widths
     block = max(max(spec.block(p), format.in_full) for p, format in enumerate(spec.formats))
-    attention = heads * (2 * H * width + 3 * block * 4 + 2 * H * 4)
+    attention = heads * ((keys + values) * width + 3 * block * 4 + 2 * values * 4)
     mlp = 3 * config.d_ff * width
-    decoded = 2 * block * config.n_kv_heads * H * width
+    decoded = block * config.n_kv_heads * (keys + values) * width
     per_token = 2 * config.d_model * width + max(attention, mlp)
     return decoded + tokens * per_token + 4 * config.vocab_size * 4
 

@@ -167,7 +167,8 @@ def estimate(layout: Layout) -> dict[str, int]:
     split = lambda axis, size: size // tensor if getattr(options.rules, axis) else size
     D, F, V = model.d_model, split("ff", model.d_ff), split("vocab", model.vocab_size)
     heads = split("kv_heads", split("q_groups", model.n_heads))
-    Q, KV = heads * model.d_head, 2 * split("kv_heads", model.n_kv_heads) * model.d_head
+    Q = heads * model.query_width
+    KV = split("kv_heads", model.n_kv_heads) * sum(model.kept_widths)
     tokens = _rows(layout) * config.data.seq_len
     chunk = _rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 
 from cla_jax import runs
-from cla_jax.config import Config, FromRun, ModelConfig
+from cla_jax.config import Config, FromRun, LatentKV, ModelConfig
 from cla_jax.fields import difference
 from cla_jax.messages import shown
 
@@ -40,6 +40,11 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         raise ValueError(
             f"{what} has model.n_kv_heads = {a.n_kv_heads}, which this run's {b.n_kv_heads} does not "
             "divide: as many heads must become one for each"
+        )
+    if isinstance(a.kv, LatentKV) and a.resolved_kv_map != b.resolved_kv_map:
+        raise ValueError(
+            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent are "
+            "not converted"
         )
     producers = {layer for layer, read in enumerate(a.resolved_kv_map) if layer == read}
     for layer, read in enumerate(b.resolved_kv_map):

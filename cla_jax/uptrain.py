@@ -69,10 +69,10 @@ def first_model(config: Config, text: "Text") -> Transformer:
     check_tokenizers(source(start), text.prepared)
     parts = load_here(start)
     model = dataclasses.replace(config.model, compute_dtype="float32")
-    inputs = None
-    if start.init in conversion.CALIBRATED and _joins(parts.config, model):
+    inputs, joins = None, _joins(parts.config, model)
+    if joins and start.init in conversion.CALIBRATED:
         inputs = streams(parts, text, start.calibration_windows)
-    made = converted(parts, model, start.init, inputs)
+    made = converted(parts, model, start.init, inputs) if joins else parts
     return layerwise.put_together(dataclasses.replace(made, config=config.model))
 
 

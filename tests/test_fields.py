@@ -16,7 +16,7 @@ import pytest
 from cla_jax import checkpoint, fields, runs
 from cla_jax import config as configs
 from cla_jax import mesh as meshes
-from cla_jax.config import WSD, Component, FromRun, Muon, Stage
+from cla_jax.config import WSD, Component, FromRun, LatentKV, Muon, Stage
 from cla_jax.evaluate import during_training
 from cla_jax.fields import flatten
 from cla_jax.model.transformer import Transformer
@@ -43,6 +43,9 @@ IDENTITY = {
     "model.d_head": 6,
     "model.windows": "3,3",
     "model.kv_map": "identity",
+    "model.kv": LatentKV(rank=12, rope_dims=4),
+    "model.kv.rank": 8,
+    "model.kv.rope_dims": 6,
     "model.kv_norm": "block",
     "model.tied_embeddings": False,
     "model.bias": True,
@@ -191,6 +194,8 @@ def test_an_identity_field_changes_what_is_computed(
         base |= OF_KINDS[field]
     if field == "data.stages":
         base |= {"data.mixture": IDENTITY["data.mixture"]}
+    if field.startswith("model.kv."):
+        base |= {"model.kv": IDENTITY["model.kv"]}
     if field == "start":
         value = FromRun(run=sources(0))
     elif field.startswith("start."):

@@ -15,7 +15,7 @@ import pytest
 
 from cla_jax import kv_map as kv_maps
 from cla_jax.cache import cache_spec
-from cla_jax.config import Sampling
+from cla_jax.config import LatentKV, Sampling
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.generate import generate
@@ -57,6 +57,29 @@ LLAMAS = {
     "yarn": (4, 1, 64, True, 1e4, YARN, False),
     "yarn-factor": (2, 2, 46, True, 1e4, YARN | {"attention_factor": 0.9, "beta_fast": 8.0}, False),
 }
+
+
+def deepseek(rank, turned, d_head, tied):
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        vocab_size=260,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        first_k_dense_replace=3,
+        q_lora_rank=None,
+        kv_lora_rank=rank,
+        qk_nope_head_dim=d_head,
+        v_head_dim=d_head,
+        qk_rope_head_dim=turned,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        max_position_embeddings=256,
+        eos_token_id=256,
+    )
+    return randomised(DeepseekV2ForCausalLM(config).eval())
 
 
 def llama(heads, kv_heads, d_head, tied, theta, scaling, bias):
@@ -123,6 +146,22 @@ def test_a_random_llama_has_the_same_logits(tmp_path, case):
     ours = interop.logits(names.to_model(found.tensors, config), tokens)
     expected = torch_logits(theirs, tokens)
     assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("shape", [(24, 8, 16, True), (40, 16, 12, False)])
+def test_a_random_deepseek_v2_has_the_same_logits(tmp_path, shape):
+    theirs = deepseek(*shape)
+    found = hf.read(saved(theirs, tmp_path))
+    assert found.config.kv == LatentKV(rank=shape[0], rope_dims=shape[1])
+    assert found.notes == ()
+    tokens = interop.tokens(2, 40)
+    config = dataclasses.replace(found.config, compute_dtype="float32")
+    model = names.to_model(found.tensors, config)
+    assert_close(interop.logits(model, tokens), torch_logits(theirs, tokens))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"first_k_dense_replace": 1}))
+    with pytest.raises(ValueError, match="first_k_dense_replace = 1: layers 1 to 2 are mixtures"):
+        hf.read(tmp_path)
 
 
 def test_mistral_sees_as_many_tokens(tmp_path):

@@ -25,12 +25,12 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
-from cla_jax.cache.per_token import Shape, Slot
+from cla_jax.cache.per_token import PerToken, Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
-from cla_jax.config import CACHE_FORMATS, ModelConfig
+from cla_jax.config import CACHE_FORMATS, LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
-from cla_jax.model.attention import KV, Segment, StepPositions, attend_segments
+from cla_jax.model.attention import KV, Segment, StepPositions, attend_segments, joined
 from cla_jax.model.layers import axes
 
 
@@ -218,7 +218,12 @@ class CacheSpec:
             # Padding sees nothing, and must not make others read from the beginning.
             first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
             segments = self.formats[p].segments(slot, step.lengths_B, first, self._here(p))
-            return attend_segments(q_BTKGH, segments, step, axis)
+            if isinstance(self.config.kv, LatentKV):
+                segments = [
+                    segment._replace(read=lambda i, read=segment.read: joined(read(i)))
+                    for segment in segments
+                ]
+            return attend_segments(q_BTKGH, segments, step, axis, self.config.read_widths[1])
 
         if jax.sharding.get_abstract_mesh().empty:
             return local(slot, q_BTKGH, step)
@@ -266,6 +271,12 @@ def cache_spec(
     )
     if len(formats) != config.n_slots:
         raise ValueError(f"{len(formats)} cache formats for a model of {config.n_slots} slots")
+    for held in formats if isinstance(config.kv, LatentKV) else ():
+        if not isinstance(held, PerToken):
+            raise ValueError(
+                f"cache format {held.name!r} keeps tokens in groups: a latent (model.kv.kind) is kept token "
+                "by token, in dense, float32, bfloat16, int8 or fp8"
+            )
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"cache: {name} = {value} must be a positive integer")

@@ -13,14 +13,16 @@ from cla_jax.model.attention import KV
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(PerToken):
-    """A slot is a KV of [B, E, K, H]."""
+    """A slot is a KV of [B, E, K, H]; keys and values of a latent have widths of their own."""
 
     held: str  # the dtype of the cache
 
     def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
-        shape = (batch, entries, config.n_kv_heads, config.d_head)
-        half: Any = Shape("BEKH", shape, carrier(self.held))
-        return KV(half, half)
+        heads = (batch, entries, config.n_kv_heads)
+        halves: Any = (
+            Shape("BEKH", (*heads, width), carrier(self.held)) for width in config.kept_widths
+        )
+        return KV(*halves)
 
     def encode(self, kv: KV) -> KV:
         return KV(*(kept(x, self.held) for x in kv))
@@ -29,4 +31,4 @@ class Dense(PerToken):
         return KV(*(restored(bits, self.held).astype(self.dtype) for bits in kept))
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        return 2 * config.n_kv_heads * config.d_head * jnp.dtype(self.held).itemsize
+        return config.n_kv_heads * sum(config.kept_widths) * jnp.dtype(self.held).itemsize

@@ -25,7 +25,7 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec, make_format
 from cla_jax.cache.per_token import PerToken, Shape, Slot
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import (
     EMPTY,
@@ -321,6 +321,8 @@ def refusal(config: ModelConfig, format: str) -> str | None:
     """Why no prefix-shared cache can be made; None if it can."""
     if any(config.resolved_windows):
         return "a prefix-shared cache has no sliding windows: model.windows must be 0"
+    if isinstance(config.kv, LatentKV):
+        return "a prefix-shared cache holds heads: model.kv.kind = latent has none"
     if not isinstance(make_format(format, config.compute_dtype), PerToken):
         return f"format {format} quantises tokens in groups: it cannot be shared page by page"
     return None

@@ -43,9 +43,11 @@ class _EightBit(PerToken):
 
     def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
         heads = (batch, entries, config.n_kv_heads)
-        codes = Shape("BEKH", (*heads, config.d_head), jnp.dtype(self.codes))
+        k_codes, v_codes = (
+            Shape("BEKH", (*heads, width), jnp.dtype(self.codes)) for width in config.kept_widths
+        )
         scales = Shape("BEK", heads, jnp.dtype("uint16"))
-        return Scaled(codes, scales, codes, scales)
+        return Scaled(k_codes, scales, v_codes, scales)
 
     def _quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
@@ -71,7 +73,7 @@ class _EightBit(PerToken):
         return KV(values(kept.k_codes, kept.k_scales), values(kept.v_codes, kept.v_scales))
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        return 2 * config.n_kv_heads * (config.d_head + SCALE_BYTES)
+        return config.n_kv_heads * (sum(config.kept_widths) + 2 * SCALE_BYTES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

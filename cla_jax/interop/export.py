@@ -15,7 +15,7 @@ import jax
 
 from cla_jax import checkpoint
 from cla_jax import mesh as meshes
-from cla_jax.config import MeshConfig, ModelConfig
+from cla_jax.config import LatentKV, MeshConfig, ModelConfig
 from cla_jax.data import tokenizers
 from cla_jax.interop import names, safetensors
 from cla_jax.messages import near_choice
@@ -43,6 +43,10 @@ def export(
             f"{path} exists and is not an export: remove it, or choose another directory"
         )
     config = run.config()
+    if isinstance(config.model.kv, LatentKV):
+        raise ValueError(
+            f"{run.path} has model.kv.kind = latent: such models are imported, not exported"
+        )
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     step, model = checkpoint.load_model(run, meshes.axis_rules(config.model, mesh), mesh)
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)

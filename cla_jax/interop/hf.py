@@ -2,7 +2,8 @@
 
 Llama and Mistral, and the public formats in which layers share keys and values: `gpt_crosslayer` of
 dolomite-engine (`sharing_pattern`), `lckv-llama` of LCKV (`layer_types`), and `cla`, which
-`cla_jax.interop.export` writes. What the model here cannot express is refused, naming the key.
+`cla_jax.interop.export` writes; and `deepseek_v2`, latents without experts. What the model here cannot
+express is refused, naming the key.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 from cla_jax import files
 from cla_jax.config import ModelConfig
 from cla_jax.data import tokenizers
-from cla_jax.interop import dolomite, names, safetensors
+from cla_jax.interop import deepseek, dolomite, names, safetensors
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
@@ -147,6 +148,8 @@ def _kept(
     """The tensors under the names of a Llama, and the names of those that no layer reads."""
     if family == "gpt_crosslayer":
         tensors = dolomite.renamed(tensors, config)
+    if family == "deepseek_v2":
+        tensors = deepseek.renamed(tensors, config)
     dead = set()
     if family == "lckv-llama":
         for layer, source in enumerate(config.resolved_kv_map):
@@ -383,6 +386,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "lckv-llama": _LLAMA_DEFAULTS | {"sliding_window": 4096},
+    "deepseek_v2": _LLAMA_DEFAULTS
+    | {
+        "first_k_dense_replace": 0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
     # GPTCrossLayerConfig of 2024, and CommonConfig of 2025, in dolomite-engine. What blocks describe one by
     # one has no default here; without it a config is refused.
     "gpt_crosslayer": {
@@ -418,5 +430,6 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "mistral": _mistral,
     "cla": _cla,
     "lckv-llama": _lckv,
+    "deepseek_v2": lambda keys: deepseek.config(keys, _llama),
     "gpt_crosslayer": lambda keys: dolomite.config(keys, *rope(keys)),
 }

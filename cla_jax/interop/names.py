@@ -51,8 +51,11 @@ class _Entry:
 
 _BLOCK = (
     _Entry("attention_norm.scale", "D", ("input_layernorm.weight",), "D"),
-    _Entry("query.weight", "DKGH", ("self_attn.q_proj.weight",), "KGH,D"),
-    _Entry("query.bias", "KGH", ("self_attn.q_proj.bias",), "KGH"),
+    _Entry("query.weight", "DKGW", ("self_attn.q_proj.weight",), "KGW,D"),
+    _Entry("query.bias", "KGW", ("self_attn.q_proj.bias",), "KGW"),
+    # Of a latent; `deepseek` makes two tensors of kv_b_proj.
+    _Entry("heads.keys", "RKGH", ("self_attn.kv_b_proj.keys",), "KGH,R"),
+    _Entry("heads.values", "RKGH", ("self_attn.kv_b_proj.values",), "KGH,R"),
     _Entry("output.weight", "KGHD", ("self_attn.o_proj.weight",), "D,KGH"),
     _Entry("output.bias", "D", ("self_attn.o_proj.bias",), "D"),
     _Entry("mlp_norm.scale", "D", ("post_attention_layernorm.weight",), "D"),
@@ -66,6 +69,8 @@ _BLOCK = (
 _KEYS_AND_VALUES = (  # of the layer that produces them
     _Entry("norm.scale", "D", ("self_attn.kv_norm.weight",), "D"),
     _Entry("kv.weight", "DCKH", ("self_attn.k_proj.weight", "self_attn.v_proj.weight"), "KH,D"),
+    _Entry("down.weight", "DL", ("self_attn.kv_a_proj_with_mqa.weight",), "L,D"),
+    _Entry("latent_norm.scale", "R", ("self_attn.kv_a_layernorm.weight",), "R"),
     _Entry("kv.bias", "CKH", ("self_attn.k_proj.bias", "self_attn.v_proj.bias"), "KH"),
 )
 _MODEL = (

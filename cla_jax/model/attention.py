@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import splash
 from cla_jax.model.cpu_matmul import scores
@@ -33,6 +33,14 @@ class KV(NamedTuple):
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
+
+
+def joined(kept: KV) -> KV:
+    """What is kept of a latent as keys and values of one head that all query heads read.
+
+    A key is the latent and the rotated key, a value the latent alone: a beginning of the key.
+    """
+    return KV(jnp.concatenate([kept.v_BSKH, kept.k_BSKH], axis=-1), kept.v_BSKH)
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
@@ -141,7 +149,7 @@ def grouped_queries(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
         return jnp.concatenate([a_BT] * G, axis=1) if heads_first else jnp.repeat(a_BT, G, axis=1)
 
     def restore(o_BKNH: jax.Array) -> jax.Array:
-        return jnp.einsum(f"{order}->BTKGH", o_BKNH.reshape(B, K, *sizes, H))
+        return jnp.einsum(f"{order}->BTKGH", o_BKNH.reshape(B, K, *sizes, o_BKNH.shape[-1]))
 
     return jnp.einsum(f"BTKGH->{order}", q_BTKGH).reshape(B, K, T * G, H), over_queries, restore
 
@@ -267,11 +275,13 @@ def partial_attention(
     *,
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
+    width: int | None = None,
 ) -> Partial:
     """Attention of N queries a KV head to segments of a cache that are read block by block.
 
-    A query sees the keys at positions `starts <= s <= positions`. Queries are scaled already. The softmax
-    is accumulated online, so neither the scores nor a copy of the cache ever exist whole.
+    Values are as wide as the queries, or `width` if that is less. A query sees the keys at positions
+    `starts <= s <= positions`. Queries are scaled already. The softmax is accumulated online, so neither
+    the scores nor a copy of the cache ever exist whole.
     """
 
     def step(segment: Segment, i, part: Partial) -> Partial:
@@ -297,7 +307,7 @@ def partial_attention(
     zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
     # Zeros that depend on the queries (no position is less than -1): XLA's CPU compiler would make plain
     # ones for all layers at the start of a step, and hold them until their turn.
-    sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH, 0).astype(jnp.float32)
+    sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
     part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
     for segment in segments:
         # A loop even where one block is all: outside of one, XLA fuses the write of a slot into its
@@ -312,8 +322,11 @@ def attend_segments(
     segments: Sequence[Segment],
     step: StepPositions,
     axis: str | None = None,
+    width: int | None = None,
 ) -> jax.Array:
     """Attention of T queries a row over a cache, their own keys among it. [B, T, K, G, H]
+
+    Values are as wide as the queries, or `width` if that is less.
 
     With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.
     """
@@ -324,6 +337,7 @@ def attend_segments(
         segments,
         positions_B1N1=over_heads(step.positions_BT),
         starts_B1N1=over_heads(step.starts_BT),
+        width=width,
     )
     if axis is not None:
         part = merge_over_devices(part, axis)
@@ -345,6 +359,8 @@ def cudnn_refusal(config: ModelConfig, platform: str, compute_capability: float)
         return f"it needs compute capability 8.0, this GPU has {compute_capability}"
     if config.compute_dtype != "bfloat16":
         return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
+    if isinstance(config.kv, LatentKV):
+        return "keys of a latent are wider than its values"
     if config.d_head % 8:
         return f"it needs model.d_head to be a multiple of 8, not {config.d_head}"
     if config.d_head > widest:

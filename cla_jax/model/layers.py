@@ -3,7 +3,8 @@
 Shape letters, here and in the rest of the model:
     B batch, T query positions, S key positions, D d_model, F d_ff, V vocabulary,
     K key/value heads, G query heads per key/value head, H d_head, C key and value (2),
-    E entries of a cache.
+    E entries of a cache, W width of a query head, which is H but for latents, R the rank of a latent,
+    L what is kept of a token with a latent: the latent and a rotated key.
 Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
@@ -48,6 +49,9 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "K": config.n_kv_heads,
         "G": config.q_groups,
         "H": config.d_head,
+        "W": config.query_width,
+        "R": config.kept_widths[1],
+        "L": sum(config.kept_widths),
         "C": 2,
     }
 
@@ -124,9 +128,9 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, letter: str = "D"):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.d_model), axes=(None,))
+        self.scale = nnx.Param(jnp.ones(sizes(config)[letter]), axes=(None,))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -167,7 +171,7 @@ def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _frequencies(config: ModelConfig) -> jax.Array:
     """Radians a position by which each pair of dimensions turns, [H/2]."""
-    half = config.d_head // 2
+    half = config.rotary_width // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     kind, number = config.resolved_rope_scaling
     if kind == "none":
@@ -187,7 +191,7 @@ def _frequencies(config: ModelConfig) -> jax.Array:
             return half * math.log(wavelength) / math.log(config.rope_theta)
 
         first = max(math.floor(pair(number["fast"])), 0)
-        last = min(math.ceil(pair(number["slow"])), config.d_head - 1)
+        last = min(math.ceil(pair(number["slow"])), config.rotary_width - 1)
         kept = 1 - (jnp.arange(half) - first) / (last - first or 1e-3)
     kept = jnp.clip(kept, 0, 1)
     return kept * frequencies + (1 - kept) * slowed

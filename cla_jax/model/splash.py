@@ -7,7 +7,7 @@ padded with zeros, which is exact.
 import jax
 import jax.numpy as jnp
 
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 
 LANES = 128
 OUTPUT = (
@@ -24,6 +24,8 @@ def refusal(config: ModelConfig, seq_len: int) -> str | None:
             f"it needs data.seq_len to be a multiple of {LANES}, and of {_BLOCK} above that, "
             f"not {seq_len}"
         )
+    if isinstance(config.kv, LatentKV):
+        return "keys of a latent are wider than its values"
     if any(config.resolved_windows):
         return "its masks are fixed when it is built: model.windows are not supported yet"
     return None

@@ -22,9 +22,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import ATTENTION_OUTPUT, KV, PrefixMask, attend, window_starts
+from cla_jax.model.attention import (
+    ATTENTION_OUTPUT,
+    KV,
+    PrefixMask,
+    attend,
+    joined,
+    window_starts,
+)
 from cla_jax.model.layers import (
     Linear,
     Mlp,
@@ -52,6 +59,9 @@ class ForwardOptions:
     remat: str = "none"  # none, block, attention, dots: what the backward pass recomputes
     scan_layers: bool = True
     attention: str = "xla"
+    # Latents are read as they are, the matrices that make keys and values of them being multiplied into
+    # queries and outputs; otherwise keys and values of every head are made. Through a cache always.
+    absorbed: bool = False
 
 
 class KVProjection(nnx.Module):
@@ -71,13 +81,90 @@ class KVProjection(nnx.Module):
             return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
 
 
+class LatentProjection(nnx.Module):
+    """A latent and a rotated key for a group, from the residual stream that enters it (2405.04434, 2.1).
+
+    They are kept as the values and keys of one head.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        self.norm = RMSNorm(config) if config.kv_norm == "own" else None
+        self.down = Linear(key, "BTD,DL->BTL", config)
+        self.latent_norm = RMSNorm(config, "R")
+
+    def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
+        norm = block_norm if self.norm is None else self.norm
+        with jax.named_scope("kv_projection"):
+            kept_BTL = self.down(gather_sequence(norm(x_BTD), rules), rules)
+            R = self.latent_norm.scale.shape[-1]
+            latent_BTR = self.latent_norm(kept_BTL[..., :R])
+            return KV(k_BSKH=rope(kept_BTL[:, :, None, R:]), v_BSKH=latent_BTR[:, :, None])
+
+
+class LatentHeads(nnx.Module):
+    """The keys and values that a layer's heads make of a latent; they share the rotated part of the key."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        keys, values = jax.random.split(key)
+        self.keys = normal(keys, "RKGH", config)
+        self.values = normal(values, "RKGH", config)
+
+    def __call__(
+        self,
+        q_BTKGW: jax.Array,
+        kv: Any,
+        rope: Rope,
+        attend: Attend,
+        absorbed: bool,
+        rules: AxisRules,
+    ) -> jax.Array:
+        """Attention of heads, [B, T, K, G, H]; K is 1."""
+        H = self.keys.shape[-1]
+        q_BTKGH, rotated = q_BTKGW[..., :H], rope(q_BTKGW[..., H:])
+        run = self.absorbed if absorbed else self.expanded
+        return run(q_BTKGH, rotated, kv, attend, lambda x: rules.gathered().spec(*axes(x)))
+
+    def expanded(self, q_BTKGH, rotated, kv: KV, attend: Attend, spec) -> jax.Array:
+        """Keys and values of every head are made: less work where there are many queries."""
+        latent_BSR = kv.v_BSKH[:, :, 0]
+
+        def made(weight_RKGH: jax.Array) -> jax.Array:
+            return jnp.einsum(
+                "BSR,RGH->BSGH", latent_BSR, weight_RKGH[:, 0], out_sharding=spec("BTGH")
+            )
+
+        k_BSGH = made(self.keys[...])
+        of_all = jnp.broadcast_to(
+            kv.k_BSKH, (*k_BSGH.shape[:3], kv.k_BSKH.shape[-1]), out_sharding=spec("BTGH")
+        )
+        keys = jnp.concatenate([k_BSGH, of_all], axis=-1)
+        # To attention, each is a KV head with one query head.
+        q_BTGKW = jnp.concatenate([q_BTKGH, rotated], axis=-1).swapaxes(2, 3)
+        return attend(q_BTGKW, KV(keys, made(self.values[...]))).swapaxes(2, 3)
+
+    def absorbed(self, q_BTKGH, rotated, kv: Any, attend: Attend, spec) -> jax.Array:
+        """The latent is the key and value of one head: MQA. Nothing is made of it for every token."""
+        q_BTKGR = jnp.einsum(
+            "BTKGH,RKGH->BTKGR", q_BTKGH, self.keys[...], out_sharding=spec("BTKGR")
+        )
+        q = jnp.concatenate([q_BTKGR, rotated], axis=-1)
+        # Attention divides by the root of the width that it sees; it should be that of a head.
+        head = q_BTKGH.shape[-1] + rotated.shape[-1]
+        o_BTKGR = attend(q * (q.shape[-1] / head) ** 0.5, kv)
+        return jnp.einsum(
+            "BTKGR,RKGH->BTKGH", o_BTKGR, self.values[...], out_sharding=spec("BTKGH")
+        )
+
+
 class Block(nnx.Module):
     """Attention to given keys and values, then the MLP; both pre-norm and residual."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         query, output, mlp = jax.random.split(key, 3)
         self.attention_norm = RMSNorm(config)
-        self.query = Linear(query, "BTD,DKGH->BTKGH", config)
+        self.query = Linear(query, "BTD,DKGW->BTKGW", config)
+        latent = isinstance(config.kv, LatentKV)
+        self.heads = LatentHeads(jax.random.fold_in(key, 3), config) if latent else None
         self.output = Linear(output, "BTKGH,KGHD->BTD", config)
         self.mlp_norm = RMSNorm(config)
         self.mlp = Mlp(mlp, config)
@@ -85,11 +172,21 @@ class Block(nnx.Module):
     # Its two parts are called apart: `Group` keeps their backward passes apart.
 
     def attention(
-        self, x_BTD: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
+        self,
+        x_BTD: jax.Array,
+        kv: Any,
+        rope: Rope,
+        attend: Attend,
+        rules: AxisRules,
+        absorbed: bool = False,
     ) -> jax.Array:
         with jax.named_scope("attention"):
-            q_BTKGH = rope(self.query(gather_sequence(self.attention_norm(x_BTD), rules), rules))
-            return x_BTD + self.output(attend(q_BTKGH, kv), rules)
+            q_BTKGW = self.query(gather_sequence(self.attention_norm(x_BTD), rules), rules)
+            if self.heads is None:
+                o_BTKGH = attend(rope(q_BTKGW), kv)
+            else:
+                o_BTKGH = self.heads(q_BTKGW, kv, rope, attend, absorbed, rules)
+            return x_BTD + self.output(o_BTKGH, rules)
 
 
 def feed_forward(x_BTD: jax.Array, norm: RMSNorm, mlp: Mlp, rules: AxisRules) -> jax.Array:
@@ -106,7 +203,8 @@ class Group(nnx.Module):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
         projections, blocks = jax.vmap(jax.random.split, out_axes=1)(layers)
-        self.projection = KVProjection(projections[0], config) if produces else None
+        make = LatentProjection if isinstance(config.kv, LatentKV) else KVProjection
+        self.projection = make(projections[0], config) if produces else None
         self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
     def keys_and_values(
@@ -140,7 +238,7 @@ class Group(nnx.Module):
             read = kv
             if several:
                 x_BTD, block, read = gradients_together((x_BTD, block, kv))
-            x_BTD = use(block).attention(x_BTD, read, rope, attend, options.rules)
+            x_BTD = use(block).attention(x_BTD, read, rope, attend, options.rules, options.absorbed)
             norm, mlp = block.mlp_norm, block.mlp
             if options.remat != "none":
                 x_BTD, norm, mlp = gradients_together((x_BTD, norm, mlp))
@@ -195,16 +293,18 @@ class Transformer(nnx.Module):
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
         rope = Rope.at(positions_BT, config)
 
+        read = joined if options.absorbed and isinstance(config.kv, LatentKV) else lambda kv: kv
+
         def attend_within(window: jax.Array | None) -> Attend:
             if mask is not None:
                 seen_BTS = mask.visible(window)
-                return lambda q_BTKGH, kv: attend(q_BTKGH, kv, seen_BTS=seen_BTS)
+                return lambda q_BTKGH, kv: attend(q_BTKGH, read(kv), seen_BTS=seen_BTS)
             seen_from_BT = starts_BT
             if window is not None:
                 any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
                 seen_from_BT = window_starts(positions_BT, window, any_BT)
             return lambda q_BTKGH, kv: attend(
-                q_BTKGH, kv, starts_BT=seen_from_BT, backend=options.attention, rules=rules
+                q_BTKGH, read(kv), starts_BT=seen_from_BT, backend=options.attention, rules=rules
             )
 
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)

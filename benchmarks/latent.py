@@ -1,0 +1,125 @@
+"""A decode step of a latent beside one of MQA, at equal bytes of cache.
+
+    python -m benchmarks.latent                      # 8 layers of width 256, 128 elements a token and layer
+    python -m benchmarks.latent --batch 1 --context 4096 --rounds 15
+
+Models have random weights and caches of zeros, all in float32. They take turns; the table has medians and
+the ratio of each to MQA.
+"""
+# ruff: noqa: E402 - the allocator is set up before jax is imported
+
+from launch import allocator
+
+allocator.set_up()
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import HERE, SHAPES, machine
+from cla_jax.cache import cache_spec, ledger
+from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    batch: tuple[int, ...] = (1, 8)
+    # Tokens in the cache.
+    context: tuple[int, ...] = (512, 2048)
+    # Width of the rotated key; the latent has the rest of the bytes of MQA's keys and values.
+    rope_dims: int = 32
+    rounds: int = 9
+    # Steps of a round.
+    steps: int = 10
+    # Name of the result, below benchmarks/results/; by default nothing is written.
+    save: str = ""
+
+
+def models(rope_dims: int) -> dict[str, ModelConfig]:
+    mqa = ModelConfig(**SHAPES["7m"], compute_dtype="float32")
+    rank = 2 * mqa.d_head - rope_dims
+    latent = dataclasses.replace(mqa, kv=LatentKV(rank=rank, rope_dims=rope_dims))
+    return {
+        "MQA": mqa,
+        "latent": latent,
+        "MQA, cla:2": dataclasses.replace(mqa, kv_map="cla:2"),
+        "latent, cla:2": dataclasses.replace(latent, kv_map="cla:2"),
+    }
+
+
+def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
+    """A function that runs some steps at a context, and gives the seconds of one."""
+    spec = cache_spec(config, batch=batch, capacity=context + 1)
+    weights = decoding_weights(jax.jit(lambda: Transformer(jax.random.key(0), config))())
+    tokens, counts = jnp.ones((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
+    step = jax.jit(
+        lambda weights, cache: decode(weights, spec, cache, tokens, counts), donate_argnums=1
+    )
+    cache = dataclasses.replace(spec.allocate(), lengths_B=jnp.full(batch, context, jnp.int32))
+
+    def run() -> float:
+        nonlocal cache
+        begin = time.monotonic()
+        for _ in range(steps):
+            x, cache = step(weights, cache)
+            cache = cache.reset(True, context)
+        jax.block_until_ready((x, cache))
+        return (time.monotonic() - begin) / steps
+
+    run()
+    return run
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    table = Table(title="milliseconds of a decode step, median; times MQA with the same map")
+    for column in ("batch", "context", *models(options.rope_dims)):
+        table.add_column(column)
+    found = []
+    for batch in options.batch:
+        for context in options.context:
+            configs = models(options.rope_dims)
+            runs = {
+                name: contestant(config, batch, context, options.steps)
+                for name, config in configs.items()
+            }
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(options.rounds):
+                for name, run in runs.items():
+                    times[name].append(run())
+            medians = {name: statistics.median(each) for name, each in times.items()}
+            peers = {name: name.replace("latent", "MQA") for name in runs}
+            ratios = {name: medians[name] / medians[peers[name]] for name in runs}
+            cells = [f"{medians[name] * 1e3:.2f} ({ratios[name]:.2f})" for name in runs]
+            table.add_row(str(batch), str(context), *cells)
+            bytes_of = {
+                name: ledger.predicted(
+                    cache_spec(config, batch=1, capacity=context + 1), context
+                ).resident
+                for name, config in configs.items()
+            }
+            found.append(
+                {"batch": batch, "context": context, "seconds": times, "resident": bytes_of}
+            )
+    Console(width=110).print(table)
+    if options.save:
+        record = dataclasses.asdict(options) | {
+            "rows": found,
+            "machine": machine(len(os.sched_getaffinity(0))),
+        }
+        (HERE / "results" / f"{options.save}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

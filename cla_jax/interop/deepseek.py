@@ -1,0 +1,104 @@
+"""DeepSeek-V2 models as transformers writes them: dense layers, latent keys and values.
+
+Two things differ from the model here. A head's rotated dimensions are interleaved there, pair by pair (0, 1),
+(2, 3), ...; here dimension i turns with dimension i + half. And one matrix, kv_b_proj, makes keys and values
+of a latent, head by head.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.interop.keys import Keys
+from cla_jax.interop.names import Tensor
+
+_NORM_EPS = 1e-6  # of the norm of a latent, whatever rms_norm_eps says
+
+
+def config(keys: Keys, llama: Callable[[Keys], ModelConfig]) -> ModelConfig:
+    """The model of a config.json. Raises ValueError, naming the key, for what has no place here.
+
+    `llama` reads what these models have in common with a Llama.
+    """
+    layers = keys.take("num_hidden_layers", kind=int)
+    heads = keys.take("num_attention_heads", kind=int)
+    dense = keys.take("first_k_dense_replace", kind=int)
+    if dense < layers:
+        raise ValueError(
+            f"key first_k_dense_replace = {dense}: layers {dense} to {layers - 1} are mixtures of experts, "
+            "which are not readable"
+        )
+    if (rank := keys.take("q_lora_rank", None)) is not None:
+        raise ValueError(
+            f"key q_lora_rank = {rank}: queries of a latent are not readable, only null"
+        )
+    d_head = keys.take("qk_nope_head_dim", kind=int)
+    if (values := keys.take("v_head_dim", kind=int)) != d_head:
+        raise ValueError(f"key v_head_dim = {values} must be qk_nope_head_dim = {d_head} here")
+    if keys.take("num_key_value_heads", heads, int) != heads:
+        raise ValueError("key num_key_value_heads must be num_attention_heads: all read one latent")
+    for unused in _OF_EXPERTS:
+        keys.take(unused, None)
+    latent = LatentKV(
+        rank=keys.take("kv_lora_rank", kind=int), rope_dims=keys.take("qk_rope_head_dim", kind=int)
+    )
+    made = llama(keys)
+    if made.rope_scaling != "none":
+        raise ValueError(f"key rope_parameters: {made.rope_scaling} is not readable with latents")
+    if made.norm_eps != _NORM_EPS:
+        raise ValueError(
+            f"key rms_norm_eps = {made.norm_eps}: the norm of a latent has {_NORM_EPS}, and here both are one"
+        )
+    return dataclasses.replace(made, d_head=d_head, n_kv_heads=1, kv=latent)
+
+
+_OF_EXPERTS = (
+    *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "topk_method"),
+    *("routed_scaling_factor", "norm_topk_prob", "num_experts_per_tok", "moe_intermediate_size"),
+    *("output_router_logits", "qk_head_dim", "aux_loss_alpha", "seq_aux", "scoring_func"),
+    *("ep_size", "moe_layer_freq", "num_experts"),
+)
+
+
+def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors as `names` has them: pairs apart, keys and values of kv_b_proj apart."""
+    assert isinstance(config.kv, LatentKV)
+    N, H, R, turned = config.n_heads, config.d_head, config.kv.rank, config.kv.rope_dims
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # What has another shape is left as it is: `names.check` tells of it.
+        if name.endswith("self_attn.kv_b_proj.weight") and tensor.shape == (N * 2 * H, R):
+            for i, part in enumerate(("keys", "values")):
+                read = functools.partial(_part, tensor, N, i)
+                found[name.removesuffix("weight") + part] = Tensor(
+                    (N * H, R), read, tensor.unreadable
+                )
+        elif name.endswith("self_attn.q_proj.weight") and tensor.shape[0] == N * (H + turned):
+            found[name] = _reordered(tensor, N, turned)
+        elif name.endswith("self_attn.kv_a_proj_with_mqa.weight") and tensor.shape[0] == R + turned:
+            found[name] = _reordered(tensor, 1, turned)
+        else:
+            found[name] = tensor
+    return found
+
+
+def _part(tensor: Tensor, heads: int, i: int) -> np.ndarray:
+    """Keys (0) or values (1) of a kv_b_proj, whose rows are those of head after head."""
+    rows = tensor.read()
+    return rows.reshape(heads, 2, -1, rows.shape[1])[:, i].reshape(-1, rows.shape[1])
+
+
+def _reordered(tensor: Tensor, heads: int, turned: int) -> Tensor:
+    """A projection whose last dimensions of each head are pairs: first all firsts, then all seconds."""
+
+    def read() -> np.ndarray:
+        rows = tensor.read()
+        each = rows.reshape(heads, -1, rows.shape[1])
+        still, pairs = each[:, :-turned], each[:, -turned:]
+        apart = [still, pairs[:, ::2], pairs[:, 1::2]]
+        return np.concatenate(apart, axis=1).reshape(rows.shape)
+
+    return Tensor(tensor.shape, read, tensor.unreadable)
