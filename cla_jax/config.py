@@ -655,10 +655,11 @@ class FromRun:
     # The checksum of its checkpoint; empty for the newest one, whatever it is.
     checkpoint: str = ""
     # How one head of keys and values is made of several: the producer's first; their mean; the mean with the
-    # members' norm; the mean after each was rotated towards the others; least squares on activations. The
-    # last two run the source on text, and fold what they turn into the queries and outputs that read it.
-    init: Literal["own", "mean", "renormalized", "aligned", "least_squares"] = "aligned"
-    # Windows of the training text that these two look at.
+    # members' norm; the mean after each was rotated towards the others; the producer's first, to which the
+    # readers of the others are fitted; least squares of all. The last three run the source on text, and fold
+    # what they turn into the queries and outputs that read it.
+    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = "aligned"
+    # Windows of the training text that these three look at.
     calibration_windows: int = 16
     # w: the weight of the teacher in the loss; 0 is plain training.
     distill_weight: float = 0.0
@@ -674,7 +675,7 @@ class FromRun:
         _positive("start.distill_temperature", self.distill_temperature)
 
 
-INITS = ("own", "mean", "renormalized", "aligned", "least_squares")
+INITS = ("own", "mean", "renormalized", "aligned", "fitted", "least_squares")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

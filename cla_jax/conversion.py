@@ -111,6 +111,21 @@ def aligned(members: Members) -> Shared:
     return _as_long(Shared(key, value, turns, maps), members)
 
 
+def fitted(members: Members) -> Shared:
+    """The producer's own first head; each other is read off from it with the least error over the text."""
+    assert members.inputs is not None
+    simple = own(members)
+    read_K, read_V = (members.inputs[0] @ weight for weight in (simple.key, simple.value))
+    shared_key, size = pairs(read_K), (np.abs(pairs(read_K)) ** 2).sum(axis=0)
+    turns, maps = simple.turns.copy(), simple.maps.copy()
+    for m in range(1, len(members)):
+        key = pairs(members.inputs[m] @ members.keys[m])
+        turns[m] = (shared_key.conj() * key).sum(axis=0) / np.where(size > 0, size, 1)
+        value = members.inputs[m] @ members.values[m]
+        maps[m] = np.linalg.lstsq(read_V, value, rcond=None)[0]
+    return dataclasses.replace(simple, turns=turns, maps=maps)
+
+
 def least_squares(members: Members) -> Shared:
     """The head from which all members are read off with the least error, summed over the text.
 
@@ -162,9 +177,10 @@ JOINS: dict[str, Callable[[Members], Shared]] = {
     "mean": mean,
     "renormalized": renormalized,
     "aligned": aligned,
+    "fitted": fitted,
     "least_squares": least_squares,
 }
-CALIBRATED = ("aligned", "least_squares")  # these look at activations
+CALIBRATED = ("aligned", "fitted", "least_squares")  # these look at activations
 
 
 def join(members: Members, how: str) -> Shared:

@@ -92,13 +92,13 @@ class Uptrain:
     # KV heads; by default as many as there are.
     kv_heads: int | None = None
     # How one head is made of several; see start.init.
-    init: Literal["own", "mean", "renormalized", "aligned", "least_squares"] = "aligned"
+    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = "aligned"
     # Steps, as a share of those of the recipe.
     fraction: float = 0.05
     # Whose optimizer, batch_size, steps and seed: an experiment, or a file like a run's config.json. By
     # default the source's.
     recipe: str | None = None
-    # Windows of training text that aligned, least_squares and damage look at.
+    # Windows of training text that aligned, fitted, least_squares and damage look at.
     calibration_windows: int = 16
     # Weight of the source as a teacher in the loss; 0 is plain training.
     distill_weight: float = 0.0

@@ -46,7 +46,7 @@ def error(shared: conversion.Shared, members: conversion.Members) -> float:
     return lost / (np.linalg.norm(members.keys) + np.linalg.norm(members.values))
 
 
-@pytest.mark.parametrize("how", ["aligned", "least_squares"])
+@pytest.mark.parametrize("how", ["aligned", "fitted", "least_squares"])
 def test_heads_that_differ_by_rotations_are_joined_without_loss(members, how):
     assert error(conversion.JOINS[how](members), members) < 1e-6
     assert error(conversion.mean(members), members) > 0.3
@@ -126,7 +126,8 @@ def disguised(config) -> tuple[layerwise.Layers, dict[int, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    ("init", "is_exact"), [("aligned", True), ("least_squares", True), ("mean", False)]
+    ("init", "is_exact"),
+    [("aligned", True), ("fitted", True), ("least_squares", True), ("mean", False)],
 )
 def test_what_is_folded_into_queries_and_outputs_leaves_the_model_as_it_is(init, is_exact):
     """Through RoPE, for every position: a rotation that mixed pairs would show."""
