@@ -23,6 +23,7 @@ from cla_jax.interop import hf, names
 from cla_jax.interop.export import export, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.keys import Keys
+from cla_jax.interop.text import Text
 from tests import interop, reference
 
 pytestmark = pytest.mark.interop
@@ -157,7 +158,16 @@ def test_a_random_deepseek_v2_has_the_same_logits(tmp_path, shape):
     tokens = interop.tokens(2, 40)
     config = dataclasses.replace(found.config, compute_dtype="float32")
     model = names.to_model(found.tensors, config)
-    assert_close(interop.logits(model, tokens), torch_logits(theirs, tokens))
+    expected = torch_logits(theirs, tokens)
+    assert_close(interop.logits(model, tokens), expected)
+
+    run = import_run(found, tmp_path / "run", Text(seq_len=32, data_dir=str(tmp_path / "d")))
+    out = export(run, tmp_path / "out")
+    np.testing.assert_array_equal(torch_logits(opened(out), tokens), expected)
+    back = hf.read(out)
+    assert back.config == found.config
+    interop.assert_equal_models(names.to_model(back.tensors, back.config), model)
+
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"first_k_dense_replace": 1}))
     with pytest.raises(ValueError, match="first_k_dense_replace = 1: layers 1 to 2 are mixtures"):

@@ -319,5 +319,11 @@ def test_another_checkpoint_than_the_one_named_is_refused(trained, devices):
         uptrain.load(FromRun(run=str(trained.path), checkpoint="0" * 8), AxisRules(), mesh)
 
 
+def test_a_start_is_two_flags():
+    flags = ["--start.kind", "run", "--start.run", "runs/x", "--name", "y"]
+    (config,) = launch_train.parse(["smoke.tiny", *flags])
+    assert config.start == FromRun(run="runs/x")
+
+
 def test_a_run_from_scratch_has_no_start_in_its_identity(trained):
     assert "start" not in json.loads((trained.path / "config.json").read_text())["identity"]

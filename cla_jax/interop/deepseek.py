@@ -7,7 +7,8 @@ of a latent, head by head.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,20 +86,74 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     return found
 
 
+def theirs(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `renamed`."""
+    assert isinstance(config.kv, LatentKV)
+    N, H, R, turned = config.n_heads, config.d_head, config.kv.rank, config.kv.rope_dims
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn.kv_b_proj.keys"):
+            parts = [tensors[name.removesuffix("keys") + part] for part in ("keys", "values")]
+            read = functools.partial(_joined, parts, N)
+            found[name.removesuffix("keys") + "weight"] = Tensor((N * 2 * H, R), read)
+        elif name.endswith("self_attn.q_proj.weight"):
+            found[name] = _reordered(tensor, N, turned, back=True)
+        elif name.endswith("self_attn.kv_a_proj_with_mqa.weight"):
+            found[name] = _reordered(tensor, 1, turned, back=True)
+        elif not name.endswith("self_attn.kv_b_proj.values"):
+            found[name] = tensor
+    return found
+
+
+def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A config.json with the `fields` that all models have. Raises ValueError for what it cannot say."""
+    assert isinstance(model.kv, LatentKV)
+    sayable = {
+        "model.kv_map": (model.kv_map, model.n_slots == model.n_layers, "identity"),
+        "model.windows": (model.windows, not any(model.resolved_windows), "0"),
+        "model.kv_norm": (model.kv_norm, model.kv_norm == "block", "block"),
+        "model.rope_scaling": (model.rope_scaling, model.rope_scaling == "none", "none"),
+        "model.norm_eps": (model.norm_eps, model.norm_eps == _NORM_EPS, _NORM_EPS),
+    }
+    for field, (value, fits, only) in sayable.items():
+        if not fits:
+            raise ValueError(f"{field} = {value}: a DeepSeek-V2 checkpoint can only say {only}")
+    own = {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_key_value_heads": model.n_heads,
+        "head_dim": model.kv.rope_dims,
+        "first_k_dense_replace": model.n_layers,
+        "q_lora_rank": None,
+        "kv_lora_rank": model.kv.rank,
+        "qk_nope_head_dim": model.d_head,
+        "qk_rope_head_dim": model.kv.rope_dims,
+        "v_head_dim": model.d_head,
+    }
+    return fields | own
+
+
+def _joined(parts: Sequence[Tensor], heads: int) -> np.ndarray:
+    """The inverse of `_part`, of keys and values."""
+    each = [part.read().reshape(heads, -1, part.shape[1]) for part in parts]
+    return np.concatenate(each, axis=1).reshape(-1, each[0].shape[2])
+
+
 def _part(tensor: Tensor, heads: int, i: int) -> np.ndarray:
     """Keys (0) or values (1) of a kv_b_proj, whose rows are those of head after head."""
     rows = tensor.read()
     return rows.reshape(heads, 2, -1, rows.shape[1])[:, i].reshape(-1, rows.shape[1])
 
 
-def _reordered(tensor: Tensor, heads: int, turned: int) -> Tensor:
+def _reordered(tensor: Tensor, heads: int, turned: int, back: bool = False) -> Tensor:
     """A projection whose last dimensions of each head are pairs: first all firsts, then all seconds."""
 
     def read() -> np.ndarray:
         rows = tensor.read()
         each = rows.reshape(heads, -1, rows.shape[1])
         still, pairs = each[:, :-turned], each[:, -turned:]
-        apart = [still, pairs[:, ::2], pairs[:, 1::2]]
-        return np.concatenate(apart, axis=1).reshape(rows.shape)
+        order = np.arange(turned).reshape(-1, 2).T.ravel()
+        pairs = pairs[:, np.argsort(order) if back else order]
+        return np.concatenate([still, pairs], axis=1).reshape(rows.shape)
 
     return Tensor(tensor.shape, read, tensor.unreadable)

@@ -1,6 +1,7 @@
 """Runs as directories that transformers opens.
 
-A model without sharing, with kv_norm = block, is a plain Llama. Any other comes with modeling_cla.py, one
+A model without sharing, with kv_norm = block, is a plain Llama, or a DeepSeek-V2 without experts if its keys
+and values are latents. Any other comes with modeling_cla.py, one
 PyTorch file, and is opened with `trust_remote_code=True`.
 """
 
@@ -17,7 +18,7 @@ from cla_jax import checkpoint
 from cla_jax import mesh as meshes
 from cla_jax.config import LatentKV, MeshConfig, ModelConfig
 from cla_jax.data import tokenizers
-from cla_jax.interop import names, safetensors
+from cla_jax.interop import deepseek, names, safetensors
 from cla_jax.messages import near_choice
 from cla_jax.runs import Run
 
@@ -43,10 +44,6 @@ def export(
             f"{path} exists and is not an export: remove it, or choose another directory"
         )
     config = run.config()
-    if isinstance(config.model.kv, LatentKV):
-        raise ValueError(
-            f"{run.path} has model.kv.kind = latent: such models are imported, not exported"
-        )
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     step, model = checkpoint.load_model(run, meshes.axis_rules(config.model, mesh), mesh)
     tokenizer = tokenizers.load(run.tokenizer_json(), config.data.end_token)
@@ -72,6 +69,8 @@ def export(
     partial.mkdir(parents=True)
     try:
         tensors = names.from_model(model)
+        if isinstance(config.model.kv, LatentKV):
+            tensors = deepseek.theirs(tensors, config.model)
         safetensors.write(partial / "model.safetensors", tensors, _DTYPES[dtype], progress)
         _write(partial / "config.json", written | ends)
         _write(partial / "generation_config.json", ends)
@@ -107,6 +106,8 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
     }
+    if isinstance(model.kv, LatentKV):
+        return deepseek.hf_config(fields, model)
     if is_llama(model):
         return {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | fields
     return {
