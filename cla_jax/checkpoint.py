@@ -159,7 +159,7 @@ def restore_latest(
 ) -> State | None:
     """The newest checkpoint that verifies, in the layout of `abstract`; None if none was ever saved.
 
-    Of one that holds a model alone, the moments are None.
+    Of one that holds a model alone, the moments are empty.
 
     One that is damaged or of another run is reported, set aside as STEP.damaged with its manifest, and the
     one before it used. Raises ValueError if no checkpoint is left, or if the arrays are not those of
@@ -295,7 +295,7 @@ def _load(path: epath.Path, abstract: State) -> State:
     parts = _load_parts(path, wanted)
     if "training" not in parts:
         step = jax.numpy.asarray(int(path.name), abstract.step.dtype)
-        return State(step=step, model=with_named(abstract.model, parts["model"]), moments=None)
+        return State(step=step, model=with_named(abstract.model, parts["model"]), moments=())
     training = with_named({"step": abstract.step, "moments": abstract.moments}, parts["training"])
     return State(
         step=training["step"],

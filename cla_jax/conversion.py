@@ -13,7 +13,7 @@ acts on each pair of dimensions alone, as a rotation and a factor, can be moved 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Members:
     values: np.ndarray  # [M, D, H]
     # Activations that each member reads, normed, [M, N, D]; the first is the producer's own stream. Only
     # where a join asks for them.
-    inputs: list[np.ndarray] | None = None
+    inputs: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -56,7 +56,7 @@ def pairs(x: np.ndarray) -> np.ndarray:
 
 def unpaired(z: np.ndarray) -> np.ndarray:
     """The inverse of `pairs`."""
-    return np.concatenate([z.real, z.imag], axis=-1)
+    return np.concatenate([np.real(z), np.imag(z)], axis=-1)
 
 
 def own(members: Members) -> Shared:
@@ -95,7 +95,6 @@ def aligned(members: Members) -> Shared:
     A key's pairs are rotated one by one, a value by any orthogonal matrix. Heads of a model have no common
     basis: whatever rotates a head and its readers changes nothing. What is aligned are activations.
     """
-    assert members.inputs is not None
     of = lambda weights: [u @ w for u, w in zip(members.inputs, weights, strict=True)]
     keys, values = [pairs(k) for k in of(members.keys)], of(members.values)
     turns = np.ones((len(members), keys[0].shape[-1]), complex)
@@ -113,7 +112,6 @@ def aligned(members: Members) -> Shared:
 
 def fitted(members: Members) -> Shared:
     """The producer's own first head; each other is read off from it with the least error over the text."""
-    assert members.inputs is not None
     simple = own(members)
     read_K, read_V = (members.inputs[0] @ weight for weight in (simple.key, simple.value))
     shared_key, size = pairs(read_K), (np.abs(pairs(read_K)) ** 2).sum(axis=0)
@@ -133,7 +131,6 @@ def least_squares(members: Members) -> Shared:
     best H directions of all members together are then a singular value decomposition. For keys it is one
     direction a pair, of complex numbers.
     """
-    assert members.inputs is not None
     stream = members.inputs[0]
     square = stream.T @ stream
     ridge = _RIDGE * np.trace(square) / len(square) * np.eye(len(square))
@@ -141,7 +138,7 @@ def least_squares(members: Members) -> Shared:
     expressed = lambda weights: np.stack(
         [
             w if u is stream else on_stream(u, w)
-            for u, w in zip(members.inputs or [], weights, strict=True)
+            for u, w in zip(members.inputs, weights, strict=True)
         ]
     )
     keys, values = pairs(expressed(members.keys)), expressed(members.values)

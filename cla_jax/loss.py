@@ -149,7 +149,7 @@ def _teacher(taught: Taught | None, chunk: int, rules: AxisRules):
     if taught is None:
         return lambda start: None
     whole_VD = _whole(taught.head_VD.astype(taught.x_BTD.dtype), rules)
-    return lambda start: _logits(*_chunk(start, chunk, taught.x_BTD), whole_VD, rules)
+    return lambda start: _logits(_chunk(start, chunk, taught.x_BTD)[0], whole_VD, rules)
 
 
 def _chunk_loss(inputs, head_VD, rules, teacher_NV=None, distill=None, *, gradient=False):
@@ -157,8 +157,8 @@ def _chunk_loss(inputs, head_VD, rules, teacher_NV=None, distill=None, *, gradie
     x_ND, targets_N, weights_N = inputs
     logits_NV = _logits(x_ND, head_VD, rules)
     losses_N, log_total_N, is_target_NV = losses(logits_NV, targets_N)
+    w, T = distill or Distill(0.0, 1.0)
     if teacher_NV is not None:
-        w, T = distill
         student_NV, teacher_NV = (jax.nn.log_softmax(a / T) for a in (logits_NV, teacher_NV))
         kl_N = jnp.sum(jnp.exp(teacher_NV) * (teacher_NV - student_NV), axis=-1)
         losses_N = (1 - w) * losses_N + w * T**2 * kl_N
@@ -167,7 +167,7 @@ def _chunk_loss(inputs, head_VD, rules, teacher_NV=None, distill=None, *, gradie
         return loss, None
     d_logits_NV = jnp.exp(logits_NV - log_total_N[..., None]) - is_target_NV
     if teacher_NV is not None:
-        apart_NV = jnp.exp(student_NV) - jnp.exp(teacher_NV)
+        apart_NV = jax.nn.softmax(logits_NV / T) - jnp.exp(teacher_NV)
         d_logits_NV = (1 - w) * d_logits_NV + w * T * apart_NV
     return loss, (weights_N[..., None] * d_logits_NV).astype(x_ND.dtype)
 

@@ -529,6 +529,7 @@ def new_run(
                 config,
                 data_fingerprint,
                 tokenizer_json,
+                "",
                 format=_FORMAT,
                 **({"origin": origin} if origin else {}),
             )

@@ -23,7 +23,7 @@ from cla_jax.model.transformer import Transformer
 class State:
     step: jax.Array  # updates done, int32 scalar
     model: Transformer
-    moments: optax.OptState | None  # None where only a model was read
+    moments: optax.OptState  # empty where only a model was read
 
 
 def layout(tree: Any, rules: AxisRules, mesh: Mesh) -> Any:

@@ -666,7 +666,7 @@ def batch_stream(
 def restore_or_init(session: Session, run: Run) -> State:
     checkpoint.set_losses_aside(run)
     state = checkpoint.restore_latest(run.checkpoints, session.state, run.owner)
-    if state is not None and state.moments is not None:
+    if state is not None and state.moments:
         return state
     model = state and state.model
     if model is None and isinstance(session.config.start, FromRun):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -129,16 +130,15 @@ def _members(
         weight = layer.projection["kv.weight"].astype(np.float64) * ratio[:, None, None, None]
         if "kv.bias" in layer.projection:
             weight = np.concatenate([weight, layer.projection["kv.bias"][None]])
-        stream = None
         if inputs is not None:
             stream = inputs[producer] * scale
             if "kv.bias" in layer.projection:
                 stream = np.concatenate([stream, np.ones((len(stream), 1))], axis=1)
+            streams += [stream] * len(heads)
         for head in heads:
             keys.append(weight[:, 0, head])
             values.append(weight[:, 1, head])
-            streams.append(stream)
-    return conversion.Members(np.stack(keys), np.stack(values), None if inputs is None else streams)
+    return conversion.Members(np.stack(keys), np.stack(values), streams)
 
 
 def _norm_scale(layer: Layer) -> np.ndarray:
@@ -194,8 +194,9 @@ class Text:
         inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
         starts_BT = np.zeros_like(inputs_BT)
         if self.end is not None:
-            starts_BT = np.asarray(document_starts(inputs_BT, self.end))
-        return np.asarray(inputs_of(inputs_BT, self.begins)), targets_BT, starts_BT
+            starts_BT = np.asarray(document_starts(jnp.asarray(inputs_BT), self.end))
+        read_BT = np.asarray(inputs_of(jnp.asarray(inputs_BT), self.begins))
+        return read_BT, targets_BT, starts_BT
 
 
 def streams(parts: Layers, text: Text, windows: int) -> dict[int, np.ndarray]:

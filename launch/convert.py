@@ -192,8 +192,8 @@ def _uptrain(command: Uptrain) -> None:
     from cla_jax import train, uptrain
     from cla_jax.checkpoint import Checkpointer
 
-    pinned = uptrain.pinned(config.start)
-    config = dataclasses.replace(config, start=pinned)
+    assert isinstance(config.start, FromRun)
+    config = dataclasses.replace(config, start=uptrain.pinned(config.start))
     from_file = config.data.tokenizer.endswith(".json") or bool(config.data.mixture)
     session = train.prepare_session(config, source.tokenizer_json() if from_file else None)
     text = uptrain.Text(session.prepared, session.end, session.begins)
