@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate"},
     {"interop"},
     {"report"},
+    {"api"},
     {"experiments"},
     {"launch"},
 ]
