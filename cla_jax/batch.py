@@ -15,14 +15,10 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling
-from cla_jax.decode import Weights, decode, prefill
-from cla_jax.mesh import row_shards
+from cla_jax.decode import Weights, decode
 from cla_jax.model.layers import axes
 from cla_jax.places import Places, put_row
 from cla_jax.sampling import sample
-
-# Prompts for at most this part of the rows go through the model one by one, instead of with all rows.
-APART = 1 / 4
 
 # A seed, or a seed with a number: the seed's independent sequence of draws with that number.
 Seed = int | tuple[int, int]
@@ -150,8 +146,7 @@ class Batch:
         places: Places,
     ):
         self.weights, self.spec, self.places = weights, spec, places
-        self.options: Any = {"spec": spec, "sampling": sampling}
-        rules, mesh = spec.rules, jax.sharding.get_abstract_mesh()
+        self.sampling, rules = sampling, spec.rules
         self.split_B = rules.spec("batch")
         zeros_B = jnp.zeros(self.spec.batch, jnp.int32, out_sharding=self.split_B)
         self.rows = _Rows(zeros_B, jnp.copy(zeros_B), zeros_B == 0, zeros_B == 1)
@@ -162,9 +157,11 @@ class Batch:
             out_sharding=rules.gathered().spec(*axes("BD")),
         )
         self.ids = tuple(jax.device_put(ids_V, rules.spec(None)) for ids_V in (allowed_V, stops_V))
-        # One row cannot be taken from rows that are split over devices.
-        splits = not mesh.empty and row_shards(mesh) > 1
-        self.one = None if splits else places.one_spec
+
+    @property
+    def options(self) -> Any:
+        """What the programs are made for. An evicting cache grows, so its spec changes."""
+        return {"spec": self.places.spec, "sampling": self.sampling}
 
     def end(self, ended: np.ndarray) -> None:
         """Ends rows that the host has ended, and clears the marks."""
@@ -190,26 +187,13 @@ class Batch:
         """Puts prompts into rows of the cache, as far as they are not there already."""
         for turn in self.places.turns(list(prompts)):
             twins = {row: twin for row in turn if (twin := self.places.twin(row)) is not None}
-            self._prefill({row: prompts[row] for row in turn if row not in twins})
+            alone = {row: prompts[row] for row in turn if row not in twins}
+            self.last_BD, self.cache = self.places.fill(
+                self.weights, self.cache, self.last_BD, alone
+            )
             for row, twin in twins.items():
                 self.cache = self.places.copy(self.cache, twin, row)
                 self.last_BD = put_row(self.last_BD, self.last_BD[twin : twin + 1], row)
-
-    def _prefill(self, prompts: dict[int, Sequence[int]]) -> None:
-        """Few prompts go one by one: a step for all rows costs that of all."""
-        held = {row: self.places.held(row) for row in prompts}
-        if self.one is None or len(prompts) > APART * self.spec.batch:
-            self.cache = self.places.placed(self.cache, prompts)
-            rows = [prompts.get(row) for row in range(self.spec.batch)]
-            self.last_BD, self.cache = prefill(
-                self.weights, self.spec, self.cache, rows, self.last_BD, held
-            )
-            return
-        for row, prompt in prompts.items():
-            one = self.places.take_row(self.cache, row)
-            last_1D, one = prefill(self.weights, self.one, one, [prompt], held={0: held[row]})
-            self.cache = self.places.put_row(self.cache, one, row)
-            self.last_BD = put_row(self.last_BD, last_1D, row)
 
     def first(self, rows: Sequence[int]) -> _Emitted:
         joins_B = jax.device_put(np.isin(np.arange(self.spec.batch), rows), self.split_B)

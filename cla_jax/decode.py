@@ -49,6 +49,11 @@ class Weights:
         return scores.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
 
 
+def on_one_device(model: Transformer) -> Transformer:
+    """A copy on the first device, whose arrays know of no mesh."""
+    return jax.device_put(jax.device_get(model), jax.devices()[0])
+
+
 @functools.partial(jax.jit, static_argnames="rules")
 def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weights:
     """The weights for `decode`, laid out for the backend at hand."""
@@ -92,9 +97,11 @@ def decode(
     lengths_B = cache.lengths_B + counts_B
     rope = Rope.at(positions_BT, config)
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-    step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages)
+    known_BT = tokens_BT if spec.reads_tokens else None
+    step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages, known_BT)
     slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
+    notes: list[list[Any]] = [[] for _ in slots]
     spec_BTD = rules.gathered().spec(*axes("BTD"))
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
     for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
@@ -103,8 +110,12 @@ def decode(
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             slots[p] = spec.write(p, slots[p], kv, step)
         here = step.within(spec.windows[p])
-        x_BTD = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=spec.representative(p))
-    return weights.norm(x_BTD), dataclasses.replace(cache, slots=tuple(slots), lengths_B=lengths_B)
+        alike = spec.representative(p)
+        x_BTD, seen = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=alike)
+        notes[p] += seen
+    cache = dataclasses.replace(cache, slots=tuple(slots), lengths_B=lengths_B)
+    # A cache that evicts does so now: all readers of a step see the same entries.
+    return weights.norm(x_BTD), spec.settled(cache, notes, step)
 
 
 # Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.
@@ -118,12 +129,17 @@ def _group(
     *,
     spec: CacheSpec,
     p: int,
-) -> jax.Array:
+) -> tuple[jax.Array, list[Any]]:
+    notes: list[Any] = []  # of each block, in order: blocks are unrolled
+
     def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
-        return spec.attend(p, slot, q_BTKGH, step)
+        o_BTKGH, note = spec.observed(p, slot, q_BTKGH, step)
+        notes.append(note)
+        return o_BTKGH
 
     options = ForwardOptions(rules=spec.rules, absorbed=True)
-    return blocks(x_BTD, slot, rope, attend, options, spec.config)
+    x_BTD = blocks(x_BTD, slot, rope, attend, options, spec.config)
+    return x_BTD, notes
 
 
 # -------------------------------------------------------------------------------------- prefill

@@ -6,6 +6,7 @@ decoder = cla_jax.Decoder.open("runs/x", cache="int8")
 print(decoder.generate(["Fellow citizens", "The state of"], new_tokens=100))
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,13 +15,16 @@ from typing import TypedDict, Unpack
 
 import jax
 
-from cla_jax import checkpoint
+from cla_jax import checkpoint, eviction
 from cla_jax import mesh as meshes
-from cla_jax.cache import CacheFormat, cache_spec, make_format
+from cla_jax.cache import CacheFormat, CacheSpec, cache_spec, make_format
+from cla_jax.cache.evicting import evicting_spec
 from cla_jax.config import MeshConfig, Sampling, check_new_tokens
 from cla_jax.data import tokenizers
-from cla_jax.decode import Weights, decoding_weights
+from cla_jax.decode import Weights, decoding_weights, on_one_device
 from cla_jax.engine import Completion
+from cla_jax.eviction import Policy
+from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.generate import generate
 from cla_jax.mesh import AxisRules
 from cla_jax.runs import Run, find_decodable
@@ -44,9 +48,9 @@ class Decoder:
     run: Run
     tokenizer: tokenizers.Tokenizer
     weights: Weights
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | None  # None: arrays of one device, which know of no mesh
     rules: AxisRules
-    format: CacheFormat
+    cache: CacheFormat | Policy
     chunk: int
 
     @classmethod
@@ -57,7 +61,8 @@ class Decoder:
 
         Args:
           run: the run, or its directory.
-          cache: the format of the KV cache; one of `cla_jax.cache.FORMATS`.
+          cache: the format of the KV cache, one of `cla_jax.cache.FORMATS`; or a policy that evicts tokens,
+            as `cla_jax.eviction.parse` reads it.
           chunk: tokens of a prompt that go through the model at once.
 
         Raises:
@@ -71,13 +76,19 @@ class Decoder:
         with jax.set_mesh(mesh):
             _, model = checkpoint.load_model(run, rules, mesh)
             weights = decoding_weights(model, rules)
+        held: CacheFormat | Policy
+        if eviction.is_policy(cache):
+            held, rules, mesh = eviction.parse(cache), AxisRules(), None
+            weights = decoding_weights(on_one_device(model))
+        else:
+            held = make_format(cache, config.model.compute_dtype)
         return cls(
             run=run,
             tokenizer=tokenizers.load(run.tokenizer_json(), config.data.end_token),
             weights=weights,
             mesh=mesh,
             rules=rules,
-            format=make_format(cache, config.model.compute_dtype),
+            cache=held,
             chunk=chunk,
         )
 
@@ -119,18 +130,10 @@ class Decoder:
             log.warning(
                 "the model was made for at most %d tokens of context, not %d", longest, reach
             )
-        with jax.set_mesh(self.mesh):
-            spec = cache_spec(
-                self.run.config().model,
-                self.format,
-                batch=len(ids),
-                capacity=reach,
-                chunk=self.chunk,
-                rules=self.rules,
-            )
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return generate(
                 self.weights,
-                spec,
+                self._spec(batch=len(ids), capacity=reach),
                 ids,
                 new_tokens=new_tokens,
                 stop=self.run.end_ids(self.tokenizer.end, self.tokenizer.size),
@@ -139,6 +142,13 @@ class Decoder:
                 seeds=seed,
                 on_tokens=on_tokens,
             )
+
+    def _spec(self, **sizes: int) -> CacheSpec:
+        config = self.run.config()
+        if isinstance(self.cache, Policy):
+            classes = classes_of_tokenizer(self.tokenizer, config.data.begin_token)
+            return evicting_spec(config.model, self.cache, classes=classes, **sizes)
+        return cache_spec(config.model, self.cache, chunk=self.chunk, rules=self.rules, **sizes)
 
     def generate(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
         """Each prompt with the text that follows it. Options and errors are those of `complete`."""

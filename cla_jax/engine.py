@@ -140,7 +140,7 @@ class Engine:
             if not 0 <= part < 2**32:
                 raise ValueError(f"seed = {part} must lie in 0 to 2**32 - 1")
         check_prompt(prompt, self.spec, int(new_tokens), name)
-        self.places.check(len(prompt) + int(new_tokens), name)
+        self.places.check(len(prompt), int(new_tokens), name)
         request = Request(
             prompt=np.asarray(prompt).tolist(),
             new_tokens=int(new_tokens),

@@ -1,5 +1,6 @@
 """Evaluating runs: held-out perplexity and bits per byte, by full forward and through KV caches."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -7,11 +8,12 @@ from typing import Any
 
 import jax
 
-from cla_jax import checkpoint, memory
+from cla_jax import checkpoint, eviction, memory
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
 from cla_jax.data import prepare
+from cla_jax.eviction_scores import evicting_decoding
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import TRAINING, Run, check_places
 from cla_jax.scoring import (
@@ -102,6 +104,7 @@ def evaluate(
     formats: Sequence[str] = ("dense",),
     chunk: int = 1,
     windows: int | None = None,
+    prompt: float = 0.5,
     per_slot: bool = False,
     again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
@@ -112,14 +115,17 @@ def evaluate(
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what
     was interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing
     is written: a part of the held-out split is no result of the run. A record of a later step is kept.
-    `per_slot` adds what each slot's error does by itself; `options` are those of `open_session`. Raises
-    ValueError for what the arguments or the run do not allow, and at the end the OSError of a record that
-    could not be written.
+    For a cache that evicts, the share `prompt` of a window is its prompt. `per_slot` adds what each slot's
+    error does by itself; `options` are those of `open_session`. Raises ValueError for what the arguments or
+    the run do not allow, and at the end the OSError of a record that could not be written.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
-    formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
-    run.check_decodable(formats, chunk)
+    formats = (formats,) if isinstance(formats, str) else formats
+    formats = tuple(dict.fromkeys(eviction.canonical(name) for name in formats))
+    run.check_decodable(formats, chunk, prompt)
+    if per_slot and any(map(eviction.is_policy, formats)):
+        raise ValueError("per_slot: a cache that evicts is evaluated as a whole")
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
@@ -128,13 +134,16 @@ def evaluate(
         "data_fingerprint": session.prepared.fingerprint,
     }
     peak = memory.allocator_peak() or 0
-    notes = {name: _pointless(session, name) for name in formats}
+    notes = {name: _pointless(session, name) for name in formats if not eviction.is_policy(name)}
     unwritten: OSError | None = None
-    with jax.set_mesh(session.mesh):
-        for name in ("", *formats):
+    for name in ("", *formats):
+        policy = eviction.parse(name) if eviction.is_policy(name) else None
+        # A cache that evicts is on one device.
+        with contextlib.nullcontext() if policy else jax.set_mesh(session.mesh):
             written_as = f"cached-{name}" if name else "full"
             known = {} if again or windows else run.eval(written_as)
             asked = origin | ({"chunk": chunk} if name else {})
+            asked |= {"prompt": prompt} if policy else {}
             has_slots = "per_slot" in known or not (name and per_slot)
             if has_slots and asked.items() <= known.items():
                 log.warning("%s is recorded already (--again evaluates it anew)", written_as)
@@ -144,7 +153,11 @@ def evaluate(
                 log.warning(note)
             work = f"{name} cache" if name else "full forward"
             limits = {"windows": windows, "progress": progress(f"{work}, windows")}
-            if not name:
+            if policy:
+                record = evicting_decoding(
+                    session, model, policy, chunk=chunk, prompt=prompt, **limits
+                )
+            elif not name:
                 record = full_forward(session, model, **limits)
             else:
                 record = cached_decoding(session, model, name, chunk=chunk, **limits)

@@ -12,7 +12,7 @@ is all that a request needs. In a prefix-shared cache requests take pages of one
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, ledger
+from cla_jax.cache.evicting import EvictingSpec
 from cla_jax.cache.prefix_shared import Pages, PrefixSpec
+from cla_jax.compressor import Compressor
+from cla_jax.decode import Weights, prefill
+from cla_jax.mesh import row_shards
 from cla_jax.prefix_tree import Node, Path, PoolFull, PrefixTree
 
 log = logging.getLogger(__name__)
+
+# Prompts for at most this part of the rows go through the model one by one, instead of with all rows.
+APART = 1 / 4
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,8 +54,8 @@ class Places:
         self._lengths: dict[int, int] = {}  # tokens of the requests in the cache
         self._prompts: dict[int, int] = {}  # tokens of their prompts
 
-    def check(self, tokens: int, name: str) -> None:
-        """Raises ValueError for a request of so many tokens, new ones included, that never finds room."""
+    def check(self, prompt: int, new_tokens: int, name: str) -> None:
+        """Raises ValueError for a request of so many tokens that never finds room."""
 
     def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:  # noqa: ARG002
         """Gives a request this free row; False if there is no room for it now."""
@@ -94,6 +101,32 @@ class Places:
         """The prompt of one row for another."""
         raise NotImplementedError  # never called: `twin` is None for rows that have room of their own
 
+    def fill(
+        self,
+        weights: Weights,
+        cache: Cache,
+        last_BD: jax.Array,
+        prompts: Mapping[int, Sequence[int]],
+    ) -> tuple[jax.Array, Cache]:
+        """Puts prompts into rows: the hidden states of their last tokens, and the cache. Both are donated.
+
+        Few prompts go one by one: a step for all rows costs that of all.
+        """
+        held = {row: self.held(row) for row in prompts}
+        mesh = jax.sharding.get_abstract_mesh()
+        # One row cannot be taken from rows that are split over devices.
+        splits = not mesh.empty and row_shards(mesh) > 1
+        if splits or len(prompts) > APART * self.spec.batch:
+            cache = self.placed(cache, prompts)
+            rows = [prompts.get(row) for row in range(self.spec.batch)]
+            return prefill(weights, self.spec, cache, rows, last_BD, held)
+        for row, prompt in prompts.items():
+            one = self.take_row(cache, row)
+            last_1D, one = prefill(weights, self.one_spec, one, [prompt], held={0: held[row]})
+            cache = self.put_row(cache, one, row)
+            last_BD = put_row(last_BD, last_1D, row)
+        return last_BD, cache
+
     # One row of the cache, to put a prompt in, and the cache with that row in it again.
 
     def take_row(self, cache: Cache, row: int) -> Cache:  # noqa: ARG002
@@ -126,8 +159,8 @@ class SharedPlaces(Places):
         self._sent: Any = None  # what the tables on the device are of
         self._waited = False
 
-    def check(self, tokens: int, name: str) -> None:
-        wanted = self.tree.chunks(tokens)
+    def check(self, prompt: int, new_tokens: int, name: str) -> None:
+        wanted = self.tree.chunks(prompt + new_tokens)
         if wanted > self.spec.pages:
             raise ValueError(
                 f"{name}, with its new tokens, needs {wanted} pages of {self.spec.page} tokens: the pool "
@@ -228,7 +261,59 @@ class SharedPlaces(Places):
         self.counts.peak_pages = max(self.counts.peak_pages, self.tree.live_slots)
 
 
+class EvictingPlaces(Places):
+    """Rows whose heads take pages of pools, as many as they keep of their prompts and may need after."""
+
+    spec: EvictingSpec
+
+    def __init__(self, spec: EvictingSpec):
+        super().__init__(spec)
+        self.compressor: Compressor | None = None  # made for the first prompts
+        self._new_tokens: dict[int, int] = {}
+
+    def check(self, prompt: int, new_tokens: int, name: str) -> None:  # noqa: ARG002
+        try:
+            self.spec.policy.check([prompt])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:
+        self._new_tokens[row] = new_tokens
+        return super().join(row, prompt, new_tokens)
+
+    def leave(self, row: int) -> None:
+        assert self.compressor is not None  # whoever leaves had joined
+        self.compressor.release(row)
+        super().leave(row)
+
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the pages that the requests have."""
+        pages = [] if self.compressor is None else self.compressor.pages_in_use()
+        sizes = [self.spec.page * sum(self.spec.entry_bytes(p)) for p in range(len(pages))]
+        used = sum(n * size for n, size in zip(pages, sizes, strict=True))
+        return used, used
+
+    def fill(
+        self,
+        weights: Weights,
+        cache: Cache,
+        last_BD: jax.Array,
+        prompts: Mapping[int, Sequence[int]],
+    ) -> tuple[jax.Array, Cache]:
+        if not prompts:
+            return last_BD, cache
+        if self.compressor is None:
+            self.compressor = Compressor(weights, self.spec)
+        x_BTD, cache = self.compressor.fill(cache, prompts, self._new_tokens)
+        self.spec = self.compressor.spec
+        for i, (row, prompt) in enumerate(prompts.items()):
+            last_BD = put_row(last_BD, x_BTD[i : i + 1, len(prompt) - 1], row)
+        return last_BD, cache
+
+
 def make_places(spec: CacheSpec) -> Places:
+    if isinstance(spec, EvictingSpec):
+        return EvictingPlaces(spec)
     return SharedPlaces(spec) if isinstance(spec, PrefixSpec) else Places(spec)
 
 

@@ -42,10 +42,9 @@ from typing import IO, Any
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import fields, files, goodput, seals
+from cla_jax import eviction, fields, files, goodput, seals
 from cla_jax.config import CACHE_FORMATS, Config, check_chunk
 from cla_jax.files import is_a
-from cla_jax.messages import near_choice
 from cla_jax.seals import Altered
 
 log = logging.getLogger(__name__)
@@ -182,10 +181,23 @@ class Run:
                 raise ValueError("; ".join(losses.problems))
             raise ValueError(f"{self.path} has no checkpoint yet: train it first")
 
-    def check_decodable(self, formats: Iterable[str], chunk: int) -> None:
-        """Raises ValueError where the run cannot be evaluated through these caches; needs no jax."""
+    def check_decodable(
+        self, formats: Iterable[str], chunk: int, prompt: float | None = None
+    ) -> None:
+        """Raises ValueError where the run cannot be evaluated through these caches; needs no jax.
+
+        With `prompt`, the share of a window that is its prompt, also where that does not fit a policy.
+        """
         for name in formats:
-            near_choice("cache format", name, CACHE_FORMATS)
+            eviction.check_cache(name, CACHE_FORMATS)
+            if not eviction.is_policy(name):
+                continue
+            policy, seq_len = eviction.parse(name), self.config().data.seq_len
+            windows = self.config().model.resolved_windows
+            if words := eviction.refusal(windows, policy, seq_len):
+                raise ValueError(f"{self.path}: {words}")
+            if prompt is not None:
+                policy.check([eviction.prompt_tokens(prompt, seq_len, chunk)])
         try:
             check_chunk(chunk, self.config().data.seq_len)
         except ValueError as error:

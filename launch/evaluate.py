@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import tyro
 
 from cla_jax.config import CACHE_FORMATS, MeshConfig
+from cla_jax.eviction import is_policy
 from cla_jax.messages import near_choice
 from launch import allocator
 from launch.cli import collected, log_to_stderr, read, refuse, user_errors
@@ -36,10 +37,13 @@ class Arguments:
     # Run directories, or study directories holding some.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # KV cache format to decode through; give it several times: dense (the model's dtype), float32,
-    # bfloat16, int8, fp8, kivi4, kivi2. Of tasks also `full`, no cache, which is their default.
+    # bfloat16, int8, fp8, kivi4, kivi2; or a policy that evicts tokens, such as fastgen:T=0.95 or
+    # h2o:keep=0.25 (docs/eviction.md). Of tasks also `full`, no cache, which is their default.
     cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Tokens a cached decoding step; 1 decodes as generation does, more is faster. By default 1, of tasks 16.
     chunk: int | None = None
+    # The share of a window that is its prompt, for caches that evict tokens.
+    prompt: float = 0.5
     # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
     # Measure also what the error of each cache slot does by itself.
@@ -99,7 +103,7 @@ def _held_out(arguments: Arguments) -> None:
     refused: list[str] = []
     for run in _runs(arguments):
         with collected(refused):
-            run.check_decodable(formats, chunk)
+            run.check_decodable(formats, chunk, arguments.prompt)
             check_places(run, arguments.data_dir, arguments.data_source)
             ready.append(run)
     if ready:
@@ -116,6 +120,7 @@ def _held_out(arguments: Arguments) -> None:
                     run,
                     formats=formats,
                     chunk=chunk,
+                    prompt=arguments.prompt,
                     windows=arguments.windows,
                     per_slot=arguments.per_slot,
                     again=arguments.again,
@@ -158,6 +163,14 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
             f"{held} resident KV bytes a token at {record['context']:,} tokens; what is not quantised is "
             f"{dtype}"
         )
+    if after := record.get("after_prompt"):
+        say(
+            f"after prompts of {record['prompt']:.0%} of a window: perplexity {after['perplexity']:,.4f}, "
+            f"by full forward {after['perplexity_by_full_forward']:,.4f}"
+        )
+        say(f"{record['kept_share']:.1%} of all tokens are kept at the end of a window")
+    for slot in record.get("profile", []):
+        say(_chosen(slot))
     for kind in counts if ledger else differing:
         predicted, counted = (per_token(counts[kind][how]) for how in ("predicted", "counted"))
         say(f"KV bytes {kind:9s}{predicted:>12s} predicted {counted:>12s} counted")
@@ -171,6 +184,21 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
     return lines
 
 
+def _chosen(slot: dict[str, Any]) -> str:
+    """What the policy has chosen for the heads of a KV layer: a line of the profile."""
+    mean = lambda numbers: sum(numbers) / len(numbers)
+    text = f"slot {slot['slot']:3d}: {mean(slot['kept']):4.0%} of the prompt is kept"
+    if "policies" in slot:
+        shares = {name: mean(one["share"]) for name, one in slot["policies"].items()}
+        recovery = slot["recovery"]
+        text += f"; {', '.join(f'{name} {share:.0%}' for name, share in shares.items() if share)}"
+        text += (
+            f"; attention kept {mean(recovery['min']):.3f} (at one position "
+            f"{mean(recovery['worst']):.3f})"
+        )
+    return text
+
+
 def _tasks(arguments: Arguments) -> None:
     if arguments.windows is not None or arguments.per_slot or arguments.ledger:
         raise ValueError(
@@ -182,6 +210,10 @@ def _tasks(arguments: Arguments) -> None:
     if not names:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     for name in arguments.cache:
+        if is_policy(name):
+            raise ValueError(
+                f"cache = {name}: tasks are not scored through caches that evict tokens; leave out --tasks"
+            )
         near_choice("cache format", name, ("full", *CACHE_FORMATS))
     from cla_jax.runs import check_places
 

@@ -38,7 +38,8 @@ class Arguments:
     top_p: float = 1.0
     # Seeds the draws; each prompt draws with a seed derived from it and its place.
     seed: int = 0
-    # KV cache format to decode through: dense, float32, bfloat16, int8, fp8, kivi4, kivi2.
+    # KV cache format to decode through: dense, float32, bfloat16, int8, fp8, kivi4, kivi2; or a policy that
+    # evicts tokens, such as fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md).
     cache: str = "dense"
     # Tokens of a prompt that go through the model at once.
     chunk: int = 256

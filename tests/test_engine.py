@@ -293,13 +293,13 @@ def test_requests_that_share_chunks_get_what_they_get_alone():
 def test_what_the_cache_holds_already_is_prefilled_once(skip, monkeypatch):
     """The first request writes the common prefix; those that join with it read it."""
     fed = []
-    real = batches.prefill
+    real = places.prefill
 
     def counted(weights, spec, cache, prompts, last=None, held={}):  # noqa: B006
         fed.extend(len(p) - held.get(i, 0) for i, p in enumerate(prompts) if p is not None)
         return real(weights, spec, cache, prompts, last, held)
 
-    monkeypatch.setattr(batches, "prefill", counted)
+    monkeypatch.setattr(places, "prefill", counted)
     engine = shared_engine(skip_matched=skip)
     prompts = [[*PREFIX, 1], [9, *PREFIX], [*PREFIX, 3], [*PREFIX, 1]]
     requests = [engine.submit(prompt, new_tokens=5) for prompt in prompts]

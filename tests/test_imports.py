@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # docs/design.md, section 3: a module imports only from layers before its own, or from its own.
 LAYERS = [
     {"kv_map", "prefix_tree", "messages", "fields", "names", "progress", "extras", "machine"},
+    {"eviction", "recall_tasks"},
     {"config", "files"},
     {"costs", "chips", "hlo", "statistics", "study", "documents"},
     {"seals"},
@@ -18,8 +19,9 @@ LAYERS = [
     {"model", "cache"},
     {"loss", "optimizer", "data"},
     {"state", "checkpoint", "layerwise", "conversion", "uptrain"},
-    {"train", "decode", "sampling", "places", "batch", "engine", "generate", "traces"},
-    {"decoder", "scoring", "prefix_groups", "likelihood", "memory", "plan"},
+    {"train", "decode", "compressor"},
+    {"sampling", "places", "batch", "engine", "generate", "traces"},
+    {"decoder", "scoring", "eviction_scores", "prefix_groups", "likelihood", "memory", "plan"},
     {"evaluate"},
     {"interop"},
     {"report"},

@@ -136,6 +136,9 @@ class CacheSpec:
     rules: AxisRules
     shards: int  # devices that hold parts of one slot
 
+    # Whether a write needs to know which tokens it is of.
+    reads_tokens: ClassVar[bool] = False
+
     @functools.cached_property
     def windows(self) -> tuple[int, ...]:
         """The window of the layers that read each slot; 0 for none."""
@@ -234,6 +237,16 @@ class CacheSpec:
         sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
         o_BTKGH = sharded(slot, q_BTKGH, step)
         return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
+
+    def observed(
+        self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions
+    ) -> tuple[jax.Array, Any]:
+        """The same, and what this cache notes of a reader: nothing, unless it evicts by attention."""
+        return self.attend(p, slot, q_BTKGH, step), None
+
+    def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:  # noqa: ARG002
+        """The cache at the end of a step, after the last reader. `notes` are of each slot's reader layers."""
+        return cache
 
     def part(self, p: int, shard: jax.Array | int = 0) -> Entries:
         """The entries of slot p on one of the devices that share it."""

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache.evicting import NO_PAGE, EvictingSpec
 from cla_jax.cache.prefix_shared import TILE, Pages, PrefixSpec
 from cla_jax.config import ModelConfig
+from cla_jax.eviction.rule import Rule
 from cla_jax.model.attention import EMPTY, Segment
 from cla_jax.prefix_tree import PrefixTree
 
@@ -151,6 +153,65 @@ def _shared(
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvictingLedger:
+    """Bytes of all rows of an evicting cache together, and of what its heads hold now."""
+
+    allocated: int  # of the pools, with the position, class and score of each entry
+    pages: int  # of the pages that heads have been given, likewise
+    tables: int  # of tables of pages, and rules
+    resident: int  # keys and values of the tokens that are kept
+    notes: int  # their positions, classes and scores
+    read: int  # by one decode step: keys and values, by every layer that reads them
+    entries: tuple[int, ...]  # tokens that are kept, over rows and heads, in each KV layer
+
+
+def predicted_evicting(spec: EvictingSpec, entries: Sequence[int]) -> EvictingLedger:
+    """In closed form, from how many entries of each KV layer are in use. No page is counted as given."""
+    B, K = spec.batch, spec.config.n_kv_heads
+    slots = range(len(spec.pages))
+    sizes = [spec.entry_bytes(p) for p in slots]
+    numbers = [width + 1 + len(Rule._fields) for width in spec.widths]  # table, room, rule
+    return EvictingLedger(
+        allocated=sum(spec.pages[p] * spec.page * sum(sizes[p]) for p in slots),
+        pages=0,
+        tables=4 * B * K * sum(numbers),
+        resident=sum(entries[p] * sizes[p][0] for p in slots),
+        notes=sum(entries[p] * sizes[p][1] for p in slots),
+        read=sum(entries[p] * sizes[p][0] * spec.readers[p] for p in slots),
+        entries=tuple(entries),
+    )
+
+
+def counted_evicting(
+    spec: EvictingSpec, cache: Cache, rows: Sequence[int] | None = None
+) -> EvictingLedger:
+    """From the live arrays; what heads hold is that of these rows, by default all."""
+    those = slice(None) if rows is None else np.asarray(rows, int)
+    pages = resident = notes = read = 0
+    entries = []
+    for p, pool in enumerate(cache.slots):
+        table, positions = np.asarray(pool.table)[those], np.asarray(pool.positions)
+        given = table[table != NO_PAGE]
+        held = int((positions[given] != EMPTY).sum())
+        each = nbytes(pool.kept) // positions.size
+        noted = nbytes((pool.positions, pool.classes, pool.scores)) // positions.size
+        pages += given.size * spec.page * (each + noted)
+        resident, notes = resident + held * each, notes + held * noted
+        read += held * each * spec.readers[p]
+        entries.append(held)
+    arrays = [(pool.kept, pool.positions, pool.classes, pool.scores) for pool in cache.slots]
+    return EvictingLedger(
+        allocated=nbytes(arrays),
+        pages=pages,
+        tables=nbytes([(pool.table, pool.room, pool.rule) for pool in cache.slots]),
+        resident=resident,
+        notes=notes,
+        read=read,
+        entries=tuple(entries),
+    )
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays of a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -210,6 +271,6 @@ class _Seen:
         self.written.append(p)
         return self.spec.write(p, *args)
 
-    def attend(self, p: int, *args: Any) -> Any:
+    def observed(self, p: int, *args: Any) -> Any:
         self.read.append(p)
-        return self.spec.attend(p, *args)
+        return self.spec.observed(p, *args)

@@ -200,6 +200,7 @@ class StepPositions(NamedTuple):
     starts_BT: jax.Array  # the first position that each may see
     lengths_B: jax.Array  # tokens of each row, the new ones included
     pages: Any = None  # where the tokens of each row are, for caches that are not one array a row
+    tokens_BT: Any = None  # the new tokens, for caches that keep some kinds of them
 
     def within(self, window: int) -> "StepPositions":
         """The same for layers with a sliding window; 0 is none."""
@@ -315,6 +316,38 @@ def partial_attention(
         body = functools.partial(step, segment)
         part = jax.lax.fori_loop(segment.first, segment.end, body, part)
     return part
+
+
+def attention_received(
+    q_BKNH: jax.Array,
+    segment: Segment,
+    part: Partial,
+    *,
+    entries: int,
+    positions_B1N1: jax.Array,
+    starts_B1N1: jax.Array,
+) -> jax.Array:
+    """The attention that each entry of a segment received, summed over the N queries: [B, K, entries].
+
+    `part` is the whole attention of the queries. Keys are read a second time, block by block; blocks are of
+    equal size and do not overlap. Entries of blocks that are not read received nothing.
+    """
+    log_sum_BKN1 = jnp.where(part.peak_BKN1 <= MASKED, 0, part.peak_BKN1 + jnp.log(part.total_BKN1))
+
+    def step(i, received_BKS: jax.Array) -> jax.Array:
+        queries_BKNH = jax.lax.optimization_barrier(q_BKNH)
+        k_BSKH, keys = segment.read(i).k_BSKH, segment.positions(i)
+        keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
+        s_BKNS = scores(queries_BKNH, k_BSKH)
+        p_BKNS = jnp.exp(s_BKNS - log_sum_BKN1)
+        seen_BKNS = (keys <= positions_B1N1) & (keys >= starts_B1N1)
+        block_BKS = jnp.where(seen_BKNS, p_BKNS, 0).sum(axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(
+            received_BKS, block_BKS, i * block_BKS.shape[-1], axis=2
+        )
+
+    received_BKS = jnp.zeros((*q_BKNH.shape[:2], entries))
+    return jax.lax.fori_loop(segment.first, segment.end, step, received_BKS)
 
 
 def attend_segments(

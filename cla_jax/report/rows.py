@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cla_jax import costs, files
 from cla_jax.config import Config
+from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import TRAINING, Run, find_runs, is_local, read_config, read_json
@@ -61,6 +62,10 @@ class Row:
         return held / costs.kv_bytes(self.config.model, context).resident
 
     def _cached_bytes(self, cache: str, context: int) -> float:
+        if is_policy(cache):
+            # What it keeps is known from the evaluation alone, as a share of everything.
+            share = (self.evaluation or {})["resident_share"]
+            return share * costs.kv_bytes(self.config.model, context).resident
         from cla_jax.cache import ledger  # imports jax, which other rows do not need
 
         return ledger.resident_at_16_bits(self.config.model, cache, context)
@@ -225,6 +230,8 @@ def _check(stem: str, record: Record, file: epath.Path) -> None:
     for name, kind in _SCORES.items():
         files.field(record, name, kind, file)
     files.field(record, "bytes", int, file, None)
+    if is_policy(stem.removeprefix("cached-")):
+        files.field(record, "resident_share", float, file)
 
 
 def common_directory(paths: Iterable[str | os.PathLike[str]]) -> epath.Path | None:

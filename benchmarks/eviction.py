@@ -1,0 +1,102 @@
+"""Quality of held-out text through caches that evict tokens, policies beside each other at equal live bytes.
+
+    python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --windows 64 --T 0.9 --T 0.98
+
+For each T of FastGen the other policies get the budget at which they hold as many bytes at the end of a
+window, positions, classes and scores included. Scores are those of the tokens after the prompt: bits per
+token above the full forward pass, with a 95 % interval over windows, KL to it, and how often the top token is
+the same.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from cla_jax import checkpoint, runs
+from cla_jax.evaluate import open_session
+from cla_jax.eviction import parse
+from cla_jax.eviction_scores import evicting_decoding
+
+OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    # Thresholds of FastGen.
+    T: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
+    # Further settings of FastGen, such as over=mean.
+    settings: str = ""
+    # The other policies; none with an empty one.
+    policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    windows: int = 64
+    prompt: float = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    for path in arguments.runs:
+        run = runs.find_run(path)
+        session = open_session(run)
+        _, model = checkpoint.load_model(run, session.rules, session.mesh)
+
+        def measured(name: str, session=session, model=model, run=run) -> dict[str, Any]:
+            record = evicting_decoding(
+                session, model, parse(name), prompt=arguments.prompt, windows=arguments.windows
+            )
+            print(json.dumps({"run": run.path.name, "policy": name} | line(record)), flush=True)
+            return record
+
+        data = session.config.data
+        after = 1 - arguments.prompt
+        for threshold in arguments.T or (0.95,):
+            settings = ",".join(filter(None, [f"T={threshold:g}", arguments.settings]))
+            record = measured(f"fastgen:{settings}")
+            entry = session.config.model.d_head * 4  # bytes at 16 bits
+            for other in arguments.policy or OTHERS:
+                noted = 9 if parse(f"{other}:keep=1").scoring != "none" else 5
+                share = record["kept_share"] * (entry + 9) / (entry + noted)
+                if other in ("snapkv", "adakv"):  # their budget is the prompt's
+                    share = (share - after) / arguments.prompt
+                budget = math.floor(share * 10_000) / 10_000
+                least = 36 if other in ("snapkv", "adakv") else 12
+                if budget * arguments.prompt * data.seq_len < least:
+                    print(json.dumps({"run": run.path.name, "policy": other, "budget": share}))
+                    continue
+                measured(f"{other}:keep={min(budget, 1):g}")
+
+
+def line(record: dict[str, Any]) -> dict[str, Any]:
+    after = record["after_prompt"]
+    worse = (after["nll"] - after["nll_by_full_forward"]) / after["tokens"] / math.log(2)
+    return {
+        "kept": round(record["kept_share"], 4),
+        "kept_of_prompt": round(
+            sum(sum(slot["kept"]) / len(slot["kept"]) for slot in record["profile"])
+            / len(record["profile"]),
+            4,
+        ),
+        "live_bytes_share": round(record["resident_share"], 4),
+        "bits_worse": round(worse, 5),
+        "interval": round(record["after_prompt"]["worse_interval"] / math.log(2), 5),
+        "perplexity": round(after["perplexity"] / after["perplexity_by_full_forward"] - 1, 5),
+        "kl": round(after["kl"], 5),
+        "top1": round(after["top1_agreement"], 4),
+        "policies": {
+            name: round(
+                sum(sum(slot["policies"][name]["share"]) for slot in record["profile"])
+                / sum(len(slot["kept"]) for slot in record["profile"]),
+                3,
+            )
+            for name in record["profile"][0].get("policies", {})
+        },
+        "seconds": record["prefill_seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()

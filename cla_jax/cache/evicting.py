@@ -1,0 +1,331 @@
+"""A KV cache that keeps some of the tokens, each KV head of each row those that its rule says.
+
+Every (row, KV layer, KV head) is a sequence of its own: entries in pages of one pool for each KV layer, with
+a table of pages. Softmax does not care about the order of keys, and cached keys are rotated already. So an
+entry that is evicted is marked empty, and a later token takes its place. An entry knows its position, its
+class and, where the policy ranks by attention, the attention that it has received.
+
+A step writes its tokens, lets all layers read, adds up what each entry received, and evicts last. So all
+readers of a step see the same entries, and a token always sees itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.cache import Cache, CacheSpec, cache_spec, make_format
+from cla_jax.cache.per_token import PerToken, Shape
+from cla_jax.config import ModelConfig
+from cla_jax.eviction import Policy, refusal
+from cla_jax.eviction import rule as rules_of
+from cla_jax.eviction.random_keep import Random, priorities
+from cla_jax.eviction.rule import (
+    PUNCTUATION,
+    SPECIAL,
+    Rule,
+    hitters_of,
+    kept_whatever_its_score,
+)
+from cla_jax.model.attention import (
+    EMPTY,
+    KV,
+    Segment,
+    StepPositions,
+    attention_received,
+    grouped_queries,
+    normalized,
+    partial_attention,
+)
+
+assert EMPTY == rules_of.EMPTY
+
+BLOCK = 256  # entries of a head that are read at once
+PAGE = 16  # entries of a page
+NO_PAGE = 1 << 29  # in a table: past every pool, however it grows
+
+
+class Pool(NamedTuple):
+    """The entries of one KV layer, [pages, page, ...], and what each head of each row has of them."""
+
+    kept: Any  # keys and values in the cache's format, each entry of one KV head
+    positions: Any  # int32; EMPTY where there is no token
+    classes: Any  # uint8
+    scores: Any  # float32; None where nothing is ranked
+    table: Any  # [B, K, C]: the pages of each head, or NO_PAGE
+    room: Any  # [B, K]: entries that a head may use
+    rule: Rule  # what each head keeps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvictingSpec(CacheSpec):
+    """Everything static about an evicting cache. Make it with `evicting_spec`, which checks it."""
+
+    reads_tokens = True
+
+    # What of the policy the programs depend on: thresholds and budgets are data.
+    policy: Policy = dataclasses.field(compare=False)
+    programs: tuple[Any, ...]
+    # Of each token of the vocabulary, a byte each. Programs take them as data.
+    classes: bytes = dataclasses.field(compare=False)
+    page: int  # entries
+    pages: tuple[int, ...]  # of the pool of each KV layer
+    widths: tuple[int, ...]  # pages of a head at most, in each KV layer
+
+    @property
+    def one_head(self) -> ModelConfig:
+        """The model as if it had one KV head: what an entry holds."""
+        return dataclasses.replace(self.config, n_kv_heads=1)
+
+    @property
+    def ranks(self) -> bool:
+        return self.policy.scoring != "none"
+
+    def entry_bytes(self, p: int) -> tuple[int, int]:
+        """Bytes of an entry: keys and values; position, class and score."""
+        return self._format(p).bytes_per_token(self.one_head), 5 + 4 * self.ranks
+
+    def representative(self, p: int) -> int:
+        size = lambda slot: (self.pages[slot], self.widths[slot])
+        return next(slot for slot in range(p + 1) if size(slot) == size(p))
+
+    def shapes(self, p: int) -> Pool:
+        kept = self._format(p).shapes(self.one_head, self.pages[p], self.page)
+        of = lambda dtype: Shape("BE", (self.pages[p], self.page), jnp.dtype(dtype))
+        heads = self.batch, self.config.n_kv_heads
+        count = Shape("BK", heads, jnp.dtype("int32"))
+        return Pool(
+            kept=kept,
+            positions=of("int32"),
+            classes=of("uint8"),
+            scores=of("float32") if self.ranks else None,
+            table=Shape("BKE", (*heads, self.widths[p]), jnp.dtype("int32")),
+            room=count,
+            rule=Rule(*(count,) * len(Rule._fields)),
+        )
+
+    def allocate(self) -> Cache:
+        """Empty pools; heads without pages."""
+        return dataclasses.replace(self._empty(), pages=jnp.asarray(self.classes_V))
+
+    @functools.cached_property
+    def classes_V(self) -> np.ndarray:
+        return np.frombuffer(self.classes, np.uint8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _empty(self) -> Cache:
+
+        def empty(p: int) -> Pool:
+            zeros = lambda shape: jnp.zeros(shape.shape, shape.dtype)
+            pool = jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
+            return pool._replace(
+                positions=jnp.full_like(pool.positions, EMPTY),
+                table=jnp.full_like(pool.table, NO_PAGE),
+            )
+
+        slots = tuple(empty(p) for p in range(len(self.pages)))
+        return Cache(slots, jnp.zeros(self.batch, jnp.int32))
+
+    # ------------------------------------------------------------------------------- a step
+
+    def write(self, p: int, slot: Pool, kv: KV, step: StepPositions) -> Pool:
+        """The new tokens of a row take the first empty entries of each head."""
+        T, table, classes_V = step.positions_BT.shape[1], slot.table, step.pages
+        assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
+        positions_BKE = self._gathered(slot.positions, table, EMPTY)
+        E = positions_BKE.shape[-1]
+        is_free_BKE = (positions_BKE == EMPTY) & (jnp.arange(E) < slot.room[..., None])
+        order_BKE = jnp.where(is_free_BKE, -jnp.arange(E), -E)
+        entry_BKT = -jax.lax.top_k(order_BKE, min(T, E))[0]
+        if entry_BKT.shape[-1] < T:
+            entry_BKT = jnp.pad(entry_BKT, [(0, 0), (0, 0), (0, T - E)], constant_values=E)
+        # Text comes before padding in a step, so the t-th token takes the t-th free entry.
+        is_put_BKT = (entry_BKT < E) & (step.positions_BT >= 0)[:, None]
+        index_BKT = jnp.minimum(entry_BKT // self.page, self.widths[p] - 1)
+        page_BKT = jnp.take_along_axis(table, index_BKT, axis=2)
+        page_BKT = jnp.where(is_put_BKT, page_BKT, NO_PAGE)
+        at = page_BKT, entry_BKT % self.page
+
+        def put(held: jax.Array, new_BKT: jax.Array) -> jax.Array:
+            new_BKT = jnp.broadcast_to(new_BKT, (*at[0].shape, *new_BKT.shape[3:]))
+            return held.at[at].set(new_BKT.astype(held.dtype), mode="drop")
+
+        encoded = self._format(p).encode(kv)
+        each = lambda held, new: put(held, jnp.expand_dims(new.swapaxes(1, 2), 3))
+        classes_BT = classes_V.at[step.tokens_BT].get(mode="clip")
+        return slot._replace(
+            kept=jax.tree.map(each, slot.kept, encoded),
+            positions=put(slot.positions, step.positions_BT[:, None]),
+            classes=put(slot.classes, classes_BT[:, None]),
+            scores=put(slot.scores, self._first_scores(step)) if self.ranks else None,
+        )
+
+    def _first_scores(self, step: StepPositions) -> jax.Array:
+        """Of new tokens, [B, K or 1, T]."""
+        if not isinstance(self.policy, Random):
+            return jnp.zeros(step.positions_BT.shape)[:, None]
+        heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)[:, None]
+        positions = step.positions_BT.astype(jnp.uint32)[:, None]
+        return priorities(positions, heads, self.policy.seed)
+
+    def attend(self, p: int, slot: Pool, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
+        """Attention of the new tokens of a step over what their heads keep. [B, T, K, G, H]"""
+        return self.observed(p, slot, q_BTKGH, step)[0]
+
+    def observed(
+        self, p: int, slot: Pool, q_BTKGH: jax.Array, step: StepPositions
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The same, and the attention that each entry received of it, [B, K, E]."""
+        B, _, K, _, H = q_BTKGH.shape
+        q_BKNH, over, restore = grouped_queries(q_BTKGH * H**-0.5)
+        # To attention a KV head of a row is a row of one KV head.
+        apart = lambda a_BKX: a_BKX.reshape(B * K, 1, *a_BKX.shape[2:])
+        over_heads = lambda a_BT: jnp.repeat(over(a_BT), K, axis=0)[:, None, :, None]
+        segment = self._segment(p, slot)
+        sees = {
+            "positions_B1N1": over_heads(step.positions_BT),
+            "starts_B1N1": over_heads(step.starts_BT),
+        }
+        part = partial_attention(apart(q_BKNH), [segment], **sees)
+        o_BTKGH = restore(normalized(part).reshape(q_BKNH.shape)).astype(q_BTKGH.dtype)
+        if self.policy.scoring != "attention":
+            return o_BTKGH, None
+        E = self.widths[p] * self.page
+        received = attention_received(apart(q_BKNH), segment, part, entries=E, **sees)
+        return o_BTKGH, received.reshape(B, K, E)
+
+    def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:
+        """The cache after the last reader of a step: scores are added up, and heads evict."""
+        T = step.positions_BT.shape[1]
+        slots = []
+        for p, slot in enumerate(cache.slots):
+            if self.policy.scoring == "attention":
+                scores_BKE = self._gathered(slot.scores, slot.table, 0) + sum(notes[p])
+                slot = slot._replace(scores=self._scattered(slot.scores, slot.table, scores_BKE))
+            slots.append(self._evicted(slot, step.lengths_B, T))
+        return dataclasses.replace(cache, slots=tuple(slots))
+
+    def _evicted(self, slot: Pool, lengths_B: jax.Array, T: int) -> Pool:
+        """At most T entries of a head: a step of T tokens makes no more of them superfluous."""
+        table, rule = slot.table, slot.rule
+        of = lambda held, fill: self._gathered(held, table, fill)
+        before_BKE, classes_BKE = of(slot.positions, EMPTY), of(slot.classes, 0)
+        lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
+        always_BKE = kept_whatever_its_score(
+            rule, before_BKE, classes_BKE, lengths_BK, self.policy.sinks, self.policy.recent
+        )
+        may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
+        scores_BKE = of(slot.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
+        allowed_BK = hitters_of(rule, lengths_BK)
+        positions_BKE = before_BKE
+        for _ in range(T):
+            may_go_BKE = may_go_BKE & (positions_BKE != EMPTY)
+            too_many_BK1 = (may_go_BKE.sum(-1) > allowed_BK)[..., None]
+            lowest_BK1 = jnp.where(may_go_BKE, scores_BKE, jnp.inf).min(-1, keepdims=True)
+            among_BKE = may_go_BKE & (scores_BKE <= lowest_BK1)
+            oldest_BK1 = jnp.where(among_BKE, positions_BKE, EMPTY).min(-1, keepdims=True)
+            goes_BKE = too_many_BK1 & among_BKE & (positions_BKE == oldest_BK1)
+            positions_BKE = jnp.where(goes_BKE, EMPTY, positions_BKE)
+        return slot._replace(positions=self._scattered(slot.positions, table, positions_BKE))
+
+    # ------------------------------------------------------------------------------- pages
+
+    def _segment(self, p: int, slot: Pool) -> Segment:
+        table_BKC = slot.table
+        B, K, C = table_BKC.shape
+        M = pages_at_once(self.page, C)
+        positions_BKE = self._gathered(slot.positions, table_BKC, EMPTY)
+        positions_NE = positions_BKE.reshape(B * K, -1)
+        S = M * self.page
+
+        def read(i: Any) -> KV:
+            pages_NM = jax.lax.dynamic_slice_in_dim(table_BKC, i * M, M, axis=2).reshape(B * K, M)
+
+            def some(held: jax.Array) -> jax.Array:
+                taken = held.at[pages_NM].get(mode="clip")  # of no page: not seen
+                return taken.reshape(B * K, S, *held.shape[2:])
+
+            return self._format(p).decode(jax.tree.map(some, slot.kept))
+
+        def positions(i: Any) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(positions_NE, i * S, S, axis=1)
+
+        used = jnp.where(positions_NE != EMPTY, jnp.arange(positions_NE.shape[1]) + 1, 0).max()
+        return Segment(read, positions, 0, -(-used // S), tuple(jax.tree.leaves(slot.kept)))
+
+    def _gathered(self, held: jax.Array, table_BKC: jax.Array, fill: Any) -> jax.Array:
+        """[pages, page] as [B, K, E]."""
+        B, K, C = table_BKC.shape
+        taken = held.at[table_BKC].get(mode="fill", fill_value=fill)
+        return taken.reshape(B, K, C * self.page)
+
+    def _scattered(self, held: jax.Array, table_BKC: jax.Array, new_BKE: jax.Array) -> jax.Array:
+        B, K, C = table_BKC.shape
+        return held.at[table_BKC].set(new_BKE.reshape(B, K, C, self.page), mode="drop")
+
+    def _format(self, p: int) -> PerToken:
+        format = self.formats[p]
+        assert isinstance(format, PerToken)
+        return format
+
+
+def pages_at_once(page: int, width: int) -> int:
+    """Pages that are read at once, of heads of so many: all widths are multiples of it, see `rounded`."""
+    return min(width, max(1, BLOCK // page))
+
+
+def rounded(width: int, page: int) -> int:
+    """The width of a table for heads of so many pages: whole blocks."""
+    block = max(1, BLOCK // page)
+    return width if width <= block else -(-width // block) * block
+
+
+def evicting_spec(
+    config: ModelConfig,
+    policy: Policy,
+    *,
+    classes: bytes,
+    batch: int,
+    capacity: int,
+    chunk: int = 1,
+    page: int = PAGE,
+) -> EvictingSpec:
+    """The spec of an evicting cache on one device, with pools that hold nothing yet.
+
+    Args:
+      policy: from `eviction.parse`.
+      classes: the class of each token of the vocabulary, a byte each, from `eviction.classes`.
+      batch: rows that decode at once.
+      capacity: tokens of a row at most, its prompt included.
+      chunk: tokens that a decode step writes at most.
+      page: entries of a page.
+
+    Raises:
+      ValueError: sizes that are not positive, sliding windows, rows that are too long, or a policy that needs
+        classes that no token has.
+    """
+    if page < 1:
+        raise ValueError(f"evicting cache: page = {page} must be a positive integer")
+    if words := refusal(config.resolved_windows, policy, capacity):
+        raise ValueError(words)
+    for name, bit in (("special", SPECIAL), ("punctuation", PUNCTUATION)):
+        if policy.needs_classes and not any(bit & one for one in classes):
+            raise ValueError(f"{policy.name}: the tokenizer has no {name} tokens")
+    format = make_format(policy.format, config.compute_dtype)
+    spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    ones = (1,) * config.n_slots
+    classes = classes.ljust(config.vocab_size, b"\0")  # ids beyond the tokenizer's are never drawn
+    return EvictingSpec(
+        **fields,
+        policy=policy,
+        programs=(policy.scoring, policy.sinks, policy.recent, getattr(policy, "seed", None)),
+        classes=classes,
+        page=page,
+        pages=ones,
+        widths=ones,
+    )

@@ -1,0 +1,350 @@
+"""Prompts into an evicting cache: encoded, shown to a policy, and copied as far as it keeps them.
+
+    compressor = Compressor(weights, evicting_spec(config, policy, classes=classes, batch=8, capacity=2048))
+    cache = compressor.spec.allocate()
+    x, cache = compressor.fill(cache, {0: prompt}, new_tokens=100)
+    x, cache = decode(weights, compressor.spec, cache, tokens_BT, counts_B)
+
+Shapes are static, sizes are data: the host learns what each head keeps, takes pages of the pools for it, and
+lets the pools grow to the next of a few sizes where they are too small. Programs are compiled once a size.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.cache import Cache, cache_spec, make_format
+from cla_jax.cache.evicting import NO_PAGE, EvictingSpec, Pool, rounded
+from cla_jax.cache.scratch import Notes, ScratchSpec
+from cla_jax.config import ModelConfig
+from cla_jax.decode import Weights, decode
+from cla_jax.eviction import Policy
+from cla_jax.eviction.policy import Choice, Lost, Seen
+from cla_jax.eviction.rule import CHOSEN, EMPTY, Rule, kept, most_kept
+
+GROWTH = 1.25  # from one size of a pool to the next
+SHORTEST = 16  # tokens that prompts are padded to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a policy has chosen for the prompts of one `fill`, for one KV layer."""
+
+    choice: Choice
+    kept_BKS: np.ndarray
+    lengths_B: np.ndarray
+
+
+@dataclasses.dataclass(kw_only=True)
+class Seconds:
+    """Where the time of prefills went."""
+
+    prefill: float = 0.0
+    profile: float = 0.0
+    compact: float = 0.0
+
+
+class Compressor:
+    """Fills rows of an evicting cache on one device. `spec` changes when the pools grow.
+
+    Args:
+      weights: from `decoding_weights`, on one device.
+      spec: from `evicting_spec`.
+    """
+
+    def __init__(self, weights: Weights, spec: EvictingSpec):
+        self.weights, self.spec = weights, spec
+        slots = range(len(spec.pages))
+        self._taken: list[dict[int, list[int]]] = [{} for _ in slots]  # pages of each row
+        self._free: list[list[int]] = [list(range(n)) for n in spec.pages]
+        self._left: set[int] = set()  # rows whose tables still name pages that are free
+        self.chosen: list[tuple[Chosen, ...]] = []  # of each fill, of each KV layer
+        self.seconds = Seconds()
+
+    def fill(
+        self,
+        cache: Cache,
+        prompts: Mapping[int, Sequence[int]],
+        new_tokens: int | Mapping[int, int],
+        starts: np.ndarray | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Puts prompts into rows, each with room for so many new tokens; what the rows held is forgotten.
+
+        `starts`, if given, is the first position that each token sees, [prompts, tokens]. Returns the
+        hidden states of the prompts' tokens, [prompts, T, D] with T rounded up. The cache is donated. Raises
+        ValueError for prompts that the policy does not take.
+        """
+        lengths = [len(prompt) for prompt in prompts.values()]
+        self.spec.policy.check(lengths)
+        scratch, tokens_BT, counts_B = self._padded(prompts)
+        starts_BT = np.zeros_like(tokens_BT)
+        if starts is not None:
+            starts_BT[: starts.shape[0], : starts.shape[1]] = starts
+        clock = time.monotonic()
+        x_BTD, encoded = _encoded(
+            self.weights, scratch.allocate(), tokens_BT, counts_B, starts_BT, spec=scratch
+        )
+        jax.block_until_ready(x_BTD)
+        self.seconds.prefill += time.monotonic() - clock
+        clock = time.monotonic()
+        classes_BS = np.where(
+            np.arange(tokens_BT.shape[1]) < counts_B[:, None], self.spec.classes_V[tokens_BT], 0
+        ).astype(np.uint8)
+        chosen = tuple(
+            self._choose(scratch, p, encoded, counts_B, classes_BS)
+            for p in range(len(encoded.slots))
+        )
+        self.seconds.profile += time.monotonic() - clock
+        self.chosen.append(chosen)
+        clock = time.monotonic()
+        cache = self._compacted(cache, list(prompts), encoded, chosen, classes_BS, new_tokens)
+        jax.block_until_ready(cache.lengths_B)
+        self.seconds.compact += time.monotonic() - clock
+        return x_BTD, cache
+
+    def release(self, row: int) -> None:
+        """The row's pages are free for others. The next fill empties its table before it gives them away."""
+        self._left.add(row)
+        for p, taken in enumerate(self._taken):
+            self._free[p] += taken.pop(row, [])
+
+    def pages_in_use(self) -> list[int]:
+        """Of each KV layer."""
+        return [sum(map(len, taken.values())) for taken in self._taken]
+
+    def _padded(
+        self, prompts: Mapping[int, Sequence[int]]
+    ) -> tuple[ScratchSpec, np.ndarray, np.ndarray]:
+        """A scratch cache for the prompts, and the prompts as it takes them."""
+        longest = max(map(len, prompts.values()))
+        unit = max(SHORTEST, 2 ** math.ceil(math.log2(longest)) // 8)
+        T, B = -(-longest // unit) * unit, len(prompts)
+        tokens_BT, counts_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        for i, prompt in enumerate(prompts.values()):
+            tokens_BT[i, : len(prompt)], counts_B[i] = prompt, len(prompt)
+        return (
+            scratch_spec(self.spec.config, self.spec.policy, batch=B, tokens=T),
+            tokens_BT,
+            counts_B,
+        )
+
+    def _choose(
+        self, scratch: ScratchSpec, p: int, encoded: Cache, counts_B: np.ndarray, classes_BS: np.ndarray
+    ) -> Chosen:  # fmt: skip
+        notes: Notes = encoded.pages
+        of = (scratch.representative(p), encoded.slots[p], notes.queries[p], notes[1:])
+        received_BKS, observed_BKS = map(
+            np.asarray, scratch.received(*of, observation=self.spec.policy.observation)
+        )
+
+        def lost(dropped_CBKS: np.ndarray, bands_CB: np.ndarray) -> Lost:
+            return Lost(*map(np.asarray, scratch.lost(*of, dropped_CBKS, bands_CB)))
+
+        seen = Seen(
+            lengths_B=counts_B,
+            classes_BS=classes_BS,
+            received_BKS=received_BKS,
+            observed_BKS=observed_BKS,
+            lost=lost,
+        )
+        choice = self.spec.policy.choose(seen)
+        kept_BKS = kept(
+            choice.rule,
+            classes_of(choice, classes_BS),
+            choice.scores_BKS,
+            counts_B,
+            self.spec.policy.sinks,
+            self.spec.policy.recent,
+        )
+        return Chosen(choice=choice, kept_BKS=kept_BKS, lengths_B=counts_B)
+
+    # ----------------------------------------------------------------------------------- compaction
+
+    def _compacted(
+        self,
+        cache: Cache,
+        rows: list[int],
+        encoded: Cache,
+        chosen: Sequence[Chosen],
+        classes_BS: np.ndarray,
+        new_tokens: int | Mapping[int, int],
+    ) -> Cache:
+        """The cache with what the rows' heads keep of their prompts."""
+        new_B = np.array(
+            [new_tokens if isinstance(new_tokens, int) else new_tokens[row] for row in rows]
+        )
+        for row in rows:
+            self.release(row)
+        policy, spec = self.spec.policy, self.spec
+        rooms = [
+            most_kept(
+                one.choice.rule, one.kept_BKS.sum(-1), one.lengths_B, new_B,
+                sinks=policy.sinks, recent=policy.recent, chunk=spec.chunk,
+            )
+            for one in chosen
+        ]  # fmt: skip
+        cache = self._grown(cache, [-(-room // spec.page) for room in rooms])
+        slots = []
+        B, K = spec.batch, spec.config.n_kv_heads
+        left = [row for row in self._left if row not in rows]
+        rows_B = np.full(B, B, np.int32)  # past the batch: none
+        rows_B[: len(rows) + len(left)] = rows + left
+        for p, (slot, one, room_BK) in enumerate(zip(cache.slots, chosen, rooms, strict=True)):
+            tables = np.full((B, K, self.spec.widths[p]), NO_PAGE, np.int32)
+            tables[: len(rows)] = self._take(p, rows, -(-room_BK // spec.page))
+            plan = _plan(self.spec, p, one, tables[: len(rows)], classes_of(one.choice, classes_BS))
+            of_rows = lambda a_BK: np.concatenate([a_BK, np.zeros((B - len(a_BK), K))]).astype(
+                np.int32
+            )
+            numbers = of_rows(room_BK), Rule(*map(of_rows, one.choice.rule))
+            slots.append(_put(slot, encoded.slots[p], plan, rows_B, tables, *numbers))
+        self._left.clear()
+        lengths_B = cache.lengths_B.at[np.array(rows)].set(chosen[0].lengths_B)
+        return Cache(tuple(slots), lengths_B, jnp.asarray(self.spec.classes_V))
+
+    def _take(self, p: int, rows: list[int], pages_BK: np.ndarray) -> np.ndarray:
+        """Pages of pool p for each head of the rows, [rows, K, C]."""
+        tables = np.full((*pages_BK.shape, self.spec.widths[p]), NO_PAGE, np.int32)
+        for i, row in enumerate(rows):
+            for k, n in enumerate(pages_BK[i]):
+                tables[i, k, :n] = got = [self._free[p].pop() for _ in range(n)]
+                self._taken[p].setdefault(row, []).extend(got)
+        return tables
+
+    def _grown(self, cache: Cache, pages: Sequence[np.ndarray]) -> Cache:
+        """The cache with pools and tables large enough for so many pages more, of each head."""
+        spec = self.spec
+        sizes, widths = list(spec.pages), list(spec.widths)
+        for p, pages_BK in enumerate(pages):
+            missing = int(pages_BK.sum()) - len(self._free[p])
+            if missing > 0:
+                sizes[p] = size_of(spec.pages[p] + missing)
+                self._free[p] += range(spec.pages[p], sizes[p])
+            if pages_BK.max() > widths[p]:
+                widths[p] = rounded(size_of(int(pages_BK.max())), spec.page)
+        if (tuple(sizes), tuple(widths)) == (spec.pages, spec.widths):
+            return cache
+        self.spec = dataclasses.replace(spec, pages=tuple(sizes), widths=tuple(widths))
+        slots = [
+            _padded_pool(slot, self.spec.pages[p], self.spec.widths[p])
+            for p, slot in enumerate(cache.slots)
+        ]
+        return dataclasses.replace(cache, slots=tuple(slots))
+
+
+def scratch_spec(config: ModelConfig, policy: Policy, *, batch: int, tokens: int) -> ScratchSpec:
+    """A scratch cache for prompts of up to so many tokens, in the format of the policy."""
+    format = make_format(policy.format, config.compute_dtype)
+    spec = cache_spec(config, format, batch=batch, capacity=tokens, chunk=tokens)
+    return ScratchSpec(
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    )
+
+
+def classes_of(choice: Choice, classes_BS: np.ndarray) -> np.ndarray:
+    """The class of each position for each head, [B, K, S]."""
+    B, K, S = choice.scores_BKS.shape
+    classes_BKS = np.broadcast_to(classes_BS[:, None], (B, K, S))
+    if choice.chosen_BKS is None:
+        return classes_BKS
+    return classes_BKS | (CHOSEN * choice.chosen_BKS).astype(np.uint8)
+
+
+def size_of(pages: int) -> int:
+    """The least of the sizes that a pool may have that has so many pages."""
+    size = 1
+    while size < pages:
+        size = math.ceil(size * GROWTH)
+    return size
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _encoded(weights: Weights, cache: Cache, tokens_BT, counts_B, starts_BT, *, spec: ScratchSpec):
+    return decode(weights, spec, cache, tokens_BT, counts_B, starts_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What goes into each entry of the new pages, [pages of the pool, page]; pages past the pool are none."""
+
+    pages_N: np.ndarray
+    source: tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and head in the scratch cache
+    positions: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+
+
+def _plan(
+    spec: EvictingSpec, p: int, one: Chosen, tables: np.ndarray, classes_BKS: np.ndarray
+) -> _Plan:
+    pages = tables[tables != NO_PAGE]
+    N, page = spec.pages[p], spec.page
+    pages_N = np.full(N, NO_PAGE, np.int32)
+    pages_N[: len(pages)] = pages
+    place = np.full(N, -1)  # of a page in pages_N
+    place[pages] = np.arange(len(pages))
+    b, k, s = np.nonzero(one.kept_BKS)
+    entry = (np.cumsum(one.kept_BKS, axis=-1) - 1)[b, k, s]
+    at = place[tables[b, k, entry // page]], entry % page
+    filled = lambda value, dtype: np.full((N, page), value, dtype)
+    plan = _Plan(
+        pages_N=pages_N,
+        source=(filled(0, np.int32), filled(0, np.int32), filled(0, np.int32)),
+        positions=filled(EMPTY, np.int32),
+        classes=filled(0, np.uint8),
+        scores=filled(0, np.float32),
+    )
+    for array, index in zip(plan.source, (b, s, k), strict=True):
+        array[at] = index
+    plan.positions[at] = s
+    plan.classes[at] = classes_BKS[b, k, s]
+    plan.scores[at] = one.choice.scores_BKS[b, k, s]
+    return plan
+
+
+jax.tree_util.register_dataclass(
+    _Plan, [field.name for field in dataclasses.fields(_Plan)], meta_fields=[]
+)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(pool: Pool, scratch: Any, plan: _Plan, rows, tables, rooms, rule) -> Pool:
+    """The pool with the planned entries copied from the slot of a scratch cache; the pool is donated."""
+    put = lambda held, new: held.at[plan.pages_N].set(new, mode="drop")
+    of_rows = lambda held, new: held.at[rows].set(new, mode="drop")
+    return Pool(
+        kept=jax.tree.map(
+            lambda held, full: put(held, jnp.expand_dims(full[plan.source], 2)),
+            pool.kept,
+            scratch,
+        ),
+        positions=put(pool.positions, plan.positions),
+        classes=put(pool.classes, plan.classes),
+        scores=None if pool.scores is None else put(pool.scores, plan.scores),
+        table=of_rows(pool.table, tables),
+        room=of_rows(pool.room, rooms),
+        rule=jax.tree.map(of_rows, pool.rule, rule),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _padded_pool(pool: Pool, pages: int, width: int) -> Pool:
+    def more(a: jax.Array, size: int, axis: int, fill: Any) -> jax.Array:
+        pads = [(0, size - a.shape[i] if i == axis else 0) for i in range(a.ndim)]
+        return jnp.pad(a, pads, constant_values=fill)
+
+    longer = functools.partial(more, size=pages, axis=0, fill=0)
+    return pool._replace(
+        kept=jax.tree.map(longer, pool.kept),
+        positions=more(pool.positions, pages, 0, EMPTY),
+        classes=longer(pool.classes),
+        scores=None if pool.scores is None else longer(pool.scores),
+        table=more(pool.table, width, 2, NO_PAGE),
+    )

@@ -1,0 +1,98 @@
+"""Policies that say which tokens a KV cache keeps: one file a policy, chosen by a text.
+
+    fastgen:T=0.95      window:keep=0.25      h2o:tokens=64,format=int8
+
+A policy is pure Python and numpy. It sees how the prompts attend (`Seen`) and gives each KV head a `Rule`.
+`cla_jax/cache/evicting.py` applies the rule after the prefill and at each decode step.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterable
+
+from cla_jax.eviction.fastgen import FastGen
+from cla_jax.eviction.h2o import H2O
+from cla_jax.eviction.policy import Policy
+from cla_jax.eviction.random_keep import Random
+from cla_jax.eviction.rule import LONGEST
+from cla_jax.eviction.snapkv import AdaKV, SnapKV
+from cla_jax.eviction.window import Window
+from cla_jax.messages import near_choice, shown
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.kind: policy for policy in (FastGen, Window, H2O, SnapKV, AdaKV, Random)
+}
+# Formats that keep every token by itself, so that an entry can be overwritten by another token.
+ENTRY_FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
+
+
+def is_policy(name: str) -> bool:
+    """Whether a cache is named by a policy, not by a format."""
+    return name.partition(":")[0] in POLICIES
+
+
+def parse(text: str) -> Policy:
+    """The policy that a text names. Raises ValueError with the setting that is wrong."""
+    kind, _, rest = text.partition(":")
+    near_choice("eviction policy", kind, POLICIES)
+    cls = POLICIES[kind]
+    types = {name: t for name, t in typing.get_type_hints(cls).items() if _is_field(cls, name)}
+    settings: dict[str, object] = {}
+    for item in filter(None, rest.split(",")):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        near_choice(f"setting of {kind}", name, types)
+        if name in settings or not equals:
+            raise ValueError(f"{kind}: {shown(item)} must be {name}=VALUE, once")
+        try:
+            settings[name] = types[name](value) if types[name] in (int, float) else value
+        except ValueError:
+            needed = types[name].__name__
+            raise ValueError(f"{kind}: {name} = {shown(value)} must be {needed}") from None
+    policy = cls(**settings)  # type: ignore[arg-type]
+    if policy.format.startswith("kivi"):
+        raise ValueError(
+            f"{kind}: format = {policy.format} quantises tokens in groups, so that none of them can be "
+            f"replaced by another; formats that can: {', '.join(ENTRY_FORMATS)}"
+        )
+    near_choice("format of evicting caches", policy.format, ENTRY_FORMATS)
+    return policy
+
+
+def refusal(windows: Iterable[int], policy: Policy, capacity: int) -> str | None:
+    """Why no evicting cache of a model with these windows can be made; None if it can."""
+    if any(windows):
+        return f"{policy.name}: an evicting cache has no sliding windows: model.windows must be 0"
+    if capacity > LONGEST:
+        return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens a row, not {capacity:,}"
+    return None
+
+
+def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
+    """Tokens of a window that are its prompt. Raises ValueError unless steps of `chunk` fill the rest."""
+    if not 0 < share < 1:
+        raise ValueError(f"prompt = {share} must lie between 0 and 1: a share of the window")
+    tokens = math.ceil(share * seq_len)
+    if tokens >= seq_len or (seq_len - tokens) % chunk:
+        raise ValueError(
+            f"prompt = {share} leaves {seq_len - tokens} of {seq_len} tokens: that must be a positive "
+            f"multiple of chunk = {chunk}"
+        )
+    return tokens
+
+
+def canonical(name: str) -> str:
+    """The name of a cache; of a policy with its settings in order, and without those that are the default."""
+    return parse(name).name if is_policy(name) else name
+
+
+def check_cache(name: str, formats: Iterable[str]) -> None:
+    """Raises ValueError unless it is one of the formats, or a policy with its settings."""
+    if is_policy(name):
+        parse(name)
+    else:
+        near_choice("cache format", name, (*formats, *POLICIES))
+
+
+def _is_field(cls: type[Policy], name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(cls))

@@ -1,0 +1,251 @@
+"""Held-out text scored through an evicting cache.
+
+Of each window the first part is the prompt: it is encoded whole, and the policy sees how it attends. The
+rest goes token by token through what the policy keeps, as generation does. All tokens of the window are
+scored, so that the result compares with other caches. Those after the prompt, which alone feel the eviction,
+are also scored apart, beside the full forward pass.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax import costs
+from cla_jax.cache import ledger
+from cla_jax.cache.evicting import evicting_spec
+from cla_jax.compressor import Chosen, Compressor
+from cla_jax.config import ModelConfig
+from cla_jax.decode import decode, decoding_weights, on_one_device
+from cla_jax.eviction import Policy, prompt_tokens
+from cla_jax.eviction.classes import classes_of_tokenizer
+from cla_jax.loss import losses
+from cla_jax.mesh import AxisRules
+from cla_jax.model.transformer import Transformer, document_starts, inputs_of
+from cla_jax.scoring import rows, score
+from cla_jax.train import Session
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="cache")
+def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *, spec, options):
+    """Of the tokens after the prompts: nats through the cache and by full forward, KL, equal top tokens.
+
+    Returns nats of every target through the cache [B, T], the four with the largest difference of logits
+    [5, B, T - S], and the cache.
+    """
+    B, T = inputs_BT.shape
+    S = x_BSD.shape[1]
+    full_BTD = model(inputs_BT, options, starts_BT)
+    nll_BS = losses(weights.logits(x_BSD, spec.rules), targets_BT[:, :S])[0]
+
+    def steps(a_BT: jax.Array) -> jax.Array:
+        rest = a_BT[:, S:]
+        parts = rest.reshape(B, (T - S) // spec.chunk, spec.chunk, *rest.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    def step(cache, given):
+        tokens_Bt, starts_Bt, targets_Bt, full_BtD = given
+        counts_B = jnp.full_like(cache.lengths_B, spec.chunk)
+        x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
+        ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
+        ours, theirs = jax.nn.log_softmax(ours_BtV), jax.nn.log_softmax(theirs_BtV)
+        found = (
+            losses(ours_BtV, targets_Bt)[0],
+            losses(theirs_BtV, targets_Bt)[0],
+            jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
+            ours.argmax(-1) == theirs.argmax(-1),
+            jnp.abs(ours_BtV - theirs_BtV).max(-1),
+        )
+        return cache, jnp.stack([one.astype(jnp.float32) for one in found])
+
+    given = tuple(map(steps, (inputs_BT, starts_BT, targets_BT, full_BTD)))
+    cache, found_N5Bt = jax.lax.scan(step, cache, given)
+    found_5BT = jnp.moveaxis(found_N5Bt, 0, 2).reshape(5, B, T - S)
+    return jnp.concatenate([nll_BS, found_5BT[0]], axis=1), found_5BT, cache
+
+
+def evicting_decoding(
+    session: Session,
+    model: Transformer,
+    policy: Policy,
+    *,
+    chunk: int = 1,
+    prompt: float = 0.5,
+    windows: int | None = None,
+    **how: Any,
+) -> dict[str, Any]:
+    """The held-out text through an evicting cache, on the first device, and the bytes of that cache.
+
+    Bytes are those at the end of a window, a mean over the windows. Raises ValueError where the policy, the
+    model, the tokenizer and the length of windows do not fit.
+    """
+    data = session.config.data
+    S, T = prompt_tokens(prompt, data.seq_len, chunk), data.seq_len
+    policy.check([S])
+    # No mesh: an evicting cache is on one device.
+    options = dataclasses.replace(session.options, rules=AxisRules(), attention="xla")
+    alone = dataclasses.replace(session, options=options)
+    model = on_one_device(model)
+    weights = decoding_weights(model)
+    B = rows(session, windows)
+    spec = evicting_spec(
+        session.config.model,
+        policy,
+        classes=classes_of_tokenizer(session.prepared.tokenizer, data.begin_token),
+        batch=B,
+        capacity=T,
+        chunk=chunk,
+    )
+    compressor, cache = Compressor(weights, spec), spec.allocate()
+    after = np.zeros(5)  # nats, nats by full forward, KL, equal top tokens, tokens
+    counts: list[ledger.EvictingLedger] = []
+    texts, furthest = 0, 0.0
+    worse: list[float] = []  # nats a token above the full forward pass, of each window
+
+    def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        nonlocal cache, after, texts, furthest
+        inputs_BT, targets_BT = inputs_of(tokens_BT1[:, :-1], session.begins), tokens_BT1[:, 1:]
+        starts_BT = jnp.zeros_like(inputs_BT)
+        if session.end is not None:
+            starts_BT = document_starts(tokens_BT1[:, :-1], session.end)
+        prompts = dict(enumerate(np.asarray(inputs_BT[:, :S]).tolist()))
+        starts_BS = np.asarray(starts_BT[:, :S])
+        x_BSD, cache = compressor.fill(cache, prompts, T - S, starts_BS)
+        nll_BT, found_5BT, cache = _continued(
+            *(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD[:, :S]),
+            spec=compressor.spec,
+            options=options,
+        )
+        scored_BT = np.asarray(weights_BT[:, S:], np.float64)
+        found_5BT = np.asarray(found_5BT, np.float64) * scored_BT
+        furthest = max(furthest, found_5BT[4].max())
+        sums = found_5BT[:4].sum((1, 2))
+        tokens_B = scored_BT.sum(1)
+        some_B = tokens_B > 0
+        worse.extend(((found_5BT[0] - found_5BT[1]).sum(1)[some_B] / tokens_B[some_B]).tolist())
+        after += [*sums, scored_BT.sum()]
+        whole = np.flatnonzero(scored_BT.all(axis=1))
+        counts.append(ledger.counted_evicting(compressor.spec, cache, whole))
+        texts += len(whole)
+        return nll_BT
+
+    scored = score(alone, nll, windows=windows, warm_up=False, **how).record()
+    return {
+        "method": "evicting decoding",
+        "cache": policy.name,
+        "cache_dtype": spec.formats[0].dtype,
+        "context": T,
+        "prompt": prompt,
+        "chunk": chunk,
+        **scored,
+        "after_prompt": _after(after) | {"worse_interval": 1.96 * _standard_error(worse)},
+        "agreement": {
+            "kl": after[2] / after[4],
+            "top1_agreement": after[3] / after[4],
+            "max_logit_difference": furthest,
+            "tokens": int(after[4]),
+        },
+        **_bytes(compressor, counts, max(texts, 1), T),
+        "readers_per_slot": list(spec.readers),
+        "profile": profile(session.config.model, policy, compressor.chosen),
+        "prefill_seconds": {
+            name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()
+        },
+    }
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of their mean."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _after(sums: np.ndarray) -> dict[str, float]:
+    """The scores of the tokens after the prompts."""
+    nll, full, kl, same, tokens = map(float, sums)
+    return {
+        "nll": nll,
+        "nll_by_full_forward": full,
+        "tokens": int(tokens),
+        "perplexity": math.exp(min(nll / tokens, 700.0)),
+        "perplexity_by_full_forward": math.exp(min(full / tokens, 700.0)),
+        "kl": kl / tokens,
+        "top1_agreement": same / tokens,
+    }
+
+
+def _bytes(
+    compressor: Compressor, counts: Sequence[ledger.EvictingLedger], texts: int, context: int
+) -> dict[str, Any]:
+    """KV bytes per token of context, and what they are of a cache that keeps everything at 16 bits."""
+    spec, config = compressor.spec, compressor.spec.config
+    entries = [sum(one.entries[p] for one in counts) for p in range(len(spec.pages))]
+    predicted = ledger.predicted_evicting(spec, entries)
+    tokens, rows_here = texts * context, spec.batch * context
+    of = lambda name: sum(getattr(one, name) for one in counts)
+    allocated = counts[-1].allocated + counts[-1].tables
+    at_16_bits = dataclasses.replace(
+        spec,
+        formats=tuple(
+            dataclasses.replace(f, dtype="bfloat16", **_at_16_bits(f)) for f in spec.formats
+        ),
+    )
+    held = ledger.predicted_evicting(at_16_bits, entries)
+    dense = costs.kv_bytes(config, context).resident
+    return {
+        "kv_bytes": {
+            "allocated": {
+                "predicted": (predicted.allocated + predicted.tables) / rows_here,
+                "counted": allocated / rows_here,
+            },
+            "resident": {
+                "predicted": (predicted.resident + predicted.notes) / tokens,
+                "counted": (of("resident") + of("notes")) / tokens,
+            },
+            "read": {"predicted": predicted.read / tokens, "counted": of("read") / tokens},
+        },
+        # Positions, classes and scores included.
+        "resident_share": (held.resident + held.notes) / tokens / dense,
+        "kept_share": sum(entries) / (tokens * len(spec.pages) * config.n_kv_heads),
+    }
+
+
+def _at_16_bits(format: Any) -> dict[str, str]:
+    return {"held": "bfloat16"} if getattr(format, "held", "") == format.dtype else {}
+
+
+def profile(
+    config: ModelConfig, policy: Policy, chosen: Sequence[tuple[Chosen, ...]]
+) -> list[dict[str, Any]]:
+    """What was chosen for each KV layer, means over all prompts; of FastGen also each head's policies."""
+    found = []
+    for p, of_slot in enumerate(zip(*chosen, strict=True)):
+        lengths = np.concatenate([one.lengths_B for one in of_slot])
+        kept_NK = np.concatenate([one.kept_BKS.sum(-1) for one in of_slot]) / lengths[:, None]
+        slot: dict[str, Any] = {"slot": p, "kept": np.round(kept_NK.mean(0), 4).tolist()}
+        if policy.names:
+            policy_NK = np.concatenate([one.choice.policy_BK for one in of_slot])
+            slot["policies"] = {
+                name: {
+                    "share": np.round((policy_NK == i).mean(0), 4).tolist(),
+                    "kept": [
+                        round(float(kept_NK[policy_NK[:, k] == i, k].mean()), 4)
+                        if (policy_NK[:, k] == i).any()
+                        else None
+                        for k in range(config.n_kv_heads)
+                    ],
+                }
+                for i, name in enumerate(policy.names)
+            }
+            slot["recovery"] = {
+                name: np.round(
+                    np.concatenate([one.choice.recovery[name] for one in of_slot]).mean(0), 4
+                ).tolist()
+                for name in of_slot[0].choice.recovery
+            }
+        found.append(slot)
+    return found

@@ -1,0 +1,196 @@
+"""Texts whose end can be predicted only by who remembers their beginning: tests for caches that forget.
+
+    examples = make_examples("needle", count=100, length=1000, seed=0)
+
+Everything is made from a seed, nothing is downloaded. An example is a context, an answer, and the depth at
+which the context has what the answer needs: 0 is its beginning, 1 its end. `write_tasks` writes them as tasks
+of the lm-evaluation-harness. The kinds follow RULER (2404.06654) and Zoology (2312.04927).
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cla_jax.messages import near_choice
+
+NOISE = (
+    "The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ",
+    "There and back again. ",
+)  # fmt: skip
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    context: str
+    answer: str  # begins with a space
+    depth: float  # where in the context the answer is from
+
+
+def word(draw: random.Random, syllables: int = 3) -> str:
+    return "".join(draw.choice(CONSONANTS) + draw.choice(VOWELS) for _ in range(syllables))
+
+
+def words(draw: random.Random, count: int, syllables: int = 3) -> list[str]:
+    """Different words."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[word(draw, syllables)] = None
+    return list(found)
+
+
+def needle(draw: random.Random, length: int) -> Example:
+    """A sentence with a number among sentences that say nothing."""
+    key, number = word(draw), str(draw.randrange(10_000, 100_000))
+    fact, question = f"The number of {key} is {number}. ", f"The number of {key} is"
+    return _hidden(draw, fact, question, " " + number, length)
+
+
+def _hidden(draw: random.Random, fact: str, question: str, answer: str, length: int) -> Example:
+    noise: list[str] = []
+    while len("".join(noise)) + len(fact) + len(question) < length:
+        noise.append(draw.choice(NOISE))
+    at = draw.randint(0, len(noise))
+    before = "".join(noise[:at])
+    context = before + fact + "".join(noise[at:]) + question
+    return Example(context=context, answer=answer, depth=len(before) / max(len(context), 1))
+
+
+def key_value(draw: random.Random, length: int) -> Example:
+    """One of many pairs of a word and a number."""
+    count = max(2, (length - 10) // len("bababa: 12345\n"))
+    keys = words(draw, count)
+    values = [str(draw.randrange(10_000, 100_000)) for _ in keys]
+    lines = [f"{key}: {value}\n" for key, value in zip(keys, values, strict=True)]
+    i = draw.randrange(count)
+    context = "".join(lines) + f"{keys[i]}:"
+    return Example(
+        context=context, answer=" " + values[i], depth=len("".join(lines[:i])) / len(context)
+    )
+
+
+def variables(draw: random.Random, length: int) -> Example:
+    """A variable that has the value of another one, and so on, among sentences that say nothing."""
+    names = [name.upper() for name in words(draw, 4)]
+    number = str(draw.randrange(10_000, 100_000))
+    chain = [f"VAR {names[0]} = {number}. "]
+    chain += [f"VAR {new} = {old}. " for old, new in itertools.pairwise(names)]
+    question = f"The value of {names[-1]} is"
+    parts: list[str] = []
+    while len("".join(parts)) + len("".join(chain)) + len(question) < length:
+        parts.append(draw.choice(NOISE))
+    places = sorted(draw.sample(range(len(parts) + len(chain)), len(chain)))
+    for place, step in zip(places, chain, strict=True):
+        parts.insert(place, step)
+    context = "".join(parts) + question
+    return Example(
+        context=context, answer=" " + number, depth=context.index(chain[0]) / len(context)
+    )
+
+
+def common_words(draw: random.Random, length: int) -> Example:
+    """The word that is there most often."""
+    common, *others = words(draw, max(4, length // 30))
+    question = "The most common word is"
+    size = len(common) + 1
+    total = max(8, (length - len(question)) // size)
+    often = max(4, total // 3)
+    listed = [common] * often + [draw.choice(others) for _ in range(total - often)]
+    draw.shuffle(listed)
+    context = " ".join(listed) + ". " + question
+    return Example(context=context, answer=" " + common, depth=listed.index(common) / len(listed))
+
+
+def recall(draw: random.Random, length: int) -> Example:
+    """Pairs of words, some of them asked for again; the last question is the one that counts."""
+    count = max(3, length // (2 * len("bababa kakaka, ")))
+    found = words(draw, 2 * count)
+    pairs = list(zip(found[:count], found[count:], strict=True))
+    text = "".join(f"{key} {value}, " for key, value in pairs)
+    asked = pairs.copy()
+    draw.shuffle(asked)
+    while len(asked) > 1 and len(text) + sum(len(k) + len(v) + 3 for k, v in asked) > length:
+        asked.pop()
+    again = "".join(f"{key} {value}, " for key, value in asked[:-1])
+    key, value = asked[-1]
+    context = text + again + key
+    return Example(
+        context=context, answer=" " + value, depth=text.index(f"{key} {value}") / len(context)
+    )
+
+
+def copy(draw: random.Random, length: int) -> Example:
+    """A list of words that begins again, up to one of its words."""
+    count = max(3, length // (2 * len("bababa ")))
+    listed = words(draw, count)
+    i = draw.randrange(1, count)
+    context = " ".join(listed) + ". " + " ".join(listed[:i])
+    return Example(context=context, answer=" " + listed[i], depth=7 * i / len(context))
+
+
+KINDS: dict[str, Callable[[random.Random, int], Example]] = {
+    "needle": needle,
+    "key_value": key_value,
+    "variables": variables,
+    "common_words": common_words,
+    "recall": recall,
+    "copy": copy,
+}
+
+
+def make_examples(kind: str, *, count: int, length: int, seed: int = 0) -> list[Example]:
+    """Examples of about `length` characters of context; equal arguments give equal examples.
+
+    Raises ValueError for an unknown kind, or a length that leaves no room for what is asked.
+    """
+    near_choice("task", kind, KINDS)
+    if count < 1:
+        raise ValueError(f"count = {count} must be positive")
+    if length < 120:
+        raise ValueError(f"length = {length} must be at least 120 characters")
+    return list(_drawn(kind, count, length, seed))
+
+
+def _drawn(kind: str, count: int, length: int, seed: int) -> Iterator[Example]:
+    for i in range(count):
+        yield KINDS[kind](random.Random(f"{kind} {length} {seed} {i}"), length)
+
+
+# A task of the lm-evaluation-harness: is the answer the likeliest continuation, and how likely is it.
+_TASK = """task: recall_{kind}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: perplexity
+    aggregation: perplexity
+    higher_is_better: false
+metadata:
+  version: 1
+"""
+
+
+def write_tasks(directory: str | Path, *, count: int, length: int, seed: int = 0) -> list[Path]:
+    """Writes recall_KIND.jsonl and recall_KIND.yaml for every kind; returns the task files."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for kind in KINDS:
+        file = directory / f"recall_{kind}.jsonl"
+        lines = make_examples(kind, count=count, length=length, seed=seed)
+        file.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in lines))
+        made.append(directory / f"recall_{kind}.yaml")
+        made[-1].write_text(_TASK.format(kind=kind, file=json.dumps(str(file.resolve()))))
+    return made

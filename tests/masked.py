@@ -1,0 +1,124 @@
+"""Eviction by a mask over a cache that keeps everything: saves nothing, and is easy to believe."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache.per_token import Slot
+from cla_jax.compressor import Compressor, classes_of, scratch_spec
+from cla_jax.decode import decode
+from cla_jax.eviction.random_keep import Random, priorities
+from cla_jax.eviction.rule import Rule
+
+
+class Masked(NamedTuple):
+    slot: Slot
+    kept_BKE: jax.Array
+    scores_BKE: jax.Array
+    classes_BKE: jax.Array
+    rule: Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedSpec(CacheSpec):
+    reads_tokens = True
+    policy: Any
+
+    def write(self, p, slot: Masked, kv, step):
+        inner = super().write(p, slot.slot, kv, step)
+        rows = jnp.arange(self.batch)[:, None]
+        at = jnp.where(step.positions_BT >= 0, step.positions_BT, 1 << 29)
+        put = lambda held, new: held.at[rows, :, at].set(new, mode="drop")
+        scores = jnp.zeros((*at.shape, 1))
+        if isinstance(self.policy, Random):
+            heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)
+            scores = priorities(at.astype(jnp.uint32)[..., None], heads, self.policy.seed)
+        return Masked(
+            inner,
+            put(slot.kept_BKE, True),
+            put(slot.scores_BKE, scores),
+            put(slot.classes_BKE, step.pages[step.tokens_BT][..., None]),
+            slot.rule,
+        )
+
+    def observed(self, p, slot: Masked, q_BTKGH, step):
+        kv = self.formats[p].decode(slot.slot)
+        s = jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, kv.k_BSKH) * q_BTKGH.shape[-1] ** -0.5
+        E = s.shape[-1]
+        seen = jnp.arange(E) <= step.positions_BT[..., None]
+        seen &= jnp.arange(E) >= step.starts_BT[..., None]
+        seen = seen[:, :, None, None] & slot.kept_BKE[:, None, :, None]
+        weights = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
+        weights = jnp.where(seen, weights, 0)
+        return jnp.einsum("BTKGS,BSKH->BTKGH", weights, kv.v_BSKH), weights.sum((1, 3))
+
+    def settled(self, cache, notes, step):
+        slots = []
+        for slot, seen in zip(cache.slots, notes, strict=True):
+            scores = slot.scores_BKE
+            if self.policy.scoring == "attention":
+                scores = scores + sum(seen)
+            rule, n = slot.rule, step.lengths_B[:, None]
+            E = scores.shape[-1]
+            at = jnp.arange(E)
+            share = lambda s, f, n=n: jnp.maximum(-(-s * n // 10_000) + f, 0)
+            window = jnp.maximum(share(rule.window_share, rule.window_fixed), self.policy.recent)
+            sure = (at < self.policy.sinks) | (at >= (n - window)[..., None])
+            sure |= (at >= rule.since[..., None]) | (
+                (slot.classes_BKE & rule.classes[..., None]) != 0
+            )
+            rest = slot.kept_BKE & ~sure
+            keys = (jnp.broadcast_to(-at, rest.shape), -scores, ~rest)
+            order = jnp.lexsort(keys, axis=-1)
+            rank = jnp.argsort(order, axis=-1)
+            count = share(rule.hitters_share, rule.hitters_fixed)[..., None]
+            kept = slot.kept_BKE & (sure | (rank < count))
+            slots.append(slot._replace(kept_BKE=kept, scores_BKE=scores))
+        return dataclasses.replace(cache, slots=tuple(slots))
+
+
+def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[MaskedSpec, Cache]:
+    """What `compressor` last chose for the prompts, as a mask over a cache of all their tokens."""
+    config, policy = compressor.spec.config, compressor.spec.policy
+    B, T = len(prompts), max(map(len, prompts))
+    scratch = scratch_spec(config, policy, batch=B, tokens=capacity)
+    tokens = np.zeros((B, T), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.array(list(map(len, prompts)))
+    plain = cache_spec(config, scratch.formats, batch=B, capacity=capacity, chunk=capacity)
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    spec = MaskedSpec(**fields, policy=policy)
+    _, cache = jax.jit(decode, static_argnums=1)(
+        compressor.weights, plain, plain.allocate(), tokens, lengths
+    )
+    slots = []
+    classes = np.where(np.arange(T) < lengths[:, None], compressor.spec.classes_V[tokens], 0)
+    for slot, one in zip(cache.slots, compressor.chosen[-1], strict=True):
+        E = jax.tree.leaves(slot)[0].shape[1]
+        S = min(E, one.kept_BKS.shape[-1])
+        padded = functools.partial(_padded, size=E, given=S)
+        slots.append(
+            Masked(
+                slot,
+                padded(one.kept_BKS),
+                padded(np.asarray(one.choice.scores_BKS, np.float32)),
+                padded(
+                    classes_of(
+                        one.choice,
+                        np.pad(classes, [(0, 0), (0, one.kept_BKS.shape[-1] - T)]).astype(np.uint8),
+                    )
+                ),
+                jax.tree.map(jnp.asarray, one.choice.rule),
+            )
+        )
+    return spec, Cache(tuple(slots), cache.lengths_B, jnp.asarray(compressor.spec.classes_V))
+
+
+def _padded(a: np.ndarray, *, size: int, given: int) -> jax.Array:
+    return jnp.asarray(np.pad(a[..., :given], [(0, 0), (0, 0), (0, size - given)]))

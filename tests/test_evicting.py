@@ -1,0 +1,233 @@
+"""Evicting caches: real storage equals a mask over everything, T = 1 equals dense, bytes are what is kept."""
+
+import dataclasses
+import functools
+import itertools
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from cla_jax.cache import cache_spec, ledger
+from cla_jax.cache.evicting import evicting_spec
+from cla_jax.compressor import Compressor, _encoded, scratch_spec, size_of
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.eviction import parse
+from cla_jax.eviction.rule import EMPTY, PUNCTUATION, SPECIAL
+from tests import reference
+from tests.conftest import MODEL, replace
+from tests.masked import masked_cache
+
+CLASSES = np.zeros(260, np.uint8)
+CLASSES[[0]] = SPECIAL
+CLASSES[[40, 41, 42, 43, 44]] = PUNCTUATION
+DRAW = np.random.default_rng(3)
+TOKENS = DRAW.choice([0, 40, 41, 42, *range(50, 120)], (3, 96)).astype(np.int32)
+
+make = functools.cache(reference.randomised)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def step(weights, cache, tokens, counts, *, spec):
+    x, cache = decode(weights, spec, cache, tokens, counts)
+    return weights.logits(x, spec.rules), cache
+
+
+def filled(config, policy, prompts, *, capacity=96, chunk=1, page=4):
+    sizes = {"batch": len(prompts), "capacity": capacity, "chunk": chunk, "page": page}
+    spec = evicting_spec(config, parse(policy), classes=CLASSES.tobytes(), **sizes)
+    compressor = Compressor(decoding_weights(make(config)), spec)
+    x, cache = compressor.fill(
+        compressor.spec.allocate(), dict(enumerate(prompts)), capacity - max(map(len, prompts))
+    )
+    return compressor, x, cache
+
+
+def continued(weights, spec, cache, tokens, counts):
+    """Logits of further tokens, [steps, B, T, V], and the cache."""
+    found = []
+    for tokens_BT, counts_B in zip(tokens, counts, strict=True):
+        logits, cache = step(weights, cache, tokens_BT, counts_B, spec=spec)
+        found.append(
+            np.where((np.arange(tokens_BT.shape[1]) < counts_B[:, None])[..., None], logits, 0)
+        )
+    return np.array(found), cache
+
+
+def kept_of(cache):
+    """The positions in each head's entries, of each slot."""
+    found = []
+    for pool in cache.slots:
+        table, positions = np.asarray(pool.table), np.asarray(pool.positions)
+        found.append(
+            [
+                [sorted(x for x in positions[[t for t in head if t < len(positions)]].ravel() if x < EMPTY)
+                 for head in row]
+                for row in table
+            ]
+        )  # fmt: skip
+    return found
+
+
+POLICIES = (
+    "fastgen:T=0.6,r_l=0.2,r_f=0.1,sinks=1,recent=2",
+    "fastgen:T=0.8,over=mean,recent=1,sinks=2",
+    "window:tokens=9,sinks=2,recent=3",
+    "h2o:keep=0.3,sinks=2,recent=3",
+    "snapkv:tokens=14,window=6,sinks=2,recent=2,pool=3",
+    "adakv:keep=0.5,window=6,sinks=2,recent=2,floor=0.2",
+    "random:tokens=11,sinks=1,recent=4,seed=7",
+)
+SHARED = replace(MODEL, n_layers=2, n_kv_heads=2)  # one KV layer
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.data())
+def test_real_storage_equals_a_mask(data):
+    kv_map = data.draw(st.sampled_from(["0,1", "0,0", "0,1,0"]))
+    config = replace(
+        MODEL,
+        n_layers=len(kv_map.split(",")),
+        kv_map=kv_map,
+        n_kv_heads=data.draw(st.sampled_from([1, 2, 4])),
+    )
+    lengths = data.draw(st.lists(st.integers(30, 48), min_size=2, max_size=2))
+    policy, chunk = data.draw(st.sampled_from(POLICIES)), data.draw(st.sampled_from([1, 3]))
+    assert_storage_equals_mask(config, policy, lengths, chunk)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_on_shared_layers_and_ragged_rows(policy):
+    assert_storage_equals_mask(SHARED, policy, [45, 33], 1)
+
+
+def assert_storage_equals_mask(config, policy, lengths, chunk):
+    prompts = [TOKENS[row, :n].tolist() for row, n in enumerate(lengths)]
+    compressor, _, cache = filled(config, policy, prompts, capacity=72, chunk=chunk)
+    spec, masked = masked_cache(compressor, prompts, 72)
+    more = np.array([TOKENS[row, n : n + 24] for row, n in enumerate(lengths)])
+    tokens = [more[:, i : i + chunk] for i in range(0, 24, chunk)]
+    # In one step a row is idle.
+    counts = [np.array([chunk, 0 if i == 2 else chunk]) for i in range(len(tokens))]
+    ours, cache = continued(compressor.weights, compressor.spec, cache, tokens, counts)
+    theirs, masked = continued(compressor.weights, spec, masked, tokens, counts)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    expected = [
+        [[np.flatnonzero(head).tolist() for head in row] for row in np.asarray(slot.kept_BKE)]
+        for slot in masked.slots
+    ]
+    assert kept_of(cache) == expected
+    total = sum(len(head) for slot in expected for row in slot for head in row)
+    everything = sum(lengths) + 48 - chunk
+    assert total < everything * config.n_kv_heads * config.n_slots  # something was evicted
+
+
+def test_full_keeps_everything_and_gives_the_tokens_of_a_dense_cache():
+    prompts = [TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()]
+    compressor, x, cache = filled(SHARED, "fastgen:T=1", prompts, capacity=61)
+    dense = cache_spec(SHARED, "dense", batch=2, capacity=61, chunk=48)
+    weights, counts = compressor.weights, np.array([45, 33], np.int32)
+    tokens = np.zeros((2, 48), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    logits, plain = step(weights, dense.allocate(), tokens, counts, spec=dense)
+    last = weights.logits(x, dense.rules)
+    one = np.ones(2, np.int32)
+    for _ in range(16):
+        rows = np.arange(2), counts - 1
+        np.testing.assert_allclose(last[rows], logits[rows], atol=1e-5 * np.abs(logits).max())
+        drawn = np.asarray(logits[rows].argmax(-1), np.int32)
+        np.testing.assert_array_equal(drawn, last[rows].argmax(-1))
+        last, cache = step(weights, cache, drawn[:, None], one, spec=compressor.spec)
+        logits, plain = step(weights, plain, drawn[:, None], one, spec=dense)
+        counts = one
+    assert kept_of(cache) == [[[list(range(61))] * 2, [list(range(49))] * 2]]
+
+
+@pytest.mark.parametrize("format", ["dense", "int8"])
+def test_bytes_are_those_of_what_is_kept(format):
+    prompts = [TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()]
+    policy = f"h2o:keep=0.4,sinks=2,recent=3,format={format}"
+    compressor, _, cache = filled(SHARED, policy, prompts, capacity=64)
+    entries = [int(one.kept_BKS.sum()) for one in compressor.chosen[-1]]
+    assert entries == [2 * 18 + 2 * 14]  # shares are rounded up: 0.2 of 45 twice, and of 33
+    predicted = ledger.predicted_evicting(compressor.spec, entries)
+    counted = ledger.counted_evicting(compressor.spec, cache)
+    assert dataclasses.replace(counted, pages=0) == predicted
+    of_entry = {"dense": 2 * 8 * 4, "int8": 2 * (8 + 2)}[format]
+    assert counted.resident == entries[0] * of_entry
+    assert counted.notes == entries[0] * 9
+    assert counted.read == 2 * counted.resident  # two layers read the one KV layer
+    # Pools hold the pages that heads were given, and no more than the next size of a pool.
+    assert counted.pages <= counted.allocated
+    assert compressor.spec.pages[0] == size_of(counted.pages // (4 * (of_entry + 9)))
+    whole = 2 * 64 * 2 * of_entry  # without positions, classes and scores
+    assert counted.allocated < 0.7 * whole
+
+
+def test_a_row_is_filled_again_while_others_go_on():
+    first, second = TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()
+    compressor, _, cache = filled(SHARED, POLICIES[0], [first, second], capacity=64)
+    alone, _, expected = filled(SHARED, POLICIES[0], [second, second], capacity=64)
+    more = [TOKENS[:2, 50 + i : 51 + i] for i in range(6)]
+    _, cache = continued(compressor.weights, compressor.spec, cache, more, np.ones((6, 2), int))
+    compressor.release(0)
+    _, cache = compressor.fill(cache, {0: second}, 31)
+    same = [np.repeat(tokens[1:], 2, axis=0) for tokens in more]
+    ours, cache = continued(compressor.weights, compressor.spec, cache, same, np.ones((6, 2), int))
+    theirs, expected = continued(alone.weights, alone.spec, expected, same, np.ones((6, 2), int))
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], atol=1e-5 * np.abs(theirs).max())
+    assert kept_of(cache)[0][0] == kept_of(expected)[0][0]
+
+
+def test_the_profile_is_that_of_whole_attention():
+    """Received and lost attention, beside sums over matrices of S x S."""
+    lengths = np.array([40, 29], np.int32)
+    compressor, _, _ = filled(
+        SHARED, "fastgen:T=0.5", [TOKENS[r, :n].tolist() for r, n in enumerate(lengths)]
+    )
+    scratch = scratch_spec(SHARED, compressor.spec.policy, batch=2, tokens=48)
+    tokens = np.where(np.arange(48) < lengths[:, None], TOKENS[:2, :48], 0)
+    _, encoded = _encoded(
+        compressor.weights, scratch.allocate(), tokens, lengths, np.zeros_like(tokens), spec=scratch
+    )
+    (readers,), notes = encoded.pages.queries, encoded.pages[1:]
+    keys = np.asarray(encoded.slots[0].k_BSKH, np.float64)[:, :48]
+    S, at = 48, np.arange(48)
+    seen = (at[None, :] <= at[:, None]) & (at < lengths[:, None])[:, :, None]
+    weights = []
+    for reader in readers:
+        q = np.asarray(reader.q_BKNH, np.float64).reshape(2, 2, S, 2, 8)
+        s = np.where(seen[:, None, :, None], np.einsum("bktgh,bskh->bktgs", q, keys), -np.inf)
+        with np.errstate(invalid="ignore"):
+            p = np.exp(s - s.max(-1, keepdims=True))
+            weights.append(np.nan_to_num(p / p.sum(-1, keepdims=True)))
+    received, observed = scratch.received(0, encoded.slots[0], readers, notes, observation=5)
+    np.testing.assert_allclose(received, sum(p.sum((2, 3)) for p in weights), atol=1e-4)
+    last = (at >= lengths[:, None] - 5) & (at < lengths[:, None])
+    expected = sum(np.einsum("bktgs,bt->bks", p, last) for p in weights)
+    np.testing.assert_allclose(observed, expected, atol=1e-4)
+    dropped = np.random.default_rng(0).random((3, 2, 2, S)) < 0.5
+    bands = np.array([[1, 1], [7, 9], [3, 40]], np.int32)
+    mean, worst, late = scratch.lost(0, encoded.slots[0], readers, notes, dropped, bands)
+    for c, r in itertools.product(range(3), range(2)):
+        far = (at[:, None] - at[None, :]) >= bands[c][:, None, None]
+        gone = np.einsum("bktgs,bks,bts->bkgt", weights[r], dropped[c], far)
+        np.testing.assert_allclose(mean[c, r], gone.sum(-1) / lengths[:, None, None], atol=1e-5)
+        np.testing.assert_allclose(worst[c, r], gone.max(-1), atol=1e-5)
+        np.testing.assert_allclose(late[c, r], gone.sum(-1) / lengths[:, None, None], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "words"),
+    [
+        ("window:keep=0.5", {"windows": "8"}, "no sliding windows"),
+        ("fastgen", {}, "no punctuation tokens"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(policy, changes, words):
+    config = replace(MODEL, **changes)
+    with pytest.raises(ValueError, match=words):
+        evicting_spec(config, parse(policy), classes=bytes([SPECIAL]), batch=1, capacity=64)
