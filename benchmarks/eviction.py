@@ -19,7 +19,8 @@ import tyro
 from cla_jax import checkpoint, runs
 from cla_jax.evaluate import open_session
 from cla_jax.eviction import parse
-from cla_jax.eviction_scores import evicting_decoding
+from cla_jax.eviction_scores import evicting_decoding, recall_scores
+from cla_jax.recall_tasks import make_examples
 
 OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 
@@ -31,8 +32,12 @@ class Arguments:
     T: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
     # Further settings of FastGen, such as over=mean.
     settings: str = ""
-    # The other policies; none with an empty one.
+    # The other policies, by default all of them; of tasks the policies, with their settings.
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # Tasks of cla_jax/recall_tasks.py to score instead of held-out text, with contexts of so many characters.
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    length: int = 200
+    count: int = 64
     windows: int = 64
     prompt: float = 0.5
 
@@ -43,6 +48,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = runs.find_run(path)
         session = open_session(run)
         _, model = checkpoint.load_model(run, session.rules, session.mesh)
+
+        for kind in arguments.task:
+            examples = make_examples(kind, count=arguments.count, length=arguments.length)
+            for name in arguments.policy:
+                tokenizer = session.prepared.tokenizer
+                found = recall_scores(model, tokenizer, parse(name), examples)
+                print(
+                    json.dumps({"run": run.path.name, "task": kind, "policy": name} | found),
+                    flush=True,
+                )
+        if arguments.task:
+            continue
 
         def measured(name: str, session=session, model=model, run=run) -> dict[str, Any]:
             record = evicting_decoding(

@@ -26,7 +26,8 @@ from cla_jax.eviction import Policy, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.loss import losses
 from cla_jax.mesh import AxisRules
-from cla_jax.model.transformer import Transformer, document_starts, inputs_of
+from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
+from cla_jax.recall_tasks import Example
 from cla_jax.scoring import rows, score
 from cla_jax.train import Session
 
@@ -156,6 +157,115 @@ def evicting_decoding(
         "prefill_seconds": {
             name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()
         },
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options", "steps"), donate_argnames="cache")
+def _answered(model, weights, cache, tokens_BT, bounds_3B, *, spec, options, steps):
+    """Teacher-forced questions and answers: sums over the tokens of each answer, [5, B], and the cache.
+
+    `bounds_3B` are where the questions and the answers begin, and where the texts end. The sums are nats
+    through the cache and by full forward, KL, and how many tokens are the likeliest, of both.
+    """
+    first_B, answer_B, end_B = bounds_3B
+    full_BTD = model(tokens_BT, options)
+    of = lambda a_BT, at_B: jnp.take_along_axis(a_BT, at_B[:, None], axis=1, mode="clip")
+
+    def step(carry, i):
+        cache, sums = carry
+        at_B = first_B + i
+        token_B1, target_B1 = of(tokens_BT, at_B), of(tokens_BT, at_B + 1)
+        counts_B = (at_B + 1 < end_B).astype(jnp.int32)
+        x_B1D, cache = decode(weights, spec, cache, token_B1, counts_B)
+        full_B1D = jnp.take_along_axis(full_BTD, at_B[:, None, None], axis=1, mode="clip")
+        ours_B1V, theirs_B1V = (weights.logits(x, spec.rules) for x in (x_B1D, full_B1D))
+        ours, theirs = jax.nn.log_softmax(ours_B1V), jax.nn.log_softmax(theirs_B1V)
+        found = (
+            losses(ours_B1V, target_B1)[0],
+            losses(theirs_B1V, target_B1)[0],
+            jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
+            ours.argmax(-1) == target_B1,
+            theirs.argmax(-1) == target_B1,
+        )
+        counts = (at_B + 1 >= answer_B) & (at_B + 1 < end_B)
+        new_5B = jnp.stack([one[:, 0].astype(jnp.float32) for one in found])
+        return (cache, sums + jnp.where(counts, new_5B, 0)), None
+
+    sums_5B = jnp.zeros((5, tokens_BT.shape[0]))
+    (cache, sums_5B), _ = jax.lax.scan(step, (cache, sums_5B), jnp.arange(steps))
+    return sums_5B, cache
+
+
+def recall_scores(
+    model: Transformer,
+    tokenizer: Any,
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    begin_token: str = "",
+    batch: int = 16,
+) -> dict[str, Any]:
+    """How well a cache that evicts answers `recall_tasks`, beside the full forward pass.
+
+    The context is the prompt, which the policy sees; the question and the answer are decoded token by token.
+    Rank 1 is the share of answers all of whose tokens are the likeliest. Numbers are means over answers;
+    `depths` has those of tenths of the depth.
+    """
+    model = on_one_device(model)
+    weights, options = decoding_weights(model), ForwardOptions()
+    begin = tokenizer.begin(begin_token)
+    texts = []
+    for one in examples:
+        context = [begin, *tokenizer.encode(one.context).tolist()]
+        question, answer = (tokenizer.encode(t).tolist() for t in (one.question, one.answer))
+        texts.append((context, question, answer))
+    policy.check([len(context) for context, _, _ in texts])
+    T = max(sum(map(len, text)) for text in texts)
+    steps = max(len(question) + len(answer) for _, question, answer in texts)
+    classes = classes_of_tokenizer(tokenizer, begin_token)
+    sizes = {"batch": min(batch, len(texts)), "capacity": T}
+    spec = evicting_spec(model.config, policy, classes=classes, **sizes)
+    compressor, cache = Compressor(weights, spec), spec.allocate()
+    sums, kept = [], []
+    for i in range(0, len(texts), spec.batch):
+        some = texts[i : i + spec.batch]
+        here = [*some, *[some[-1]] * (spec.batch - len(some))]
+        tokens_BT = np.zeros((spec.batch, T), np.int32)
+        for row, text in enumerate(here):
+            joined = [token for part in text for token in part]
+            tokens_BT[row, : len(joined)] = joined
+        lengths = np.array([list(map(len, text)) for text in here], np.int32)
+        _, cache = compressor.fill(cache, {row: text[0] for row, text in enumerate(here)}, steps)
+        bounds_3B = np.cumsum(lengths, axis=1).T
+        sums_5B, cache = _answered(
+            *(model, weights, cache, tokens_BT, bounds_3B),
+            spec=compressor.spec,
+            options=options,
+            steps=steps,
+        )
+        sums.append(np.asarray(sums_5B, np.float64)[:, : len(some)])
+        chosen = compressor.chosen[-1]
+        kept += [np.mean([one.kept_BKS[row].mean(-1).mean() * one.kept_BKS.shape[-1] / one.lengths_B[row]
+                          for one in chosen]) for row in range(len(some))]  # fmt: skip
+    sums_5N = np.concatenate(sums, axis=1)
+    size_N = np.array([len(answer) for _, _, answer in texts])
+    depth_N = np.array([min(int(one.depth * 10), 9) for one in examples])
+
+    def means(which_N: np.ndarray) -> dict[str, float]:
+        nll, full, kl, same, full_same = sums_5N[:, which_N] / size_N[which_N]
+        return {
+            "examples": int(which_N.sum()),
+            "nll": float(nll.mean()),
+            "nll_by_full_forward": float(full.mean()),
+            "kl": float(kl.mean()),
+            "rank1": float((same == 1).mean()),
+            "rank1_by_full_forward": float((full_same == 1).mean()),
+        }
+
+    return {
+        **means(np.ones(len(texts), bool)),
+        "kept_of_prompt": float(np.mean(kept)),
+        "depths": {f"{d / 10:.1f}": means(depth_N == d) for d in sorted(set(depth_N.tolist()))},
     }
 
 

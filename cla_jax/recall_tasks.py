@@ -2,8 +2,9 @@
 
     examples = make_examples("needle", count=100, length=1000, seed=0)
 
-Everything is made from a seed, nothing is downloaded. An example is a context, an answer, and the depth at
-which the context has what the answer needs: 0 is its beginning, 1 its end. `write_tasks` writes them as tasks
+Everything is made from a seed, nothing is downloaded. An example is a context, a question, an answer,
+and the depth at which the context has what the answer needs: 0 is its beginning, 1 its end. A policy sees the
+context alone. `write_tasks` writes them as tasks
 of the lm-evaluation-harness. The kinds follow RULER (2404.06654) and Zoology (2312.04927).
 """
 
@@ -26,6 +27,7 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     context: str
+    question: str
     answer: str  # begins with a space
     depth: float  # where in the context the answer is from
 
@@ -55,8 +57,10 @@ def _hidden(draw: random.Random, fact: str, question: str, answer: str, length: 
         noise.append(draw.choice(NOISE))
     at = draw.randint(0, len(noise))
     before = "".join(noise[:at])
-    context = before + fact + "".join(noise[at:]) + question
-    return Example(context=context, answer=answer, depth=len(before) / max(len(context), 1))
+    context = before + fact + "".join(noise[at:])
+    return Example(
+        context=context, question=question, answer=answer, depth=len(before) / len(context)
+    )
 
 
 def key_value(draw: random.Random, length: int) -> Example:
@@ -65,11 +69,9 @@ def key_value(draw: random.Random, length: int) -> Example:
     keys = words(draw, count)
     values = [str(draw.randrange(10_000, 100_000)) for _ in keys]
     lines = [f"{key}: {value}\n" for key, value in zip(keys, values, strict=True)]
-    i = draw.randrange(count)
-    context = "".join(lines) + f"{keys[i]}:"
-    return Example(
-        context=context, answer=" " + values[i], depth=len("".join(lines[:i])) / len(context)
-    )
+    i, context = draw.randrange(count), "".join(lines)
+    depth = len("".join(lines[:i])) / len(context)
+    return Example(context=context, question=f"{keys[i]}:", answer=" " + values[i], depth=depth)
 
 
 def variables(draw: random.Random, length: int) -> Example:
@@ -85,10 +87,9 @@ def variables(draw: random.Random, length: int) -> Example:
     places = sorted(draw.sample(range(len(parts) + len(chain)), len(chain)))
     for place, step in zip(places, chain, strict=True):
         parts.insert(place, step)
-    context = "".join(parts) + question
-    return Example(
-        context=context, answer=" " + number, depth=context.index(chain[0]) / len(context)
-    )
+    context = "".join(parts)
+    depth = context.index(chain[0]) / len(context)
+    return Example(context=context, question=question, answer=" " + number, depth=depth)
 
 
 def common_words(draw: random.Random, length: int) -> Example:
@@ -100,8 +101,12 @@ def common_words(draw: random.Random, length: int) -> Example:
     often = max(4, total // 3)
     listed = [common] * often + [draw.choice(others) for _ in range(total - often)]
     draw.shuffle(listed)
-    context = " ".join(listed) + ". " + question
-    return Example(context=context, answer=" " + common, depth=listed.index(common) / len(listed))
+    return Example(
+        context=" ".join(listed) + ". ",
+        question=question,
+        answer=" " + common,
+        depth=listed.index(common) / len(listed),
+    )
 
 
 def recall(draw: random.Random, length: int) -> Example:
@@ -116,10 +121,8 @@ def recall(draw: random.Random, length: int) -> Example:
         asked.pop()
     again = "".join(f"{key} {value}, " for key, value in asked[:-1])
     key, value = asked[-1]
-    context = text + again + key
-    return Example(
-        context=context, answer=" " + value, depth=text.index(f"{key} {value}") / len(context)
-    )
+    depth = text.index(f"{key} {value}") / len(text)
+    return Example(context=text, question=again + key, answer=" " + value, depth=depth)
 
 
 def copy(draw: random.Random, length: int) -> Example:
@@ -127,8 +130,9 @@ def copy(draw: random.Random, length: int) -> Example:
     count = max(3, length // (2 * len("bababa ")))
     listed = words(draw, count)
     i = draw.randrange(1, count)
-    context = " ".join(listed) + ". " + " ".join(listed[:i])
-    return Example(context=context, answer=" " + listed[i], depth=7 * i / len(context))
+    context, again = " ".join(listed) + ". ", " ".join(listed[:i])
+    depth = len(again) / len(context)
+    return Example(context=context, question=again, answer=" " + listed[i], depth=depth)
 
 
 KINDS: dict[str, Callable[[random.Random, int], Example]] = {
@@ -161,13 +165,11 @@ def _drawn(kind: str, count: int, length: int, seed: int) -> Iterator[Example]:
 
 # A task of the lm-evaluation-harness: is the answer the likeliest continuation, and how likely is it.
 _TASK = """task: recall_{kind}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
+dataset_path: recall
+dataset_name: {kind}
 test_split: test
 output_type: loglikelihood
-doc_to_text: "{{{{context}}}}"
+doc_to_text: "{{{{context}}}}{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
 metric_list:
@@ -182,15 +184,19 @@ metadata:
 """
 
 
-def write_tasks(directory: str | Path, *, count: int, length: int, seed: int = 0) -> list[Path]:
-    """Writes recall_KIND.jsonl and recall_KIND.yaml for every kind; returns the task files."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    made = []
+def write_tasks(
+    directory: str | Path, *, count: int = 100, length: int = 1000, seed: int = 0
+) -> list[Path]:
+    """Writes a task of the harness for every kind, with its data, as `--task-data` takes them.
+
+    Returns the task files. Raises ValueError for what `make_examples` refuses.
+    """
+    directory, made = Path(directory), []
     for kind in KINDS:
-        file = directory / f"recall_{kind}.jsonl"
         lines = make_examples(kind, count=count, length=length, seed=seed)
-        file.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in lines))
+        rows = directory / "recall" / kind / "test.jsonl"
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in lines))
         made.append(directory / f"recall_{kind}.yaml")
-        made[-1].write_text(_TASK.format(kind=kind, file=json.dumps(str(file.resolve()))))
+        made[-1].write_text(_TASK.format(kind=kind))
     return made

@@ -136,7 +136,7 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
     from cla_jax.report.rows import per_token
 
     lines = [
-        f"  {name.removeprefix('cached-'):10s}perplexity {record['perplexity']:,.4f}   "
+        f"  {name.removeprefix('cached-'):9s} perplexity {record['perplexity']:,.4f}   "
         f"{record['bits_per_byte']:.4f} bits/byte   "
         f"{record['tokens']:,} tokens, step {record['step']:,}"
     ]

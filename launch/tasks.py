@@ -7,6 +7,12 @@
 PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA and the test set of LAMBADA (OpenAI's
 version), 16 MB. Other data, WikiText among them, are put there by hand: cla_jax/interop/task_data.py
 says where and how. Each set has a licence of its own.
+
+    python -m launch.tasks recall data/recall
+    python -m launch.evaluate runs/demo/seeds --tasks recall_needle,recall_copy --task-data data/recall
+
+`recall` writes tasks that only a memory of the context answers, made from a seed: a needle in a haystack,
+keys and values, chains of variables, common words, associative recall, and copying.
 """
 
 import os
@@ -19,16 +25,27 @@ from launch.cli import read, user_errors
 
 
 def tasks(
-    command: Annotated[Literal["fetch"], tyro.conf.Positional],
+    command: Annotated[Literal["fetch", "recall"], tyro.conf.Positional],
     directory: Annotated[str, tyro.conf.Positional] = "data/tasks",
+    count: int = 100,
+    length: int = 1000,
+    seed: int = 0,
 ) -> None:
     """See above.
 
     Args:
       command: what to do
-      directory: where the data go; what is there already is kept
+      directory: where the data go; what `fetch` finds there is kept
+      count: examples of each task of `recall`
+      length: characters of their contexts
+      seed: they are made from it
     """
-    assert command == "fetch"
+    if command == "recall":
+        from cla_jax.recall_tasks import write_tasks
+
+        for file in write_tasks(directory, count=count, length=length, seed=seed):
+            print(os.fspath(file))
+        return
     from cla_jax import progress
     from cla_jax.interop import task_data
 

@@ -1,14 +1,18 @@
 """Evaluating a run through caches that evict tokens, and continuing texts through them."""
 
+import numpy as np
 import pytest
 
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.config import Sampling
+from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.decoder import Decoder
 from cla_jax.evaluate import evaluate
 from cla_jax.eviction import parse
+from cla_jax.eviction_scores import recall_scores
 from cla_jax.generate import generate
+from cla_jax.recall_tasks import make_examples
 from cla_jax.report import rows as report
 from cla_jax.runs import find_runs
 from cla_jax.train import train
@@ -79,6 +83,31 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_compiled(run, options, words):
     with pytest.raises(ValueError, match=words):
         next(evaluate(run, **options))
+
+
+def test_what_is_forgotten_shows_in_the_answers():
+    model, tokenizer = reference.randomised(SHARED), tokenizers.byte_tokenizer()
+    examples = make_examples("needle", count=3, length=150)
+    of = lambda policy: recall_scores(model, tokenizer, parse(policy), examples, batch=2)
+    everything, some = of("fastgen:T=1"), of("window:tokens=20")
+    assert everything["kl"] == pytest.approx(0, abs=1e-5)
+    assert everything["nll"] == pytest.approx(everything["nll_by_full_forward"], rel=1e-5)
+    assert everything["rank1"] == everything["rank1_by_full_forward"]
+    assert everything["kept_of_prompt"] == 1
+    assert some["kl"] > 1e-3
+    assert some["nll_by_full_forward"] == pytest.approx(everything["nll"], rel=1e-5)
+    assert some["kept_of_prompt"] < 0.2
+    assert sum(depth["examples"] for depth in some["depths"].values()) == 3
+    # The answer's likelihood by hand, of one example.
+    (one,) = examples[:1]
+    context = one.context + one.question
+    tokens = [tokenizer.end, *tokenizer.encode(context + one.answer).tolist()]
+    logits = reference.logits(model, SHARED, np.array(tokens[:-1]))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    n = len(one.answer)
+    by_hand = -log_p[np.arange(len(log_p)), tokens[1:]][-n:].mean()
+    alone = recall_scores(model, tokenizer, parse("fastgen:T=1"), [one])
+    assert alone["nll"] == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_requests_that_join_later_get_what_they_would_get_alone():

@@ -157,10 +157,10 @@ def harness_missing(error: ImportError) -> ValueError:
     )
 
 
-def _index(names: Sequence[str]) -> "TaskManager":
+def _index(names: Sequence[str], data: Path | None) -> "TaskManager":
     """The harness's tasks, as far as they are about these names: all of them take a while to read.
 
-    Raises ValueError if the harness is not there.
+    Task files (.yaml) in the directory of the data count too. Raises ValueError if the harness is not there.
     """
     try:
         import lm_eval.tasks as tasks
@@ -176,8 +176,11 @@ def _index(names: Sequence[str]) -> "TaskManager":
         for file in home.rglob("*.yaml")
         if named.search(file.read_text(encoding="utf-8"))
     }
-    some = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
-    return some if set(names) <= set(some.all_tasks) else TaskManager()
+    own = [str(data)] if data is not None and any(data.glob("*.yaml")) else []
+    some = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *own])
+    if set(names) <= set(some.all_tasks):
+        return some
+    return TaskManager(include_path=own or None)
 
 
 class Tasks:
@@ -197,11 +200,11 @@ class Tasks:
         shots: int | None = None,
         index: "TaskManager | None" = None,
     ):
-        self._index = index or _index(names)
+        self._data = None if data is None else Path(data).expanduser()
+        self._index = index or _index(names, self._data)
         for name in names:
             if name not in (known := self._index.all_tasks):  # thousands: not all are listed
                 near_choice("task", name, difflib.get_close_matches(name, known) or TASKS)
-        self._data = None if data is None else Path(data).expanduser()
         self.loaded = {name: self._load(name) for name in names}
         for loaded in self.loaded.values():
             for task in loaded["tasks"].values():
