@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax import costs
-from cla_jax.cache import ledger
+from cla_jax.cache import ledger, make_format
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Chosen, Compressor
 from cla_jax.config import ModelConfig
@@ -298,12 +298,8 @@ def _bytes(
     tokens, rows_here = texts * context, spec.batch * context
     of = lambda name: sum(getattr(one, name) for one in counts)
     allocated = counts[-1].allocated + counts[-1].tables
-    at_16_bits = dataclasses.replace(
-        spec,
-        formats=tuple(
-            dataclasses.replace(f, dtype="bfloat16", **_at_16_bits(f)) for f in spec.formats
-        ),
-    )
+    format = make_format(spec.policy.format, "bfloat16")
+    at_16_bits = dataclasses.replace(spec, formats=(format,) * len(spec.formats))
     held = ledger.predicted_evicting(at_16_bits, entries)
     dense = costs.kv_bytes(config, context).resident
     return {
@@ -322,10 +318,6 @@ def _bytes(
         "resident_share": (held.resident + held.notes) / tokens / dense,
         "kept_share": sum(entries) / (tokens * len(spec.pages) * config.n_kv_heads),
     }
-
-
-def _at_16_bits(format: Any) -> dict[str, str]:
-    return {"held": "bfloat16"} if getattr(format, "held", "") == format.dtype else {}
 
 
 def profile(

@@ -94,7 +94,7 @@ class EvictingSpec(CacheSpec):
         return next(slot for slot in range(p + 1) if size(slot) == size(p))
 
     def shapes(self, p: int) -> Pool:
-        kept = self._format(p).shapes(self.one_head, self.pages[p], self.page)
+        kept = self.formats[p].shapes(self.one_head, self.pages[p], self.page)
         of = lambda dtype: Shape("BE", (self.pages[p], self.page), jnp.dtype(dtype))
         heads = self.batch, self.config.n_kv_heads
         count = Shape("BK", heads, jnp.dtype("int32"))

@@ -183,9 +183,7 @@ def predicted_evicting(spec: EvictingSpec, entries: Sequence[int]) -> EvictingLe
     )
 
 
-def counted_evicting(
-    spec: EvictingSpec, cache: Cache, rows: Sequence[int] | None = None
-) -> EvictingLedger:
+def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> EvictingLedger:
     """From the live arrays; what heads hold is that of these rows, by default all."""
     those = slice(None) if rows is None else np.asarray(rows, int)
     pages = resident = notes = read = 0
