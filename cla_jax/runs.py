@@ -193,8 +193,7 @@ class Run:
             if not eviction.is_policy(name):
                 continue
             policy, seq_len = eviction.parse(name), self.config().data.seq_len
-            windows = self.config().model.resolved_windows
-            if words := eviction.refusal(windows, policy, seq_len):
+            if words := eviction.refusal(self.config().model, policy, seq_len):
                 raise ValueError(f"{self.path}: {words}")
             if prompt is not None:
                 policy.check([eviction.prompt_tokens(prompt, seq_len, chunk)])

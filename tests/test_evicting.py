@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor, _encoded, scratch_spec, size_of
+from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.eviction import parse
 from cla_jax.eviction.rule import EMPTY, PUNCTUATION, SPECIAL
@@ -224,6 +225,7 @@ def test_the_profile_is_that_of_whole_attention():
     ("policy", "changes", "words"),
     [
         ("window:keep=0.5", {"windows": "8"}, "no sliding windows"),
+        ("window:keep=0.5", {"kv": LatentKV(rank=8, rope_dims=4)}, "latent has none"),
         ("fastgen", {}, "no punctuation tokens"),
     ],
 )

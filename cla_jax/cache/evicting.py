@@ -310,7 +310,7 @@ def evicting_spec(
     """
     if page < 1:
         raise ValueError(f"evicting cache: page = {page} must be a positive integer")
-    if words := refusal(config.resolved_windows, policy, capacity):
+    if words := refusal(config, policy, capacity):
         raise ValueError(words)
     for name, bit in (("special", SPECIAL), ("punctuation", PUNCTUATION)):
         if policy.needs_classes and not any(bit & one for one in classes):

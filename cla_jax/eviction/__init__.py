@@ -59,10 +59,12 @@ def parse(text: str) -> Policy:
     return policy
 
 
-def refusal(windows: Iterable[int], policy: Policy, capacity: int) -> str | None:
-    """Why no evicting cache of a model with these windows can be made; None if it can."""
-    if any(windows):
+def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
+    """Why no evicting cache of a model, told by its config, can be made; None if it can."""
+    if any(model.resolved_windows):
         return f"{policy.name}: an evicting cache has no sliding windows: model.windows must be 0"
+    if model.kv.kind == "latent":
+        return f"{policy.name}: an evicting cache holds heads: model.kv.kind = latent has none"
     if capacity > LONGEST:
         return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens a row, not {capacity:,}"
     return None
