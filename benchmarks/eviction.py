@@ -17,10 +17,16 @@ from typing import Annotated, Any
 import tyro
 
 from cla_jax import checkpoint, runs
+from cla_jax.cache.evicting import evicting_spec
+from cla_jax.compressor import Compressor
+from cla_jax.decode import decoding_weights, on_one_device
 from cla_jax.evaluate import open_session
-from cla_jax.eviction import parse
+from cla_jax.eviction import Policy, parse
+from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
+from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
+from cla_jax.train import Session
 
 OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 
@@ -38,6 +44,8 @@ class Arguments:
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     length: int = 200
     count: int = 64
+    # Only what FastGen would keep of the prompts; nothing is decoded.
+    kept_only: bool = False
     windows: int = 64
     prompt: float = 0.5
 
@@ -58,7 +66,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                     json.dumps({"run": run.path.name, "task": kind, "policy": name} | found),
                     flush=True,
                 )
-        if arguments.task:
+        if arguments.kept_only:
+            for threshold in arguments.T or (0.95,):
+                for over in ("min", "mean"):
+                    policy = parse(f"fastgen:T={threshold:g},over={over}")
+                    found = kept_of_prompts(session, model, policy, arguments)
+                    print(
+                        json.dumps({"run": run.path.name, "policy": policy.name} | found),
+                        flush=True,
+                    )
+        if arguments.task or arguments.kept_only:
             continue
 
         def measured(name: str, session=session, model=model, run=run) -> dict[str, Any]:
@@ -85,6 +102,30 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(json.dumps({"run": run.path.name, "policy": other, "budget": share}))
                     continue
                 measured(f"{other}:keep={min(budget, 1):g}")
+
+
+def kept_of_prompts(
+    session: Session, model: Transformer, policy: Policy, arguments: Arguments
+) -> dict[str, Any]:
+    """The share of the prompts that is kept, over all and of each KV layer, and what policies heads have."""
+    data, tokenizer = session.config.data, session.prepared.tokenizer
+    classes = classes_of_tokenizer(tokenizer, data.begin_token)
+    split = next(iter(session.prepared.parts.values())).split("held_out")
+    S = math.ceil(arguments.prompt * data.seq_len)
+    size = min(arguments.windows, len(split))
+    prompts = {i: split[i]["tokens"][:S].tolist() for i in range(size)}
+    spec = evicting_spec(
+        session.config.model, policy, classes=classes, batch=size, capacity=data.seq_len
+    )
+    compressor = Compressor(decoding_weights(on_one_device(model)), spec)
+    chosen = compressor.profiled(prompts).chosen
+    kept_P = [float((one.kept_BKS.sum(-1) / one.lengths_B[:, None]).mean()) for one in chosen]
+    policies = [policy.names[i] for one in chosen for i in one.choice.policy_BK.ravel()]
+    return {
+        "kept_of_prompt": round(sum(kept_P) / len(kept_P), 4),
+        "layers": [round(share, 2) for share in kept_P],
+        "policies": {name: round(policies.count(name) / len(policies), 3) for name in policy.names},
+    }
 
 
 def line(record: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,16 @@ class Chosen:
     lengths_B: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """Prompts that are encoded, and what the policy has chosen for them."""
+
+    x_BTD: jax.Array  # hidden states of their tokens
+    encoded: Cache  # the scratch cache
+    chosen: tuple[Chosen, ...]  # for each KV layer
+    classes_BS: np.ndarray
+
+
 @dataclasses.dataclass(kw_only=True)
 class Seconds:
     """Where the time of prefills went."""
@@ -65,7 +75,7 @@ class Compressor:
         self._taken: list[dict[int, list[int]]] = [{} for _ in slots]  # pages of each row
         self._free: list[list[int]] = [list(range(n)) for n in spec.pages]
         self._left: set[int] = set()  # rows whose tables still name pages that are free
-        self.chosen: list[tuple[Chosen, ...]] = []  # of each fill, of each KV layer
+        self.chosen: tuple[Chosen, ...] = ()  # by the last fill, for each KV layer
         self.seconds = Seconds()
 
     def fill(
@@ -81,8 +91,19 @@ class Compressor:
         hidden states of the prompts' tokens, [prompts, T, D] with T rounded up. The cache is donated. Raises
         ValueError for prompts that the policy does not take.
         """
-        lengths = [len(prompt) for prompt in prompts.values()]
-        self.spec.policy.check(lengths)
+        found = self.profiled(prompts, starts)
+        clock = time.monotonic()
+        cache = self._compacted(cache, list(prompts), found, new_tokens)
+        jax.block_until_ready(cache.lengths_B)
+        self.seconds.compact += time.monotonic() - clock
+        self.chosen = found.chosen
+        return found.x_BTD, cache
+
+    def profiled(
+        self, prompts: Mapping[int, Sequence[int]], starts: np.ndarray | None = None
+    ) -> "Profiled":
+        """What the policy chooses for these prompts. Arguments and errors are those of `fill`."""
+        self.spec.policy.check([len(prompt) for prompt in prompts.values()])
         scratch, tokens_BT, counts_B = self._padded(prompts)
         starts_BT = np.zeros_like(tokens_BT)
         if starts is not None:
@@ -97,17 +118,10 @@ class Compressor:
         classes_BS = np.where(
             np.arange(tokens_BT.shape[1]) < counts_B[:, None], self.spec.classes_V[tokens_BT], 0
         ).astype(np.uint8)
-        chosen = tuple(
-            self._choose(scratch, p, encoded, counts_B, classes_BS)
-            for p in range(len(encoded.slots))
-        )
+        slots = range(len(encoded.slots))
+        chosen = tuple(self._choose(scratch, p, encoded, counts_B, classes_BS) for p in slots)
         self.seconds.profile += time.monotonic() - clock
-        self.chosen.append(chosen)
-        clock = time.monotonic()
-        cache = self._compacted(cache, list(prompts), encoded, chosen, classes_BS, new_tokens)
-        jax.block_until_ready(cache.lengths_B)
-        self.seconds.compact += time.monotonic() - clock
-        return x_BTD, cache
+        return Profiled(x_BTD=x_BTD, encoded=encoded, chosen=chosen, classes_BS=classes_BS)
 
     def release(self, row: int) -> None:
         """The row's pages are free for others. The next fill empties its table before it gives them away."""
@@ -171,12 +185,11 @@ class Compressor:
         self,
         cache: Cache,
         rows: list[int],
-        encoded: Cache,
-        chosen: Sequence[Chosen],
-        classes_BS: np.ndarray,
+        found: "Profiled",
         new_tokens: int | Mapping[int, int],
     ) -> Cache:
         """The cache with what the rows' heads keep of their prompts."""
+        encoded, chosen, classes_BS = found.encoded, found.chosen, found.classes_BS
         new_B = np.array(
             [new_tokens if isinstance(new_tokens, int) else new_tokens[row] for row in rows]
         )

@@ -105,6 +105,7 @@ def evicting_decoding(
     compressor, cache = Compressor(weights, spec), spec.allocate()
     after = np.zeros(5)  # nats, nats by full forward, KL, equal top tokens, tokens
     counts: list[ledger.EvictingLedger] = []
+    chosen: list[tuple[Chosen, ...]] = []
     texts, furthest = 0, 0.0
     worse: list[float] = []  # nats a token above the full forward pass, of each window
 
@@ -117,6 +118,7 @@ def evicting_decoding(
         prompts = dict(enumerate(np.asarray(inputs_BT[:, :S]).tolist()))
         starts_BS = np.asarray(starts_BT[:, :S])
         x_BSD, cache = compressor.fill(cache, prompts, T - S, starts_BS)
+        chosen.append(compressor.chosen)
         nll_BT, found_5BT, cache = _continued(
             *(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD[:, :S]),
             spec=compressor.spec,
@@ -153,7 +155,7 @@ def evicting_decoding(
         },
         **_bytes(compressor, counts, max(texts, 1), T),
         "readers_per_slot": list(spec.readers),
-        "profile": profile(session.config.model, policy, compressor.chosen),
+        "profile": profile(session.config.model, policy, chosen),
         "prefill_seconds": {
             name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()
         },
@@ -244,9 +246,8 @@ def recall_scores(
             steps=steps,
         )
         sums.append(np.asarray(sums_5B, np.float64)[:, : len(some)])
-        chosen = compressor.chosen[-1]
-        kept += [np.mean([one.kept_BKS[row].mean(-1).mean() * one.kept_BKS.shape[-1] / one.lengths_B[row]
-                          for one in chosen]) for row in range(len(some))]  # fmt: skip
+        share_BP = [one.kept_BKS.sum(-1).mean(1) / one.lengths_B for one in compressor.chosen]
+        kept += np.mean(share_BP, axis=0)[: len(some)].tolist()
     sums_5N = np.concatenate(sums, axis=1)
     size_N = np.array([len(answer) for _, _, answer in texts])
     depth_N = np.array([min(int(one.depth * 10), 9) for one in examples])

@@ -44,6 +44,8 @@ class Arguments:
     chunk: int | None = None
     # The share of a window that is its prompt, for caches that evict tokens.
     prompt: float = 0.5
+    # Draw into this file what the policies have chosen for each head; of one run.
+    plot: str = ""
     # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
     # Measure also what the error of each cache slot does by itself.
@@ -101,7 +103,13 @@ def _held_out(arguments: Arguments) -> None:
     chunk = 1 if arguments.chunk is None else arguments.chunk
     ready: list[Any] = []
     refused: list[str] = []
-    for run in _runs(arguments):
+    found = _runs(arguments)
+    if arguments.plot and (len(found) > 1 or not any(map(is_policy, formats))):
+        raise ValueError(
+            "plot: name one run, and a policy that evicts tokens (--cache fastgen:T=0.95)"
+        )
+    drawn: dict[str, Any] = {}
+    for run in found:
         with collected(refused):
             run.check_decodable(formats, chunk, arguments.prompt)
             check_places(run, arguments.data_dir, arguments.data_source)
@@ -128,6 +136,12 @@ def _held_out(arguments: Arguments) -> None:
                     **_options(arguments),
                 ):
                     print("\n".join(_scored(name, record, ledger=arguments.ledger)))
+                    if "profile" in record:
+                        drawn[name.removeprefix("cached-")] = record
+    if arguments.plot and drawn:
+        from cla_jax.report import eviction_map
+
+        eviction_map.draw(drawn, arguments.plot)
     refuse(refused)
 
 

@@ -99,7 +99,7 @@ def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[Masked
     )
     slots = []
     classes = np.where(np.arange(T) < lengths[:, None], compressor.spec.classes_V[tokens], 0)
-    for slot, one in zip(cache.slots, compressor.chosen[-1], strict=True):
+    for slot, one in zip(cache.slots, compressor.chosen, strict=True):
         E = jax.tree.leaves(slot)[0].shape[1]
         S = min(E, one.kept_BKS.shape[-1])
         padded = functools.partial(_padded, size=E, given=S)

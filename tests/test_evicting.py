@@ -152,7 +152,7 @@ def test_bytes_are_those_of_what_is_kept(format):
     prompts = [TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()]
     policy = f"h2o:keep=0.4,sinks=2,recent=3,format={format}"
     compressor, _, cache = filled(SHARED, policy, prompts, capacity=64)
-    entries = [int(one.kept_BKS.sum()) for one in compressor.chosen[-1]]
+    entries = [int(one.kept_BKS.sum()) for one in compressor.chosen]
     assert entries == [2 * 18 + 2 * 14]  # shares are rounded up: 0.2 of 45 twice, and of 33
     predicted = ledger.predicted_evicting(compressor.spec, entries)
     counted = ledger.counted_evicting(compressor.spec, cache)

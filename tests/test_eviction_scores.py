@@ -13,6 +13,7 @@ from cla_jax.eviction import parse
 from cla_jax.eviction_scores import recall_scores
 from cla_jax.generate import generate
 from cla_jax.recall_tasks import make_examples
+from cla_jax.report import eviction_map
 from cla_jax.report import rows as report
 from cla_jax.runs import find_runs
 from cla_jax.train import train
@@ -55,6 +56,10 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
     assert after["nll"] != pytest.approx(after["nll_by_full_forward"], rel=1e-6)
     before = everything["nll"] - everything["after_prompt"]["nll"]
     assert some["nll"] == pytest.approx(before + after["nll"], rel=1e-6)
+
+    file = run.path / "picture.png"
+    eviction_map.draw({name: records[f"cached-{parse(name).name}"] for name in names}, file)
+    assert len(file.read_bytes()) > 1000
 
     # It is a further point of the comparison.
     assert run.evals() == {}  # a part of the held-out text is not recorded

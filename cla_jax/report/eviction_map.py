@@ -1,0 +1,46 @@
+"""A picture of what a policy has chosen: KV layers from top to bottom, KV heads from left to right."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+def draw(records: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws the profiles of evaluations through evicting caches, one beside the other, into a file.
+
+    A cell is a KV head: its colour is the policy that most prompts chose, or the share of the prompt that is
+    kept where there is nothing to choose; the number is that share, in per cent.
+    """
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    heads = [len(record["profile"][0]["kept"]) for record in records.values()]
+    layers = max(len(record["profile"]) for record in records.values())
+    size = (2.5 + sum(0.6 * n + 1.2 for n in heads), 1.6 + 0.35 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(records), squeeze=False, width_ratios=heads)[0]
+    names: list[str] = []
+    colours = ["#d9ecd0", "#b5d8e8", "#8fb8de", "#c9a7d8", "#f2b8a0"]
+    for axes, (name, record) in zip(panels, records.items(), strict=True):
+        profile = record["profile"]
+        kept = np.array([slot["kept"] for slot in profile])
+        if "policies" in profile[0]:
+            names = list(profile[0]["policies"])
+            shares = np.array([[slot["policies"][n]["share"] for n in names] for slot in profile])
+            colour, scale = ListedColormap(colours), {"vmin": -0.5, "vmax": len(colours) - 0.5}
+            axes.imshow(shares.argmax(1), cmap=colour, aspect="auto", **scale)
+        else:
+            axes.imshow(kept, cmap="Greys", aspect="auto", vmin=0, vmax=2)
+        for (p, k), share in np.ndenumerate(kept):
+            axes.text(k, p, f"{share:.0%}", ha="center", va="center", fontsize=8)
+        axes.set(title=name, xlabel="KV head")
+        axes.title.set_fontsize(8)
+        axes.set_xticks(range(kept.shape[1]))
+        axes.set_yticks(range(len(profile)), [str(slot["slot"]) for slot in profile])
+    panels[0].set_ylabel("KV layer")
+    if names:
+        patches = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path)
