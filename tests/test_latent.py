@@ -28,6 +28,7 @@ from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import layout, named
+from cla_jax.train import loss_sum
 from tests import reference
 from tests.conftest import MODEL, equations, replace
 
@@ -70,12 +71,12 @@ def test_the_layer_is_that_of_the_paper():
     q = np.einsum("btd,dkgw->btgw", norm(x, of("attention_norm.scale")), of("query.weight"))
     out = np.zeros_like(x)
     for head in range(HEADS):
-        keys = np.concatenate([latent @ of("heads.keys")[:, 0, head], turned], -1)
+        keys = np.concatenate([latent @ of("heads.keys")[:, head], turned], -1)
         query = np.concatenate([q[:, :, head, :H], turn(q[:, :, head, H:])], -1)
         scores = query @ keys.transpose(0, 2, 1) / math.sqrt(H + TURNED)
         scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
-        values = latent @ of("heads.values")[:, 0, head]
+        values = latent @ of("heads.values")[:, head]
         out += (p / p.sum(-1, keepdims=True)) @ values @ of("output.weight")[0, head]
     x = x + out
     h = norm(x, of("mlp_norm.scale"))
@@ -174,7 +175,7 @@ def test_layers_that_share_a_latent_have_matrices_of_their_own():
     model = jax.eval_shape(lambda: Transformer(jax.random.key(0), replace(LATENT, kv_map="cla:2")))
     shapes = {name: leaf.shape for name, leaf in named(model).items()}
     assert shapes["stacks.0.projection.down.weight"] == (2, 32, RANK + TURNED)
-    assert shapes["stacks.0.blocks.heads.keys"] == (2, 2, RANK, 1, HEADS, H)
+    assert shapes["stacks.0.blocks.heads.keys"] == (2, 2, RANK, HEADS, H)
 
 
 def test_a_window_hides_the_same_tokens_in_a_ring():
@@ -193,28 +194,37 @@ def test_a_window_hides_the_same_tokens_in_a_ring():
         )
 
 
-def test_on_a_mesh_the_heads_are_split_and_the_scores_are_the_same():
+def summed_loss(model: Transformer, tokens, options: ForwardOptions) -> jax.Array:
+    weights = jnp.ones((B, T - 1), out_sharding=options.rules.spec("batch", None))
+    return loss_sum(model, tokens, weights, options=options, end=None, loss_chunk=T - 1)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
+def test_on_a_mesh_heads_are_split_and_scores_and_gradients_are_the_same(sizes):
     config = dataclasses.replace(LATENT, n_layers=2, vocab_size=264)
     model = random_model(config)
-    expected = np.asarray(model.logits(some_tokens(), ForwardOptions()))
-    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=2, model=2), jax.devices()[:4])
+    gradient = jax.jit(jax.grad(summed_loss), static_argnums=2)
+    expected = named(gradient(model, jnp.asarray(some_tokens()), ForwardOptions()))
+    scores = np.asarray(model.logits(some_tokens(), ForwardOptions()))
+    fsdp, tensor = sizes
+    devices = jax.devices()[: fsdp * tensor]
+    mesh = meshes.make_mesh(MeshConfig(fsdp=fsdp, model=tensor), devices)
     rules = meshes.axis_rules(config, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, layout(model, rules, mesh))
         keys = placed.stacks[0].blocks.heads.keys[...]
-        assert keys.sharding.shard_shape(keys.shape)[-2] == HEADS // 2
+        assert keys.sharding.shard_shape(keys.shape)[-2] == HEADS // tensor
         tokens = jax.device_put(some_tokens(), rules.spec("batch", None))
-        for absorbed in (False, True):
-            options = ForwardOptions(rules=rules, absorbed=absorbed)
-            found = jax.jit(lambda m, t, o=options: m.logits(t, o))(placed, tokens)
-            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        for name, found in named(gradient(placed, tokens, ForwardOptions(rules=rules))).items():
+            bound = 1e-4 * np.abs(expected[name]).max()
+            np.testing.assert_allclose(found, expected[name], atol=bound, err_msg=name)
         spec = cache_spec(config, batch=B, capacity=32, chunk=T, rules=rules)
         weights = decoding_weights(placed, rules)
         x_BTD, _ = jax.jit(lambda c, t, n: decode(weights, spec, c, t, n))(
             spec.allocate(), tokens, jax.device_put(np.full(B, T), rules.spec("batch"))
         )
         found = weights.logits(x_BTD, rules)
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(found, scores, atol=1e-5 * np.abs(scores).max())
 
 
 def test_what_cannot_be_is_refused():

@@ -54,8 +54,8 @@ _BLOCK = (
     _Entry("query.weight", "DKGW", ("self_attn.q_proj.weight",), "KGW,D"),
     _Entry("query.bias", "KGW", ("self_attn.q_proj.bias",), "KGW"),
     # Of a latent; `deepseek` makes two tensors of kv_b_proj.
-    _Entry("heads.keys", "RKGH", ("self_attn.kv_b_proj.keys",), "KGH,R"),
-    _Entry("heads.values", "RKGH", ("self_attn.kv_b_proj.values",), "KGH,R"),
+    _Entry("heads.keys", "RGH", ("self_attn.kv_b_proj.keys",), "GH,R"),
+    _Entry("heads.values", "RGH", ("self_attn.kv_b_proj.values",), "GH,R"),
     _Entry("output.weight", "KGHD", ("self_attn.o_proj.weight",), "D,KGH"),
     _Entry("output.bias", "D", ("self_attn.o_proj.bias",), "D"),
     _Entry("mlp_norm.scale", "D", ("post_attention_layernorm.weight",), "D"),

@@ -106,8 +106,8 @@ class LatentHeads(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         keys, values = jax.random.split(key)
-        self.keys = normal(keys, "RKGH", config)
-        self.values = normal(values, "RKGH", config)
+        self.keys = normal(keys, "RGH", config)
+        self.values = normal(values, "RGH", config)
 
     def __call__(
         self,
@@ -128,10 +128,8 @@ class LatentHeads(nnx.Module):
         """Keys and values of every head are made: less work where there are many queries."""
         latent_BSR = kv.v_BSKH[:, :, 0]
 
-        def made(weight_RKGH: jax.Array) -> jax.Array:
-            return jnp.einsum(
-                "BSR,RGH->BSGH", latent_BSR, weight_RKGH[:, 0], out_sharding=spec("BTGH")
-            )
+        def made(weight_RGH: jax.Array) -> jax.Array:
+            return jnp.einsum("BSR,RGH->BSGH", latent_BSR, weight_RGH, out_sharding=spec("BTGH"))
 
         k_BSGH = made(self.keys[...])
         of_all = jnp.broadcast_to(
@@ -145,15 +143,13 @@ class LatentHeads(nnx.Module):
     def absorbed(self, q_BTKGH, rotated, kv: Any, attend: Attend, spec) -> jax.Array:
         """The latent is the key and value of one head: MQA. Nothing is made of it for every token."""
         q_BTKGR = jnp.einsum(
-            "BTKGH,RKGH->BTKGR", q_BTKGH, self.keys[...], out_sharding=spec("BTKGR")
+            "BTKGH,RGH->BTKGR", q_BTKGH, self.keys[...], out_sharding=spec("BTKGR")
         )
         q = jnp.concatenate([q_BTKGR, rotated], axis=-1)
         # Attention divides by the root of the width that it sees; it should be that of a head.
         head = q_BTKGH.shape[-1] + rotated.shape[-1]
         o_BTKGR = attend(q * (q.shape[-1] / head) ** 0.5, kv)
-        return jnp.einsum(
-            "BTKGR,RKGH->BTKGH", o_BTKGR, self.values[...], out_sharding=spec("BTKGH")
-        )
+        return jnp.einsum("BTKGR,RGH->BTKGH", o_BTKGR, self.values[...], out_sharding=spec("BTKGH"))
 
 
 class Block(nnx.Module):
