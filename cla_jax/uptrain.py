@@ -50,11 +50,14 @@ def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
 
 def load_here(start: FromRun) -> Layers:
     """The model of the other run, taken apart on this host."""
-    config = source(start).config().model
-    mesh = meshes.make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
+    config, mesh = source(start).config().model, _one_device()
     with jax.set_mesh(mesh):
         model = load(start, meshes.axis_rules(config, mesh), mesh)
     return layerwise.taken_apart(model)
+
+
+def _one_device() -> Mesh:
+    return meshes.make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
 
 
 def first_model(config: Config, text: "Text") -> Transformer:
@@ -72,7 +75,10 @@ def first_model(config: Config, text: "Text") -> Transformer:
     model = dataclasses.replace(config.model, compute_dtype="float32")
     inputs, joins = None, _joins(parts.config, model)
     if joins and start.init in conversion.CALIBRATED:
-        inputs = streams(parts, text, start.calibration_windows)
+        with jax.set_mesh(
+            _one_device()
+        ):  # one window at a time: the run's own mesh would split rows
+            inputs = streams(parts, text, start.calibration_windows)
     made = converted(parts, model, start.init, inputs) if joins else parts
     return layerwise.put_together(dataclasses.replace(made, config=config.model))
 
