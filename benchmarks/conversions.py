@@ -59,6 +59,7 @@ def main() -> None:
     held_out = text.windows(options.windows, "held_out")
     inputs = uptrain.streams(parts, text, options.calibration_windows)
     found = {"source": layerwise.mean_loss(parts, *held_out)}
+    print(f"source: {found['source']:.4f}  {model.kv_map}", flush=True)
     table = Table(title=f"{run.path}, {held_out[1].size:,} held-out tokens: nats a token")
     for column in ("kv_map", "KV heads", *options.init):
         table.add_column(column)
