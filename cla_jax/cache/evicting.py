@@ -186,7 +186,7 @@ class EvictingSpec(CacheSpec):
         apart = lambda a_BKX: a_BKX.reshape(B * K, 1, *a_BKX.shape[2:])
         over_heads = lambda a_BT: jnp.repeat(over(a_BT), K, axis=0)[:, None, :, None]
         segment = self._segment(p, slot)
-        sees = {
+        sees: dict[str, Any] = {
             "positions_B1N1": over_heads(step.positions_BT),
             "starts_B1N1": over_heads(step.starts_BT),
         }
