@@ -658,7 +658,9 @@ class FromRun:
     # members' norm; the mean after each was rotated towards the others; the producer's first, to which the
     # readers of the others are fitted; least squares of all. The last three run the source on text, and fold
     # what they turn into the queries and outputs that read it.
-    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = "aligned"
+    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = (
+        "least_squares"
+    )
     # Windows of the training text that these three look at.
     calibration_windows: int = 16
     # w: the weight of the teacher in the loss; 0 is plain training.

@@ -92,7 +92,9 @@ class Uptrain:
     # KV heads; by default as many as there are.
     kv_heads: int | None = None
     # How one head is made of several; see start.init.
-    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = "aligned"
+    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = (
+        "least_squares"
+    )
     # Steps, as a share of those of the recipe.
     fraction: float = 0.05
     # Whose optimizer, batch_size, steps and seed: an experiment, or a file like a run's config.json. By
