@@ -4,7 +4,7 @@
     python -m benchmarks.conversions runs/smollm2-135m --kv-map identity cla:2 --kv-heads 1 3
 
 Rows are kv_maps and numbers of KV heads, columns the ways to make one head of several (`start.init`). Numbers
-are nats a token on held-out text; what a conversion looks at is training text. All is float32.
+are nats per token on held-out text; what a conversion looks at is training text. All is float32.
 """
 # ruff: noqa: E402 - the allocator is set up before jax is imported
 
@@ -60,7 +60,7 @@ def main() -> None:
     inputs = uptrain.streams(parts, text, options.calibration_windows)
     found = {"source": layerwise.mean_loss(parts, *held_out)}
     print(f"source: {found['source']:.4f}  {model.kv_map}", flush=True)
-    table = Table(title=f"{run.path}, {held_out[1].size:,} held-out tokens: nats a token")
+    table = Table(title=f"{run.path}, {held_out[1].size:,} held-out tokens: nats per token")
     for column in ("kv_map", "KV heads", *options.init):
         table.add_column(column)
     table.add_row(model.kv_map, str(model.n_kv_heads), f"{found['source']:.4f} (source)")

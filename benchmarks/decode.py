@@ -137,7 +137,7 @@ class Options(CommonOptions):
     tflop: float = 30
     # Tokens a call; 0 takes the shape's own, or 32 at long contexts.
     new_tokens: int = 0
-    # Prompt tokens a step of our prefill.
+    # Prompt tokens per step of our prefill.
     chunk: int = 256
     # Where the JSON goes, raw rounds included.
     output: Path = HERE / "results" / "decode.json"

@@ -54,7 +54,7 @@ class Options:
     new_tokens: int = 257
     # KV cache format.
     cache: str = "dense"
-    # Prompt tokens a step of prefill.
+    # Prompt tokens per step of prefill.
     chunk: int = 256
     # Bytes of the array whose reading is timed; several times what caches hold.
     probe: str = "2GiB"

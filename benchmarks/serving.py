@@ -9,7 +9,7 @@ Contestants, of one model with random weights, all on one trace of which all req
     whole-prefill    the prefix-shared cache, but every prompt goes through the model whole
     shared           the prefix-shared cache
 
-Rounds take turns. The table has medians of tokens a second, and bytes of the live cache arrays beside the
+Rounds take turns. The table has medians of tokens per second, and bytes of the live cache arrays beside the
 closed form.
 """
 # ruff: noqa: E402 - the allocator is set up before jax is imported

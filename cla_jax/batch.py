@@ -124,7 +124,7 @@ def _loop(
 
 @jax.jit
 def _keys(seeds_B, numbers_B, derived_B) -> jax.Array:
-    """A random key a row: of its seed, or derived from the seed by a number."""
+    """A random key per row: of its seed, or derived from the seed by a number."""
 
     def one(seed, number, derived):
         key = jax.random.key(seed)

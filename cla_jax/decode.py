@@ -170,7 +170,7 @@ def prefill(
     last_BD: jax.Array | None = None,
     held: Mapping[int, int] = {},
 ) -> tuple[jax.Array, Cache]:
-    """Fills rows with prompts of any lengths, `spec.chunk` tokens a step, the last padded.
+    """Fills rows with prompts of any lengths, `spec.chunk` tokens per step, the last padded.
 
     What these rows held is forgotten, except for the first `held` tokens of a row's prompt. Rows without
     a prompt (None, or beyond the last prompt) keep what they hold. Returns the hidden state of the last

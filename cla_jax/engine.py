@@ -170,7 +170,7 @@ class Engine:
         return self._batch.cache
 
     def step(self) -> bool:
-        """Admits what waits, decodes up to `every` tokens a row. Whether anything is left to do."""
+        """Admits what waits, decodes up to `every` tokens per row. Whether anything is left to do."""
         if self._waiting and all(self._requests):
             self._collect()  # a row may have become free
         self._admit()

@@ -42,7 +42,7 @@ def weights_bytes(config: ModelConfig) -> int:
 
 
 def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
-    """About what a step of `tokens` tokens a row needs beside weights and cache, for one row.
+    """About what a step of `tokens` tokens per row needs beside weights and cache, for one row.
 
     The keys and values of the longest block of the cache as attention reads them; the larger of an attention
     (queries, output; scores, masked scores and weights of one block; old and new sums) and an MLP (gate,

@@ -110,7 +110,7 @@ def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str
     """The mesh that `placement.mesh.auto` stands for, and why.
 
     Splitting weights over all chips (FSDP) costs nothing as long as a chip computes longer on its tokens
-    than the weights take to arrive: tokens a chip >= FLOP/s / interconnect bandwidth. Below that, and where
+    than the weights take to arrive: tokens per chip >= FLOP/s / interconnect bandwidth. Below that, and where
     a batch has fewer rows than there are chips, heads and widths are split too (tensor parallelism), as
     little as possible. ("How to Scale Your Model", chapter 5.)
     """
@@ -136,7 +136,7 @@ def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str
     chosen = dataclasses.replace(
         config.placement.mesh, auto=False, data=chips_with_rows // fsdp, fsdp=fsdp, model=tensor
     )
-    why = f"{tokens:,} tokens a device and microbatch"
+    why = f"{tokens:,} tokens per device and microbatch"
     if critical:
         side = "above" if tokens >= critical else "below"
         why += (

@@ -208,7 +208,7 @@ def full_forward(session: Session, model: Transformer, **limits: Any) -> dict[st
 
 
 def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry, *more_BT):
-    """Feeds whole windows through a cache that was reset, `spec.chunk` tokens a step.
+    """Feeds whole windows through a cache that was reset, `spec.chunk` tokens per step.
 
     `visit(carry, x_BtD, targets_Bt, *more_Bt) -> carry` sees the hidden states of every step.
     """

@@ -80,7 +80,8 @@ class Study:
     guardrails: tuple[str, ...] = ()
     # Families of rows whose horizontal distance is reported.
     gains: tuple[Gain, ...] = ()
-    # A control: every row has an MLP as wide as makes its parameters, or its FLOPs a token, those of `base`.
+    # A control: every row has an MLP as wide as makes its parameters, or its FLOPs per token, those of
+    # `base`.
     control: Control = ""
     base: str = ""
 

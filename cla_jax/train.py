@@ -697,7 +697,7 @@ def own_tokenizer(config: Config) -> str | None:
 def log_start(session: Session, run: Run, first_step: int) -> None:
     config, count = session.config, costs.parameters(session.config.model)
     log.info(
-        "%s: %s parameters (%s without embeddings), kv_map %s, %s KV bytes a token at 16 bits",
+        "%s: %s parameters (%s without embeddings), kv_map %s, %s KV bytes per token at 16 bits",
         run.path,
         f"{count.total:,}",
         f"{count.non_embedding:,}",
@@ -705,7 +705,7 @@ def log_start(session: Session, run: Run, first_step: int) -> None:
         f"{costs.kv_bytes(config.model, config.data.seq_len).resident:,.10g}",
     )
     log.info(
-        "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens a step",
+        "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens per step",
         jax.device_count(),
         jax.devices()[0].device_kind,
         " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items()),

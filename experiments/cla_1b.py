@@ -3,7 +3,7 @@
 Dimensions, schedule and batch are the paper's. Where it is silent, the authors' public code decides:
 AdamW eps 1e-10, tied embeddings, a vocabulary of 50,304 rows, RoPE base 10,000. Attention is 2048 wide
 except in h46_mqa (45 heads of 46) and h90_mqa_cla2 (22 of 90). GQA4 means four KV heads. Each row's
-docstring says what it holds: KV bytes a token at 16 bits, as the paper's table has them.
+docstring says what it holds: KV bytes per token at 16 bits, as the paper's table has them.
 
 SlimPajama and the GPT-NeoX tokenizer are read from local files: override `data.source` and
 `data.tokenizer` with their paths.

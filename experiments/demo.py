@@ -3,7 +3,7 @@
 Three small models on the embedded corpus: MQA; MQA with CLA2, at half its cache; and MQA with heads half as
 wide, at that same half. Everything else is equal. The shapes are those of `experiments.small`, which asks the
 same with tuned rates, more seeds and more text. Here a model sees each byte of the corpus at most once, and
-about three bytes a parameter.
+about three bytes per parameter.
 """
 
 from cla_jax.config import Config, Cosine, DataConfig, ModelConfig, OptimizerConfig, Placement
@@ -13,7 +13,7 @@ from experiments.sweeping import Trials
 
 
 def h16_mqa() -> Config:
-    """MQA with head size 16: 512 B a token at 16 bits."""
+    """MQA with head size 16: 512 B per token at 16 bits."""
     return Config(
         name="demo/h16_mqa",
         model=ModelConfig(

@@ -23,7 +23,7 @@ def _matched(name: str, **model) -> Config:
 
 
 def mha() -> Config:
-    """Four KV heads of 16: 2,048 B a token at 16 bits."""
+    """Four KV heads of 16: 2,048 B per token at 16 bits."""
     return _row("mha", n_kv_heads=4)
 
 

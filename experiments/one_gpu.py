@@ -16,7 +16,7 @@ from experiments.sweeping import Trials
 
 
 def h64_mqa() -> Config:
-    """MQA with head size 64: 2,048 B a token at 16 bits."""
+    """MQA with head size 64: 2,048 B per token at 16 bits."""
     return Config(
         name="one_gpu/h64_mqa",
         model=ModelConfig(

@@ -1,7 +1,7 @@
 """What the paper prints (2405.12981), beside the rows of our studies that reproduce it.
 
-Every number is typed in once, with its table. Bytes are KV bytes a token at 16 bits. Perplexities are of the
-paper's own SlimPajama validation split and GPT-NeoX tokens: compare differences, not values.
+Every number is typed in once, with its table. Bytes are KV bytes per token at 16 bits. Perplexities are of
+the paper's own SlimPajama validation split and GPT-NeoX tokens: compare differences, not values.
 
 Where the paper contradicts itself:
 - Section 3.2.1 says of GQA that "only" a GQA2 model with CLA2 beats its baseline of equal bytes. Table 1 has

@@ -37,7 +37,7 @@ rate beyond the best rate that the paper prints.
 
 ## Row by row
 
-| row | tables | KV bytes a token | learning rate | validation perplexity in the paper | hours | run |
+| row | tables | KV bytes per token | learning rate | validation perplexity in the paper | hours | run |
 |---|---|---|---|---|---|---|
 """
 _END = """

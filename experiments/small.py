@@ -1,11 +1,11 @@
 """The paper's question with seeds, on two CPU cores: what does sharing keys and values cost?
 
 The rows of the 1B study at a 2,300th of its size: a third of a million parameters, 8 layers, bytes of
-English Wikipedia, 14 tokens a parameter. A run takes about ten minutes of one core, so every row gets a
+English Wikipedia, 14 tokens per parameter. A run takes about ten minutes of one core, so every row gets a
 learning rate of its own and the main rows get eight seeds. `python -m launch.data fetch enwik8` brings
 the text.
 
-Rows with the same bytes a token: `h8_mqa` and `h16_mqa_cla2` (256 B), `h16_mqa` and `h32_mqa_cla2` (512 B).
+Rows with the same bytes per token: `h8_mqa` and `h16_mqa_cla2` (256 B), `h16_mqa` and `h32_mqa_cla2` (512 B).
 A seed fixes the order of the training data and, layer by layer, the initial values of every tensor that rows
 have in common. The held-out text is the same for all. So rows are compared seed by seed, in pairs.
 """
@@ -22,7 +22,7 @@ CORPUS = "jsonl:data/enwik8/prose.jsonl"
 
 
 def h16_mqa() -> Config:
-    """MQA with head size 16: 512 B a token at 16 bits."""
+    """MQA with head size 16: 512 B per token at 16 bits."""
     return Config(
         name="small/h16_mqa",
         model=ModelConfig(

@@ -114,14 +114,14 @@ def compare(
             print(note)
         for number in range(len(outcome.verdicts)):
             print(studies.sentence(outcome, number))
-        for gain, told in outcome.gains:
-            print(f"{gain}: {told}")
-        _tell_missing(outcome.declared, outcome)
+        for gain, result in outcome.gains:
+            print(f"{gain}: {result}")
+        _print_missing(outcome.declared, outcome)
     for file in written:
         print(f"wrote {os.fspath(file)}")
 
 
-def _tell_missing(declared: Declared, outcome: report.Outcome) -> None:
+def _print_missing(declared: Declared, outcome: report.Outcome) -> None:
     """Says how many runs of a study are missing, and the command that makes them."""
     missing = len(declared.trials) - len(outcome.runs) - len(outcome.diverged)
     if missing:

@@ -166,7 +166,7 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
     if close := record.get("agreement"):
         say(
             f"beside the full forward: same top token {close['top1_agreement']:.2%}, KL "
-            f"{max(close['kl'], 0):.1e} nats a token, logits within {close['max_logit_difference']:.1e}"
+            f"{max(close['kl'], 0):.1e} nats per token, logits within {close['max_logit_difference']:.1e}"
         )
     counts = record.get("kv_bytes", {})
     differing = [kind for kind, count in counts.items() if count["counted"] != count["predicted"]]
@@ -174,7 +174,7 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         held = per_token(counts["resident"]["counted"])
         dtype = record["cache_dtype"]
         say(
-            f"{held} resident KV bytes a token at {record['context']:,} tokens; what is not quantised is "
+            f"{held} resident KV bytes per token at {record['context']:,} tokens; what is not quantised is "
             f"{dtype}"
         )
     if after := record.get("after_prompt"):

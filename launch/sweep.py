@@ -400,7 +400,7 @@ class Launcher:
                 self.written.add(trial.name)
 
     def _submit(self, plan: LaunchPlan) -> None:
-        """Hands trials over; what fails is told, the others go on."""
+        """Hands trials over; what fails is reported, the others go on."""
         numbers = self._numbers(plan)
         files = plan.directory / ".sweep" / "jobs"
         if not is_local(files):
@@ -462,8 +462,8 @@ class Launcher:
         _print_together(changed)
 
     def _conclude(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> int:
-        told = {name for name, (state, _) in states.items() if state == "stuck"}
-        stuck = [(name, "stuck", why) for name, why in self.stuck.items() if name not in told]
+        reported = {name for name, (state, _) in states.items() if state == "stuck"}
+        stuck = [(name, "stuck", why) for name, why in self.stuck.items() if name not in reported]
         _print_together(stuck)
         states = dict(states) | {name: (state, why) for name, state, why in stuck}
         submitted = [n for n, s in self.said.items() if s == "submitted"] if not self.waits else []

@@ -169,7 +169,7 @@ def test_the_papers_1b_row_without_allocating_it():
     block = 2 * 2048 * 2048 + 3 * 2048 * 5472 + 2 * 2048
     assert count.non_embedding == 20 * block + 10 * (2048 * 256 + 2048) + 2048 == 845_518_848
     assert count.total == sum(leaf.size for leaf in jax.tree.leaves(shapes(config.model)))
-    # The paper's batch and budget: 4,194,304 tokens a step, 30e9 tokens.
+    # The paper's batch and budget: 4,194,304 tokens per step, 30e9 tokens.
     assert config.tokens_per_step == 4_194_304
     assert config.steps * config.tokens_per_step == pytest.approx(30e9, rel=1e-3)
 

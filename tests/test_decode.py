@@ -31,7 +31,7 @@ def step(weights, cache, tokens, counts, starts, *, spec, sized, tag=None):  # n
 
 
 def cached_logits(model, tokens, chunk, *, lengths=None, starts=None, format="dense", tag=None):
-    """Scores of every position, decoded through a cache in steps of up to `chunk` tokens a row."""
+    """Scores of every position, decoded through a cache in steps of up to `chunk` tokens per row."""
     rows, T = tokens.shape
     lengths = np.full(rows, T) if lengths is None else np.array(lengths)
     weights = decoding_weights(model)

@@ -662,7 +662,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
     assert "optimizer.peak_lr: 0.003 there, 0.1 asked for" in capsys.readouterr().err
     launch_evaluate.main([run, "--chunk", "32"])
     shown = capsys.readouterr().out
-    assert "128 resident KV bytes a token" in shown
+    assert "128 resident KV bytes per token" in shown
     assert "predicted" not in shown  # the ledger is for those who ask for it
     result = [line for line in shown.splitlines() if "perplexity" in line]
     assert [line.split()[:2] for line in result] == [

@@ -64,12 +64,12 @@ def chips(n: int, kind: str, slices: int = 1):
 
 
 def test_auto_splits_weights_over_all_chips_where_that_hides_behind_computing():
-    """The paper's batch on 256 chips of v5e is far above the critical 1,094 tokens a chip."""
+    """The paper's batch on 256 chips of v5e is far above the critical 1,094 tokens per chip."""
     (config,) = experiments.find("cla_1b.h128_mqa")
     config = replace(config, **{"placement.mesh": MeshConfig(auto=True)})
     mesh, why = choose_mesh(config, chips(256, "TPU v5 lite"))
     assert mesh == MeshConfig(data=1, fsdp=256, model=1)
-    assert why.startswith("16,384 tokens a device and microbatch, above the 1,094")
+    assert why.startswith("16,384 tokens per device and microbatch, above the 1,094")
     two = replace(config, **{"placement.mesh.slice": 2})
     assert choose_mesh(two, chips(512, "TPU v5 lite", 2))[0] == MeshConfig(slice=2, fsdp=256)
 
@@ -81,7 +81,7 @@ def test_auto_splits_weights_over_all_chips_where_that_hides_behind_computing():
             256,
             1024,
             MeshConfig(fsdp=128, model=2),
-        ),  # 1,024 tokens a chip are too few; two chips' are not
+        ),  # 1,024 tokens per chip are too few; two chips' are not
         (64, 2048, MeshConfig(fsdp=64, model=4)),  # fewer rows than chips
         (
             16,

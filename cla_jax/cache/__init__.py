@@ -68,7 +68,7 @@ class CacheFormat(Protocol):
         ...
 
     def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
-        """Puts in the KV of T new tokens a row. Those at negative positions are padding: dropped."""
+        """Puts in the KV of T new tokens per row. Those at negative positions are padding: dropped."""
         ...
 
     def segments(

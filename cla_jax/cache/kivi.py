@@ -94,7 +94,7 @@ class Kivi:
         return jax.lax.scan(step, slot, xs)[0]
 
     def _write(self, slot: KiviSlot, kv: KV, positions_BT: jax.Array, entries: Entries) -> KiviSlot:
-        """Writes up to 32 tokens a row; first quantises the group that they make due, if they do."""
+        """Writes up to 32 tokens per row; first quantises the group that they make due, if they do."""
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
         newest = KV(

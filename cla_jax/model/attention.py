@@ -278,7 +278,7 @@ def partial_attention(
     starts_B1N1: jax.Array,
     width: int | None = None,
 ) -> Partial:
-    """Attention of N queries a KV head to segments of a cache that are read block by block.
+    """Attention of N queries per KV head to segments of a cache that are read block by block.
 
     Values are as wide as the queries, or `width` if that is less. A query sees the keys at positions
     `starts <= s <= positions`. Queries are scaled already. The softmax is accumulated online, so neither
@@ -357,7 +357,7 @@ def attend_segments(
     axis: str | None = None,
     width: int | None = None,
 ) -> jax.Array:
-    """Attention of T queries a row over a cache, their own keys among it. [B, T, K, G, H]
+    """Attention of T queries per row over a cache, their own keys among it. [B, T, K, G, H]
 
     Values are as wide as the queries, or `width` if that is less.
 

@@ -72,12 +72,12 @@ def write(
     title = outcome.declared.name if outcome else directory.name or "Comparison"
     together = seeds.merged(rows)
     drawn = page.shown_rows(together, outcome, diverged)
-    told: list[str] = [
+    noted: list[str] = [
         *(record.words(made) if made else ()),
         *(outcome.notes if outcome else ()),
         *further,
     ]
-    more = {"outcome": outcome, "beside": beside, "notes": told, "diverged": diverged}
+    more = {"outcome": outcome, "beside": beside, "notes": noted, "diverged": diverged}
     text = page.html(rows, title, reference, problems, **more)
     contents = {"report.html": text.encode()}
     figures = {"pareto": page.plot(drawn, reference), "read_bytes": page.plot(drawn, kind="read")}
@@ -97,7 +97,7 @@ def write(
         ):
             contents |= _tables(name, headings, cells)
         assert made is not None
-        contents["report.md"] = _markdown(outcome, title, told, beside)
+        contents["report.md"] = _markdown(outcome, title, noted, beside)
         contents["report.json"] = record.dump(made)
     runs.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]

@@ -263,9 +263,9 @@ def html(
     drawn = shown_rows(together, outcome, diverged)
     compared = [row for row in drawn if not row.cache]
     known = [*warnings(rows, problems), *tasks.notes(rows), *seeds.left_out(rows), *notes]
-    told = "".join(f'<p class="note">{escape(printable(note, 4000))}</p>\n' for note in known)
+    noted = "".join(f'<p class="note">{escape(printable(note, 4000))}</p>\n' for note in known)
     if hint := missing(rows):
-        told += f'<p class="muted">{escape(hint)}</p>\n'
+        noted += f'<p class="muted">{escape(hint)}</p>\n'
     pictures = {kind: _both_widths(drawn, reference, kind) for kind in ("resident", "read")}
     learning = "".join(
         _inline(figure, "", "Over training tokens: " + name)
@@ -280,7 +280,7 @@ def html(
 <body>
 <h1>{escape(title)}</h1>
 <p class="muted">{len(runs)} run{"s" if len(runs) != 1 else ""}, compared by cla_jax</p>
-{told}{_claims(outcome)}{pictures["resident"]}
+{noted}{_claims(outcome)}{pictures["resident"]}
 <p class="muted screen">Click a point, or reach it with the tab key, to see its config.</p>
 <div id="shown" class="muted" aria-live="polite"></div>
 <h2>Results</h2>

@@ -210,14 +210,14 @@ def rate_table(found: Sequence[Curve]) -> tuple[str, list[str], list[list[str]],
     for curve in found:
         tried = []
         for rate, loss in zip(curve.rates, curve.losses, strict=True):
-            told = (
+            result = (
                 "diverged"
                 if math.isinf(loss)
                 else "no result"
                 if math.isnan(loss)
                 else f"{loss:.4f}"
             )
-            tried.append(f"{rate:.3g}: {told}")
+            tried.append(f"{rate:.3g}: {result}")
         best = curve.best
         made.append(
             [

@@ -50,8 +50,8 @@ class Outcome:
         """How far a row is: `8 of 8 seeds`, `missing`."""
         wanted, there = self.declared.study.rows[row], len(self.scores(row))
         lost = sum(name == row for name, _ in self.diverged)
-        told = f", {lost} diverged" if lost else ""
-        return f"{there} of {wanted} seeds{told}" if there or lost else "missing"
+        diverged = f", {lost} diverged" if lost else ""
+        return f"{there} of {wanted} seeds{diverged}" if there or lost else "missing"
 
 
 def examine(
@@ -125,8 +125,8 @@ def _excuse(row: Row, declared: Config) -> str:
         return row.altered[0]
     theirs, ours = configs.identity(row.config), configs.identity(declared)
     if apart := fields.difference(theirs, ours):
-        told = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
-        return "; ".join(told[:3]) + ("; and others" if len(told) > 3 else "")
+        differing = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
+        return "; ".join(differing[:3]) + ("; and others" if len(differing) > 3 else "")
     return seeds.excuse(row)
 
 
@@ -245,18 +245,18 @@ def sentence(outcome: Outcome, number: int) -> str:
     where = f"at {scale(outcome.declared)}"
     if verdict.status == "not tested":
         return f"{verdict.claim}: not tested {where}; {verdict.reason}."
-    told = (
+    text = (
         f"{verdict.claim}: {verdict.status} {where}. The mean difference is {verdict.mean:+.4f} {unit}, "
         f"{level} interval {verdict.low:+.4f} to {verdict.high:+.4f} over {verdict.n} paired seeds, "
         f"p = {verdict.p:.4f} ({study.test}, Holm over {len(study.claims)} claims)"
     )
     if crossed := outcome.crossed[number]:
-        told += f"; over seeds and documents {crossed[0]:+.4f} to {crossed[1]:+.4f}"
+        text += f"; over seeds and documents {crossed[0]:+.4f} to {crossed[1]:+.4f}"
     if verdict.reason:
-        told += f"; {verdict.reason}"
+        text += f"; {verdict.reason}"
     if verdict.excluded:
-        told += f"; seeds left out because a loss was not finite: {', '.join(map(str, verdict.excluded))}"
-    return told + "."
+        text += f"; seeds left out because a loss was not finite: {', '.join(map(str, verdict.excluded))}"
+    return text + "."
 
 
 HEADINGS = ("claim", "verdict", "difference", "interval", "seeds and documents", "p", "pairs")
@@ -288,7 +288,7 @@ def lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """A line for each declared row, whether it has runs or not."""
     study = outcome.declared.study
-    headings = ["row", "KV bytes a token", "parameters", "learning rate", METRICS[study.metric]]
+    headings = ["row", "KV bytes per token", "parameters", "learning rate", METRICS[study.metric]]
     headings += ["sd over seeds", "state"]
     made = []
     for row in study.rows:
@@ -309,7 +309,7 @@ def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 def noise(rows: Sequence[Row], study: Study) -> list[str]:
     """What a row with three seeds or more says about the differences that this study can see."""
-    told = []
+    found = []
     n = max((study.pairs(claim) for claim in study.claims), default=0)
     for row in seeds.merged(rows):
         if len(row.seeds) < 3 or n < 2:
@@ -318,12 +318,12 @@ def noise(rows: Sequence[Row], study: Study) -> list[str]:
         # Without pairs in common: an upper bound for those that have them.
         least = statistics.detectable(math.sqrt(2) * sd, n, alpha=study.alpha, alternative="less")
         name = re.sub(r" \(\d+ seeds?\)$", "", row.name)
-        told.append(
+        found.append(
             f"{name}: the standard deviation over {len(row.seeds)} seeds is {sd:.4f} "
             f"{METRICS[study.metric]}. If pairs had nothing in common, {n} of them would find a "
             f"difference of {least:.4f} with a chance of 80 % (one claim, one-sided, level {study.alpha:g})."
         )
-    return told
+    return found
 
 
 TABLES = ("claims", "rows", "gains")  # names of the files that `tables` are written to
