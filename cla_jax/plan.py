@@ -170,16 +170,17 @@ def estimate(layout: Layout) -> dict[str, int]:
     Q = heads * model.query_width
     KV = split("kv_heads", model.n_kv_heads) * sum(model.kept_widths)
     tokens = _rows(layout) * config.data.seq_len
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     chunk = _rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
 
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
-    # products give; everything, of which norms and SwiGLU are in float32.
+    # products give; and attention. On a CPU everything, of which norms and SwiGLU are in float32.
     entry = D // tensor if layout.training.rules.sequence else D
     left = {
         "block": entry,
         "attention": entry + Q,
         "dots": 2 * D + Q + 2 * F,
-        "none": 4 * D + 4 * Q + 10 * F,
+        "none": 4 * D + 4 * Q + 10 * F if on_cpu else 2 * D + 2 * Q + 2 * F,
     }[options.remat]
     saved = (model.n_layers * left + model.n_slots * KV) * tokens * width
     block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
@@ -502,8 +503,8 @@ def _recomputed_flops(config: Config, kernel: str) -> float:
     return {
         "none": 0.0,
         "dots": attention,
-        # Only splash returns all that its backward pass needs.
-        "attention": 2.0 * count.non_embedding + (0.0 if kernel == "splash" else attention),
+        # Kernels return all that their backward pass needs.
+        "attention": 2.0 * count.non_embedding + (attention if kernel == "xla" else 0.0),
         "block": 2.0 * count.non_embedding + attention,
     }[config.placement.remat]
 

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from cla_jax import plan
+import experiments
+from cla_jax import hlo, plan
+from cla_jax.train import plan_layout
 from launch import plan as launch_plan
+from tests.conftest import replace
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +55,70 @@ def test_devices_are_as_on_the_real_machine():
     assert len(found.devices) == 32
     assert found.devices[0].device_kind == "NVIDIA H200"
     assert found.devices[0].compute_capability == "9.0"
+
+
+# ------------------------------------------------------------------------- the 1B step of the paper
+
+
+def planned(row, topology, **changes):
+    (config,) = experiments.find(row)
+    return plan.plan(replace(config, **changes), plan.topology(topology))
+
+
+@pytest.mark.parametrize(
+    ("topology", "batch", "remat", "gib"),
+    [
+        ("h100:8", 64, "block", 4.99),
+        ("h100:16x8", 2048, "none", 27.38),
+        ("h100:16x8", 2048, "block", 5.31),
+    ],
+)
+def test_peaks_of_the_1b_step_are_those_of_the_documents(topology, batch, remat, gib):
+    """docs/pods.md has them."""
+    changes = {"batch_size": batch, "placement.remat": remat, "placement.eval_batch_size": 128}
+    found = planned("cla_1b.h128_mqa_cla2", topology, **changes)
+    assert found.fits
+    assert found.peak == pytest.approx(gib * 2**30, rel=0.05)
+    assert found.estimate == pytest.approx(found.peak, rel=0.1)
+    assert found.copied < 0.02 * found.traffic
+    told = found.collective_bytes
+    assert told["all-reduce"] < 0.01 * told["reduce-scatter"]
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "block"])
+def test_under_a_scan_nothing_is_held_twice(remat):
+    changes = {"model.n_layers": 8, "batch_size": 8, "placement.remat": remat}
+    changes |= {"placement.eval_batch_size": 8}
+    scanned, unrolled = (
+        planned("cla_1b.h128_mqa_cla2", "h100:1", **changes, **{"placement.scan_layers": scan})
+        for scan in (True, False)
+    )
+    # Unrolled, each weight is updated as soon as its gradient is there; a loop has them all at its end.
+    assert scanned.peak - scanned.parts["gradients"] <= 1.05 * unrolled.peak
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize(
+    ("d_head", "remat", "forward"),
+    [
+        *((d_head, "none", 1) for d_head in (32, 46, 64, 90, 128, 256)),
+        (64, "attention", 1),
+        (64, "block", 2),
+    ],
+)
+def test_cudnn_attends_forward_and_backward(tiny, tmp_path, d_head, remat, forward):
+    """For every head size of the paper that it takes; the output is kept where the policy says so."""
+    config = tiny(
+        **{"model.d_head": d_head, "model.n_heads": 2, "model.kv_map": "cla:2"},
+        **{"model.n_layers": 4, "model.compute_dtype": "bfloat16", "placement.remat": remat},
+        **{"data.seq_len": 128, "placement.loss_chunk": 64},
+    )
+    layout = plan_layout(config, plan.topology("h200:8").devices)
+    assert layout.options.attention == "cudnn"
+    plan._compile_apart(config, plan.topology("h200:8"), tmp_path)
+    text = hlo.find(tmp_path, "after_optimizations.txt")
+    blocks = 2  # of a group, compiled one by one
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == blocks
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forward * blocks

@@ -88,7 +88,10 @@ def test_configs_need_no_jax():
 def test_training_loads_nothing_heavy_that_it_does_not_use():
     loaded = loaded_after("import cla_jax.evaluate")
     assert "jax" in loaded
-    for package in ("tensorflow_datasets", "grain", "matplotlib", "tensorflow", "torch", "wandb"):
+    for package in (
+        *("tensorflow_datasets", "array_record", "grain", "tyro"),
+        *("matplotlib", "tensorflow", "torch", "wandb"),
+    ):
         assert package not in loaded, package
 
 

@@ -147,6 +147,22 @@ def test_scan_and_remat_change_nothing(kv_map, scanned, unrolled):
             assert jnp.abs(gradient - expected[1][name]).max() <= 2e-6 * scale, (name, scan, remat)
 
 
+@pytest.mark.parametrize("kv_map", ["0,0,2,2,4", "0,1,0,1"])
+def test_what_accelerators_compute_again_changes_nothing(kv_map, monkeypatch):
+    """Under a scan they keep the results of products and kernels only, a CPU keeps everything."""
+    model = make(model_config(kv_map, n_layers=kv_map.count(",") + 1))
+    expected, gradients = loss_and_gradients(model, ForwardOptions(scan_layers=False))
+    for module in ("transformer", "platform"):
+        monkeypatch.setattr(f"cla_jax.model.{module}.on_cpu", lambda: False)
+    program = jax.make_jaxpr(jax.grad(lambda m: m.logits(TOKENS, ForwardOptions()).sum()))(model)
+    assert "policy" in str(program)
+    value, found = loss_and_gradients(model, ForwardOptions())
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, gradient in found.items():
+        scale = jnp.abs(gradients[name]).max()
+        assert jnp.abs(gradient - gradients[name]).max() <= 2e-6 * scale, name
+
+
 def test_scan_and_remat_are_really_different_programs():
     """What the test above compares; otherwise it could not fail."""
     model = make(model_config())

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 # Windows that are cut and put together at once: about a million tokens.
 _BLOCK_TOKENS = 1 << 20
@@ -73,6 +72,8 @@ class Shard:
 
 def write(shard: Shard) -> int:
     """Writes a shard; the size of its file."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     writer = ArrayRecordWriter(os.fspath(shard.path), "group_size:1")
     at_once = max(_BLOCK_TOKENS // shard.stream.seq_len, 1)
     for first in range(shard.first, shard.last, at_once):

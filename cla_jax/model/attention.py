@@ -174,17 +174,19 @@ def _cudnn(
 ) -> jax.Array:
     B, T, K, G, H = q_BTKGH.shape
     positions = jnp.arange(T)[None]
+    # With zeros, heads have a width that it takes; they change no score.
+    widened = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, -H % _CUDNN_WIDTHS)])
     o_BTNH = jax.nn.dot_product_attention(
-        q_BTKGH.reshape(B, T, K * G, H),
-        k_BSKH,
-        v_BSKH,
+        *map(widened, (q_BTKGH.reshape(B, T, K * G, H), k_BSKH, v_BSKH)),
+        scale=H**-0.5,
         mask=None if starts_BT is None else visible(positions, positions, starts_BT),
         is_causal=True,
         implementation="cudnn",
     )
-    return o_BTNH.reshape(B, T, K, G, H)
+    return o_BTNH[..., :H].reshape(B, T, K, G, H)
 
 
+_CUDNN_WIDTHS = 8  # of heads: their multiples
 _KERNELS = {"cudnn": _cudnn, "splash": splash.attend}
 
 
@@ -383,7 +385,8 @@ def attend_segments(
 def cudnn_refusal(config: ModelConfig, platform: str, compute_capability: float) -> str | None:
     """Why cuDNN's attention cannot serve this model on this hardware; None if it can.
 
-    cuDNN takes bfloat16 heads of a multiple of 8, up to 128 wide, and up to 256 from Hopper on.
+    cuDNN takes bfloat16 heads up to 128 wide, and up to 256 from Hopper on. Ours are padded to a multiple
+    of 8, the widths that it takes.
     """
     widest = 256 if compute_capability >= 9.0 else 128
     if platform != "gpu":
@@ -394,8 +397,6 @@ def cudnn_refusal(config: ModelConfig, platform: str, compute_capability: float)
         return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
     if isinstance(config.kv, LatentKV):
         return "keys of a latent are wider than its values"
-    if config.d_head % 8:
-        return f"it needs model.d_head to be a multiple of 8, not {config.d_head}"
     if config.d_head > widest:
         return f"it takes model.d_head up to {widest} on this GPU, not {config.d_head}"
     return None

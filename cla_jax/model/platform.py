@@ -11,10 +11,20 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 
-def on_cpu() -> bool:
-    """Whether the program is for a CPU: the mesh says so, or without a mesh the devices at hand."""
+def _platform() -> str:
+    """What the program is for: the mesh says so, or without a mesh the devices at hand."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_cpu() -> bool:
+    """Whether the program is for a CPU."""
+    return _platform() == "cpu"
+
+
+def on_tpu() -> bool:
+    """Whether the program is for a TPU."""
+    return _platform() == "tpu"
 
 
 def per_token(
@@ -51,7 +61,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     On a TPU, halves of the last axis are moved by a product with a matrix of zeros and ones, which is
     exact and fused with what reads it. Split and joined, each half is an array in float32 in memory.
     """
-    if on_cpu():
+    if not on_tpu():
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     ones, zeros = np.eye(cos.shape[-1]), np.zeros(2 * cos.shape[-1:])

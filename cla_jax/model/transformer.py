@@ -43,6 +43,7 @@ from cla_jax.model.layers import (
     normal,
     shard_sequence,
 )
+from cla_jax.model.platform import on_cpu
 
 Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
 
@@ -226,7 +227,8 @@ class Group(nnx.Module):
         # Where blocks are rematerialised, what is saved is what enters them. One by one, the first of
         # them shares it with the projection; a scan would save it twice.
         size = jax.tree.leaves(self.blocks)[0].shape[0]
-        scan = options.scan_layers and (options.remat == "none" or size > UNROLLED)
+        plain = options.remat == "none" and on_cpu()
+        scan = options.scan_layers and (plain or size > UNROLLED)
         several = options.remat != "none" and not scan and size > 1
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -427,18 +429,35 @@ gradients_together.defvjp(
 )
 
 
+def _is_one_of(*primitives: str) -> Callable[..., bool]:
+    """A policy that keeps the results of primitives of jax, by their names."""
+    return lambda primitive, *_, **__: primitive.name in primitives
+
+
+_CUDNN = "dot_product_attention_fwd_wrapper"
+
+
 def remat(body: Callable, options: ForwardOptions, in_loop: bool) -> Callable:
     """The body, rematerialised in the backward pass as `options` say.
 
     Forward and backward loops are two; outside of a loop, the compiler must be kept from computing once,
     and holding, what it is told to compute twice.
     """
-    if options.remat == "none":
-        return body
     policies = jax.checkpoint_policies
+    # cuDNN returns besides what its backward pass needs of the softmax, without a name.
+    kernels = policies.save_from_both_policies(
+        policies.save_only_these_names(ATTENTION_OUTPUT), _is_one_of(_CUDNN)
+    )
+    if options.remat == "none":
+        # A loop keeps all that differentiation asks for, elementwise results in float32 among it. Outside
+        # of a loop XLA computes those again; on a CPU it is faster to keep them.
+        if not in_loop or on_cpu():
+            return body
+        products = policies.save_from_both_policies(policies.dots_saveable, kernels)
+        return jax.checkpoint(body, policy=products, prevent_cse=False)
     policy = {
         "block": policies.nothing_saveable,
-        "attention": policies.save_only_these_names(ATTENTION_OUTPUT),
+        "attention": kernels,
         "dots": policies.dots_with_no_batch_dims_saveable,
     }[options.remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
