@@ -154,9 +154,12 @@ class Compressor:
     ) -> Chosen:  # fmt: skip
         notes: Notes = encoded.pages
         of = (scratch.representative(p), encoded.slots[p], notes.queries[p], notes[1:])
-        received_BKS, observed_BKS = map(
-            np.asarray, scratch.received(*of, observation=self.spec.policy.observation)
-        )
+        policy, K = self.spec.policy, self.spec.config.n_kv_heads
+        received_BKS = observed_BKS = np.zeros((len(counts_B), K, classes_BS.shape[1]), np.float32)
+        if policy.profiles:
+            received_BKS, observed_BKS = map(
+                np.asarray, scratch.received(*of, observation=policy.observation)
+            )
 
         def lost(dropped_CBKS: np.ndarray, bands_CB: np.ndarray) -> Lost:
             return Lost(*map(np.asarray, scratch.lost(*of, dropped_CBKS, bands_CB)))

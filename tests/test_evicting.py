@@ -72,9 +72,18 @@ def kept_of(cache):
     return found
 
 
+def scores_of(pool, shape):
+    """The score of each position that a head holds, [B, K, positions]; NaN elsewhere."""
+    found = np.full(shape, np.nan)
+    positions, scores, table = map(np.asarray, (pool.positions, pool.scores, pool.table))
+    for b, k, c in np.argwhere(table < len(positions)):
+        at = positions[table[b, k, c]]
+        found[b, k, at[at < EMPTY]] = scores[table[b, k, c]][at < EMPTY]
+    return found
+
+
 POLICIES = (
     "fastgen:T=0.6,r_l=0.2,r_f=0.1,sinks=1,recent=2",
-    "fastgen:T=0.8,over=mean,recent=1,sinks=2",
     "window:tokens=9,sinks=2,recent=3",
     "h2o:keep=0.3,sinks=2,recent=3",
     "snapkv:tokens=14,window=6,sinks=2,recent=2,pool=3",
@@ -120,6 +129,12 @@ def assert_storage_equals_mask(config, policy, lengths, chunk):
         for slot in masked.slots
     ]
     assert kept_of(cache) == expected
+    if compressor.spec.ranks:
+        for pool, slot in zip(cache.slots, masked.slots, strict=True):
+            scores = scores_of(pool, slot.scores_BKE.shape)
+            np.testing.assert_allclose(
+                scores[slot.kept_BKE], slot.scores_BKE[slot.kept_BKE], rtol=1e-4
+            )
     total = sum(len(head) for slot in expected for row in slot for head in row)
     everything = sum(lengths) + 48 - chunk
     assert total < everything * config.n_kv_heads * config.n_slots  # something was evicted

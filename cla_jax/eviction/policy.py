@@ -69,6 +69,9 @@ class Policy(abc.ABC):
     kind: ClassVar[str]
     scoring: ClassVar[Scoring] = "none"
     needs_classes: ClassVar[bool] = False
+    profiles: ClassVar[bool] = (
+        True  # whether it looks at attention; if not, what it is shown are zeros
+    )
     names: ClassVar[Sequence[str]] = ()  # of the policies among which each head has one
 
     sinks: int = 4

@@ -25,6 +25,7 @@ class Random(Budgeted):
 
     kind = "random"
     scoring = "random"
+    profiles = False
 
     seed: int = 0
 

@@ -9,6 +9,7 @@ from cla_jax.eviction.rule import make_rule
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window(Budgeted):
     kind = "window"
+    profiles = False
 
     def choose(self, seen: Seen) -> Choice:
         return Choice(rule=make_rule(seen.heads, window=self.pair()), scores_BKS=seen.received_BKS)
