@@ -100,10 +100,9 @@ def _mean(group: Sequence[Row], counting: Sequence[Row]) -> Row:
             name: {k: math.fsum(part[name][k] for part in parts) / len(parts) for k in numbers}
             for name in parts[0]
         }
-    held = [
-        one.get("resident_share") for one in scored
-    ]  # of a cache that evicts, which seeds may differ in
-    if all(share is not None for share in held):
+    # Of a cache that evicts: what it keeps may differ between seeds.
+    held = [one["resident_share"] for one in scored if "resident_share" in one]
+    if len(held) == len(scored):
         means["resident_share"] = math.fsum(held) / len(held)
     cached = [row.evals.get("cached-dense") for row in counting]
     evals = {}
