@@ -37,6 +37,9 @@ class Options:
     batch: tuple[int, ...] = (1, 8)
     # Tokens in the cache.
     context: tuple[int, ...] = (512, 2048)
+    layers: int = 8
+    # Each is a pair of columns.
+    kv_map: tuple[str, ...] = ("identity", "cla:2")
     # Width of the rotated key; the latent has the rest of the bytes of MQA's keys and values.
     rope_dims: int = 32
     rounds: int = 9
@@ -46,16 +49,17 @@ class Options:
     save: str = ""
 
 
-def models(rope_dims: int) -> dict[str, ModelConfig]:
-    mqa = ModelConfig(**SHAPES["7m"], compute_dtype="float32")
-    rank = 2 * mqa.d_head - rope_dims
-    latent = dataclasses.replace(mqa, kv=LatentKV(rank=rank, rope_dims=rope_dims))
-    return {
-        "MQA": mqa,
-        "latent": latent,
-        "MQA, cla:2": dataclasses.replace(mqa, kv_map="cla:2"),
-        "latent, cla:2": dataclasses.replace(latent, kv_map="cla:2"),
-    }
+def models(options: Options) -> dict[str, ModelConfig]:
+    found = {}
+    for kv_map in options.kv_map:
+        shape = SHAPES["7m"] | {"n_layers": options.layers}
+        mqa = ModelConfig(**shape, kv_map=kv_map, compute_dtype="float32")
+        rank = 2 * mqa.d_head - options.rope_dims
+        found[f"MQA, {kv_map}"] = mqa
+        found[f"latent, {kv_map}"] = dataclasses.replace(
+            mqa, kv=LatentKV(rank=rank, rope_dims=options.rope_dims)
+        )
+    return found
 
 
 def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
@@ -84,12 +88,12 @@ def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Cal
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     table = Table(title="milliseconds of a decode step, median; times MQA with the same map")
-    for column in ("batch", "context", *models(options.rope_dims)):
+    for column in ("batch", "context", *models(options)):
         table.add_column(column)
     found = []
     for batch in options.batch:
         for context in options.context:
-            configs = models(options.rope_dims)
+            configs = models(options)
             runs = {
                 name: contestant(config, batch, context, options.steps)
                 for name, config in configs.items()
