@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import accelerator
 from cla_jax import costs
 from experiments import smoke
 
@@ -33,6 +34,76 @@ def test_what_a_decode_step_reads_is_counted(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / round_["step_seconds"])
         reached = sum(row["bytes"].values()) / round_["step_seconds"]
         assert row["fraction"] == pytest.approx(reached / result["bandwidth"])
+
+
+WITHOUT_PACKAGES = """
+import sys
+for name in ("tensorflow_datasets", "grain", "array_record", "tyro"):
+    sys.modules[name] = None  # cannot be imported
+from benchmarks import accelerator
+accelerator.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_to_show_can_be_measured(tmp_path):
+    """Small, on the CPU, without the packages that such a machine may lack."""
+    flags = ["--tiny", "--together", "--minutes", "5", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", WITHOUT_PACKAGES, *flags]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = accelerator.results([tmp_path])
+    assert [r["name"] for r in found] == [m.name for m in accelerator.measurements(tiny=True)]
+    assert all("result" in r for r in found), found
+    assert len({m.name for m in accelerator.measurements(tiny=False)}) == len(
+        accelerator.measurements(tiny=False)
+    )
+    shown = accelerator.tables(found)
+    assert "| cpu | smoke.tiny | 2 | none | True |" in shown
+    assert "Nothing of this was measured" not in shown
+
+
+def test_measurements_are_continued_where_they_were_cut_off(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def record(measurement):
+        made.append(measurement.name)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        failed = {"error": "out of memory"} if len(made) == 2 else {"result": {}}
+        return {"name": measurement.name, "device": "a GPU", **failed}
+
+    monkeypatch.setattr(accelerator, "record", record)
+    run = ["--tiny", "--together", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        accelerator.main(run)
+    names = [m.name for m in accelerator.measurements(tiny=True)]
+    assert made == names[:3]
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as lines:
+        lines.write('{"name": "torn')
+    made.clear()
+    monkeypatch.setattr(
+        accelerator,
+        "record",
+        lambda m: made.append(m.name) or {"name": m.name, "device": "a GPU", "result": {}},
+    )
+    accelerator.main(run)
+    assert made == names  # the device again; what failed, and what was not reached
+    made.clear()
+    accelerator.main(run)
+    assert made == names[:1]
+    monkeypatch.setattr(
+        accelerator,
+        "record",
+        lambda m: made.append(m.name) or {"name": m.name, "device": "another", "result": {}},
+    )
+    made.clear()
+    accelerator.main(run)
+    assert made == names
+    made.clear()
+    accelerator.main([*run, "--minutes", "0.1"])
+    assert made == []
+    assert "the time is over" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,415 @@
+"""What a run on one GPU has to show, in the order of its worth; each result is written at once.
+
+    python -m benchmarks.accelerator --minutes 9 --out results/h100     on the machine with the GPU
+    python -m benchmarks.accelerator --out results/h100 --show          the tables, anywhere
+    python -m benchmarks.accelerator --minutes 1 --out /tmp/x --tiny    small, on any device
+
+Needs the runtime without its packages for data and for command lines. Every measurement is a process of its
+own: one that fails, or does not fit the memory, costs the others nothing, and the allocator's peak is its
+own. A measurement that is not over when the minutes are is ended and counts as not made. Results are lines of
+`results-*.jsonl` in --out. What one of these files has for this device is not measured again, so that several
+short stays on machines make one set; files of earlier stays may be copied to --out, or named by --done.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_LEAST_SECONDS = 10.0  # nothing is begun with less time than this left
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Something to measure, named by what decides its result."""
+
+    name: str
+    run: Callable[..., dict[str, Any]]
+    arguments: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------- what is measured
+
+
+def device() -> dict[str, Any]:
+    """What it is, and what it reaches alone: bytes a second of its memory, FLOP/s of a product."""
+    import statistics
+
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.bandwidth import probes
+
+    on_cpu = jax.default_backend() == "cpu"
+    side, size = (256, 1 << 20) if on_cpu else (8192, 1 << 31)
+    a = jnp.ones((side, side), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    probed = {name: [probe() for _ in range(5)] for name, probe in probes(size).items()}
+    return {
+        "matmul_flops": 2 * side**3 / statistics.median(seconds),
+        "bandwidth": {name: statistics.median(found) for name, found in probed.items()},
+        "memory": (jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
+    }
+
+
+def attention(d_head: int, n_kv_heads: int, seq_len: int) -> dict[str, Any]:
+    """The error of the backend that is chosen, forward and backward, against XLA's in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from cla_jax.config import ModelConfig
+    from cla_jax.model.attention import KV, attend, choose_backend
+
+    config = ModelConfig(
+        vocab_size=64,
+        n_layers=1,
+        d_model=64,
+        d_ff=64,
+        n_heads=8,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        compute_dtype="bfloat16",
+    )
+    chosen = choose_backend("auto", config, seq_len, jax.devices()[0])
+    keys = jax.random.split(jax.random.key(0), 4)
+    q_shape = (2, seq_len, n_kv_heads, config.q_groups, d_head)
+    kv_shape = (2, seq_len, n_kv_heads, d_head)
+    shapes = (q_shape, kv_shape, kv_shape, q_shape)
+    arrays = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+
+    def outputs(backend: str, dtype: Any) -> list[jax.Array]:
+        q, k, v, d_o = (array.astype(dtype) for array in arrays)
+        call = lambda q, k, v: attend(q, KV(k, v), backend=backend)
+        o, backward = jax.vjp(call, q, k, v)
+        return [array.astype(jnp.float32) for array in (o, *backward(d_o))]
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(outputs, static_argnums=(0, 1))("xla", jnp.float32)
+    found = jax.jit(outputs, static_argnums=(0, 1))(chosen, jnp.bfloat16)
+    errors = {
+        name: float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        for name, a, b in zip(("o", "d_q", "d_k", "d_v"), found, expected, strict=True)
+    }
+    return {"backend": chosen, "errors": errors}
+
+
+def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[str, Any]:
+    """Tokens a second and MFU of a step on one device; the predicted peak, and the allocator's."""
+    import statistics
+
+    import jax
+    import numpy as np
+
+    import experiments
+    from cla_jax import chips, costs, memory, plan, train
+    from cla_jax.fields import replaced
+    from cla_jax.state import initial_state
+
+    (config,) = experiments.find(row)
+    changes = {"batch_size": rows, "placement.accumulate": 1, "placement.remat": remat}
+    config = replaced(config, changes | {"placement.scan_layers": scan})
+    one = jax.devices()[:1]
+    layout = train.plan_layout(config, one)
+    shape = (1, rows, config.data.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    begin = time.perf_counter()
+    with jax.set_mesh(layout.mesh):
+        step = train.make_step(layout).lower(layout.state, layout.batch).compile()
+        compile_seconds = time.perf_counter() - begin
+        found = step.memory_analysis()
+        state = initial_state(config, layout.optimizer, layout.state)
+        batch = jax.device_put(tokens, layout.batch.sharding)
+        seconds, losses = [], []
+        for _ in range(steps + 2):  # the first two warm up
+            begin = time.perf_counter()
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds[2:])
+    tokens_per_s = rows * config.data.seq_len / median
+    chip = chips.find(one[0].device_kind)
+    flops = costs.train_flops_per_token(config.model, config.data.seq_len)
+    return {
+        "backend": layout.options.attention,
+        "tokens_per_s": tokens_per_s,
+        "mfu": flops * tokens_per_s / chip.flops if chip else None,
+        "step_seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "losses": losses,
+        "compiled_peak": found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes,
+        "estimated_peak": sum(plan.estimate(layout).values()),
+        "allocator_peak": memory.allocator_peak(),
+    }
+
+
+def decoding(row: str, batch: int, cache: str, context: int, new_tokens: int) -> dict[str, Any]:
+    """Tokens a second, and the fraction of the measured bandwidth that they need."""
+    import types
+
+    import jax
+
+    import experiments
+    from benchmarks.bandwidth import measure
+
+    (config,) = experiments.find(row)
+    options = types.SimpleNamespace(
+        batch=(batch,), context=context, new_tokens=new_tokens, cache=cache, chunk=256, rounds=3
+    )
+    size = 1 << 20 if jax.default_backend() == "cpu" else 1 << 31
+    found = measure(config.model, options, size)
+    return {"bandwidth": found["bandwidth"], **found["rows"][0]}
+
+
+# ------------------------------------------------------------------------------------------ the list
+
+
+def measurements(tiny: bool) -> list[Measurement]:
+    """All that is measured, the most valuable first."""
+    listed: list[Measurement] = []
+
+    def add(run: Callable[..., dict[str, Any]], **arguments: Any) -> None:
+        words = ",".join(f"{name}={value}" for name, value in arguments.items())
+        name = f"{run.__name__}({words})"
+        listed.append(Measurement(name=name, run=run, arguments=arguments))
+
+    add(device)
+    if tiny:
+        add(attention, d_head=16, n_kv_heads=1, seq_len=32)
+        for scan in (True, False):
+            add(training, row="smoke.tiny", rows=2, remat="none", scan=scan, steps=1)
+        add(decoding, row="smoke.tiny", batch=2, cache="dense", context=6, new_tokens=4)
+        return listed
+    for d_head in (128, 64):
+        add(attention, d_head=d_head, n_kv_heads=1, seq_len=1024)
+    train = lambda row, rows, remat, scan=True: add(
+        training, row=row, rows=rows, remat=remat, scan=scan, steps=8
+    )
+    decode = lambda row, batch, cache="dense": add(
+        decoding, row=row, batch=batch, cache=cache, context=1024, new_tokens=129
+    )
+    mqa, cla2 = "cla_1b.h128_mqa", "cla_1b.h128_mqa_cla2"
+    # Without rematerialisation 8 rows fit 80 GB by the plan.
+    train(cla2, 8, "none")
+    train(cla2, 8, "none", scan=False)
+    train(mqa, 8, "none")
+    train("cla_1b.h128_mha", 8, "none")
+    for batch in (1, 64):
+        decode(cla2, batch)
+        decode(mqa, batch)
+    train(cla2, 16, "none")
+    train(cla2, 16, "block")
+    train("cla_3b.h128_mqa_cla2", 4, "block")
+    train("cla_3b.h128_mqa", 4, "block")
+    for batch in (1, 64):
+        decode(cla2, batch, "int8")
+    for d_head, n_kv_heads in ((46, 1), (90, 1), (256, 1), (32, 1), (512, 1), (128, 8)):
+        add(attention, d_head=d_head, n_kv_heads=n_kv_heads, seq_len=1024)
+    train(cla2, 8, "attention")
+    train(cla2, 8, "dots")
+    for row in ("h64_mqa", "h32_mqa", "h64_mqa_cla2", "h128_mqa_cla2"):  # what the study would take
+        train(f"one_gpu.{row}", 64, "none")
+    return listed
+
+
+# --------------------------------------------------------------------------------------- running them
+
+
+def results(directories: Iterable[Path]) -> list[dict[str, Any]]:
+    """The whole lines of all files of results; one that was cut off counts for nothing."""
+    found = []
+    for directory in directories:
+        for file in sorted(directory.glob("results-*.jsonl")):
+            for line in file.read_text().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue
+    return found
+
+
+def child(name: str, tiny: bool) -> None:
+    """Makes one measurement and prints its record, as the last line."""
+    chosen = next(m for m in measurements(tiny) if m.name == name)
+    print(json.dumps(record(chosen)))
+
+
+def record(measurement: Measurement) -> dict[str, Any]:
+    """The result with what it belongs to; or the error, if the device or a kernel refuses."""
+    import jax
+
+    about = {
+        "name": measurement.name,
+        "what": measurement.run.__name__,
+        **measurement.arguments,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    try:
+        return about | {"result": measurement.run(**measurement.arguments)}
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # XLA's are RuntimeErrors
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return about | {"error": words[:400]}
+
+
+def _apart(measurement: Measurement, tiny: bool, seconds: float, out: Path) -> dict[str, Any]:
+    """`record`, in a process of its own, which is ended after so many seconds."""
+    words = [sys.executable, "-m", "benchmarks.accelerator", "--child", measurement.name]
+    # Steps are compiled once for all stays; a plan counts on most of the memory.
+    environment = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(out / "programs"),
+    } | os.environ
+    with open(out / "log.txt", "ab") as log:
+        try:
+            ran = subprocess.run(
+                words + ["--tiny"] * tiny,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"name": measurement.name, "late": True}
+    lines = ran.stdout.decode(errors="replace").splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        error = f"the process ended with status {ran.returncode}; {out / 'log.txt'} has its words"
+        return {"name": measurement.name, "error": error}
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    end = time.monotonic() + 60 * options.minutes
+    out = Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    earlier = results([out, *map(Path, options.done)])
+    file = out / f"results-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+    kind = None  # of the device: the first measurement says it, and is made on every machine
+    for measurement in measurements(options.tiny):
+        made = {r["name"] for r in earlier if r.get("device") == kind and "result" in r}
+        if kind is not None and measurement.name in made:
+            print(f"there already  {measurement.name}", flush=True)
+            continue
+        left = end - time.monotonic()
+        if left < _LEAST_SECONDS:
+            print("the time is over", flush=True)
+            return
+        made_now = _apart(measurement, options.tiny, left, out) if options.apart else None
+        found = made_now or record(measurement)
+        if "late" in found:
+            print(f"not over in time  {measurement.name}", flush=True)
+            return
+        kind = found.get("device", kind)
+        with file.open("a") as lines:
+            lines.write(json.dumps(found) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+        print(f"{'failed' if 'error' in found else 'measured'}  {measurement.name}", flush=True)
+    print("all is measured", flush=True)
+
+
+# ----------------------------------------------------------------------------------------- the tables
+
+
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown tables of the newest result of each measurement and device; the errors below."""
+    newest = {(r.get("device"), r["name"]): r for r in found}.values()
+    gib = lambda size: "" if size is None else f"{size / 2**30:.2f}"
+    percent = lambda part: "" if part is None else f"{part:.0%}"
+    columns: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]]] = {
+        "device": (
+            ("product, TFLOP/s", "memory read, GB/s"),
+            lambda r, x: (f"{x['matmul_flops'] / 1e12:.0f}", f"{x['bandwidth']['read'] / 1e9:.0f}"),
+        ),
+        "attention": (
+            ("head size", "KV heads", "backend", "error of output", "of gradients"),
+            lambda r, x: (
+                *(r["d_head"], r["n_kv_heads"], x["backend"], f"{x['errors']['o']:.1e}"),
+                f"{max(x['errors'][name] for name in ('d_q', 'd_k', 'd_v')):.1e}",
+            ),
+        ),
+        "training": (
+            *(
+                (
+                    "row",
+                    "rows",
+                    "remat",
+                    "scanned",
+                    "tokens/s",
+                    "MFU",
+                    "peak GiB, compiled (in use)",
+                ),
+            ),
+            lambda r, x: (
+                *(r["row"], r["rows"], r["remat"], r["scan"], f"{x['tokens_per_s']:,.0f}"),
+                *(percent(x["mfu"]), f"{gib(x['compiled_peak'])} ({gib(x['allocator_peak'])})"),
+            ),
+        ),
+        "decoding": (
+            ("row", "batch", "cache", "tokens/s", "of the measured bandwidth"),
+            lambda r, x: (
+                *(r["row"], r["batch"], r["cache"], f"{x['tokens_per_s']:,.0f}"),
+                percent(x["fraction"]),
+            ),
+        ),
+    }
+    lines = []
+    for what, (names, cells) in columns.items():
+        rows = [r for r in newest if r.get("what") == what and "result" in r]
+        lines += [f"### {what}", "", f"| device | {' | '.join(names)} |"]
+        lines.append("|---" * (len(names) + 1) + "|")
+        for r in rows:
+            lines.append(f"| {' | '.join(map(str, (r['device'], *cells(r, r['result']))))} |")
+        lines += ["" if rows else "\nNothing of this was measured.\n"]
+    lines += [f"- {r['name']}: {r['error']}" for r in newest if "error" in r]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="to stay below")
+    parser.add_argument("--out", help="directory for the results")
+    parser.add_argument("--done", nargs="*", default=[], help="directories of earlier results")
+    parser.add_argument("--tiny", action="store_true", help="small measurements, for any device")
+    parser.add_argument("--show", action="store_true", help="print the tables, measure nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--together", dest="apart", action="store_false", help="all in this process"
+    )
+    options = parser.parse_args(argv)
+    if options.child:
+        child(options.child, options.tiny)
+        return
+    if not options.out:
+        parser.error("--out: name a directory for the results")
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes:g} must be above 0")
+    if options.show:
+        print(tables(results([Path(options.out), *map(Path, options.done)])))
+    else:
+        measure_all(options)
+
+
+if __name__ == "__main__":
+    main()
