@@ -207,7 +207,7 @@ for line in sys.stdin.read().splitlines():
         ("convert export a b --dtyp x", "unknown flag '--dtyp'; did you mean --dtype?"),
         (
             "convert",
-            "give one of import, export, fetch; `python -m launch.convert --help` tells more",
+            "give one of import, export, fetch, uptrain; `python -m launch.convert --help` tells more",
         ),
     ],
 )

@@ -176,7 +176,7 @@ def _index(names: Sequence[str], data: Path | None) -> "TaskManager":
         for file in home.rglob("*.yaml")
         if named.search(file.read_text(encoding="utf-8"))
     }
-    own = [str(data)] if data is not None and any(data.glob("*.yaml")) else []
+    own: list[str | Path] = [data] if data is not None and any(data.glob("*.yaml")) else []
     some = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *own])
     if set(names) <= set(some.all_tasks):
         return some
