@@ -520,8 +520,8 @@ def _roofline(
         "HBM": compiled["traffic"]["total"] / chip.bandwidth,
     }
     if chip.interconnect:
-        told = sum(compiled["collective_bytes"].values())
-        seconds[chip.links] = told / chip.interconnect
+        received = sum(compiled["collective_bytes"].values())
+        seconds[chip.links] = received / chip.interconnect
     slices = layout.mesh.shape["slice"]
     if compiled["network_bytes"]:
         seconds["network"] = sum(compiled["network_bytes"].values()) / chip.network

@@ -288,12 +288,12 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
         console.print(f"Change first: {plan.advice}", highlight=False)
     by_kind = lambda sizes: ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in sizes.items())
     links = f" over {plan.links}" if plan.links != "interconnect" and plan.collective_bytes else ""
-    told = f"{by_kind(plan.collective_bytes) or 'nothing'}{links}"
+    received = f"{by_kind(plan.collective_bytes) or 'nothing'}{links}"
     if plan.network_bytes:
-        told += f" and through its network port {by_kind(plan.network_bytes)}"
+        received += f" and through its network port {by_kind(plan.network_bytes)}"
     console.print(
-        f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device is told "
-        f"{told}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
+        f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device receives "
+        f"{received}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
         f"{plan.copied / 1e9:.2f} GB of it only to change layouts.",
         soft_wrap=True,
         highlight=False,
