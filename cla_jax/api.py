@@ -34,6 +34,8 @@ def train_run(config: Config) -> Run:
       ValueError: the config, data, run directory or checkpoints do not allow it.
       cla_jax.train.Diverged: a loss or a gradient was not finite.
     """
+    if not isinstance(config, Config):
+        raise ValueError(f"{config!r} is not a config: experiments.find(NAME) has those of a name")
     from cla_jax import preflight, train
     from cla_jax.evaluate import during_training
 
@@ -54,7 +56,8 @@ def evaluate_run(
 
     Args:
       run: the run, or its directory.
-      caches: formats of the KV cache to decode through; some of `cla_jax.cache.FORMATS`.
+      caches: formats of the KV cache to decode through: some of `cla_jax.cache.FORMATS`, or eviction
+        policies such as "h2o:keep=0.5".
       chunk: tokens that a cached forward takes at once. One is what generation does.
       windows: score only so many windows of text, and write nothing.
       data_dir: where prepared data is, if not where it was in training.
@@ -69,8 +72,7 @@ def evaluate_run(
     from cla_jax.evaluate import evaluate
 
     run = run if isinstance(run, Run) else find_run(run)
-    options = {"windows": windows, "data_dir": data_dir}
-    return dict(evaluate(run, formats=caches, chunk=chunk, **options))
+    return dict(evaluate(run, formats=caches, chunk=chunk, windows=windows, data_dir=data_dir))
 
 
 def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> list["Row"]:
@@ -91,7 +93,11 @@ def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> l
     """
     from cla_jax import report
 
+    if isinstance(runs, Run | str | os.PathLike):
+        raise ValueError("runs is one run or directory: give a list of them")
     named = [one.path if isinstance(one, Run) else one for one in runs]
+    if not named:
+        raise ValueError("there is no run to compare")
     return report.merged(report.read(find_runs(named), context))
 
 

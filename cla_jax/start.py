@@ -38,8 +38,8 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         )
     if a.n_kv_heads % b.n_kv_heads:
         raise ValueError(
-            f"{what} has model.n_kv_heads = {a.n_kv_heads}, which this run's {b.n_kv_heads} does not "
-            "divide: as many heads must become one for each"
+            f"{what} has model.n_kv_heads = {a.n_kv_heads}: this run's model.n_kv_heads = {b.n_kv_heads} "
+            "must divide it"
         )
     if isinstance(a.kv, LatentKV) and a.resolved_kv_map != b.resolved_kv_map:
         raise ValueError(

@@ -428,6 +428,7 @@ def train(
       ValueError: the config, data, run directory or checkpoints do not allow it.
       Diverged: a loss or gradient was not finite.
     """
+    _check_teacher(config)
     clock = clock or goodput.Clock()
     agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
     session = prepare_session(config, own_tokenizer(config))
@@ -675,6 +676,16 @@ def restore_or_init(session: Session, run: Run) -> State:
         model = jax.device_put(uptrain.first_model(session.config, text), layouts)
     fresh = initial_state(session.config, session.optimizer, session.state)
     return fresh if model is None else dataclasses.replace(fresh, model=model)
+
+
+def _check_teacher(config: Config) -> None:
+    """Raises ValueError for a teacher that could be another one at the next start."""
+    given = config.start
+    if isinstance(given, FromRun) and given.distill_weight and not given.checkpoint:
+        raise ValueError(
+            "start.checkpoint is empty, and start.distill_weight needs the same teacher at every start: make "
+            "the run with `python -m launch.convert uptrain`, which names the newest checkpoint"
+        )
 
 
 def load_teacher(session: Session) -> tuple[Transformer, ...]:

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import cla_jax
 from cla_jax.messages import near_choice
 from launch.cli import user_errors
 
@@ -19,7 +20,7 @@ COMMANDS = {
     "plan": "compile a run for an accelerator that is not there",
     "memory": "say how many sequences fit, for each cache format",
     "serve_trace": "replay a trace of requests",
-    "convert": "import a model, or export a run",
+    "convert": "import, export or fetch a model, or start a run from another",
     "data": "fetch text to train on",
     "tasks": "fetch the data of downstream tasks",
 }
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
+        return
+    if command == "--version":
+        print(cla_jax.__version__)
         return
     near_choice("command", command.replace("-", "_"), COMMANDS)
     importlib.import_module(f"launch.{command.replace('-', '_')}").main(rest)

@@ -180,6 +180,10 @@ def _uptrain(command: Uptrain) -> None:
     from cla_jax import preflight, runs, start
 
     source = runs.find_run(command.run)
+    if "://" in command.made:
+        raise ValueError(
+            f"{command.made}: a conversion is written to a local directory; copy it then"
+        )
     if Path(command.made).exists():
         raise ValueError(f"{command.made} exists already: remove it, or choose another directory")
     config, form = _uptrained(command, source), None

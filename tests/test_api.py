@@ -27,6 +27,19 @@ def test_a_config_is_changed_without_jax():
     assert "jax" not in loaded_after("import cla_jax; cla_jax.Config, cla_jax.replaced")
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: cla_jax.compare_runs("runs/x"), "give a list"),
+        (lambda: cla_jax.compare_runs([]), "no run to compare"),
+        (lambda: cla_jax.train_run("smoke.tiny"), "'smoke.tiny' is not a config"),
+    ],
+)
+def test_what_is_no_list_or_config_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_imports_run_one_way(file):
         there = layer_of(parts)
         if there in ORDER:
             assert ORDER[there] <= ORDER[here], f"{here} imports {'.'.join(parts)}"
+
+
+def test_every_package_is_installed():
+    """An editable installation finds what the list leaves out; a wheel does not."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {file.parent.relative_to(ROOT) for file in MODULES}
+    assert sorted(declared) == sorted(".".join(folder.parts) for folder in folders)
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -287,6 +287,12 @@ def test_a_converted_run_is_trained_and_taught_and_goes_on(trained, tmp_path, de
     np.testing.assert_allclose(again, losses, rtol=1e-5)
 
 
+def test_a_teacher_that_could_change_is_refused(tiny):
+    taught = replace(tiny(), start=FromRun(run="runs/x", distill_weight=0.5))
+    with pytest.raises(ValueError, match=r"start\.checkpoint is empty.*launch\.convert uptrain"):
+        train(taught, evaluate=lambda *_: {})
+
+
 def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, monkeypatch):
     devices(1)
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("weights were read"))
@@ -300,7 +306,9 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
         return str(refused.value)
 
     assert "model.n_layers = 2, this run has 3" in refusal(**{"model.n_layers": 3})
-    assert "n_kv_heads = 2, which this run's 4" in refusal(**{"model.n_kv_heads": 4})
+    assert "n_kv_heads = 2: this run's model.n_kv_heads = 4 must divide it" in refusal(
+        **{"model.n_kv_heads": 4}
+    )
     assert "data.tokenizer = 'byte', this run has 'bpe:259'" in refusal(
         **{"data.tokenizer": "bpe:259"}
     )
