@@ -76,7 +76,8 @@ class MaskedSpec(CacheSpec):
             keys = (jnp.broadcast_to(-at, rest.shape), -scores, ~rest)
             order = jnp.lexsort(keys, axis=-1)
             rank = jnp.argsort(order, axis=-1)
-            count = share(rule.hitters_share, rule.hitters_fixed)[..., None]
+            count = share(rule.hitters_share, rule.hitters_fixed) - rule.joint * window
+            count = jnp.maximum(count, 0)[..., None]
             kept = slot.kept_BKE & (sure | (rank < count))
             slots.append(slot._replace(kept_BKE=kept, scores_BKE=scores))
         return dataclasses.replace(cache, slots=tuple(slots))

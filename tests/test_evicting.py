@@ -168,7 +168,7 @@ def test_bytes_are_those_of_what_is_kept(format):
     policy = f"h2o:keep=0.4,sinks=2,recent=3,format={format}"
     compressor, _, cache = filled(SHARED, policy, prompts, capacity=64)
     entries = [int(one.kept_BKS.sum()) for one in compressor.chosen]
-    assert entries == [2 * 18 + 2 * 14]  # shares are rounded up: 0.2 of 45 twice, and of 33
+    assert entries == [2 * 18 + 2 * 14]  # 0.4 of 45 and of 33, rounded up
     predicted = ledger.predicted_evicting(compressor.spec, entries)
     counted = ledger.counted_evicting(compressor.spec, cache)
     assert dataclasses.replace(counted, pages=0) == predicted

@@ -137,6 +137,33 @@ def test_budgets_are_kept_to(kind, budget):
         assert (counts == 20).all()
 
 
+@pytest.mark.parametrize("kind", sorted(kind for kind in POLICIES if kind != "fastgen"))
+@pytest.mark.parametrize(
+    "budget",
+    ["tokens=12", "tokens=13", "tokens=16", "tokens=29", "keep=0.125", "keep=0.3001", "keep=1",
+     "keep=0.25,sinks=3,recent=1", "tokens=20,sinks=9,recent=9", "tokens=9,sinks=0,recent=7"],
+)  # fmt: skip
+def test_every_policy_keeps_exactly_its_budget_at_every_length(kind, budget):
+    window = (
+        f",window={max(1, parse(f'window:{budget}').recent)}" if kind in ("snapkv", "adakv") else ""
+    )
+    policy = parse(f"{kind}:{budget}{window}")
+    lengths = np.arange(1, 131)
+    draw = np.random.default_rng(0).random((2, len(lengths), 2, lengths[-1]))
+    zeros = np.zeros((len(lengths), lengths[-1]), np.uint8)
+    seen = Seen(
+        lengths_B=lengths,
+        classes_BS=zeros,
+        received_BKS=draw[0],
+        observed_BKS=draw[1],
+        lost=lambda *_: pytest.fail("only fastgen asks for that"),
+    )
+    expected = np.minimum(lengths, np.maximum(policy.budget(lengths), policy.always))
+    assert kept_by(policy, seen).sum((1, 2)).tolist() == (2 * expected).tolist()
+    if kind != "adakv":  # its heads share one budget
+        assert (kept_by(policy, seen).sum(2) == expected[:, None]).all()
+
+
 def test_snapkv_keeps_what_the_last_queries_look_at_and_its_neighbours():
     p = np.full((1, 1, 40, 40), 1e-3)
     p[..., 36:, 20] = 0.9

@@ -220,7 +220,7 @@ class EvictingSpec(CacheSpec):
         )
         may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
         scores_BKE = of(slot.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
-        allowed_BK = hitters_of(rule, lengths_BK)
+        allowed_BK = hitters_of(rule, lengths_BK, self.policy.recent)
         positions_BKE = before_BKE
         for _ in range(T):
             may_go_BKE = may_go_BKE & (positions_BKE != EMPTY)

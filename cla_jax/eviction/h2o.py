@@ -8,13 +8,15 @@ from cla_jax.eviction.rule import make_rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Budgeted):
-    """Scores are sums of attention over all queries so far, of all layers and heads that read the cache."""
+    """Scores are sums of attention over all queries so far, of all layers and heads that read the cache.
+
+    Half of the budget, rounded down, is for the newest tokens, but at least `recent`. The rest is for the
+    most attended ones.
+    """
 
     kind = "h2o"
     scoring = "attention"
 
     def choose(self, seen: Seen) -> Choice:
-        half, whole = self.pair(2), self.pair()
-        rest = (whole[0] - half[0], whole[1] - half[1])
-        rule = make_rule(seen.heads, window=half, hitters=rest)
+        rule = make_rule(seen.heads, window=self.pair(2), hitters=self.pair(), joint=1)
         return Choice(rule=rule, scores_BKS=seen.received_BKS)

@@ -8,7 +8,8 @@ An entry is kept if any of these holds:
     its class (special, punctuation, chosen) is one of `classes`;
     of all other entries, it is among the `hitters` with the highest score. Of equal scores the newer wins.
 
-`window` and `hitters` are shares of the current length, rounded up, plus a fixed number of tokens.
+`window` and `hitters` are shares of the current length, rounded up, plus a fixed number of tokens. Where
+`joint` is 1, they have one budget: `hitters` is the number of both, and the window's tokens count in it.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class Rule(NamedTuple):
     window_fixed: Any
     hitters_share: Any
     hitters_fixed: Any
+    joint: Any
     classes: Any
     since: Any
 
@@ -38,11 +40,12 @@ def make_rule(
     *,
     window: tuple[Any, Any] = (0, 0),
     hitters: tuple[Any, Any] = (0, 0),
+    joint: Any = 0,
     classes: Any = 0,
     since: Any = EMPTY,
 ) -> Rule:
     """A rule for [B, K] heads; pairs are (parts of `SHARES`, fixed)."""
-    filled = (np.broadcast_to(value, shape) for value in (*window, *hitters, classes, since))
+    filled = (np.broadcast_to(value, shape) for value in (*window, *hitters, joint, classes, since))
     return Rule(*(np.array(value, np.int32) for value in filled))
 
 
@@ -61,8 +64,10 @@ def window_of(rule: Rule, lengths_BK: Any, recent: int) -> Any:
     return share_of(rule.window_share, rule.window_fixed, lengths_BK).clip(recent)
 
 
-def hitters_of(rule: Rule, lengths_BK: Any) -> Any:
-    return share_of(rule.hitters_share, rule.hitters_fixed, lengths_BK)
+def hitters_of(rule: Rule, lengths_BK: Any, recent: int) -> Any:
+    """Entries that a head keeps for their score."""
+    number_BK = share_of(rule.hitters_share, rule.hitters_fixed, lengths_BK)
+    return (number_BK - rule.joint * window_of(rule, lengths_BK, recent)).clip(0)
 
 
 def kept_whatever_its_score(
@@ -98,7 +103,7 @@ def kept(
     order = np.lexsort((-np.broadcast_to(positions, rest_BKS.shape), -scores_BKS, ~rest_BKS))
     rank_BKS = np.empty_like(order)
     np.put_along_axis(rank_BKS, order, np.broadcast_to(positions, order.shape), axis=-1)
-    return always_BKS | (rest_BKS & (rank_BKS < hitters_of(rule, lengths_BK)[..., None]))
+    return always_BKS | (rest_BKS & (rank_BKS < hitters_of(rule, lengths_BK, recent)[..., None]))
 
 
 def most_kept(rule: Rule, kept_BK: np.ndarray, lengths_B: np.ndarray, new_tokens: Any, *,
@@ -111,7 +116,7 @@ def most_kept(rule: Rule, kept_BK: np.ndarray, lengths_B: np.ndarray, new_tokens
     grown_BK = kept_BK + new_B[:, None]
     longest_BK = np.broadcast_to((lengths_B + new_B)[:, None], kept_BK.shape)
     window_BK = window_of(rule, longest_BK, recent)
-    bound_BK = sinks + window_BK + hitters_of(rule, longest_BK) + chunk
+    bound_BK = sinks + window_BK + hitters_of(rule, longest_BK, recent) + chunk
     unbounded_BK = (rule.since < EMPTY) | (rule.classes & (SPECIAL | PUNCTUATION) != 0)
     unbounded_BK |= rule.classes & CHOSEN != 0  # as many as were chosen, which `kept` counts
     return np.where(unbounded_BK, grown_BK, np.minimum(grown_BK, bound_BK))
