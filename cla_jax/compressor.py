@@ -119,7 +119,9 @@ class Compressor:
             np.arange(tokens_BT.shape[1]) < counts_B[:, None], self.spec.classes_V[tokens_BT], 0
         ).astype(np.uint8)
         slots = range(len(encoded.slots))
-        chosen = tuple(self._choose(scratch, p, encoded, counts_B, classes_BS) for p in slots)
+        chosen = tuple(
+            self._choose(scratch, p, encoded, tokens_BT, counts_B, classes_BS) for p in slots
+        )
         self.seconds.profile += time.monotonic() - clock
         return Profiled(x_BTD=x_BTD, encoded=encoded, chosen=chosen, classes_BS=classes_BS)
 
@@ -150,7 +152,8 @@ class Compressor:
         )
 
     def _choose(
-        self, scratch: ScratchSpec, p: int, encoded: Cache, counts_B: np.ndarray, classes_BS: np.ndarray
+        self, scratch: ScratchSpec, p: int, encoded: Cache,
+        tokens_BS: np.ndarray, counts_B: np.ndarray, classes_BS: np.ndarray,
     ) -> Chosen:  # fmt: skip
         notes: Notes = encoded.pages
         of = (scratch.representative(p), encoded.slots[p], notes.queries[p], notes[1:])
@@ -165,7 +168,9 @@ class Compressor:
             return Lost(*map(np.asarray, scratch.lost(*of, dropped_CBKS, bands_CB)))
 
         seen = Seen(
+            layer=p,
             lengths_B=counts_B,
+            tokens_BS=tokens_BS,
             classes_BS=classes_BS,
             received_BKS=received_BKS,
             observed_BKS=observed_BKS,

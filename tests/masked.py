@@ -12,7 +12,6 @@ from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.per_token import Slot
 from cla_jax.compressor import Compressor, classes_of, scratch_spec
 from cla_jax.decode import decode
-from cla_jax.eviction.random_keep import Random, priorities
 from cla_jax.eviction.rule import Rule
 
 
@@ -34,10 +33,9 @@ class MaskedSpec(CacheSpec):
         rows = jnp.arange(self.batch)[:, None]
         at = jnp.where(step.positions_BT >= 0, step.positions_BT, 1 << 29)
         put = lambda held, new: held.at[rows, :, at].set(new, mode="drop")
-        scores = jnp.zeros((*at.shape, 1))
-        if isinstance(self.policy, Random):
-            heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)
-            scores = priorities(at.astype(jnp.uint32)[..., None], heads, self.policy.seed)
+        heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)
+        positions, tokens = (a.astype(jnp.uint32)[..., None] for a in (at, step.tokens_BT))
+        scores = self.policy.first_scores(positions, tokens, heads, p)
         return Masked(
             inner,
             put(slot.kept_BKE, True),

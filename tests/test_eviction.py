@@ -11,7 +11,7 @@ from cla_jax.eviction.policy import Lost, Seen
 from cla_jax.eviction.rule import CHOSEN, PUNCTUATION, SPECIAL, kept, make_rule, most_kept, share_of
 
 
-def seen_of(p_BKTS, classes_BS=None, lengths=None, observation=1):
+def seen_of(p_BKTS, classes_BS=None, lengths=None, observation=1, tokens_BS=None, layer=0):
     """What a policy is shown of attention [B, K, T, S] of one reader and one query head."""
     B, _, _, S = p_BKTS.shape
     lengths_B = np.full(B, S) if lengths is None else np.array(lengths)
@@ -25,7 +25,9 @@ def seen_of(p_BKTS, classes_BS=None, lengths=None, observation=1):
         return Lost(mean, gone.max(-1), mean)
 
     return Seen(
+        layer=layer,
         lengths_B=lengths_B,
+        tokens_BS=np.zeros((B, S), np.int32) if tokens_BS is None else tokens_BS,
         classes_BS=np.zeros((B, S), np.uint8) if classes_BS is None else classes_BS,
         received_BKS=p_BKTS.sum(2),
         observed_BKS=np.einsum("bkts,bt->bks", p_BKTS, is_last),
@@ -81,7 +83,12 @@ def test_text_forms_come_back(text):
         ("snapkv:tokens=35", "less than the 36 tokens"),
         ("snapkv:tokens=64,pool=4", "pool = 4 must be odd"),
         ("snapkv:tokens=64,window=4", "window = 4 is less than recent = 8"),
-        ("adakv:tokens=64,floor=-1", "floor"),
+        ("adakv:tokens=64,floor=2", r"floor = 2.0 must lie in \[0, 1\]"),
+        ("window:tokens=4294967311", "tokens = 4294967311 is more than the 200,000 tokens"),
+        ("window:tokens=300000,sinks=200001", "sinks = 200001 is more than"),
+        ("fastgen:recent=4294967311", "recent = 4294967311 is more than"),
+        ("snapkv:keep=0.5,window=200001", "window = 200001 is more than"),
+        ("adakv:keep=0.5,pool=200001", "pool = 200001 is more than"),
     ],
 )
 def test_what_is_wrong_in_a_text_is_named(text, words):
@@ -152,7 +159,9 @@ def test_every_policy_keeps_exactly_its_budget_at_every_length(kind, budget):
     draw = np.random.default_rng(0).random((2, len(lengths), 2, lengths[-1]))
     zeros = np.zeros((len(lengths), lengths[-1]), np.uint8)
     seen = Seen(
+        layer=0,
         lengths_B=lengths,
+        tokens_BS=zeros,
         classes_BS=zeros,
         received_BKS=draw[0],
         observed_BKS=draw[1],
@@ -162,6 +171,22 @@ def test_every_policy_keeps_exactly_its_budget_at_every_length(kind, budget):
     assert kept_by(policy, seen).sum((1, 2)).tolist() == (2 * expected).tolist()
     if kind != "adakv":  # its heads share one budget
         assert (kept_by(policy, seen).sum(2) == expected[:, None]).all()
+
+
+def test_random_tokens_differ_between_layers_heads_texts_and_seeds():
+    tokens = np.random.default_rng(0).integers(0, 90, (2, 400))
+    tokens[1, :200] = tokens[0, :200]
+    of = lambda layer, seed: kept_by(
+        parse(f"random:keep=0.5,seed={seed}"),
+        seen_of(attention(0, B=2, K=2, S=400), tokens_BS=tokens, layer=layer),
+    )
+    first = of(0, 0)
+    independent = lambda one, other: 0.4 < (one == other).mean() < 0.6
+    assert independent(first[0, 0], first[0, 1])
+    assert independent(first[0, 0, 200:], first[1, 0, 200:])
+    assert (first[0, :, :200] == first[1, :, :200]).mean() > 0.9  # the same text
+    assert independent(first, of(1, 0))
+    assert independent(first, of(0, 1))
 
 
 def test_snapkv_keeps_what_the_last_queries_look_at_and_its_neighbours():

@@ -23,7 +23,6 @@ from cla_jax.cache.per_token import PerToken, Shape
 from cla_jax.config import ModelConfig
 from cla_jax.eviction import Policy, refusal
 from cla_jax.eviction import rule as rules_of
-from cla_jax.eviction.random_keep import Random, priorities
 from cla_jax.eviction.rule import (
     PUNCTUATION,
     SPECIAL,
@@ -161,16 +160,16 @@ class EvictingSpec(CacheSpec):
             kept=jax.tree.map(each, slot.kept, encoded),
             positions=put(slot.positions, step.positions_BT[:, None]),
             classes=put(slot.classes, classes_BT[:, None]),
-            scores=put(slot.scores, self._first_scores(step)) if self.ranks else None,
+            scores=put(slot.scores, self._first_scores(p, step)) if self.ranks else None,
         )
 
-    def _first_scores(self, step: StepPositions) -> jax.Array:
-        """Of new tokens, [B, K or 1, T]."""
-        if not isinstance(self.policy, Random):
-            return jnp.zeros(step.positions_BT.shape)[:, None]
-        heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)[:, None]
-        positions = step.positions_BT.astype(jnp.uint32)[:, None]
-        return priorities(positions, heads, self.policy.seed)
+    def _first_scores(self, p: int, step: StepPositions) -> jax.Array:
+        """Of new tokens, in a shape that broadcasts to [B, K, T]."""
+        positions_B1T, tokens_B1T = (
+            a_BT.astype(jnp.uint32)[:, None] for a_BT in (step.positions_BT, step.tokens_BT)
+        )
+        heads_K1 = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)[:, None]
+        return jnp.asarray(self.policy.first_scores(positions_B1T, tokens_B1T, heads_K1, p))
 
     def attend(self, p: int, slot: Pool, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
         """Attention of the new tokens of a step over what their heads keep. [B, T, K, G, H]"""
@@ -323,7 +322,7 @@ def evicting_spec(
     return EvictingSpec(
         **fields,
         policy=policy,
-        programs=(policy.scoring, policy.sinks, policy.recent, getattr(policy, "seed", None)),
+        programs=policy.programs,
         classes=classes,
         page=page,
         pages=ones,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from cla_jax.eviction.rule import SHARES, Rule, parts, share_of
+from cla_jax.eviction.rule import LONGEST, SHARES, Rule, parts, share_of
 from cla_jax.messages import shown
 
 Scoring = Literal["none", "attention", "random"]
@@ -29,6 +29,8 @@ class Seen:
     """What a policy is shown of the prompts, for one KV layer; positions beyond a length are padding."""
 
     lengths_B: np.ndarray
+    layer: int  # the number of the KV layer
+    tokens_BS: np.ndarray
     classes_BS: np.ndarray  # SPECIAL, PUNCTUATION
     # Attention that each position received, summed over queries, reader layers and query heads.
     received_BKS: np.ndarray
@@ -72,6 +74,7 @@ class Policy(abc.ABC):
     profiles: ClassVar[bool] = (
         True  # whether it looks at attention; if not, what it is shown are zeros
     )
+    counts: ClassVar[Sequence[str]] = ("sinks", "recent")  # settings that are numbers of tokens
     names: ClassVar[Sequence[str]] = ()  # of the policies among which each head has one
 
     sinks: int = 4
@@ -83,6 +86,12 @@ class Policy(abc.ABC):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{self.kind}: {name} = {value} must be at least {least}")
+        for name in self.counts:
+            if (value := getattr(self, name)) > LONGEST:
+                raise ValueError(
+                    f"{self.kind}: {name} = {shown(value)} is more than the {LONGEST:,} tokens that a row "
+                    f"may have"
+                )
 
     @property
     def name(self) -> str:
@@ -97,6 +106,11 @@ class Policy(abc.ABC):
         return ":".join([self.kind, ",".join(changed)]) if changed else self.kind
 
     @property
+    def programs(self) -> tuple[Any, ...]:
+        """What compiled decode steps depend on: policies with equal values share programs."""
+        return self.scoring, self.sinks, self.recent
+
+    @property
     def observation(self) -> int:
         """Last queries of the prompt whose attention is summed apart."""
         return 1
@@ -107,18 +121,25 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def choose(self, seen: Seen) -> Choice: ...
 
+    def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
+        """Scores of new tokens in a KV layer; the arrays are unsigned integers of 32 bits and broadcast."""
+        del tokens, heads, layer
+        return np.zeros((1,) * positions.ndim, np.float32)
+
     def _share(self, name: str, zero: bool = False) -> None:
         value = getattr(self, name)
-        least = 0 if zero else 1 / SHARES
+        least, bracket = (0, "[") if zero else (1 / SHARES, "(")
         if not least <= value <= 1 or abs(value * SHARES - parts(value)) > 1e-6:
             raise ValueError(
-                f"{self.kind}: {name} = {shown(value)} must lie in (0, 1], in steps of 1/{SHARES:,}"
+                f"{self.kind}: {name} = {shown(value)} must lie in {bracket}0, 1], in steps of 1/{SHARES:,}"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgeted(Policy):
-    """A policy with a budget for each head: `keep`, a share of the tokens so far, or `tokens`."""
+    """A policy with a budget for each head: `keep`, a share of the tokens so far, or `tokens`, a number."""
+
+    counts = (*Policy.counts, "tokens")
 
     keep: float = 0.0
     tokens: int = 0

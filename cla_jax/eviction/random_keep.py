@@ -8,20 +8,16 @@ import numpy as np
 from cla_jax.eviction.policy import Budgeted, Choice, Seen
 from cla_jax.eviction.rule import make_rule
 
-
-def priorities(positions: Any, heads: Any, seed: int) -> Any:
-    """A number in [0, 1) for each position and head, unsigned integers of 32 bits: the same everywhere."""
-    mixed = (positions * np.uint32(2654435761)) ^ (heads * np.uint32(2246822519))
-    mixed = mixed ^ np.uint32((seed * 3266489917) % 2**32)
-    for shift, factor in ((16, 2146121005), (15, 2221713035)):
-        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
-    mixed = mixed ^ (mixed >> np.uint32(16))
-    return (mixed >> np.uint32(8)).astype(np.float32) / np.float32(2**24)
+FACTORS = 2654435761, 2246822519, 3266489917, 668265263, 374761393  # odd: no number is lost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Budgeted):
-    """Each position has a random priority for each KV head; the highest stay."""
+    """Each entry has a random priority; the highest stay.
+
+    It is drawn from the seed, the KV layer and head, the position and the token. So layers, heads and texts
+    differ in what they drop, and a text is treated alike in any batch.
+    """
 
     kind = "random"
     scoring = "random"
@@ -29,12 +25,31 @@ class Random(Budgeted):
 
     seed: int = 0
 
+    @property
+    def programs(self) -> tuple[Any, ...]:
+        return *super().programs, self.seed
+
+    def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
+        """A number in [0, 1) for each entry: the same on the host and on devices."""
+        by_position, by_token, by_head, by_layer, by_seed = FACTORS
+        fixed = np.uint32((layer * by_layer ^ self.seed * by_seed) % 2**32)
+        mixed = positions * np.uint32(by_position) ^ tokens * np.uint32(by_token)
+        mixed = _mixed(mixed) ^ heads * np.uint32(by_head) ^ fixed
+        return (_mixed(mixed) >> np.uint32(8)).astype(np.float32) / np.float32(2**24)
+
     def choose(self, seen: Seen) -> Choice:
         _, K = seen.heads
         share, fixed = self.pair()
         rule = make_rule(seen.heads, hitters=(share, fixed - self.recent))
-        S = seen.received_BKS.shape[-1]
-        scores_KS = priorities(
-            np.arange(S, dtype=np.uint32), np.arange(K, dtype=np.uint32)[:, None], self.seed
-        )
-        return Choice(rule=rule, scores_BKS=np.broadcast_to(scores_KS, seen.received_BKS.shape))
+        positions = np.arange(seen.tokens_BS.shape[-1], dtype=np.uint32)
+        tokens_B1S = seen.tokens_BS.astype(np.uint32)[:, None]
+        heads_K1 = np.arange(K, dtype=np.uint32)[:, None]
+        scores_BKS = self.first_scores(positions, tokens_B1S, heads_K1, seen.layer)
+        return Choice(rule=rule, scores_BKS=scores_BKS)
+
+
+def _mixed(bits: Any) -> Any:
+    """Unsigned integers of 32 bits, each bit of which depends on all bits of the given ones."""
+    for shift, factor in ((16, 2146121005), (15, 2221713035)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return bits ^ (bits >> np.uint32(16))

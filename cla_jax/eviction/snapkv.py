@@ -18,6 +18,7 @@ class SnapKV(Budgeted):
     """
 
     kind = "snapkv"
+    counts = (*Budgeted.counts, "window", "pool")
 
     window: int = 32
     pool: int = 7
