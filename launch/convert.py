@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m launch.convert",
         description=__doc__,
     )
-    log_to_stderr()
+    log_to_stderr(informed=isinstance(command, Uptrain))  # of the damage that was measured, for one
     match command:
         case Import():
             _import(Path(command.path).expanduser(), command.run, command.text, command.tokenizer)

@@ -122,10 +122,10 @@ class LatentHeads(nnx.Module):
         """Attention of heads, [B, T, K, G, H]; K is 1."""
         H = self.keys.shape[-1]
         q_BTKGH, rotated = q_BTKGW[..., :H], rope(q_BTKGW[..., H:])
-        run = self.absorbed if absorbed else self.expanded
+        run = self._absorbed if absorbed else self._expanded
         return run(q_BTKGH, rotated, kv, attend, lambda x: rules.gathered().spec(*axes(x)))
 
-    def expanded(self, q_BTKGH, rotated, kv: KV, attend: Attend, spec) -> jax.Array:
+    def _expanded(self, q_BTKGH, rotated, kv: KV, attend: Attend, spec) -> jax.Array:
         """Keys and values of every head are made: less work where there are many queries."""
         latent_BSR = kv.v_BSKH[:, :, 0]
 
@@ -141,7 +141,7 @@ class LatentHeads(nnx.Module):
         q_BTGKW = jnp.concatenate([q_BTKGH, rotated], axis=-1).swapaxes(2, 3)
         return attend(q_BTGKW, KV(keys, made(self.values[...]))).swapaxes(2, 3)
 
-    def absorbed(self, q_BTKGH, rotated, kv: Any, attend: Attend, spec) -> jax.Array:
+    def _absorbed(self, q_BTKGH, rotated, kv: Any, attend: Attend, spec) -> jax.Array:
         """The latent is the key and value of one head: MQA. Nothing is made of it for every token."""
         q_BTKGR = jnp.einsum(
             "BTKGH,RGH->BTKGR", q_BTKGH, self.keys[...], out_sharding=spec("BTKGR")
