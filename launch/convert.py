@@ -244,6 +244,12 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
         distill_temperature=command.distill_temperature,
     )
     heads = {} if command.kv_heads is None else {"model.n_kv_heads": command.kv_heads}
+    steps = max(round(command.fraction * recipe.steps), 1)
+    # As the learning rate's schedule does, the stages of the data cover the new number of steps.
+    stages = tuple(
+        dataclasses.replace(stage, step=max(round(stage.step * steps / theirs.steps), 1))
+        for stage in theirs.data.stages
+    )
     return replaced(
         theirs,
         heads
@@ -251,7 +257,9 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
             "name": path.name,
             "placement.runs": str(path.parent),
             "start": start,
-            "steps": max(round(command.fraction * recipe.steps), 1),
+            "steps": steps,
+            "data.stages": stages,
+            "placement.profile": "",  # of steps that there may not be
             "batch_size": recipe.batch_size,
             "optimizer": recipe.optimizer,
             "seed": recipe.seed,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from cla_jax import checkpoint, conversion, layerwise, runs, start, uptrain
 from cla_jax import mesh as meshes
-from cla_jax.config import FromRun, MeshConfig
+from cla_jax.config import Component, DataConfig, FromRun, MeshConfig, Stage
 from cla_jax.loss import Distill, Taught, cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer
@@ -291,6 +292,19 @@ def test_a_teacher_that_could_change_is_refused(tiny):
     taught = replace(tiny(), start=FromRun(run="runs/x", distill_weight=0.5))
     with pytest.raises(ValueError, match=r"start\.checkpoint is empty.*launch\.convert uptrain"):
         train(taught, evaluate=lambda *_: {})
+
+
+def test_stages_of_the_data_are_shortened_as_the_steps_are(tiny):
+    weights = (("a", 1.0), ("b", 1.0))
+    data = DataConfig(
+        mixture=tuple(Component(name=name, weight=1.0, source="sotu:4") for name, _ in weights),
+        stages=(Stage(step=30, weights=weights), Stage(step=36, weights=weights[:1])),
+        seq_len=32,
+    )
+    trained = replace(tiny(steps=40), data=data)
+    source = SimpleNamespace(config=lambda: trained, origin=dict, path="runs/x")
+    made = convert._uptrained(convert.Uptrain(run="runs/x", made="runs/y", fraction=0.5), source)
+    assert (made.steps, [stage.step for stage in made.data.stages]) == (20, [15, 18])
 
 
 def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, monkeypatch):
