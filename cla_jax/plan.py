@@ -44,6 +44,9 @@ _LIBTPU_NAMES = {"v7x": "tpu7x"}
 _LIBTPU_OPTIONS = {"v4": _MEGACORE}
 
 
+HERE = "here"  # the devices at hand
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices to compile for, which need not be at hand."""
@@ -64,7 +67,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     environment should stand what keeps compilers from looking for accelerators here (`launch.plan` sees to
     it).
     """
-    if name == "here":
+    if name == HERE:
         return Topology(name, 1, jax.devices())
     kind, _, shape = name.partition(":")
     chips.check_topology(name)
@@ -262,6 +265,17 @@ class Plan:
         return chip.links if chip else "interconnect"
 
     @property
+    def on_gpus(self) -> bool:
+        """Whether the devices are GPUs whose figures are known."""
+        chip = chips.find(self.device_kind)
+        return chip is not None and chip.is_gpu
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the step was compiled for devices that are not at hand."""
+        return self.topology != HERE
+
+    @property
     def chips(self) -> int:
         """What is bought; jax may see several devices of a chip."""
         chip = chips.find(self.device_kind)
@@ -331,10 +345,8 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
     options = layout.config.placement.compiler_options
     versions = [f"{p.metadata['Name']} {p.version}" for p in _compilers()]
     kind = layout.mesh.devices.flat[0].device_kind
-    links = "" if topology.name == "here" else str(chips.wrap(topology.name))
-    asked = [str(topology), kind, links, options, "network", *versions]
-    key = "\n".join([lowered.as_text(), *asked])
-    kept = cache and cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    key = _key(lowered.as_text(), str(topology), kind, options, *versions)
+    kept = cache and cache / f"{key}.json"
     if kept and kept.exists():
         with contextlib.suppress(ValueError):  # a damaged file costs another compilation
             return files.read_object(kept)
@@ -347,7 +359,7 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
         started = time.monotonic()
-        if topology.name == "here":
+        if topology.name == HERE:
             peak, fits = _compile(lowered, dump, options)
         else:
             peak, fits = _compile_apart(layout.config, topology, dump)
@@ -373,6 +385,16 @@ def _compiled(layout: Layout, topology: Topology, cache: Path | None) -> dict[st
         partial.write_text(json.dumps(found))
         partial.replace(kept)
     return found
+
+
+def _key(*asked: str) -> str:
+    """The name in the cache of an answer to what was asked. An answer is made by the compiler and by the code
+    of these three modules: how a topology is described, how it is compiled, what is read from the program."""
+    made_by = (
+        Path(str(module)).read_bytes() for module in (chips.__file__, __file__, hlo.__file__)
+    )
+    words = [text.encode() for text in asked]
+    return hashlib.sha256(b"\n".join([*words, *made_by])).hexdigest()[:24]
 
 
 def _lower(layout: Layout) -> Any:

@@ -202,7 +202,9 @@ def _command(plan: "Plan", config: Config, overrides: Sequence[str]) -> str:
         found["--placement.mesh.slice"] = str(plan.mesh["slice"])
     name = row if row in experiments.rows() else "NAME"
     flags = [word for flag in found.items() for word in flag]
-    return shlex.join(["python", "-m", "launch.train", name, *overrides, *flags])
+    variables = chips.GPU_ENVIRONMENT if plan.on_gpus else {}
+    before = [f"{variable}={value}" for variable, value in variables.items()]
+    return shlex.join([*before, "python", "-m", "launch.train", name, *overrides, *flags])
 
 
 def count(number: float) -> str:
@@ -301,7 +303,7 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     for line in cost(plan, config, mfu):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"Compiled in {plan.compile_seconds:.0f} s.", highlight=False)
-    if plan.links == "NVLink":
+    if plan.on_gpus and plan.elsewhere:
         console.print(UNTRIED, soft_wrap=True, highlight=False)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -115,7 +116,7 @@ def test_variables_of_the_user_do_not_keep_compilers_from_compiling_for_others(m
 
 
 def test_what_spans_hosts_takes_the_network(tiny):
-    layout, chip = plan_layout(tiny()), chips.CHIPS["H100"]
+    layout, chip = plan_layout(tiny()), chips.CHIPS["NVIDIA H100 80GB HBM3"]
     told = {"collective_bytes": {"all-gather": 90e9}, "network_bytes": {"all-gather": 15e9}}
     seconds = plan._roofline(layout, chip, 0.0, {"traffic": {"total": 0}, **told})
     assert seconds == pytest.approx(
@@ -159,7 +160,7 @@ def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
     # The compiler of a CPU does not mind; the chip does.
     for memory, fits in ((found.peak, True), (found.peak - 1, False)):
         with monkeypatch.context() as patched:
-            chip = replace(chips.CHIPS["H200"], memory=memory)
+            chip = replace(chips.CHIPS["NVIDIA H200"], memory=memory)
             patched.setattr(chips, "find", lambda _, chip=chip: chip)
             assert plan.plan(config, plan.topology("here")).fits is fits
 
@@ -174,6 +175,19 @@ def test_a_program_is_compiled_once(tiny, tmp_path, monkeypatch):
         assert (renamed.name, renamed.peak) == ("other", first.peak)
     deeper = plan.plan(tiny(**{"model.n_layers": 6}), plan.topology("here"), tmp_path / "plans")
     assert deeper.peak > first.peak
+
+
+def test_answers_of_a_compiler_are_kept_apart_by_the_code_that_reads_them(tmp_path, monkeypatch):
+    """A mend there must not leave the figures of before."""
+    keys = {plan._key("a program", "v5e:2x2"), plan._key("another", "v5e:2x2")}
+    for module in (chips, hlo, plan):
+        mended = tmp_path / "mended.py"
+        mended.write_text(Path(module.__file__).read_text() + "# mended\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "__file__", str(mended))
+            keys.add(plan._key("a program", "v5e:2x2"))
+    assert len(keys) == 5
+    assert plan._key("a program", "v5e:2x2") in keys
 
 
 def test_the_compiler_has_the_last_word_on_what_does_not_fit(monkeypatch):
@@ -258,6 +272,27 @@ def test_a_search_prints_the_command_that_trains_so():
     placement = trained.placement
     assert (placement.accumulate, placement.remat, placement.mesh.slice) == (4, "dots", 2)
     assert trained.steps == 9
+    # A plan counts on more of a GPU's memory than jax takes by itself.
+    gpus = bought(device_kind="NVIDIA H100 80GB HBM3", topology="h100:16x8")
+    assert launch_plan._command(gpus, config, []).startswith(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.94 python -m launch.train cla_1b.h128_mqa "
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "untried"),
+    [
+        ("NVIDIA H200", "h200:8", True),
+        ("NVIDIA H200", "here", False),
+        ("TPU v5 lite", "v5e:16x16", False),
+    ],
+)
+def test_only_figures_of_gpus_that_are_not_here_are_called_unconfirmed(
+    kind, topology, untried, capsys
+):
+    (config,) = experiments.find("cla_1b.h128_mqa")
+    launch_plan._print(bought(device_kind=kind, topology=topology), config, 0.4)
+    assert (launch_plan.UNTRIED in " ".join(capsys.readouterr().out.split())) is untried
 
 
 class Chip:
