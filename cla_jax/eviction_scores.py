@@ -23,7 +23,7 @@ from cla_jax.compressor import Chosen, Compressor
 from cla_jax.config import ModelConfig
 from cla_jax.decode import decode, decoding_weights, on_one_device
 from cla_jax.eviction import Policy, prompt_tokens
-from cla_jax.eviction.classes import classes_of_tokenizer
+from cla_jax.eviction.classes import classes_of_tokenizer, described
 from cla_jax.loss import losses
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
@@ -94,10 +94,12 @@ def evicting_decoding(
     model = on_one_device(model)
     weights = decoding_weights(model)
     B = rows(session, windows)
+    tokenizer = session.prepared.tokenizer
+    classes = classes_of_tokenizer(tokenizer, data.begin_token)
     spec = evicting_spec(
         session.config.model,
         policy,
-        classes=classes_of_tokenizer(session.prepared.tokenizer, data.begin_token),
+        classes=classes,
         batch=B,
         capacity=T,
         chunk=chunk,
@@ -156,6 +158,7 @@ def evicting_decoding(
         **_bytes(compressor, counts, max(texts, 1), T),
         "readers_per_slot": list(spec.readers),
         "profile": profile(session.config.model, policy, chosen),
+        **({"token_classes": described(tokenizer, classes)} if policy.needs_classes else {}),
         "prefill_seconds": {
             name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()
         },

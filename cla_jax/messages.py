@@ -62,7 +62,9 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value in choices:
         return
-    near = difflib.get_close_matches(value[:100], choices, n=3, cutoff=0.4)
+    names = {one.casefold(): one for one in choices}
+    folded = difflib.get_close_matches(value[:100].casefold(), names, n=3, cutoff=0.4)
+    near = [names[name] for name in folded]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
     raise ValueError(f"unknown {what} {shown(value)}; {hint}")
 

@@ -28,6 +28,8 @@ from cla_jax import extras, fields, machine
 from cla_jax.config import Component, Config, Stage
 from cla_jax.messages import near_choice, printable_lines, shown
 
+PICTURES = ("png", "svg", "pdf")  # endings of --plot
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -400,6 +402,16 @@ def log_to_stderr(*, informed: bool = False) -> None:
     logging.raiseExceptions = False  # nor does a log that cannot be written to show one
     if informed:
         logging.getLogger("cla_jax").setLevel(logging.INFO)
+
+
+def check_picture(path: str) -> None:
+    """Raises ValueError unless --plot can be written there. Call it before the work, not after."""
+    directory, ending = os.path.dirname(path) or ".", os.path.splitext(path)[1]
+    near_choice("ending of --plot", ending.removeprefix(".").lower(), PICTURES)
+    if not os.path.isdir(directory):
+        raise ValueError(f"plot = {shown(path)}: there is no directory {shown(directory)}")
+    if os.path.isdir(path) or not os.access(directory, os.W_OK):
+        raise ValueError(f"plot = {shown(path)} cannot be written")
 
 
 def _reader_has_gone() -> bool:

@@ -27,9 +27,9 @@ import tyro
 
 from cla_jax.config import CACHE_FORMATS, MeshConfig
 from cla_jax.eviction import is_policy
-from cla_jax.messages import near_choice
+from cla_jax.messages import near_choice, printable
 from launch import allocator
-from launch.cli import collected, log_to_stderr, read, refuse, user_errors
+from launch.cli import check_picture, collected, log_to_stderr, read, refuse, user_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Arguments:
     chunk: int | None = None
     # The share of a window that is its prompt, for caches that evict tokens.
     prompt: float = 0.5
-    # Draw into this file what the policies have chosen for each head; of one run.
+    # Draw into this file (png, svg or pdf) what the policies have chosen for each head; of one run.
     plot: str = ""
     # Score only this many windows of the held-out split; printed, not recorded.
     windows: int | None = None
@@ -97,6 +97,8 @@ def _held_out(arguments: Arguments) -> None:
             )
     if arguments.windows is not None and arguments.windows < 1:
         raise ValueError(f"windows = {arguments.windows} must be positive")
+    if arguments.plot:
+        check_picture(arguments.plot)
     from cla_jax.runs import check_places
 
     formats = arguments.cache or ("dense",)
@@ -183,6 +185,11 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
             f"by full forward {after['perplexity_by_full_forward']:,.4f}"
         )
         say(f"{record['kept_share']:.1%} of all tokens are kept at the end of a window")
+    if classes := record.get("token_classes"):
+        marks = printable(" ".join(classes["marks"]), 200)
+        say(
+            f"{classes['special']} special tokens, {classes['punctuation']} of punctuation: {marks}"
+        )
     for slot in record.get("profile", []):
         say(_chosen(slot))
     for kind in counts if ledger else differing:
@@ -214,9 +221,9 @@ def _chosen(slot: dict[str, Any]) -> str:
 
 
 def _tasks(arguments: Arguments) -> None:
-    if arguments.windows is not None or arguments.per_slot or arguments.ledger:
+    if arguments.windows is not None or arguments.per_slot or arguments.ledger or arguments.plot:
         raise ValueError(
-            "windows, per_slot and ledger are of the held-out text: leave them out, or --tasks"
+            "windows, per_slot, ledger and plot are of the held-out text: leave them out, or --tasks"
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")

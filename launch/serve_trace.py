@@ -24,7 +24,7 @@ import tyro
 import experiments
 from cla_jax.config import CACHE_FORMATS, near_choice
 from launch import allocator
-from launch.cli import log_to_stderr, read, user_errors
+from launch.cli import check_picture, log_to_stderr, read, user_errors
 
 if TYPE_CHECKING:
     from cla_jax.engine import Engine
@@ -78,7 +78,7 @@ class Arguments:
     every: int = 16
     # Print JSON, the memory over time included.
     json: bool = False
-    # Draw throughput, memory and latencies over time into this file.
+    # Draw throughput, memory and latencies over time into this file (png, svg or pdf).
     plot: str = ""
 
 
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.serve_trace", description=__doc__)
     log_to_stderr()
     near_choice("cache format", arguments.cache, CACHE_FORMATS)
+    if arguments.plot:
+        check_picture(arguments.plot)
     for name in ("rows", "page", "chunk", "every"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} = {getattr(arguments, name)} must be positive")

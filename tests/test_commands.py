@@ -38,3 +38,26 @@ def test_help_lists_every_command(argv, capsys):
     commands.main(argv)
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in commands.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "nowhere"], ["serve-trace", "nowhere", "--model", "demo"]]
+)
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        ("x.foo", "unknown ending of --plot 'foo'; known: png, svg, pdf"),
+        ("x", "unknown ending of --plot ''"),
+        ("missing/x.png", "plot = 'missing/x.png': there is no directory 'missing'"),
+        ("taken.png", "plot = 'taken.png' cannot be written"),
+    ],
+)
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    command, plot, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(SystemExit) as end:
+        commands.main([*command, "--plot", plot])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err

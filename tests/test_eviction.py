@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cla_jax.data import tokenizers
 from cla_jax.eviction import POLICIES, check_cache, is_policy, parse
-from cla_jax.eviction.classes import token_classes
+from cla_jax.eviction.classes import classes_of_tokenizer, described, token_classes
 from cla_jax.eviction.policy import Lost, Seen
 from cla_jax.eviction.rule import CHOSEN, PUNCTUATION, SPECIAL, kept, make_rule, most_kept, share_of
 
@@ -67,7 +68,7 @@ def test_text_forms_come_back(text):
     ("text", "words"),
     [
         ("fastgan:T=1", "unknown eviction policy 'fastgan'; did you mean fastgen"),
-        ("fastgen:t=1", r"unknown setting of fastgen 't'; known: .*T"),
+        ("fastgen:t=1", "unknown setting of fastgen 't'; did you mean T"),
         ("fastgen:T=0", r"T = 0.0 must lie in \(0, 1\]"),
         ("fastgen:T=1.2", r"T = 1.2 must lie in \(0, 1\]"),
         ("fastgen:T=high", "T = 'high' must be float"),
@@ -101,6 +102,10 @@ def test_a_cache_is_a_format_or_a_policy():
     check_cache("h2o:keep=0.5", ["dense", "int8"])
     with pytest.raises(ValueError, match="unknown cache format 'h2'; did you mean h2o"):
         check_cache("h2", ["dense", "int8"])
+    with pytest.raises(ValueError, match="unknown cache format 'H2O'; did you mean h2o"):
+        check_cache("H2O:keep=0.5", ["dense", "int8"])
+    with pytest.raises(ValueError, match=r"'int8:keep=0[.]5'; did you mean int8"):
+        check_cache("int8:keep=0.5", ["dense", "int8"])
     with pytest.raises(ValueError, match="setting of h2o"):
         check_cache("h2o:keeep=0.5", ["dense", "int8"])
 
@@ -282,3 +287,11 @@ def test_classes_of_tokens():
     assert token_classes(texts, {0}).tolist() == [
         SPECIAL, 0, PUNCTUATION, PUNCTUATION, 0, 0, PUNCTUATION, 0, 0
     ]  # fmt: skip
+
+
+def test_classes_of_a_tokenizer_are_described():
+    tokenizer = tokenizers.byte_tokenizer()
+    found = described(tokenizer, classes_of_tokenizer(tokenizer))
+    assert found["special"] >= 1
+    assert found["punctuation"] == len(found["marks"]) == 23  # of ASCII; "$+<=>^`|~" are symbols
+    assert {".", ",", "!"} <= set(found["marks"])

@@ -43,6 +43,8 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
     assert everything["kept_share"] == 1
     assert everything["agreement"]["top1_agreement"] == 1
     assert everything["agreement"]["max_logit_difference"] < 1e-4
+    assert "." in everything["token_classes"]["marks"]
+    assert "token_classes" not in some
     assert everything["profile"][0]["policies"]["full"]["share"] == [1.0]
     # Of 32 tokens 14 are kept at the end, in one KV layer of one head: 32 bytes at 16 bits, and 5 beside.
     assert some["kept_share"] == 14 / 32

@@ -93,7 +93,9 @@ def check_cache(name: str, formats: Iterable[str]) -> None:
     if is_policy(name):
         parse(name)
     else:
-        near_choice("cache format", name, (*formats, *POLICIES))
+        formats = tuple(formats)
+        near_choice("cache format", name.partition(":")[0], (*formats, *POLICIES))
+        near_choice("cache format", name, formats)  # a format has no settings
 
 
 def _is_field(cls: type[Policy], name: str) -> bool:

@@ -1,6 +1,5 @@
 """Which tokens of a vocabulary are special, and which are punctuation."""
 
-import logging
 import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -8,25 +7,25 @@ from typing import Any
 import numpy as np
 
 from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
-from cla_jax.messages import shown
-
-log = logging.getLogger(__name__)
 
 
 def classes_of_tokenizer(tokenizer: Any, begin_token: str = "") -> bytes:
-    """The class of each id, a byte each: special are the end and begin tokens, and ids without a text.
-
-    Says which are what.
-    """
+    """The class of each id, a byte each: special are the end and begin tokens, and ids without a text."""
     texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
     special = {i for i, text in enumerate(texts) if not text}
     special |= {tokenizer.end, tokenizer.begin(begin_token)}
-    classes = token_classes(texts, special)
-    marks = [texts[i] for i in np.flatnonzero(classes == PUNCTUATION)]
-    log.info(
-        "%d special tokens, %d of punctuation: %s", len(special), len(marks), shown(marks[:40], 200)
-    )
-    return classes.tobytes()
+    return token_classes(texts, special).tobytes()
+
+
+def described(tokenizer: Any, classes: bytes) -> dict[str, Any]:
+    """How many tokens are special and how many punctuation, and the first marks of punctuation."""
+    found = np.frombuffer(classes, np.uint8)
+    marks = np.flatnonzero(found == PUNCTUATION)
+    return {
+        "special": int((found == SPECIAL).sum()),
+        "punctuation": len(marks),
+        "marks": [tokenizer.decode([int(i)]) for i in marks[:40]],
+    }
 
 
 def token_classes(texts: Sequence[str], special: Collection[int]) -> np.ndarray:
