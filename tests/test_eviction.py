@@ -1,5 +1,9 @@
 """Policies: their text forms, what they refuse, and which tokens they choose."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -295,3 +299,19 @@ def test_classes_of_a_tokenizer_are_described():
     assert found["special"] >= 1
     assert found["punctuation"] == len(found["marks"]) == 23  # of ASCII; "$+<=>^`|~" are symbols
     assert {".", ",", "!"} <= set(found["marks"])
+
+
+def test_the_page_lists_every_setting_with_its_default():
+    page = (Path(__file__).parents[1] / "docs" / "eviction.md").read_text()
+    table = page.split("| setting |")[1].split("\n\n")[0]
+    lines = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| [^|]+ \| `?([^|`]+)`? \|", table, re.MULTILINE)
+    listed = {name: default for names, default in lines for name in re.findall(r"\w+", names)}
+    fields = {one.name: one.default for cls in POLICIES.values() for one in dataclasses.fields(cls)}
+    budget = {"keep": "none", "tokens": "none"}
+    assert listed == {name: str(default) for name, default in fields.items()} | budget
+
+
+def test_the_least_budget_of_the_page_is_that_of_the_demo():
+    parse("snapkv:keep=0.2735").check([128])
+    with pytest.raises(ValueError, match="of a prompt of 128 tokens is 35, less than the 36"):
+        parse("snapkv:keep=0.2734").check([128])
