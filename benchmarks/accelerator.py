@@ -6,21 +6,26 @@
 
 Needs the runtime without its packages for data and for command lines. Every measurement is a process of its
 own: one that fails, or does not fit the memory, costs the others nothing, and the allocator's peak is its
-own. A measurement that is not over when the minutes are is ended and counts as not made. Results are lines of
-`results-*.jsonl` in --out. What one of these files has for this device is not measured again, so that several
-short stays on machines make one set; files of earlier stays may be copied to --out, or named by --done.
+own. Results are lines of `results-*.jsonl` in --out. What one of these files has for this device is not
+measured again, so that several short stays on machines make one set; files of earlier stays may be copied to
+--out, or named by --done. What ran out of memory is not tried again; other failures are. A measurement that
+is not over when the minutes are is ended. A later stay tries it last, and only with more time than it had.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from cla_jax import chips
 
 ROOT = Path(__file__).parents[1]
 _LEAST_SECONDS = 10.0  # nothing is begun with less time than this left
@@ -114,7 +119,7 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     import numpy as np
 
     import experiments
-    from cla_jax import chips, costs, memory, plan, train
+    from cla_jax import costs, memory, plan, train
     from cla_jax.fields import replaced
     from cla_jax.state import initial_state
 
@@ -243,23 +248,41 @@ def results(directories: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def newest(found: Iterable[dict[str, Any]]) -> dict[tuple[str | None, str], dict[str, Any]]:
+    """The last record of each measurement on each device.
+
+    Where a process died before it named its device, any later record of the measurement replaces its own.
+    """
+    kept: dict[tuple[str | None, str], dict[str, Any]] = {}
+    for one in sorted(found, key=lambda one: one.get("when", "")):
+        kept.pop((None, one["name"]), None)
+        kept[one.get("device"), one["name"]] = one
+    return kept
+
+
 def child(name: str, tiny: bool) -> None:
     """Makes one measurement and prints its record, as the last line."""
     chosen = next(m for m in measurements(tiny) if m.name == name)
     print(json.dumps(record(chosen)))
 
 
+def _about(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "name": measurement.name,
+        "what": measurement.run.__name__,
+        **measurement.arguments,
+        # Of all machines alike: the order of records is by this.
+        "when": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+    }
+
+
 def record(measurement: Measurement) -> dict[str, Any]:
     """The result with what it belongs to; or the error, if the device or a kernel refuses."""
     import jax
 
-    about = {
-        "name": measurement.name,
-        "what": measurement.run.__name__,
-        **measurement.arguments,
+    about = _about(measurement) | {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "when": time.strftime("%Y-%m-%d %H:%M"),
     }
     try:
         return about | {"result": measurement.run(**measurement.arguments)}
@@ -272,10 +295,13 @@ def _apart(measurement: Measurement, tiny: bool, seconds: float, out: Path) -> d
     """`record`, in a process of its own, which is ended after so many seconds."""
     words = [sys.executable, "-m", "benchmarks.accelerator", "--child", measurement.name]
     # Steps are compiled once for all stays; a plan counts on most of the memory.
-    environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
-        "JAX_COMPILATION_CACHE_DIR": os.fspath(out / "programs"),
-    } | os.environ
+    environment = (
+        chips.GPU_ENVIRONMENT
+        | {
+            "JAX_COMPILATION_CACHE_DIR": os.fspath(out / "programs"),
+        }
+        | os.environ
+    )
     with open(out / "log.txt", "ab") as log:
         try:
             ran = subprocess.run(
@@ -288,42 +314,60 @@ def _apart(measurement: Measurement, tiny: bool, seconds: float, out: Path) -> d
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"name": measurement.name, "late": True}
+            return _about(measurement) | {"late": round(seconds)}
     lines = ran.stdout.decode(errors="replace").splitlines()
     try:
         return json.loads(lines[-1])
     except (IndexError, ValueError):
         error = f"the process ended with status {ran.returncode}; {out / 'log.txt'} has its words"
-        return {"name": measurement.name, "error": error}
+        return _about(measurement) | {"error": error}
+
+
+def _no_room(found: dict[str, Any]) -> bool:
+    """Whether a measurement failed for lack of memory, as it would again."""
+    return bool(re.search("RESOURCE_EXHAUSTED|out of memory", found.get("error", ""), re.I))
 
 
 def measure_all(options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.minutes
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    earlier = results([out, *map(Path, options.done)])
+    earlier = newest(results([*map(Path, options.done), out]))
     file = out / f"results-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
     kind = None  # of the device: the first measurement says it, and is made on every machine
-    for measurement in measurements(options.tiny):
-        made = {r["name"] for r in earlier if r.get("device") == kind and "result" in r}
-        if kind is not None and measurement.name in made:
-            print(f"there already  {measurement.name}", flush=True)
+    waiting = collections.deque(measurements(options.tiny))
+    last = set()  # names of those that were put behind the others
+    while waiting:
+        measurement = waiting.popleft()
+        before = earlier.get((kind, measurement.name), {}) if kind is not None else {}
+        if "result" in before or _no_room(before):
+            said = "there already" if "result" in before else "out of memory before"
+            print(f"{said}  {measurement.name}", flush=True)
+            continue
+        if "late" in before and measurement.name not in last:
+            last.add(measurement.name)
+            waiting.append(measurement)
             continue
         left = end - time.monotonic()
         if left < _LEAST_SECONDS:
             print("the time is over", flush=True)
             return
+        if left <= before.get("late", 0):
+            print(f"takes more than is left  {measurement.name}", flush=True)
+            continue
         made_now = _apart(measurement, options.tiny, left, out) if options.apart else None
         found = made_now or record(measurement)
-        if "late" in found:
-            print(f"not over in time  {measurement.name}", flush=True)
-            return
         kind = found.get("device", kind)
+        if kind is not None:
+            found["device"] = kind  # of a process that died or was ended, it is not known otherwise
         with file.open("a") as lines:
             lines.write(json.dumps(found) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
-        print(f"{'failed' if 'error' in found else 'measured'}  {measurement.name}", flush=True)
+        how = (
+            "failed" if "error" in found else "not over in time" if "late" in found else "measured"
+        )
+        print(f"{how}  {measurement.name}", flush=True)
     print("all is measured", flush=True)
 
 
@@ -332,7 +376,7 @@ def measure_all(options: argparse.Namespace) -> None:
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Markdown tables of the newest result of each measurement and device; the errors below."""
-    newest = {(r.get("device"), r["name"]): r for r in found}.values()
+    last = newest(found).values()
     gib = lambda size: "" if size is None else f"{size / 2**30:.2f}"
     percent = lambda part: "" if part is None else f"{part:.0%}"
     columns: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]]] = {
@@ -343,44 +387,46 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
         "attention": (
             ("head size", "KV heads", "backend", "error of output", "of gradients"),
             lambda r, x: (
-                *(r["d_head"], r["n_kv_heads"], x["backend"], f"{x['errors']['o']:.1e}"),
+                r["d_head"],
+                r["n_kv_heads"],
+                x["backend"],
+                f"{x['errors']['o']:.1e}",
                 f"{max(x['errors'][name] for name in ('d_q', 'd_k', 'd_v')):.1e}",
             ),
         ),
         "training": (
-            *(
-                (
-                    "row",
-                    "rows",
-                    "remat",
-                    "scanned",
-                    "tokens/s",
-                    "MFU",
-                    "peak GiB, compiled (in use)",
-                ),
-            ),
+            ("row", "rows", "remat", "scanned", "tokens/s", "MFU", "peak GiB, compiled (in use)"),
             lambda r, x: (
-                *(r["row"], r["rows"], r["remat"], r["scan"], f"{x['tokens_per_s']:,.0f}"),
-                *(percent(x["mfu"]), f"{gib(x['compiled_peak'])} ({gib(x['allocator_peak'])})"),
+                r["row"],
+                r["rows"],
+                r["remat"],
+                r["scan"],
+                f"{x['tokens_per_s']:,.0f}",
+                percent(x["mfu"]),
+                f"{gib(x['compiled_peak'])} ({gib(x['allocator_peak'])})",
             ),
         ),
         "decoding": (
             ("row", "batch", "cache", "tokens/s", "of the measured bandwidth"),
             lambda r, x: (
-                *(r["row"], r["batch"], r["cache"], f"{x['tokens_per_s']:,.0f}"),
+                r["row"],
+                r["batch"],
+                r["cache"],
+                f"{x['tokens_per_s']:,.0f}",
                 percent(x["fraction"]),
             ),
         ),
     }
     lines = []
     for what, (names, cells) in columns.items():
-        rows = [r for r in newest if r.get("what") == what and "result" in r]
+        rows = [r for r in last if r.get("what") == what and "result" in r]
         lines += [f"### {what}", "", f"| device | {' | '.join(names)} |"]
         lines.append("|---" * (len(names) + 1) + "|")
         for r in rows:
             lines.append(f"| {' | '.join(map(str, (r['device'], *cells(r, r['result']))))} |")
         lines += ["" if rows else "\nNothing of this was measured.\n"]
-    lines += [f"- {r['name']}: {r['error']}" for r in newest if "error" in r]
+    lines += [f"- {r['name']}: {r['error']}" for r in last if "error" in r]
+    lines += [f"- {r['name']}: not over after {r['late']} s" for r in last if "late" in r]
     return "\n".join(lines)
 
 
@@ -388,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="to stay below")
+    parser.add_argument("--minutes", type=float, default=9.0, help="end after so many minutes")
     parser.add_argument("--out", help="directory for the results")
     parser.add_argument("--done", nargs="*", default=[], help="directories of earlier results")
     parser.add_argument("--tiny", action="store_true", help="small measurements, for any device")
@@ -405,8 +451,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--out: name a directory for the results")
     if options.minutes <= 0:
         parser.error(f"--minutes {options.minutes:g} must be above 0")
+    for flag, names in (("--done", options.done), ("--out", [options.out] * options.show)):
+        for name in names:
+            if not any(Path(name).glob("results-*.jsonl")):
+                parser.error(f"{flag}: there are no results-*.jsonl in {name}")
     if options.show:
-        print(tables(results([Path(options.out), *map(Path, options.done)])))
+        print(tables(results([*map(Path, options.done), Path(options.out)])))
     else:
         measure_all(options)
 

@@ -69,7 +69,7 @@ def test_measurements_are_continued_where_they_were_cut_off(tmp_path, monkeypatc
         made.append(measurement.name)
         if len(made) == 3:
             raise KeyboardInterrupt
-        failed = {"error": "out of memory"} if len(made) == 2 else {"result": {}}
+        failed = {"error": "no such kernel"} if len(made) == 2 else {"result": {}}
         return {"name": measurement.name, "device": "a GPU", **failed}
 
     monkeypatch.setattr(accelerator, "record", record)
@@ -104,6 +104,61 @@ def test_measurements_are_continued_where_they_were_cut_off(tmp_path, monkeypatc
     accelerator.main([*run, "--minutes", "0.1"])
     assert made == []
     assert "the time is over" in capsys.readouterr().out
+
+
+def test_what_fails_or_takes_too_long_is_not_in_the_way_of_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    made, first = [], {}
+    names = [m.name for m in accelerator.measurements(tiny=True)]
+    _, large, slow, *others = names
+
+    def apart(measurement, _tiny, seconds, _out):
+        made.append(measurement.name)
+        if measurement.name == large:
+            error = "XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+            return {"name": large, "device": "a GPU", "error": error}
+        if measurement.name == slow:
+            return {"name": slow, "late": first.setdefault("seconds", seconds)}
+        return {"name": measurement.name, "device": "a GPU", "result": {}}
+
+    monkeypatch.setattr(accelerator, "_apart", apart)
+    accelerator.main(["--tiny", "--out", str(tmp_path)])
+    made.clear()
+    accelerator.main(["--tiny", "--out", str(tmp_path), "--minutes", "8"])  # less than it had
+    assert made == names[:1]
+    assert f"takes more than is left  {slow}" in capsys.readouterr().out
+    accelerator.main(["--tiny", "--out", str(tmp_path), "--minutes", "99"])
+    assert made == [names[0], names[0], slow]
+    # On another stay it comes behind those that were not reached.
+    for file in tmp_path.iterdir():
+        kept = [line for line in file.read_text().splitlines() if json.loads(line)["name"] == slow]
+        file.write_text("\n".join(kept) + "\n")
+    made.clear()
+    accelerator.main(["--tiny", "--out", str(tmp_path), "--minutes", "99"])
+    assert made == [names[0], large, *others, slow]
+
+
+def test_the_newest_record_counts_wherever_it_is():
+    old = {"name": "a", "device": "x", "when": "2026-01-02 10:00:00", "result": {"n": 1}}
+    new = {"name": "a", "device": "x", "when": "2026-01-02 10:00:01", "result": {"n": 2}}
+    died = {"name": "a", "when": "2026-01-01 10:00:00", "error": "the process ended"}
+    for found in ([new, old, died], [died, old, new]):
+        assert list(accelerator.newest(found).values()) == [new]
+
+
+def test_a_process_that_dies_leaves_what_it_was_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator.sys, "executable", "false")
+    found = accelerator._apart(accelerator.measurements(tiny=True)[1], True, 9.0, tmp_path)
+    assert {"what", "when", "d_head", "error"} <= set(found)
+
+
+@pytest.mark.parametrize("flags", [["--out", "X", "--show"], ["--out", "Y", "--done", "X"]])
+def test_results_that_are_not_there_are_refused(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        accelerator.main(flags)
+    assert "no results-*.jsonl in X" in capsys.readouterr().err
 
 
 @pytest.mark.slow
