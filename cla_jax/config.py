@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cla_jax import kv_map as kv_maps
 from cla_jax import names
@@ -640,6 +640,10 @@ class Scratch:
     kind: Literal["scratch"] = dataclasses.field(default="scratch", init=False)
 
 
+Init = Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"]
+INITS = get_args(Init)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromRun:
     """Initial weights are those of another run, converted to this model.
@@ -658,9 +662,7 @@ class FromRun:
     # members' norm; the mean after each was rotated towards the others; the producer's first, to which the
     # readers of the others are fitted; least squares of all. The last three run the source on text, and fold
     # what they turn into the queries and outputs that read it.
-    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = (
-        "least_squares"
-    )
+    init: Init = "least_squares"
     # Windows of the training text that these three look at.
     calibration_windows: int = 16
     # w: the weight of the teacher in the loss; 0 is plain training.
@@ -675,9 +677,6 @@ class FromRun:
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"start.distill_weight = {self.distill_weight} must lie in 0 to 1")
         _positive("start.distill_temperature", self.distill_temperature)
-
-
-INITS = ("own", "mean", "renormalized", "aligned", "fitted", "least_squares")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

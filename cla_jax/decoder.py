@@ -8,6 +8,7 @@ print(decoder.generate(["Fellow citizens", "The state of"], new_tokens=100))
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -144,11 +145,15 @@ class Decoder:
             )
 
     def _spec(self, **sizes: int) -> CacheSpec:
-        config = self.run.config()
+        model = self.run.config().model
         if isinstance(self.cache, Policy):
-            classes = classes_of_tokenizer(self.tokenizer, config.data.begin_token)
-            return evicting_spec(config.model, self.cache, classes=classes, **sizes)
-        return cache_spec(config.model, self.cache, chunk=self.chunk, rules=self.rules, **sizes)
+            return evicting_spec(model, self.cache, classes=self._classes, **sizes)
+        return cache_spec(model, self.cache, chunk=self.chunk, rules=self.rules, **sizes)
+
+    @functools.cached_property
+    def _classes(self) -> bytes:
+        """The class of each token, for policies; once, because it decodes the whole vocabulary."""
+        return classes_of_tokenizer(self.tokenizer, self.run.config().data.begin_token)
 
     def generate(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
         """Each prompt with the text that follows it. Options and errors are those of `complete`."""

@@ -54,12 +54,9 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
         counts_B = jnp.full_like(cache.lengths_B, spec.chunk)
         x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
         ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
-        ours, theirs = jax.nn.log_softmax(ours_BtV), jax.nn.log_softmax(theirs_BtV)
         found = (
-            losses(ours_BtV, targets_Bt)[0],
-            losses(theirs_BtV, targets_Bt)[0],
-            jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
-            ours.argmax(-1) == theirs.argmax(-1),
+            *_nats(ours_BtV, theirs_BtV, targets_Bt),
+            ours_BtV.argmax(-1) == theirs_BtV.argmax(-1),
             jnp.abs(ours_BtV - theirs_BtV).max(-1),
         )
         return cache, jnp.stack([one.astype(jnp.float32) for one in found])
@@ -68,6 +65,15 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
     cache, found_N5Bt = jax.lax.scan(step, cache, given)
     found_5BT = jnp.moveaxis(found_N5Bt, 0, 2).reshape(5, B, T - S)
     return jnp.concatenate([nll_BS, found_5BT[0]], axis=1), found_5BT, cache
+
+
+def _nats(
+    ours_BTV: jax.Array, theirs_BTV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Nats of the targets through the cache and by full forward, and KL(full forward || cache). [B, T]"""
+    ours, theirs = jax.nn.log_softmax(ours_BTV), jax.nn.log_softmax(theirs_BTV)
+    kl_BT = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+    return losses(ours_BTV, targets_BT)[0], losses(theirs_BTV, targets_BT)[0], kl_BT
 
 
 def evicting_decoding(
@@ -184,13 +190,10 @@ def _answered(model, weights, cache, tokens_BT, bounds_3B, *, spec, options, ste
         x_B1D, cache = decode(weights, spec, cache, token_B1, counts_B)
         full_B1D = jnp.take_along_axis(full_BTD, at_B[:, None, None], axis=1, mode="clip")
         ours_B1V, theirs_B1V = (weights.logits(x, spec.rules) for x in (x_B1D, full_B1D))
-        ours, theirs = jax.nn.log_softmax(ours_B1V), jax.nn.log_softmax(theirs_B1V)
         found = (
-            losses(ours_B1V, target_B1)[0],
-            losses(theirs_B1V, target_B1)[0],
-            jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
-            ours.argmax(-1) == target_B1,
-            theirs.argmax(-1) == target_B1,
+            *_nats(ours_B1V, theirs_B1V, target_B1),
+            ours_B1V.argmax(-1) == target_B1,
+            theirs_B1V.argmax(-1) == target_B1,
         )
         counts = (at_B + 1 >= answer_B) & (at_B + 1 < end_B)
         new_5B = jnp.stack([one[:, 0].astype(jnp.float32) for one in found])

@@ -32,7 +32,8 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         key: value for key, value in dataclasses.asdict(model).items() if key not in _MAY_DIFFER
     }
     what = f"start.run = {shown(str(run.path))}"
-    for key, (mine, its) in difference(fields(b), fields(a)).items():
+    if differing := difference(fields(b), fields(a)):
+        key, (mine, its) = next(iter(differing.items()))
         raise ValueError(
             f"{what} has model.{key} = {its}, this run has {mine}: both must be the same"
         )

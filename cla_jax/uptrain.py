@@ -75,9 +75,8 @@ def first_model(config: Config, text: "Text") -> Transformer:
     model = dataclasses.replace(config.model, compute_dtype="float32")
     inputs, joins = None, _joins(parts.config, model)
     if joins and start.init in conversion.CALIBRATED:
-        with jax.set_mesh(
-            _one_device()
-        ):  # one window at a time: the run's own mesh would split rows
+        # One window at a time: the run's own mesh would split rows.
+        with jax.set_mesh(_one_device()):
             inputs = streams(parts, text, start.calibration_windows)
     made = converted(parts, model, start.init, inputs) if joins else parts
     return layerwise.put_together(dataclasses.replace(made, config=config.model))

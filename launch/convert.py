@@ -21,7 +21,6 @@ docs/uptraining.md tells what each way costs.
 """
 
 import dataclasses
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from etils import epath
 
-from cla_jax.config import INITS, Config, FromRun
+from cla_jax.config import Config, FromRun, Init
 from cla_jax.fields import replaced
 from cla_jax.interop.text import Text
 from launch.cli import log_to_stderr, read, user_errors
@@ -92,9 +91,7 @@ class Uptrain:
     # KV heads; by default as many as there are.
     kv_heads: int | None = None
     # How one head is made of several; see start.init.
-    init: Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"] = (
-        "least_squares"
-    )
+    init: Init = "least_squares"
     # Steps, as a share of those of the recipe.
     fraction: float = 0.05
     # Whose optimizer, batch_size, steps and seed: an experiment, or a file like a run's config.json. By
@@ -107,8 +104,6 @@ class Uptrain:
     # Logits of both are divided by it.
     distill_temperature: float = 1.0
 
-
-assert set(INITS) == set(typing.get_args(typing.get_type_hints(Uptrain)["init"]))
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]

@@ -220,15 +220,17 @@ class EvictingSpec(CacheSpec):
         may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
         scores_BKE = of(slot.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
         allowed_BK = hitters_of(rule, lengths_BK, self.policy.recent)
-        positions_BKE = before_BKE
-        for _ in range(T):
-            may_go_BKE = may_go_BKE & (positions_BKE != EMPTY)
-            too_many_BK1 = (may_go_BKE.sum(-1) > allowed_BK)[..., None]
-            lowest_BK1 = jnp.where(may_go_BKE, scores_BKE, jnp.inf).min(-1, keepdims=True)
-            among_BKE = may_go_BKE & (scores_BKE <= lowest_BK1)
+
+        def evict_one(_: Any, positions_BKE: jax.Array) -> jax.Array:
+            left_BKE = may_go_BKE & (positions_BKE != EMPTY)
+            too_many_BK1 = (left_BKE.sum(-1) > allowed_BK)[..., None]
+            lowest_BK1 = jnp.where(left_BKE, scores_BKE, jnp.inf).min(-1, keepdims=True)
+            among_BKE = left_BKE & (scores_BKE <= lowest_BK1)
             oldest_BK1 = jnp.where(among_BKE, positions_BKE, EMPTY).min(-1, keepdims=True)
             goes_BKE = too_many_BK1 & among_BKE & (positions_BKE == oldest_BK1)
-            positions_BKE = jnp.where(goes_BKE, EMPTY, positions_BKE)
+            return jnp.where(goes_BKE, EMPTY, positions_BKE)
+
+        positions_BKE = jax.lax.fori_loop(0, T, evict_one, before_BKE)
         return slot._replace(positions=self._scattered(slot.positions, table, positions_BKE))
 
     # ------------------------------------------------------------------------------- pages
