@@ -440,8 +440,16 @@ def open_run(
         forget_unless_begun(run)
     if (run.path / "config.json").exists() and run.has_begun:
         check_identity(run, config, {"data_fingerprint": data_fingerprint})
-        if (run.path / "tokenizer.json").exists():
+        file = run.path / "tokenizer.json"
+        if file.exists():
             run.check_data(data_fingerprint, tokenizer_json)
+        elif run.record().get("tokenizer") not in (None, _text_digest(tokenizer_json)):
+            raise ValueError(
+                f"{file} is missing, and the data was prepared with another tokenizer; restore the "
+                "file, or give the run a directory of its own with --name"
+            )
+        elif write:
+            log.warning("%s was missing: it is written again, from the prepared data", file)
     elif saved_steps(run.checkpoints):
         raise ValueError(
             f"{run.path / 'config.json'} is missing, and with it what run the checkpoints beside it are "

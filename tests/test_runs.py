@@ -270,6 +270,19 @@ def test_a_run_without_tokenizer_says_so(tiny):
         run.tokenizer_json()
 
 
+def test_a_missing_tokenizer_is_written_again_with_a_word_and_never_replaced(tiny, caplog):
+    file = begun(tiny()).path / "tokenizer.json"
+    before = file.read_text()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing, and .* another tokenizer"):
+        opened(tiny(), tokenizer='{"other": 1}')
+    assert not file.exists()
+    opened(tiny())
+    assert file.read_text() == before
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told == f"{file} was missing: it is written again, from the prepared data"
+
+
 def altered(file, before, after):
     text = file.read_text()
     assert before in text
