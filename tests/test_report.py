@@ -594,6 +594,32 @@ def test_labels_never_overlap(pairs, least, width):
         assert not any(box.overlaps(other) for other in (*boxes[:i], *dots))
 
 
+@pytest.mark.parametrize("width", [8.4, 4.6])
+@pytest.mark.parametrize("pairs", [SPREAD, STACKED], ids=("spread", "stacked"))
+def test_labels_lie_over_no_error_bar_and_no_dot_of_a_seed(pairs, width):
+    points = [at(*pair, label=f"run {i}") for i, pair in enumerate(pairs)]
+    figure = plot(
+        [
+            dataclasses.replace(one, seeds=tuple(one.quality + d for d in (-0.15, 0.05, 0.1)))
+            for one in points
+        ],
+        width=width,
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(labels) >= 4
+    place = axes.transData.transform
+    bars = [segment for bar in axes.containers for segment in bar.lines[2][0].get_segments()]
+    dots = [dot for line in axes.lines if line.get_marker() == "o" for dot in line.get_xydata()]
+    assert (len(bars), len(dots)) == (len(pairs), 3 * len(pairs))
+    cap = np.array([4, 0]) * figure.dpi / 72
+    ends = [[place(end) - cap, place(end) + cap] for bar in bars for end in bar]
+    drawn = [Bbox(box).padded(0.5) for box in (*map(place, bars), *ends)]
+    drawn += [Bbox([place(dot), place(dot)]).padded(1) for dot in dots]
+    assert not [box for box in labels if any(box.overlaps(other) for other in drawn)]
+
+
 def test_ticks_do_not_overlap():
     sizes = (16_384, 16_896, 17_920, 20_480, 24_576, 131_072)
     figure = plot([at(size, 9 - i / 10) for i, size in enumerate(sizes)])

@@ -168,16 +168,23 @@ _AXES = {
 _SHORT_AXES = {"resident": "KV bytes per token", "read": "KV bytes read per token"}
 
 
+_CAP, _DOT = 4, 2.6  # points: half the width of a bar's ends, the size of a seed's dot
+
+
+def _deviation(point: Point) -> float:
+    """One standard deviation of the seeds; 0 of a single one."""
+    return float(np.std(point.seeds, ddof=1)) if len(point.seeds) > 1 else 0.0
+
+
 def _draw(axes: Axes, point: Point, colour: str, marker: str, size: float) -> None:
     if len(point.seeds) > 1:
-        bar = float(np.std(point.seeds, ddof=1))
         axes.errorbar(
             [point.kv_bytes],
             [point.quality],
-            yerr=[bar],
+            yerr=[_deviation(point)],
             color=colour,
             elinewidth=1.6,
-            capsize=4,
+            capsize=_CAP,
             zorder=3,
         )
         axes.plot(
@@ -185,7 +192,7 @@ def _draw(axes: Axes, point: Point, colour: str, marker: str, size: float) -> No
             point.seeds,
             linestyle="",
             marker="o",
-            markersize=2.6,
+            markersize=_DOT,
             color=colour,
             alpha=0.75,
             zorder=5,
@@ -280,6 +287,8 @@ def _annotate(
     radius = 5.5 * pixels
     centres = axes.transData.transform([(point.kv_bytes, point.quality) for point in points])
     taken = [*line, *(Bbox([centre - radius, centre + radius]) for centre in centres)]
+    for point in points:
+        taken += _bar_and_dots(axes, point)
     left_out = 0
     for point, centre in zip(points, centres, strict=True):
         text = shortened(point.label)
@@ -318,6 +327,19 @@ def _annotate(
             zorder=5,
         )
     return left_out
+
+
+def _bar_and_dots(axes: Axes, point: Point) -> list[Bbox]:
+    """What is drawn of the seeds of a point, in pixels."""
+    if len(point.seeds) < 2:
+        return []
+    pixels = axes.figure.dpi / 72
+    low, high = point.quality - _deviation(point), point.quality + _deviation(point)
+    at = axes.transData.transform([(point.kv_bytes, y) for y in (low, high, *point.seeds)])
+    bar = Bbox([at[0], at[1]]).padded(pixels)
+    ends = [Bbox([end, end]).padded(_CAP * pixels, pixels) for end in at[:2]]
+    dots = [Bbox([dot, dot]).padded(_DOT / 2 * pixels) for dot in at[2:]]
+    return [bar, *ends, *dots]
 
 
 def _along(start: np.ndarray, end: np.ndarray) -> list[np.ndarray]:
