@@ -11,7 +11,9 @@ import operator
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
@@ -88,6 +90,7 @@ _RAN_OUT = re.compile(
 _LONGEST = 300  # characters of a library's message
 _STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
+_AGAIN_S = 0.02  # until a Ctrl-C that was lost is sent again
 
 
 _FORMS = tyro.constructors.ConstructorRegistry()
@@ -329,7 +332,8 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            with _interrupts_that_arrive():
+                return main(*args, **kwargs)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             leave(_INTERRUPTED)
@@ -354,6 +358,31 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
             raise
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _interrupts_that_arrive() -> Iterator[None]:
+    """Sends a Ctrl-C again that Python could only print.
+
+    A handler may run in a callback of the garbage collector, as jax has one, or in a destructor. Python
+    prints the exceptions that leave those, and goes on. It does that through this hook.
+    """
+    report = sys.unraisablehook
+
+    def send_again(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            report(unraisable)
+            return
+        # Not at once: the handler would run in this hook, and its exception be lost too.
+        later = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))
+        later.daemon = True
+        later.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def _leave_a_compiler() -> None:

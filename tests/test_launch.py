@@ -282,6 +282,36 @@ main()
     assert len(ended.stderr.splitlines()) == bool(words)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "gc.callbacks.append(lambda *_: interrupt())\n    gc.collect()",  # as jax has one
+        "type('Last', (), {'__del__': lambda _: interrupt()})()",
+    ],
+    ids=["garbage collector", "destructor"],
+)
+def test_an_interrupt_where_python_only_prints_exceptions_is_not_lost(place):
+    program = f"""
+import gc, os, signal, time
+from launch.cli import user_errors
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent = []
+def interrupt():
+    if len(sent) < 2:  # the second is one that was sent again
+        sent.append(os.kill(os.getpid(), signal.SIGINT))
+@user_errors
+def main():
+    {place}
+    print("goes on", flush=True)
+    time.sleep(20)
+main()
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (130, "goes on\n")
+    assert ended.stderr == "interrupted\n"
+
+
 def test_a_process_without_memory_ends_though_a_thread_waits_for_ever():
     program = """
 import threading
