@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -12,14 +13,28 @@ from experiments import smoke
 ROOT = Path(__file__).parents[1]
 
 
-def test_what_a_decode_step_reads_is_counted(tmp_path):
+@pytest.fixture(scope="module")
+def decode_bandwidth():
+    """The benchmark, without what it sets up for a process of its own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("launch.allocator.set_up", lambda: None)
+        return importlib.import_module("benchmarks.decode_bandwidth")
+
+
+def test_what_a_decode_step_reads_is_counted(decode_bandwidth, tmp_path):
     """The rest of what decode_bandwidth prints is time."""
     model, context, new_tokens = smoke.tiny().model, 6, 5
-    run = ["-m", "benchmarks.decode_bandwidth", "smoke.tiny", "--batch", "1", "3", "--rounds", "1"]
-    options = {"context": context, "new-tokens": new_tokens, "probe": "1MiB"}
-    options["output"] = tmp_path / "out.json"
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run([sys.executable, *run, *arguments], cwd=ROOT, check=True)
+    decode_bandwidth.main(
+        decode_bandwidth.Options(
+            name="smoke.tiny",
+            batch=(1, 3),
+            rounds=1,
+            context=context,
+            new_tokens=new_tokens,
+            probe="1MiB",
+            output=tmp_path / "out.json",
+        )
+    )
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["bandwidth"] > 0
     assert [row["batch"] for row in result["rows"]] == [1, 3]
@@ -161,14 +176,13 @@ def test_results_that_are_not_there_are_refused(flags, tmp_path, monkeypatch, ca
     assert "no results-*.jsonl in X" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_benchmark_that_fails_leaves_no_empty_file(tmp_path):
-    run = ["-m", "benchmarks.decode_bandwidth", "smoke.tiny", "--cache", "int9", "--probe", "1MiB"]
+def test_a_benchmark_that_fails_leaves_no_empty_file(decode_bandwidth, tmp_path, capsys):
     output = tmp_path / "out.json"
-    command = [sys.executable, *run, f"--output={output}"]
+    options = decode_bandwidth.Options(name="smoke.tiny", cache="int9", probe="1MiB", output=output)
     for before in (None, "{}"):
         if before:
             output.write_text(before)
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert "did you mean int8" in ran.stderr
+        with pytest.raises(SystemExit):
+            decode_bandwidth.main(options)
+        assert "did you mean int8" in capsys.readouterr().err
         assert (output.read_text() if output.exists() else None) == before

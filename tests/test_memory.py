@@ -119,13 +119,18 @@ def test_what_fits_by_the_closed_forms_fits_by_the_compiler(format, capacity, ch
         assert phase.total < held + 32 * memory.workspace_bytes(spec, chunk)
 
 
+def temporaries_of(spec, phase):
+    """Compiles one phase only."""
+    return memory.lowered(spec)[phase].compile().memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "share"), [("dense", 0.02), ("int8", 0.07), ("kivi4", 0.09)])
 def test_a_decode_step_of_the_papers_model_needs_little_beside_its_cache(format, share):
     """One sequence of 8,192 tokens; the figures of docs/memory.md. More context needs no more."""
     (row,) = experiments.find("cla_1b.h128_mqa_cla2")
     spec = cache_spec(replace(row.model, compute_dtype="float32"), format, batch=1, capacity=8192)
-    temporaries = memory.compiled(spec)["decode"].temporaries
+    temporaries = temporaries_of(spec, "decode")
     assert temporaries < share * ledger.predicted(spec, 8192).allocated
     assert temporaries < 1.2 * memory.workspace_bytes(spec, 1)
 
@@ -136,7 +141,7 @@ def test_a_prefill_needs_no_more_for_more_layers():
     for n_layers in (2, 12):
         config = replace(MODEL, d_model=128, d_ff=128, n_heads=8, d_head=32, n_layers=n_layers)
         spec = cache_spec(config, batch=4, capacity=1024, chunk=128)
-        temporaries[n_layers] = memory.compiled(spec)["prefill"].temporaries
+        temporaries[n_layers] = temporaries_of(spec, "prefill")
     assert temporaries[12] < 1.1 * temporaries[2]
 
 

@@ -283,7 +283,7 @@ def test_a_converted_run_is_trained_and_taught_and_goes_on(trained, tmp_path, de
     last = named(model_of(made.path))
     assert any(bool(jnp.any(last[name] != array)) for name, array in first.items())
     # The start says it all: of the config alone the same weights are made again, on any mesh.
-    devices(8)
+    devices(2)
     again = trained_on(dataclasses.replace(config, name="again"))
     np.testing.assert_allclose(again, losses, rtol=1e-5)
 
