@@ -71,6 +71,7 @@ def test_block_by_block_equals_the_whole(starts):
     assert jnp.abs(tail - blocks[:, 9:]).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "starts", "seen"])
 def test_queries_in_blocks_give_the_same_output_and_gradients(monkeypatch, mask):
     q, kv = inputs()

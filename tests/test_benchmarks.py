@@ -21,6 +21,7 @@ def decode_bandwidth():
         return importlib.import_module("benchmarks.decode_bandwidth")
 
 
+@pytest.mark.slow
 def test_what_a_decode_step_reads_is_counted(decode_bandwidth, tmp_path):
     """The rest of what decode_bandwidth prints is time."""
     model, context, new_tokens = smoke.tiny().model, 6, 5

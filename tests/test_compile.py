@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from tests.conftest import MODEL, replace
@@ -16,6 +17,7 @@ def instructions(n_layers: int, options: ForwardOptions) -> int:
     return len(jax.jit(gradient).lower(model, tokens).as_text().splitlines())
 
 
+@pytest.mark.slow
 def test_the_scanned_training_program_is_as_long_for_32_layers_as_for_8():
     short, long = (instructions(n, ForwardOptions(remat="block")) for n in (8, 32))
     assert long == short

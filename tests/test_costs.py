@@ -38,6 +38,7 @@ def shapes(model: ModelConfig) -> Transformer:
     return jax.eval_shape(lambda: Transformer(jax.random.key(0), model))
 
 
+@pytest.mark.slow
 @given(models())
 @settings(max_examples=60, deadline=None)
 def test_parameters_equal_the_live_arrays(model):
@@ -90,6 +91,7 @@ def dot_flops(jaxpr) -> int:
     return total
 
 
+@pytest.mark.slow
 @given(models().filter(lambda model: not model.bias))
 @settings(max_examples=15, deadline=None)
 def test_flops_equal_those_of_the_traced_forward(model):

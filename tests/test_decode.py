@@ -165,6 +165,7 @@ def test_documents_stay_apart_in_the_cache_too(windows):
     assert jnp.abs(expected - full_logits(model, tokens)).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["dense", "int8", "kivi4"])
 def test_a_ring_is_as_good_as_a_whole_slot(format):
     """Long enough that groups in the ring are written over; a window and a step take more than a unit."""

@@ -261,6 +261,7 @@ def assert_nothing_is_left(engine):
     assert tree.room == tree.slots
 
 
+@pytest.mark.slow
 def test_requests_that_share_chunks_get_what_they_get_alone():
     """They come while others decode, wait for the pool, are cancelled, and are samples of one prompt."""
     draw = random.Random(0)

@@ -86,6 +86,7 @@ def test_the_whole_split_is_scored_once(session):
     assert (record["tokens"], record["bytes"]) == (totals["tokens"], totals["bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [True, False])
 def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_documents):
     devices(1)
@@ -112,6 +113,7 @@ def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_
             assert abs(close["kl"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_agreement_is_what_its_names_say(session):
     """Against logits compared by hand, for a format that really differs, padding at the end included."""
     model = reference.randomised(session.config.model)
@@ -371,6 +373,7 @@ def by_hand(session, model):
     return nll, [len(document) for document in ids], [len(text.encode()) for text in texts]
 
 
+@pytest.mark.slow
 def test_each_document_keeps_its_score(tiny, devices, short_documents):
     changes = {"data.source": short_documents, "data.tokenizer": "bpe:260"}
     records = []

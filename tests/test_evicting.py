@@ -93,6 +93,7 @@ POLICIES = (
 SHARED = replace(MODEL, n_layers=2, n_kv_heads=2)  # one KV layer
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None)
 @given(st.data())
 def test_real_storage_equals_a_mask(data):
@@ -183,6 +184,7 @@ def test_bytes_are_those_of_what_is_kept(format):
     assert counted.allocated < 0.7 * whole
 
 
+@pytest.mark.slow
 def test_a_row_is_filled_again_while_others_go_on():
     first, second = TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()
     compressor, _, cache = filled(SHARED, POLICIES[0], [first, second], capacity=64)

@@ -33,6 +33,7 @@ def run(tiny, devices):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_continued_through_policies(run):
     names = ("fastgen:T=1", "window:recent=4,tokens=14")
     records = dict(evaluate(run, formats=names))
@@ -90,6 +91,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_compiled(run, op
         next(evaluate(run, **options))
 
 
+@pytest.mark.slow
 def test_what_is_forgotten_shows_in_the_answers():
     model, tokenizer = reference.randomised(SHARED), tokenizers.byte_tokenizer()
     examples = make_examples("needle", count=3, length=150)
@@ -115,6 +117,7 @@ def test_what_is_forgotten_shows_in_the_answers():
     assert alone["nll"] == pytest.approx(by_hand, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_requests_that_join_later_get_what_they_would_get_alone():
     """Three prompts through two rows: the pools grow, and pages are handed on."""
     weights = decoding_weights(reference.randomised(SHARED))

@@ -154,6 +154,7 @@ def test_a_llama_is_what_transformers_calls_one():
 # -------------------------------------------------------------------------- run directories
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_wherever_it_lies(tmp_path, devices):
     """Its tokenizer is its own: neither the source nor the first place of the run is needed."""
     devices(1)
@@ -857,6 +858,7 @@ def test_an_end_token_is_found_in_every_file_that_names_it(tmp_path, file, conte
     assert (found.end_token, found.end_ids) == (made.END, (256,))
 
 
+@pytest.mark.slow
 def test_generation_ends_at_any_end_token(tmp_path, capsys, devices):
     """A model that writes a, b, <eot>, c, c, ...: each token by the one before it."""
     devices(1)

@@ -199,6 +199,7 @@ def summed_loss(model: Transformer, tokens, options: ForwardOptions) -> jax.Arra
     return loss_sum(model, tokens, weights, options=options, end=None, loss_chunk=T - 1)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_heads_are_split_and_scores_and_gradients_are_the_same():
     config = dataclasses.replace(LATENT, n_layers=2, vocab_size=264)
     model = random_model(config)

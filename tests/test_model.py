@@ -125,6 +125,7 @@ def loss_and_gradients(model, options):
     return value, named(gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_map", "scanned", "unrolled"),  # each remat in both, with shared keys and values
     [
@@ -146,6 +147,7 @@ def test_scan_and_remat_change_nothing(kv_map, scanned, unrolled):
             assert jnp.abs(gradient - expected[1][name]).max() <= 2e-6 * scale, (name, scan, remat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_map", ["0,0,2,2,4", "0,1,0,1"])
 def test_what_accelerators_compute_again_changes_nothing(kv_map, monkeypatch):
     """Under a scan they keep the results of products and kernels only, a CPU keeps everything."""

@@ -147,6 +147,7 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
             plan.plan(replace(config, **changes), plan.topology("here"))
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
     config = tiny(**{"placement.remat": "block"})
     found = plan.plan(config, plan.topology("here"))
@@ -165,6 +166,7 @@ def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
             assert plan.plan(config, plan.topology("here")).fits is fits
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_once(tiny, tmp_path, monkeypatch):
     first = plan.plan(tiny(), plan.topology("here"), tmp_path / "plans")
     with monkeypatch.context() as patched:
@@ -463,6 +465,7 @@ def test_keys_and_values_are_computed_once_a_group(tiny):
     assert len(forward) == 2 * 4  # the first microbatch, and the loop over those after it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_no_device_asks_another_for_keys_or_values(tiny, tmp_path, remat):
     """Nor for queries: of what ends in a head's width only weights, which have no positions, are moved."""
@@ -481,6 +484,7 @@ def test_no_device_asks_another_for_keys_or_values(tiny, tmp_path, remat):
             assert H not in dims[-1:] or not of_positions & set(dims), line
 
 
+@pytest.mark.slow
 def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
     """By tensor parallelism too: its devices would all keep the same."""
     config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})

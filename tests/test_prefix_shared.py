@@ -92,6 +92,7 @@ class Requests:
             assert jnp.abs(logits - alone).max() < tolerance * scale, (row, len(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "seed", "tile", "block"),
     [
@@ -132,6 +133,7 @@ def test_requests_that_share_chunks_get_what_they_get_alone(
     assert requests.decode._cache_size() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_shared_chunks_may_be_quantised(format):
     """Every token is kept by itself, so sharing changes nothing: equal to the same requests unshared."""

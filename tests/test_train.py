@@ -67,6 +67,7 @@ MIXTURE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [{"model.kv_map": "cla:2"}, {"model.kv_map": "0,0,2,0"}, MIXTURE],

@@ -262,6 +262,7 @@ def test_a_start_without_a_change_has_the_weights_of_the_source(trained, tmp_pat
         np.testing.assert_array_equal(after[name], array)
 
 
+@pytest.mark.slow
 def test_a_converted_run_is_trained_and_taught_and_goes_on(trained, tmp_path, devices):
     devices(1)
     flags = ("--kv-map", "damage:1", "--kv-heads", "1", "--fraction", "0.1")
