@@ -32,6 +32,16 @@ def compare(
     study: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = "",
     context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="")] = None,
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = "",
+    group_by: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="FIELD", help_behavior_hint=""),
+    ] = (),
+    over: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="FIELD", help_behavior_hint=""),
+    ] = (),
+    baseline: Annotated[str, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = "",
+    sort: Annotated[str, tyro.conf.arg(metavar="FIELD", help_behavior_hint="")] = "",
 ) -> None:
     """Compares runs: accuracy against KV-cache memory, as a table and as pictures.
 
@@ -47,6 +57,9 @@ def compare(
     What caches hold at a context that is longer than the window of training:
         python -m launch.compare runs/tiny --context 32768
 
+    One row for each value of a field, beside a baseline:
+        python -m launch.compare runs/tiny --group-by model.kv_map --over seed --baseline "kv_map identity"
+
     The claims of a study that was declared before it was run, with the runs below a directory:
         python -m launch.compare --study small.main runs/small
 
@@ -55,7 +68,19 @@ def compare(
       study: a declared study, whose claims are decided; report.md and report.json are written too
       context: count KV bytes for so many tokens of context (default: the window of training)
       out: where to write (default: the one directory given, or the common parent of several)
+      group_by: runs with the same value of this field of the config are one row; give it several times for
+        several fields
+      over: runs that differ in this field alone are one row (default: seed); give it several times for
+        several fields
+      baseline: a row or a run; a column shows how far the others are from it, seed by seed
+      sort: order of the rows: a field of the config, or run, kv_bytes, parameters, perplexity, bits_per_byte,
+        difference (default: KV bytes, then quality)
     """
+    if study and (group_by or over):
+        raise ValueError(
+            "a study says itself which runs belong together: leave out --group-by and --over"
+        )
+    view = report.View(group_by=group_by, over=over or ("seed",), baseline=baseline, sort=sort)
     declared = experiments.find_study(study) if study else None
     if declared and not paths:
         paths = (str(runs.run_path(next(iter(declared.trials.values()))).parent),)
@@ -69,6 +94,8 @@ def compare(
     rows = report.read(found, context, problems)
     if not rows:
         raise ValueError("; ".join(problems))
+    together = report.arrangement.merged(rows, view)
+    arranged = report.arrangement.arrange(together, view)
     diverged, failed = _bad_ends(found)
     beside = paper.tables(rows, *_printed())
     outcome = made = None
@@ -80,7 +107,7 @@ def compare(
             rows,
             earlier=report.record.read(epath.Path(directory)),
             commit=_commit(),
-            command=_command(study, paths, context, out),
+            command=_command(study, paths, context, out, baseline, sort),
         )
     else:
         noise = []
@@ -97,13 +124,14 @@ def compare(
         beside=beside,
         further=further,
         diverged=diverged,
+        view=view,
     )
     console, width = Console(), None
     if console.is_terminal:
         width = console.width
     else:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
-    console.print(report.table(report.merged(rows), width))
+    console.print(report.table(together, width, arranged))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
     # Not through the console, which would break a command into lines.
@@ -174,10 +202,13 @@ def _commit() -> str:
         return ""
 
 
-def _command(study: str, paths: Sequence[str], context: int | None, out: str) -> str:
+def _command(
+    study: str, paths: Sequence[str], context: int | None, out: str, baseline: str, sort: str
+) -> str:
     words = ["python", "-m", "launch.compare", "--study", study, *map(os.fspath, paths)]
     words += ["--context", str(context)] if context else []
-    words += ["--out", out] if out else []
+    for flag, value in (("--out", out), ("--baseline", baseline), ("--sort", sort)):
+        words += [flag, value] if value else []
     return shlex.join(words)
 
 

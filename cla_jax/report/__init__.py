@@ -2,6 +2,7 @@
 
     rows     what run directories say, whether they may be compared, the table
     seeds    runs that differ in their seed alone as one row; learning-rate curves
+    arrangement  which runs are one row, further columns, differences to a baseline, the order
     studies  a declared study: which runs count, the verdicts on its claims
     tasks    scores of downstream tasks
     paper    ours beside a paper's printed results
@@ -21,7 +22,8 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from cla_jax import runs
-from cla_jax.report import page, pareto, record, seeds, studies, tables, tasks
+from cla_jax.report import arrangement, page, pareto, record, seeds, studies, tables, tasks
+from cla_jax.report.arrangement import View
 from cla_jax.report.page import notes
 from cla_jax.report.pareto import Point
 from cla_jax.report.rows import Row, common_directory, read, table
@@ -32,6 +34,8 @@ __all__ = [
     "Outcome",
     "Point",
     "Row",
+    "View",
+    "arrangement",
     "common_directory",
     "examine",
     "merged",
@@ -55,6 +59,7 @@ def write(
     beside: Sequence[page.Table] = (),
     further: Sequence[str] = (),
     diverged: frozenset[str] = frozenset(),
+    view: View = page.DEFAULT,
 ) -> list[epath.Path]:
     """Writes report.html, figures (PNG, SVG, PDF) and tables (CSV, LaTeX); returns their paths.
 
@@ -67,10 +72,11 @@ def write(
       beside: tables of our results beside others.
       further: notes for the page.
       diverged: paths of runs whose loss was not finite.
+      view: which runs are one row, the baseline and the order.
     """
     directory = epath.Path(directory)
     title = outcome.declared.name if outcome else directory.name or "Comparison"
-    together = seeds.merged(rows)
+    together = arrangement.merged(rows, view)
     drawn = page.shown_rows(together, outcome, diverged)
     noted: list[str] = [
         *(record.words(made) if made else ()),
@@ -78,6 +84,7 @@ def write(
         *further,
     ]
     more = {"outcome": outcome, "beside": beside, "notes": noted, "diverged": diverged}
+    more["view"] = view
     text = page.html(rows, title, reference, problems, **more)
     contents = {"report.html": text.encode()}
     figures = {"pareto": page.plot(drawn, reference), "read_bytes": page.plot(drawn, kind="read")}
@@ -88,7 +95,7 @@ def write(
         figures["learning_rates"] = page.learning_rates(found)
         beside = [seeds.rate_table(found), *beside]
     contents |= _figures(figures)
-    known = tables.values(together)
+    known = tables.values(together, arrangement.arrange(together, view))
     lines = [list(line.values()) for line in known]
     contents |= _tables("results", list(known[0]) if known else [], lines)
     if outcome is not None:

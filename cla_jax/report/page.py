@@ -16,9 +16,11 @@ from cla_jax import config as configs
 from cla_jax import costs
 from cla_jax.fields import flatten
 from cla_jax.messages import printable
-from cla_jax.report import pareto, seeds, studies, tasks
+from cla_jax.report import arrangement, pareto, seeds, studies, tasks
+from cla_jax.report.arrangement import View
 from cla_jax.report.pareto import COLOURS, SURFACE, Point
 from cla_jax.report.rows import (
+    Arrangement,
     Row,
     caption,
     columns,
@@ -33,6 +35,8 @@ from cla_jax.report.rows import (
 
 # A title, headings, lines of cells, and a sentence below.
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]], str]
+
+DEFAULT = View()
 
 HEADINGS = {"perplexity": "held-out perplexity", "bits_per_byte": "held-out bits per byte"}
 
@@ -246,6 +250,7 @@ def html(
     beside: Sequence[Table] = (),
     notes: Sequence[str] = (),
     diverged: frozenset[str] = frozenset(),
+    view: View = DEFAULT,
 ) -> str:
     """Claims, pictures, tables, learning curves and run details; every text of a run is escaped.
 
@@ -259,10 +264,16 @@ def html(
       diverged: paths of runs whose loss was not finite.
     """
     runs = [row for row in rows if not row.cache]
-    together = seeds.merged(rows)
+    together = arrangement.merged(rows, view)
+    arranged = arrangement.arrange(together, view)
     drawn = shown_rows(together, outcome, diverged)
     compared = [row for row in drawn if not row.cache]
-    known = [*warnings(rows, problems), *tasks.notes(rows), *seeds.left_out(rows), *notes]
+    known = [
+        *warnings(rows, problems),
+        *tasks.notes(rows),
+        *seeds.left_out(rows, view.group_by, view.over),
+    ]
+    known += notes
     noted = "".join(f'<p class="note">{escape(printable(note, 4000))}</p>\n' for note in known)
     if hint := missing(rows):
         noted += f'<p class="muted">{escape(hint)}</p>\n'
@@ -284,8 +295,8 @@ def html(
 <p class="muted screen">Click a point, or reach it with the tab key, to see its config.</p>
 <div id="shown" class="muted" aria-live="polite"></div>
 <h2>Results</h2>
-{_results(together)}
-<p class="muted">{escape(caption(together))}</p>
+{_results(together, arranged)}
+<p class="muted">{escape(caption(together, arranged))}</p>
 {"".join(map(_table, beside))}{_scores(rows)}<h2>Bytes that are read</h2>
 {pictures["read"]}
 <p class="muted">Sharing layers divides what a cache holds, not what a decode step reads of it. Quantised
@@ -425,15 +436,15 @@ def _inline(figure: Figure, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg class="{name}" role="img" aria-label="{escape(label)}"', 1)
 
 
-def _results(rows: Sequence[Row]) -> str:
-    headings = columns(rows)
+def _results(rows: Sequence[Row], arranged: Arrangement) -> str:
+    headings = columns(rows, arranged)
     sides = [f' class="{side}"' for side in headings.values()]
     head = "".join(
         f"<th{side}>{escape(name)}</th>" for name, side in zip(headings, sides, strict=True)
     )
     body = ""
     sides[1] = ' class="left run"'
-    for row, texts in lines(rows):
+    for row, texts in lines(rows, arranged):
         cells = [escape(text) for text in texts]
         cells[1] += f'<span class="step">{row.progress}</span>'
         tds = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(cells, sides, strict=True))

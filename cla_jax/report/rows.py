@@ -7,15 +7,15 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 from rich.table import Table
 from rich.text import Text
 
 from cla_jax import costs, files
-from cla_jax.config import Config
+from cla_jax.config import Config, ModelConfig
 from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
@@ -23,6 +23,7 @@ from cla_jax.runs import TRAINING, Run, find_runs, is_local, read_config, read_j
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
+T = TypeVar("T")
 
 _SCORES = {
     "perplexity": float,
@@ -449,21 +450,52 @@ COLUMNS: dict[str, Literal["left", "right", "center"]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """A further column of the comparison, with a value and a text for each row."""
+
+    name: str  # in tables for other programs
+    heading: str  # empty: only in tables for other programs
+    values: tuple[Any, ...]
+    texts: tuple[str, ...]
+    side: Literal["left", "right"] = "right"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """What a comparison shows besides what it always does; see `arrangement`."""
+
+    columns: tuple[Column, ...] = ()
+    order: tuple[int, ...] | None = None  # of the rows; None: by KV bytes, then quality
+    words: str = ""  # for the caption
+
+    @property
+    def shown(self) -> list[Column]:
+        return [column for column in self.columns if column.heading]
+
+
+PLAIN = Arrangement()
+
+
 def components(rows: Sequence[Row]) -> list[str]:
     """The components of the mixtures that rows were scored on, each for itself."""
     scored = [row.evaluation for row in rows if row.evaluation]
     return list(dict.fromkeys(name for one in scored for name in one.get("components") or {}))
 
 
-def columns(rows: Sequence[Row]) -> dict[str, Literal["left", "right", "center"]]:
-    """COLUMNS, and one for each component of a mixture."""
+def columns(
+    rows: Sequence[Row], arranged: Arrangement = PLAIN
+) -> dict[str, Literal["left", "right", "center"]]:
+    """COLUMNS, one for each component of a mixture, and those of an arrangement."""
     made = dict(COLUMNS)
     for name in components(rows):
         made[f"bits per byte\n{printable(name)}"] = "right"
+    for column in arranged.shown:
+        made[column.heading] = column.side
     return made
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> str:
     """What the table shows, and of what."""
     contexts = [row.context for row in rows]
     parts = []
@@ -481,19 +513,27 @@ def caption(rows: Sequence[Row]) -> str:
         parts.append("* from training.")
     if any(len(row.seeds) > 1 for row in rows):
         parts.append("± one standard deviation over seeds.")
+    if arranged.words:
+        parts.append(printable(arranged.words, 4000))
     return " ".join((*parts, setting(rows)))
 
 
-def lines(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
+def lines(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[tuple[Row, list[str]]]:
     """The lines of the table as (row, a cell for each of `columns`), by KV bytes, then quality.
 
     The first cell is empty for what is not on the frontier, and for all where rows are not ranked.
     """
     found = points(rows)
     best = frontier(found) if comparison(rows).ranked else []
-    order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))
+    order = arranged.order
+    if order is None:
+        order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))
     names = components(rows)
-    return [(rows[i], _cells(rows[i], i in best) + _parts(rows[i], names)) for i in order]
+    made = []
+    for i in order:
+        further = [column.texts[i] for column in arranged.shown]
+        made.append((rows[i], _cells(rows[i], i in best) + _parts(rows[i], names) + further))
+    return made
 
 
 def _parts(row: Row, names: Sequence[str]) -> list[str]:
@@ -504,7 +544,7 @@ def _parts(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def _cells(row: Row, on_frontier: bool) -> list[str]:
-    model, scored, count = row.config.model, row.evaluation, costs.parameters(row.config.model)
+    scored = row.evaluation
     cached = scored if row.cache else row.evals.get("cached-dense")
     if scored and cached and cached["step"] != scored["step"]:
         cached = None  # of another checkpoint
@@ -516,12 +556,18 @@ def _cells(row: Row, on_frontier: bool) -> list[str]:
         f"{scored['perplexity']:,.3f}{mark}" if scored else "—",
         f"{scored['bits_per_byte']:.4f}{_spread(row)}{mark}" if scored else "—",
         f"{cached['perplexity']:,.3f}" if cached else "—",
-        f"{model.n_heads}/{model.n_kv_heads}",
-        str(model.d_head),
-        model.kv_map,
-        human(count.non_embedding),
-        human(count.total),
+        same(row, lambda one: f"{one.n_heads}/{one.n_kv_heads}") or "several",
+        same(row, lambda one: str(one.d_head)) or "several",
+        same(row, lambda one: one.kv_map) or "several",
+        same(row, lambda one: human(costs.parameters(one).non_embedding)) or "several",
+        same(row, lambda one: human(costs.parameters(one).total)) or "several",
     ]
+
+
+def same(row: Row, of: Callable[[ModelConfig], T]) -> T | None:
+    """What the models of all runs of a row have; None if they differ."""
+    found = [of(one.config.model) for one in row.seeds or (row,)]
+    return found[0] if all(one == found[0] for one in found) else None
 
 
 def _spread(row: Row) -> str:
@@ -543,25 +589,26 @@ _DISPENSABLE = (
 _FOLDING, _FOLDED = ("run", "kv_map"), 12
 
 
-def table(rows: Sequence[Row], width: int | None = None) -> Table:
+def table(rows: Sequence[Row], width: int | None = None, arranged: Arrangement = PLAIN) -> Table:
     """The comparison for a terminal; one with a width shows the columns that fit."""
-    found = lines(rows)
-    headings = dict(enumerate(columns(rows).items()))
+    found = lines(rows, arranged)
+    headings = dict(enumerate(columns(rows, arranged).items()))
+    settings = [column.heading for column in arranged.shown if column.name != "difference"]
     shown = [
         _width(heading, [cells[i] for _, cells in found]) for i, (heading, _) in headings.items()
     ]
     hidden: set[str] = set()
-    for name in _DISPENSABLE:
+    for name in (*settings[::-1], *_DISPENSABLE):
         kept = [shown[i] + 3 for i, (heading, _) in headings.items() if heading not in hidden]
         if width is None or sum(kept) + 1 <= width:
             break
         hidden.add(name)
-    words = caption(rows)
+    words = caption(rows, arranged)
     if hidden:
         words += " A wider terminal, and the report, show further columns."
     # Text throughout: names may hold what rich would read as markup.
     made = Table(caption=Text(words), caption_justify="left")
-    for heading, justify in columns(rows).items():
+    for _, (heading, justify) in headings.items():
         if heading not in hidden:
             fold = heading in _FOLDING
             made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")

@@ -13,40 +13,91 @@ from etils import epath
 
 from cla_jax import config as configs
 from cla_jax import statistics
+from cla_jax.eviction import is_policy
 from cla_jax.fields import flatten
+from cla_jax.messages import printable
 from cla_jax.report.rows import Row
 from cla_jax.statistics import Optimum
 
 
-def merged(rows: Sequence[Row]) -> list[Row]:
+def settings(row: Row) -> dict[str, Any]:
+    """The fields of a config that say which run it is, by their dotted names."""
+    return flatten(configs.identity(row.config))
+
+
+def values_of(row: Row, fields: Sequence[str]) -> tuple[str, ...]:
+    """What a run has in some fields."""
+    known = settings(row)
+    return tuple(str(known.get(field)) for field in fields)
+
+
+def merged(
+    rows: Sequence[Row], group_by: Sequence[str] = (), over: Sequence[str] = ("seed",)
+) -> list[Row]:
     """A row for all runs of one directory that differ in nothing but their seed.
 
     Its evaluation holds the means, and `seeds` the runs that count: finished, evaluated, and as they were
     written. `left_out` names the others. Where none counts, or two runs have the same seed, the runs stay as
     they are.
+
+    Args:
+      group_by: fields of the config; then all runs with the same values of these are one row, wherever they
+        lie.
+      over: the fields that runs of a row may differ in.
+
+    Raises:
+      ValueError: of the runs that `group_by` puts together, some differ in other fields too, or have the same
+        seed.
     """
     made: list[Row] = []
-    for group in _groups(rows):
+    for group in _groups(rows, group_by, over):
+        name = _check_group(group, group_by, over) if group_by else ""
         counting = [row for row in group if not excuse(row)]
         by_data: dict[str, list[Row]] = {}
         for row in counting:
             by_data.setdefault(_data(row), []).append(row)
-        distinct = len({row.config.seed for row in group}) == len(group)
+        distinct = len({values_of(row, over) for row in group}) == len(group)
         if len(group) == 1 or not distinct or not counting:
             made += group
         elif len(by_data) == 1:
-            made.append(_mean(group, counting))
+            made.append(_mean(group, counting, name, over))
         else:  # of different data: rows of their own
-            made += [_mean(part, part) for part in by_data.values()]
+            made += [_mean(part, part, name, over) for part in by_data.values()]
             made += [row for row in group if excuse(row)]
     return made
 
 
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    found: dict[str, list[Row]] = {}
+def _groups(
+    rows: Sequence[Row], group_by: Sequence[str] = (), over: Sequence[str] = ("seed",)
+) -> list[list[Row]]:
+    found: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault(_key(row, "seed"), []).append(row)
+        key = (values_of(row, group_by), row.cache, row.context) if group_by else _key(row, *over)
+        found.setdefault(key, []).append(row)
     return list(found.values())
+
+
+def _check_group(group: Sequence[Row], group_by: Sequence[str], over: Sequence[str]) -> str:
+    """The name of a group. Raises ValueError if its runs are not comparable values of `over`."""
+    values = zip(group_by, values_of(group[0], group_by), strict=True)
+    name = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in values)
+    known = [settings(row) for row in group]
+    fields = dict.fromkeys(field for one in known for field in one if field not in over)
+    differing = [field for field in fields if len({str(one.get(field)) for one in known}) > 1]
+    if differing:
+        raise ValueError(
+            f"the runs with {printable(name)} differ in {', '.join(differing)} too: give each of these to "
+            "--group-by or to --over"
+        )
+    by_value: dict[tuple[str, ...], Row] = {}
+    for row in group:
+        other = by_value.setdefault(values_of(row, over), row)
+        if other is not row:
+            same = ", ".join(
+                f"{field} {value}" for field, value in zip(over, values_of(row, over), strict=True)
+            )
+            raise ValueError(f"{other.name} and {row.name} have the same {same}: leave one out")
+    return name
 
 
 def excuse(row: Row) -> str:
@@ -58,11 +109,13 @@ def excuse(row: Row) -> str:
     return row.progress
 
 
-def left_out(rows: Sequence[Row]) -> list[str]:
+def left_out(
+    rows: Sequence[Row], group_by: Sequence[str] = (), over: Sequence[str] = ("seed",)
+) -> list[str]:
     """A line for each run that its row leaves out of the mean, with the reason."""
     told = []
-    for group in _groups(rows):
-        whole = {row.path for made in merged(group) for row in (made, *made.seeds)}
+    for group in _groups(rows, group_by, over):
+        whole = {row.path for made in merged(group, group_by, over) for row in (made, *made.seeds)}
         told += [
             f"{row.name} is left out of the mean over seeds: {excuse(row)}"
             for row in group
@@ -73,9 +126,9 @@ def left_out(rows: Sequence[Row]) -> list[str]:
 
 def _key(row: Row, *fields: str) -> str:
     """Equal for runs of one directory that differ in nothing but these fields."""
-    identity = flatten(configs.identity(row.config))
+    identity = settings(row)
     for field in fields:
-        identity.pop(field)
+        identity.pop(field, None)
     where = [os.path.dirname(row.path), row.cache, row.context]
     return json.dumps([identity, where], sort_keys=True, default=str)
 
@@ -87,8 +140,14 @@ def _data(row: Row) -> str:
     return json.dumps([row.tokenizer, row.record.get("data_fingerprint"), counts])
 
 
-def _mean(group: Sequence[Row], counting: Sequence[Row]) -> Row:
+def _mean(group: Sequence[Row], counting: Sequence[Row], name: str, over: Sequence[str]) -> Row:
     counting = sorted(counting, key=lambda row: row.config.seed)
+    held = {row.kv_bytes for row in counting}
+    if len(held) > 1 and not is_policy(counting[0].cache):
+        raise ValueError(
+            f"{counting[0].name} and others that differ in {', '.join(over)} hold {min(held):,.0f} to "
+            f"{max(held):,.0f} KV bytes per token: they cannot be one row"
+        )
     scored: list[dict[str, Any]] = [row.evaluation or {} for row in counting]
     numbers = ("perplexity", "bits_per_byte")
     means: dict[str, Any] = {
@@ -109,12 +168,14 @@ def _mean(group: Sequence[Row], counting: Sequence[Row]) -> Row:
     if not counting[0].cache and all(cached):
         through = math.fsum(one["perplexity"] for one in cached if one) / len(cached)
         evals = {"cached-dense": {**(cached[0] or {}), "perplexity": through}}
-    name = common_name([row.name for row in group])
-    if len(group) == 1:
-        name = group[0].name
+    if name and counting[0].cache:
+        name += f", {counting[0].cache}"
+    elif not name:
+        name = common_name([row.name for row in group]) if len(group) > 1 else group[0].name
+    what = "seed" if tuple(over) == ("seed",) else "run"
     return dataclasses.replace(
         counting[0],
-        name=f"{name} ({len(counting)} seed{'s' * (len(counting) > 1)})",
+        name=f"{printable(name)} ({len(counting)} {what}{'s' * (len(counting) > 1)})",
         evaluation=scored[0] | means,
         evals=evals,
         seeds=tuple(counting),

@@ -11,7 +11,7 @@ from typing import Any
 from cla_jax import costs
 from cla_jax.messages import printable
 from cla_jax.report import seeds
-from cla_jax.report.rows import Row, components
+from cla_jax.report.rows import PLAIN, Arrangement, Row, components, same
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -25,11 +25,15 @@ _LATEX = {
 _SIGNS = {"—": "---", "±": r"$\pm$", "●": r"$\bullet$", "→": r"$\to$"}
 
 
-def values(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def values(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[dict[str, Any]]:
     """A dict of plain numbers and words for each merged row; what is not known is None."""
     made = []
-    for row in sorted(rows, key=lambda row: (row.kv_bytes, row.name)):
-        model, count = row.config.model, costs.parameters(row.config.model)
+    order = arranged.order
+    if order is None:
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].kv_bytes, rows[i].name))
+    for i in order:
+        row = rows[i]
+        model = row.config.model
         scored: dict[str, Any] = row.evaluation or {}
         by_seed = [one.evaluation["bits_per_byte"] for one in row.seeds if one.evaluation]
         read = None if row.cache else costs.kv_bytes(model, row.context).read
@@ -44,12 +48,12 @@ def values(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "perplexity": scored.get("perplexity"),
                 "bits_per_byte": scored.get("bits_per_byte"),
                 "bits_per_byte_sd": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
-                "heads": model.n_heads,
-                "kv_heads": model.n_kv_heads,
-                "d_head": model.d_head,
-                "kv_map": model.kv_map,
+                "heads": same(row, lambda one: one.n_heads),
+                "kv_heads": same(row, lambda one: one.n_kv_heads),
+                "d_head": same(row, lambda one: one.d_head),
+                "kv_map": same(row, lambda one: one.kv_map),
                 "peak_lr": row.config.optimizer.peak_lr,
-                "parameters": count.total,
+                "parameters": same(row, lambda one: costs.parameters(one).total),
                 "training_tokens": None if steps is None else steps * row.config.tokens_per_step,
                 **{
                     f"bits_per_byte/{name}": (scored.get("components") or {})
@@ -59,6 +63,9 @@ def values(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 },
             }
         )
+        known = made[-1].keys()
+        further = [one for one in arranged.columns if one.name.rpartition(".")[2] not in known]
+        made[-1] |= {one.name: one.values[i] for one in further}
     return made
 
 
