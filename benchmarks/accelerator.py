@@ -111,6 +111,75 @@ def attention(d_head: int, n_kv_heads: int, seq_len: int) -> dict[str, Any]:
     return {"backend": chosen, "errors": errors}
 
 
+def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
+    """A decoding kernel for 16 queries of one KV head: its error against XLA's float32, and its bandwidth."""
+    import functools
+    import statistics
+
+    import jax
+    import jax.numpy as jnp
+
+    from cla_jax.cache import make_format
+    from cla_jax.cache.bits import restored
+    from cla_jax.model import mosaic
+    from cla_jax.model.attention import KV, Kept, normalized
+
+    attend = mosaic.attend
+    if jax.default_backend() == "cpu":
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+        attend = functools.partial(attend, interpret=InterpretGPUParams())
+    width = mosaic.kept_width(d_head)
+    shapes = [(batch, 1, 16, d_head), *[(batch, context, 1, d_head)] * 2]
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [
+        jnp.pad(jax.random.normal(key, shape, jnp.bfloat16), [(0, 0)] * 3 + [(0, width - d_head)])
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+    q_BKNH = arrays[0] * d_head**-0.5
+    # Rows of different lengths; the first is full.
+    lengths_B = context - jnp.arange(batch, dtype=jnp.int32) * context // (2 * batch)
+    entries_BE = jnp.arange(context, dtype=jnp.int32) + jnp.zeros((batch, 1), jnp.int32)
+    positions_BN = jnp.repeat(lengths_B[:, None] - 1, 16, axis=1)
+    format: Any = make_format(cache, "float32")
+    coded = format.encode(KV(*arrays[1:]))
+    read = KV(*(a.astype(jnp.float32) for a in format.decode(coded)))
+    leaves = jax.tree.leaves(coded)
+    if len(leaves) == 2:
+        kept = Kept(*(restored(a, "bfloat16") for a in leaves), entries_BE)
+    else:
+        scales = (restored(a, "bfloat16").swapaxes(1, 2) for a in leaves[1::2])
+        kept = Kept(leaves[0], leaves[2], entries_BE, *scales)
+
+    @jax.jit
+    def expected(q_BKNH: jax.Array, k_BEKH: jax.Array, v_BEKH: jax.Array) -> jax.Array:
+        s_BKNE = jnp.einsum("BKNH,BEKH->BKNE", q_BKNH.astype(jnp.float32), k_BEKH)
+        seen_B11E = (entries_BE < lengths_B[:, None])[:, None, None]
+        return jnp.einsum(
+            "BKNE,BEKH->BKNH", jax.nn.softmax(jnp.where(seen_B11E, s_BKNE, -1e30)), v_BEKH
+        )
+
+    with jax.default_matmul_precision("highest"):
+        right = expected(q_BKNH, *read)
+    call = jax.jit(lambda q, kept: normalized(attend(q, kept, positions_BN, 0 * positions_BN)))
+    found = call(q_BKNH, kept)
+    repeats = 2 if jax.default_backend() == "cpu" else 200
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            again = call(q_BKNH, kept)
+        again.block_until_ready()
+        seconds.append((time.perf_counter() - begin) / repeats)
+    size = sum(leaf.nbytes for leaf in leaves) * int(lengths_B.sum()) / (batch * context)
+    return {
+        "error": float(jnp.abs(found - right).max() / jnp.abs(right).max()),
+        "bytes": size,
+        "bytes_per_s": size / statistics.median(seconds),
+        "seconds": seconds,
+    }
+
+
 def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[str, Any]:
     """Tokens a second and MFU of a step on one device; the predicted peak, and the allocator's."""
     import statistics
@@ -163,7 +232,9 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     }
 
 
-def decoding(row: str, batch: int, cache: str, context: int, new_tokens: int) -> dict[str, Any]:
+def decoding(
+    row: str, batch: int, cache: str, context: int, new_tokens: int, attention: str = "xla"
+) -> dict[str, Any]:
     """Tokens a second, and the fraction of the measured bandwidth that they need."""
     import types
 
@@ -174,7 +245,13 @@ def decoding(row: str, batch: int, cache: str, context: int, new_tokens: int) ->
 
     (config,) = experiments.find(row)
     options = types.SimpleNamespace(
-        batch=(batch,), context=context, new_tokens=new_tokens, cache=cache, chunk=256, rounds=3
+        batch=(batch,),
+        context=context,
+        new_tokens=new_tokens,
+        cache=cache,
+        attention=attention,
+        chunk=256,
+        rounds=3,
     )
     size = 1 << 20 if jax.default_backend() == "cpu" else 1 << 31
     found = measure(config.model, options, size)
@@ -199,14 +276,15 @@ def measurements(tiny: bool) -> list[Measurement]:
         for scan in (True, False):
             add(training, row="smoke.tiny", rows=2, remat="none", scan=scan, steps=1)
         add(decoding, row="smoke.tiny", batch=2, cache="dense", context=6, new_tokens=4)
+        add(kernel, d_head=46, cache="bfloat16", batch=1, context=128)
         return listed
     for d_head in (128, 64):
         add(attention, d_head=d_head, n_kv_heads=1, seq_len=1024)
     train = lambda row, rows, remat, scan=True: add(
         training, row=row, rows=rows, remat=remat, scan=scan, steps=8
     )
-    decode = lambda row, batch, cache="dense": add(
-        decoding, row=row, batch=batch, cache=cache, context=1024, new_tokens=129
+    decode = lambda row, batch, cache="dense", **more: add(
+        decoding, row=row, batch=batch, cache=cache, context=1024, new_tokens=129, **more
     )
     mqa, cla2 = "cla_1b.h128_mqa", "cla_1b.h128_mqa_cla2"
     # Without rematerialisation 8 rows fit 80 GB by the plan.
@@ -217,6 +295,10 @@ def measurements(tiny: bool) -> list[Measurement]:
     for batch in (1, 64):
         decode(cla2, batch)
         decode(mqa, batch)
+    for cache in ("bfloat16", "int8"):
+        add(kernel, d_head=128, cache=cache, batch=64, context=4096)
+    for batch in (1, 64):
+        decode(cla2, batch, attention="mosaic")
     train(cla2, 16, "none")
     train(cla2, 16, "block")
     train("cla_3b.h128_mqa_cla2", 4, "block")
@@ -225,6 +307,11 @@ def measurements(tiny: bool) -> list[Measurement]:
         decode(cla2, batch, "int8")
     for d_head, n_kv_heads in ((46, 1), (90, 1), (256, 1), (32, 1), (512, 1), (128, 8)):
         add(attention, d_head=d_head, n_kv_heads=n_kv_heads, seq_len=1024)
+    for d_head, cache in ((46, "bfloat16"), (64, "bfloat16"), (90, "bfloat16"), (256, "bfloat16")):
+        add(kernel, d_head=d_head, cache=cache, batch=64, context=4096)
+    add(kernel, d_head=512, cache="bfloat16", batch=16, context=4096)
+    add(kernel, d_head=128, cache="bfloat16", batch=1, context=32768)
+    decode(cla2, 64, "int8", attention="mosaic")
     train(cla2, 8, "attention")
     train(cla2, 8, "dots")
     for row in ("h64_mqa", "h32_mqa", "h64_mqa_cla2", "h128_mqa_cla2"):  # what the study would take
@@ -406,12 +493,24 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
                 f"{gib(x['compiled_peak'])} ({gib(x['allocator_peak'])})",
             ),
         ),
+        "kernel": (
+            ("head size", "cache", "batch", "context", "error", "GB/s of the cache"),
+            lambda r, x: (
+                r["d_head"],
+                r["cache"],
+                r["batch"],
+                r["context"],
+                f"{x['error']:.1e}",
+                f"{x['bytes_per_s'] / 1e9:,.0f}",
+            ),
+        ),
         "decoding": (
-            ("row", "batch", "cache", "tokens/s", "of the measured bandwidth"),
+            ("row", "batch", "cache", "attention", "tokens/s", "of the measured bandwidth"),
             lambda r, x: (
                 r["row"],
                 r["batch"],
                 r["cache"],
+                r.get("attention", "xla"),
                 f"{x['tokens_per_s']:,.0f}",
                 percent(x["fraction"]),
             ),

@@ -84,6 +84,7 @@ def measure(config: ModelConfig, options: Any, probe: int) -> dict[str, Any]:
             batch=batch,
             capacity=options.context + options.new_tokens,
             chunk=min(options.chunk, options.context),
+            attention=options.attention,
         )
         for batch in options.batch
     }

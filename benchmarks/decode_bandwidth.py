@@ -46,6 +46,8 @@ class Options:
     new_tokens: int = 257
     # KV cache format.
     cache: str = "dense"
+    # What reads the cache when a token is decoded: xla, or a kernel (`launch.generate --help`).
+    attention: str = "xla"
     # Prompt tokens per step of prefill.
     chunk: int = 256
     # Bytes of the array whose reading is timed; several times what caches hold.
@@ -102,6 +104,7 @@ def main(options: Options) -> None:
         "machine": machine(os.cpu_count() or 1),
         "jax": jax.__version__,
         "cache": options.cache,
+        "attention": options.attention,
         "context": options.context,
         "new_tokens": options.new_tokens,
         **measure(config, options, parse_bytes(options.probe, "probe")),

@@ -28,6 +28,7 @@ from cla_jax.eviction import Policy
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.generate import generate
 from cla_jax.mesh import AxisRules
+from cla_jax.model import decode_kernels
 from cla_jax.runs import Run, find_decodable
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,16 @@ class Decoder:
     rules: AxisRules
     cache: CacheFormat | Policy
     chunk: int
+    attention: str = "xla"
 
     @classmethod
     def open(
-        cls, run: str | os.PathLike[str] | Run, *, cache: str = "dense", chunk: int = 256
+        cls,
+        run: str | os.PathLike[str] | Run,
+        *,
+        cache: str = "dense",
+        chunk: int = 256,
+        attention: str = "xla",
     ) -> "Decoder":
         """Reads the newest checkpoint of a run.
 
@@ -65,12 +72,21 @@ class Decoder:
           cache: the format of the KV cache, one of `cla_jax.cache.FORMATS`; or a policy that evicts tokens,
             as `cla_jax.eviction.parse` reads it.
           chunk: tokens of a prompt that go through the model at once.
+          attention: what reads the cache when single tokens are decoded: `xla`, or a kernel of
+            `cla_jax.model.decode_kernels`.
 
         Raises:
-          ValueError: there is no such run, no checkpoint that can be trusted, or no such format.
+          ValueError: there is no such run, no checkpoint that can be trusted, or no such format; or the
+            kernel cannot serve this model, format or hardware.
         """
         run = find_decodable(run, cache, chunk)
         config = run.config()
+        if eviction.is_policy(cache) and attention != "xla":
+            raise ValueError(
+                f"attention = {attention!r}: a cache that evicts tokens ({cache}) is read by 'xla' only"
+            )
+        if not eviction.is_policy(cache):
+            decode_kernels.check(attention, config.model, (cache,))
         # One device: a handful of rows gains nothing from more.
         mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         rules = meshes.axis_rules(config.model, mesh)
@@ -91,6 +107,7 @@ class Decoder:
             rules=rules,
             cache=held,
             chunk=chunk,
+            attention=attention,
         )
 
     def tokens(self, text: str) -> list[int]:
@@ -148,7 +165,14 @@ class Decoder:
         model = self.run.config().model
         if isinstance(self.cache, Policy):
             return evicting_spec(model, self.cache, classes=self._classes, **sizes)
-        return cache_spec(model, self.cache, chunk=self.chunk, rules=self.rules, **sizes)
+        return cache_spec(
+            model,
+            self.cache,
+            chunk=self.chunk,
+            rules=self.rules,
+            attention=self.attention,
+            **sizes,
+        )
 
     @functools.cached_property
     def _classes(self) -> bytes:

@@ -43,6 +43,9 @@ class Arguments:
     cache: str = "dense"
     # Tokens of a prompt that go through the model at once.
     chunk: int = 256
+    # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
+    # on a TPU. The kernels were never run on such hardware.
+    attention: str = "xla"
     # Print the text as it comes; for one prompt.
     stream: bool = False
 
@@ -62,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     compilation_cache.enable()
     texts = [utf8(text) for text in arguments.prompt or ("",)]
-    decoder = Decoder.open(run, cache=arguments.cache, chunk=arguments.chunk)
+    decoder = Decoder.open(
+        run, cache=arguments.cache, chunk=arguments.chunk, attention=arguments.attention
+    )
     options: Options = {
         "new_tokens": arguments.new_tokens,
         "sampling": sampling,

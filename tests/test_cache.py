@@ -64,7 +64,8 @@ def test_attention_reads_what_is_seen_not_the_capacity(name, start, length, monk
     """Of a step's new token, in a cache for many more: blocks from its first key on to its own."""
     spec = cache_spec(MODEL, name, batch=2, capacity=8192)
     slot, found = spec.allocate().slots[0], []
-    monkeypatch.setattr(caches, "attend_segments", lambda q, segments, *_: found.extend(segments))
+    record = lambda q, segments, *_, **__: found.extend(segments) or q
+    monkeypatch.setattr(caches, "attend_segments", record)
     newest = jnp.full((2, 1), length - 1)
     spec.attend(
         0,

@@ -1,14 +1,24 @@
 """Programs for GPUs, compiled by jax's CUDA plugin; none is needed, and nothing runs (`make test-gpu`)."""
 
+import dataclasses
 import json
+import math
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import experiments
 from cla_jax import hlo, plan
+from cla_jax.cache import cache_spec
+from cla_jax.decode import decode, decoding_weights
+from cla_jax.model import mosaic
+from cla_jax.model.transformer import Transformer
 from cla_jax.train import plan_layout
 from launch import plan as launch_plan
-from tests.conftest import replace
+from tests.conftest import MODEL, replace
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +133,62 @@ def test_cudnn_attends_forward_and_backward(tiny, tmp_path, d_head, remat, forwa
     blocks = 2  # of a group, compiled one by one
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == blocks
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forward * blocks
+
+
+# ------------------------------------------------------------------------------ decoding kernels
+
+
+def decoding_step(topology, config, attention, format="dense"):
+    """One decode step of 2 rows of up to 1,024 tokens, compiled for a device that is not here."""
+    spec = cache_spec(config, format, batch=2, capacity=1024)
+    spec = dataclasses.replace(spec, attention=attention)
+    here = SingleDeviceSharding(plan.topology(topology).devices[0])
+    there = lambda tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree
+    )
+    weights = jax.eval_shape(lambda: decoding_weights(Transformer(jax.random.key(0), config)))
+    arguments = weights, jax.eval_shape(spec.allocate), jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    one_each = jax.ShapeDtypeStruct((2,), jnp.int32)
+    step = lambda weights, cache, tokens, counts: decode(weights, spec, cache, tokens, counts)
+    return jax.jit(step, donate_argnums=1).lower(*map(there, (*arguments, one_each))).compile()
+
+
+@pytest.mark.parametrize(
+    ("d_head", "n_kv_heads", "format", "registers", "spilled"),
+    [
+        (32, 1, "dense", 168, False),
+        (46, 1, "dense", 168, False),  # kept, and read, as 64
+        (64, 2, "int8", 224, False),
+        (90, 1, "dense", 208, False),
+        (128, 1, "dense", 232, False),
+        (128, 1, "int8", 255, True),
+        (256, 1, "dense", 248, False),
+        (512, 1, "dense", 255, True),
+    ],
+)
+def test_the_decoding_kernel_is_compiled_for_hopper(
+    monkeypatch, capfd, d_head, n_kv_heads, format, registers, spilled
+):
+    """docs/pods.md has registers, shared memory and spills. The cache is not copied for the kernel."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    changes = {"d_head": d_head, "n_heads": 4, "n_kv_heads": n_kv_heads, "kv_map": "cla:2"}
+    config = dataclasses.replace(
+        MODEL, n_layers=2, compute_dtype="bfloat16", windows="0", **changes
+    )
+    compiled = decoding_step("h100:1", config, "mosaic", format)
+    text = str(compiled.as_text())
+    assert text.count("mosaic_gpu") >= 2  # one for each layer
+    words = capfd.readouterr().out
+    used = {int(n) for n in re.findall(r"Used (\d+) registers", words)}
+    spills = {int(n) for n in re.findall(r"(\d+) bytes spill stores", words)}
+    assert used, words
+    assert max(used) <= registers
+    assert (max(spills) > 0) is spilled
+    width = mosaic.kept_width(d_head)
+    assert mosaic.Tiling.of(width).shared_bytes(format == "int8") < 232448
+    entries = 2 * 1024 * n_kv_heads * width
+    copied = [line for line in text.splitlines() if re.search(r" (copy|transpose|convert)\(", line)]
+    sizes = [
+        math.prod(map(int, s.split(","))) for s in re.findall(r"\[([0-9,]+)\]", "".join(copied))
+    ]
+    assert max(sizes, default=0) < entries

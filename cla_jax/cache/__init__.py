@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax import kv_map as kv_maps
+from cla_jax.cache.bits import restored
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
@@ -30,7 +31,16 @@ from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import CACHE_FORMATS, LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
-from cla_jax.model.attention import KV, Segment, StepPositions, attend_segments, joined
+from cla_jax.model import decode_kernels
+from cla_jax.model.attention import (
+    KV,
+    Kept,
+    Partial,
+    Segment,
+    StepPositions,
+    attend_segments,
+    joined,
+)
 from cla_jax.model.layers import axes
 
 
@@ -135,9 +145,22 @@ class CacheSpec:
     chunk: int  # the most tokens that a step writes
     rules: AxisRules
     shards: int  # devices that hold parts of one slot
+    attention: str = decode_kernels.XLA  # what reads the cache, if it takes a step's queries
 
     # Whether a write needs to know which tokens it is of.
     reads_tokens: ClassVar[bool] = False
+
+    @functools.cached_property
+    def kept(self) -> ModelConfig:
+        """The model as the cache keeps it: heads may be padded to a width that a kernel reads."""
+        if self.attention == decode_kernels.XLA:
+            return self.config
+        width = decode_kernels.KERNELS[self.attention].kept_width(self.config.d_head)
+        return dataclasses.replace(self.config, d_head=width)
+
+    def _padded(self, heads: jax.Array) -> jax.Array:
+        missing = self.kept.d_head - self.config.d_head
+        return jnp.pad(heads, [(0, 0)] * (heads.ndim - 1) + [(0, missing)]) if missing else heads
 
     @functools.cached_property
     def windows(self) -> tuple[int, ...]:
@@ -189,7 +212,7 @@ class CacheSpec:
         return Cache(slots, lengths_B)
 
     def shapes(self, p: int) -> Any:
-        return self.formats[p].shapes(self.config, self.batch, self.entries(p))
+        return self.formats[p].shapes(self.kept, self.batch, self.entries(p))
 
     def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
         """Slot p with the KV of new tokens at their positions; negative positions are padding."""
@@ -198,6 +221,7 @@ class CacheSpec:
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
 
         def local(slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
+            kv = KV(*map(self._padded, kv))
             return self.formats[p].write(slot, kv, positions_BT, self._here(p))
 
         if jax.sharding.get_abstract_mesh().empty:
@@ -226,7 +250,17 @@ class CacheSpec:
                     segment._replace(read=lambda i, read=segment.read: joined(read(i)))
                     for segment in segments
                 ]
-            return attend_segments(q_BTKGH, segments, step, axis, self.config.read_widths[1])
+            kernel = self._kernel(p, segments, q_BTKGH, step)
+            o_BTKGH = attend_segments(
+                self._padded(q_BTKGH),
+                segments,
+                step,
+                axis,
+                self.kept.read_widths[1],
+                scale=q_BTKGH.shape[-1] ** -0.5,
+                kernel=kernel,
+            )
+            return o_BTKGH[..., : self.config.read_widths[1]]
 
         if jax.sharding.get_abstract_mesh().empty:
             return local(slot, q_BTKGH, step)
@@ -237,6 +271,31 @@ class CacheSpec:
         sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
         o_BTKGH = sharded(slot, q_BTKGH, step)
         return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
+
+    def _kernel(
+        self, p: int, segments: Sequence[Segment], q_BTKGH: jax.Array, step: StepPositions
+    ) -> Any:
+        """The kernel over slot p, if there is one and it takes so many queries; else None."""
+        kernel = decode_kernels.KERNELS.get(self.attention)
+        T, _, G = q_BTKGH.shape[1:4]
+        if kernel is None or not kernel.takes(T, G):
+            return None
+        entries = self._here(p)
+        positions_BE = entries.positions(jnp.arange(entries.capacity), step.lengths_B)
+        (segment,) = segments
+        arrays = segment.arrays
+        if len(arrays) == 2:
+            k, v = (restored(a_BEKH, "bfloat16") for a_BEKH in arrays)
+            kept = Kept(k, v, positions_BE)
+        else:
+            k, k_scales, v, v_scales = arrays
+            by_head = lambda a_BEK: restored(a_BEK, "bfloat16").swapaxes(1, 2)
+            kept = Kept(k, v, positions_BE, by_head(k_scales), by_head(v_scales))
+
+        def attend(q_BKNH: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
+            return kernel.attend(q_BKNH, kept, positions_BN, starts_BN)
+
+        return attend
 
     def observed(
         self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions
@@ -271,10 +330,12 @@ def cache_spec(
     capacity: int,
     chunk: int = 1,
     rules: AxisRules = AxisRules(),
+    attention: str = decode_kernels.XLA,
 ) -> CacheSpec:
     """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
 
-    Several formats, or their names, are one for each slot. Where `rules` split a slot's entries, the
+    Several formats, or their names, are one for each slot. `attention` is `xla` or a kernel, which reads
+    the cache in steps of few tokens. Where `rules` split a slot's entries, the
     mesh must be set. Raises ValueError for what no cache can be made of.
     """
     if isinstance(format, str) or not isinstance(format, Sequence):
@@ -302,6 +363,13 @@ def cache_spec(
                 f"cache: batch = {batch} is not divisible by the {rows} parts of the mesh that take "
                 "different rows (slice x data x fsdp)"
             )
+    names = tuple(one.name for one in formats)
+    decode_kernels.check(attention, config, names)
+    if attention == "paged" and shards > 1:
+        raise ValueError(
+            "attention = 'paged' cannot be used for decoding: its outputs cannot be joined over the "
+            f"{shards} devices that share a slot"
+        )
     return CacheSpec(
         config=config,
         formats=formats,
@@ -310,6 +378,7 @@ def cache_spec(
         chunk=min(chunk, capacity),
         rules=rules,
         shards=shards,
+        attention=attention,
     )
 
 

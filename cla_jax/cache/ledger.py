@@ -47,7 +47,7 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
     """From the config alone. Raises ValueError for more context than the cache is made for."""
     if not 1 <= context <= spec.capacity:
         raise ValueError(f"context = {context} must lie in 1 to the capacity of {spec.capacity}")
-    config = spec.config
+    config = spec.kept
 
     def held(p: int) -> int:
         first = max(context - spec.windows[p], 0) if spec.windows[p] else 0

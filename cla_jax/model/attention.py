@@ -225,6 +225,16 @@ class Segment(NamedTuple):
     tokens: int = 1  # in an entry of those arrays
 
 
+class Kept(NamedTuple):
+    """All entries of a cache on one device, as they are kept: what a kernel reads instead of segments."""
+
+    k_BEKH: jax.Array  # bfloat16, or codes of int8
+    v_BEKH: jax.Array
+    positions_BE: jax.Array  # EMPTY where no token is
+    k_scales_BKE: jax.Array | None = None  # bfloat16, of codes
+    v_scales_BKE: jax.Array | None = None
+
+
 class Partial(NamedTuple):
     """Attention to a part of the keys that queries see. `merge` joins parts in any order.
 
@@ -358,22 +368,31 @@ def attend_segments(
     step: StepPositions,
     axis: str | None = None,
     width: int | None = None,
+    *,
+    scale: float | None = None,
+    kernel: Callable[[jax.Array, jax.Array, jax.Array], Partial] | None = None,
 ) -> jax.Array:
     """Attention of T queries per row over a cache, their own keys among it. [B, T, K, G, H]
 
-    Values are as wide as the queries, or `width` if that is less.
+    Values are as wide as the queries, or `width` if that is less. Scores are scaled by `scale`, by default
+    for the width of the queries. A `kernel`, if given, reads the cache
+    instead of the segments: of queries, their positions, and the first ones that they see.
 
     With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.
     """
-    q_BKNH, over_queries, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+    scaled_BTKGH = q_BTKGH * (q_BTKGH.shape[-1] ** -0.5 if scale is None else scale)
+    q_BKNH, over_queries, restore = grouped_queries(scaled_BTKGH)
     over_heads = lambda a_BT: over_queries(a_BT)[:, None, :, None]  # [B, 1, N, 1]
-    part = partial_attention(
-        q_BKNH,
-        segments,
-        positions_B1N1=over_heads(step.positions_BT),
-        starts_B1N1=over_heads(step.starts_BT),
-        width=width,
-    )
+    if kernel is not None:
+        part = kernel(q_BKNH, over_queries(step.positions_BT), over_queries(step.starts_BT))
+    else:
+        part = partial_attention(
+            q_BKNH,
+            segments,
+            positions_B1N1=over_heads(step.positions_BT),
+            starts_B1N1=over_heads(step.starts_BT),
+            width=width,
+        )
     if axis is not None:
         part = merge_over_devices(part, axis)
     return restore(normalized(part)).astype(q_BTKGH.dtype)

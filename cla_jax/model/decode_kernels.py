@@ -1,0 +1,89 @@
+"""Kernels for attention through a cache, behind one contract; XLA's attention serves what they do not take.
+
+None of them was ever run on an accelerator, so none is chosen unless it is asked for by name.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.messages import near_choice
+from cla_jax.model import mosaic, paged
+from cla_jax.model.attention import Kept, Partial
+
+XLA = "xla"
+
+log = logging.getLogger(__name__)
+
+
+class Attend(Protocol):
+    def __call__(
+        self, q_BKNH: jax.Array, kept: Kept, positions_BN: jax.Array, starts_BN: jax.Array, /
+    ) -> Partial:
+        """Attention of N scaled queries of each KV head to the entries that each sees."""
+        ...
+
+
+class Kernel(NamedTuple):
+    attend: Attend
+    kept_width: Callable[[int], int]  # of heads in the cache; they are padded with zeros
+    takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads a KV head
+    # Why it cannot serve a model, a cache format, and a platform with its compute capability.
+    refusal: Callable[[ModelConfig, str, str, float], str | None]
+    tried: str  # what was done with it
+
+
+KERNELS = {
+    "mosaic": Kernel(
+        mosaic.attend,
+        mosaic.kept_width,
+        lambda T, G: T * G <= mosaic.ROWS,
+        mosaic.refusal,
+        "compiled for H100 and run in jax's interpreter, never on a GPU",
+    ),
+    "paged": Kernel(
+        paged.attend,
+        paged.kept_width,
+        lambda T, G: T == 1,
+        paged.refusal,
+        "compiled for TPUs and run in jax's interpreter by us, never on a TPU",
+    ),
+}
+NAMES = (XLA, *KERNELS)
+
+
+def refusal(
+    name: str, config: ModelConfig, format: str, platform: str, compute_capability: float
+) -> str | None:
+    """Why a kernel cannot serve this model, cache format and hardware; None if it can."""
+    if isinstance(config.kv, LatentKV):
+        return "keys of a latent are wider than its values"
+    if config.compute_dtype != "bfloat16":
+        return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
+    return KERNELS[name].refusal(config, format, platform, compute_capability)
+
+
+def check(name: str, config: ModelConfig, formats: tuple[str, ...]) -> None:
+    """Raises ValueError for a kernel that cannot serve; warns, once, that it was never tried on hardware."""
+    near_choice("attention", name, NAMES)
+    if name == XLA:
+        return
+    device: Any = jax.devices()[0]
+    platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
+    version = str(getattr(device, "compute_capability", ""))
+    capability = float(version) if version.replace(".", "").isdigit() else 0.0
+    for format in dict.fromkeys(formats):
+        if reason := refusal(name, config, format, platform, capability):
+            raise ValueError(f"attention = {name!r} cannot be used for decoding: {reason}")
+    _warn_once(
+        f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
