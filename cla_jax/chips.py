@@ -39,7 +39,102 @@ _GIB = 2**30
 
 # Of what CUDA reports as a GPU's memory, the share that a plan counts on. jax takes three quarters unless
 # the environment says otherwise.
-GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
+_MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+GPU_ENVIRONMENT = {_MEMORY_SHARE: "0.94"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU: what XLA must know to compile for it, as CUDA reports it, and what it does in a second."""
+
+    description: str  # jax's device kind
+    capability: int  # major number of the compute capability
+    cores: int  # streaming multiprocessors
+    lanes: int  # float32 units of each
+    clock: float  # GHz
+    memory: int  # bytes
+    bandwidth: int  # bytes/s
+    l2: int  # bytes
+    shared: int  # bytes of shared memory of each core
+    shared_by_block: int  # the most that a block may ask for
+    flops: float  # dense bfloat16 FLOP/s
+    link: float  # bytes/s of NVLink, one way
+    network: float  # bytes/s of its network port
+
+    def chip(self) -> "Chip":
+        return Chip(
+            flops=self.flops,
+            memory=self.memory * float(GPU_ENVIRONMENT[_MEMORY_SHARE]),
+            bandwidth=self.bandwidth,
+            link=self.link,
+            axes=1,
+            network=self.network,
+            links="NVLink",
+        )
+
+
+GPUS = {
+    "a100-80": Gpu(
+        description="NVIDIA A100-SXM4-80GB",
+        capability=8,
+        cores=108,
+        lanes=64,
+        clock=1.41,
+        memory=85100068864,
+        bandwidth=2039040000000,
+        l2=41943040,
+        shared=167936,
+        shared_by_block=166912,
+        flops=312e12,
+        link=300e9,
+        network=25e9,
+    ),
+    "h100": Gpu(
+        description="NVIDIA H100 80GB HBM3",
+        capability=9,
+        cores=132,
+        lanes=128,
+        clock=1.98,
+        memory=84942979072,
+        bandwidth=3352320000000,
+        l2=52428800,
+        shared=233472,
+        shared_by_block=232448,
+        flops=989e12,
+        link=450e9,
+        network=50e9,
+    ),
+    "h200": Gpu(
+        description="NVIDIA H200",
+        capability=9,
+        cores=132,
+        lanes=128,
+        clock=1.98,
+        memory=151397597184,
+        bandwidth=4800000000000,
+        l2=52428800,
+        shared=233472,
+        shared_by_block=232448,
+        flops=989e12,
+        link=450e9,
+        network=50e9,
+    ),
+    "b200": Gpu(
+        description="NVIDIA B200",
+        capability=10,
+        cores=148,
+        lanes=128,
+        clock=1.965,
+        memory=191514411008,
+        bandwidth=7672320000000,
+        l2=132644864,
+        shared=233472,
+        shared_by_block=232448,
+        flops=2250e12,
+        link=900e9,
+        network=50e9,
+    ),
+}
 
 _V5E = Chip(flops=197e12, memory=16 * _GIB, bandwidth=819e9, link=90e9, axes=2, network=3.1e9)
 _V5P = Chip(flops=459e12, memory=95 * _GIB, bandwidth=2765e9, link=180e9, axes=3, network=6.25e9)
@@ -47,43 +142,7 @@ _V6E = Chip(flops=918e12, memory=32 * _GIB, bandwidth=1640e9, link=180e9, axes=2
 
 # By jax's device kind, whole. A card whose name is only alike has other figures: of A100 there is one with
 # 40 GB, H100 PCIe and NVL are slower than SXM, and GH200 is no H200.
-CHIPS = {
-    "NVIDIA B200": Chip(
-        flops=2250e12,
-        memory=180e9,
-        bandwidth=7.7e12,
-        link=900e9,
-        axes=1,
-        network=50e9,
-        links="NVLink",
-    ),
-    "NVIDIA H200": Chip(
-        flops=989e12,
-        memory=141e9,
-        bandwidth=4.8e12,
-        link=450e9,
-        axes=1,
-        network=50e9,
-        links="NVLink",
-    ),
-    "NVIDIA H100 80GB HBM3": Chip(
-        flops=989e12,
-        memory=80e9,
-        bandwidth=3.35e12,
-        link=450e9,
-        axes=1,
-        network=50e9,
-        links="NVLink",
-    ),
-    "NVIDIA A100-SXM4-80GB": Chip(
-        flops=312e12,
-        memory=80e9,
-        bandwidth=2.04e12,
-        link=300e9,
-        axes=1,
-        network=25e9,
-        links="NVLink",
-    ),
+CHIPS = {gpu.description: gpu.chip() for gpu in GPUS.values()} | {
     "TPU v4": Chip(
         flops=275e12, memory=32 * _GIB, bandwidth=1228e9, link=90e9, axes=3, network=6.25e9
     ),
@@ -132,73 +191,6 @@ _HOST = ("1", "2", "4", "8")
 _HOSTS = tuple(f"{hosts}x8" for hosts in (2, 4, 8, 16, 32, 64, 128))
 _GPU_SHAPE = re.compile(r"(?:([1-9][0-9]{0,3})x)?([1248])")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """What XLA must know of a GPU to compile for it. Figures are those that CUDA reports."""
-
-    description: str  # jax's device kind
-    capability: int  # major number of the compute capability
-    cores: int  # streaming multiprocessors
-    lanes: int  # float32 units of each
-    clock: float  # GHz
-    memory: int  # bytes
-    bandwidth: int  # bytes/s
-    l2: int  # bytes
-    shared: int  # bytes of shared memory of each core
-    shared_by_block: int  # the most that a block may ask for
-
-
-GPUS = {
-    "a100-80": Gpu(
-        description="NVIDIA A100-SXM4-80GB",
-        capability=8,
-        cores=108,
-        lanes=64,
-        clock=1.41,
-        memory=85100068864,
-        bandwidth=2039040000000,
-        l2=41943040,
-        shared=167936,
-        shared_by_block=166912,
-    ),
-    "h100": Gpu(
-        description="NVIDIA H100 80GB HBM3",
-        capability=9,
-        cores=132,
-        lanes=128,
-        clock=1.98,
-        memory=84942979072,
-        bandwidth=3352320000000,
-        l2=52428800,
-        shared=233472,
-        shared_by_block=232448,
-    ),
-    "h200": Gpu(
-        description="NVIDIA H200",
-        capability=9,
-        cores=132,
-        lanes=128,
-        clock=1.98,
-        memory=151397597184,
-        bandwidth=4800000000000,
-        l2=52428800,
-        shared=233472,
-        shared_by_block=232448,
-    ),
-    "b200": Gpu(
-        description="NVIDIA B200",
-        capability=10,
-        cores=148,
-        lanes=128,
-        clock=1.965,
-        memory=191514411008,
-        bandwidth=7672320000000,
-        l2=132644864,
-        shared=233472,
-        shared_by_block=232448,
-    ),
-}
 
 # By our name of a kind of accelerator.
 TOPOLOGIES = _TPUS | dict.fromkeys(GPUS, (*_HOST, *_HOSTS))

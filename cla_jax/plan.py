@@ -541,12 +541,13 @@ def _roofline(
         "compute": flops / (layout.mesh.size * chip.flops),
         "HBM": compiled["traffic"]["total"] / chip.bandwidth,
     }
+    over_network = sum(compiled["network_bytes"].values())
     if chip.interconnect:
-        received = sum(compiled["collective_bytes"].values())
+        received = sum(compiled["collective_bytes"].values()) - over_network
         seconds[chip.links] = received / chip.interconnect
     slices = layout.mesh.shape["slice"]
-    if compiled["network_bytes"]:
-        seconds["network"] = sum(compiled["network_bytes"].values()) / chip.network
+    if over_network:
+        seconds["network"] = over_network / chip.network
     elif slices > 1 and chip.network and layout.mesh.devices.flat[0].platform == "tpu":
         # Every device adds up its shard of the gradients with its counterparts on the other slices.
         gradients = costs.training_bytes(layout.config.model).gradients

@@ -45,9 +45,9 @@ def test_gpus_are_in_one_table_with_tpus():
         chip = chips.find(gpu.description)
         assert chip is not None
         assert chip.links == "NVLink"
-        # What a program may use, and what CUDA reports.
-        assert 0.9 * gpu.memory < chip.memory < 0.95 * gpu.memory
-        assert chip.bandwidth == pytest.approx(gpu.bandwidth, rel=0.01)
+        # What a program may use of what CUDA reports.
+        assert chip.memory == pytest.approx(0.94 * gpu.memory)
+        assert f"memory_bandwidth: {chip.bandwidth}" in chips.gpu_target(kind)
         assert gpu.description in chips.gpu_target(kind)
 
 
@@ -115,12 +115,12 @@ def test_variables_of_the_user_do_not_keep_compilers_from_compiling_for_others(m
     assert dict(os.environ) == before
 
 
-def test_what_spans_hosts_takes_the_network(tiny):
+def test_what_spans_hosts_takes_the_network_and_the_rest_nvlink(tiny):
     layout, chip = plan_layout(tiny()), chips.CHIPS["NVIDIA H100 80GB HBM3"]
     told = {"collective_bytes": {"all-gather": 90e9}, "network_bytes": {"all-gather": 15e9}}
     seconds = plan._roofline(layout, chip, 0.0, {"traffic": {"total": 0}, **told})
     assert seconds == pytest.approx(
-        {"compute": 0.0, "HBM": 0.0, "NVLink": 90 / 450, "network": 15 / 50}
+        {"compute": 0.0, "HBM": 0.0, "NVLink": 75 / 450, "network": 15 / 50}
     )
 
 
