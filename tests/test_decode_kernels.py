@@ -20,8 +20,10 @@ from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model import decode_kernels, mosaic, paged
 from cla_jax.model.attention import EMPTY, KV, Kept, normalized
+from launch import plan as launch_plan
 from tests import reference
 from tests.conftest import MODEL
+from tests.test_gpu import decoding_step
 
 ENTRIES = 256  # two thread blocks a row
 ROWS = 2
@@ -200,3 +202,12 @@ def test_latents_and_unknown_kernels_are_refused():
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosiac")
     with pytest.raises(ValueError, match="no Mosaic GPU on cpu"):
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosaic")
+
+
+@pytest.mark.pods
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_paged_kernel_is_compiled_for_tpus(topology):
+    config = dataclasses.replace(MODEL_16, n_heads=16)
+    with launch_plan.compiling_elsewhere():
+        text = str(decoding_step(topology, config, "paged").as_text())
+    assert text.count('custom_call_target="tpu_custom_call"') == config.n_layers
