@@ -111,7 +111,7 @@ def _baseline(rows: Sequence[Row], name: str) -> Row:
         for one in (row, *row.seeds):
             cache = f", {row.cache}" * bool(row.cache)
             own = one.name.removesuffix(cache)
-            for word in (own, own.partition(" (")[0], one.path.rstrip("/")):
+            for word in (own, seeds.common_name([own.partition(" (")[0]]), one.path.rstrip("/")):
                 known.setdefault(f"{word}{cache}", row)
     near_choice("run of --baseline", name.rstrip("/"), known)
     return known[name.rstrip("/")]

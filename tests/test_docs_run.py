@@ -1,0 +1,183 @@
+"""The blocks of README and of getting started are run as they stand, with small budgets."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from cla_jax.cache.quantized import Int8
+from cla_jax.fields import replaced
+from cla_jax.model.attention import KV
+from experiments import demo, smoke
+from tests.test_docs import PAGES, README, ROOT
+
+RUN = ("README", "index")
+# What is not run, by how a command begins, and why.
+NOT_RUN = {
+    "make": "an environment of its own; its targets are checked below",
+    "pip": "installs packages",
+    "source": "only sets a shell up",
+    "git": "a network",
+    "gcloud": "a cloud account",
+    "jupyter": "a browser; the notebook is executed by another test",
+    "python -m launch.plan": "a compiler for TPUs or GPUs, which has tests of its own",
+    "python -m launch.convert fetch": "93 MB from a network",
+    "python -m launch.tasks fetch": "a network",
+    "python -m launch.evaluate runs/smollm2-135m": "the model of 93 MB",
+}
+# Pages whose commands are only parsed, and why.
+PARSED = {
+    "data": "two sources and a training; tests of mixtures train such runs",
+    "evaluation": "the evaluations of README again, in further forms that have tests of their own",
+    "eviction": "minutes of compilation; tests of evaluation use each policy",
+    "interop": "a foreign model of the user's; its tests import and export small ones",
+    "launch": "SLURM, clouds and clusters",
+    "memory": "a table of 1B models, and minutes of decoding",
+    "paper": "pretraining of 1B and 3B models",
+    "pods": "compilers for TPUs and GPUs",
+    "prefix": "a replay of minutes; its tests replay short traces",
+    "tasks": "data of tasks from a network",
+    "training": "several devices, several hosts, and data of the user's",
+    "uptraining": "a second training; its tests convert small runs",
+    "benchmarks": "minutes of measurements beside peers",
+    "design": "",
+    "extending": "",
+    "latent": "a training; its tests train small models",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def commands(page):
+    found = []
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                found.append(shlex.join(words))
+    return found
+
+
+def reason(command):
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def test_every_page_is_run_or_says_why_not():
+    names = {page.stem for page in (README, *PAGES)}
+    assert names == {*RUN, *PARSED}
+    for page in PAGES:
+        if page.stem in PARSED and commands(page):
+            assert PARSED[page.stem], page.stem
+
+
+def test_what_is_made_has_a_target():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for page in (README, *PAGES):
+        for command in commands(page):
+            if command.startswith("make "):
+                assert command.split()[1] in targets, command
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    # Its commands are those that are run here.
+    assert re.findall(r"launch\.(\w+) (?:runs/)?demo[./]seeds", recipe[1]) == [
+        *("sweep", "evaluate", "compare")
+    ]
+
+
+SMALL = {
+    "model.n_layers": 2,
+    "model.d_model": 16,
+    "model.d_ff": 24,
+    "model.d_head": 4,
+    "data.source": "sotu:4",
+    "data.held_out": 0.3,
+    "data.seq_len": 64,
+    "batch_size": 2,
+    "steps": 2,
+    "placement.log_every": 1,
+    "placement.save_every": 2,
+    "placement.eval_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A directory as after `make demo`, with text of the user's, where all experiments are small."""
+    directory = tmp_path_factory.mktemp("clone")
+    small = replaced(demo.h16_mqa(), SMALL)
+    # One model for all, so that its programs are compiled once.
+    tiny = replaced(small, {"name": "smoke/tiny", "model.kv_norm": "own"})
+
+    def h16_mqa():
+        return small
+
+    def learning_rate():
+        yield "h16_mqa.lr", small
+
+    (directory / "books").mkdir()
+    for i in range(40):
+        (directory / "books" / f"{i}.txt").write_text(f"A book, number {i}.\n" + "Words. " * 40)
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda *_: first)
+        patched.setattr(jax, "device_count", lambda *_: 1)
+        patched.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # of the trials
+        # Other tests draw pictures.
+        patched.setattr("cla_jax.report._figures", lambda _: {})
+        patched.setattr("cla_jax.report.pareto.plot", lambda *_, **__: Figure())
+        patched.setattr("cla_jax.report.page._inline", lambda *_: "")
+        patched.chdir(directory)
+        patched.setattr(demo, "h16_mqa", h16_mqa)
+        patched.setattr(demo, "ROWS", (h16_mqa, demo.h16_mqa_cla2))
+        patched.setattr(demo, "SWEEPS", (demo.seeds, learning_rate))
+        patched.setattr(smoke, "tiny", lambda: tiny)
+        patched.setattr(smoke, "ROWS", (smoke.tiny,))
+        smoke.tiny.__name__ = "tiny"
+        run("python -m launch.train demo.h16_mqa_cla2 --name demo/seeds/h16_mqa_cla2.seed-0")
+        yield directory
+
+
+def run(command):
+    _, _, module, *argv = shlex.split(command)
+    try:
+        importlib.import_module(module).main(argv)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", [p for p in (README, *PAGES) if p.stem in RUN], ids=lambda p: p.stem
+)
+def test_the_blocks_of_a_page_run_verbatim(clone, text):
+    ran = [command for command in commands(text) if reason(command) is None]
+    assert ran
+    for command in ran:
+        run(command)
+    for example in blocks(text, "python"):
+        if "import" in example:  # others are pieces of our code
+            exec(compile(example, text.name, "exec"), {})
+    if text == README:
+        assert (clone / "runs/demo/mine/checkpoints/00000002.json").exists()
+        assert (clone / "runs/mine/books/metrics.jsonl").exists()
+        assert (clone / "runs/demo/seeds/report.html").exists()
+        assert (clone / "exported/config.json").exists()
+
+
+def test_the_format_that_the_page_on_extending_adds_works():
+    (page,) = (page for page in PAGES if page.stem == "extending")
+    (example,) = (block for block in blocks(page, "python") if "class Int6" in block)
+    exec(compile(example, page.name, "exec"), found := {"dataclasses": dataclasses, "Int8": Int8})
+    k, v = np.random.default_rng(0).normal(size=(2, 1, 5, 2, 8)).astype(np.float32)
+    errors = {}
+    for made in (found["Int6"](name="int6", dtype="float32"), Int8(name="int8", dtype="float32")):
+        read = made.decode(made.encode(KV(k, v)))
+        errors[made.name] = np.abs(read.k_BSKH - k) / np.abs(k).max(axis=-1, keepdims=True)
+    assert errors["int8"].max() < errors["int6"].max() < 1.02 / 62
