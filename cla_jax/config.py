@@ -138,7 +138,8 @@ class ModelConfig:
     # What a K/V projection makes, and a cache holds.
     kv: HeadsKV | LatentKV = HeadsKV()
     # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends,
-    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2.
+    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2. Keys and
+    # values may be shared differently: k=cla:2;v=identity, any two of these forms, or fused-lite.
     kv_map: str = "identity"
     # Sliding windows: how many tokens a layer sees, its own included; 0 for all. One for every layer, or
     # a pattern repeated over the depth, 1024,1024,1024,0. Layers that share keys and values share one.
@@ -194,22 +195,42 @@ class ModelConfig:
         for field in ("rope_theta", "norm_eps", "init_std"):
             _positive(f"model.{field}", getattr(self, field))
         self.resolved_rope_scaling  # noqa: B018  raises for what is none of its forms
-        self.resolved_kv_map  # noqa: B018  raises for a map that does not fit the depth
-        for layer, source in enumerate(self.resolved_kv_map):
-            ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
-            if ours != theirs:
-                raise ValueError(
-                    f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it reads "
-                    f"the keys and values of layer {source}, whose window is {theirs}"
-                )
+        sharing = self.sharing  # raises for a map that does not fit the depth
+        for sources in (sharing.k_map, sharing.v_map):
+            for layer, source in enumerate(sources):
+                ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
+                if ours != theirs:
+                    raise ValueError(
+                        f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it "
+                        f"reads the keys and values of layer {source}, whose window is {theirs}"
+                    )
+        if sharing.is_split and isinstance(self.kv, LatentKV):
+            raise ValueError(
+                f"model.kv_map = {shown(self.kv_map)}: with model.kv.kind = latent, keys and values are made "
+                "of one latent, so one map serves both"
+            )
 
     @functools.cached_property
-    def resolved_kv_map(self) -> kv_maps.KvMap:
-        """`kv_map` as a tuple with one source a layer."""
+    def sharing(self) -> kv_maps.Sharing:
+        """Who reads whose keys and values."""
         try:
-            return kv_maps.resolve(self.kv_map, self.n_layers)
+            maps = kv_maps.resolve(self.kv_map, self.n_layers)
         except ValueError as error:
             raise ValueError(f"model.kv_map: {error}") from None
+        return kv_maps.Sharing(*maps, self.resolved_windows)
+
+    @property
+    def resolved_kv_map(self) -> kv_maps.KvMap:
+        """The one map of keys and values, as a tuple with one source per layer.
+
+        Raises ValueError if keys and values are shared differently.
+        """
+        if self.sharing.is_split:
+            raise ValueError(
+                f"model.kv_map = {shown(self.kv_map)} shares keys and values differently: only models with "
+                "one map for both can be used here"
+            )
+        return self.sharing.k_map
 
     @functools.cached_property
     def resolved_windows(self) -> tuple[int, ...]:
@@ -290,8 +311,15 @@ class ModelConfig:
 
     @property
     def n_slots(self) -> int:
-        """Producers, hence entries of a KV cache (P)."""
-        return len(kv_maps.slots(self.resolved_kv_map))
+        """Layers that make keys or values, hence slots of a KV cache (P)."""
+        return len(self.sharing.kv_layers)
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements of the keys and values of one token, over all layers that make them."""
+        keys, values = self.kept_widths
+        made = self.sharing.count("k") * keys + self.sharing.count("v") * values
+        return self.n_kv_heads * made
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

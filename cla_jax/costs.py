@@ -5,7 +5,6 @@ Nothing is allocated and jax is not imported; tests hold every number equal to t
 
 import dataclasses
 
-from cla_jax import kv_map as kv_maps
 from cla_jax.config import LatentKV, ModelConfig, Muon, OptimizerConfig
 
 
@@ -29,19 +28,19 @@ class Parameters:
 def parameters(model: ModelConfig) -> Parameters:
     d, f, bias = model.d_model, model.d_ff, int(model.bias)
     q_width, o_width = model.n_heads * model.query_width, model.n_heads * model.d_head
-    kv_width = model.n_kv_heads * sum(model.kept_widths)
     query = d * q_width + bias * q_width
     output = o_width * d + bias * d
     mlp = 3 * d * f + bias * (2 * f + d)
     block = query + output + mlp + 2 * d
-    kv_projection = d * kv_width + bias * kv_width + (d if model.kv_norm == "own" else 0)
+    kv_projections = (d + bias) * model.kv_elements
+    kv_projections += model.n_slots * (d if model.kv_norm == "own" else 0)
     if isinstance(model.kv, LatentKV):
         block += 2 * model.kv.rank * o_width
-        kv_projection += model.kv.rank
+        kv_projections += model.n_slots * model.kv.rank
     return Parameters(
         embedding=model.vocab_size * d,
         head=0 if model.tied_embeddings else model.vocab_size * d,
-        blocks=model.n_layers * block + model.n_slots * kv_projection,
+        blocks=model.n_layers * block + kv_projections,
         final_norm=d,
     )
 
@@ -76,13 +75,17 @@ def kv_bytes(model: ModelConfig, context: int, bytes_per_element: int = 2) -> Kv
 
     Without windows they do not depend on the context.
     """
-    layer = model.n_kv_heads * sum(model.kept_widths) * bytes_per_element
-    tokens = [min(window or context, context) for window in model.resolved_windows]
-    slots = kv_maps.slots(model.resolved_kv_map)
+    width = dict(zip("kv", model.kept_widths, strict=True))
+    element = model.n_kv_heads * bytes_per_element
+    tokens = lambda window: min(window or context, context)
+    held = (
+        tokens(kv.window) * sum(width[half] for half in kv.holds) for kv in model.sharing.kv_layers
+    )
+    read = (tokens(window) * sum(model.kept_widths) for window in model.resolved_windows)
     return KvBytes(
-        resident=layer * sum(tokens[slot] for slot in slots) / context,
-        written=layer * len(slots),
-        read=layer * sum(tokens) / context,
+        resident=element * sum(held) / context,
+        written=bytes_per_element * model.kv_elements,
+        read=element * sum(read) / context,
     )
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax import kv_map as kv_maps
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
@@ -99,20 +98,21 @@ def decode(
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
     known_BT = tokens_BT if spec.reads_tokens else None
     step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages, known_BT)
-    slot_of = {layer: p for p, layer in enumerate(kv_maps.slots(config.resolved_kv_map))}
     slots = list(cache.slots)
     notes: list[list[Any]] = [[] for _ in slots]
     spec_BTD = rules.gathered().spec(*axes("BTD"))
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
-    for group, blocks in zip(kv_maps.groups(config.resolved_kv_map), weights.groups, strict=True):
-        p = slot_of[group.source]
-        if group.produces:
+    for group, blocks in zip(config.sharing.groups, weights.groups, strict=True):
+        k, v = config.sharing.slots(group)
+        if group.makes:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
+            p = k if "k" in group.makes else v
             slots[p] = spec.write(p, slots[p], kv, step)
-        here = step.within(spec.windows[p])
-        alike = spec.representative(p)
-        x_BTD, seen = _group(blocks, x_BTD, slots[p], rope, here, spec=spec, p=alike)
-        notes[p] += seen
+        here = step.within(spec.windows[k])
+        alike = spec.representative(k)
+        slot = spec.source(slots, k, v)
+        x_BTD, seen = _group(blocks, x_BTD, slot, rope, here, spec=spec, p=alike)
+        notes[k] += seen
     cache = dataclasses.replace(cache, slots=tuple(slots), lengths_B=lengths_B)
     # A cache that evicts does so now: all readers of a step see the same entries.
     return weights.norm(x_BTD), spec.settled(cache, notes, step)
@@ -215,8 +215,7 @@ def check_weights(weights: Weights, spec: CacheSpec) -> None:
     config = spec.config
     blocks: Any = [group.blocks for group in weights.groups]
     theirs = weights.embedding.shape, list(map(len, blocks))
-    groups = kv_maps.groups(config.resolved_kv_map)
-    ours = (config.vocab_size, config.d_model), [group.size for group in groups]
+    ours = (config.vocab_size, config.d_model), [group.size for group in config.sharing.groups]
     if theirs != ours:
         raise ValueError(
             "the weights are of another model than the cache: embedding and layers of each group are "

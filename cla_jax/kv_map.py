@@ -1,23 +1,33 @@
 """Who shares keys and values with whom.
 
-`kv_map[i]` is the layer whose keys and values layer `i` attends to. A *producer* (`kv_map[i] == i`)
-projects keys and values and writes a cache; every other layer is a *consumer*. From the map alone follow
+A map has one entry per layer: `k_map[i]` is the layer whose keys layer `i` attends to, `v_map[i]` the layer
+whose values it adds up. Mostly both are one map, `kv_map`: that is cross-layer attention (CLA, Brandon et al.
+2024). A *producer* (`kv_map[i] == i`) projects keys and values and writes a cache; every other layer is a
+*consumer*. From the maps alone follow
 
-    groups   consecutive layers with one source: the unit of structure of the model,
-    stacks   consecutive groups of equal shape: what one `jax.lax.scan` executes in training,
-    slots    the producers in order: a KV cache has one entry for each.
+    groups      consecutive layers with the same sources: the unit of structure of the model,
+    stacks      consecutive groups of equal shape: what one `jax.lax.scan` executes in training,
+    KV layers   the layers that make keys or values, in order: a KV cache has one slot for each.
 
-Example, six layers with CLA2 (Brandon et al. 2024, section 3):
+Example, six layers with CLA2 (2405.12981, section 3):
 
-    kv_map   (0, 0, 2, 2, 4, 4)
-    groups   0-1, 2-3, 4-5     (three producing groups of two layers)
-    stacks   one, of three groups
-    slots    0, 2, 4           (half the KV cache)
+    kv_map      (0, 0, 2, 2, 4, 4)
+    groups      0-1, 2-3, 4-5     (three producing groups of two layers)
+    stacks      one, of three groups
+    KV layers   0, 2, 4           (half the KV cache)
+
+Keys of the middle layer and values of the bottom layer for the upper half (`fused-lite`), six layers:
+
+    k_map       (0, 1, 2, 2, 2, 2)
+    v_map       (0, 1, 2, 0, 0, 0)
+    groups      0, 1, 2, 3-5
+    KV layers   0, 1, 2           (half the KV cache)
 """
 
 import bisect
 import dataclasses
 import difflib
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Literal
@@ -25,6 +35,8 @@ from typing import Literal
 from cla_jax.messages import shown
 
 KvMap = tuple[int, ...]
+# Keys, values, both, or neither.
+Halves = Literal["", "k", "v", "kv"]
 
 
 # ------------------------------------------------------------------------------------ structure
@@ -32,16 +44,18 @@ KvMap = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Consecutive layers with the same source of keys and values."""
+    """Consecutive layers with the same sources of keys and of values."""
 
     first: int  # its first layer
     size: int  # number of layers
-    source: int  # the layer whose keys and values all of them read; `first` if they are its own
-    reused: bool  # a later group reads them too
+    k_source: int  # the layer whose keys all of them read; `first` if they are its own
+    v_source: int  # likewise for values
+    reused: Halves  # what later groups read of this one
 
     @property
-    def produces(self) -> bool:
-        return self.source == self.first
+    def makes(self) -> Halves:
+        """What it projects itself."""
+        return _halves(self.k_source == self.first, self.v_source == self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +70,111 @@ class Stack:
         return self.groups[0].size
 
     @property
-    def produces(self) -> bool:
-        return self.groups[0].produces
+    def makes(self) -> Halves:
+        return self.groups[0].makes
 
     @property
-    def reused(self) -> bool:
+    def reused(self) -> Halves:
         return self.groups[0].reused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVLayer:
+    """A layer that makes keys or values: a slot of a KV cache."""
+
+    layer: int
+    holds: Halves
+    k_readers: int  # layers that read its keys, itself included
+    v_readers: int
+    readers: int  # layers that read its keys, its values, or both
+    window: int  # of all of them; 0 for none
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Who reads whose keys and values, and all that follows from it. One entry per layer."""
+
+    k_map: KvMap
+    v_map: KvMap
+    windows: tuple[int, ...]  # 0 for none; equal for layers that share
+
+    @property
+    def is_split(self) -> bool:
+        """Whether keys and values are shared differently."""
+        return self.k_map != self.v_map
+
+    @functools.cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The layers, cut into runs with the same sources.
+
+        A layer that makes keys or values always starts a group: the layers after it either read the same as
+        it does, and belong to its group, or start another.
+        """
+        runs, first = [], 0
+        for sources, layers in itertools.groupby(zip(self.k_map, self.v_map, strict=True)):
+            size = len(list(layers))
+            runs.append((first, size, *sources))
+            first += size
+        later_k = {k for first, _, k, _ in runs if k != first}
+        later_v = {v for first, _, _, v in runs if v != first}
+        return tuple(
+            Group(
+                first=first,
+                size=size,
+                k_source=k,
+                v_source=v,
+                reused=_halves(first == k and k in later_k, first == v and v in later_v),
+            )
+            for first, size, k, v in runs
+        )
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Consecutive groups that make and read the same, of equal size; a consuming group stands alone."""
+
+        def shape(group: Group) -> tuple:
+            if not group.makes:
+                return (group.first,)
+            # What is read of an earlier group is one array for the whole stack.
+            elsewhere = [s for s in (group.k_source, group.v_source) if s != group.first]
+            return (group.size, group.makes, group.reused, *elsewhere)
+
+        return tuple(
+            Stack(groups=tuple(run)) for _, run in itertools.groupby(self.groups, key=shape)
+        )
+
+    @functools.cached_property
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """The layers that make keys or values. Slot `p` of a cache belongs to `kv_layers[p]`."""
+        sources = list(zip(self.k_map, self.v_map, strict=True))
+        return tuple(
+            KVLayer(
+                layer=group.first,
+                holds=group.makes,
+                k_readers=self.k_map.count(group.first),
+                v_readers=self.v_map.count(group.first),
+                readers=sum(group.first in pair for pair in sources),
+                window=self.windows[group.first],
+            )
+            for group in self.groups
+            if group.makes
+        )
+
+    def slots(self, group: Group) -> tuple[int, int]:
+        """The slots that a group's layers find their keys and their values in."""
+        return self._slot_of[group.k_source], self._slot_of[group.v_source]
+
+    @functools.cached_property
+    def _slot_of(self) -> dict[int, int]:
+        return {kv.layer: p for p, kv in enumerate(self.kv_layers)}
+
+    def count(self, half: Literal["k", "v"]) -> int:
+        """How many layers make keys, or values."""
+        return sum(half in kv.holds for kv in self.kv_layers)
+
+
+def _halves(keys: bool, values: bool) -> Halves:
+    return {(True, True): "kv", (True, False): "k", (False, True): "v"}.get((keys, values), "")  # type: ignore[return-value]
 
 
 def validate(kv_map: KvMap, n_layers: int) -> None:
@@ -83,40 +196,6 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
                 f"kv_map[{layer}] is {shown(source)}, but layer {source} is a consumer itself "
                 f"(kv_map[{source}] is {kv_map[source]})"
             )
-
-
-def slots(kv_map: KvMap) -> tuple[int, ...]:
-    """The producers, in order. Slot `p` of a cache belongs to layer `slots(kv_map)[p]`."""
-    return tuple(layer for layer, source in enumerate(kv_map) if layer == source)
-
-
-def groups(kv_map: KvMap) -> tuple[Group, ...]:
-    """Cuts the layers into runs with one source.
-
-    A producer always starts a group of its own: the layers after it either read it, and belong to its
-    group, or start another.
-    """
-    runs, first = [], 0
-    for source, layers in itertools.groupby(kv_map):
-        size = len(list(layers))
-        runs.append((first, size, source))
-        first += size
-    later = {source for first, _, source in runs if source != first}
-    return tuple(
-        Group(first=first, size=size, source=source, reused=first == source and source in later)
-        for first, size, source in runs
-    )
-
-
-def stacks(kv_map: KvMap) -> tuple[Stack, ...]:
-    """Gathers consecutive producing groups of equal (size, reused); a consuming group stands alone."""
-
-    def shape(group: Group) -> tuple[int, ...]:
-        return (group.size, group.reused) if group.produces else (-1, group.first)
-
-    return tuple(
-        Stack(groups=tuple(run)) for _, run in itertools.groupby(groups(kv_map), key=shape)
-    )
 
 
 # ------------------------------------------------------------------------------------- builders
@@ -215,6 +294,18 @@ def trailing(n_layers: int, n_shared: int) -> KvMap:
     return (*range(own), *[own - 1] * n_shared)
 
 
+def fused_lite(n_layers: int, n_kv_layers: int | None = None) -> tuple[KvMap, KvMap]:
+    """FusedKV-Lite (ICLR 2026): layers above the middle read its keys, and the bottom layer's values.
+
+    The first `n_kv_layers` layers, by default half of them, make keys and values of their own. Returns the
+    K map and the V map.
+    """
+    own = -(-n_layers // 2) if n_kv_layers is None else n_kv_layers
+    _positive("fused-lite", "n_kv_layers", own, n_layers)
+    k_map, v_map = ((*range(own), *[source] * (n_layers - own)) for source in (own - 1, 0))
+    return k_map, v_map
+
+
 def _positive(name: str, field: str, value: int, n_layers: int) -> None:
     if not 1 <= value <= n_layers:
         raise ValueError(
@@ -242,17 +333,50 @@ _BUILDERS: dict[str, tuple[Callable[..., KvMap], str]] = {
 }
 
 
+# These are a K map and a V map.
+_PAIR_BUILDERS: dict[str, tuple[Callable[..., tuple[KvMap, KvMap]], str]] = {
+    "fused-lite": (fused_lite, "[:KV_LAYERS]"),
+}
+
+
 def forms() -> str:
     """The textual forms that `resolve` takes, for help texts and errors."""
-    return ", ".join([name + arguments for name, (_, arguments) in _BUILDERS.items()] + ["0,0,2,2"])
+    builders = _BUILDERS | _PAIR_BUILDERS
+    names = [name + arguments for name, (_, arguments) in builders.items()]
+    return ", ".join([*names, "0,0,2,2", "k=MAP;v=MAP"])
 
 
-def resolve(text: str, n_layers: int) -> KvMap:
-    """A map from its textual form and the depth: `cla:2`, `keep-ends`, `0,0,2,2`.
+def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
+    """The K map and the V map of a textual form and the depth.
+
+    `cla:2`, `keep-ends` and `0,0,2,2` are one map for both; `k=cla:2;v=identity` names two.
 
     Raises ValueError for an unknown form (with the nearest one), wrong arguments, or an invalid map.
     """
-    name, *arguments = text.strip().split(":")
+    text = text.strip()
+    if "=" in text or ";" in text:
+        parts = [part.partition("=") for part in text.split(";")]
+        if sorted(key.strip() for key, _, _ in parts) != ["k", "v"]:
+            raise ValueError(f"kv_map {shown(text)}: the form of two maps is k=MAP;v=MAP")
+        named = {}
+        for key, _, form in parts:
+            if form.strip().partition(":")[0] in _PAIR_BUILDERS:
+                raise ValueError(f"kv_map {shown(text)}: {form.strip()} is two maps already")
+            named[key.strip()] = _one(form.strip(), n_layers)
+        return named["k"], named["v"]
+    name, *arguments = text.split(":")
+    if name in _PAIR_BUILDERS:
+        builder, usage = _PAIR_BUILDERS[name]
+        k_map, v_map = builder(n_layers, *_arguments(text, name, usage, arguments))
+        for made in (k_map, v_map):
+            validate(made, n_layers)
+        return k_map, v_map
+    made = _one(text, n_layers)
+    return made, made
+
+
+def _one(text: str, n_layers: int) -> KvMap:
+    name, *arguments = text.split(":")
     if name[:1].isdigit():
         try:
             kv_map = tuple(int(entry) for entry in text.split(","))
@@ -262,17 +386,21 @@ def resolve(text: str, n_layers: int) -> KvMap:
             ) from None
     elif name in _BUILDERS:
         builder, usage = _BUILDERS[name]
-        least, most = usage.count(":") - usage.count("["), usage.count(":")
-        if not least <= len(arguments) <= most:
-            raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}")
-        try:
-            numbers = [int(argument) for argument in arguments[:1]]
-        except ValueError:
-            raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}") from None
-        kv_map = builder(n_layers, *numbers, *arguments[1:])
+        kv_map = builder(n_layers, *_arguments(text, name, usage, arguments))
     else:
-        near = difflib.get_close_matches(name[:100], _BUILDERS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name[:100], [*_BUILDERS, *_PAIR_BUILDERS], n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown kv_map {shown(text)}{hint} (known: {forms()})")
     validate(kv_map, n_layers)
     return kv_map
+
+
+def _arguments(text: str, name: str, usage: str, arguments: list[str]) -> list[int | str]:
+    """The arguments of a builder: a number, and a word where there is a second one."""
+    least, most = usage.count(":") - usage.count("["), usage.count(":")
+    if not least <= len(arguments) <= most:
+        raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}")
+    try:
+        return [*map(int, arguments[:1]), *arguments[1:]]
+    except ValueError:
+        raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}") from None

@@ -60,7 +60,7 @@ def put_together(parts: Layers) -> Transformer:
     stacks: dict[str, list[list[np.ndarray]]] = {}
     for prefix, g, group in _groups(parts.config):
         members = parts.layers[group.first : group.first + group.size]
-        for name, array in (members[0].projection or {} if group.produces else {}).items():
+        for name, array in (members[0].projection or {} if group.makes else {}).items():
             stacks.setdefault(f"{prefix}.projection.{name}", []).append([array])
         for layer in members:
             for name, array in layer.block.items():
@@ -79,7 +79,7 @@ def put_together(parts: Layers) -> Transformer:
 
 def _groups(config: ModelConfig) -> Iterator[tuple[str, int, kv_maps.Group]]:
     """Each group with the name of its stack, and its place there."""
-    for s, stack in enumerate(kv_maps.stacks(config.resolved_kv_map)):
+    for s, stack in enumerate(config.sharing.stacks):
         for g, group in enumerate(stack.groups):
             yield f"stacks.{s}", g, group
 
@@ -150,7 +150,7 @@ def _layer_config(config: ModelConfig) -> ModelConfig:
 
 @functools.lru_cache(maxsize=8)
 def _abstract_group(config: ModelConfig, produces: bool) -> Group:
-    return jax.eval_shape(lambda: Group(jax.random.key(0), 0, 1, config, produces))
+    return jax.eval_shape(lambda: Group(jax.random.key(0), 0, 1, config, "kv" if produces else ""))
 
 
 def _as_group(config: ModelConfig, layer: Layer, produces: bool) -> Group:

@@ -172,6 +172,7 @@ def estimate(layout: Layout) -> dict[str, int]:
     heads = split("kv_heads", split("q_groups", model.n_heads))
     Q = heads * model.query_width
     KV = split("kv_heads", model.n_kv_heads) * sum(model.kept_widths)
+    made = split("kv_heads", model.kv_elements)  # over all layers
     tokens = _rows(layout) * config.data.seq_len
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     chunk = _rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
@@ -185,7 +186,7 @@ def estimate(layout: Layout) -> dict[str, int]:
         "dots": 2 * D + Q + 2 * F,
         "none": 4 * D + 4 * Q + 10 * F if on_cpu else 2 * D + 2 * Q + 2 * F,
     }[options.remat]
-    saved = (model.n_layers * left + model.n_slots * KV) * tokens * width
+    saved = (model.n_layers * left + made) * tokens * width
     block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
     if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax import cache as caches
-from cla_jax import kv_map as kv_maps
 from cla_jax.cache import CacheFormat, ledger
 from cla_jax.config import check_chunk
 from cla_jax.data import loader
@@ -414,12 +413,16 @@ def sensitivity(
     """
     config = session.config.model
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
-    layers = kv_maps.slots(config.resolved_kv_map)
+    if config.sharing.is_split:
+        raise ValueError(
+            f"per_slot: model.kv_map = {config.kv_map} shares keys and values differently: a layer would "
+            "read keys in one format and values in another"
+        )
+    kv_layers = config.sharing.kv_layers
     found = []
-    for p, layer in enumerate(layers):
-        formats = [lossy if i == p else dense for i in range(len(layers))]
+    for p, kv in enumerate(kv_layers):
+        formats = [lossy if i == p else dense for i in range(len(kv_layers))]
         measured = agreement(session, model, formats, chunk=chunk, windows=windows)
-        readers = config.resolved_kv_map.count(layer)
-        found.append({"slot": p, "layer": layer, "readers": readers} | measured)
-        progress(p + 1, len(layers))
+        found.append({"slot": p, "layer": kv.layer, "readers": kv.readers} | measured)
+        progress(p + 1, len(kv_layers))
     return found

@@ -42,17 +42,23 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             f"{what} has model.n_kv_heads = {a.n_kv_heads}: this run's model.n_kv_heads = {b.n_kv_heads} "
             "must divide it"
         )
-    if isinstance(a.kv, LatentKV) and a.resolved_kv_map != b.resolved_kv_map:
+    if isinstance(a.kv, LatentKV) and a.sharing != b.sharing:
         raise ValueError(
             f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent are "
             "not converted"
         )
-    producers = {layer for layer, read in enumerate(a.resolved_kv_map) if layer == read}
-    for layer, read in enumerate(b.resolved_kv_map):
-        if layer == read and layer not in producers:
+    is_split = a.sharing.is_split or b.sharing.is_split
+    if is_split and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
+        raise ValueError(
+            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models that share keys and values "
+            "differently are not converted"
+        )
+    producers = {kv.layer for kv in a.sharing.kv_layers}
+    for kv in b.sharing.kv_layers:
+        if kv.layer not in producers:
             raise ValueError(
-                f"{what} has no keys and values of layer {layer} (kv_map {a.kv_map}), and this run's kv_map "
-                f"{b.kv_map} makes it produce them: a conversion takes producers away, and adds none"
+                f"{what} has no keys and values of layer {kv.layer} (kv_map {a.kv_map}), and this run's "
+                f"kv_map {b.kv_map} makes it produce them: a conversion takes producers away, and adds none"
             )
     for field in ("tokenizer", "end_token", "begin_token"):
         mine, its = getattr(ours.data, field), getattr(theirs.data, field)

@@ -119,7 +119,7 @@ def converted(
 
 
 def _joins(theirs: ModelConfig, ours: ModelConfig) -> bool:
-    return (theirs.n_kv_heads, theirs.resolved_kv_map) != (ours.n_kv_heads, ours.resolved_kv_map)
+    return (theirs.n_kv_heads, theirs.sharing) != (ours.n_kv_heads, ours.sharing)
 
 
 def _members(

@@ -15,7 +15,14 @@ DIRECTORY = Path(__file__).parent / "golden"
 def text(name: str) -> str:
     (config,) = experiments.find(name)
     resolved = dataclasses.asdict(config)
-    resolved["model"]["resolved_kv_map"] = ",".join(map(str, config.model.resolved_kv_map))
+    sharing = config.model.sharing
+    maps = (
+        {"k_map": sharing.k_map, "v_map": sharing.v_map}
+        if sharing.is_split
+        else {"kv_map": sharing.k_map}
+    )
+    for which, sources in maps.items():
+        resolved["model"][f"resolved_{which}"] = ",".join(map(str, sources))
     return json.dumps(resolved, indent=2) + "\n"
 
 

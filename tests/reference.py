@@ -89,7 +89,7 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     arrays = {name: np.asarray(array, np.float64) for name, array in named(model).items()}
     x = arrays["embedding"][tokens]
     T, H, eps = len(tokens), config.d_head, config.norm_eps
-    shared = {}
+    shared, maps = {}, {"k": config.sharing.k_map, "v": config.sharing.v_map}
     for i, p in enumerate(layer_parameters(model)):
         p = {name: np.asarray(array, np.float64) for name, array in p.items()}
         bias = lambda name, p=p: p.get(f"{name}.bias", 0.0)
@@ -100,8 +100,10 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
                 source = norm(x, p["projection.norm.scale"], eps)
             kv = np.einsum("td,dckh->tckh", source, p["projection.kv.weight"])
             kv = kv + bias("projection.kv")
-            shared[i] = rotate(kv[:, 0], config), kv[:, 1]
-        k, v = shared[config.resolved_kv_map[i]]
+            made = [half for half in maps if maps[half][i] == i]  # keys first
+            for half, part in zip(made, np.moveaxis(kv, 1, 0), strict=True):
+                shared[half, i] = rotate(part, config) if half == "k" else part
+        k, v = (shared[half, sources[i]] for half, sources in maps.items())
         # Query head n reads key/value head n // G.
         k, v = (np.repeat(a, config.q_groups, axis=1) for a in (k, v))
         q = np.einsum("td,dkgh->tkgh", h, p["query.weight"]) + bias("query")

@@ -229,10 +229,8 @@ def test_kivi_quantises_whole_groups_and_keeps_128():
 @functools.cache
 def decoded_whole(H):
     """A model of head size H, texts of 300 tokens, and the scores of what follows them."""
-    kv_map = (
-        "0,0,2,0" if H == 46 else "0,0"
-    )  # one size with several slots, one of them read again late
-    n_layers = kv_map.count(",") + 1
+    # One size with several slots, read again late, and keys and values shared differently.
+    n_layers, kv_map = (4, "k=0,0,2,0;v=0,1,1,0") if H == 46 else (2, "0,0")
     config = replace(MODEL, d_head=H, n_heads=2, n_layers=n_layers, kv_map=kv_map)
     model = make(config)
     tokens = np.random.default_rng(0).integers(0, 260, (2, 300))
@@ -271,7 +269,7 @@ def test_predicted_bytes_are_those_of_the_live_cache(name, H):
         n_heads=2,
         n_kv_heads=2,
         n_layers=4,
-        kv_map="0,0,2,0",
+        kv_map="k=0,0,2,0;v=0,1,2,1" if H == 46 else "0,0,2,0",
         windows="0,0,60,0",
     )
     weights = decoding_weights(make(config))
@@ -285,7 +283,10 @@ def test_predicted_bytes_are_those_of_the_live_cache(name, H):
         assert ledger.counted(spec, cache, step) == ledger.predicted(spec, context)
 
 
-@pytest.mark.parametrize("kv_map", ["identity", "cla:2", "0,1,0,1,0,1", "0,1,2,1,2,2"])
+SPLIT = ("fused-lite", "k=cla:2;v=identity", "k=cla:3;v=cla:2")
+
+
+@pytest.mark.parametrize("kv_map", ["identity", "cla:2", "0,1,0,1,0,1", "0,1,2,1,2,2", *SPLIT])
 def test_every_reader_of_a_slot_is_counted(kv_map):
     """Equal groups are traced once in a program, and each reads all the same."""
     config = replace(MODEL, n_layers=6, kv_map=kv_map)
@@ -296,7 +297,8 @@ def test_every_reader_of_a_slot_is_counted(kv_map):
     step(spec, cache)  # known to jax already
     found = ledger.counted(spec, type(cache)(cache.slots, jnp.full(2, 100)), step)
     assert found == ledger.predicted(spec, 100)
-    assert found.read == config.n_layers * found.resident / config.n_slots
+    made = config.sharing.count("k") + config.sharing.count("v")
+    assert found.read * made == 2 * config.n_layers * found.resident
 
 
 def test_bytes_in_numbers():
@@ -344,7 +346,8 @@ def test_no_other_bytes_are_counted_than_those_of_live_arrays():
         weights, spec, cache, jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
     )
     cache = spec.allocate()
-    wide = tuple(s._replace(k_codes=s.k_codes.astype("int16")) for s in cache.slots)
+    widened = lambda half: half._replace(codes=half.codes.astype("int16"))
+    wide = tuple(s._replace(k_BSKH=widened(s.k_BSKH)) for s in cache.slots)
     found = ledger.counted(spec, type(cache)(wide, jnp.full(2, 100)), lambda *_: None)
     assert found.allocated > ledger.predicted(spec, 100).allocated
     shorter = ledger.counted(spec, type(cache)(cache.slots, jnp.full(2, 60)), step)
@@ -431,6 +434,13 @@ def short_name(dtype) -> str:
 def test_caches_that_cannot_be_are_refused(format, options, words):
     with pytest.raises(ValueError, match=words):
         cache_spec(MODEL, format, **({"batch": 1, "capacity": 8} | options))
+
+
+def test_keys_and_values_that_a_layer_reads_have_one_format():
+    config = replace(MODEL, kv_map="k=0,0,2,2;v=0,1,2,3")
+    with pytest.raises(ValueError, match="layer 1 reads keys in one and values in the other"):
+        cache_spec(config, ["dense", "int8", "dense", "dense"], batch=1, capacity=8)
+    cache_spec(config, ["dense", "dense", "int8", "int8"], batch=1, capacity=8)
 
 
 def test_batches_and_splits_that_do_not_fit_the_mesh_are_refused():

@@ -4,7 +4,16 @@ import json
 import pytest
 
 from cla_jax import config as configs
-from cla_jax.config import WSD, Config, Constant, Cosine, DataConfig, MeshConfig, Placement
+from cla_jax.config import (
+    WSD,
+    Config,
+    Constant,
+    Cosine,
+    DataConfig,
+    LatentKV,
+    MeshConfig,
+    Placement,
+)
 from cla_jax.fields import difference, from_dict, replaced
 from launch.cli import read_config
 from tests.conftest import MODEL, replace
@@ -201,6 +210,20 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
 def test_a_map_follows_the_depth():
     assert replace(MODEL, n_layers=7).resolved_kv_map == (0, 1, 1, 3, 3, 5, 5)
     assert MODEL.n_slots == 2
+
+
+def test_keys_and_values_are_shared_as_their_maps_say():
+    split = replace(MODEL, kv_map="k=cla:2;v=identity", windows="16,16,0,0")
+    assert (split.sharing.k_map, split.sharing.v_map) == ((0, 0, 2, 2), (0, 1, 2, 3))
+    assert (split.n_slots, [kv.holds for kv in split.sharing.kv_layers]) == (4, ["kv", "v"] * 2)
+    assert [kv.window for kv in split.sharing.kv_layers] == [16, 16, 0, 0]
+    assert split.kv_elements == 6 * MODEL.n_kv_heads * MODEL.d_head
+    with pytest.raises(ValueError, match="shares keys and values differently: only models with"):
+        split.resolved_kv_map  # noqa: B018
+    with pytest.raises(ValueError, match=r"layer 3 has window 0, but it reads .* layer 1, whose"):
+        replace(MODEL, kv_map="k=identity;v=0,1,2,1", windows="0,16,0,0")
+    with pytest.raises(ValueError, match=r"kv\.kind = latent, keys and values are made of one"):
+        replace(MODEL, kv_map="fused-lite", kv=LatentKV(rank=8, rope_dims=4))
 
 
 def test_profiled_steps_count_from_one(tiny):

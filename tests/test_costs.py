@@ -11,22 +11,22 @@ from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import abstract_state, initial_state
 from tests.conftest import MODEL, replace
-from tests.test_kv_map import maps
+from tests.test_kv_map import map_pairs
 
 
 @st.composite
 def models(draw):
-    kv_map = draw(maps(8))
+    k_map, _, text = draw(map_pairs(8))
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     return ModelConfig(
         vocab_size=11,
-        n_layers=len(kv_map),
+        n_layers=len(k_map),
         d_model=draw(st.sampled_from([4, 6])),
         d_ff=draw(st.sampled_from([5, 8])),
         n_heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         n_kv_heads=kv_heads,
         d_head=draw(st.sampled_from([2, 6])),
-        kv_map=",".join(map(str, kv_map)),
+        kv_map=text,
         kv_norm=draw(st.sampled_from(["own", "block"])),
         tied_embeddings=draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -59,8 +59,11 @@ def kv_weights(model: ModelConfig) -> list[jax.Array]:
 @given(models())
 @settings(max_examples=30, deadline=None)
 def test_consumers_have_no_kv_parameters(model):
-    """One K/V projection a slot and none elsewhere; 10 layers under CLA3 have 4."""
-    assert sum(weight.shape[0] for weight in kv_weights(model)) == model.n_slots
+    """One projection for each KV layer, of what it makes; 10 layers under CLA3 have 4."""
+    weights = kv_weights(model)
+    assert sum(weight.shape[0] for weight in weights) == model.n_slots
+    made = sum(weight.shape[0] * weight.shape[2] for weight in weights)
+    assert made == model.sharing.count("k") + model.sharing.count("v")
 
 
 @given(models(), st.sampled_from([1, 2, 4]))
@@ -69,7 +72,8 @@ def test_kv_bytes_are_what_the_live_projections_make_of_a_token(model, element):
     made = element * sum(weight.size for weight in kv_weights(model)) // model.d_model
     cost = costs.kv_bytes(model, 64, element)
     assert cost.resident == cost.written == made
-    assert cost.read == made // model.n_slots * model.n_layers  # each layer as much as one makes
+    # Each layer reads keys and values of all heads, whoever made them.
+    assert cost.read == element * model.n_layers * 2 * model.n_kv_heads * model.d_head
 
 
 def dot_flops(jaxpr) -> int:

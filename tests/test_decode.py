@@ -15,7 +15,7 @@ from cla_jax.decode import _group, decode, decoding_weights, prefill
 from cla_jax.model.transformer import ForwardOptions, document_starts, project
 from tests import reference
 from tests.conftest import MODEL, replace
-from tests.test_kv_map import maps
+from tests.test_kv_map import map_pairs, together
 
 OPTIONS = ForwardOptions()
 T = 150  # more than one block of the cache
@@ -102,19 +102,20 @@ def test_cached_decoding_equals_the_full_forward(kv_map, n_kv_heads, chunks):
 
 @st.composite
 def models(draw):
-    kv_map = draw(maps(4))
+    k_map, v_map, text = draw(map_pairs(4))
     kv_heads = draw(st.sampled_from([1, 2]))
-    window = {source: draw(st.sampled_from([0, 0, 1, 7, 40])) for source in set(kv_map)}
+    alike = together(k_map, v_map)
+    window = {layer: draw(st.sampled_from([0, 0, 1, 7, 40])) for layer in set(alike)}
     return ModelConfig(
         vocab_size=61,
-        n_layers=len(kv_map),
+        n_layers=len(k_map),
         d_model=8,
         d_ff=12,
         n_heads=kv_heads * draw(st.sampled_from([1, 3])),
         n_kv_heads=kv_heads,
         d_head=draw(st.sampled_from([2, 6])),
-        kv_map=",".join(map(str, kv_map)),
-        windows=",".join(str(window[source]) for source in kv_map),
+        kv_map=text,
+        windows=",".join(str(window[layer]) for layer in alike),
         kv_norm=draw(st.sampled_from(["own", "block"])),
         compute_dtype="float32",
     )

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -200,6 +201,12 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
         assert len(spread) == (1 if "formats" in way else 2)
         for name in spread:
             assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
+
+
+def test_slots_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
+    session = SimpleNamespace(config=tiny(**{"model.kv_map": "k=cla:2;v=identity"}))
+    with pytest.raises(ValueError, match=r"per_slot: .* read keys in one format and values"):
+        sensitivity(session, None, "int8")
 
 
 @pytest.mark.slow

@@ -243,6 +243,11 @@ def test_the_profile_is_that_of_whole_attention():
     [
         ("window:keep=0.5", {"windows": "8"}, "no sliding windows"),
         ("window:keep=0.5", {"kv": LatentKV(rank=8, rope_dims=4)}, "latent has none"),
+        (
+            "window:keep=0.5",
+            {"kv_map": "fused-lite"},
+            "kv_map = fused-lite shares them differently",
+        ),
         ("fastgen", {}, "no punctuation tokens"),
     ],
 )

@@ -19,7 +19,7 @@ from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.evaluate import evaluate
 from cla_jax.interop import hf, names, safetensors
-from cla_jax.interop.export import export, is_llama
+from cla_jax.interop.export import export, hf_config, is_llama
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.names import Tensor
 from cla_jax.interop.text import Text
@@ -148,6 +148,8 @@ def test_a_llama_is_what_transformers_calls_one():
     assert not is_llama(replace(kv_map="cla:2"))
     assert not is_llama(replace(kv_norm="own"))
     assert not is_llama(replace(windows="8"))
+    with pytest.raises(ValueError, match=r"kv_map = k=cla:2;v=identity shares keys .* differently"):
+        hf_config(replace(kv_map="k=cla:2;v=identity"), 64)
     assert not is_llama(replace(d_model=50))  # 4 heads do not divide it
 
 

@@ -17,6 +17,34 @@ def maps(draw, most=12):
     return tuple(kv_map)
 
 
+@st.composite
+def map_pairs(draw, most=12):
+    """Any valid K map and V map, half of the time one for both, and their text."""
+    k_map = draw(maps(most))
+    if draw(st.booleans()):
+        return k_map, k_map, ",".join(map(str, k_map))
+    v_map = [0]
+    for layer in range(1, len(k_map)):
+        producers = [p for p, source in enumerate(v_map) if p == source]
+        v_map.append(draw(st.sampled_from([layer, layer, *producers])))
+    text = "k=" + ",".join(map(str, k_map)) + ";v=" + ",".join(map(str, v_map))
+    return k_map, tuple(v_map), text
+
+
+def together(k_map, v_map):
+    """For each layer the first one that it shares keys or values with, over any number of steps."""
+    first = list(range(len(k_map)))
+    for _ in first:
+        for layer, sources in enumerate(zip(k_map, v_map, strict=True)):
+            for source in sources:
+                first[layer] = first[source] = min(first[layer], first[source])
+    return first
+
+
+def of_one(kv_map):
+    return m.Sharing(kv_map, kv_map, (0,) * len(kv_map))
+
+
 @pytest.mark.parametrize(
     ("text", "layers", "expected"),
     [
@@ -41,7 +69,22 @@ def maps(draw, most=12):
     ],
 )
 def test_builders(text, layers, expected):
-    assert m.resolve(text, layers) == expected
+    assert m.resolve(text, layers) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "k_map", "v_map"),
+    [
+        ("k=cla:2;v=identity", 4, (0, 0, 2, 2), (0, 1, 2, 3)),
+        (" v=0,0,0 ; k=0,1,0 ", 3, (0, 1, 0), (0, 0, 0)),
+        ("fused-lite", 6, (0, 1, 2, 2, 2, 2), (0, 1, 2, 0, 0, 0)),
+        ("fused-lite", 5, (0, 1, 2, 2, 2), (0, 1, 2, 0, 0)),
+        ("fused-lite:2", 4, (0, 1, 1, 1), (0, 1, 0, 0)),
+        ("fused-lite:1", 3, (0, 0, 0), (0, 0, 0)),
+    ],
+)
+def test_keys_and_values_have_maps_of_their_own(text, layers, k_map, v_map):
+    assert m.resolve(text, layers) == (k_map, v_map)
 
 
 @pytest.mark.parametrize(
@@ -56,32 +99,56 @@ def test_builders(text, layers, expected):
     ],
 )
 def test_the_papers_twenty_layers(text, slots):
-    assert m.slots(m.resolve(text, 20)) == tuple(slots)
+    sharing = of_one(m.resolve(text, 20)[0])
+    assert [kv.layer for kv in sharing.kv_layers] == list(slots)
+    assert all(kv.holds == "kv" for kv in sharing.kv_layers)
 
 
-@given(maps())
-def test_groups_stacks_and_slots_of_any_map(kv_map):
-    m.validate(kv_map, len(kv_map))
-    groups, stacks = m.groups(kv_map), m.stacks(kv_map)
-    layers = [(g.first + i, g.source) for g in groups for i in range(g.size)]
-    assert layers == list(enumerate(kv_map))
-    assert tuple(g.first for g in groups if g.produces) == m.slots(kv_map)
+@given(map_pairs())
+def test_groups_stacks_and_kv_layers_of_any_maps(pair):
+    k_map, v_map, text = pair
+    assert m.resolve(text, len(k_map)) == (k_map, v_map)
+    sharing = m.Sharing(k_map, v_map, tuple(range(len(k_map))))
+    groups, stacks, kv_layers = sharing.groups, sharing.stacks, sharing.kv_layers
+    layers = [(g.k_source, g.v_source) for g in groups for _ in range(g.size)]
+    assert layers == list(zip(k_map, v_map, strict=True))
     assert [g for stack in stacks for g in stack.groups] == list(groups)
     for group in groups:
-        later = kv_map[group.first + group.size :]
-        assert group.reused == (group.produces and group.first in later)
+        here, end = group.first, group.first + group.size
+        makes = "k" * (k_map[here] == here) + "v" * (v_map[here] == here)
+        reused = "k" * (here in k_map[end:]) + "v" * (here in v_map[end:])
+        assert (group.makes, group.reused) == (makes, reused)
+        k, v = sharing.slots(group)
+        assert (kv_layers[k].layer, kv_layers[v].layer) == (group.k_source, group.v_source)
+    made = {i for i in range(len(k_map)) if i in (k_map[i], v_map[i])}
+    assert [kv.layer for kv in kv_layers] == sorted(made)
+    for kv in kv_layers:
+        assert ("k" in kv.holds, "v" in kv.holds) == (kv.layer in k_map, kv.layer in v_map)
+        assert (kv.k_readers, kv.v_readers) == (k_map.count(kv.layer), v_map.count(kv.layer))
+        assert kv.readers == sum(kv.layer in sources for sources in layers)
+        assert kv.window == kv.layer
+    assert sharing.count("k") == len(set(k_map))
+    assert sharing.count("v") == len(set(v_map))
+    elsewhere = lambda g: {s for s in (g.k_source, g.v_source) if s != g.first}
+    shape = lambda g: (g.size, g.makes, g.reused, *elsewhere(g))
     for stack in stacks:
-        assert len({(g.size, g.produces, g.reused) for g in stack.groups}) == 1
-        assert stack.produces or len(stack.groups) == 1
+        assert len(set(map(shape, stack.groups))) == 1
+        assert stack.makes or len(stack.groups) == 1
     for a, b in itertools.pairwise(stacks):
-        assert not (a.produces and b.produces) or (a.size, a.reused) != (b.size, b.reused)
+        assert not (a.makes and b.makes) or shape(a.groups[0]) != shape(b.groups[0])
 
 
 def test_cla_is_one_stack_and_identity_has_groups_of_one():
-    (stack,) = m.stacks(m.cla(32, 2))
+    (stack,) = of_one(m.cla(32, 2)).stacks
     assert (len(stack.groups), stack.size) == (16, 2)
-    (stack,) = m.stacks(m.identity(32))
+    (stack,) = of_one(m.identity(32)).stacks
     assert (len(stack.groups), stack.size) == (32, 1)
+
+
+def test_layers_that_read_values_of_one_layer_and_make_keys_are_one_stack():
+    k_map, v_map = m.resolve("k=identity;v=pizza:1", 32)
+    first, others = m.Sharing(k_map, v_map, (0,) * 32).stacks
+    assert (first.makes, others.makes, len(others.groups)) == ("kv", "k", 31)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +170,14 @@ def test_cla_is_one_stack_and_identity_has_groups_of_one():
         ("pizza:9", 4, ["n_kv_layers is 9"]),
         ("trailing:4", 4, ["n_shared is 4", "0 to 3"]),
         ("", 4, ["unknown kv_map"]),
+        ("k=cla:2", 4, ["k=MAP;v=MAP"]),
+        ("k=cla:2;k=identity", 4, ["k=MAP;v=MAP"]),
+        ("k=cla:2;v=identity;v=identity", 4, ["k=MAP;v=MAP"]),
+        ("k=cla:2;v=", 4, ["unknown kv_map"]),
+        ("k=cla:2;v=fused-lite", 4, ["fused-lite is two maps"]),
+        ("k=cla:2;v=cla:9", 4, ["factor is 9"]),
+        ("fused-lite:5", 4, ["n_kv_layers is 5"]),
+        ("fused-lit", 4, ["'fused-lite'"]),
     ],
 )
 def test_refusals_name_the_layer_or_the_form(text, layers, words):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax import kv_map as kv_maps
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh
 from cla_jax.model.layers import is_param
@@ -18,7 +17,8 @@ from tests.conftest import MODEL, equations, replace
 
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 # Plain, shared, uneven, one source that is reused twice, one from within a run of equal groups.
-MAPS = ["identity", "cla:2", "cla:3", "0,0,2,0,0", "0,1,2,1,2", "keep-ends"]
+MAPS = ["identity", "cla:2", "cla:3", "0,0,2,0,0", "0,1,2,1,2", "keep-ends", "fused-lite"]
+MAPS += ["k=cla:2;v=identity", "k=0,1,1,3,0;v=pizza:1"]
 
 T = 9
 OPTIONS = ForwardOptions()
@@ -215,8 +215,8 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
     model = make(config)
     loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, OPTIONS) ** 2).mean()))
     _, gradients = loss(model)
-    for stack, group in zip(kv_maps.stacks(config.resolved_kv_map), gradients.stacks, strict=True):
-        if stack.produces:
+    for stack, group in zip(config.sharing.stacks, gradients.stacks, strict=True):
+        if stack.makes:
             weight = group.projection.kv.weight[...]
             assert (jnp.abs(weight).sum(axis=(1, 2, 3, 4)) > 0).all()
         else:

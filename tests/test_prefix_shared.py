@@ -99,7 +99,7 @@ class Requests:
         ({"n_kv_heads": 2, "n_heads": 2, "kv_map": "identity", "n_layers": 2}, 0, 8, 256),  # MHA
         ({"n_kv_heads": 2, "n_heads": 4, "kv_map": "cla:2"}, 1, 2, 8),  # GQA; blocks of two pages
         ({"n_kv_heads": 1, "kv_map": "cla:3"}, 2, 2, 1),  # MQA; blocks of one page
-        ({"n_kv_heads": 1, "kv_map": "0,1,0,1"}, 3, 3, 12),
+        ({"n_kv_heads": 1, "kv_map": "k=0,1,0,1;v=0,0,2,0"}, 3, 3, 12),
     ],
 )
 def test_requests_that_share_chunks_get_what_they_get_alone(

@@ -315,6 +315,20 @@ def test_meshes_give_equal_losses_and_the_declared_layouts(tiny, devices, monkey
 
 
 @pytest.mark.slow
+def test_keys_and_values_with_maps_of_their_own_are_trained_on_a_mesh(tiny, devices):
+    """Layer 1 makes values and reads keys; each half of a projection is split like the whole."""
+    config = tiny(steps=10, **{"model.kv_map": "k=cla:2;v=identity", "model.n_layers": 2})
+    alone, layouts = losses(config, 1, MeshConfig(), devices)
+    spread, split = losses(config, 8, MeshConfig(data=2, fsdp=2, model=2), devices)
+    assert [hash_ for _, hash_ in alone] == [hash_ for _, hash_ in spread]
+    assert [b for b, _ in spread] == pytest.approx([a for a, _ in alone], rel=1e-6)
+    assert layouts.keys() == split.keys()
+    assert (
+        split["model.stacks.0.projection.kv.weight"] == split["model.stacks.1.projection.kv.weight"]
+    )
+
+
+@pytest.mark.slow
 def test_resuming_on_another_mesh_keeps_bits_tokens_and_losses(tiny, devices):
     """Eight devices to step 2, then 2 x 2 x 2 to step 4, then one: as if never moved."""
     steady = tiny(name="steady", steps=6, **MIXTURE)

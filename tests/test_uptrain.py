@@ -327,6 +327,9 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
     assert "data.tokenizer = 'byte', this run has 'bpe:259'" in refusal(
         **{"data.tokenizer": "bpe:259"}
     )
+    assert "share keys and values differently are not converted" in refusal(
+        **{"model.kv_map": "k=cla:2;v=identity"}
+    )
     assert "start.run is empty" in refusal(start=FromRun())
     with pytest.raises(ValueError, match=r"no keys and values of layer 1 .*cla:2.*identity"):
         start.check(replace(given, **{"model.kv_map": "cla:2"}), given, trained)

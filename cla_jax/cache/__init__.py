@@ -1,9 +1,9 @@
 """KV caches: one file a format, behind one small protocol.
 
-A cache has one slot for each producer of the kv_map and none for consumers. A slot is whatever pytree
-its format likes; the model hands it from the producer's write to the readers of the group and never
-looks inside. A slot that only layers with a sliding window read is a ring of the newest tokens, in
-every format.
+A cache has one slot for each layer that makes keys or values, and none for consumers. A slot is a `KV` of
+whatever pytrees its format likes; None for what the layer does not make. The model hands it from the
+producer's write to the readers of the group and never looks inside. A slot that only layers with a sliding
+window read is a ring of the newest tokens, in every format.
 
     spec = cache_spec(config, "int8", batch=8, capacity=2048, chunk=256)
     cache = spec.allocate()
@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from cla_jax import kv_map as kv_maps
 from cla_jax.cache.bits import restored
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
@@ -29,6 +28,7 @@ from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import PerToken, Shape, Slot
 from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import CACHE_FORMATS, LatentKV, ModelConfig
+from cla_jax.kv_map import Halves
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
 from cla_jax.model import decode_kernels
@@ -73,8 +73,8 @@ class CacheFormat(Protocol):
         """Entries that a slot for so many tokens needs, before rounding up to blocks."""
         ...
 
-    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Any:
-        """The arrays of a slot: a pytree of `Shape`."""
+    def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> Any:
+        """The arrays of a slot: a `KV` of pytrees of `Shape`, or of None for what it does not hold."""
         ...
 
     def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
@@ -87,15 +87,15 @@ class CacheFormat(Protocol):
         """What attention reads, of rows of so many tokens, if nobody sees positions before `first`."""
         ...
 
-    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
+    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         """Closed form: bytes that a slot of so many entries occupies, for one row."""
         ...
 
-    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
         """Closed form: bytes of a slot that positions `first` to `tokens` of one row use."""
         ...
 
-    def written_bytes(self, config: ModelConfig, entries: int) -> float:
+    def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         """Closed form: bytes written to such a slot for a new token of one row, on average."""
         ...
 
@@ -165,14 +165,26 @@ class CacheSpec:
     @functools.cached_property
     def windows(self) -> tuple[int, ...]:
         """The window of the layers that read each slot; 0 for none."""
-        slots = kv_maps.slots(self.config.resolved_kv_map)
-        return tuple(self.config.resolved_windows[layer] for layer in slots)
+        return tuple(kv.window for kv in self.config.sharing.kv_layers)
 
     @functools.cached_property
     def readers(self) -> tuple[int, ...]:
         """How many layers read each slot."""
-        kv_map = self.config.resolved_kv_map
-        return tuple(kv_map.count(layer) for layer in kv_maps.slots(kv_map))
+        return tuple(kv.readers for kv in self.config.sharing.kv_layers)
+
+    @functools.cached_property
+    def readers_of(self) -> tuple[dict[str, int], ...]:
+        """How many layers read each half that a slot holds: the keys, `k`, and the values, `v`."""
+        each = (
+            (kv.holds, {"k": kv.k_readers, "v": kv.v_readers})
+            for kv in self.config.sharing.kv_layers
+        )
+        return tuple({half: readers[half] for half in holds} for holds, readers in each)
+
+    @functools.cached_property
+    def holds(self) -> tuple[Halves, ...]:
+        """What each slot holds: keys, values, or both."""
+        return tuple(kv.holds for kv in self.config.sharing.kv_layers)
 
     def representative(self, p: int) -> int:
         """The first slot that is kept, written and read as slot p is: in a program either will do."""
@@ -212,7 +224,11 @@ class CacheSpec:
         return Cache(slots, lengths_B)
 
     def shapes(self, p: int) -> Any:
-        return self.formats[p].shapes(self.kept, self.batch, self.entries(p))
+        return self.formats[p].shapes(self.kept, self.batch, self.entries(p), self.holds[p])
+
+    def source(self, slots: Sequence[Slot], k: int, v: int) -> Slot:
+        """What layers read that find their keys in slot k and their values in slot v."""
+        return slots[k] if k == v else KV(slots[k].k_BSKH, slots[v].v_BSKH)
 
     def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
         """Slot p with the KV of new tokens at their positions; negative positions are padding."""
@@ -221,7 +237,7 @@ class CacheSpec:
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
 
         def local(slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
-            kv = KV(*map(self._padded, kv))
+            kv = kv.each(self._padded)
             return self.formats[p].write(slot, kv, positions_BT, self._here(p))
 
         if jax.sharding.get_abstract_mesh().empty:
@@ -237,7 +253,7 @@ class CacheSpec:
         q_BTKGH: jax.Array,
         step: StepPositions,
     ) -> jax.Array:
-        """Attention of the new tokens of a step over slot p. [B, T, K, G, H]"""
+        """Attention of the new tokens of a step over slot p, or a source kept like it. [B, T, K, G, H]"""
         axis = self.rules.cache_entries if self.shards > 1 else None
         assert axis is None or isinstance(axis, str)
 
@@ -345,6 +361,13 @@ def cache_spec(
     )
     if len(formats) != config.n_slots:
         raise ValueError(f"{len(formats)} cache formats for a model of {config.n_slots} slots")
+    for group in config.sharing.groups:
+        k, v = (formats[p] for p in config.sharing.slots(group))
+        if k != v:
+            raise ValueError(
+                f"cache formats {k.name} and {v.name}: layer {group.first} reads keys in one and values in "
+                "the other, which must be the same"
+            )
     for held in formats if isinstance(config.kv, LatentKV) else ():
         if not isinstance(held, PerToken):
             raise ValueError(

@@ -1,34 +1,28 @@
 """Keys and values as they are, in float32 or bfloat16."""
 
 import dataclasses
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from cla_jax.cache.bits import carrier, kept, restored
-from cla_jax.cache.per_token import PerToken, Shape, Slot
-from cla_jax.config import ModelConfig
-from cla_jax.model.attention import KV
+from cla_jax.cache.per_token import PerToken, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(PerToken):
-    """A slot is a KV of [B, E, K, H]; keys and values of a latent have widths of their own."""
+    """An array [B, E, K, H] of keys, one of values; those of a latent have widths of their own."""
 
     held: str  # the dtype of the cache
 
-    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
-        heads = (batch, entries, config.n_kv_heads)
-        halves: Any = (
-            Shape("BEKH", (*heads, width), carrier(self.held)) for width in config.kept_widths
-        )
-        return KV(*halves)
+    def half_shapes(self, heads: tuple[int, ...], width: int) -> Shape:
+        return Shape("BEKH", (*heads, width), carrier(self.held))
 
-    def encode(self, kv: KV) -> KV:
-        return KV(*(kept(x, self.held) for x in kv))
+    def encode_half(self, x_BTKH: jax.Array) -> jax.Array:
+        return kept(x_BTKH, self.held)
 
-    def decode(self, kept: KV) -> KV:
-        return KV(*(restored(bits, self.held).astype(self.dtype) for bits in kept))
+    def decode_half(self, kept: jax.Array) -> jax.Array:
+        return restored(kept, self.held).astype(self.dtype)
 
-    def bytes_per_token(self, config: ModelConfig) -> int:
-        return config.n_kv_heads * sum(config.kept_widths) * jnp.dtype(self.held).itemsize
+    def head_bytes(self, width: int) -> int:
+        return width * jnp.dtype(self.held).itemsize

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from cla_jax.cache.bits import carrier, kept, restored
 from cla_jax.cache.entries import Entries, put
-from cla_jax.cache.per_token import Shape, Slot
+from cla_jax.cache.per_token import Shape
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import EMPTY, KV, Segment
 
@@ -33,16 +33,19 @@ RING = NEWEST + 2 * GROUP
 META_BYTES = 4  # a float16 scale and zero
 
 
-class KiviSlot(NamedTuple):
-    """Arrays, or their shapes. E counts groups of 32 tokens, R the ring of the newest tokens."""
+class Packed(NamedTuple):
+    """Groups of keys, or of values: arrays, or their shapes. E counts groups of 32 tokens."""
 
-    k_codes: Any  # [B, E, 32 * bits / 8, K, H], packed along tokens
-    k_scale: Any  # [B, E, K, H]
-    k_zero: Any
-    v_codes: Any  # [B, E, 32, K, ceil(H * bits / 8)], packed along channels
-    v_scale: Any  # [B, E, 32, K, ceil(H / 32)]
-    v_zero: Any
-    newest: KV  # [B, R, K, H]
+    codes: Any  # keys: [B, E, 32 * bits / 8, K, H]; values: [B, E, 32, K, ceil(H * bits / 8)]
+    scale: Any  # keys: [B, E, K, H]; values: [B, E, 32, K, ceil(H / 32)]
+    zero: Any  # the same
+
+
+class Half(NamedTuple):
+    """The keys, or the values, of a slot."""
+
+    packed: Packed
+    newest: Any  # [B, RING, K, H]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,26 +60,21 @@ class Kivi:
     def per_byte(self) -> int:
         return 8 // self.bits
 
-    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
+    def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> KV:
         K, H, groups = config.n_kv_heads, config.d_head, entries // GROUP
         head_bytes, head_groups = -(-H // self.per_byte), -(-H // GROUP)
         codes, meta = jnp.dtype("uint8"), jnp.dtype("uint16")
         k_meta = Shape("BEKH", (batch, groups, K, H), meta)
         v_meta = Shape("BETKH", (batch, groups, GROUP, K, head_groups), meta)
-        newest: Any = Shape("BRKH", (batch, RING, K, H), carrier(self.dtype))
-        return KiviSlot(
-            k_codes=Shape("BETKH", (batch, groups, GROUP // self.per_byte, K, H), codes),
-            k_scale=k_meta,
-            k_zero=k_meta,
-            v_codes=Shape("BETKH", (batch, groups, GROUP, K, head_bytes), codes),
-            v_scale=v_meta,
-            v_zero=v_meta,
-            newest=KV(newest, newest),
-        )
+        k_codes = Shape("BETKH", (batch, groups, GROUP // self.per_byte, K, H), codes)
+        v_codes = Shape("BETKH", (batch, groups, GROUP, K, head_bytes), codes)
+        packed = KV(Packed(k_codes, k_meta, k_meta), Packed(v_codes, v_meta, v_meta))
+        newest = Shape("BRKH", (batch, RING, K, H), carrier(self.dtype))
+        return packed.only(holds).each(lambda half: Half(half, newest))
 
     # ------------------------------------------------------------------------ writing and reading
 
-    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+    def write(self, slot: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
         B, T = positions_BT.shape
         if T <= GROUP:  # at most one group becomes due
             return self._write(slot, kv, positions_BT, entries)
@@ -87,24 +85,19 @@ class Kivi:
             a = jnp.pad(a, widths, constant_values=fill)
             return jnp.moveaxis(a.reshape(B, -1, GROUP, *a.shape[2:]), 1, 0)
 
-        def step(slot: Slot, inputs: tuple[KV, jax.Array]) -> tuple[Slot, None]:
+        def step(slot: KV, inputs: tuple[KV, jax.Array]) -> tuple[KV, None]:
             return self._write(slot, *inputs, entries), None
 
-        xs = (KV(*(steps(a, 0) for a in kv)), steps(positions_BT, -1))
+        xs = (kv.each(lambda a: steps(a, 0)), steps(positions_BT, -1))
         return jax.lax.scan(step, slot, xs)[0]
 
-    def _write(self, slot: KiviSlot, kv: KV, positions_BT: jax.Array, entries: Entries) -> KiviSlot:
+    def _write(self, slot: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
         """Writes up to 32 tokens per row; first quantises the group that they make due, if they do."""
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
-        newest = KV(
-            *(
-                put(held, place_BT, kept(new, self.dtype))
-                for held, new in zip(slot.newest, kv, strict=True)
-            )
-        )
+        newest = slot.each(lambda half, new: put(half.newest, place_BT, kept(new, self.dtype)), kv)
         if entries.capacity == 0:  # too short for anything to be quantised
-            return slot._replace(newest=newest)
+            return slot.each(lambda half, ring: half._replace(newest=ring), newest)
         count_B = jnp.sum(positions_BT >= 0, axis=1)
         length_B = jnp.max(positions_BT, axis=1) + 1  # 0 for a row without new tokens
         oldest_B = quantized_tokens(length_B - count_B)
@@ -112,38 +105,43 @@ class Kivi:
         ring_BT = (oldest_B[:, None] + jnp.arange(GROUP)) % RING
         group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
 
-        def quantize(newest: KV) -> Sequence[jax.Array]:
-            k, v = (restored(a[rows_B1, ring_BT], self.dtype) for a in newest)
-            return *self._pack_keys(k), *self._pack_values(v)
+        def quantize(newest: KV) -> KV:
+            k, v = newest.each(lambda a: restored(a[rows_B1, ring_BT], self.dtype))
+            return KV(
+                None if k is None else self._pack_keys(k),
+                None if v is None else self._pack_values(v),
+            )
 
-        def nothing(newest: KV) -> Sequence[jax.Array]:
+        def nothing(newest: KV) -> KV:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(quantize, newest))
 
         # Once in 32 tokens; and in a program of its own, or XLA would write a second ring for it to read.
         packed = jax.lax.cond(jnp.any(due_B), quantize, nothing, newest)
-        groups = (
-            put(held, group_B1, new[:, None]) for held, new in zip(slot[:-1], packed, strict=True)
-        )
-        return KiviSlot(*groups, newest=newest)
+
+        def with_group(half: Half, new: Packed, newest: jax.Array) -> Half:
+            groups = (put(a, group_B1, b[:, None]) for a, b in zip(half.packed, new, strict=True))
+            return Half(Packed(*groups), newest)
+
+        return slot.each(with_group, packed, newest)
 
     def segments(
-        self, slot: KiviSlot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+        self, slot: KV, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         quantized_B = quantized_tokens(lengths_B)
 
         def read(i: jax.Array) -> KV:
             start, size = entries.start(i) // GROUP, entries.block // GROUP
             cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
-            k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = map(cut, slot[:-1])
-            k = self._unpack_keys(k_codes, k_scale, k_zero)
-            v = self._unpack_values(v_codes, v_scale, v_zero, k.shape[-1])
+            packed = jax.tree.map(cut, slot.each(lambda half: half.packed))
+            k = self._unpack_keys(packed.k_BSKH)
+            v = self._unpack_values(packed.v_BSKH, slot.v_BSKH.newest.shape[-1])
             return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
 
         def positions(i: jax.Array) -> jax.Array:
             return entries.block_positions(i, quantized_B)
 
         def read_newest(_: jax.Array) -> KV:
-            return KV(*(restored(a, self.dtype) for a in slot.newest))
+            return slot.each(lambda half: restored(half.newest, self.dtype))
 
         def positions_newest(_: jax.Array) -> jax.Array:
             ring = Entries(RING, ring=True, block=RING)
@@ -152,43 +150,44 @@ class Kivi:
             return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
 
         any_token = jnp.minimum(jnp.max(lengths_B), 1)
-        newest = Segment(read_newest, positions_newest, 0, any_token, tuple(slot.newest))
+        arrays = jax.tree.leaves(slot.each(lambda half: half.newest))
+        newest = Segment(read_newest, positions_newest, 0, any_token, tuple(arrays))
         if entries.capacity == 0:
             return [newest]
         begin, end = entries.blocks(first, jnp.max(quantized_B) - 1)
-        quantized = Segment(read, positions, begin, end, tuple(slot[:-1]), tokens=GROUP)
+        arrays = jax.tree.leaves(slot.each(lambda half: half.packed))
+        quantized = Segment(read, positions, begin, end, tuple(arrays), tokens=GROUP)
         return [quantized, newest]
 
     # ---------------------------------------------------------------------------- codes of a group
 
-    def _pack_keys(self, k_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _pack_keys(self, k_BTKH: jax.Array) -> Packed:
         codes, scale, zero = self._codes(k_BTKH, axis=1)
         B, T, K, H = codes.shape
         codes = codes.reshape(B, T // self.per_byte, self.per_byte, K, H)
-        return self._packed(codes, axis=2), scale[:, 0], zero[:, 0]
+        return Packed(self._packed(codes, axis=2), scale[:, 0], zero[:, 0])
 
-    def _unpack_keys(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    def _unpack_keys(self, packed: Packed) -> jax.Array:
         """[B, E, 32, K, H]"""
-        B, E, T, K, H = codes.shape
-        values = self._unpacked(codes, axis=3).reshape(B, E, T * self.per_byte, K, H)
-        return self._restored(values, scale[:, :, None], zero[:, :, None])
+        B, E, T, K, H = packed.codes.shape
+        values = self._unpacked(packed.codes, axis=3).reshape(B, E, T * self.per_byte, K, H)
+        return self._restored(values, packed.scale[:, :, None], packed.zero[:, :, None])
 
-    def _pack_values(self, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _pack_values(self, v_BTKH: jax.Array) -> Packed:
         B, T, K, H = v_BTKH.shape
         # The last channel group is filled up with its own last channel, which changes no range.
         v_BTKH = jnp.pad(v_BTKH, [(0, 0)] * 3 + [(0, -H % GROUP)], mode="edge")
         codes, scale, zero = self._codes(v_BTKH.reshape(B, T, K, -1, GROUP), axis=-1)
         codes = codes.reshape(B, T, K, -1)[..., : H + -H % self.per_byte]
         codes = codes.reshape(B, T, K, -1, self.per_byte)
-        return self._packed(codes, axis=4), scale[..., 0], zero[..., 0]
+        return Packed(self._packed(codes, axis=4), scale[..., 0], zero[..., 0])
 
-    def _unpack_values(
-        self, codes: jax.Array, scale: jax.Array, zero: jax.Array, H: int
-    ) -> jax.Array:
+    def _unpack_values(self, packed: Packed, H: int) -> jax.Array:
         """[B, E, 32, K, H]"""
-        values = self._unpacked(codes, axis=5).reshape(*codes.shape[:4], -1)[..., :H]
+        values = self._unpacked(packed.codes, axis=5)
+        values = values.reshape(*packed.codes.shape[:4], -1)[..., :H]
         spread = lambda meta: jnp.repeat(meta, GROUP, axis=-1)[..., :H]
-        return self._restored(values, spread(scale), spread(zero))
+        return self._restored(values, spread(packed.scale), spread(packed.zero))
 
     def _codes(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Codes of x, and the bits of its scales and zeros along an axis."""
@@ -227,27 +226,31 @@ class Kivi:
     def entries(self, tokens: int) -> int:
         return max(tokens - NEWEST, 0)
 
-    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
-        return round(entries * self._packed_bytes(config)) + RING * self._full_bytes(config)
+    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
+        packed, full = self._packed_bytes(config, holds), self._full_bytes(config, holds)
+        return entries * packed + RING * full
 
-    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
         quantized = max(tokens - NEWEST, 0) // GROUP * GROUP
-        packed = max(quantized - first, 0) * self._packed_bytes(config)
-        return round(packed) + (tokens - max(quantized, first)) * self._full_bytes(config)
+        packed = max(quantized - first, 0) * self._packed_bytes(config, holds)
+        return packed + (tokens - max(quantized, first)) * self._full_bytes(config, holds)
 
-    def written_bytes(self, config: ModelConfig, entries: int) -> float:
+    def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         """Twice: in full, and again when its group is due."""
-        return self._full_bytes(config) + (self._packed_bytes(config) if entries else 0)
+        packed = self._packed_bytes(config, holds) if entries else 0
+        return self._full_bytes(config, holds) + packed
 
-    def _packed_bytes(self, config: ModelConfig) -> float:
+    def _packed_bytes(self, config: ModelConfig, holds: str) -> float:
         """Of a quantised token, its share of its group's scales and zeros included."""
         H = config.d_head
-        keys = H * self.bits / 8 + H * META_BYTES / GROUP
-        values = -(-H // self.per_byte) + -(-H // GROUP) * META_BYTES
-        return config.n_kv_heads * (keys + values)
+        of = {
+            "k": H * self.bits / 8 + H * META_BYTES / GROUP,
+            "v": -(-H // self.per_byte) + -(-H // GROUP) * META_BYTES,
+        }
+        return config.n_kv_heads * sum(of[half] for half in holds)
 
-    def _full_bytes(self, config: ModelConfig) -> int:
-        return 2 * config.n_kv_heads * config.d_head * jnp.dtype(self.dtype).itemsize
+    def _full_bytes(self, config: ModelConfig, holds: str) -> int:
+        return len(holds) * config.n_kv_heads * config.d_head * jnp.dtype(self.dtype).itemsize
 
 
 def quantized_tokens(length: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ CLA divides the first three, not the last. Requests that share a prefix are coun
 """
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,16 +48,20 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
         raise ValueError(f"context = {context} must lie in 1 to the capacity of {spec.capacity}")
     config = spec.kept
 
-    def held(p: int) -> int:
+    def held(p: int, halves: str) -> float:
         first = max(context - spec.windows[p], 0) if spec.windows[p] else 0
-        return spec.formats[p].held_bytes(config, first, context)
+        return spec.formats[p].held_bytes(config, first, context, halves)
 
-    slots = range(len(spec.formats))
+    slots = [(p, format, spec.entries(p), spec.holds[p]) for p, format in enumerate(spec.formats)]
     return Ledger(
-        allocated=sum(spec.formats[p].slot_bytes(config, spec.entries(p)) for p in slots),
-        resident=sum(map(held, slots)),
-        written=sum(spec.formats[p].written_bytes(config, spec.entries(p)) for p in slots),
-        read=sum(held(p) * spec.readers[p] for p in slots),
+        allocated=sum(format.slot_bytes(config, n, holds) for _, format, n, holds in slots),
+        resident=sum(held(p, holds) for p, _, _, holds in slots),
+        written=sum(format.written_bytes(config, n, holds) for _, format, n, holds in slots),
+        read=sum(
+            held(p, half) * readers
+            for p, of_halves in enumerate(spec.readers_of)
+            for half, readers in of_halves.items()
+        ),
     )
 
 
@@ -83,16 +86,19 @@ def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:
     assert (lengths == lengths[0]).all()
     seen = _Seen(spec)
     jax.eval_shape(lambda cache: step(seen, cache), cache)
-    used = [_used(spec, p, slot, lengths) for p, slot in enumerate(cache.slots)]
+    used = [
+        {half: _used(spec, p, slot.only(half), lengths) for half in spec.holds[p]}
+        for p, slot in enumerate(cache.slots)
+    ]
     return Ledger(
         allocated=nbytes(cache.slots) / spec.batch,
-        resident=sum(used),
+        resident=sum(sum(halves.values()) for halves in used),
         written=sum(
             _entry_bytes(segment)
             for p in seen.written
             for segment in _segments(spec, p, cache.slots[p], lengths, 0)
         ),
-        read=sum(used[p] for p in seen.read),
+        read=sum(used[k]["k"] + used[v]["v"] for k, v in seen.read),
     )
 
 
@@ -112,7 +118,12 @@ def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
     held = sum(len(node.tokens) for node in tree.nodes() if node.readers)
     all_tokens = sum(len(node.tokens) * node.readers for node in tree.nodes())
     read = sum(len(node.tokens) * -(-node.readers // TILE) for node in tree.nodes())
-    return _shared(spec, spec.slot_bytes, held, all_tokens, read)
+    formats = map(spec.format_of, range(len(spec.holds)))
+    of_token = [
+        {half: format.bytes_per_token(spec.config, half) for half in holds}
+        for format, holds in zip(formats, spec.holds, strict=True)
+    ]
+    return _shared(spec, sum(spec.slot_bytes), of_token, held, all_tokens, read)
 
 
 def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
@@ -134,18 +145,31 @@ def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
         used |= dict.fromkeys(slots, spec.page)
         all_tokens += len(slots) * spec.page * int((rows_R < spec.batch).sum())
         read += len(slots) * spec.page
-    return _shared(spec, list(map(nbytes, cache.slots)), sum(used.values()), all_tokens, read)
+    tokens = spec.pages * spec.page
+    of_token = [
+        {half: nbytes(slot.only(half)) // tokens for half in holds}
+        for slot, holds in zip(cache.slots, spec.holds, strict=True)
+    ]
+    return _shared(spec, nbytes(cache.slots), of_token, sum(used.values()), all_tokens, read)
 
 
 def _shared(
-    spec: PrefixSpec, of_slot: Sequence[int], held: int, all_tokens: int, read: int
+    spec: PrefixSpec,
+    allocated: int,
+    of_token: Sequence[dict[str, int]],
+    held: int,
+    all_tokens: int,
+    read: int,
 ) -> SharedLedger:
-    """From numbers of tokens, and the bytes of each slot's pool."""
-    of_token = [size // (spec.pages * spec.page) for size in of_slot]
-    once = sum(of_token)
-    by_every_layer = sum(map(operator.mul, of_token, spec.readers))
+    """From numbers of tokens, and the bytes of the keys and the values of a token in each slot."""
+    once = sum(sum(halves.values()) for halves in of_token)
+    by_every_layer = sum(
+        size * readers[half]
+        for halves, readers in zip(of_token, spec.readers_of, strict=True)
+        for half, size in halves.items()
+    )
     return SharedLedger(
-        allocated=sum(of_slot),
+        allocated=allocated,
         resident=held * once,
         unshared=all_tokens * once,
         read=read * by_every_layer,
@@ -257,7 +281,8 @@ class _Seen:
     def __init__(self, spec: CacheSpec):
         self.spec = spec
         self.written: list[int] = []
-        self.read: list[int] = []
+        self.read: list[tuple[int, int]] = []
+        self._source = (0, 0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.spec, name)
@@ -269,6 +294,10 @@ class _Seen:
         self.written.append(p)
         return self.spec.write(p, *args)
 
+    def source(self, slots: Sequence[Any], k: int, v: int) -> Any:
+        self._source = (k, v)  # the layers that attend next read these
+        return self.spec.source(slots, k, v)
+
     def observed(self, p: int, *args: Any) -> Any:
-        self.read.append(p)
+        self.read.append(self._source)
         return self.spec.observed(p, *args)

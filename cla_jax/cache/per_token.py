@@ -25,24 +25,46 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerToken(abc.ABC):
-    """A slot is a pytree of arrays [batch, entries, ...]; a token is encoded and decoded alone."""
+    """A slot is a `KV` of pytrees of arrays [batch, entries, heads, ...]; a token is encoded alone."""
 
     dtype: str
     name: str
     longest_block: int = 512
     in_full: ClassVar[int] = 0
 
-    @abc.abstractmethod
-    def encode(self, kv: KV) -> Slot:
-        """What is kept of tokens: [B, T, ...] arrays."""
+    # Keys and values are kept alike; what a format does to one of them:
 
     @abc.abstractmethod
-    def decode(self, kept: Slot) -> KV:
+    def encode_half(self, x_BTKH: jax.Array) -> Any:
+        """What is kept of keys, or of values: a pytree of [B, T, K, ...] arrays."""
+
+    @abc.abstractmethod
+    def decode_half(self, kept: Any) -> jax.Array:
         """The inverse, in `dtype`, up to the error of the format."""
 
     @abc.abstractmethod
-    def bytes_per_token(self, config: ModelConfig) -> int:
-        """Of keys and values, scales included."""
+    def half_shapes(self, heads: tuple[int, ...], width: int) -> Any:
+        """A pytree of `Shape`, for [B, E, K] heads of so many elements."""
+
+    @abc.abstractmethod
+    def head_bytes(self, width: int) -> int:
+        """Of one head of one token, its scale included."""
+
+    def encode(self, kv: KV) -> KV:
+        return kv.each(self.encode_half)
+
+    def decode(self, kept: KV) -> KV:
+        return kept.each(self.decode_half)
+
+    def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> KV:
+        heads = (batch, entries, config.n_kv_heads)
+        widths = KV(*config.kept_widths).only(holds)
+        return widths.each(lambda width: self.half_shapes(heads, width))
+
+    def bytes_per_token(self, config: ModelConfig, holds: str = "kv") -> int:
+        """Of the keys, the values, or both, of one KV layer."""
+        widths = KV(*config.kept_widths).only(holds)
+        return config.n_kv_heads * sum(self.head_bytes(w) for w in widths if w is not None)
 
     def entries(self, tokens: int) -> int:
         return tokens
@@ -65,11 +87,11 @@ class PerToken(abc.ABC):
         begin, end = entries.blocks(first, jnp.max(lengths_B) - 1)
         return [Segment(read, positions, begin, end, tuple(jax.tree.leaves(slot)))]
 
-    def slot_bytes(self, config: ModelConfig, entries: int) -> int:
-        return entries * self.bytes_per_token(config)
+    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
+        return entries * self.bytes_per_token(config, holds)
 
-    def held_bytes(self, config: ModelConfig, first: int, tokens: int) -> int:
-        return (tokens - first) * self.bytes_per_token(config)
+    def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
+        return (tokens - first) * self.bytes_per_token(config, holds)
 
-    def written_bytes(self, config: ModelConfig, entries: int) -> float:  # noqa: ARG002
-        return self.bytes_per_token(config)
+    def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:  # noqa: ARG002
+        return self.bytes_per_token(config, holds)

@@ -86,7 +86,7 @@ class PrefixSpec(CacheSpec):
 
         So attention reads a page as it lies: no product needs keys or values transposed.
         """
-        shapes = self.formats[p].shapes(self.config, self.pages, self.page)
+        shapes = self.formats[p].shapes(self.config, self.pages, self.page, self.holds[p])
         swapped = lambda a: (a[0], a[2], a[1], *a[3:])
         heads_first = lambda s: Shape("".join(swapped(s.letters)), swapped(s.shape), s.dtype)
         return jax.tree.map(heads_first, shapes, is_leaf=lambda x: isinstance(x, Shape))
@@ -106,7 +106,10 @@ class PrefixSpec(CacheSpec):
     def slot_bytes(self) -> tuple[int, ...]:
         """Bytes of the pool of each KV layer."""
         tokens = self.pages * self.page
-        return tuple(format.slot_bytes(self.config, tokens) for format in self.formats)
+        return tuple(
+            int(format.slot_bytes(self.config, tokens, holds))
+            for format, holds in zip(self.formats, self.holds, strict=True)
+        )
 
     # ------------------------------------------------------------------------------- tables
 
@@ -184,7 +187,7 @@ class PrefixSpec(CacheSpec):
         page_BT = jnp.where((step.positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
         entry_BT = offset_BT % self.page
         put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
-        return jax.tree.map(put, slot, self._format(p).encode(kv))
+        return jax.tree.map(put, slot, self.format_of(p).encode(kv))
 
     def attend(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
         """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
@@ -286,10 +289,10 @@ class PrefixSpec(CacheSpec):
             )
             return taken.reshape(B, K, M * page, *H)
 
-        kv = self._format(p).decode(jax.tree.map(gathered, slot))
+        kv = self.format_of(p).decode(jax.tree.map(gathered, slot))
         return KV(*(x.swapaxes(1, 2) for x in kv))
 
-    def _format(self, p: int) -> PerToken:
+    def format_of(self, p: int) -> PerToken:
         format = self.formats[p]
         assert isinstance(format, PerToken)
         return format

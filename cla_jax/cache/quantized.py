@@ -12,20 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.cache.bits import kept, restored
-from cla_jax.cache.per_token import PerToken, Shape, Slot
-from cla_jax.config import ModelConfig
-from cla_jax.model.attention import KV
+from cla_jax.cache.per_token import PerToken, Shape
 
 SCALE_BYTES = 2
 
 
 class Scaled(NamedTuple):
-    """Arrays, or their shapes."""
+    """Keys, or values. Arrays, or their shapes."""
 
-    k_codes: Any  # [B, E, K, H]
-    k_scales: Any  # [B, E, K]
-    v_codes: Any
-    v_scales: Any
+    codes: Any  # [B, E, K, H]
+    scales: Any  # [B, E, K]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,16 +37,12 @@ class _EightBit(PerToken):
     def _values(self, codes: jax.Array) -> jax.Array:
         """What the codes stand for, float32."""
 
-    def shapes(self, config: ModelConfig, batch: int, entries: int) -> Slot:
-        heads = (batch, entries, config.n_kv_heads)
-        k_codes, v_codes = (
-            Shape("BEKH", (*heads, width), jnp.dtype(self.codes)) for width in config.kept_widths
-        )
-        scales = Shape("BEK", heads, jnp.dtype("uint16"))
-        return Scaled(k_codes, scales, v_codes, scales)
+    def half_shapes(self, heads: tuple[int, ...], width: int) -> Scaled:
+        codes = Shape("BEKH", (*heads, width), jnp.dtype(self.codes))
+        return Scaled(codes, Shape("BEK", heads, jnp.dtype("uint16")))
 
-    def _quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.astype(jnp.float32)
+    def encode_half(self, x_BTKH: jax.Array) -> Scaled:
+        x = x_BTKH.astype(jnp.float32)
         scale = jnp.max(jnp.abs(x), axis=-1) / self.largest
         # All that shares the scale reads back as NaN. The scale itself does not tell: XLA's CPU compiler
         # takes the maximum of NaN and 1 for 1.
@@ -60,20 +52,14 @@ class _EightBit(PerToken):
         # A head of zeros has scale 0 and codes 0; so has one without a scale.
         has_scale = (scale > 0)[..., None]
         x = jnp.where(has_scale, x / jnp.where(scale > 0, scale, 1)[..., None], 0)
-        return self._codes(x), bits
+        return Scaled(self._codes(x), bits)
 
-    def encode(self, kv: KV) -> Scaled:
-        return Scaled(*self._quantized(kv.k_BSKH), *self._quantized(kv.v_BSKH))
+    def decode_half(self, kept: Scaled) -> jax.Array:
+        scale = restored(kept.scales, "bfloat16").astype(jnp.float32)[..., None]
+        return (self._values(kept.codes) * scale).astype(self.dtype)
 
-    def decode(self, kept: Scaled) -> KV:
-        def values(codes: jax.Array, bits: jax.Array) -> jax.Array:
-            scale = restored(bits, "bfloat16").astype(jnp.float32)[..., None]
-            return (self._values(codes) * scale).astype(self.dtype)
-
-        return KV(values(kept.k_codes, kept.k_scales), values(kept.v_codes, kept.v_scales))
-
-    def bytes_per_token(self, config: ModelConfig) -> int:
-        return config.n_kv_heads * (sum(config.kept_widths) + 2 * SCALE_BYTES)
+    def head_bytes(self, width: int) -> int:
+        return width + SCALE_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,11 @@ def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
         return f"{policy.name}: an evicting cache has no sliding windows: model.windows must be 0"
     if model.kv.kind == "latent":
         return f"{policy.name}: an evicting cache holds heads: model.kv.kind = latent has none"
+    if model.sharing.is_split:
+        return (
+            f"{policy.name}: an evicting cache keeps keys and values together: model.kv_map = {model.kv_map} "
+            "shares them differently"
+        )
     if capacity > LONGEST:
         return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens a row, not {capacity:,}"
     return None

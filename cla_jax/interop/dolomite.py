@@ -123,7 +123,7 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
     Names that are not understood stay as they are, and are then reported.
     """
-    groups = kv_maps.groups(config.resolved_kv_map)
+    groups = config.sharing.groups
     nested = any(".layers." in name for name in tensors)
     found = {}
     for name, tensor in tensors.items():

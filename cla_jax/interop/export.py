@@ -106,6 +106,11 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
     }
+    if model.sharing.is_split:
+        raise ValueError(
+            f"model.kv_map = {model.kv_map} shares keys and values differently: exported models have one map "
+            "for both"
+        )
     if isinstance(model.kv, LatentKV):
         return deepseek.hf_config(fields, model)
     if is_llama(model):

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.model.layers import sizes
 from cla_jax.model.transformer import Transformer
@@ -94,7 +93,7 @@ class _Place:
 def _places(config: ModelConfig) -> list[_Place]:
     """All places of a model of this config: none for a head if it is tied, say."""
     found = [_Place(entry.ours, (), entry, entry.theirs) for entry in _MODEL]
-    for s, stack in enumerate(kv_maps.stacks(config.resolved_kv_map)):
+    for s, stack in enumerate(config.sharing.stacks):
         for g, group in enumerate(stack.groups):
             parts = [("projection", (g,), group.first, _KEYS_AND_VALUES)]
             parts += [("blocks", (g, i), group.first + i, _BLOCK) for i in range(group.size)]

@@ -29,10 +29,27 @@ log = logging.getLogger(__name__)
 
 
 class KV(NamedTuple):
-    """Keys (rotated once, by their producer) and values, shared by the layers of a group."""
+    """Keys (rotated once, by their producer) and values, shared by the layers of a group.
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    None for one that a layer does not make, or a slot of a cache does not hold; in a slot, each is whatever
+    the format makes of it.
+    """
+
+    k_BSKH: Any
+    v_BSKH: Any
+
+    def only(self, halves: str) -> "KV":
+        """The keys, the values, or both: "k", "v" or "kv"."""
+        return KV(self.k_BSKH if "k" in halves else None, self.v_BSKH if "v" in halves else None)
+
+    def or_else(self, other: "KV") -> "KV":
+        """The same, what is missing taken from another."""
+        return KV(*(b if a is None else a for a, b in zip(self, other, strict=True)))
+
+    def each(self, change: Callable[..., Any], *others: "KV") -> "KV":
+        """What `change` makes of the keys and of the values, or of several each; None stays None."""
+        parts = zip(self, *others, strict=True)
+        return KV(*(None if part[0] is None else change(*part) for part in parts))
 
 
 def joined(kept: KV) -> KV:

@@ -8,7 +8,8 @@ residual stream that enters it; every block of the group attends to that same va
         x = block(x, kv)
 
 A consuming group has no projection and is handed the `kv` of an earlier group. That is all there is
-to cross-layer attention (CLA, 2405.12981 section 3.1). Shared keys and values are an ordinary value, so
+to cross-layer attention (CLA, 2405.12981 section 3.1). Where keys and values are shared differently, a group
+may make one of them and read the other. Shared keys and values are an ordinary value, so
 gradients and rematerialisation need no care; whether `kv` holds arrays or a slot of a cache, a block
 cannot tell.
 """
@@ -71,15 +72,25 @@ class KVProjection(nnx.Module):
     The keys are rotated here, once, before anyone shares them.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array, config: ModelConfig, makes: kv_maps.Halves):
+        self.makes = makes
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.kv = Linear(key, "BTD,DCKH->BTCKH", config)
+        if makes != "kv":  # half of it: the initial values of a tensor are the same under every map
+            i = "kv".index(makes)
+            cut = lambda whole: nnx.Param(
+                jax.lax.slice_in_dim(whole[...], i, i + 1, axis=whole.axes.index("kv_heads") - 1),
+                axes=whole.axes,
+            )
+            self.kv.weight = cut(self.kv.weight)
+            self.kv.bias = None if self.kv.bias is None else cut(self.kv.bias)
 
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
             kv_BTCKH = self.kv(gather_sequence(norm(x_BTD), rules), rules)
-            return KV(k_BSKH=rope(kv_BTCKH[:, :, 0]), v_BSKH=kv_BTCKH[:, :, 1])
+            made = {half: kv_BTCKH[:, :, i] for i, half in enumerate(self.makes)}
+            return KV(rope(made["k"]) if "k" in made else None, made.get("v"))
 
 
 class LatentProjection(nnx.Module):
@@ -88,7 +99,8 @@ class LatentProjection(nnx.Module):
     They are kept as the values and keys of one head.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array, config: ModelConfig, makes: kv_maps.Halves):
+        assert makes == "kv"  # both are made of one latent
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.down = Linear(key, "BTD,DL->BTL", config)
         self.latent_norm = RMSNorm(config, "R")
@@ -195,18 +207,24 @@ class Group(nnx.Module):
     """Consecutive blocks that attend to the same keys and values."""
 
     def __init__(
-        self, key: jax.Array, first: jax.Array | int, size: int, config: ModelConfig, produces
+        self,
+        key: jax.Array,
+        first: jax.Array | int,
+        size: int,
+        config: ModelConfig,
+        makes: kv_maps.Halves,
     ):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
         projections, blocks = jax.vmap(jax.random.split, out_axes=1)(layers)
         make = LatentProjection if isinstance(config.kv, LatentKV) else KVProjection
-        self.projection = make(projections[0], config) if produces else None
+        self.projection = make(projections[0], config, makes) if makes else None
         self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
     def keys_and_values(
         self, x_BTD: jax.Array, rope: Rope, rules: AxisRules, config: ModelConfig
     ) -> KV:
+        """What the group makes; None for keys or values that it does not make."""
         first = self.blocks[0] if isinstance(self.blocks, tuple) else at(self.blocks, 0)
         assert self.projection is not None  # only a producing group is asked
         projection = gather(self.projection, rules, jnp.dtype(config.compute_dtype))
@@ -258,10 +276,10 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = normal(embedding, "VD", config)
         self.stacks = nnx.List(
-            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.produces))(
+            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.makes))(
                 jnp.array([group.first for group in stack.groups])
             )
-            for stack in kv_maps.stacks(config.resolved_kv_map)
+            for stack in config.sharing.stacks
         )
         self.norm = RMSNorm(config)
         self.head = None if config.tied_embeddings else normal(head, "VD", config)
@@ -307,19 +325,23 @@ class Transformer(nnx.Module):
 
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
         reused: dict[int, KV] = {}
-        for stack, groups in zip(kv_maps.stacks(config.resolved_kv_map), self.stacks, strict=True):
-            earlier = None if stack.produces else reused[stack.groups[0].source]
+        for stack, groups in zip(config.sharing.stacks, self.stacks, strict=True):
+            first = stack.groups[0]  # of what a stack reads elsewhere, the source is one
+            earlier = KV(
+                None if "k" in stack.makes else reused[first.k_source].k_BSKH,
+                None if "v" in stack.makes else reused[first.v_source].v_BSKH,
+            )
             windows = [config.resolved_windows[group.first] for group in stack.groups]
 
             def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=earlier):
                 group: Group = item["group"]
                 looped = options.scan_layers and len(stack.groups) > 1
-                if stack.produces:
+                if stack.makes:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
-                    kv = remat(produce, options, looped)(x_BTD)
+                    kv = remat(produce, options, looped)(x_BTD).or_else(kv)
                 attend = attend_within(item["window"])
                 x_BTD = group(x_BTD, kv, rope, attend, options, config, looped)
-                return x_BTD, kv if stack.reused else None
+                return x_BTD, kv.only(stack.reused)
 
             # A window is data of the scan: a pattern of them does not break a stack.
             window = jnp.array(windows) if any(config.resolved_windows) else None
@@ -339,9 +361,7 @@ class Transformer(nnx.Module):
         Scanning or slicing stacked weights inside a decode loop would copy them for every token.
         """
         groups = []
-        for stack, stacked in zip(
-            kv_maps.stacks(self.config.resolved_kv_map), self.stacks, strict=True
-        ):
+        for stack, stacked in zip(self.config.sharing.stacks, self.stacks, strict=True):
             for i in range(len(stack.groups)):
                 group = at(gather(stacked, options.rules, jnp.dtype(self.config.compute_dtype)), i)
                 group.blocks = tuple(at(group.blocks, j) for j in range(stack.size))

@@ -73,8 +73,9 @@ class Row:
 
     @property
     def sharing(self) -> float:
-        """Layers for each layer that has keys and values of its own."""
-        return self.config.model.n_layers / self.config.model.n_slots
+        """Layers for each layer that makes keys and values; where they differ, for half of both counts."""
+        made = self.config.model.sharing
+        return 2 * self.config.model.n_layers / (made.count("k") + made.count("v"))
 
     @property
     def from_training(self) -> bool:
