@@ -12,7 +12,7 @@ have in common. The held-out text is the same for all. So rows are compared seed
 
 from collections.abc import Callable, Iterable
 
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import Config, DataConfig, LatentKV, ModelConfig, OptimizerConfig, Placement
 from cla_jax.fields import replaced
 from cla_jax.study import Claim, Gain, Study
 from experiments import sweeping
@@ -105,6 +105,32 @@ def h16_mqa_fused_lite() -> Config:
     return _row("h16_mqa_fused_lite", kv_map="fused-lite", kv_norm="own")
 
 
+def h8_gqa2() -> Config:
+    """Two KV heads of half the size: 512 B, with as many query heads as `h8_mqa`."""
+    return _row("h8_gqa2", n_heads=8, n_kv_heads=2, d_head=8)
+
+
+def h32_mqa_fused_lite() -> Config:
+    """The map of `h16_mqa_fused_lite` with twice the head size: 512 B."""
+    return _row("h32_mqa_fused_lite", n_heads=2, d_head=32, kv_map="fused-lite", kv_norm="own")
+
+
+def latent24() -> Config:
+    """Multi-head latent attention, rank 24 and a rotated key of 8: 512 B.
+
+    A narrower MLP makes up for the matrices of the heads: the row has the parameters of `h16_mqa`.
+    """
+    row = _row("latent24", kv=LatentKV(rank=24, rope_dims=8), kv_norm="own")
+    return sweeping.matched(row, h16_mqa(), "parameters")
+
+
+def latent48_cla2() -> Config:
+    """Pairs of layers share a latent of rank 48 and a rotated key of 16: 512 B; parameters as `latent24`."""
+    latent = LatentKV(rank=48, rope_dims=16)
+    row = _row("latent48_cla2", kv=latent, kv_map="cla:2", kv_norm="own")
+    return sweeping.matched(row, h16_mqa(), "parameters")
+
+
 MAIN_ROWS = (
     h16_mqa,
     h16_mqa_own_norm,
@@ -120,7 +146,9 @@ MAIN_ROWS = (
 # With CLA2, the maps that keep half the cache. With eight layers, five named maps are three: lasagna:4 is
 # CLA2, and trailing:4 is pizza:4.
 MAP_ROWS = (h16_mqa_cla2, h16_mqa_pizza, h16_mqa_sandwich, h16_mqa_fused_lite)
-ROWS = tuple(dict.fromkeys((*MAIN_ROWS, *MAP_ROWS)))
+# Ways to spend 512 B.
+LEAGUE_ROWS = (h16_mqa, h8_gqa2, h32_mqa_cla2, h32_mqa_fused_lite, latent24, latent48_cla2)
+ROWS = tuple(dict.fromkeys((*MAIN_ROWS, *MAP_ROWS, *LEAGUE_ROWS)))
 
 # The claims of no worse than by a margin wait for the noise pilot, as their margins do. They are added
 # before the first run of `main`.
@@ -157,7 +185,20 @@ MAPS = Study(
     ),
     guardrails=("perplexity",),
 )
-STUDIES = {"main": MAIN, "maps": MAPS}
+# At equal bytes, does a latent beat heads, does sharing it beat keeping one per layer, and do keys and values
+# shared differently beat CLA2?
+LEAGUE = Study(
+    rows={row.__name__: 8 for row in LEAGUE_ROWS},
+    claims=(
+        Claim("latent24", "h16_mqa"),
+        Claim("latent24", "h32_mqa_cla2"),
+        Claim("latent48_cla2", "latent24"),
+        Claim("h32_mqa_fused_lite", "h32_mqa_cla2"),
+        Claim("h8_gqa2", "h16_mqa"),
+    ),
+    guardrails=("perplexity",),
+)
+STUDIES = {"main": MAIN, "maps": MAPS, "league": LEAGUE}
 
 # The best learning rate of each row, as `tuning` finds it. Other rows have that of their function.
 RATES: dict[str, float] = {}
@@ -183,6 +224,11 @@ def maps_tuning() -> Trials:
     yield from _tuned(row for row in MAP_ROWS if row not in MAIN_ROWS)
 
 
+def league_tuning() -> Trials:
+    """The same for the rows that only `league` has."""
+    yield from _tuned(row for row in LEAGUE_ROWS if row not in MAIN_ROWS)
+
+
 def _tuned(rows: Iterable[Callable[[], Config]]) -> Trials:
     for row in rows:
         for rate in (*TUNING_RATES, *HIGHER_RATES.get(row.__name__, ())):
@@ -206,8 +252,13 @@ def maps() -> Trials:
     return sweeping.declared(MAPS, MAP_ROWS, **_rates(MAPS))
 
 
+def league() -> Trials:
+    """Ways to spend 512 B per token, with eight seeds each."""
+    return sweeping.declared(LEAGUE, LEAGUE_ROWS, **_rates(LEAGUE))
+
+
 def _rates(study: Study) -> dict[str, dict[str, float]]:
     return {row: {"optimizer.peak_lr": rate} for row, rate in RATES.items() if row in study.rows}
 
 
-SWEEPS = (tuning, maps_tuning, pilot, main, maps)
+SWEEPS = (tuning, maps_tuning, league_tuning, pilot, main, maps, league)

@@ -70,7 +70,7 @@ def test_equals_an_independent_plain_transformer(kv_map, heads):
     model = make(config)
     ours = logits(model)
     theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
-    assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() <= 2e-6 * np.abs(theirs).max()
 
 
 # Local and global layers as Character.AI, MixAttention and Gemma mix them.

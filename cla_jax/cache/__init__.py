@@ -39,7 +39,6 @@ from cla_jax.model.attention import (
     Segment,
     StepPositions,
     attend_segments,
-    joined,
 )
 from cla_jax.model.layers import axes
 
@@ -261,11 +260,6 @@ class CacheSpec:
             # Padding sees nothing, and must not make others read from the beginning.
             first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
             segments = self.formats[p].segments(slot, step.lengths_B, first, self._here(p))
-            if isinstance(self.config.kv, LatentKV):
-                segments = [
-                    segment._replace(read=lambda i, read=segment.read: joined(read(i)))
-                    for segment in segments
-                ]
             kernel = self._kernel(p, segments, q_BTKGH, step)
             o_BTKGH = attend_segments(
                 self._padded(q_BTKGH),

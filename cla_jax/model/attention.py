@@ -299,6 +299,18 @@ def _check_float32(*parts: Partial) -> None:
         assert all(a.dtype == jnp.float32 for a in part), [a.dtype for a in part]
 
 
+def _scores(q_BKNH: jax.Array, kv: KV) -> jax.Array:
+    """Scores of queries and keys, [B, K, N, S].
+
+    Queries that are wider than the keys are those of a latent: their beginning meets the values. In one
+    array of latents and keys (`joined`) it would be one product, of a copy.
+    """
+    rest = q_BKNH.shape[-1] - kv.k_BSKH.shape[-1]
+    if rest == 0:
+        return scores(q_BKNH, kv.k_BSKH)
+    return scores(q_BKNH[..., :rest], kv.v_BSKH) + scores(q_BKNH[..., rest:], kv.k_BSKH)
+
+
 def partial_attention(
     q_BKNH: jax.Array,
     segments: Sequence[Segment],
@@ -319,7 +331,7 @@ def partial_attention(
         queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, part.peak_BKN1))
         kv, keys = segment.read(i), segment.positions(i)
         keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
-        s_BKNS = scores(queries_BKNH, kv.k_BSKH)
+        s_BKNS = _scores(queries_BKNH, kv)
         s_BKNS = jnp.where((keys <= positions_B1N1) & (keys >= starts_B1N1), s_BKNS, MASKED)
         # What a query sums up before its first visible key shrinks to nothing when that key comes.
         new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
