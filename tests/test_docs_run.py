@@ -41,6 +41,7 @@ PARSED = {
     "paper": "pretraining of 1B and 3B models",
     "pods": "compilers for TPUs and GPUs",
     "prefix": "a replay of minutes; its tests replay short traces",
+    "sharing": "three trainings; tests train and decode models with such maps",
     "tasks": "data of tasks from a network",
     "training": "several devices, several hosts, and data of the user's",
     "uptraining": "a second training; its tests convert small runs",
@@ -169,6 +170,13 @@ def test_the_blocks_of_a_page_run_verbatim(clone, text):
         assert (clone / "runs/mine/books/metrics.jsonl").exists()
         assert (clone / "runs/demo/seeds/report.html").exists()
         assert (clone / "exported/config.json").exists()
+
+
+def test_the_example_of_the_page_on_sharing_runs(capsys):
+    (page,) = (page for page in PAGES if page.stem == "sharing")
+    (example,) = blocks(page, "python")
+    exec(compile(example, page.name, "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "3 kv 5 1"  # of whose keys five layers read
 
 
 def test_the_format_that_the_page_on_extending_adds_works():
