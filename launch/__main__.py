@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "evaluate runs on held-out text, through a KV cache too",
     "generate": "continue a prompt with a run",
     "compare": "draw runs on one page, or decide a study",
+    "publish": "copy what reports read of finished runs, without checkpoints",
     "sweep": "start the runs of a sweep, here or on a cluster",
     "status": "say how the runs of a sweep are doing",
     "cancel": "end a sweep, or some of its runs",

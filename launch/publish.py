@@ -1,0 +1,93 @@
+"""Copies of finished runs that are small enough to keep in a repository.
+
+    python -m launch.publish runs/small/main docs/results/small/main
+    python -m launch.publish runs/small/main docs/results/small/main --every 64
+
+A copy has what reports read: the config, the tokenizer, all evaluations with the scores of each document, and
+every 32nd step of the metrics. Their lines are numbered and sealed anew. It has no checkpoints, so it can be
+reported and not continued. Unfinished runs are left out. A run whose records were altered is refused.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import tyro
+from etils import epath
+
+from cla_jax import names, runs, seals
+from cla_jax.runs import SAVED, Run
+from launch.cli import read, user_errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    # A run, or a directory of runs.
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
+    # The directory of the copies.
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    # Of the steps without an evaluation, those that this divides are copied, and the first.
+    every: int = 32
+
+    def __post_init__(self):
+        names.check_path("TARGET", self.target)
+        if self.every < 1:
+            raise ValueError(f"every = {self.every} must be positive")
+
+
+def publish(arguments: Arguments) -> None:
+    refused = []
+    for run in runs.find_runs([arguments.source]):
+        problems: list[str] = []
+        records = list(run.read_records(problems))
+        problems += run.losses().problems
+        if problems:
+            refused.append(problems[0])
+        elif not _is_finished(run):
+            print(f"{run.path}: not finished, left out")
+        else:
+            target = epath.Path(arguments.target) / run.path.name
+            _copy(run, target, _kept(records, arguments.every))
+            print(f"{run.path} -> {target}")
+    if refused:
+        raise ValueError("; ".join(refused))
+
+
+def _is_finished(run: Run) -> bool:
+    last = (run.read_metrics() or [{"step": 0}])[-1]
+    return last["step"] >= run.config().steps and "held_out_loss" in last
+
+
+def _kept(records: Sequence[dict[str, Any]], every: int) -> Iterator[dict[str, Any]]:
+    """What of the metrics is copied. Notes of checkpoints are not: there will be none."""
+    for record in records:
+        if SAVED not in record and (
+            record["step"] <= 1 or record["step"] % every == 0 or "held_out_loss" in record
+        ):
+            yield record
+
+
+def _copy(run: Run, target: epath.Path, records: Iterator[dict[str, Any]]) -> None:
+    """Raises ValueError if another run is in the place of the copy."""
+    if (target / "config.json").exists() and Run(target).id != run.id:
+        raise ValueError(f"{target} has another run: it is not overwritten")
+    (target / "eval").mkdir(parents=True, exist_ok=True)
+    evals = [f"eval/{name}.json" for name in run.evals()]
+    for name in ("config.json", "tokenizer.json", *evals):
+        runs.write_atomically(target / name, (run.path / name).read_text())
+    lines = (
+        seals.seal_line(record, number, run.id) if run.is_sealed else json.dumps(record) + "\n"
+        for number, record in enumerate(records, 1)
+    )
+    runs.write_atomically(target / "metrics.jsonl", "".join(lines))
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    publish(read(Arguments, args=argv, prog="python -m launch.publish", description=__doc__))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

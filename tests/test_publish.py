@@ -1,0 +1,63 @@
+"""Copies of runs for a repository: reports read them as they read the runs."""
+
+import pytest
+
+from cla_jax import runs
+from cla_jax.runs import Run
+from launch import publish
+from tests.sealed import make_older, write_metrics
+from tests.test_report import evaluate, make, rows
+
+
+def trained(directory, name, last=70):
+    """A run of 70 steps, or the beginning of one."""
+    run = make(directory, name, steps=70)
+    records = [{"step": step, "loss": 5 - 0.01 * step} for step in range(1, last + 1)]
+    records.insert(50, {"step": 50, runs.SAVED: 50})
+    if last == 70:
+        records.append({"step": 70, "held_out_loss": 3.0, "perplexity": 9.0, "bits_per_byte": 1.1})
+    write_metrics(run, records)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "00000050.json").write_text("{}")
+    return run
+
+
+def test_a_copy_is_reported_as_the_run_is_and_is_a_thirtieth_of_it(tmp_path, capsys):
+    runs_, copies = tmp_path / "runs", tmp_path / "copies"
+    first = trained(runs_, "x/a")
+    evaluate(first, 8.0, step=70)
+    older = trained(runs_, "x/older")
+    make_older(older)
+    trained(runs_, "x/begun", last=60)
+    publish.main([str(runs_ / "x"), str(copies)])
+    assert "begun: not finished, left out" in capsys.readouterr().out
+    assert sorted(path.name for path in copies.iterdir()) == ["a", "older"]
+    for name in ("a", "older"):
+        copy = Run(type(first.path)(copies / name))
+        problems: list[str] = []
+        steps = [record["step"] for record in copy.read_metrics(problems)]
+        assert (steps, problems, copy.losses().problems) == ([1, 32, 64, 70], [], ())
+        (ours,), (theirs,) = rows(copy), rows(Run(type(first.path)(runs_ / "x" / name)))
+        assert ours.evaluation == theirs.evaluation
+        assert not ours.altered
+    publish.main([str(runs_ / "x"), str(copies), "--every", "35"])  # again: replaced
+    assert [r["step"] for r in copy.read_metrics()] == [1, 35, 70]
+
+
+def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
+    run = trained(tmp_path / "runs", "x/a")
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(lines[:10] + lines[11:]))
+    with pytest.raises(SystemExit):
+        publish.main([str(run.path), str(tmp_path / "copies")])
+    assert "1 lines before line 11 are missing" in capsys.readouterr().err
+    assert not (tmp_path / "copies").exists()
+    run.metrics.write_text("".join(lines))
+    publish.main([str(run.path), str(tmp_path / "copies")])
+    other = trained(tmp_path / "others", "y/a")
+    with pytest.raises(SystemExit):
+        publish.main([str(other.path), str(tmp_path / "copies")])
+    assert "has another run: it is not overwritten" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        publish.main([str(run.path), str(tmp_path / "copies"), "--every", "0"])
+    assert "every = 0 must be positive" in capsys.readouterr().err
