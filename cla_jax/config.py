@@ -196,13 +196,14 @@ class ModelConfig:
             _positive(f"model.{field}", getattr(self, field))
         self.resolved_rope_scaling  # noqa: B018  raises for what is none of its forms
         sharing = self.sharing  # raises for a map that does not fit the depth
-        for sources in (sharing.k_map, sharing.v_map):
+        named = {"keys": sharing.k_map, "values": sharing.v_map}
+        for what, sources in named.items():
             for layer, source in enumerate(sources):
                 ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
                 if ours != theirs:
                     raise ValueError(
                         f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it "
-                        f"reads the keys and values of layer {source}, whose window is {theirs}"
+                        f"reads the {what} of layer {source}, whose window is {theirs}"
                     )
         if sharing.is_split and isinstance(self.kv, LatentKV):
             raise ValueError(
@@ -223,12 +224,12 @@ class ModelConfig:
     def resolved_kv_map(self) -> kv_maps.KvMap:
         """The one map of keys and values, as a tuple with one source per layer.
 
-        Raises ValueError if keys and values are shared differently.
+        Raises ValueError if keys and values have maps of their own.
         """
         if self.sharing.is_split:
             raise ValueError(
-                f"model.kv_map = {shown(self.kv_map)} shares keys and values differently: only models with "
-                "one map for both can be used here"
+                f"model.kv_map = {shown(self.kv_map)} has one map for keys and another for values: only "
+                "models with one map for both can be used here"
             )
         return self.sharing.k_map
 

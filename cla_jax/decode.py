@@ -83,9 +83,13 @@ def decode(
 
     Only the first counts_B tokens of a row are text; the rest, and what would go beyond the capacity, is
     padding, neither kept nor seen, and what comes out of it means nothing. `starts_BT`, if given, is the
-    first position each token sees.
+    first position each token sees. Raises ValueError for them if a kernel of the cache cannot do that.
     """
     config, rules = spec.config, spec.rules
+    if starts_BT is not None and not spec.sees_starts:
+        raise ValueError(
+            f"attention = {spec.attention!r} always sees a row from its beginning: starts need 'xla'"
+        )
     # Positions are settled here, once: where a consumer's query stands cannot depend on what its
     # producer has done to a cache in between.
     T = tokens_BT.shape[1]

@@ -1,9 +1,9 @@
 """Who shares keys and values with whom.
 
 A map has one entry per layer: `k_map[i]` is the layer whose keys layer `i` attends to, `v_map[i]` the layer
-whose values it adds up. Mostly both are one map, `kv_map`: that is cross-layer attention (CLA, Brandon et al.
-2024). A *producer* (`kv_map[i] == i`) projects keys and values and writes a cache; every other layer is a
-*consumer*. From the maps alone follow
+whose values its weights sum. Mostly both are one map, `kv_map`: that is cross-layer attention (CLA, Brandon
+et al. 2024). A layer with `k_map[i] == i` or `v_map[i] == i` is a *producer*: it projects keys, values, or
+both, and writes them to a cache. A layer that does neither is a *consumer*. From the maps alone follow
 
     groups      consecutive layers with the same sources: the unit of structure of the model,
     stacks      consecutive groups of equal shape: what one `jax.lax.scan` executes in training,
@@ -60,7 +60,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Consecutive producing groups of equal shape, or one consuming group."""
+    """Consecutive groups that make the same and read the same earlier layers, or one consuming group."""
 
     groups: tuple[Group, ...]
 
@@ -362,7 +362,12 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
         for key, _, form in parts:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:
                 raise ValueError(f"kv_map {shown(text)}: {form.strip()} is two maps already")
-            named[key.strip()] = _one(form.strip(), n_layers)
+            try:
+                named[key.strip()] = _one(form.strip(), n_layers)
+            except ValueError as error:
+                raise ValueError(f"{key.strip()}: {error}") from None
+        if named["k"] == named["v"]:
+            raise ValueError(f"kv_map {shown(text)}: the maps are equal, so write one for both")
         return named["k"], named["v"]
     name, *arguments = text.split(":")
     if name in _PAIR_BUILDERS:

@@ -415,8 +415,8 @@ def sensitivity(
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
     if config.sharing.is_split:
         raise ValueError(
-            f"per_slot: model.kv_map = {config.kv_map} shares keys and values differently: a layer would "
-            "read keys in one format and values in another"
+            f"per_slot: model.kv_map = {config.kv_map} has one map for keys and another for values: a layer "
+            "would read keys in one format and values in another"
         )
     kv_layers = config.sharing.kv_layers
     found = []

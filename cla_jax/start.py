@@ -50,8 +50,8 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
     is_split = a.sharing.is_split or b.sharing.is_split
     if is_split and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
         raise ValueError(
-            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models that share keys and values "
-            "differently are not converted"
+            f"{what} has kv_map {a.kv_map} and n_kv_heads {a.n_kv_heads}, this run has {b.kv_map} and "
+            f"{b.n_kv_heads}: models with one map for keys and another for values are not converted"
         )
     producers = {kv.layer for kv in a.sharing.kv_layers}
     for kv in b.sharing.kv_layers:

@@ -173,8 +173,8 @@ MAIN = Study(
     gains=(Gain(ours=("h16_mqa_cla2", "h32_mqa_cla2"), theirs=("h8_mqa", "h16_mqa")),),
 )
 
-# One study of 1.1B models found CLA2's map the weakest of five at half the cache, with one seed: it would be
-# worse than each of the others. Another, of 1.5B models, found it worse than keys of the middle layer with
+# One study of 1.1B models found CLA2's map the weakest of five at half the cache, with one seed: if so, each
+# other map should beat it here. Another, of 1.5B models, found it worse than keys of the middle layer with
 # values of the bottom layer.
 MAPS = Study(
     rows={row.__name__: 8 for row in MAP_ROWS},
@@ -200,7 +200,8 @@ LEAGUE = Study(
 )
 STUDIES = {"main": MAIN, "maps": MAPS, "league": LEAGUE}
 
-# The best learning rate of each row, as `tuning` finds it. Other rows have that of their function.
+# The best learning rate of each row, as `tuning` finds it. While a row is missing here, `main`, `maps` and
+# `league` are only declared: they would run at the rate of its function.
 RATES: dict[str, float] = {}
 
 # Tuning and the noise pilot have seeds of their own: a seed that chose a rate does not judge it.

@@ -70,8 +70,8 @@ def compare(
       out: where to write (default: the one directory given, or the common parent of several)
       group_by: runs with the same value of this field of the config are one row; give it several times for
         several fields
-      over: runs that differ in this field alone are one row (default: seed); give it several times for
-        several fields
+      over: runs that differ in this field alone are one row; give it several times for several fields. They
+        replace the default, seed
       baseline: a row or a run; a column shows how far the others are from it, seed by seed
       sort: order of the rows: a field of the config, or run, kv_bytes, parameters, perplexity, bits_per_byte,
         difference (default: KV bytes, then quality)
@@ -80,7 +80,13 @@ def compare(
         raise ValueError(
             "a study says itself which runs belong together: leave out --group-by and --over"
         )
-    view = report.View(group_by=group_by, over=over or ("seed",), baseline=baseline, sort=sort)
+    fields = lambda names: tuple(name.replace("-", "_") for name in names)  # as flags spell them
+    view = report.View(
+        group_by=fields(group_by),
+        over=fields(over) or ("seed",),
+        baseline=baseline,
+        sort=sort.replace("-", "_"),
+    )
     declared = experiments.find_study(study) if study else None
     if declared and not paths:
         paths = (str(runs.run_path(next(iter(declared.trials.values()))).parent),)
@@ -135,7 +141,8 @@ def compare(
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
     # Not through the console, which would break a command into lines.
-    for note in (*report.notes(rows, problems), *further):
+    left_out = report.seeds.left_out(rows, view.group_by, view.over)
+    for note in (*report.notes(rows, problems), *left_out, *further):
         print(note)
     if outcome:
         for note in outcome.notes:

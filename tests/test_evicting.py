@@ -246,7 +246,7 @@ def test_the_profile_is_that_of_whole_attention():
         (
             "window:keep=0.5",
             {"kv_map": "fused-lite"},
-            "kv_map = fused-lite shares them differently",
+            "kv_map = fused-lite has one map for keys",
         ),
         ("fastgen", {}, "no punctuation tokens"),
     ],

@@ -27,6 +27,8 @@ def map_pairs(draw, most=12):
     for layer in range(1, len(k_map)):
         producers = [p for p, source in enumerate(v_map) if p == source]
         v_map.append(draw(st.sampled_from([layer, layer, *producers])))
+    if k_map == tuple(v_map):
+        return k_map, k_map, ",".join(map(str, k_map))
     text = "k=" + ",".join(map(str, k_map)) + ";v=" + ",".join(map(str, v_map))
     return k_map, tuple(v_map), text
 
@@ -176,6 +178,8 @@ def test_layers_that_read_values_of_one_layer_and_make_keys_are_one_stack():
         ("k=cla:2;v=", 4, ["unknown kv_map"]),
         ("k=cla:2;v=fused-lite", 4, ["fused-lite is two maps"]),
         ("k=cla:2;v=cla:9", 4, ["factor is 9"]),
+        ("k=cla:2;v=0,0,2,2", 4, ["the maps are equal"]),
+        ("k=0,0,2;v=identity", 4, ["k: kv_map has 3 entries"]),
         ("fused-lite:5", 4, ["n_kv_layers is 5"]),
         ("fused-lit", 4, ["'fused-lite'"]),
     ],

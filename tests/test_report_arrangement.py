@@ -152,3 +152,34 @@ def test_fields_that_differ_are_columns_and_the_order_is_asked_for(capsys, study
 )
 def test_bad_names_give_the_nearest_match(capsys, study, flags, words):
     assert words in refused(capsys, study, *flags)
+
+
+def test_rows_over_another_field_are_named_by_what_they_have_in_common(capsys, tmp_path):
+    for rate in (0.001, 0.002):
+        for seed in (0, 1):
+            run = make(
+                tmp_path / "runs",
+                f"x/peak_lr={rate},seed={seed}",
+                seed=seed,
+                optimizer=OptimizerConfig(peak_lr=rate),
+            )
+            evaluate(run, 10.0)
+            log(run)
+    flags = ("--over", "optimizer.peak-lr", "--baseline", "seed 0")  # as flags spell a field
+    shown, lines, _, _ = compared(capsys, tmp_path / "runs", *flags)
+    assert [line["run"] for line in lines] == ["seed 0 (2 runs)", "seed 1 (2 runs)"]
+    assert "Runs of equal optimizer.peak_lr are paired" in " ".join(shown.split())
+
+
+def test_a_row_of_one_run_has_the_name_of_its_group_and_what_is_left_out_is_said(capsys, tmp_path):
+    for name, kv_map, last in (("a", "identity", 30), ("b", "cla:2", 30), ("c", "cla:2", 12)):
+        run = make(tmp_path / "runs", f"x/{name}", kv_map=kv_map, seed=ord(name))
+        log(run, last, evaluated=9.0 if last == 30 else None)
+    flags = ("--group-by", "model.kv_map", "--baseline", "kv_map identity", "--sort", "difference")
+    shown, lines, _, _ = compared(capsys, tmp_path / "runs", *flags)
+    assert [line["run"] for line in lines] == ["kv_map cla:2 (1 seed)", "kv_map identity (1 seed)"]
+    assert "c is left out of the mean over seeds: no evaluation" in shown
+    assert "+0.0000*" in shown  # from training, as the scores are
+    assert "--sort difference needs --baseline" in refused(
+        capsys, tmp_path / "runs", "--sort", "difference"
+    )

@@ -327,7 +327,7 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
     assert "data.tokenizer = 'byte', this run has 'bpe:259'" in refusal(
         **{"data.tokenizer": "bpe:259"}
     )
-    assert "share keys and values differently are not converted" in refusal(
+    assert "one map for keys and another for values are not converted" in refusal(
         **{"model.kv_map": "k=cla:2;v=identity"}
     )
     assert "start.run is empty" in refusal(start=FromRun())

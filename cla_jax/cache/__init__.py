@@ -149,6 +149,12 @@ class CacheSpec:
     # Whether a write needs to know which tokens it is of.
     reads_tokens: ClassVar[bool] = False
 
+    @property
+    def sees_starts(self) -> bool:
+        """Whether a token may begin to see its row at a later position."""
+        kernel = decode_kernels.KERNELS.get(self.attention)
+        return kernel is None or kernel.sees_starts
+
     @functools.cached_property
     def kept(self) -> ModelConfig:
         """The model as the cache keeps it: heads may be padded to a width that a kernel reads."""
@@ -186,7 +192,7 @@ class CacheSpec:
         return tuple(kv.holds for kv in self.config.sharing.kv_layers)
 
     def representative(self, p: int) -> int:
-        """The first slot that is kept, written and read as slot p is: in a program either will do."""
+        """The first slot with the format and the window of slot p: code that is compiled for it serves p."""
         kind = lambda slot: (self.formats[slot], self.windows[slot])
         return next(slot for slot in range(p + 1) if kind(slot) == kind(p))
 

@@ -68,7 +68,7 @@ def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
     if model.sharing.is_split:
         return (
             f"{policy.name}: an evicting cache keeps keys and values together: model.kv_map = {model.kv_map} "
-            "shares them differently"
+            "has one map for keys and another for values"
         )
     if capacity > LONGEST:
         return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens a row, not {capacity:,}"

@@ -106,11 +106,7 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
     }
-    if model.sharing.is_split:
-        raise ValueError(
-            f"model.kv_map = {model.kv_map} shares keys and values differently: exported models have one map "
-            "for both"
-        )
+    kv_map = list(model.resolved_kv_map)  # raises if keys and values have maps of their own
     if isinstance(model.kv, LatentKV):
         return deepseek.hf_config(fields, model)
     if is_llama(model):
@@ -124,7 +120,7 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{_MODELING}.ClaForCausalLM",
         },
         **fields,
-        "kv_map": list(model.resolved_kv_map),
+        "kv_map": kv_map,
         "kv_norm": model.kv_norm,
         "windows": list(model.resolved_windows),
     }

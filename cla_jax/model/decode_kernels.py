@@ -31,7 +31,8 @@ class Attend(Protocol):
 class Kernel(NamedTuple):
     attend: Attend
     kept_width: Callable[[int], int]  # of heads in the cache; they are padded with zeros
-    takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads a KV head
+    takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads per KV head
+    sees_starts: bool  # whether a query may begin to see after the beginning of its row
     # Why it cannot serve a model, a cache format, and a platform with its compute capability.
     refusal: Callable[[ModelConfig, str, str, float], str | None]
     tried: str  # what was done with it
@@ -42,6 +43,7 @@ KERNELS = {
         mosaic.attend,
         mosaic.kept_width,
         lambda T, G: T * G <= mosaic.ROWS,
+        True,
         mosaic.refusal,
         "compiled for H100 and run in jax's interpreter, never on a GPU",
     ),
@@ -49,8 +51,9 @@ KERNELS = {
         paged.attend,
         paged.kept_width,
         lambda T, G: T == 1,
+        False,
         paged.refusal,
-        "compiled for TPUs and run in jax's interpreter by us, never on a TPU",
+        "compiled for TPUs, where XLA copies the cache for it, and run in jax's interpreter, never on a TPU",
     ),
 }
 NAMES = (XLA, *KERNELS)
@@ -60,11 +63,13 @@ def refusal(
     name: str, config: ModelConfig, format: str, platform: str, compute_capability: float
 ) -> str | None:
     """Why a kernel cannot serve this model, cache format and hardware; None if it can."""
+    if reason := KERNELS[name].refusal(config, format, platform, compute_capability):
+        return reason
     if isinstance(config.kv, LatentKV):
         return "keys of a latent are wider than its values"
     if config.compute_dtype != "bfloat16":
         return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
-    return KERNELS[name].refusal(config, format, platform, compute_capability)
+    return None
 
 
 def check(name: str, config: ModelConfig, formats: tuple[str, ...]) -> None:

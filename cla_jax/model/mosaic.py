@@ -40,7 +40,7 @@ def refusal(
         return f"it reads bfloat16 and int8, not cache format {format}"
     widest = (
         256 if format == "int8" else 512
-    )  # the compiler does not come to an end with wider int8
+    )  # compiling wider int8 heads did not finish in two minutes
     if config.d_head > widest:
         return f"it takes model.d_head up to {widest} in cache format {format}, not {config.d_head}"
     return None

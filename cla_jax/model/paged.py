@@ -1,7 +1,7 @@
 """Attention through a cache on TPU: the paged kernel that comes with jax, over a cache of one KV head.
 
-A row of such a cache is a sequence of pages as it lies. The kernel works on whole tiles of 128 lanes, so the
-cache keeps heads as wide as that: one of 46 or 64 takes the room of 128.
+The entries of a row are contiguous, so they can be viewed as pages without a copy. The kernel works on whole
+tiles of 128 lanes, so the cache keeps heads as wide as that: one of 46 or 64 takes the room of 128.
 """
 
 from typing import Any
@@ -50,7 +50,8 @@ def attend(
 ) -> Partial:
     """Attention of the newest token of each row to all entries up to its own.
 
-    It sees the row from its beginning. The kernel returns normalised outputs, which count as the whole.
+    It sees the row from its beginning. Outputs are normalised already, so they cannot be merged with those of
+    other parts.
     """
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 

@@ -44,8 +44,9 @@ def arrange(rows: Sequence[Row], view: View) -> Arrangement:
         base = _baseline(rows, view.baseline)
         columns = [*_differences(rows, base, view.over), *columns]
         words = (
-            f"Difference: bits per byte minus those of {base.name}; less than 0 is better. It is the mean "
-            "over the seeds that both have, ± one standard deviation; without such seeds, that of the means."
+            f"Difference: bits per byte minus those of {base.name}; less than 0 is better. Runs of equal "
+            f"{seeds.words(view.over)} are paired: mean, ± one standard deviation. Without pairs it is the "
+            "difference of the means."
         )
     order = None
     if view.sort:
@@ -53,6 +54,8 @@ def arrange(rows: Sequence[Row], view: View) -> Arrangement:
             name: [settings.get(name) for settings in flat]
             for name in dict.fromkeys(name for settings in flat for name in settings)
         }
+        if view.sort == "difference" and not view.baseline:
+            raise ValueError("--sort difference needs --baseline")
         near_choice("field of --sort", view.sort, known)
         values = known[view.sort]
         order = tuple(sorted(range(len(rows)), key=lambda i: (_key(values[i]), rows[i].name)))
@@ -113,8 +116,11 @@ def _baseline(rows: Sequence[Row], name: str) -> Row:
             own = one.name.removesuffix(cache)
             for word in (own, seeds.common_name([own.partition(" (")[0]]), one.path.rstrip("/")):
                 known.setdefault(f"{word}{cache}", row)
-    near_choice("run of --baseline", name.rstrip("/"), known)
-    return known[name.rstrip("/")]
+    name = name.rstrip("/")
+    bare = {row.name.partition(" (")[0]: row for row in rows}
+    if name not in known:  # few names in what is said, not the paths of all runs
+        near_choice("run of --baseline", name, bare)
+    return known.get(name) or bare[name]
 
 
 def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Column]:
@@ -126,7 +132,9 @@ def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Co
         if row is base
         else "—"
         if mean is None
-        else f"{mean:+.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+        else f"{mean:+.4f}"
+        + (f" ± {deviation:.4f}" if deviation is not None else "")
+        + ("*" if row.from_training or base.from_training else "")
         for row, (mean, deviation) in zip(rows, found, strict=True)
     ]
     means, deviations = zip(*found, strict=True)

@@ -50,14 +50,18 @@ def merged(
         seed.
     """
     made: list[Row] = []
-    for group in _groups(rows, group_by, over):
-        name = _check_group(group, group_by, over) if group_by else ""
+    groups = _groups(rows, group_by, over)
+    for group in groups:
+        if group_by:
+            name = _check_group(group, group_by, over)
+        else:  # seeds stand at the end of names, where they are easily left out; other fields do not
+            name = "" if tuple(over) == ("seed",) else _distinction(group, groups, over)
         counting = [row for row in group if not excuse(row)]
         by_data: dict[str, list[Row]] = {}
         for row in counting:
             by_data.setdefault(_data(row), []).append(row)
         distinct = len({values_of(row, over) for row in group}) == len(group)
-        if len(group) == 1 or not distinct or not counting:
+        if not distinct or not counting or (len(group) == 1 and not group_by):
             made += group
         elif len(by_data) == 1:
             made.append(_mean(group, counting, name, over))
@@ -75,6 +79,15 @@ def _groups(
         key = (values_of(row, group_by), row.cache, row.context) if group_by else _key(row, *over)
         found.setdefault(key, []).append(row)
     return list(found.values())
+
+
+def _distinction(group: Sequence[Row], groups: Sequence[Sequence[Row]], over: Sequence[str]) -> str:
+    """What a group has in the fields in which groups differ; empty if it is none, or of one run."""
+    firsts = [settings(one[0]) for one in groups]
+    fields = dict.fromkeys(field for one in firsts for field in one if field not in over)
+    differing = [f for f in fields if len({str(one.get(f)) for one in firsts}) > 1]
+    pairs = zip(differing, values_of(group[0], differing), strict=True)
+    return ", ".join(f"{f.rpartition('.')[2]} {v}" for f, v in pairs) if len(group) > 1 else ""
 
 
 def _check_group(group: Sequence[Row], group_by: Sequence[str], over: Sequence[str]) -> str:
@@ -117,11 +130,16 @@ def left_out(
     for group in _groups(rows, group_by, over):
         whole = {row.path for made in merged(group, group_by, over) for row in (made, *made.seeds)}
         told += [
-            f"{row.name} is left out of the mean over seeds: {excuse(row)}"
+            f"{row.name} is left out of the mean over {words(over)}: {excuse(row)}"
             for row in group
             if row.path not in whole
         ]
     return told
+
+
+def words(over: Sequence[str]) -> str:
+    """What runs of a row differ in."""
+    return "seeds" if tuple(over) == ("seed",) else ", ".join(over)
 
 
 def _key(row: Row, *fields: str) -> str:

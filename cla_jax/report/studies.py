@@ -244,7 +244,7 @@ def sentence(outcome: Outcome, number: int) -> str:
     unit, level = METRICS[study.metric], f"{1 - study.alpha:.0%}"
     where = f"at {scale(outcome.declared)}"
     if verdict.status == "not tested":
-        return f"{verdict.claim}: not tested {where}; {verdict.reason}."
+        return f"Not tested {where}: {verdict.claim}; {verdict.reason}."
     text = (
         f"{verdict.claim}: {verdict.status} {where}. The mean difference is {verdict.mean:+.4f} {unit}, "
         f"{level} interval {verdict.low:+.4f} to {verdict.high:+.4f} over {verdict.n} paired seeds, "
