@@ -204,6 +204,13 @@ def test_latents_and_unknown_kernels_are_refused():
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosaic")
 
 
+def test_documents_within_a_row_are_refused_where_a_kernel_sees_all_of_it():
+    spec = dataclasses.replace(cache_spec(MODEL_16, batch=1, capacity=128), attention="paged")
+    one = np.ones((1, 1), np.int32)
+    with pytest.raises(ValueError, match="'paged' always sees a row from its beginning"):
+        decode(None, spec, None, one, one[0], starts_BT=one)
+
+
 @pytest.mark.pods
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_paged_kernel_is_compiled_for_tpus(topology):
