@@ -506,3 +506,8 @@ def test_the_committed_results_are_made_again_byte_for_byte(tmp_path, monkeypatc
     for name in sorted(names):
         if not name.endswith((".png", ".pdf")):
             assert (made / name).read_bytes() == (kept / name).read_bytes(), name
+
+
+def test_a_curve_of_two_rates_has_no_best_one():
+    note = report.seeds.Curve(name="x", rows=(), losses=(2.1, 2.2), best=None).note
+    assert note == "x: a best learning rate needs three results"

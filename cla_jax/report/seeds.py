@@ -232,7 +232,9 @@ class Curve:
         waiting = sum(math.isnan(loss) for loss in self.losses)
         if waiting:
             return f"{self.name}: {waiting} of {len(self.losses)} learning rates have no result yet"
-        if self.best and self.best.edge:
+        if self.best is None:
+            return f"{self.name}: a best learning rate needs three results"
+        if self.best.edge:
             which, way = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[self.best.edge]
             return (
                 f"{self.name}: the best learning rate, {self.best.rate:.3g}, is the {which} tried: "
