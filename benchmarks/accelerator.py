@@ -120,9 +120,8 @@ def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from cla_jax.cache import make_format
-    from cla_jax.cache.bits import restored
     from cla_jax.model import mosaic
-    from cla_jax.model.attention import KV, Kept, normalized
+    from cla_jax.model.attention import KV, normalized
 
     attend = mosaic.attend
     if jax.default_backend() == "cpu":
@@ -144,12 +143,7 @@ def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
     format: Any = make_format(cache, "float32")
     coded = format.encode(KV(*arrays[1:]))
     read = KV(*(a.astype(jnp.float32) for a in format.decode(coded)))
-    leaves = jax.tree.leaves(coded)
-    if len(leaves) == 2:
-        kept = Kept(restored(leaves[0], "bfloat16"), restored(leaves[1], "bfloat16"), entries_BE)
-    else:
-        by_head = lambda a: restored(a, "bfloat16").swapaxes(1, 2)
-        kept = Kept(leaves[0], leaves[2], entries_BE, by_head(leaves[1]), by_head(leaves[3]))
+    kept = format.for_kernel(coded, entries_BE)
 
     @jax.jit
     def expected(q_BKNH: jax.Array, k_BEKH: jax.Array, v_BEKH: jax.Array) -> jax.Array:
@@ -171,7 +165,11 @@ def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
             again = call(q_BKNH, kept)
         again.block_until_ready()
         seconds.append((time.perf_counter() - begin) / repeats)
-    size = sum(leaf.nbytes for leaf in leaves) * int(lengths_B.sum()) / (batch * context)
+    size = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(coded))
+        * int(lengths_B.sum())
+        / (batch * context)
+    )
     return {
         "error": float(jnp.abs(found - right).max() / jnp.abs(right).max()),
         "bytes": size,

@@ -174,7 +174,9 @@ class Sharing:
 
 
 def _halves(keys: bool, values: bool) -> Halves:
-    return {(True, True): "kv", (True, False): "k", (False, True): "v"}.get((keys, values), "")  # type: ignore[return-value]
+    if keys:
+        return "kv" if values else "k"
+    return "v" if values else ""
 
 
 def validate(kv_map: KvMap, n_layers: int) -> None:

@@ -45,7 +45,7 @@ def publish(arguments: Arguments) -> None:
         problems += run.losses().problems
         if problems:
             refused.append(problems[0])
-        elif not _is_finished(run):
+        elif not _is_finished(run.config().steps, records):
             print(f"{run.path}: not finished, left out")
         else:
             target = epath.Path(arguments.target) / run.path.name
@@ -55,9 +55,8 @@ def publish(arguments: Arguments) -> None:
         raise ValueError("; ".join(refused))
 
 
-def _is_finished(run: Run) -> bool:
-    last = (run.read_metrics() or [{"step": 0}])[-1]
-    return last["step"] >= run.config().steps and "held_out_loss" in last
+def _is_finished(steps: int, records: Sequence[dict[str, Any]]) -> bool:
+    return any(record["step"] >= steps and "held_out_loss" in record for record in records)
 
 
 def _kept(records: Sequence[dict[str, Any]], every: int) -> Iterator[dict[str, Any]]:

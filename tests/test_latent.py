@@ -200,13 +200,14 @@ def summed_loss(model: Transformer, tokens, options: ForwardOptions) -> jax.Arra
 
 
 @pytest.mark.slow
-def test_on_a_mesh_heads_are_split_and_scores_and_gradients_are_the_same():
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
+def test_on_a_mesh_heads_are_split_and_scores_and_gradients_are_the_same(sizes):
     config = dataclasses.replace(LATENT, n_layers=2, vocab_size=264)
     model = random_model(config)
     gradient = jax.jit(jax.grad(summed_loss), static_argnums=2)
     expected = named(gradient(model, jnp.asarray(some_tokens()), ForwardOptions()))
     scores = np.asarray(model.logits(some_tokens(), ForwardOptions()))
-    fsdp, tensor = 2, 2
+    fsdp, tensor = sizes
     devices = jax.devices()[: fsdp * tensor]
     mesh = meshes.make_mesh(MeshConfig(fsdp=fsdp, model=tensor), devices)
     rules = meshes.axis_rules(config, mesh)

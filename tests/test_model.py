@@ -70,7 +70,8 @@ def test_equals_an_independent_plain_transformer(kv_map, heads):
     model = make(config)
     ours = logits(model)
     theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
-    assert np.abs(ours - theirs).max() <= 2e-6 * np.abs(theirs).max()
+    bound = 2e-6 if config.sharing.is_split else 1e-6
+    assert np.abs(ours - theirs).max() <= bound * np.abs(theirs).max()
 
 
 # Local and global layers as Character.AI, MixAttention and Gemma mix them.
@@ -129,6 +130,7 @@ def loss_and_gradients(model, options):
 @pytest.mark.parametrize(
     ("kv_map", "scanned", "unrolled"),  # each remat in both, with shared keys and values
     [
+        ("0,1,2", "block", "dots"),
         ("0,0,2,2", "dots", "block"),
         ("0,0,0,0,0", "none", "dots"),  # more blocks than are unrolled
         ("0,0,2,0", "block", "none"),

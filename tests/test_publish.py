@@ -1,6 +1,7 @@
 """Copies of runs for a repository: reports read them as they read the runs."""
 
 import pytest
+from etils import epath
 
 from cla_jax import runs
 from cla_jax.runs import Run
@@ -22,7 +23,7 @@ def trained(directory, name, last=70):
     return run
 
 
-def test_a_copy_is_reported_as_the_run_is_and_is_a_thirtieth_of_it(tmp_path, capsys):
+def test_a_copy_is_reported_as_the_run_is(tmp_path, capsys):
     runs_, copies = tmp_path / "runs", tmp_path / "copies"
     first = trained(runs_, "x/a")
     evaluate(first, 8.0, step=70)
@@ -33,11 +34,11 @@ def test_a_copy_is_reported_as_the_run_is_and_is_a_thirtieth_of_it(tmp_path, cap
     assert "begun: not finished, left out" in capsys.readouterr().out
     assert sorted(path.name for path in copies.iterdir()) == ["a", "older"]
     for name in ("a", "older"):
-        copy = Run(type(first.path)(copies / name))
+        copy = Run(epath.Path(copies / name))
         problems: list[str] = []
         steps = [record["step"] for record in copy.read_metrics(problems)]
         assert (steps, problems, copy.losses().problems) == ([1, 32, 64, 70], [], ())
-        (ours,), (theirs,) = rows(copy), rows(Run(type(first.path)(runs_ / "x" / name)))
+        (ours,), (theirs,) = rows(copy), rows(Run(epath.Path(runs_ / "x" / name)))
         assert ours.evaluation == theirs.evaluation
         assert not ours.altered
     publish.main([str(runs_ / "x"), str(copies), "--every", "35"])  # again: replaced

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.bits import restored
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
@@ -34,7 +33,6 @@ from cla_jax.messages import near_choice
 from cla_jax.model import decode_kernels
 from cla_jax.model.attention import (
     KV,
-    Kept,
     Partial,
     Segment,
     StepPositions,
@@ -266,7 +264,7 @@ class CacheSpec:
             # Padding sees nothing, and must not make others read from the beginning.
             first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
             segments = self.formats[p].segments(slot, step.lengths_B, first, self._here(p))
-            kernel = self._kernel(p, segments, q_BTKGH, step)
+            kernel = self._kernel(p, slot, q_BTKGH, step)
             o_BTKGH = attend_segments(
                 self._padded(q_BTKGH),
                 segments,
@@ -288,25 +286,16 @@ class CacheSpec:
         o_BTKGH = sharded(slot, q_BTKGH, step)
         return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
 
-    def _kernel(
-        self, p: int, segments: Sequence[Segment], q_BTKGH: jax.Array, step: StepPositions
-    ) -> Any:
+    def _kernel(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> Any:
         """The kernel over slot p, if there is one and it takes so many queries; else None."""
         kernel = decode_kernels.KERNELS.get(self.attention)
         T, _, G = q_BTKGH.shape[1:4]
         if kernel is None or not kernel.takes(T, G):
             return None
-        entries = self._here(p)
+        entries, format = self._here(p), self.formats[p]
+        assert isinstance(format, PerToken)  # kernels refuse others
         positions_BE = entries.positions(jnp.arange(entries.capacity), step.lengths_B)
-        (segment,) = segments
-        arrays = segment.arrays
-        if len(arrays) == 2:
-            k, v = (restored(a_BEKH, "bfloat16") for a_BEKH in arrays)
-            kept = Kept(k, v, positions_BE)
-        else:
-            k, k_scales, v, v_scales = arrays
-            by_head = lambda a_BEK: restored(a_BEK, "bfloat16").swapaxes(1, 2)
-            kept = Kept(k, v, positions_BE, by_head(k_scales), by_head(v_scales))
+        kept = format.for_kernel(slot, positions_BE)
 
         def attend(q_BKNH: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
             return kernel.attend(q_BKNH, kept, positions_BN, starts_BN)
@@ -350,9 +339,9 @@ def cache_spec(
 ) -> CacheSpec:
     """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
 
-    Several formats, or their names, are one for each slot. `attention` is `xla` or a kernel, which reads
-    the cache in steps of few tokens. Where `rules` split a slot's entries, the
-    mesh must be set. Raises ValueError for what no cache can be made of.
+    Several formats, or their names, are one for each slot. `attention` is `xla` or a kernel, which reads the
+    cache in steps of few tokens. Where `rules` split a slot's entries, the mesh must be set. Raises
+    ValueError for what no cache can be made of.
     """
     if isinstance(format, str) or not isinstance(format, Sequence):
         format = [format] * config.n_slots
@@ -388,9 +377,10 @@ def cache_spec(
             )
     names = tuple(one.name for one in formats)
     decode_kernels.check(attention, config, names)
-    if attention == "paged" and shards > 1:
+    kernel = decode_kernels.KERNELS.get(attention)
+    if kernel is not None and shards > 1 and not kernel.merges:
         raise ValueError(
-            "attention = 'paged' cannot be used for decoding: its outputs cannot be joined over the "
+            f"attention = {attention!r} cannot be used for decoding: its outputs cannot be merged over the "
             f"{shards} devices that share a slot"
         )
     return CacheSpec(

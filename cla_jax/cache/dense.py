@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cla_jax.cache.bits import carrier, kept, restored
 from cla_jax.cache.per_token import PerToken, Shape
+from cla_jax.model.attention import KV, Kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class Dense(PerToken):
 
     def decode_half(self, kept: jax.Array) -> jax.Array:
         return restored(kept, self.held).astype(self.dtype)
+
+    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:
+        return Kept(*slot.each(lambda bits: restored(bits, self.held)), positions_BE)
 
     def head_bytes(self, width: int) -> int:
         return width * jnp.dtype(self.held).itemsize

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cla_jax.cache.entries import Entries, put
 from cla_jax.config import ModelConfig
-from cla_jax.model.attention import KV, Segment
+from cla_jax.model.attention import KV, Kept, Segment
 
 Slot = Any
 
@@ -49,6 +49,10 @@ class PerToken(abc.ABC):
     @abc.abstractmethod
     def head_bytes(self, width: int) -> int:
         """Of one head of one token, its scale included."""
+
+    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:  # noqa: ARG002
+        """A slot as decoding kernels read it; they refuse formats that have no such form."""
+        raise ValueError(f"no decoding kernel reads cache format {self.name}")
 
     def encode(self, kv: KV) -> KV:
         return kv.each(self.encode_half)

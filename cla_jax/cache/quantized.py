@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cla_jax.cache.bits import kept, restored
 from cla_jax.cache.per_token import PerToken, Shape
+from cla_jax.model.attention import KV, Kept
 
 SCALE_BYTES = 2
 
@@ -57,6 +58,11 @@ class _EightBit(PerToken):
     def decode_half(self, kept: Scaled) -> jax.Array:
         scale = restored(kept.scales, "bfloat16").astype(jnp.float32)[..., None]
         return (self._values(kept.codes) * scale).astype(self.dtype)
+
+    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:
+        codes = slot.each(lambda half: half.codes)
+        by_head = slot.each(lambda half: restored(half.scales, "bfloat16").swapaxes(1, 2))
+        return Kept(*codes, positions_BE, *by_head)
 
     def head_bytes(self, width: int) -> int:
         return width + SCALE_BYTES

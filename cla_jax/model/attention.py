@@ -404,8 +404,8 @@ def attend_segments(
     """Attention of T queries per row over a cache, their own keys among it. [B, T, K, G, H]
 
     Values are as wide as the queries, or `width` if that is less. Scores are scaled by `scale`, by default
-    for the width of the queries. A `kernel`, if given, reads the cache
-    instead of the segments: of queries, their positions, and the first ones that they see.
+    for the width of the queries. A `kernel`, if given, reads the cache instead of the segments: it is called
+    with the queries, their positions, and the first positions that they see.
 
     With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.
     """

@@ -33,6 +33,7 @@ class Kernel(NamedTuple):
     kept_width: Callable[[int], int]  # of heads in the cache; they are padded with zeros
     takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads per KV head
     sees_starts: bool  # whether a query may begin to see after the beginning of its row
+    merges: bool  # whether its results may be merged with those of other parts of a slot
     # Why it cannot serve a model, a cache format, and a platform with its compute capability.
     refusal: Callable[[ModelConfig, str, str, float], str | None]
     tried: str  # what was done with it
@@ -44,6 +45,7 @@ KERNELS = {
         mosaic.kept_width,
         lambda T, G: T * G <= mosaic.ROWS,
         True,
+        True,
         mosaic.refusal,
         "compiled for H100 and run in jax's interpreter, never on a GPU",
     ),
@@ -51,6 +53,7 @@ KERNELS = {
         paged.attend,
         paged.kept_width,
         lambda T, G: T == 1,
+        False,
         False,
         paged.refusal,
         "compiled for TPUs, where XLA copies the cache for it, and run in jax's interpreter, never on a TPU",

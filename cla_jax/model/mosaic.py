@@ -38,9 +38,8 @@ def refusal(
         return f"it is for Hopper, compute capability 9.0; this GPU has {compute_capability}"
     if format not in ("dense", "bfloat16", "int8"):
         return f"it reads bfloat16 and int8, not cache format {format}"
-    widest = (
-        256 if format == "int8" else 512
-    )  # compiling wider int8 heads did not finish in two minutes
+    # Compiling wider int8 heads did not finish in two minutes.
+    widest = 256 if format == "int8" else 512
     if config.d_head > widest:
         return f"it takes model.d_head up to {widest} in cache format {format}, not {config.d_head}"
     return None
@@ -213,9 +212,8 @@ def _parts(
             stage = lax.rem(i, jnp.int32(cut.stages))
             gpu.barrier_wait(here["arrived"].at[stage])
             k, v = here["k"].at[stage], here["v"].at[stage]
-            if (
-                eight_bit
-            ):  # codes are exact in bfloat16; scales belong to entries, so to columns of scores
+            # Codes are exact in bfloat16. Scales belong to entries, so to columns of scores.
+            if eight_bit:
                 here["k_wide"].at[:, own][...] = k[:, own].astype(jnp.bfloat16)
                 here["v_wide"].at[:, own][...] = v[:, own].astype(jnp.bfloat16)
                 gpu.commit_smem()
