@@ -1,5 +1,6 @@
 """What every entry point does alike."""
 
+import _thread
 import contextlib
 import dataclasses
 import difflib
@@ -14,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 import typing
@@ -368,15 +370,21 @@ def _interrupts_that_arrive() -> Iterator[None]:
     prints the exceptions that leave those, and goes on. It does that through this hook.
     """
     report = sys.unraisablehook
+    sending = threading.Lock()
+
+    def interrupt_later() -> None:
+        time.sleep(_AGAIN_S)
+        sending.release()
+        os.kill(os.getpid(), signal.SIGINT)
 
     def send_again(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             report(unraisable)
             return
-        # Not at once: the handler would run in this hook, and its exception be lost too.
-        later = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))
-        later.daemon = True
-        later.start()
+        # Not at once: the handler would run in this hook, and its exception be lost too. For the same reason
+        # the hook waits for nothing (a Timer's start does), and one signal stands for several lost ones.
+        if sending.acquire(blocking=False):
+            _thread.start_new_thread(interrupt_later, ())
 
     sys.unraisablehook = send_again
     try:
