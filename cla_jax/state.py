@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax._src import config as jax_config  # has no public name for a setting of one thread
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -49,7 +50,9 @@ def with_layout(shapes: Any, rules: AxisRules, mesh: Mesh) -> Any:
     )
 
 
-def _initial(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation) -> State:
+def _initial(
+    seed: np.uint32, config: ModelConfig, optimizer: optax.GradientTransformation
+) -> State:
     model: Any = Transformer(jax.random.key(seed), config)
     return State(step=jnp.zeros((), jnp.int32), model=model, moments=optimizer.init(model))
 
@@ -58,8 +61,8 @@ def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, rules: AxisRules, mesh: Mesh
 ) -> State:
     """Shapes, dtypes and layouts of a state; nothing is allocated."""
-    shapes = jax.jit(_initial, static_argnums=(0, 1, 2)).eval_shape(
-        config.seed, config.model, optimizer
+    shapes = jax.jit(_initial, static_argnums=(1, 2)).eval_shape(
+        np.uint32(config.seed), config.model, optimizer
     )
     return with_layout(shapes, rules, mesh)
 
@@ -71,9 +74,9 @@ def initial_state(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with _compiled_to_run_once() as options:
         initial = jax.jit(
-            _initial, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
+            _initial, static_argnums=(1, 2), out_shardings=shardings, compiler_options=options
         )
-        return initial(config.seed, config.model, optimizer)
+        return initial(np.uint32(config.seed), config.model, optimizer)
 
 
 @contextlib.contextmanager
