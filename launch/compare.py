@@ -15,6 +15,7 @@ from rich.console import Console
 import experiments
 from cla_jax import report, runs
 from cla_jax.report import paper, studies
+from cla_jax.report.rows import Arrangement
 from cla_jax.runs import Run
 from cla_jax.study import Declared
 from experiments import paper as printed
@@ -132,6 +133,21 @@ def compare(
         diverged=diverged,
         view=view,
     )
+    _print_tables(rows, together, arranged)
+    # Not through a console, which would break a command into lines.
+    left_out = report.seeds.left_out(rows, view.group_by, view.over)
+    for note in (*report.notes(rows, problems), *left_out, *further):
+        print(note)
+    if outcome:
+        _print_verdicts(outcome)
+    for file in written:
+        print(f"wrote {os.fspath(file)}")
+
+
+def _print_tables(
+    rows: Sequence[report.Row], together: Sequence[report.Row], arranged: Arrangement
+) -> None:
+    """Prints the rows, and the scores of downstream tasks if there are any."""
     console, width = Console(), None
     if console.is_terminal:
         width = console.width
@@ -140,20 +156,17 @@ def compare(
     console.print(report.table(together, width, arranged))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)
-    # Not through the console, which would break a command into lines.
-    left_out = report.seeds.left_out(rows, view.group_by, view.over)
-    for note in (*report.notes(rows, problems), *left_out, *further):
+
+
+def _print_verdicts(outcome: report.Outcome) -> None:
+    """Prints the claims with their verdicts, the gains, and what is missing."""
+    for note in outcome.notes:
         print(note)
-    if outcome:
-        for note in outcome.notes:
-            print(note)
-        for number in range(len(outcome.verdicts)):
-            print(studies.sentence(outcome, number))
-        for gain, result in outcome.gains:
-            print(f"{gain}: {result}")
-        _print_missing(outcome.declared, outcome)
-    for file in written:
-        print(f"wrote {os.fspath(file)}")
+    for number in range(len(outcome.verdicts)):
+        print(studies.sentence(outcome, number))
+    for gain, result in outcome.gains:
+        print(f"{gain}: {result}")
+    _print_missing(outcome.declared, outcome)
 
 
 def _print_missing(declared: Declared, outcome: report.Outcome) -> None:
