@@ -76,7 +76,7 @@ def check_source(name: str, source: str) -> None:
     kind, _, argument = split_source(source)
     near_choice(name, kind, SOURCES)
     if "." in source.partition(":")[0] and kind not in ("jsonl", "tfds"):
-        raise ValueError(f"{name} = {shown(source)}: only jsonl and tfds have fields")
+        raise ValueError(f"{name} = {shown(source)}: only jsonl and tfds sources have fields")
     if kind != "sotu" and not argument:
         raise ValueError(f"{name} = {shown(source)} needs an argument: {kind}:...")
     if kind == "sotu" and argument and not (_digits(argument) and int(argument) >= 2):
@@ -90,7 +90,7 @@ def check_source(name: str, source: str) -> None:
 class HeadsKV:
     """Keys and values of n_kv_heads heads, each d_head wide."""
 
-    # heads or latent; each has fields of its own.
+    # heads or latent; each kind has its own fields.
     kind: Literal["heads"] = dataclasses.field(default="heads", init=False)
 
 
@@ -102,11 +102,11 @@ class LatentKV:
     need not share keys and values.
     """
 
-    # heads or latent; each has fields of its own.
+    # heads or latent; each kind has its own fields.
     kind: Literal["latent"] = dataclasses.field(default="latent", init=False)
     # Width of the latent.
     rank: int = 64
-    # Width of the part of queries and keys that RoPE turns, beside the d_head that it leaves alone; even.
+    # Width of the rotated (RoPE) part of queries and keys, in addition to d_head; even.
     rope_dims: int = 16
 
     def __post_init__(self):
@@ -121,9 +121,9 @@ class LatentKV:
 class ModelConfig:
     """A Llama-like decoder with grouped heads and layer-shared keys and values."""
 
-    # Rows of the embedding table; at least the tokenizer's ids, rounded up as the hardware likes.
+    # Rows of the embedding table: at least the tokenizer's number of ids, rounded up to suit the hardware.
     vocab_size: int
-    # Blocks (attention and MLP each).
+    # Transformer blocks; each has attention and an MLP.
     n_layers: int
     # Width of the residual stream.
     d_model: int
@@ -131,31 +131,32 @@ class ModelConfig:
     d_ff: int
     # Query heads. n_heads * d_head need not equal d_model.
     n_heads: int
-    # Key/value heads: n_heads is MHA, 1 is MQA, anything between GQA. Divides n_heads.
+    # Key/value heads, a divisor of n_heads: n_heads is MHA, 1 is MQA, a number between them is GQA.
     n_kv_heads: int
-    # Width of a head; even, since RoPE turns pairs.
+    # Width of a head; even, because RoPE rotates pairs of dimensions.
     d_head: int
-    # What a K/V projection makes, and a cache holds.
+    # What a K/V projection computes and the cache stores.
     kv: HeadsKV | LatentKV = HeadsKV()
-    # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends,
-    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or the sources 0,0,2,2. Keys and
-    # values may be shared differently: k=cla:2;v=identity, any two of these forms, or fused-lite.
+    # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends, dense-front,
+    # dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or a list of source layers such as 0,0,2,2.
+    # Keys and values may have different maps: k=cla:2;v=identity (any two of these forms), or fused-lite.
     kv_map: str = "identity"
-    # Sliding windows: how many tokens a layer sees, its own included; 0 for all. One for every layer, or
-    # a pattern repeated over the depth, 1024,1024,1024,0. Layers that share keys and values share one.
+    # Sliding windows: how many tokens a layer attends to, the current one included; 0 means all. Give one
+    # number for all layers, or a pattern that repeats over the layers, such as 1024,1024,1024,0. Layers that
+    # share keys and values must have the same window.
     windows: str = "0"
-    # The norm that feeds a K/V projection: `own`, a separate one (the paper's CLA models), or
-    # `block`, the attention norm of the group's first block (an ordinary Llama).
+    # The norm before a K/V projection: `own`, a separate norm (the paper's CLA models), or `block`, the
+    # attention norm of the group's first block (as in Llama).
     kv_norm: Literal["own", "block"] = "own"
     # Whether the output head is the transposed embedding table.
     tied_embeddings: bool = True
     # Biases on every linear layer of the blocks.
     bias: bool = False
-    # Base of the rotary frequencies.
+    # Base of the RoPE frequencies.
     rope_theta: float = 10_000.0
-    # How the rotary frequencies are stretched for contexts longer than those of pretraining: none,
-    # linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL, or yarn:FACTOR:FAST:SLOW:ORIGINAL:ATTENTION; ORIGINAL
-    # is the length pretrained on in tokens, ATTENTION what the rotated vectors are multiplied by.
+    # RoPE scaling, for contexts longer than in pretraining: none, linear:FACTOR,
+    # llama3:FACTOR:LOW:HIGH:ORIGINAL, or yarn:FACTOR:FAST:SLOW:ORIGINAL:ATTENTION. ORIGINAL is the context
+    # length of pretraining in tokens; the rotated vectors are multiplied by ATTENTION.
     rope_scaling: str = "none"
     # Added to the mean square in RMSNorm.
     norm_eps: float = 1e-5
@@ -180,16 +181,15 @@ class ModelConfig:
         if isinstance(self.kv, LatentKV):
             if self.kv.rank > self.d_model:
                 raise ValueError(
-                    f"model.kv.rank = {self.kv.rank} is wider than the stream that it is made of: "
-                    f"model.d_model = {self.d_model}"
+                    f"model.kv.rank = {self.kv.rank} must be at most model.d_model = {self.d_model}"
                 )
             if self.n_kv_heads != 1:
                 raise ValueError(
-                    f"model.n_kv_heads = {self.n_kv_heads} must be 1 with model.kv.kind = latent: all heads "
-                    "read one latent"
+                    f"model.n_kv_heads = {self.n_kv_heads} must be 1 with model.kv.kind = latent: all query "
+                    "heads read the same latent"
                 )
             if self.bias:
-                raise ValueError("model.bias = True: models with model.kv.kind = latent have none")
+                raise ValueError("model.bias must be False with model.kv.kind = latent")
         choice("model.kv_norm", self.kv_norm, ("own", "block"))
         choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
@@ -203,12 +203,12 @@ class ModelConfig:
                 if ours != theirs:
                     raise ValueError(
                         f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it "
-                        f"reads the {what} of layer {source}, whose window is {theirs}"
+                        f"reads the {what} of layer {source}, which has window {theirs}; they must be equal"
                     )
         if sharing.is_split and isinstance(self.kv, LatentKV):
             raise ValueError(
-                f"model.kv_map = {shown(self.kv_map)}: with model.kv.kind = latent, keys and values are made "
-                "of one latent, so one map serves both"
+                f"model.kv_map = {shown(self.kv_map)}: with model.kv.kind = latent, keys and values come "
+                "from the same latent, so they must have the same map"
             )
 
     @functools.cached_property
@@ -228,8 +228,8 @@ class ModelConfig:
         """
         if self.sharing.is_split:
             raise ValueError(
-                f"model.kv_map = {shown(self.kv_map)} has one map for keys and another for values: only "
-                "models with one map for both can be used here"
+                f"model.kv_map = {shown(self.kv_map)} has different maps for keys and values; this operation "
+                "supports only models with one map for both"
             )
         return self.sharing.k_map
 
@@ -243,13 +243,13 @@ class ModelConfig:
             )
         if len(entries) > self.n_layers:
             raise ValueError(
-                f"model.windows = {shown(self.windows)} has {len(entries)} entries, "
-                f"model.n_layers is {self.n_layers}"
+                f"model.windows = {shown(self.windows)} has {len(entries)} entries, more than "
+                f"model.n_layers = {self.n_layers}"
             )
         pattern = tuple(map(int, entries))
         if max(pattern) >= 2**30:
             raise ValueError(
-                f"model.windows = {shown(self.windows)}: a window must be below 2**30; 0 is none"
+                f"model.windows = {shown(self.windows)}: a window must be below 2**30; 0 means no window"
             )
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
 
@@ -266,8 +266,8 @@ class ModelConfig:
             numbers = []
         if len(numbers) != len(names) or not all(0 < number < float("inf") for number in numbers):
             raise ValueError(
-                f"model.rope_scaling = {shown(self.rope_scaling)}: the form is {form}"
-                + (", all positive numbers" if names else "")
+                f"model.rope_scaling = {shown(self.rope_scaling)} must have the form {form}"
+                + (", with positive numbers" if names else "")
             )
         values = dict(zip(names, numbers, strict=True))
         if kind == "llama3" and not values["low"] < values["high"]:
@@ -330,12 +330,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Component:
     """One source of a mixture."""
 
-    # How metrics and stages call it: letters, digits and . _ -
+    # Its name in metrics and stages: letters, digits and . _ -
     name: str
     # Where its documents come from, as in data.source.
     source: str
-    # Its share of the training tokens, relative to the other weights. A component of weight 0 is not
-    # trained on before a stage gives it another weight; its held-out documents are scored all the same.
+    # Its share of the training tokens, relative to the other weights. A component with weight 0 is not
+    # trained on until a stage gives it another weight, but its held-out documents are always scored.
     weight: float
 
     def __post_init__(self):
@@ -363,9 +363,9 @@ class Component:
 class Stage:
     """Other weights of a mixture, from a step on."""
 
-    # Steps done before: a checkpoint of this step is the last one of the weights before.
+    # The last step with the old weights.
     step: int
-    # The new weights by the names of the components; what is not named has weight 0.
+    # The new weight of each component; a component that is not listed gets weight 0.
     weights: tuple[tuple[str, float], ...]
 
     def __post_init__(self):
@@ -395,7 +395,10 @@ class Stage:
 
 def _check_name(field: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{field}: the name {name!r} must be of letters, digits and . _ -")
+        raise ValueError(
+            f"{field}: the name {name!r} may contain only letters, digits and . _ -, and must begin with a "
+            "letter or a digit"
+        )
 
 
 def _check_weight(what: str, weight: float) -> None:
@@ -407,35 +410,33 @@ def _number(what: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{what}: the weight {text!r} is no number") from None
+        raise ValueError(f"{what}: the weight {text!r} is not a number") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text, its tokens, and how they are cut into windows."""
 
-    # Where documents come from: sotu (embedded, 233 State of the Union addresses; sotu:N for the
-    # first N), text:GLOB, jsonl:GLOB (a field `text`), tfds:NAME (a feature `text`); jsonl.FIELD:GLOB and
-    # tfds.FIELD:NAME read another field. Files may be .gz, .xz, .bz2 or, with the extra zstd, .zst.
+    # Where documents come from: sotu (built in: 233 State of the Union addresses; sotu:N for the
+    # first N), text:GLOB, jsonl:GLOB (field `text`), tfds:NAME (feature `text`). jsonl.FIELD:GLOB and
+    # tfds.FIELD:NAME read another field. Files may be compressed: .gz, .xz, .bz2, or .zst (extra `zstd`).
     source: str = "sotu"
-    # Several sources instead of data.source, which is then empty: NAME=WEIGHT:SOURCE NAME=WEIGHT:SOURCE.
-    # Weights are shares of the training tokens.
+    # Several sources instead of data.source: NAME=WEIGHT:SOURCE NAME=WEIGHT:SOURCE. Weights are relative
+    # shares of the training tokens.
     mixture: tuple[Component, ...] = ()
-    # Other weights from a step on, each source going on where it stood: STEP:NAME=WEIGHT,NAME=WEIGHT.
+    # New weights after a step, STEP:NAME=WEIGHT,NAME=WEIGHT. Each source continues where it was.
     stages: tuple[Stage, ...] = ()
-    # byte, bpe:SIZE (byte-level BPE learned from the training split), or the path of a tokenizer.json.
+    # byte, bpe:SIZE (byte-level BPE trained on the training split), or the path of a tokenizer.json.
     tokenizer: str = "byte"
     # The token between documents.
     end_token: str = "<|endoftext|>"
-    # The token that every text begins behind, where the model reads it in place of the end token before
-    # the text. Empty: the end token itself.
+    # The token that the model reads before every text. Empty: the end token.
     begin_token: str = ""
-    # Target tokens a window.
+    # Target tokens per window.
     seq_len: int
-    # Share of the documents that is held out, chosen by a hash of the text.
+    # Fraction of the documents that is held out, chosen by a hash of the text.
     held_out: float = 0.05
-    # Whether attention crosses from one document of a window into the one before it. The paper does
-    # not say what it did.
+    # Whether a token attends to earlier documents in its window. The paper does not say what it did.
     attend_across_documents: bool = True
 
     def __post_init__(self):
@@ -444,7 +445,7 @@ class DataConfig:
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
         if self.mixture:
-            object.__setattr__(self, "source", "")  # not read: it must not tell runs apart
+            object.__setattr__(self, "source", "")  # not read: runs must not differ in it
         else:
             check_source("data.source", self.source)
         self._check_mixture()
@@ -452,8 +453,8 @@ class DataConfig:
             size = self.tokenizer.removeprefix("bpe:")
             if not _digits(size) or int(size) < BYTE_VOCABULARY:
                 raise ValueError(
-                    f"data.tokenizer = {shown(self.tokenizer)}: bpe:SIZE takes an integer of at least "
-                    f"{BYTE_VOCABULARY}"
+                    f"data.tokenizer = {shown(self.tokenizer)}: SIZE in bpe:SIZE must be an integer of at "
+                    f"least {BYTE_VOCABULARY}"
                 )
         elif self.tokenizer != "byte" and not self.tokenizer.endswith(".json"):
             near_choice("data.tokenizer", self.tokenizer, ("byte", "bpe:4096", "FILE.json"))
@@ -471,7 +472,7 @@ class DataConfig:
         for stage in self.stages:
             if stage.step <= before:
                 raise ValueError(
-                    f"data.stages must come in the order of their steps: {stage.step} stands after {before}"
+                    f"data.stages must be in increasing order of steps, but {stage.step} comes after {before}"
                 )
             before = stage.step
             given = [name for name, _ in stage.weights]
@@ -513,11 +514,11 @@ class DataConfig:
 class Cosine:
     """Linear warm-up, then half a cosine down to the floor (2405.12981, section 3.1)."""
 
-    # cosine, wsd or constant; each has fields of its own.
+    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["cosine"] = dataclasses.field(default="cosine", init=False)
-    # Share of the steps spent warming up.
+    # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
-    # Learning rate at the last step, as a share of the peak.
+    # Learning rate at the last step, as a fraction of peak_lr.
     final_fraction: float = 0.1
 
     def __post_init__(self):
@@ -528,13 +529,13 @@ class Cosine:
 class WSD:
     """Warmup-stable-decay: linear warm-up, the peak, linear decay to the floor (2404.06395, section 4)."""
 
-    # cosine, wsd or constant; each has fields of its own.
+    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["wsd"] = dataclasses.field(default="wsd", init=False)
-    # Share of the steps spent warming up.
+    # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
-    # Share of the steps, the last ones, over which the rate falls.
+    # Fraction of the steps, at the end, in which the learning rate decays.
     decay_fraction: float = 0.1
-    # Learning rate at the last step, as a share of the peak.
+    # Learning rate at the last step, as a fraction of peak_lr.
     final_fraction: float = 0.1
 
     def __post_init__(self):
@@ -542,7 +543,7 @@ class WSD:
         if self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"optimizer.schedule: warmup_fraction = {self.warmup_fraction} and decay_fraction = "
-                f"{self.decay_fraction} are more than all steps together"
+                f"{self.decay_fraction} must add up to at most 1"
             )
 
 
@@ -550,9 +551,9 @@ class WSD:
 class Constant:
     """Linear warm-up, then the peak to the end."""
 
-    # cosine, wsd or constant; each has fields of its own.
+    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["constant"] = dataclasses.field(default="constant", init=False)
-    # Share of the steps spent warming up.
+    # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
 
     def __post_init__(self):
@@ -576,13 +577,13 @@ class AdamW:
     their paper is silent.
     """
 
-    # adamw or muon; each has fields of its own.
+    # adamw or muon; each kind has its own fields.
     kind: Literal["adamw"] = dataclasses.field(default="adamw", init=False)
     # Decay of the first moment.
     b1: float = 0.9
     # Decay of the second moment.
     b2: float = 0.95
-    # Added to the root of the second moment.
+    # Added to the square root of the second moment.
     eps: float = 1e-8
     # Decoupled weight decay.
     weight_decay: float = 0.1
@@ -599,19 +600,19 @@ class Muon:
     AdamW's, so learning rate and weight decay have its scale (Moonlight, 2502.16982, section 2.2).
     """
 
-    # adamw or muon; each has fields of its own.
+    # adamw or muon; each kind has its own fields.
     kind: Literal["muon"] = dataclasses.field(default="muon", init=False)
-    # Decay of the momentum of matrices.
+    # Momentum decay for matrices.
     momentum: float = 0.95
-    # Newton-Schulz iterations that make a matrix orthogonal.
+    # Newton-Schulz iterations for each matrix.
     iterations: int = 5
-    # Decay of the first moment of the rest.
+    # Decay of AdamW's first moment, for the other parameters.
     b1: float = 0.9
-    # Decay of the second moment of the rest.
+    # Decay of AdamW's second moment, for the other parameters.
     b2: float = 0.95
-    # Added to the root of the second moment of the rest.
+    # Added to the square root of AdamW's second moment.
     eps: float = 1e-8
-    # Decoupled weight decay, of every parameter.
+    # Decoupled weight decay, for all parameters.
     weight_decay: float = 0.1
 
     def __post_init__(self):
@@ -636,13 +637,13 @@ def _check_rule(rule: AdamW | Muon) -> None:
 class OptimizerConfig:
     """Clipping, then an update rule at a scheduled learning rate."""
 
-    # The highest learning rate of the schedule.
+    # The highest learning rate in the schedule.
     peak_lr: float = 3e-4
     # How the learning rate changes over the steps.
     schedule: Cosine | WSD | Constant = Cosine()
     # How a gradient becomes an update.
     rule: AdamW | Muon = AdamW()
-    # Gradients are scaled down to this global norm.
+    # Gradients are clipped to this global norm.
     clip_norm: float = 1.0
 
     def __post_init__(self):
@@ -665,7 +666,7 @@ class OptimizerConfig:
 class Scratch:
     """Initial weights are drawn from the seed."""
 
-    # scratch or run; each has fields of its own.
+    # scratch or run; each kind has its own fields.
     kind: Literal["scratch"] = dataclasses.field(default="scratch", init=False)
 
 
@@ -681,22 +682,22 @@ class FromRun:
     other run may also teach this one: the loss is then (1 - w) cross-entropy + w T^2 KL(teacher || student).
     """
 
-    # scratch or run; each has fields of its own.
+    # scratch or run; each kind has its own fields.
     kind: Literal["run"] = dataclasses.field(default="run", init=False)
     # The directory of the other run.
     run: str = ""
-    # The checksum of its checkpoint; empty for the newest one, whatever it is.
+    # The checksum of its checkpoint; empty for the newest checkpoint.
     checkpoint: str = ""
-    # How one head of keys and values is made of several: the producer's first; their mean; the mean with the
-    # members' norm; the mean after each was rotated towards the others; the producer's first, to which the
-    # readers of the others are fitted; least squares of all. The last three run the source on text, and fold
-    # what they turn into the queries and outputs that read it.
+    # How several KV heads become one. own: the producer's first head; mean: their mean; renormalized: the
+    # mean, scaled to the mean norm of the heads; aligned: the mean of the heads after rotations that align
+    # them; fitted: the producer's first head, with the other readers fitted to it; least_squares: the best
+    # prediction of all heads. The last three run the source on training text.
     init: Init = "least_squares"
-    # Windows of the training text that these three look at.
+    # Windows of training text for aligned, fitted and least_squares.
     calibration_windows: int = 16
-    # w: the weight of the teacher in the loss; 0 is plain training.
+    # w: the weight of the teacher (the source run) in the loss; 0 for no teacher.
     distill_weight: float = 0.0
-    # T: logits of both are divided by it.
+    # T: the logits of teacher and student are divided by it.
     distill_temperature: float = 1.0
 
     def __post_init__(self):
@@ -712,15 +713,16 @@ class FromRun:
 class MeshConfig:
     """Devices along each axis; one axis may be -1, which takes the devices that are left."""
 
-    # Choose data, fsdp and model by the communication rooflines of the chip, and say why.
+    # Choose data, fsdp and model from the chip's communication rooflines, and print the reason.
     auto: bool = False
-    # TPU slices joined by the data-centre network; each holds the parameters and sees its own rows.
+    # TPU slices, connected by the data-centre network. Each has all parameters and its own rows of the batch.
     slice: int = 1
-    # Copies of the parameters within a slice; each sees its own rows of the batch.
+    # Data parallelism: copies of the parameters within a slice, each with its own rows of the batch.
     data: int = 1
-    # Parameters split over devices that see different rows (FSDP).
+    # FSDP: parameters are sharded over this many devices, each with its own rows of the batch. -1: all that
+    # are left.
     fsdp: int = -1
-    # Heads, MLP width and vocabulary split (tensor parallelism).
+    # Tensor parallelism: heads, MLP width and vocabulary are sharded over this many devices.
     model: int = 1
 
     def __post_init__(self):
@@ -736,9 +738,11 @@ class MeshConfig:
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"placement.mesh: only one axis may be -1, not all of {sizes}")
         if self.slice == -1:
-            raise ValueError("placement.mesh.slice = -1: give the number of slices")
+            raise ValueError("placement.mesh.slice = -1 must be the number of slices")
         if self.auto and (self.data, self.fsdp, self.model) != (1, -1, 1):
-            raise ValueError(f"placement.mesh.auto chooses data, fsdp and model: leave out {sizes}")
+            raise ValueError(
+                f"placement.mesh.auto chooses data, fsdp and model: do not set them as well ({sizes})"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -747,35 +751,35 @@ class Placement:
 
     # Devices along each axis.
     mesh: MeshConfig = MeshConfig()
-    # Microbatches a step: gradients are accumulated in float32.
+    # Microbatches per step (gradient accumulation, in float32).
     accumulate: int = 1
-    # What the backward pass recomputes: nothing, each block, each block except attention, or each block
-    # except its matrix products.
+    # Rematerialisation. The backward pass recomputes nothing (none), each block (block), each block except
+    # attention (attention), or each block except its matrix products (dots).
     remat: Literal["none", "block", "attention", "dots"] = "none"
-    # Run the layers of a stack in a scan: compile time flat in depth. Off: unrolled, which is
-    # faster for shallow models.
+    # Run equal layers in a scan, so that compile time does not grow with depth. Unrolled layers (off) are
+    # faster in shallow models.
     scan_layers: bool = True
-    # Attention kernel; auto takes the fastest that serves the model on the hardware.
+    # Attention kernel; auto chooses the fastest one that supports the model and the hardware.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    # Options of the compiler for the training step: name=value, separated by commas.
+    # XLA compiler options for the training step: name=value, separated by commas.
     compiler_options: str = ""
-    # Positions of a window whose logits exist at once in the loss.
+    # Positions per chunk of the loss: logits exist for one chunk at a time, to save memory.
     loss_chunk: int = 256
-    # Steps between lines on the console, in TensorBoard and wandb; metrics.jsonl has every step.
+    # Steps between log lines on the console, in TensorBoard and wandb; metrics.jsonl has every step.
     log_every: int = 10
     # Steps between checkpoints; the last step is always saved.
     save_every: int = 100
-    # Checkpoints kept.
+    # Number of checkpoints to keep; at least 2.
     keep: int = 2
-    # Steps between evaluations on the held-out split; 0 for none before the end.
+    # Steps between evaluations on the held-out split; 0: only at the end.
     eval_every: int = 0
-    # Write an xprof trace of COUNT steps from STEP on into profile/ of the run: STEP:COUNT; empty for none.
+    # STEP:COUNT writes an xprof trace of COUNT steps, beginning at STEP, to the run's profile/; empty: none.
     profile: str = ""
-    # Sequences evaluated at once; rounded up to what the devices can share evenly.
+    # Sequences per evaluation batch; rounded up to a multiple of the devices that share the batch.
     eval_batch_size: int = 32
-    # Write TensorBoard files too (needs the extra `tensorboard`).
+    # Also write TensorBoard files (extra `tensorboard`).
     tensorboard: bool = False
-    # Weights & Biases project to log to; empty for none (needs the extra `wandb`).
+    # Weights & Biases project to log to; empty for none (extra `wandb`).
     wandb: str = ""
     # Directory of all run directories; local or gs://.
     runs: str = "runs"
@@ -788,8 +792,8 @@ class Placement:
         _bounded(self, "placement.")
         if self.keep < 2:
             raise ValueError(
-                f"placement.keep = {self.keep} must be at least 2: the checkpoint before the newest "
-                "is what remains when the newest is damaged"
+                f"placement.keep = {self.keep} must be at least 2: if the newest checkpoint is damaged, the "
+                "one before it is needed"
             )
         if self.eval_every < 0:
             raise ValueError(f"placement.eval_every = {self.eval_every} must not be negative")
@@ -819,7 +823,7 @@ class Placement:
 class Config:
     """One training run."""
 
-    # The run directory below placement.runs; `study/row` for a row of a study.
+    # The run directory below placement.runs, such as `study/row`.
     name: str
     # The model.
     model: ModelConfig
@@ -827,15 +831,15 @@ class Config:
     data: DataConfig
     # The optimiser and its schedule.
     optimizer: OptimizerConfig = OptimizerConfig()
-    # Sequences a step, over all devices.
+    # Sequences per step, over all devices.
     batch_size: int
     # Optimiser steps.
     steps: int
-    # Seeds the initial weights and the order of the data.
+    # Random seed of the initial weights and of the data order.
     seed: int = 0
-    # Where the initial weights are from.
+    # Where the initial weights come from.
     start: Scratch | FromRun = Scratch()
-    # Where and how the run computes; it may change at any restart.
+    # Where and how the run computes. It may change at every restart.
     placement: Placement = Placement()
 
     def __post_init__(self):
@@ -875,7 +879,7 @@ def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
     """Raises ValueError if the tokenizer makes ids that the model has no rows for."""
     if ids > model.vocab_size:
         raise ValueError(
-            f"model.vocab_size = {model.vocab_size} is smaller than the {ids} ids of "
+            f"model.vocab_size = {model.vocab_size} must be at least {ids}, the number of ids of "
             f"data.tokenizer = {shown(tokenizer)}"
         )
 
@@ -884,17 +888,17 @@ def check_vocabulary(ids: int, model: ModelConfig, tokenizer: str) -> None:
 class Sampling:
     """How the next token is drawn."""
 
-    # 0 takes the likeliest token; 1 samples the model's distribution.
+    # 0 takes the most likely token; 1 samples the model's distribution.
     temperature: float = 1.0
-    # Draw from the k likeliest tokens only; 0 for all.
+    # Sample from the k most likely tokens only; 0 for all.
     top_k: int = 0
-    # Draw from the smallest set of tokens with this much probability.
+    # Sample from the smallest set of tokens whose total probability is at least this.
     top_p: float = 1.0
 
     def __post_init__(self):
         if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:  # NaN too
             raise ValueError(
-                f"temperature = {self.temperature} must be 0 (the likeliest token), or finite and at "
+                f"temperature = {self.temperature} must be 0 (the most likely token), or finite and at "
                 "least 1e-6"
             )
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
@@ -908,7 +912,7 @@ def check_new_tokens(count: int) -> None:
     if count < 1:
         raise ValueError(f"new_tokens = {count} must be positive")
     if count >= 1 << 31:
-        raise ValueError(f"new_tokens = {count} is more than positions can count")
+        raise ValueError(f"new_tokens = {count} must be below 2**31")
 
 
 def check_chunk(chunk: int, seq_len: int) -> None:

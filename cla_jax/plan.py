@@ -560,10 +560,10 @@ def _roofline(
 def _advice(layout: Layout) -> str:
     placement = layout.config.placement
     if placement.remat != "block":
-        return "placement.remat = block recomputes blocks in the backward pass"
+        return "set placement.remat = block, which recomputes blocks in the backward pass"
     if _rows(layout) % 2 == 0:
-        return f"placement.accumulate = {2 * placement.accumulate} halves the microbatch"
-    return "more chips, or placement.mesh.model above 1"
+        return f"set placement.accumulate = {2 * placement.accumulate}, which halves the microbatch"
+    return "use more chips, or placement.mesh.model above 1"
 
 
 # -------------------------------------------------------------------------------------- search

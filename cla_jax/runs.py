@@ -790,7 +790,7 @@ def find_run(path: str | os.PathLike) -> Run:
     """The run in a directory. Raises ValueError if there is none, or if there are several."""
     run, *others = find_runs([path])
     if others:
-        raise ValueError(f"{path} holds several runs; name one of them, for example {run.path}")
+        raise ValueError(f"{path} contains several runs: give one of them, such as {run.path}")
     return run
 
 

@@ -184,7 +184,7 @@ def _all_rows(study: ModuleType) -> Callable[[], Trials]:
         for row in study.ROWS:
             yield row.__name__, row()
 
-    every_row.__doc__ = f"Every row of the study: {_first_line(study.__doc__)}"
+    every_row.__doc__ = f"All rows of the study. {_first_line(study.__doc__)}"
     return every_row  # type: ignore  # a generator that takes no results
 
 

@@ -129,17 +129,17 @@ def h128_mqa_cla4() -> Config:
 
 
 def h128_mqa_keep_ends() -> Config:
-    """MQA and CLA2 between a first and a last layer of their own: 5,632 B."""
+    """MQA and CLA2; the first and the last layer do not share: 5,632 B."""
     return _row("h128_mqa_keep_ends", 128, 16, 1, "keep-ends")
 
 
 def h128_mqa_dense_front() -> Config:
-    """MQA, the first ten layers and the last with KV of their own: 5,632 B."""
+    """MQA; only the first ten layers and the last one make KV: 5,632 B."""
     return _row("h128_mqa_dense_front", 128, 16, 1, "dense-front")
 
 
 def h128_mqa_dense_back() -> Config:
-    """MQA, sharing near the bottom, the 20-layer reading of the paper's 21: 5,632 B."""
+    """MQA; layers 1 to 10 share KV (of 20 layers; the paper states 21): 5,632 B."""
     return _row("h128_mqa_dense_back", 128, 16, 1, "dense-back")
 
 

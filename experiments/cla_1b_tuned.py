@@ -37,7 +37,7 @@ ROWS = (h128_mqa, h128_mqa_cla2, h64_mqa)
 
 
 def learning_rate() -> Trials:
-    """How the rates were found: from 3e-4 in steps of 1.5, the three models side by side."""
+    """The paper's learning-rate search for the three models: from 3e-4, by factors of 1.5."""
     models = (cla_1b.h128_mqa, cla_1b.h128_mqa_cla2, cla_1b.h64_mqa)
     return sweeping.together(
         *(sweeping.learning_rates(model(), f"{model.__name__}.lr") for model in models)

@@ -84,7 +84,7 @@ ROWS = (
 
 
 def learning_rate() -> Trials:
-    """How the rates of the first set were found: from 3e-4 in steps of 1.5, the three models side by side."""
+    """The paper's learning-rate search for the first set: from 3e-4, by factors of 1.5."""
     return sweeping.together(
         *(
             sweeping.learning_rates(row(), f"{row.__name__}.lr")
@@ -94,7 +94,7 @@ def learning_rate() -> Trials:
 
 
 def second_learning_rate() -> Trials:
-    """The rates that the paper tried in the second set: one for MQA, three for each of the others."""
+    """The paper's other learning rates of the second set: one for MQA, three for each other model."""
     tried = {
         second_h64_mqa: (1e-3,),
         second_h64_mqa_cla2: (6.75e-4, 1e-3, 1.5e-3),

@@ -37,13 +37,13 @@ def h16_mqa() -> Config:
 
 
 def h16_mqa_cla2() -> Config:
-    """The same under CLA2: half the cache, 256 B."""
+    """The same with CLA2: half the cache, 256 B."""
     changes = {"name": "demo/h16_mqa_cla2", "model.kv_map": "cla:2", "model.kv_norm": "own"}
     return replaced(h16_mqa(), changes)
 
 
 def h8_mqa() -> Config:
-    """Half the head size and twice the heads: half the cache too, without sharing."""
+    """Half the head size and twice the heads, without sharing: also half the cache, 256 B."""
     changes = {"name": "demo/h8_mqa", "model.n_heads": 8, "model.d_head": 8}
     return replaced(h16_mqa(), changes)
 
@@ -52,14 +52,14 @@ ROWS = (h16_mqa, h16_mqa_cla2, h8_mqa)
 
 
 def seeds() -> Trials:
-    """Two seeds of each row: six runs, and how far a seed alone moves a loss."""
+    """Two seeds of each row, six runs: they show how much the loss depends on the seed."""
     for seed in range(2):
         for row in ROWS:
             yield f"{row.__name__}.seed-{seed}", replaced(row(), {"seed": seed})
 
 
 def learning_rate() -> Trials:
-    """The paper's search for a learning rate, for every row; the rows side by side."""
+    """The paper's learning-rate search, for all rows at the same time."""
     return sweeping.together(
         *(sweeping.learning_rates(row(), f"{row.__name__}.lr", start=3e-3) for row in ROWS)
     )

@@ -1,4 +1,4 @@
-"""How far KV heads can be given up: MHA, GQA, MQA, and MHA with smaller heads.
+"""What fewer KV heads cost: MHA, GQA, MQA, and MHA with smaller heads.
 
 The papers of MQA (1911.02150) and GQA (2305.13245) order them so: MHA is best, then GQA, then MQA. MQA is
 better than MHA whose heads are shrunk until its cache is as small. Fewer or smaller heads also save
@@ -38,7 +38,7 @@ def mqa() -> Config:
 
 
 def mha_small_heads() -> Config:
-    """Four query and KV heads of 4: 512 B, the bytes of MQA."""
+    """Four query heads and four KV heads of 4: 512 B, as many bytes as MQA."""
     return _matched("mha_small_heads", n_kv_heads=4, d_head=4)
 
 
@@ -53,7 +53,7 @@ STUDIES = {"order": ORDER}
 
 
 def order() -> Trials:
-    """Eight seeds of each row: is the order of the papers seen here?"""
+    """Eight seeds of each row: is the order the same as in the papers?"""
     return sweeping.declared(ORDER, ROWS)
 
 

@@ -1,4 +1,4 @@
-"""Which mixture of sources serves a model best? Two sources, for two CPU cores.
+"""Which mixture of two sources is best for a model? On two CPU cores.
 
 Speeches are the embedded corpus, prose is English Wikipedia. The rows differ in the weights alone; the last
 one changes them when four fifths of the steps are done. Every source has held-out text of its own, and
@@ -30,17 +30,17 @@ def even() -> Config:
 
 
 def mostly_speeches() -> Config:
-    """Nine parts of speeches, one of prose."""
+    """90 % speeches, 10 % prose."""
     return _mixture("mostly_speeches", 0.9, 0.1)
 
 
 def mostly_prose() -> Config:
-    """One part of speeches, nine of prose."""
+    """10 % speeches, 90 % prose."""
     return _mixture("mostly_prose", 0.1, 0.9)
 
 
 def speeches_last() -> Config:
-    """Mostly prose, and for the last fifth of the steps speeches alone."""
+    """Mostly prose; only speeches in the last fifth of the steps."""
     return _mixture("speeches_last", 0.1, 0.9, Stage(step=400, weights=(("speeches", 1.0),)))
 
 

@@ -49,12 +49,12 @@ def h32_mqa() -> Config:
 
 
 def h64_mqa_cla2() -> Config:
-    """MQA with CLA2: 1,024 B, the bytes of `h32_mqa`."""
+    """MQA with CLA2: 1,024 B, as many bytes as `h32_mqa`."""
     return _row("h64_mqa_cla2", kv_map="cla:2", kv_norm="own")
 
 
 def h128_mqa_cla2() -> Config:
-    """MQA with CLA2 and twice the head size: 2,048 B, the bytes of `h64_mqa`."""
+    """MQA with CLA2 and twice the head size: 2,048 B, as many bytes as `h64_mqa`."""
     return _row("h128_mqa_cla2", n_heads=3, d_head=128, kv_map="cla:2", kv_norm="own")
 
 
@@ -79,7 +79,7 @@ STUDIES = {"main": MAIN}
 
 
 def tuning() -> Trials:
-    """Three learning rates for every row, with a seed that is used for nothing else."""
+    """Three learning rates for every row, with a separate seed."""
     for row in ROWS:
         for rate in (6.67e-4, 1e-3, 1.5e-3):
             changes = {"optimizer.peak_lr": rate, "seed": 100}
@@ -87,7 +87,7 @@ def tuning() -> Trials:
 
 
 def main() -> Trials:
-    """Six seeds of every row: as few as the exact test needs for two claims."""
+    """Six seeds of every row, the minimum for an exact test of two claims."""
     return sweeping.declared(MAIN, ROWS)
 
 

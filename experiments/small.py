@@ -51,7 +51,7 @@ def _row(name: str, **model) -> Config:
 
 
 def h16_mqa_own_norm() -> Config:
-    """MQA whose keys and values have a norm of their own, as rows that share have: 512 B."""
+    """MQA with a separate norm for keys and values, as in the rows that share: 512 B."""
     return _row("h16_mqa_own_norm", kv_norm="own")
 
 
@@ -61,12 +61,12 @@ def h8_mqa() -> Config:
 
 
 def h16_mqa_cla2() -> Config:
-    """MQA with CLA2: 256 B, the bytes of `h8_mqa`."""
+    """MQA with CLA2: 256 B, as many bytes as `h8_mqa`."""
     return _row("h16_mqa_cla2", kv_map="cla:2", kv_norm="own")
 
 
 def h32_mqa_cla2() -> Config:
-    """MQA with CLA2 and twice the head size: 512 B, the bytes of `h16_mqa`."""
+    """MQA with CLA2 and twice the head size: 512 B, as many bytes as `h16_mqa`."""
     return _row("h32_mqa_cla2", n_heads=2, d_head=32, kv_map="cla:2", kv_norm="own")
 
 
@@ -81,32 +81,32 @@ def h16_mqa_cla3() -> Config:
 
 
 def h16_mqa_cla2_keep_ends() -> Config:
-    """CLA2 whose first and last layers keep keys and values of their own: 320 B."""
+    """MQA with CLA2; the first and the last layer do not share: 320 B."""
     return _row("h16_mqa_cla2_keep_ends", kv_map="keep-ends", kv_norm="own")
 
 
 def h16_mqa_cla2_dense_back() -> Config:
-    """One run of sharing layers in front, layers without sharing behind: 320 B."""
+    """MQA; layers 1 to 4 share keys and values, the others do not: 320 B."""
     return _row("h16_mqa_cla2_dense_back", kv_map="dense-back", kv_norm="own")
 
 
 def h16_mqa_pizza() -> Config:
-    """The first four layers own keys and values, the others read the fourth's: 256 B."""
+    """MQA; layers 3 to 7 share keys and values, the first three do not: 256 B."""
     return _row("h16_mqa_pizza", kv_map="pizza:4", kv_norm="own")
 
 
 def h16_mqa_sandwich() -> Config:
-    """Two layers at the front, one at the back and one for the middle own keys and values: 256 B."""
+    """MQA; layers 2 to 6 share keys and values, the others do not: 256 B."""
     return _row("h16_mqa_sandwich", kv_map="sandwich:4", kv_norm="own")
 
 
 def h16_mqa_fused_lite() -> Config:
-    """The upper four layers read the keys of the fourth and the values of the first: 256 B."""
+    """MQA; layers 4 to 7 read the keys of layer 3 and the values of layer 0: 256 B."""
     return _row("h16_mqa_fused_lite", kv_map="fused-lite", kv_norm="own")
 
 
 def h8_gqa2() -> Config:
-    """Two KV heads of half the size: 512 B, with as many query heads as `h8_mqa`."""
+    """Two KV heads of half the head size, with the query heads of `h8_mqa`: 512 B."""
     return _row("h8_gqa2", n_heads=8, n_kv_heads=2, d_head=8)
 
 
@@ -125,7 +125,7 @@ def latent24() -> Config:
 
 
 def latent48_cla2() -> Config:
-    """Pairs of layers share a latent of rank 48 and a rotated key of 16: 512 B; parameters as `latent24`."""
+    """Pairs of layers share a latent of rank 48 and a rotated key of 16, parameters as `latent24`: 512 B."""
     latent = LatentKV(rank=48, rope_dims=16)
     row = _row("latent48_cla2", kv=latent, kv_map="cla:2", kv_norm="own")
     return sweeping.matched(row, h16_mqa(), "parameters")
@@ -226,7 +226,7 @@ PILOT_SEEDS = range(200, 206)
 
 
 def tuning() -> Trials:
-    """Learning rates for every row of `main`, with one seed that is used for nothing else."""
+    """Learning rates for every row of `main`, with a separate seed."""
     yield from _tuned(MAIN_ROWS)
 
 
@@ -248,24 +248,24 @@ def _tuned(rows: Iterable[Callable[[], Config]]) -> Trials:
 
 
 def pilot() -> Trials:
-    """Six seeds of one row: how far seeds alone move the held-out loss."""
+    """Six seeds of one row: how much the held-out loss depends on the seed."""
     for seed in PILOT_SEEDS:
         changes = {"optimizer.peak_lr": RATES["h16_mqa"], "seed": seed}
         yield f"h16_mqa.seed-{seed}", replaced(h16_mqa(), changes)
 
 
 def main() -> Trials:
-    """The rows of the study at their own learning rates, with all seeds."""
+    """The rows of the study at their tuned learning rates, with all seeds."""
     return sweeping.declared(MAIN, MAIN_ROWS, **_rates(MAIN))
 
 
 def maps() -> Trials:
-    """Maps that keep half the cache, head to head, with eight seeds each."""
+    """Maps with half the cache, compared with eight seeds each."""
     return sweeping.declared(MAPS, MAP_ROWS, **_rates(MAPS))
 
 
 def league() -> Trials:
-    """Ways to spend 512 B per token, with eight seeds each."""
+    """Models with 512 B per token, compared with eight seeds each."""
     return sweeping.declared(LEAGUE, LEAGUE_ROWS, **_rates(LEAGUE))
 
 

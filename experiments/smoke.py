@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def tiny() -> Config:
-    """Forty steps of two layers that share one layer's keys and values, on bytes."""
+    """Two layers that share keys and values, trained for 40 steps on bytes."""
     return Config(
         name="smoke/tiny",
         model=ModelConfig(
@@ -47,7 +47,7 @@ ROWS = (tiny,)
 
 
 def grid() -> Trials:
-    """Two learning rates, three seeds: six runs of seconds."""
+    """Two learning rates with three seeds each: six runs, a few seconds each."""
     return sweeping.grid(tiny(), {"optimizer.peak_lr": (1e-3, 3e-3), "seed": range(3)})
 
 
@@ -57,12 +57,12 @@ def seeds() -> Trials:
 
 
 def learning_rate() -> Trials:
-    """The paper's search for a learning rate, from a high one: a few runs of seconds."""
+    """The paper's learning-rate search from a high rate: a few short runs."""
     return sweeping.learning_rates(tiny(), start=1e-2)
 
 
 def search(directory: str | os.PathLike[str]) -> Trials:
-    """Optuna looks for a learning rate and a warm-up: six runs, two at a time."""
+    """A search for learning rate and warm-up with Optuna: six runs, two at a time."""
 
     def make(trial: "optuna.Trial") -> Config:
         return replaced(

@@ -10,20 +10,20 @@ from launch.cli import user_errors
 
 COMMANDS = {
     "train": "train an experiment, or every row of a study",
-    "evaluate": "evaluate runs on held-out text, through a KV cache too",
+    "evaluate": "evaluate runs on held-out text, with and without a KV cache",
     "generate": "continue a prompt with a run",
-    "compare": "draw runs on one page, or decide a study",
-    "publish": "copy what reports read of finished runs, without checkpoints",
+    "compare": "compare runs in tables and plots, or test the claims of a study",
+    "publish": "copy finished runs without their checkpoints, for reports",
     "sweep": "start the runs of a sweep, here or on a cluster",
-    "status": "say how the runs of a sweep are doing",
-    "cancel": "end a sweep, or some of its runs",
-    "trial": "train one run of a sweep, as launchers do",
-    "plan": "compile a run for an accelerator that is not there",
-    "memory": "say how many sequences fit, for each cache format",
-    "serve_trace": "replay a trace of requests",
-    "convert": "import, export or fetch a model, or start a run from another",
-    "data": "fetch text to train on",
-    "tasks": "fetch the data of downstream tasks",
+    "status": "show the state of each run of a sweep",
+    "cancel": "cancel a sweep, or some of its runs",
+    "trial": "train one run of a sweep (launchers call this)",
+    "plan": "compile a run for an accelerator that you need not have",
+    "memory": "show how many sequences fit in memory, for each cache format",
+    "serve_trace": "replay a trace of requests and measure the serving",
+    "convert": "import, export or download a model, or start a run from another run",
+    "data": "download text to train on",
+    "tasks": "download or generate the data of downstream tasks",
 }
 
 
@@ -36,7 +36,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "cla-jax COMMAND --help has the arguments.",
+            "cla-jax COMMAND --help lists the arguments of a command.",
         ]
     )
 

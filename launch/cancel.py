@@ -1,11 +1,11 @@
-"""Cancel a sweep, or some of its trials: what runs saves and ends, what waits never starts.
+"""Cancel a sweep, or some of its trials. Running trials save and end; waiting trials never start.
 
     python -m launch.cancel smoke.grid
     python -m launch.cancel smoke.grid peak_lr=0.001,seed=0
     python -m launch.cancel gs://BUCKET/runs/cla_1b
 
-Nothing is lost: `python -m launch.sweep SWEEP --again` goes on from the checkpoints. Trials that are done
-stay done.
+Finished trials are not changed. `python -m launch.sweep SWEEP --again` continues the others from their
+checkpoints.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from launch.sweep import engine_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # The sweep's name or directory, and trials of it; without trials, all.
+    # The name of a sweep, or its directory; then the trials to cancel (default: all).
     names: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP [TRIAL ...]")
     ]
@@ -37,7 +37,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.cancel", description=__doc__)
     if not arguments.names:
-        raise ValueError("name a sweep: python -m launch.cancel SWEEP")
+        raise ValueError("give a sweep: python -m launch.cancel SWEEP")
     sweep = find(arguments.names[0], arguments.runs)
     known = records.names(sweep)
     for name in arguments.names[1:]:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for record in unfinished:
         print(f"{record.name}  cancelled")
     if any(submission.engine == "local" for those in by_engine.values() for submission in those):
-        print(f"running trials notice within {records.HEARTBEAT_S} s, save and end")
+        print(f"running trials save and end; they check for this every {records.HEARTBEAT_S} s")
     if failed:
         raise ValueError("\n".join(failed))
 

@@ -182,7 +182,7 @@ def read(
             fields_of_runs = _known(Config, {"args": []})
             for union, _ in fields.unions(Config):
                 fields_of_runs += _flags_of_kinds(union)
-        after = dict.fromkeys(fields_of_runs, "is a field of the runs: put it after `--`")
+        after = dict.fromkeys(fields_of_runs, "is a config field: put it after a separate `--`")
         return after | dict(elsewhere)
 
     with _errors.on_parse_error(functools.partial(_refuse, known, misplaced)):
@@ -201,14 +201,12 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
         if flag in flags:
             kind = kind if equals else next(words, "")
             if not kind or kind.startswith("--"):
-                raise ValueError(
-                    f"{flag} needs a value; `{options.get('prog', '')} --help` tells more"
-                )
+                raise ValueError(f"{flag} needs a value; see `{options.get('prog', '')} --help`")
             config = fields.replaced(config, {f"{flags[flag]}.kind": kind})
         else:
             rest.append(word)
     elsewhere = {
-        flag: f"goes with {_flag(field)}.kind {' or '.join(kinds)}"
+        flag: f"needs {_flag(field)}.kind {' or '.join(kinds)}"
         for field, _ in fields.unions(Config)
         for flag, kinds in _flags_of_kinds(field).items()
         if operator.attrgetter(f"{field}.kind")(config) not in kinds
@@ -236,7 +234,7 @@ def _refuse(
     event: _errors.ParseErrorEvent,
 ) -> None:
     """Raises ValueError for what tyro is about to refuse; what is not known here, tyro tells itself."""
-    see = f"`{event.prog} --help` tells more"
+    see = f"see `{event.prog} --help`"
     match event:
         case _errors.UnrecognizedArgs(tokens=words) if words:
             _refuse_words(words, known(), misplaced(), see)
@@ -270,7 +268,7 @@ def _refuse_words(
     words: Sequence[str], known: Sequence[str], misplaced: Mapping[str, str], see: str
 ) -> None:
     flags = [word for word in words if word.startswith("-")]
-    what, word = ("flag", flags[0].partition("=")[0]) if flags else ("word", words[0])
+    what, word = ("flag", flags[0].partition("=")[0]) if flags else ("argument", words[0])
     name = word.replace("_", "-")
     if what == "flag" and name in misplaced:
         raise ValueError(f"{shown(word)} {misplaced[name]}; {see}")
@@ -446,9 +444,11 @@ def check_picture(path: str) -> None:
     directory, ending = os.path.dirname(path) or ".", os.path.splitext(path)[1]
     near_choice("ending of --plot", ending.removeprefix(".").lower(), PICTURES)
     if not os.path.isdir(directory):
-        raise ValueError(f"plot = {shown(path)}: there is no directory {shown(directory)}")
+        raise ValueError(f"plot = {shown(path)}: the directory {shown(directory)} does not exist")
     if os.path.isdir(path) or not os.access(directory, os.W_OK):
-        raise ValueError(f"plot = {shown(path)} cannot be written")
+        raise ValueError(
+            f"plot = {shown(path)} cannot be written: it is a directory, or not writable"
+        )
 
 
 def _reader_has_gone() -> bool:
@@ -470,7 +470,7 @@ def leave(code: int) -> NoReturn:
 def _ran_out(error: BaseException | None) -> str | None:
     """What the machine has run out of, in one line; None if that is not what an error is about."""
     if isinstance(error, MemoryError):
-        return "the memory of this machine is used up"
+        return "this machine has run out of memory"
     if isinstance(error, OSError) and error.errno in _RESOURCES:
         where = _LIMITS.get(error.errno) if error.filename is None else error.filename
         return f"{error.strerror}: {where}" if where else error.strerror
@@ -507,8 +507,8 @@ def _words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return f"paths of gs:// need the extra `gcs`: {extras.how('gcs')}"
+        return f"gs:// paths need the extra `gcs`: {extras.how('gcs')}"
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
-        return f"the device has too little memory for this: {str(error).splitlines()[0]}"
+        return f"the device has run out of memory: {str(error).splitlines()[0]}"
     told = isinstance(error, ValueError | ChildProcessError)
     return str(error) if told and _is_ours(error) else None

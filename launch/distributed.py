@@ -1,23 +1,23 @@
 """Several hosts, one process each: joining them, holding them to one config, ending them together.
 
-No process waits in silence for one that dies or hangs. Three things end it, whichever is first, all with a
-message; P is `--peer-timeout`, 100 seconds unless told, S is `--step-timeout`, an hour unless told:
+If a process dies or hangs, the others end with a message, in one of three ways. P is `--peer-timeout`
+(default 100 s), S is `--step-timeout` (default 1 h):
 
-- Its collective fails, because a dead process's connections are closed: a traceback and exit code 1, within
-  P + 10 s and usually in 10 s.
-- jax is told by process 0, which counts heartbeats, that one is dead or stopped, or process 0 itself falls
-  silent: "Terminating process because the JAX distributed service detected fatal errors" within P + 10 s,
-  and SIGABRT (-6 to Python, 134 to a shell). The same befalls a stopped process that wakes up too late.
-- A step takes longer than S, since some process lives but does not come forward: "Timeout", the stack of
-  every thread, which says who waits for what, and exit code 1. The others end likewise, or of this one's end.
+- A collective fails, because the connections of the dead process are closed: a traceback and exit code 1,
+  within P + 10 s, usually within 10 s.
+- Process 0, which counts heartbeats, reports a dead or stopped process, or process 0 itself does not respond:
+  "Terminating process because the JAX distributed service detected fatal errors" within P + 10 s, and SIGABRT
+  (-6 in Python, 134 in a shell). A stopped process that resumes too late ends in the same way.
+- A step takes longer than S, because a process is alive but makes no progress: "Timeout", the stack of every
+  thread, and exit code 1. The others end in the same way, or because this process ended.
 
-Before the run, a process says whom it waits for and where; if they do not come within 300 s it ends with
-exit code 134. At its end, jax waits 600 s for those that do not end.
+Before the run, each process prints which processes it waits for. If they do not connect within 300 s, it ends
+with exit code 134. At the end of the run, jax waits up to 600 s for all processes to end.
 
-A launcher should start the run again after any of these, as after 42, unless a process says what another
-start would repeat: 2 is a mistake of the user's, and 1 with "diverged" a loss that is not finite. Where all
-processes fail alike, all say so with that code; a process that fails alone leaves after 10 s, and the others
-end as after a death.
+After each of these ends, and after exit code 42, a launcher should start the run again. It should not after
+exit code 2 (a user error), or after exit code 1 with "diverged" (the loss is not finite). If all processes
+fail with the same error, each exits with that code. A process that fails alone exits after 10 s, and the
+others end as after a death.
 """
 
 import contextlib
@@ -80,8 +80,8 @@ def wanted() -> bool:
         size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
         if size != "1":
             raise ValueError(
-                f"OMPI_COMM_WORLD_SIZE = {size}, but this jax does not know how that Open MPI joins its "
-                "processes: give --coordinator, --processes and --process-id"
+                f"OMPI_COMM_WORLD_SIZE = {size}, but this version of jax does not support that version of "
+                "Open MPI: give --coordinator, --processes and --process-id"
             )
         return False
     if cluster is clusters.GkeTpuCluster and "MEGASCALE_NUM_SLICES" not in os.environ:
@@ -123,7 +123,7 @@ def initialize(hosts: Hosts) -> None:
     # Not jax.process_index(): that meets the other processes' devices, whatever their versions are.
     state = distributed.global_state
     log.info(
-        "process %d of %d; one that is dead or stopped for %d s ends the others",
+        "process %d of %d joined; if one does not respond for %d s, all end",
         *(state.process_id, state.num_processes, hosts.peer_timeout),
     )
 
@@ -159,10 +159,10 @@ def _waiting(address: Any, count: Any, own: Any, source: str) -> Iterator[None]:
     """
     if own == 0:
         last = f" to {count - 1}" if count and count > 2 else ""
-        missing = f"process 1{last}, to come to {address}"
+        missing = f"process 1{last} to connect to {address}"
     else:
         missing = f"process 0 at {address}"
-    log.info("process %s of %s, as %s says; waiting for %s", own, count, source, missing)
+    log.info("process %s of %s (from %s); waiting for %s", own, count, source, missing)
     joined, begin = threading.Event(), time.monotonic()
 
     def remind() -> None:
@@ -171,8 +171,8 @@ def _waiting(address: Any, count: Any, own: Any, source: str) -> Iterator[None]:
 
     def give_up() -> None:
         print(
-            f"error: nobody came within {_JOINING_S} s: waited for {missing}. Start each of the {count} "
-            f"processes (with SLURM: srun), or change what {source} says",
+            f"error: no connection within {_JOINING_S} s: waited for {missing}. Start each of the {count} "
+            f"processes (with SLURM: srun), or change the number of processes in {source}",
             file=sys.stderr,
             flush=True,
         )
@@ -259,7 +259,9 @@ def _wait_for(key: str, process: int) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            log.warning("waiting for process %d, which is alive, to come as far", process)
+            log.warning(
+                "waiting for process %d: it is alive but has not reached this point", process
+            )
 
 
 def _differences(said: list[dict[str, Any]]) -> list[str]:
@@ -354,9 +356,7 @@ def _end_start_up_on_signal(terminate: Callable[[], None]) -> None:
     def end() -> None:
         while received := os.read(read_end, 1):
             if received[0] in _STOPPING and not _stepping.is_set():
-                log.warning(
-                    "stopped during start-up or an evaluation: there is nothing new to save"
-                )
+                log.warning("stopped during start-up or an evaluation; nothing new to save")
                 leave(STOPPED)
             if received[0] == signal.SIGTERM:
                 terminate()

@@ -1,21 +1,21 @@
-"""Evaluate runs on their held-out text: by full forward, and through a KV cache.
+"""Evaluate runs on their held-out text: with a full forward pass, and through a KV cache.
 
     python -m launch.evaluate runs/demo/seeds          # every run of a study
     python -m launch.evaluate runs/demo/seeds/h16_mqa.seed-0 --chunk 16 --windows 64
     python -m launch.evaluate runs/demo/seeds --cache int8 --cache kivi4 --cache kivi2
 
-    python -m launch.tasks fetch data/tasks            # once; without it, tasks come from the hub
+    python -m launch.tasks fetch data/tasks            # once; otherwise the hub is used
     python -m launch.evaluate runs/demo/seeds --tasks hellaswag,piqa,sciq --task-data data/tasks
     python -m launch.evaluate runs/demo/seeds --tasks sciq --task-data data/tasks --cache int8 --limit 200
 
-Prints perplexity, bits per byte, how far cached decoding is from the full forward, and the KV bytes that
-a token takes (all of the ledger with --ledger), and writes eval/*.json into each run
-directory; `launch.compare` then shows every format as a point of its own. The held-out text is
-prepared again where it is missing. Launched again it goes on: what is recorded of the same checkpoint,
-evaluated in the same way, is shown and not evaluated again (--again).
+Prints perplexity, bits per byte, the difference between cached decoding and the full forward pass, and KV
+bytes per token (all counts with --ledger). Writes eval/*.json into each run directory; `launch.compare`
+shows each cache format as one point. Missing held-out text is prepared again. If a result of the same
+checkpoint and the same options is already recorded, it is shown and not computed again, unless --again is
+given. So an interrupted evaluation continues where it stopped.
 
-With --tasks it scores downstream tasks instead, those of the lm-evaluation-harness (the extra
-`interop`), by full forward or, with --cache, through those formats: eval/tasks-*.json. They go on alike.
+With --tasks, scores downstream tasks of the lm-evaluation-harness instead (extra `interop`), with a full
+forward pass or through the formats of --cache. Writes eval/tasks-*.json.
 """
 
 import dataclasses
@@ -34,46 +34,46 @@ from launch.cli import check_picture, collected, log_to_stderr, read, refuse, us
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # Run directories, or study directories holding some.
+    # Run directories, or directories of runs.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # KV cache format to decode through; give it several times: dense (the model's dtype), float32,
-    # bfloat16, int8, fp8, kivi4, kivi2; or a policy that evicts tokens, such as fastgen:T=0.95 or
-    # h2o:keep=0.25 (docs/eviction.md). Of tasks also `full`, no cache, which is their default.
+    # KV cache format: dense (the model's dtype), float32, bfloat16, int8, fp8, kivi4, kivi2; or a policy
+    # that evicts tokens, such as fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md). Repeat the flag for
+    # several formats. With --tasks also `full` (no cache), the default there.
     cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Tokens a cached decoding step; 1 decodes as generation does, more is faster. By default 1, of tasks 16.
+    # Tokens per decoding step; 1 decodes as generation does, more is faster. Default: 1, with --tasks 16.
     chunk: int | None = None
-    # The share of a window that is its prompt, for caches that evict tokens.
+    # Fraction of each window that is the prompt, for caches that evict tokens.
     prompt: float = 0.5
-    # Draw into this file (png, svg or pdf) what the policies have chosen for each head; of one run.
+    # Plot what the eviction policies keep for each head, to this file (png, svg or pdf); for one run only.
     plot: str = ""
-    # Score only this many windows of the held-out split; printed, not recorded.
+    # Score only this many windows of the held-out split. The result is printed and not recorded.
     windows: int | None = None
-    # Measure also what the error of each cache slot does by itself.
+    # Also measure the effect of each cache slot's error, one slot at a time.
     per_slot: bool = False
-    # Print the whole KV ledger: bytes predicted from the config, and counted from the live arrays.
+    # Print all KV byte counts: predicted from the config, and counted from the live arrays.
     ledger: bool = False
-    # Evaluate also what is recorded already, of this checkpoint and with these options.
+    # Evaluate again even if a result of this checkpoint and these options is recorded.
     again: bool = False
-    # Windows evaluated at once; 0 for what the run was trained with.
+    # Windows per batch; 0 for the run's placement.eval_batch_size.
     batch_size: int = 0
-    # Devices along each axis; by default the batch is spread over all of them.
+    # Devices along each axis; by default the batch is split over all devices.
     mesh: MeshConfig = MeshConfig()
-    # Deal the entries of the cache out over mesh.model (for MQA) instead of copying it there.
+    # Split the entries of the cache over mesh.model instead of copying the cache to each device (for MQA).
     split_cache: bool = False
-    # Where prepared data is, if not where the run was trained; missing data is prepared there.
+    # Directory of prepared data, if it has moved since training; missing data is prepared there.
     data_dir: str | None = None
-    # A source of text that the run was trained on, if it lies outside the current directory: only what you
-    # name is read. Give it several times for several.
+    # A text source of the run that lies outside the current directory. Such a source is read only if you
+    # name it here. Repeat the flag for several.
     data_source: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Tasks of the lm-evaluation-harness to score instead, separated by commas.
     tasks: str = ""
-    # Directory of the tasks' data (python -m launch.tasks --help); by default they come from the hub.
+    # Directory of the tasks' data (see python -m launch.tasks --help). Default: load them from the hub.
     task_data: str | None = None
-    # Score only so many examples of each task; printed, not recorded.
+    # Score only this many examples of each task. The result is printed and not recorded.
     limit: int | None = None
-    # Examples of a task shown before each question; by default what the task says, mostly none.
+    # Few-shot examples before each question. Default: the task's own number, usually 0.
     shots: int | None = None
-    # Tokens of a task's text that the model reads at most; by default what it was trained with.
+    # Maximum context length in tokens. Default: the run's data.seq_len.
     context: int | None = None
 
 
@@ -93,7 +93,7 @@ def _held_out(arguments: Arguments) -> None:
     for name in ("task_data", "limit", "shots", "context"):
         if getattr(arguments, name) is not None:
             raise ValueError(
-                f"{name} = {getattr(arguments, name)!r} applies only to tasks: give --tasks"
+                f"{name} = {getattr(arguments, name)!r} applies only to tasks: add --tasks, or remove it"
             )
     if arguments.windows is not None and arguments.windows < 1:
         raise ValueError(f"windows = {arguments.windows} must be positive")
@@ -108,7 +108,7 @@ def _held_out(arguments: Arguments) -> None:
     found = _runs(arguments)
     if arguments.plot and (len(found) > 1 or not any(map(is_policy, formats))):
         raise ValueError(
-            "plot: name one run, and a policy that evicts tokens (--cache fastgen:T=0.95)"
+            "--plot needs one run and a policy that evicts tokens, such as --cache fastgen:T=0.95"
         )
     drawn: dict[str, Any] = {}
     for run in found:
@@ -167,8 +167,9 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         )
     if close := record.get("agreement"):
         say(
-            f"beside the full forward: same top token {close['top1_agreement']:.2%}, KL "
-            f"{max(close['kl'], 0):.1e} nats per token, logits within {close['max_logit_difference']:.1e}"
+            f"against the full forward pass: same top token {close['top1_agreement']:.2%}, KL "
+            f"{max(close['kl'], 0):.1e} nats per token, largest logit difference "
+            f"{close['max_logit_difference']:.1e}"
         )
     counts = record.get("kv_bytes", {})
     differing = [kind for kind, count in counts.items() if count["counted"] != count["predicted"]]
@@ -176,13 +177,13 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         held = per_token(counts["resident"]["counted"])
         dtype = record["cache_dtype"]
         say(
-            f"{held} resident KV bytes per token at {record['context']:,} tokens; what is not quantised is "
+            f"{held} resident KV bytes per token at {record['context']:,} tokens; unquantised parts are "
             f"{dtype}"
         )
     if after := record.get("after_prompt"):
         say(
             f"after prompts of {record['prompt']:.0%} of a window: perplexity {after['perplexity']:,.4f}, "
-            f"by full forward {after['perplexity_by_full_forward']:,.4f}"
+            f"with a full forward pass {after['perplexity_by_full_forward']:,.4f}"
         )
         say(f"{record['kept_share']:.1%} of all tokens are kept at the end of a window")
     if classes := record.get("token_classes"):
@@ -196,11 +197,11 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         predicted, counted = (per_token(counts[kind][how]) for how in ("predicted", "counted"))
         say(f"KV bytes {kind:9s}{predicted:>12s} predicted {counted:>12s} counted")
     if ledger and (peak := record.get("device_peak_bytes")):
-        say(f"device memory in use at most: {peak:,} bytes, by its allocator")
+        say(f"peak device memory in use: {peak:,} bytes, reported by the allocator")
     for slot in record.get("per_slot", []):
         say(
             f"slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
-            f"{slot['readers']} layers: alone in this format, KL {slot['kl']:.2g}"
+            f"{slot['readers']} layers: only this slot in the format, KL {slot['kl']:.2g} nats per token"
         )
     return lines
 
@@ -223,7 +224,7 @@ def _chosen(slot: dict[str, Any]) -> str:
 def _tasks(arguments: Arguments) -> None:
     if arguments.windows is not None or arguments.per_slot or arguments.ledger or arguments.plot:
         raise ValueError(
-            "windows, per_slot, ledger and plot are of the held-out text: leave them out, or --tasks"
+            "--windows, --per-slot, --ledger and --plot do not apply to tasks: remove them, or --tasks"
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -233,7 +234,8 @@ def _tasks(arguments: Arguments) -> None:
     for name in arguments.cache:
         if is_policy(name):
             raise ValueError(
-                f"cache = {name}: tasks are not scored through caches that evict tokens; leave out --tasks"
+                f"cache = {name}: tasks cannot be scored through caches that evict tokens; remove --tasks or "
+                "choose another cache format"
             )
         near_choice("cache format", name, ("full", *CACHE_FORMATS))
     from cla_jax.runs import check_places

@@ -109,7 +109,7 @@ def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
         return ""
     gib = lambda size: f"{size / 2**30:.1f} GiB"
     of = f" of {gib(found.memory)}" if found.memory else ""
-    return f"does not fit {devices}: needs {gib(found.peak)}{of} a device. Change first: {found.advice}"
+    return f"does not fit {devices}: needs {gib(found.peak)}{of} per device. To make it fit: {found.advice}"
 
 
 def _place() -> epath.Path:
@@ -117,7 +117,8 @@ def _place() -> epath.Path:
     place = compilation_cache.directory()
     if place is None:
         raise ValueError(
-            "there is no place to keep verdicts in that is yours alone: set XDG_CACHE_HOME to a directory"
+            "no private cache directory for the planner's results: set XDG_CACHE_HOME to a directory that "
+            "only you can write to"
         )
     return epath.Path(place) / "plans"
 

@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained run.
+"""Continue a prompt with the model of a run.
 
     python -m launch.generate runs/demo/seeds/h16_mqa_cla2.seed-0 --prompt "Fellow citizens" --temperature 0.8
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 class Arguments:
     # The run directory.
     run: Annotated[str, tyro.conf.Positional]
-    # Text to continue; give it several times for a batch. Empty starts a new document.
+    # Text to continue; repeat the flag for a batch. An empty prompt starts a new document.
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Tokens to add at most; generation stops earlier at an end token.
+    # Maximum number of new tokens; generation stops earlier at an end token.
     new_tokens: int = 100
-    # 0 takes the likeliest token every time; 1 samples the model's distribution.
+    # 0 always takes the most likely token; 1 samples the model's distribution.
     temperature: float = 1.0
-    # Draw from the k likeliest tokens only; 0 for all.
+    # Sample from the k most likely tokens only; 0 for all.
     top_k: int = 0
-    # Draw from the smallest set of tokens with this much probability.
+    # Sample from the smallest set of tokens whose total probability is at least this.
     top_p: float = 1.0
-    # Seeds the draws; each prompt draws with a seed derived from it and its place.
+    # Random seed; each prompt uses a seed derived from this one and the prompt's position.
     seed: int = 0
     # KV cache format to decode through: dense, float32, bfloat16, int8, fp8, kivi4, kivi2; or a policy that
     # evicts tokens, such as fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md).
     cache: str = "dense"
-    # Tokens of a prompt that go through the model at once.
+    # Prompt tokens per prefill step.
     chunk: int = 256
     # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
     # on a TPU. The kernels were never run on such hardware.

@@ -37,7 +37,9 @@ class Hosts:
         }
         missing = [flag for flag, value in together.items() if value is None]
         if 0 < len(missing) < len(together):
-            raise ValueError(f"{', '.join(together)} go together: without {' and '.join(missing)}")
+            raise ValueError(
+                f"give all of {', '.join(together)}, or none: {' and '.join(missing)} missing"
+            )
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal():
@@ -98,24 +100,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     flags = parser.add_argument_group(
         "Several processes",
-        "The first three go together. Without them SLURM, Open MPI, Cloud TPU, Kubernetes, or "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked.",
+        "Give all of the first three flags, or none. Without them, the processes are found through SLURM, "
+        "Open MPI, Cloud TPU, Kubernetes, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID.",
     )
-    flags.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, any free port")
-    flags.add_argument("--processes", type=_whole, metavar="N", help="how many there are")
-    flags.add_argument("--process-id", type=_whole, metavar="I", help="which one this is, from 0")
+    flags.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="the host of process 0, and any free port on it"
+    )
+    flags.add_argument("--processes", type=_whole, metavar="N", help="number of processes")
+    flags.add_argument(
+        "--process-id", type=_whole, metavar="I", help="number of this process, from 0"
+    )
     flags.add_argument(
         "--peer-timeout",
         type=_whole,
         metavar="SECONDS",
         default=Hosts.peer_timeout,
-        help="one that is dead, or stopped, this long ends the others (default: %(default)s)",
+        help="end all processes when one has not responded for this long (default: %(default)s)",
     )
     flags.add_argument(
         "--step-timeout",
         type=_whole,
         metavar="SECONDS",
         default=Hosts.step_timeout,
-        help="one whose step takes this long, evaluation included, ends itself (default: %(default)s)",
+        help="end a process whose step takes longer than this, including its evaluation and checkpoint "
+        "(default: %(default)s)",
     )
     return parser

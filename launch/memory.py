@@ -1,4 +1,4 @@
-"""How many sequences fit: weights, KV cache and workspace of experiments or runs, for each cache format.
+"""Show how many sequences fit in memory: weights, KV cache and workspace, for each cache format.
 
     python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --budget 80GB --context 32768
     python -m launch.memory cla_1b --cache dense --cache int8 --context 8192
@@ -7,10 +7,10 @@
     python -m launch.memory cla_1b.h128_mqa cla_1b.h128_mqa_cla2 --context 2048 --ledger
     python -m launch.memory cla_1b.h128_mha --context 2048 --shared 1024
 
-Nothing is allocated. All bytes are closed forms; --compile adds what the compiler of the backend at hand
-says of a chunk of prefill and of the decode loop, at the batch that fits. --ledger shows the bytes of a
-token instead: held, written and read, which CLA does not divide alike. --shared adds how many fit if all
-begin with so many common tokens, which a prefix-shared cache holds once.
+Nothing is allocated: all bytes are computed from the config. --compile adds the compiler's figures for this
+machine's backend: one prefill chunk and the decode loop, at the batch size that fits. --ledger shows bytes
+per token instead: resident, written and read. (CLA reduces the first two, not the third.) --shared N adds
+how many sequences fit if all begin with the same N tokens, which a prefix-shared cache stores once.
 """
 
 import contextlib
@@ -41,23 +41,23 @@ UNITS = {"": 1, "B": 1, "kB": 1000} | {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # Experiments, studies, or directories of runs.
+    # Experiments, studies, run directories or directories of runs.
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     # Memory of one device: 80GB is 80e9 bytes, 80GiB is 80 * 2^30.
     budget: str = "80GB"
     # Tokens of a sequence, prompt and continuation together.
     context: int = 32_768
-    # KV cache format; give it several times. Unless told otherwise dense, int8, fp8, kivi4 and kivi2.
+    # KV cache format; repeat the flag for several. Default: dense, int8, fp8, kivi4 and kivi2.
     cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Tokens of a prompt that go through the model at once.
+    # Prompt tokens per prefill step.
     chunk: int = 256
-    # Show resident, written and read bytes per token at this context, instead of what fits.
+    # Show resident, written and read bytes per token at this context, instead of sequences that fit.
     ledger: bool = False
-    # Tokens that all sequences begin with, for a prefix-shared cache; 0 is none.
+    # Common tokens at the beginning of all sequences, for a prefix-shared cache; 0 for none.
     shared: int = 0
-    # Tokens of a page of that cache.
+    # Tokens per page of the prefix-shared cache.
     page: int = 64
-    # Ask the compiler too (seconds a line).
+    # Also compile the decoder (takes seconds per line).
     compile: bool = False
     # Print JSON instead of a table.
     json: bool = False

@@ -1,4 +1,4 @@
-"""What training runs will need on a pod or a GPU cluster, before there is one: each compiled for it.
+"""Predict what a training run needs on a TPU pod or a GPU cluster, by compiling its step without one.
 
     python -m launch.plan cla_1b.h128_mqa_cla2 --topology v5e:16x16
     python -m launch.plan cla_3b --topology v5p:4x4x8 --topology v4:4x4x8
@@ -6,13 +6,13 @@
     python -m launch.plan cla_1b.h128_mqa_cla2 --topology h100:8 --topology h100:16x8
     python -m launch.plan demo --topology here
 
-Says whether a step fits, what the memory of a device goes to, how much the devices tell each other, how
-much each moves to and from its memory, the least time a step can take, and what a run costs in days and
-chip-hours at an assumed --mfu. A topology is kind:shape, of TPUs in chips (v4, v5e, v5p, v6e, v7x), of
-GPUs in hosts x GPUs (a100-80, h100, h200, b200; h100:8 is one host); --list shows all. No accelerator is
-needed, but its compiler: pip install -e '.[plan]' for TPUs, '.[plan-gpu]' for GPUs. `here` plans for the
-devices at hand. --search finds the fastest microbatch and rematerialisation that fit, and prints the
-command that trains so. Fields of the config come after a lone --:
+Prints whether a step fits, what uses the memory of a device, the collectives, the traffic to and from device
+memory, the shortest possible step time, and the cost of the run in days and chip-hours at an assumed --mfu.
+A topology is KIND:SHAPE. The shape of TPUs (v4, v5e, v5p, v6e, v7x) is in chips; that of GPUs (a100-80, h100,
+h200, b200) is hosts x GPUs, and h100:8 is one host. --list prints all. `here` means the devices of this
+machine. The compiler must be installed: pip install -e '.[plan]' for TPUs, '.[plan-gpu]' for GPUs. --search
+finds the fastest microbatch and rematerialisation that fit, and prints the training command. Config fields
+come after a separate --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
 """
@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 class Arguments:
     # Experiments or studies.
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
-    # Kind and shape, v5e:16x16 or h100:16x8; `here` for the devices at hand. Give it several times.
+    # KIND:SHAPE, such as v5e:16x16 or h100:16x8; `here` for the devices of this machine. Repeat the flag for
+    # several.
     topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Slices of that topology, joined by the data-centre network; 0 for placement.mesh.slice of the config.
+    # TPU slices, connected by the data-centre network; 0 for placement.mesh.slice of the config.
     slices: int = 0
     # Find the fastest microbatch and rematerialisation that fit, in at most 3 compilations.
     search: bool = False
-    # Model FLOPs utilisation to assume for days and chip-hours, 0 to 1; the roofline says what is the most.
+    # Assumed model FLOPs utilisation for days and chip-hours, 0 to 1. The output has the roofline's limit.
     mfu: float = 0.4
     # Print JSON instead of tables.
     json: bool = False
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(topology != "here" for topology in arguments.topology):
         if "here" in arguments.topology:
             raise ValueError(
-                "--topology here is planned by itself: the others are compiled on the CPU"
+                "--topology here cannot be combined with other topologies: plan them in separate commands"
             )
         compile_elsewhere()
     log_to_stderr(informed=True)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(chips.topology_names()))
         return
     if not arguments.names or not arguments.topology:
-        raise ValueError("name an experiment and a --topology; --help shows how")
+        raise ValueError("give an experiment and a --topology; see python -m launch.plan --help")
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu {arguments.mfu} must lie between 0 and 1")
     for topology in arguments.topology:
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not arguments.json:
                 _print(plan, config, arguments.mfu)
                 if arguments.search:
-                    print(f"Train it: {_command(plan, config, overrides)}\n")
+                    print(f"Training command: {_command(plan, config, overrides)}\n")
     if arguments.json:
         json.dump(
             [_as_dict(plan, config, arguments.mfu) for plan, config in plans], sys.stdout, indent=1
@@ -227,7 +228,7 @@ def cost(plan: "Plan", config: Config, assumed: float) -> list[str]:
     lines = [f"Training: {count(tokens)} tokens, in {config.steps:,} steps."]
     bound = plan.mfu()
     if bound is None or plan.step_seconds is None:
-        return [f"{lines[0]} How fast {plan.device_kind} can be is not known."]
+        return [f"{lines[0]} The peak performance of {plan.device_kind} is not known."]
 
     def at(mfu: float | None) -> str:
         days = plan.days(config.steps, mfu)
@@ -238,16 +239,16 @@ def cost(plan: "Plan", config: Config, assumed: float) -> list[str]:
     if assumed < bound:
         lines.append(f"At an MFU of {assumed:.0%}, on {plan.chips} chips: {at(assumed)}.")
     else:
-        lines.append(f"An MFU of {assumed:.0%} is out of reach here.")
+        lines.append(f"An MFU of {assumed:.0%} cannot be reached here.")
     times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.roofline.items())
     lines.append(
-        f"At the least: {at(None)}. By the roofline ({times}) a step takes {plan.step_seconds:.3g} s, "
-        f"an MFU of {bound:.0%}."
+        f"At the roofline: {at(None)}. A step takes at least {plan.step_seconds:.3g} s ({times}), an MFU of "
+        f"{bound:.0%}."
     )
     return lines
 
 
-UNTRIED = "No GPU has confirmed these figures: XLA compiled the step for one that is not here."
+UNTRIED = "These figures were not measured: XLA compiled the step for a GPU that is not present."
 
 
 def _print(plan: "Plan", config: Config, mfu: float) -> None:
@@ -287,7 +288,7 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
         buffers.add_row(gib(buffer.bytes), buffer.shape, buffer.where)
     console.print(buffers)
     if not plan.fits:
-        console.print(f"Change first: {plan.advice}", highlight=False)
+        console.print(f"To make it fit: {plan.advice}", highlight=False)
     by_kind = lambda sizes: ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in sizes.items())
     links = f" over {plan.links}" if plan.links != "interconnect" and plan.collective_bytes else ""
     received = f"{by_kind(plan.collective_bytes) or 'nothing'}{links}"
@@ -295,8 +296,8 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
         received += f" and through its network port {by_kind(plan.network_bytes)}"
     console.print(
         f"A step: {plan.flops:.3g} FLOPs and {plan.recomputed_flops:.3g} recomputed; each device receives "
-        f"{received}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, "
-        f"{plan.copied / 1e9:.2f} GB of it only to change layouts.",
+        f"{received}, and moves {plan.traffic / 1e9:.1f} GB to and from its memory, including "
+        f"{plan.copied / 1e9:.2f} GB of layout copies.",
         soft_wrap=True,
         highlight=False,
     )

@@ -1,11 +1,12 @@
-"""Copies of finished runs that are small enough to keep in a repository.
+"""Copy finished runs without their checkpoints: small enough for a repository.
 
     python -m launch.publish runs/small/main docs/results/small/main
     python -m launch.publish runs/small/main docs/results/small/main --every 64
 
-A copy has what reports read: the config, the tokenizer, all evaluations with the scores of each document, and
-every 32nd step of the metrics. Their lines are numbered and sealed anew. It has no checkpoints, so it can be
-reported and not continued. Unfinished runs are left out. A run whose records were altered is refused.
+A copy has the files that reports read: the config, the tokenizer, all evaluations with the scores of each
+document, and every 32nd step of the metrics, with new line numbers and checksums. It has no checkpoints, so
+it can be reported but not continued. Unfinished runs are skipped. If a run's records were altered, it is not
+copied and the command fails.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
     # The directory of the copies.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    # Of the steps without an evaluation, those that this divides are copied, and the first.
+    # Copy the metrics of every N-th step, of the first step, and of all steps with an evaluation.
     every: int = 32
 
     def __post_init__(self):
@@ -46,7 +47,7 @@ def publish(arguments: Arguments) -> None:
         if problems:
             refused.append(problems[0])
         elif not _is_finished(run.config().steps, records):
-            print(f"{run.path}: not finished, left out")
+            print(f"{run.path}: skipped, because it is not finished")
         else:
             target = epath.Path(arguments.target) / run.path.name
             _copy(run, target, _kept(records, arguments.every))
@@ -71,7 +72,9 @@ def _kept(records: Sequence[dict[str, Any]], every: int) -> Iterator[dict[str, A
 def _copy(run: Run, target: epath.Path, records: Iterator[dict[str, Any]]) -> None:
     """Raises ValueError if another run is in the place of the copy."""
     if (target / "config.json").exists() and Run(target).id != run.id:
-        raise ValueError(f"{target} has another run: it is not overwritten")
+        raise ValueError(
+            f"{target} contains another run and is not overwritten: choose another directory"
+        )
     (target / "eval").mkdir(parents=True, exist_ok=True)
     evals = [f"eval/{name}.json" for name in run.evals()]
     for name in ("config.json", "tokenizer.json", *evals):

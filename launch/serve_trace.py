@@ -1,15 +1,15 @@
-"""Replay a trace of requests through the engine, and report how fast they were served and with what memory.
+"""Replay a trace of requests through the engine, and report throughput, latency and memory.
 
     python -m launch.serve_trace trace.jsonl --model heads.mha --make shared-prompt
     python -m launch.serve_trace trace.jsonl --model heads.mha --cache dense --unshared
     python -m launch.serve_trace trace.jsonl --model runs/demo/seeds/h16_mqa_cla2.seed-0 --cache int8
 
-The cache is prefix-shared (docs/prefix.md): requests with a common beginning hold and read it once. A model
-is a run, or an experiment with random weights. A trace has a request a line:
+The cache is prefix-shared (docs/prefix.md): a common prefix of several requests is stored and read once. The
+model is a run, or an experiment with random weights. A trace has one request per line:
 
     {"arrival": 0.5, "prompt": [1, 2, 3], "new_tokens": 100, "group": "a"}
 
---make writes one first: shared-prompt, few-shot, parallel-sampling or no-sharing.
+--make writes a trace first: shared-prompt, few-shot, parallel-sampling or no-sharing.
 """
 
 import dataclasses
@@ -33,52 +33,53 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    # Requests.
+    # Number of requests.
     requests: int = 64
-    # Tokens that requests have in common.
+    # Tokens of a common prefix.
     shared: int = 1024
-    # Different beginnings; requests take them in turn.
+    # Number of different prefixes; requests use them in turn.
     mixes: int = 1
-    # Tokens of a prompt that belong to one request.
+    # Prompt tokens after the prefix, different for each request.
     own: int = 32
-    # Tokens to generate for a request.
+    # Tokens to generate for each request.
     new_tokens: int = 32
-    # Mean requests a second; 0: all come at once.
+    # Mean arrivals per second; 0: all requests arrive at once.
     rate: float = 0.0
+    # Random seed of the tokens and the arrivals.
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # The trace, in JSON lines.
+    # The trace, a file of JSON lines.
     trace: Annotated[str, tyro.conf.Positional]
-    # A run directory, or an experiment, whose weights are random then.
+    # A run directory, or an experiment (with random weights).
     model: str
     # Write a trace of this kind first: shared-prompt, few-shot, parallel-sampling, no-sharing.
     make: str = ""
-    # What a made trace looks like.
+    # The trace that --make writes.
     made: Made = Made()
     # KV cache format.
     cache: str = "dense"
-    # Give every request a row of its own.
+    # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
-    # Requests that decode at once.
+    # Maximum number of requests that decode at the same time.
     rows: int = 32
-    # Pages of the pool; 0: what so many of the longest requests take without sharing.
+    # Pages in the pool; 0: enough for this many requests of the longest length without sharing.
     pages: int = 0
-    # Tokens of a page.
+    # Tokens per page.
     page: int = 64
-    # Bytes of pages of ended requests that are kept for later ones, at most.
+    # Keep pages of finished requests for later ones, up to this size, such as 100MB.
     retain: str = "0"
-    # Prefill also what is in the cache already, to see what leaving it out gains.
+    # Also prefill tokens that are already in the cache, to measure the gain of skipping them.
     whole_prefill: bool = False
-    # Tokens of a prompt that go through the model at once.
+    # Prompt tokens per prefill step.
     chunk: int = 256
-    # Decode steps between two looks at what has come.
+    # Decode steps between two checks for new requests.
     every: int = 16
-    # Print JSON, the memory over time included.
+    # Print JSON, including the memory over time.
     json: bool = False
-    # Draw throughput, memory and latencies over time into this file (png, svg or pdf).
+    # Plot KV bytes over time and the time to the first token, to this file (png, svg or pdf).
     plot: str = ""
 
 
@@ -120,7 +121,9 @@ def _model(name: str) -> tuple[Any, Any, Any]:
     if not Path(name).exists():
         (config, *others) = experiments.find(name)
         if others:
-            raise ValueError(f"model = {name!r} is a study: name one of its rows, as {config.name}")
+            raise ValueError(
+                f"model = {name!r} is a study: give one of its rows, such as {config.name}"
+            )
         return config.model, decoding_weights(Transformer(jax.random.key(0), config.model)), None
     from cla_jax.decoder import Decoder
 

@@ -1,13 +1,13 @@
-"""How the trials of a sweep fare, from their files alone.
+"""Show the state of the trials of a sweep, read from their files.
 
-    python -m launch.status smoke.grid                 # a sweep launched from here
-    python -m launch.status gs://BUCKET/runs/cla_1b    # its directory
+    python -m launch.status smoke.grid                 # a sweep that was launched from this directory
+    python -m launch.status gs://BUCKET/runs/cla_1b    # a sweep's directory
     python -m launch.status smoke.grid --json
-    python -m launch.status smoke.grid --once          # no live table, also where there is no terminal
+    python -m launch.status smoke.grid --once          # print once, as without a terminal
 
-State, step, loss, tokens/s, time to go, preemptions, failures and the last error of every trial. It asks no
-engine: a trial that was handed over and has not begun is waiting; one whose runner has been silent for 90
-seconds is dead, and launching the sweep again starts it from its checkpoint.
+Shows state, step, loss, tokens/s, remaining time, preemptions, failures and the last error of every trial.
+The engine is not queried: a trial is `waiting` from its submission to its start. If its runner has not
+updated its record for 90 seconds, it is `dead`. Launch the sweep again to continue it from its checkpoint.
 """
 
 import dataclasses
@@ -42,13 +42,13 @@ _STYLES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # The sweep's name, or its directory.
+    # The name of a sweep, or its directory.
     sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP")]
-    # Print JSON instead of a table, once.
+    # Print JSON once, instead of a table.
     json: bool = False
     # Print the table once.
     once: bool = False
-    # Seconds between two looks.
+    # Seconds between updates of the table.
     every: float = 5.0
     # Directory of all run directories, for a sweep given by name.
     runs: str = "runs"
@@ -61,7 +61,10 @@ def find(sweep: str, runs: str) -> epath.Path:
             return path
     if "/" not in sweep and not experiments.names_a_file(sweep):
         near_choice("sweep", sweep, experiments.sweeps())
-    raise ValueError(f"{sweep} was never launched: no .sweep in {sweep} nor in {path}")
+    raise ValueError(
+        f"{sweep} was not launched from here: there is no .sweep in {sweep} or {path}; if the runs are "
+        "elsewhere, give --runs"
+    )
 
 
 def line(record: Record) -> dict[str, Any]:

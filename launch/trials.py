@@ -31,9 +31,11 @@ RESERVED = ("lock", "sweep.json", "jobs", "optuna.log")  # beside the records of
 class Retry:
     """When a trial is given up: so many failures, or preemptions, in a row without a new checkpoint."""
 
+    # Give a trial up after this many failures in a row without a new checkpoint.
     failures: int = 3
+    # Give a trial up after this many preemptions in a row without a new checkpoint.
     preemptions: int = 100
-    # Seconds before a failure is tried again; doubled each time, up to a minute.
+    # Seconds until a failed trial is started again; doubled after each further failure, up to a minute.
     delay: float = 5.0
 
     def __post_init__(self):

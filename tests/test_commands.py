@@ -48,7 +48,7 @@ def test_help_lists_every_command(argv, capsys):
     [
         ("x.foo", "unknown ending of --plot 'foo'; known: png, svg, pdf"),
         ("x", "unknown ending of --plot ''"),
-        ("missing/x.png", "plot = 'missing/x.png': there is no directory 'missing'"),
+        ("missing/x.png", "plot = 'missing/x.png': the directory 'missing' does not exist"),
         ("taken.png", "plot = 'taken.png' cannot be written"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_mixture_as_text_and_as_json(mixed, tiny):
     [
         (["web"], [], "NAME=WEIGHT:SOURCE"),
         (["web=0.7"], [], "NAME=WEIGHT:SOURCE"),
-        (["web=much:sotu"], [], "'much' is no number"),
+        (["web=much:sotu"], [], "'much' is not a number"),
         (["web=-1:sotu"], [], r"weight of web is -1\.0"),
         (["web=nan:sotu"], [], "weight of web is nan"),
         (["web=0:sotu"], [], "all weights are 0"),
@@ -277,7 +277,7 @@ def test_a_mixture_as_text_and_as_json(mixed, tiny):
         (["web=1:sotu"], ["web=1"], "STEP:NAME=WEIGHT"),
         (["web=1:sotu"], ["3:web=0"], "from step 3 on, all weights are 0"),
         (["web=1:sotu"], ["3:web=1,web=2"], "step 3 gives 'web' two weights"),
-        (["web=1:sotu"], ["3:web=1", "3:web=2"], "3 stands after 3"),
+        (["web=1:sotu"], ["3:web=1", "3:web=2"], "3 comes after 3"),
         (["web=1:sotu"], ["0:web=1"], "step = 0 must be positive"),
     ],
 )

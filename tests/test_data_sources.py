@@ -126,7 +126,7 @@ def test_another_field_of_json_lines(tmp_path):
     assert list(sources.documents(f"jsonl.a.b:{path}")) == ["c"]
     prints = {sources.fingerprint(f"{kind}:{path}") for kind in ("jsonl", "jsonl.content")}
     assert len(prints) == 2
-    with pytest.raises(ValueError, match="only jsonl and tfds have fields"):
+    with pytest.raises(ValueError, match="only jsonl and tfds sources have fields"):
         DataConfig(source=f"text.content:{path}", seq_len=8)
 
 

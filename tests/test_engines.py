@@ -278,7 +278,9 @@ def test_a_topology_of_gpus_says_how_many_nodes_slurm_gives_a_trial():
         jobs(Slurm(nodes=4), plan)
     with pytest.raises(ValueError, match=r"--slurm\.gpus 4, but --topology h100:4x8 has 8"):
         jobs(Slurm(gpus=4), plan)
-    with pytest.raises(ValueError, match=r"--topology v5e:4x4: engine slurm takes GPUs, h100:16x8"):
+    with pytest.raises(
+        ValueError, match=r"--topology v5e:4x4: engine slurm supports GPU topologies only"
+    ):
         jobs(Slurm(), planned(topology="v5e:4x4"))
     with pytest.raises(ValueError, match=r"unknown kind of accelerator 'h10'; did you mean h100"):
         planned(topology="h10:8")
@@ -385,9 +387,9 @@ def test_lines_of_text_stay_readable():
         (Xpk(image=IMAGE), {}, "--xpk.cluster is missing"),
         (QueuedResources(setup="x"), {}, "--queued-resources.zone is missing"),
         (QueuedResources(zone="z"), {}, "--queued-resources.setup is missing"),
-        (CLOUD["queued-resources"], {"slices": 2}, "jobset takes more"),
-        (CLOUD["queued-resources"], {"topology": "v7x:4x4x4"}, "no TPU VMs of that kind"),
-        (CLOUD["sky"], {"topology": "v7x:4x4x4"}, "unknown to SkyPilot"),
+        (CLOUD["queued-resources"], {"slices": 2}, "for more, use jobset"),
+        (CLOUD["queued-resources"], {"topology": "v7x:4x4x4"}, "no TPU VMs of that type"),
+        (CLOUD["sky"], {"topology": "v7x:4x4x4"}, "is unknown to SkyPilot"),
         (Sky(), {"topology": ""}, "--sky.accelerators"),
         (CLOUD["jobset"], {"runs": "runs"}, "means another place on another machine"),
     ],
@@ -454,7 +456,9 @@ def test_a_missing_tool_is_named_with_how_to_get_it(monkeypatch, tmp_path, name)
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = CLOUD.get(name, Slurm())
     tool, how = next(iter(engine.tools.items()))
-    with pytest.raises(ValueError, match=f"needs {tool}, which is not on the PATH") as error:
+    with pytest.raises(
+        ValueError, match=f"needs the command {tool}, which is not on the PATH"
+    ) as error:
         engines.check_tools(engine)
     assert how in str(error.value)
 
@@ -464,8 +468,8 @@ def test_a_missing_tool_is_named_with_how_to_get_it(monkeypatch, tmp_path, name)
     [
         (["smoke.grid", "--engine", "slrum"], "unknown engine 'slrum'; did you mean slurm"),
         (["smoke.girdd"], "unknown sweep 'smoke.girdd'; did you mean smoke.grid"),
-        (["smoke.grid", "--engine", "jobset"], "engine jobset needs a --topology"),
-        (["smoke.grid", "--topology", "v5e:4x4"], "engine local has no --topology"),
+        (["smoke.grid", "--engine", "jobset"], "engine jobset needs --topology"),
+        (["smoke.grid", "--topology", "v5e:4x4"], "engine local takes no --topology"),
         (["smoke.grid", "--env", "A"], "--env 'A' must be NAME=VALUE"),
         (["smoke.grid", "--env", "ñ=1"], "--env 'ñ=1' must be NAME=VALUE"),
         (["smoke.grid", "--env", "A=\udce9"], "is not UTF-8"),
@@ -567,7 +571,7 @@ def test_the_planner_is_asked_and_its_reasons_are_passed_on(monkeypatch, tmp_pat
     monkeypatch.setattr(chips, "find", lambda kind: small)
     reason = fitting._ask(config, "v5e:2x2", 1, tmp_path)
     assert "does not fit here: needs" in reason
-    assert "Change first: placement.remat" in reason
+    assert "To make it fit: set placement.remat" in reason
     import dataclasses
 
     # Jobs that are submitted later must not find what keeps compilers from the accelerators here.
@@ -795,7 +799,7 @@ def test_a_runner_that_sees_another_result_is_not_started_for_ever(pool):
     odd = "peak_lr=0.001,seed=1"
     code, said, started = pool({odd: "call it done"}, "--local.workers", "2", "--local.cores", "1")
     assert (code, started.count(odd)) == (1, 1)
-    assert f"{odd}  stuck: its runner says that it is complete, but here there is no result" in said
+    assert f"{odd}  stuck: its runner reported success, but there is no result" in said
     assert "5 done" in said
 
 

@@ -105,7 +105,7 @@ def test_a_file_is_taken_wherever_a_name_is(mine, tmp_path, capsys):
     runs = ["--placement.runs", str(tmp_path / "runs")]
     with pytest.raises(ValueError, match=r"mine\.py:row yields no trials: a sweep is a generator"):
         trials.make(f"{mine}:row", overrides=runs)
-    with pytest.raises(ValueError, match=r"mine\.py:grid was never launched"):
+    with pytest.raises(ValueError, match=r"mine\.py:grid was not launched from here"):
         status.find(f"{mine}:grid", str(tmp_path / "runs"))
     made = trials.make(f"{mine}:grid", overrides=runs)
     assert (made.sweep, made.directory) == ("mine.grid", tmp_path / "runs/mine/grid")

@@ -250,7 +250,7 @@ def test_the_command_takes_one_run_and_says_how_to_open_what_it_made(tmp_path, c
     made.make_run(tmp_path / "runs" / "b", kv_map="cla:2")
     with pytest.raises(SystemExit):
         convert.main(["export", str(tmp_path / "runs"), str(tmp_path / "out")])
-    assert "holds several runs; name one of them" in capsys.readouterr().err
+    assert "contains several runs: give one of them" in capsys.readouterr().err
     for name, remote in (("a", False), ("b", True)):
         convert.main(["export", str(tmp_path / "runs" / name), str(tmp_path / name)])
         assert ("trust_remote_code=True" in capsys.readouterr().out) == remote

@@ -174,23 +174,23 @@ for line in sys.stdin.read().splitlines():
         ("train smoke --procesess 2", "unknown flag '--procesess'; did you mean --processes?"),
         (
             "sweep smoke.grid --placement.runs x",
-            "'--placement.runs' is a field of the runs: put it after `--`; "
-            "`python -m launch.sweep --help` tells more",
+            "'--placement.runs' is a config field: put it after a separate `--`; "
+            "see `python -m launch.sweep --help`",
         ),
         (
             "sweep smoke.grid --optimizer.schedule.decay-fraction 0.1",
-            "'--optimizer.schedule.decay-fraction' is a field of the runs: put it after `--`; "
-            "`python -m launch.sweep --help` tells more",
+            "'--optimizer.schedule.decay-fraction' is a config field: put it after a separate `--`; "
+            "see `python -m launch.sweep --help`",
         ),
-        ("train smoke steps 3", "unknown word 'steps'; did you mean --steps?"),
+        ("train smoke steps 3", "unknown argument 'steps'; did you mean --steps?"),
         (
             "train smoke --zzz",
-            "unknown flag '--zzz'; `python -m launch.train smoke --help` tells more",
+            "unknown flag '--zzz'; see `python -m launch.train smoke --help`",
         ),
         ("train smoke --steps ten", "--steps: 'ten' is not a whole number"),
         (
             "train smoke --steps",
-            "--steps needs a value; `python -m launch.train smoke --help` tells more",
+            "--steps needs a value; see `python -m launch.train smoke --help`",
         ),
         (
             "train smoke --placement.remat blok",
@@ -198,16 +198,16 @@ for line in sys.stdin.read().splitlines():
         ),
         (
             "train smoke --data.mixture a=x:sotu",
-            "data.mixture: 'a=x:sotu': the weight 'x' is no number",
+            "data.mixture: 'a=x:sotu': the weight 'x' is not a number",
         ),
         ("train smoke --data.seq-len 0", "data.seq_len = 0 must be positive, and finite"),
         ("compare --context x", "--context: 'x' is not a whole number"),
-        ("sweep", "NAME must be given; `python -m launch.sweep --help` tells more"),
-        ("convert exprt a b", "unknown word 'exprt'; did you mean export?"),
+        ("sweep", "NAME must be given; see `python -m launch.sweep --help`"),
+        ("convert exprt a b", "unknown argument 'exprt'; did you mean export?"),
         ("convert export a b --dtyp x", "unknown flag '--dtyp'; did you mean --dtype?"),
         (
             "convert",
-            "give one of import, export, fetch, uptrain; `python -m launch.convert --help` tells more",
+            "give one of import, export, fetch, uptrain; see `python -m launch.convert --help`",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_help_lists_experiments_and_explains_fields(capsys):
         ("__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 2, "9 bytes\n"),
         ("OSError(28, 'No space left on device', '/runs/a')", 1, "left on device: /runs/a\n"),
         ("OSError(24, 'Too many open files')", 1, "(ulimit -n) is too low\n"),
-        ("MemoryError", 1, "error: the memory of this machine is used up\n"),
+        ("MemoryError", 1, "error: this machine has run out of memory\n"),
         ('RuntimeError("can\'t start new thread")', 1, "(ulimit -u) are too low\n"),
         # A library's own exception around it.
         ("RuntimeError('INTERNAL: [OS error 28: No space left on device]')", 1, "on device]\n"),
@@ -504,8 +504,8 @@ def test_flags_for_several_processes_stand_anywhere_and_go_together():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--processes 2", "without --coordinator and --process-id"),
-        ("--coordinator a:1 --process-id 0", "without --processes"),
+        ("--processes 2", "or none: --coordinator and --process-id missing"),
+        ("--coordinator a:1 --process-id 0", "or none: --processes missing"),
         ("--coordinator a --processes 2 --process-id 0", "must be HOST:PORT"),
         ("--coordinator a:1 --processes 2 --process-id 2", "must lie in 0 to --processes - 1 = 1"),
         ("--coordinator a:1 --processes 0 --process-id 0", "--processes 0 must be positive"),
@@ -540,7 +540,7 @@ def test_explicit_flags_are_all_that_jax_is_told(monkeypatch, caplog):
     assert told["coordinator_address"].startswith("a1:")
     assert (told["num_processes"], told["process_id"], told["local_device_ids"]) == (4, 1, [0])
     assert told["heartbeat_timeout_seconds"] == 100
-    assert "process 1 of 4, as SLURM_NTASKS='4' says; waiting for process 0 at a1:" in caplog.text
+    assert "process 1 of 4 (from SLURM_NTASKS='4'); waiting for process 0 at a1:" in caplog.text
 
 
 def test_who_is_waited_for_is_said_at_once_and_nobody_is_waited_for_for_ever(
@@ -553,13 +553,13 @@ def test_who_is_waited_for_is_said_at_once_and_nobody_is_waited_for_for_ever(
     codes: list[int] = []
     with caplog.at_level("INFO"), distributed._waiting("node1:99", 4, 0, "SLURM_NTASKS='4'"):
         assert (
-            "process 0 of 4, as SLURM_NTASKS='4' says; waiting for process 1 to 3, to come to node1:99"
+            "process 0 of 4 (from SLURM_NTASKS='4'); waiting for process 1 to 3 to connect to node1:99"
             in (caplog.text)
         )
         assert left.wait(60)
     assert codes == [134]
     assert "still waiting for process 1 to 3" in caplog.text
-    assert "waited for process 1 to 3, to come to node1:99" in capfd.readouterr().err
+    assert "waited for process 1 to 3 to connect to node1:99" in capfd.readouterr().err
 
 
 def test_a_difference_names_the_field_and_who_holds_which_value():
@@ -736,8 +736,8 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         ([run, "--chunk", "3"], "chunk = 3 does not divide"),
         ([run, "--chunk", "0"], "chunk = 0"),
         ([study], "untrained has no checkpoint yet"),
-        ([run, "--limit", "3"], "limit = 3 applies only to tasks: give --tasks"),
-        ([run, "--tasks", "sciq", "--windows", "3"], "are of the held-out text"),
+        ([run, "--limit", "3"], "limit = 3 applies only to tasks: add --tasks"),
+        ([run, "--tasks", "sciq", "--windows", "3"], "do not apply to tasks"),
     ):
         with pytest.raises(SystemExit):
             launch_evaluate.main(argv)
@@ -753,7 +753,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
             "No space left on device: runs/x",
         ),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
-        (MemoryError(), "the memory of this machine is used up"),
+        (MemoryError(), "this machine has run out of memory"),
         (RuntimeError("can't start new thread"), "can't start new thread"),
         # As tensorstore says it, in several lines.
         (

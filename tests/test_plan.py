@@ -244,9 +244,10 @@ def test_a_plan_says_what_a_run_costs():
     assert training == "Training: 30.2 B tokens, in 7,200 steps."
     # Half of the peak is 2 s a step and 4 h in all; 40 % of it a quarter more.
     assert assumed == "At an MFU of 40%, on 256 chips: 5.0 hours, 1,280 chip-hours."
-    assert least.startswith("At the least: 4.0 hours, 1,024 chip-hours.")
-    assert "2 s, an MFU of 50%" in least
-    assert "out of reach" in launch_plan.cost(bought(), config, 0.6)[1]
+    assert least.startswith("At the roofline: 4.0 hours, 1,024 chip-hours.")
+    assert "at least 2 s (" in least
+    assert least.endswith(", an MFU of 50%.")
+    assert "cannot be reached" in launch_plan.cost(bought(), config, 0.6)[1]
     days = launch_plan.cost(bought(), replace(config, steps=72_000), 0.25)[1]
     assert "3.3 days, 20,480 chip-hours" in days
     # jax sees two devices of a v7x chip.

@@ -31,7 +31,7 @@ def test_a_copy_is_reported_as_the_run_is(tmp_path, capsys):
     make_older(older)
     trained(runs_, "x/begun", last=60)
     publish.main([str(runs_ / "x"), str(copies)])
-    assert "begun: not finished, left out" in capsys.readouterr().out
+    assert "begun: skipped, because it is not finished" in capsys.readouterr().out
     assert sorted(path.name for path in copies.iterdir()) == ["a", "older"]
     for name in ("a", "older"):
         copy = Run(epath.Path(copies / name))
@@ -58,7 +58,7 @@ def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
     other = trained(tmp_path / "others", "y/a")
     with pytest.raises(SystemExit):
         publish.main([str(other.path), str(tmp_path / "copies")])
-    assert "has another run: it is not overwritten" in capsys.readouterr().err
+    assert "contains another run and is not overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         publish.main([str(run.path), str(tmp_path / "copies"), "--every", "0"])
     assert "every = 0 must be positive" in capsys.readouterr().err

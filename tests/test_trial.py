@@ -94,7 +94,7 @@ def test_a_failure_is_tried_again_and_ends_the_trial_at_its_limit(record, capfd)
     assert counts(record) == ("failed", 3, 0, 3)
     assert record.state().error == "exit code 4; the last line was: last words"
     assert left(record) == "finish"
-    assert "tried again: RuntimeError: odd" in capfd.readouterr().out
+    assert "will be started again: RuntimeError: odd" in capfd.readouterr().out
     assert attempt(record, "finish") == trial.FAILED  # as before: nothing is started
     record.clear_failure()
     assert attempt(record, "finish") == trial.COMPLETE
@@ -245,7 +245,9 @@ def test_a_full_disk_for_the_record_does_not_end_training(record, monkeypatch, c
 
     monkeypatch.setattr(records, "write", full)
     assert attempt(record, "exit:5", "finish") == trial.COMPLETE
-    assert "the state is not written: [Errno 28] No space left on device" in capfd.readouterr().err
+    assert (
+        "the state cannot be written: [Errno 28] No space left on device" in capfd.readouterr().err
+    )
 
 
 def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
@@ -391,7 +393,7 @@ def test_a_line_of_the_metrics_that_is_no_record_of_numbers_is_passed_over(recor
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("smoke.girdd", "did you mean smoke.grid"), ("smoke.grid", "was never launched")],
+    [("smoke.girdd", "did you mean smoke.grid"), ("smoke.grid", "was not launched from here")],
 )
 def test_a_sweep_that_is_not_there_is_named(tmp_path, capsys, name, words):
     with pytest.raises(SystemExit):

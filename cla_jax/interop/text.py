@@ -8,16 +8,16 @@ from typing import Literal
 class Text:
     """The text that an imported model will be evaluated on, and how it is computed."""
 
-    # Text to evaluate on, as data.source: sotu, text:GLOB, jsonl:GLOB, tfds:NAME.
+    # Text to evaluate on, like data.source: sotu, text:GLOB, jsonl:GLOB, tfds:NAME.
     source: str = "sotu"
-    # Tokens of a window of it; by default 1024, or the model's longest context if that is shorter.
+    # Tokens per window of that text. Default: 1024, or the model's maximum context if that is shorter.
     seq_len: int | None = None
-    # The token between documents; by default what the model calls end of text.
+    # The token between documents. Default: the model's end-of-text token.
     end_token: str | None = None
-    # The token that every text begins behind; by default the one that the model's own tokenizer puts
-    # there. An empty one: the end token.
+    # The token before every text. Default: the one that the model's own tokenizer adds. Empty: the end
+    # token.
     begin_token: str | None = None
-    # Directory of prepared (tokenised) text, and of what is downloaded.
+    # Directory of prepared (tokenised) text and of downloads.
     data_dir: str = "data"
     # Dtype of matrix products and activations.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -61,7 +61,9 @@ def check_tools(engine: Engine) -> None:
     """Raises ValueError for a command-line tool that is missing, with how to get it."""
     for tool, how in engine.tools.items():
         if shutil.which(tool) is None:
-            raise ValueError(f"this engine needs {tool}, which is not on the PATH: {how}")
+            raise ValueError(
+                f"this engine needs the command {tool}, which is not on the PATH: {how}"
+            )
 
 
 def outside(environment: Mapping[str, str]) -> dict[str, str]:

@@ -32,17 +32,17 @@ class JobSet:
     image: str = ""
     # Kubernetes namespace.
     namespace: str = "default"
-    # Kueue's local queue; empty where there is no Kueue.
+    # Kueue's local queue; empty if the cluster has no Kueue.
     queue: str = "multislice-queue"
-    # Reservation whose nodes are meant.
+    # Use the nodes of this reservation.
     reservation: str = ""
-    # Nodes of spot capacity.
+    # Use spot nodes.
     spot: bool = False
-    # Kubernetes service account, for gs://.
+    # Kubernetes service account with access to gs://.
     service_account: str = ""
-    # Seconds that training has to save after SIGTERM.
+    # Seconds from SIGTERM until the pod is killed; training must save within them.
     grace: int = 120
-    # Interpreter in the image.
+    # Python interpreter in the image.
     python: str = "python"
 
     tools: ClassVar[Mapping[str, str]] = _KUBECTL
@@ -53,7 +53,7 @@ class JobSet:
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
         if not self.image:
-            raise ValueError("--jobset.image is missing: a container image with this package")
+            raise ValueError("--jobset.image is missing: give a container image with this package")
         return [
             Job(
                 files={f"{job}.yaml": yaml.dump(self.manifest(trial, job))},
@@ -198,7 +198,7 @@ class JobSet:
 class Xpk:
     """The same pods through Google's xpk, which writes the manifest itself."""
 
-    # Cluster that xpk has made.
+    # Cluster that xpk created.
     cluster: str = ""
     # Zone of the cluster.
     zone: str = ""
@@ -208,9 +208,9 @@ class Xpk:
     image: str = ""
     # Kubernetes namespace.
     namespace: str = "default"
-    # Where capacity comes from: on-demand, spot, or reservation=NAME; empty to let xpk find out.
+    # Type of capacity: on-demand, spot, or reservation=NAME; empty: xpk detects it.
     capacity: str = ""
-    # Interpreter in the image.
+    # Python interpreter in the image.
     python: str = "python"
 
     tools: ClassVar[Mapping[str, str]] = _KUBECTL | {"xpk": "pip install xpk"}

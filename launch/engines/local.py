@@ -19,9 +19,9 @@ from launch.trials import LaunchPlan
 class Local:
     """Trials at the same time on this machine."""
 
-    # How many at a time; 0 for one a GPU, or without GPUs one for every four cores, at least one.
+    # Trials at a time; 0: one per GPU, or without GPUs one per four cores (at least one).
     workers: int = 0
-    # Cores for each, which it keeps to; 0 for an equal share of all.
+    # CPU cores that each trial is pinned to; 0 for an equal share.
     cores: int = 0
 
     tools: ClassVar[Mapping[str, str]] = {}

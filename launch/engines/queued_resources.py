@@ -49,23 +49,23 @@ fi
 class QueuedResources:
     """Slices of Cloud TPU, waited for in Google's queue."""
 
-    # Zone with the TPUs, us-central1-a.
+    # Zone of the TPUs, such as us-central1-a.
     zone: str = ""
-    # Project; empty for gcloud's own.
+    # Project; empty for gcloud's default project.
     project: str = ""
-    # Spot capacity: cheap, preempted at any time, then asked for again by --wait or the next launch.
+    # Use spot capacity. After a preemption, --wait or the next launch requests it again.
     spot: bool = False
-    # A reservation's capacity.
+    # Use reserved capacity.
     reserved: bool = False
-    # The VM's software; empty for what belongs to the kind of TPU.
+    # Runtime version of the VM; empty for the default of the TPU type.
     runtime_version: str = ""
-    # Shell line that installs this package in /opt/cla_jax of a fresh worker.
+    # Shell command that installs this package in /opt/cla_jax of a new worker.
     setup: str = ""
-    # Interpreter on the workers.
+    # Python interpreter on the workers.
     python: str = "python3"
-    # Service account that the workers act as; it must be allowed to delete queued resources.
+    # Service account of the workers; it must be allowed to delete queued resources.
     service_account: str = ""
-    # Give up waiting for capacity after this long, 6h.
+    # Give up waiting for capacity after this time, such as 6h.
     valid_until_duration: str = ""
 
     tools: ClassVar[Mapping[str, str]] = {
@@ -77,7 +77,9 @@ class QueuedResources:
 
     def __post_init__(self):
         if self.spot and self.reserved:
-            raise ValueError("--queued-resources.spot and .reserved exclude each other")
+            raise ValueError(
+                "--queued-resources.spot and --queued-resources.reserved: give only one"
+            )
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
@@ -85,21 +87,21 @@ class QueuedResources:
         found = tpus.find(resources.topology)
         if not self.zone:
             raise ValueError(
-                "--queued-resources.zone is missing: where the TPUs are, us-central1-a"
+                "--queued-resources.zone is missing: give the zone of the TPUs, such as us-central1-a"
             )
         if not self.setup:
             raise ValueError(
-                "--queued-resources.setup is missing: the shell line that installs the package on a worker, "
-                "'git clone URL . && pip install -e .[gcs] jax[tpu]'"
+                "--queued-resources.setup is missing: give a shell command that installs the package on a "
+                "worker, such as 'git clone URL . && pip install -e .[gcs] jax[tpu]'"
             )
         if resources.slices > 1:
             raise ValueError(
-                f"--slices {resources.slices}: queued-resources takes one; jobset takes more"
+                f"--slices {resources.slices}: queued-resources supports one slice; for more, use jobset"
             )
         runtime = self.runtime_version or found.kind.runtime
         if not runtime:
             raise ValueError(
-                f"--topology {resources.topology}: no TPU VMs of that kind; take jobset"
+                f"--topology {resources.topology}: there are no TPU VMs of that type; use --engine jobset"
             )
         jobs = []
         for trial, job in one_by_one(plan.trials, numbers):

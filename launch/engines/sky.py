@@ -18,17 +18,17 @@ _ALIVE = ("PENDING", "SUBMITTED", "STARTING", "RUNNING", "RECOVERING", "WINDING_
 class Sky:
     """Managed jobs of SkyPilot, on whatever cloud has what is asked for."""
 
-    # Accelerators as SkyPilot names them, H100:8; by default the --topology's.
+    # Accelerators in SkyPilot's notation, such as H100:8. Default: those of --topology.
     accelerators: str = ""
-    # Spot capacity.
+    # Use spot capacity.
     spot: bool = False
-    # Cloud, region, zone: gcp/us-central1.
+    # Cloud, region and zone, such as gcp/us-central1.
     infra: str = ""
-    # Directory that is copied to the machines and is where the trial runs.
+    # Directory that is copied to the machines; the trial runs in it.
     workdir: str = "."
-    # Shell lines that install what the trial needs.
+    # Shell commands that install the trial's dependencies.
     setup: str = "pip install -e '.[gcs]'"
-    # Interpreter on the machines.
+    # Python interpreter on the machines.
     python: str = "python3"
 
     tools: ClassVar[Mapping[str, str]] = {"sky": "pip install 'skypilot[gcp]'"}
@@ -39,9 +39,11 @@ class Sky:
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
         if not self.accelerators and not plan.trials[0].resources.topology:
-            raise ValueError("give --topology v5e:16x16 or --sky.accelerators H100:8")
+            raise ValueError(
+                "engine sky needs --topology, such as v5e:16x16, or --sky.accelerators, such as H100:8"
+            )
         if plan.trials[0].resources.slices > 1:
-            raise ValueError("--slices: sky takes one; jobset takes more")
+            raise ValueError("--slices: sky supports one slice; for more, use --engine jobset")
         return [
             Job(
                 files={f"{job}.yaml": yaml.dump(self.task(trial, job))},
@@ -62,7 +64,7 @@ class Sky:
             found = tpus.find(trial.resources.topology)
             if not found.kind.runtime:
                 raise ValueError(
-                    f"--topology {trial.resources.topology}: unknown to SkyPilot; take jobset"
+                    f"--topology {trial.resources.topology} is unknown to SkyPilot; use --engine jobset"
                 )
             resources["accelerators"] = f"tpu-{found.accelerator_type}"
             resources["accelerator_args"] = {"runtime_version": found.kind.runtime}

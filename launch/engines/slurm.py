@@ -48,22 +48,22 @@ done
 class Slurm:
     """A job array, one task a trial."""
 
-    # Partition; empty for the cluster's usual one.
+    # Partition; empty for the cluster's default.
     partition: str = ""
-    # Time limit of a job, as sbatch takes it: 12:00:00. Two minutes before it, training saves and the job
-    # queues again.
+    # Time limit of a job in sbatch's notation, such as 12:00:00. Two minutes before the limit, training saves
+    # and the job is requeued.
     time: str = ""
-    # Nodes for each trial; on each of them one process. With a --topology: as many as it has.
+    # Nodes for each trial, with one process on each. Default with --topology: the topology's.
     nodes: int = 1
-    # Cores for each process; 0 for the cluster's usual number.
+    # CPU cores for each process; 0 for the cluster's default.
     cpus: int = 0
-    # GPUs on each node. With a --topology: as many as it has.
+    # GPUs on each node. Default with --topology: the topology's.
     gpus: int = 0
-    # Trials at a time; 0 for as many as there is room for.
+    # Maximum number of trials at a time; 0 for no limit.
     at_once: int = 0
-    # Further flags of sbatch, for example --account=lab --constraint=h100.
+    # Further sbatch flags, such as --account=lab --constraint=h100.
     sbatch: str = ""
-    # Shell lines before the trial, to load modules or activate an environment.
+    # Shell commands to run before the trial, such as `module load cuda`.
     setup: str = ""
 
     tools: ClassVar[Mapping[str, str]] = dict.fromkeys(("sbatch", "squeue", "scancel"), _GET)
@@ -75,7 +75,8 @@ class Slurm:
         for field in ("nodes", "cpus", "gpus", "at_once"):
             if getattr(self, field) < (1 if field == "nodes" else 0):
                 raise ValueError(
-                    f"--slurm.{field.replace('_', '-')} {getattr(self, field)} is too few"
+                    f"--slurm.{field.replace('_', '-')} {getattr(self, field)} must be at least "
+                    f"{1 if field == 'nodes' else 0}"
                 )
         self.further  # noqa: B018  raises for what is no list of words
 
@@ -138,7 +139,9 @@ class Slurm:
         if not name:
             return self.nodes, self.gpus
         if not chips.is_gpu(name):
-            raise ValueError(f"--topology {name}: engine slurm takes GPUs, h100:16x8")
+            raise ValueError(
+                f"--topology {name}: engine slurm supports GPU topologies only, such as h100:16x8"
+            )
         _, gpus = chips.gpu_shape(name)
         for flag, given, usual, needed in (
             ("nodes", self.nodes, 1, resources.hosts),
