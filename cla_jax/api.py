@@ -35,7 +35,7 @@ def train_run(config: Config) -> Run:
       cla_jax.train.Diverged: a loss or a gradient was not finite.
     """
     if not isinstance(config, Config):
-        raise ValueError(f"{config!r} is not a config: experiments.find(NAME) has those of a name")
+        raise ValueError(f"{config!r} is not a config; experiments.find(NAME) returns configs")
     from cla_jax import preflight, train
     from cla_jax.evaluate import during_training
 
@@ -94,10 +94,10 @@ def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> l
     from cla_jax import report
 
     if isinstance(runs, Run | str | os.PathLike):
-        raise ValueError("runs is one run or directory: give a list of them")
+        raise ValueError("runs must be a list of runs or directories, not a single one")
     named = [one.path if isinstance(one, Run) else one for one in runs]
     if not named:
-        raise ValueError("there is no run to compare")
+        raise ValueError("runs is empty: give at least one run or directory")
     return report.merged(report.read(find_runs(named), context))
 
 

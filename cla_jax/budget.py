@@ -32,7 +32,7 @@ def check(compiled: Any, further: int, remedy: str) -> None:
         where = "machine has"
     if needed > held:
         raise ValueError(
-            f"a step needs {needed / 2**30:,.2f} GiB of memory, this {where} "
+            f"a step needs {needed / 2**30:,.2f} GiB of memory, but this {where} "
             f"{held / 2**30:,.2f} GiB: {remedy}"
         )
 

@@ -117,7 +117,9 @@ class Checkpointer:
         if not any(
             name.endswith("/manifest.ocdbt") for name in files
         ):  # what orbax lists arrays in
-            raise ValueError(f"{path} holds no array: what was saved was written elsewhere")
+            raise ValueError(
+                f"{path} contains no arrays: the checkpoint was written to another place"
+            )
         manifest = {"step": int(path.name), "files": files, "arrays": arrays}
         if self.owner is not None:
             manifest |= {"run": self.owner.run, "identity": self.owner.identity}
@@ -209,7 +211,7 @@ def _restore(
             restored = load(path)
             if owner is not None and not _read_manifest(path).get("run"):
                 log.warning(
-                    "%s is from an older version, whose checkpoints do not name their run: a changed "
+                    "%s is from an older version, whose checkpoints do not identify their run: changes of "
                     "config.json cannot be detected",
                     path,
                 )
@@ -219,11 +221,9 @@ def _restore(
                     _set_aside(bad)
             return restored
         damaged[path] = problem
-        log.warning("%s; looking for one before it", problem)
+        log.warning("%s; trying an earlier checkpoint", problem)
     if damaged:
-        raise ValueError(
-            "no checkpoint is left that can be trusted: " + "; ".join(damaged.values())
-        )
+        raise ValueError("no intact checkpoint is left: " + "; ".join(damaged.values()))
     return None
 
 
@@ -274,9 +274,9 @@ def _foreign(path: epath.Path, owner: Owner | None) -> str | None:
         return str(error)
     saved = manifest.get("step", int(path.name))
     if saved != int(path.name):
-        return f"checkpoint manifest {_manifest(path)} is of step {saved}: it was moved"
+        return f"checkpoint manifest {_manifest(path)} belongs to step {saved}: it was moved"
     if difference:
-        return f"checkpoint {path} is not of this run: {difference}"
+        return f"checkpoint {path} belongs to another run: {difference}"
     return None
 
 
@@ -310,8 +310,8 @@ def _load_parts(path: epath.Path, abstract: dict[str, dict[str, Any]]) -> dict[s
         for name, leaf in part.items():
             if saved.get(name) != [list(leaf.shape), str(leaf.dtype)]:
                 raise ValueError(
-                    f"{path}: array {name} is {saved.get(name, 'missing')}, "
-                    f"the config asks for {[list(leaf.shape), str(leaf.dtype)]}"
+                    f"{path}: array {name} is {saved.get(name, 'missing')}, but the config needs "
+                    f"{[list(leaf.shape), str(leaf.dtype)]}"
                 )
     return ocp.load_checkpointables(_absolute(path), abstract)
 
@@ -332,7 +332,7 @@ def _set_aside(path: epath.Path) -> None:
     # The manifest first: without it, the directory does not count.
     kept = [set_aside(each, "damaged") for each in (_manifest(path), path) if files.exists(each)]
     if kept:
-        log.warning("%s is kept as %s", path, " and ".join(each.name for each in kept))
+        log.warning("%s was renamed to %s", path, " and ".join(each.name for each in kept))
 
 
 def _absolute(path: epath.Path) -> epath.Path:

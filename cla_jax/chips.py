@@ -259,6 +259,6 @@ def check_topology(name: str) -> None:
     near = difflib.get_close_matches(shape, TOPOLOGIES[kind], n=3, cutoff=0.0)
     unit = "GPUs of one host, or hosts x GPUs" if kind in GPUS else "chips"
     raise ValueError(
-        f"there is no topology {name!r}; near it: {', '.join(f'{kind}:{s}' for s in near)} "
-        f"(shapes are in {unit})"
+        f"unknown topology {name!r}; similar ones: {', '.join(f'{kind}:{s}' for s in near)} "
+        f"(shapes in {unit})"
     )

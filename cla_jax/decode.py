@@ -88,7 +88,7 @@ def decode(
     config, rules = spec.config, spec.rules
     if starts_BT is not None and not spec.sees_starts:
         raise ValueError(
-            f"attention = {spec.attention!r} always sees a row from its beginning: starts need 'xla'"
+            f"attention = {spec.attention!r} does not support starts within a row: use 'xla'"
         )
     # Positions are settled here, once: where a consumer's query stands cannot depend on what its
     # producer has done to a cache in between.
@@ -184,10 +184,10 @@ def prefill(
     """
     T, B = spec.chunk, spec.batch
     if len(prompts) > B:
-        raise ValueError(f"{len(prompts)} prompts for a cache of {B} rows")
+        raise ValueError(f"{len(prompts)} prompts, but the cache has only {B} rows")
     given = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
     if not given:
-        raise ValueError("there is no prompt")
+        raise ValueError("no prompt was given")
     for row, prompt in given.items():
         check_prompt(prompt, spec, name=f"prompt {row}")
     given = {row: prompt[held.get(row, 0) :] for row, prompt in given.items()}
@@ -222,8 +222,8 @@ def check_weights(weights: Weights, spec: CacheSpec) -> None:
     ours = (config.vocab_size, config.d_model), [group.size for group in config.sharing.groups]
     if theirs != ours:
         raise ValueError(
-            "the weights are of another model than the cache: embedding and layers of each group are "
-            f"{theirs}, those of the cache's config {ours}"
+            "the weights do not belong to the cache's model: embedding and layers of each group are "
+            f"{theirs}, in the cache's config {ours}"
         )
 
 
@@ -237,17 +237,17 @@ def check_prompt(
 ) -> None:
     """Raises ValueError for a prompt that the cache or the model cannot take."""
     if not len(prompt):
-        raise ValueError(f"{name} is empty: start it with the end token, as training does")
+        raise ValueError(f"{name} is empty: give at least the end token, as in training")
     ids, vocabulary = np.asarray(prompt), spec.config.vocab_size
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
         raise ValueError(f"{name} is not a sequence of token ids, which are integers")
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(
-            f"{name} has a token outside the vocabulary: ids go from 0 to {vocabulary - 1}, it has "
+            f"{name} has a token outside the vocabulary: ids are 0 to {vocabulary - 1}, but it has "
             f"{ids.min()} to {ids.max()}"
         )
     if len(prompt) + new_tokens > spec.capacity:
         raise ValueError(
-            f"{name} has {len(prompt)} tokens; with {new_tokens} new ones that is more than the "
-            f"{spec.capacity} tokens that a row of the cache holds"
+            f"{name} has {len(prompt)} tokens; with {new_tokens} new tokens, this exceeds the cache's "
+            f"capacity of {spec.capacity} tokens per row"
         )

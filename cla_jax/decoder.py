@@ -83,7 +83,7 @@ class Decoder:
         config = run.config()
         if eviction.is_policy(cache) and attention != "xla":
             raise ValueError(
-                f"attention = {attention!r}: a cache that evicts tokens ({cache}) is read by 'xla' only"
+                f"attention = {attention!r} does not support caches that evict tokens ({cache}): use 'xla'"
             )
         if not eviction.is_policy(cache):
             decode_kernels.check(attention, config.model, (cache,))
@@ -138,15 +138,15 @@ class Decoder:
         """
         check_new_tokens(new_tokens)
         if isinstance(prompts, str):
-            raise ValueError("prompts is one text: give a list of texts")
+            raise ValueError("prompts must be a list of texts, not one text")
         ids = [self.tokens(text) for text in prompts]
         if not ids:
-            raise ValueError("there is no prompt")
+            raise ValueError("no prompt was given")
         reach = max(map(len, ids)) + new_tokens
         longest = self.run.origin().get("max_length")
         if isinstance(longest, int) and reach > longest:
             log.warning(
-                "the model was made for at most %d tokens of context, not %d", longest, reach
+                "the model supports at most %d tokens of context, but %d are used", longest, reach
             )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return generate(

@@ -63,7 +63,7 @@ def read(evaluation: dict[str, Any], file: PathLike) -> Documents | None:
             found[key] = np.array([kind(word) for word in words], kind)
         except (ValueError, OverflowError):
             raise ValueError(
-                f"{files.name(file)}: documents.{key} is not a line of numbers"
+                f"{files.name(file)}: documents.{key} is not a list of numbers"
             ) from None
         if len(found[key]) != count:
             raise ValueError(

@@ -125,7 +125,7 @@ def evaluate(
     formats = tuple(dict.fromkeys(eviction.canonical(name) for name in formats))
     run.check_decodable(formats, chunk, prompt)
     if per_slot and any(map(eviction.is_policy, formats)):
-        raise ValueError("per_slot: a cache that evicts is evaluated as a whole")
+        raise ValueError("per_slot does not support caches that evict tokens")
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
@@ -146,7 +146,7 @@ def evaluate(
             asked |= {"prompt": prompt} if policy else {}
             has_slots = "per_slot" in known or not (name and per_slot)
             if has_slots and asked.items() <= known.items():
-                log.warning("%s is recorded already (--again evaluates it anew)", written_as)
+                log.warning("%s is already recorded (--again evaluates it again)", written_as)
                 yield written_as, known
                 continue
             if note := notes.get(name):
@@ -192,4 +192,7 @@ def _pointless(session: Session, name: str) -> str | None:
     )
     if name == "dense" or held < dense:
         return None
-    return f"{name}: holds no less than dense in windows of {context} tokens, so it tells little"
+    return (
+        f"{name}: stores as many bytes as dense in windows of {context} tokens, so this result says "
+        "little about the format"
+    )

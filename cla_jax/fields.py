@@ -119,10 +119,10 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             return value
         if not isinstance(value, dict):
             raise ValueError(
-                f"{name} = {shown(value)} must be the fields of one of {', '.join(kinds)}"
+                f"{name} = {shown(value)} must be a dict of fields, with a kind of {', '.join(kinds)}"
             )
         if "kind" not in value:
-            raise ValueError(f"{name}.kind is missing: one of {', '.join(kinds)}")
+            raise ValueError(f"{name}.kind is missing: give one of {', '.join(kinds)}")
         choice(f"{name}.kind", value["kind"], kinds)
         rest = {key: inner for key, inner in value.items() if key != "kind"}
         return from_dict(kinds[value["kind"]], rest, f"{name}.", value["kind"])

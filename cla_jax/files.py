@@ -83,7 +83,7 @@ def opened(file: PathLike, *, links: bool = True) -> IO[bytes]:
 
 def _open_ordinary(path: str, links: bool) -> IO[bytes]:
     if "\0" in path:
-        raise ValueError(f"{name(path)} is no path: it holds a NUL character")
+        raise ValueError(f"{name(path)} is not a valid path: it contains a NUL character")
     _check_ordinary(path, (os.stat if links else os.lstat)(path).st_mode)
     # A pipe without a writer would block, if one took the file's place in between.
     further = os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
@@ -115,7 +115,7 @@ def read_bytes(file: PathLike, limit: int, *, links: bool = True) -> bytes:
     with opened(file, links=links) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{name(file)} is too large: more than the {limit:,} bytes it may have")
+        raise ValueError(f"{name(file)} is too large: the limit is {limit:,} bytes")
     return content
 
 
@@ -183,7 +183,7 @@ def write_fault(directory: PathLike) -> str:
             file.write(bytes(_PROBE_BYTES))
             _flush(file)
     except OSError as error:
-        return f"nothing can be written to {name(directory)}: {error.strerror}"
+        return f"{name(directory)} is not writable: {error.strerror}"
     return ""
 
 
@@ -201,7 +201,7 @@ def lock(file: IO | int, operation: int, directory: str) -> None:
         where = "a directory" if isinstance(file, int) else file.name
         raise ValueError(
             f"{where} cannot be locked ({error.strerror}): its file system must support flock; choose "
-            f"another with --{directory}"
+            f"another directory with --{directory}"
         ) from None
 
 
@@ -262,7 +262,7 @@ def parse_json(
     if isinstance(text, bytes):
         text = decoded(text, where)
     if text.count("{") + text.count("[") > _CONTAINERS:
-        raise ValueError(f"{where} holds more than {_CONTAINERS:,} JSON objects and arrays")
+        raise ValueError(f"{where} has more than {_CONTAINERS:,} JSON objects and arrays")
     try:
         value = _DECODERS[finite, duplicates].decode(text)
     except json.JSONDecodeError as error:
@@ -295,7 +295,7 @@ def _finite(digits: str) -> float:
 
 
 def _no_constant(word: str) -> float:
-    raise _Refused(f"{word} is no number")
+    raise _Refused(f"{word} is not a number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"the key {shown(key)} stands there twice")
+                raise _Refused(f"the key {shown(key)} occurs twice")
             seen.add(key)
     return made
 

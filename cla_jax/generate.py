@@ -54,7 +54,7 @@ def generate(
         holds.
     """
     if not len(prompts):
-        raise ValueError("there is no prompt")
+        raise ValueError("no prompt was given")
     limits = _for_each(new_tokens, "new_tokens", prompts)
     given = _for_each(seeds, "seeds", prompts)
     if not is_integer(every) or every < 1:

@@ -216,7 +216,7 @@ def cla(n_layers: int, factor: int, short_group: Literal["first", "last"] = "fir
     """
     _positive("cla", "factor", factor, n_layers)
     if short_group not in ("first", "last"):
-        raise ValueError(f"cla: short_group is {shown(short_group)}; it is 'first' or 'last'")
+        raise ValueError(f"cla: short_group = {shown(short_group)} must be 'first' or 'last'")
     offset = n_layers % factor if short_group == "first" else 0
     return tuple(
         0 if layer < offset else layer - (layer - offset) % factor for layer in range(n_layers)
@@ -359,17 +359,17 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
     if "=" in text or ";" in text:
         parts = [part.partition("=") for part in text.split(";")]
         if sorted(key.strip() for key, _, _ in parts) != ["k", "v"]:
-            raise ValueError(f"kv_map {shown(text)}: the form of two maps is k=MAP;v=MAP")
+            raise ValueError(f"kv_map {shown(text)}: two maps must have the form k=MAP;v=MAP")
         named = {}
         for key, _, form in parts:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:
-                raise ValueError(f"kv_map {shown(text)}: {form.strip()} is two maps already")
+                raise ValueError(f"kv_map {shown(text)}: {form.strip()} already defines both maps")
             try:
                 named[key.strip()] = _one(form.strip(), n_layers)
             except ValueError as error:
                 raise ValueError(f"{key.strip()}: {error}") from None
         if named["k"] == named["v"]:
-            raise ValueError(f"kv_map {shown(text)}: the maps are equal, so write one for both")
+            raise ValueError(f"kv_map {shown(text)}: both maps are equal; write only one")
         return named["k"], named["v"]
     name, *arguments = text.split(":")
     if name in _PAIR_BUILDERS:
@@ -389,7 +389,7 @@ def _one(text: str, n_layers: int) -> KvMap:
             kv_map = tuple(int(entry) for entry in text.split(","))
         except ValueError:
             raise ValueError(
-                f"kv_map {shown(text)}: write the sources as integers, 0,0,2,2"
+                f"kv_map {shown(text)}: the sources must be integers, such as 0,0,2,2"
             ) from None
     elif name in _BUILDERS:
         builder, usage = _BUILDERS[name]
@@ -406,8 +406,8 @@ def _arguments(text: str, name: str, usage: str, arguments: list[str]) -> list[i
     """The arguments of a builder: a number, and a word where there is a second one."""
     least, most = usage.count(":") - usage.count("["), usage.count(":")
     if not least <= len(arguments) <= most:
-        raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}")
+        raise ValueError(f"kv_map {shown(text)} must have the form {name}{usage}")
     try:
         return [*map(int, arguments[:1]), *arguments[1:]]
     except ValueError:
-        raise ValueError(f"kv_map {shown(text)}: the form is {name}{usage}") from None
+        raise ValueError(f"kv_map {shown(text)} must have the form {name}{usage}") from None

@@ -86,14 +86,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(shape) != len(devices):
         raise ValueError(
             f"placement.mesh: slice x data x fsdp x model = {' x '.join(map(str, sizes))} does not "
-            f"make up the {len(devices)} devices"
+            f"match the {len(devices)} devices"
         )
     # Of GPUs the slice is the node, over which FSDP may well run.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices not in (1, config.slice):
         raise ValueError(
-            f"placement.mesh.slice = {config.slice}, but the devices are {slices} slices: set it to {slices}"
+            f"placement.mesh.slice = {config.slice}, but the devices form {slices} slices: set it to {slices}"
         )
     # An axis of the mesh need not be an axis of the torus: 16 x 16 chips may be 128 x 2.
     if slices == 1:
@@ -180,7 +180,7 @@ def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
         whole += [sizes["kv_heads"], sizes["q_groups"]]
     if whole:
         log.warning(
-            "SLOW: placement.mesh.model = %d does not divide %s: computed whole on each of its devices",
+            "SLOW: placement.mesh.model = %d does not divide %s: every device computes this part completely",
             tensor,
             ", ".join(f"{name} = {size}" for name, size in whole),
         )
@@ -205,11 +205,11 @@ def split_cache(rules: AxisRules, mesh: Mesh) -> AxisRules:
     For models with fewer KV heads than the axis has devices. Raises ValueError where heads are split.
     """
     if mesh.shape["model"] == 1:
-        raise ValueError("a KV cache is split over placement.mesh.model, which is 1")
+        raise ValueError("splitting a KV cache needs placement.mesh.model above 1; it is 1")
     if rules.kv_heads is not None:
         raise ValueError(
-            f"the KV heads are split over placement.mesh.model = {mesh.shape['model']} already: "
-            "the cache has nothing left to split"
+            f"the KV heads are already split over placement.mesh.model = {mesh.shape['model']}: do not "
+            "split the cache as well"
         )
     return dataclasses.replace(rules, cache_entries="model")
 
@@ -221,9 +221,8 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     rows = config.batch_size // config.placement.accumulate
     if rows % shards:
         raise ValueError(
-            f"batch_size = {config.batch_size} in placement.accumulate = "
-            f"{config.placement.accumulate} microbatches gives {rows} rows, which slice x data x fsdp "
-            f"= {sizes} does not divide"
+            f"batch_size = {config.batch_size} / placement.accumulate = {config.placement.accumulate} gives "
+            f"{rows} rows per microbatch, which slice x data x fsdp = {sizes} does not divide"
         )
 
 

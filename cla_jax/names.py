@@ -24,7 +24,7 @@ def check(field: str, name: str) -> None:
             )
         if part.startswith("."):
             raise ValueError(
-                f"{field} = {shown(name)}: {shown(part)} begins with a dot, which hides a run"
+                f"{field} = {shown(name)}: {shown(part)} begins with a dot, which would hide the run"
             )
 
 
@@ -32,8 +32,8 @@ def check_trial(name: str) -> None:
     """Raises ValueError unless a trial may have this name: it is also a word of a command line."""
     if not _TRIAL.fullmatch(name):
         raise ValueError(
-            f"trial {shown(name)}: a name becomes a directory: letters, digits and . _ , = + -, the "
-            "first of them a letter or digit"
+            f"trial {shown(name)}: a name may contain only letters, digits and . _ , = + -, and must begin "
+            "with a letter or a digit"
         )
     check("trial", name)
 
@@ -42,8 +42,8 @@ def check_path(field: str, path: str) -> None:
     """Raises ValueError, which begins with the field, for a path that a library would misread."""
     if "\\" in path:
         raise ValueError(
-            f"{field} = {shown(path)} has a backslash: libraries read it as a separator of "
-            "directories, and would write elsewhere"
+            f"{field} = {shown(path)} has a backslash, which some libraries read as a directory "
+            "separator: remove it"
         )
     if not path.isprintable():  # control characters, bytes that are not UTF-8, invisible characters
         odd = next(character for character in path if not character.isprintable())
@@ -51,7 +51,7 @@ def check_path(field: str, path: str) -> None:
     for part in path.split("/"):
         if (size := len(part.encode())) > MOST_BYTES:
             raise ValueError(
-                f"{field} = {shown(path)}: a part of it has {size} bytes, at most {MOST_BYTES} fit"
+                f"{field} = {shown(path)}: a part of it has {size} bytes; the limit is {MOST_BYTES}"
             )
 
 

@@ -163,8 +163,8 @@ class SharedPlaces(Places):
         wanted = self.tree.chunks(prompt + new_tokens)
         if wanted > self.spec.pages:
             raise ValueError(
-                f"{name}, with its new tokens, needs {wanted} pages of {self.spec.page} tokens: the pool "
-                f"has pages = {self.spec.pages}"
+                f"{name}, with its new tokens, needs {wanted} pages of {self.spec.page} tokens, but the pool "
+                f"has only pages = {self.spec.pages}"
             )
 
     def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:
@@ -176,7 +176,7 @@ class SharedPlaces(Places):
                 path = self.tree.fork(self._paths[twin], new_tokens=new_tokens)
         except PoolFull as error:
             if not self._waited:
-                log.warning("requests wait for others to end: the pool is full (%s)", error)
+                log.warning("the page pool is full: requests wait until others end (%s)", error)
             self._waited = True
             return False
         self._paths[row] = path

@@ -446,8 +446,8 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
             said.seek(0)
             lines = said.read().decode(errors="replace").splitlines()
             raise ChildProcessError(
-                f"the compiler died with exit code {compiler.exitcode}; if that is -9, this machine has too "
-                f"little memory for it. It said last: {printable(lines[-1] if lines else 'nothing')}"
+                f"the compiler died with exit code {compiler.exitcode}; -9 means that this machine has too "
+                f"little memory for it. Its last output: {printable(lines[-1] if lines else 'none')}"
             ) from None
     if isinstance(outcome, Exception):
         raise outcome
@@ -475,7 +475,7 @@ def refusal(topology: str, message: str) -> str:
         if re.search("cudnn|attention|splash|mosaic|head dim", message, re.IGNORECASE)
         else "another version of jax and its plugins may take it"
     )
-    return f"the compiler for {topology} refuses the program: {printable(first)}; {remedy}"
+    return f"the compiler for {topology} rejected the program: {printable(first)}; {remedy}"
 
 
 def _end_with_parent() -> None:
@@ -584,7 +584,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
     chip = chips.find(devices[0].device_kind)
     if chip is None:
         raise ValueError(
-            f"no memory is known for {devices[0].device_kind}: there is nothing to fit"
+            f"the memory of {devices[0].device_kind} is not known, so no placement can be searched"
         )
     rows = config.batch_size // row_shards(layout.mesh)
     candidates = [
@@ -618,9 +618,9 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
     assert found is not None
     if best is None:
         raise DoesNotFit(
-            f"{config.name} does not fit {topology}: one sequence a device, rematerialised by block, needs "
+            f"{config.name} does not fit {topology}: with one sequence per device and remat = block it needs "
             f"{found.peak / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
-            "Take more chips, or placement.mesh.model above 1"
+            "Use more chips, or placement.mesh.model above 1"
         )
     return best, len(tried)
 

@@ -34,7 +34,7 @@ def text(context: Sequence[int], continuation: Sequence[int], max_length: int) -
     assert context, "begin with the end token"
     if not 0 < len(continuation) <= max_length:
         raise ValueError(
-            f"a continuation has {len(continuation)} tokens: 1 to {max_length} can be scored"
+            f"a continuation has {len(continuation)} tokens, but must have 1 to {max_length}"
         )
     whole = (*context, *continuation)[-(max_length + 1) :]
     return Text(whole[:-1], tuple(continuation))

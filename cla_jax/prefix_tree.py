@@ -123,8 +123,8 @@ class PrefixTree:
         total = self.chunks(len(prompt) + new_tokens)
         if total > self.slots:
             raise ValueError(
-                f"a request of {len(prompt)} tokens and {new_tokens} new ones needs {total} chunks of "
-                f"{self.chunk} tokens, the pool has {self.slots}"
+                f"a request of {len(prompt)} tokens and {new_tokens} new tokens needs {total} chunks of "
+                f"{self.chunk} tokens, but the pool has only {self.slots}"
             )
         node, matched = self._match(prompt)
         shared = matched // self.chunk
@@ -291,7 +291,7 @@ class PrefixTree:
 
     def _check_room(self, wanted: int, but: int = 0) -> None:
         if wanted > self.room - but:
-            raise PoolFull(f"{wanted} chunks are wanted, there is room for {self.room - but}")
+            raise PoolFull(f"{wanted} chunks are needed, {self.room - but} are free")
 
     def _pass_through(self, node: Node, change: int) -> None:
         """One reader more or less, from a chunk up to the root."""

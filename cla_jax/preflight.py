@@ -44,16 +44,22 @@ def _check_neighbours(config: Config, path: Path) -> None:
     root, data = Path(config.placement.runs).absolute(), config.placement.data_dir
     place = path.absolute()
     if "://" not in data and place == Path(data).absolute():
-        raise ValueError(f"name = {config.name!r}: {path} is placement.data_dir")
+        raise ValueError(
+            f"name = {config.name!r}: {path} is placement.data_dir; choose another name"
+        )
     for above in place.parents:
         if above.is_relative_to(root) and (above / "config.json").exists():
             name = above.relative_to(root)
-            raise ValueError(f"name = {config.name!r} lies inside another run, {name}")
+            raise ValueError(
+                f"name = {config.name!r} lies inside another run, {name}: choose another name"
+            )
     if place.is_dir() and not (place / "config.json").exists():
         found = (file for depth in ("*", "*/*") for file in place.glob(f"{depth}/config.json"))
         if below := next(found, None):
             name = below.parent.relative_to(root)
-            raise ValueError(f"name = {config.name!r} is a directory of runs, such as {name}")
+            raise ValueError(
+                f"name = {config.name!r} is a directory of runs, such as {name}: choose another name"
+            )
 
 
 def check_trackers(config: Config) -> None:
@@ -65,7 +71,7 @@ def check_trackers(config: Config) -> None:
         extras.require("wandb", "placement.wandb")
         if odd := set(placement.wandb) & set(_WANDB):
             raise ValueError(
-                f"placement.wandb = {placement.wandb!r}: a project's name may not hold {min(odd)!r}"
+                f"placement.wandb = {placement.wandb!r}: a project name may not contain {min(odd)!r}"
             )
 
 

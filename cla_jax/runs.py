@@ -158,11 +158,13 @@ class Run:
         """Raises ValueError unless data and tokenizer are those that the run was trained with."""
         theirs = self.record().get("data_fingerprint")
         if theirs != fingerprint:
-            raise ValueError(f"{self.path} was trained on data {theirs!r}, here is {fingerprint!r}")
+            raise ValueError(
+                f"{self.path} was trained on data {theirs!r}, but the data here is {fingerprint!r}"
+            )
         if self.tokenizer_json() != tokenizer_json:
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
-                "with; restore it, or give the run a directory of its own with --name"
+                "with; restore it, or choose another run directory with --name"
             )
 
     def origin(self) -> dict[str, Any]:
@@ -228,11 +230,12 @@ class Run:
         known, step = self.eval(name), record.get("step", 0)
         usable = bool(known) and isinstance(known.get("step", 0), int)
         if not usable and file.exists():
-            log.warning("%s is not usable; kept as %s", file, set_aside(file, "altered").name)
+            log.warning("%s is damaged; renamed to %s", file, set_aside(file, "altered").name)
         known = known.get("step")
         if isinstance(known, int) and known > step:
             log.warning(
-                "%s is of step %d and kept; this evaluation is of step %d", file, known, step
+                "%s has a later step, %d, and is kept; this evaluation of step %d is not written",
+                *(file, known, step),
             )
             return
         write_atomically(file, _dump(seals.seal(record | {"run": self.id}, name)))
@@ -270,10 +273,10 @@ class Run:
         check_links(self.path)
         record = seals.unseal(read_json(file), file.stem, required=self.is_sealed)
         if record is None:
-            raise Altered(f"{file} was altered since it was written: it is not used")
+            raise Altered(f"{file} was altered, so it is not used")
         theirs, ours = record.pop("run", ""), self.id
         if theirs and ours and theirs != ours:
-            raise Altered(f"{file} is an evaluation of another run: it is not used")
+            raise Altered(f"{file} belongs to another run, so it is not used")
         return record
 
     def read_records(self, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -334,23 +337,23 @@ class Run:
         problems = []
         if last < before:
             problems.append(
-                f"{self._metrics_place}: the end is missing: the last step in it is {last:,}, and there is a "
+                f"{self._metrics_place}: the end is missing: its last step is {last:,}, but there is a "
                 f"checkpoint of step {before:,}"
             )
         if newest < saved:
             problems.append(
                 f"{self.checkpoints / f'{saved:08d}.json'} is missing: that checkpoint was saved; "
-                + (f"the newest that is left is of step {newest:,}" if newest else "none is left")
+                + (f"the newest checkpoint left is step {newest:,}" if newest else "none is left")
             )
         if evaluated < noted:
             problems.append(
-                f"{self._metrics_place}: the end is missing: it has no evaluation of step {noted:,}, and "
-                f"{file} is of that step; train the run again to make it anew"
+                f"{self._metrics_place}: the end is missing: it has no evaluation of step {noted:,}, but "
+                f"{file} is of that step; start the run again to repair it"
             )
         if found < recorded:
             problems.append(
-                f"{file} of step {recorded:,} is missing: the metrics have that evaluation; train the run "
-                "again to make it anew"
+                f"{file} of step {recorded:,} is missing, but the metrics have that evaluation; start the "
+                "run again to repair it"
             )
         return Losses(
             tuple(problems),
@@ -407,9 +410,9 @@ class Owner:
           saved: a record with `run` and `identity`, such as the manifest of a checkpoint.
         """
         if not saved.get("run"):
-            return "it does not say of which run it is" if self.sealed else ""
+            return "it does not name its run" if self.sealed else ""
         if self.run and saved["run"] != self.run:
-            return f"the run is {self.run}, and what was saved is of {saved['run']}"
+            return f"it belongs to run {saved['run']}, not to {self.run}"
         as_config = lambda identity: configs.from_record(
             {"name": "saved", "identity": identity, "placement": {}}
         )
@@ -446,14 +449,14 @@ def open_run(
         elif run.record().get("tokenizer") not in (None, _text_digest(tokenizer_json)):
             raise ValueError(
                 f"{file} is missing, and the data was prepared with another tokenizer; restore the "
-                "file, or give the run a directory of its own with --name"
+                "file, or choose another run directory with --name"
             )
         elif write:
-            log.warning("%s was missing: it is written again, from the prepared data", file)
+            log.warning("%s was missing; it is written again from the prepared data", file)
     elif saved_steps(run.checkpoints):
         raise ValueError(
-            f"{run.path / 'config.json'} is missing, and with it what run the checkpoints beside it are "
-            "of: restore it, or give this run a directory of its own with --name"
+            f"{run.path / 'config.json'} is missing, so the run of the checkpoints in this directory is "
+            "unknown: restore it, or choose another run directory with --name"
         )
     if write:
         remove_partial(run.path)
@@ -574,9 +577,9 @@ def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(
-            f"{run.path} holds another run:\n"
+            f"{run.path} contains another run:\n"
             + "\n".join(lines)
-            + "\nGive this one a directory of its own with --name, or remove that one."
+            + "\nChoose another directory with --name, or remove the other run."
             + (_LONGER if set(difference) == {"steps"} else "")
         )
 
@@ -591,7 +594,7 @@ def locked(path: epath.Path) -> Iterator[None]:
         raise ValueError(f"{path} is a file: remove it, or use another --name")
     for place in path.parents if is_local(path) else ():
         if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} is a file: --placement.runs or --name has to lead elsewhere")
+            raise ValueError(f"{place} is a file: choose another --placement.runs or --name")
     if not is_local(path):
         yield
         return
@@ -671,7 +674,7 @@ def open_plain(file: epath.Path, mode: str, **options: Any) -> IO:
         opened = open(file, mode, opener=opener, **options)  # noqa: SIM115  the caller's to close
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise ValueError(f"{file} is a link or a pipe: remove it") from None
+            raise ValueError(f"{file} is a symbolic link or a pipe: remove it") from None
         raise
     if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
         opened.close()
@@ -687,8 +690,8 @@ def check_links(directory: epath.Path) -> None:
         links = sorted(entry.name for entry in entries if entry.is_symlink())
     if links:
         raise ValueError(
-            f"{directory / links[0]} is a link; a run directory must hold its own files: put what it leads "
-            "to in its place"
+            f"{directory / links[0]} is a symbolic link, which a run directory may not contain: replace it "
+            "by its target"
         )
 
 
@@ -716,8 +719,8 @@ def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None
     theirs = config.placement.data_dir
     if data_dir is None and _leads_away(theirs, run):
         raise ValueError(
-            f"{run.path} has its prepared data in {theirs!r}, outside this directory: name the place with "
-            f"--data-dir {theirs}, or another one"
+            f"{run.path} has its prepared data in {theirs!r}, outside the current directory: confirm it with "
+            f"--data-dir {theirs}, or give another directory"
         )
     name = run.record().get("data_fingerprint")
     prepared = (
@@ -732,8 +735,8 @@ def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None
         local = kind.partition(".")[0] in ("text", "jsonl", "tfds")
         if local and _leads_away(place, run) and source not in sources:
             raise ValueError(
-                f"{run.path} was trained on {source!r}, outside this directory, and its held-out text is "
-                f"not prepared yet: if that may be read, name it with --data-source {shlex.quote(source)}"
+                f"{run.path} was trained on {source!r}, outside the current directory, and its held-out text "
+                f"is not prepared: to allow reading it, give --data-source {shlex.quote(source)}"
             )
 
 
@@ -780,7 +783,9 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
             raise ValueError(f"{path} does not exist")
         found = _runs_below(path)
         if not found:
-            raise ValueError(f"{path} is neither a run directory nor holds any (no config.json)")
+            raise ValueError(
+                f"{path} is not a run directory and contains none: there is no config.json"
+            )
         known = {_real(run.path) for run in runs}
         runs += [run for run in found if _real(run.path) not in known]
     return runs
@@ -885,7 +890,7 @@ def read_config(file: epath.Path) -> Config:
     """
     record = read_json(file)
     if not _is_intact(record):
-        log.warning("%s was edited since a run wrote it; the edited values are used", file)
+        log.warning("%s was edited after its run wrote it; the edited values are used", file)
     return _as_config(record, file)
 
 

@@ -164,7 +164,7 @@ def _documents(prepared: "Prepared", nll_N: np.ndarray) -> Documents | None:
     try:
         tokens, n_bytes = prepared.documents()
     except ValueError as error:
-        log.warning("documents are not scored one by one: %s", error)
+        log.warning("single documents are not scored: %s", error)
         return None
     starts = np.cumsum(tokens) - tokens
     return Documents(nll=np.add.reduceat(nll_N, starts), tokens=tokens, bytes=n_bytes)
@@ -415,8 +415,8 @@ def sensitivity(
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
     if config.sharing.is_split:
         raise ValueError(
-            f"per_slot: model.kv_map = {config.kv_map} has one map for keys and another for values: a layer "
-            "would read keys in one format and values in another"
+            f"per_slot: model.kv_map = {config.kv_map} has different maps for keys and values, so a layer "
+            "would read keys and values in different formats"
         )
     kv_layers = config.sharing.kv_layers
     found = []

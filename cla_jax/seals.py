@@ -71,7 +71,7 @@ def read_lines(
             record = files.as_object(files.parse_json(line, "a line", finite=False), "a line")
         except ValueError:  # torn by a crash, or damaged: then there is a gap
             if torn and torn == i - 1:  # a crash tears only one
-                problems.append(f"line {i} is damaged, as the line before")
+                problems.append(f"line {i} is damaged, like the line before")
             torn = i
             continue
         text, mark, end = line.decode().rpartition(_MARK)
@@ -88,7 +88,7 @@ def read_lines(
             altered += 1
             continue
         if last is not None and number <= last:
-            problems.append(f"line {i} stands there twice or in another place: it is not used")
+            problems.append(f"line {i} is a duplicate or out of order, so it is not used")
             continue
         if last is not None and number - last - 1 > altered:
             problems.append(f"{number - last - 1 - altered} lines before line {i} are missing")

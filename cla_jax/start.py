@@ -19,7 +19,7 @@ _MAY_DIFFER = {"n_kv_heads", "kv_map", "init_std", "compute_dtype"}
 def source(start: FromRun) -> runs.Run:
     """The run that another starts from. Raises ValueError if there is none with a checkpoint."""
     if not start.run:
-        raise ValueError("start.run is empty: name the directory of the run to start from")
+        raise ValueError("start.run is empty: give the directory of the run to start from")
     run = runs.find_run(start.run)
     run.check_saved()
     return run
@@ -35,7 +35,7 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
     if differing := difference(fields(b), fields(a)):
         key, (mine, its) = next(iter(differing.items()))
         raise ValueError(
-            f"{what} has model.{key} = {its}, this run has {mine}: both must be the same"
+            f"{what} has model.{key} = {its}, but this run has {mine}: they must be equal"
         )
     if a.n_kv_heads % b.n_kv_heads:
         raise ValueError(
@@ -44,27 +44,29 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         )
     if isinstance(a.kv, LatentKV) and a.sharing != b.sharing:
         raise ValueError(
-            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent are "
-            "not converted"
+            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent "
+            "cannot be converted"
         )
     is_split = a.sharing.is_split or b.sharing.is_split
     if is_split and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
         raise ValueError(
             f"{what} has kv_map {a.kv_map} and n_kv_heads {a.n_kv_heads}, this run has {b.kv_map} and "
-            f"{b.n_kv_heads}: models with one map for keys and another for values are not converted"
+            f"{b.n_kv_heads}: models with different maps for keys and values cannot be converted"
         )
     producers = {kv.layer for kv in a.sharing.kv_layers}
     for kv in b.sharing.kv_layers:
         if kv.layer not in producers:
             raise ValueError(
-                f"{what} has no keys and values of layer {kv.layer} (kv_map {a.kv_map}), and this run's "
-                f"kv_map {b.kv_map} makes it produce them: a conversion takes producers away, and adds none"
+                f"layer {kv.layer} is a producer in this run's kv_map {b.kv_map}, but not in {what} (kv_map "
+                f"{a.kv_map}): a conversion can remove producers, not add them"
             )
     for field in ("tokenizer", "end_token", "begin_token"):
         mine, its = getattr(ours.data, field), getattr(theirs.data, field)
         # Files are compared by their content, when the data is there.
         if mine != its and not (str(mine).endswith(".json") and str(its).endswith(".json")):
-            raise ValueError(f"{what} has data.{field} = {its!r}, this run has {mine!r}")
+            raise ValueError(
+                f"{what} has data.{field} = {its!r}, but this run has {mine!r}: they must be equal"
+            )
 
 
 def check_start(config: Config) -> None:
@@ -108,7 +110,7 @@ def resolved_map(form: str, config: ModelConfig) -> tuple[str, int, int] | None:
         return None
     forms = {"random": "random:PRODUCERS[:SEED]", "damage": "damage:PRODUCERS"}
     if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(str.isdecimal, rest)):
-        raise ValueError(f"--kv-map {shown(form)}: the form is {forms[kind]}")
+        raise ValueError(f"--kv-map {shown(form)} must have the form {forms[kind]}")
     producers = int(rest[0])
     if not 1 <= producers <= config.n_slots:
         raise ValueError(

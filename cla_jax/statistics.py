@@ -309,7 +309,7 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
     """
     points = sorted((r, y) for r, y in zip(rates, losses, strict=True) if math.isfinite(y))
     if len(points) < 3:
-        raise ValueError(f"{len(points)} finite losses: a best rate needs at least three")
+        raise ValueError(f"{len(points)} finite losses: finding the best rate needs at least three")
     best = min(range(len(points)), key=lambda i: points[i][1])
     rate, loss = points[best]
     if best == 0:
@@ -341,10 +341,10 @@ def byte_gain(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float,
     slopes = []
     for family, a, b in (("ours", x, y), ("theirs", u, v)):
         if len(set(a)) < 2:
-            raise ValueError(f"the family {family} has one size only: a fit needs two")
+            raise ValueError(f"the family {family} has only one size: a fit needs two")
         slopes.append(np.polyfit(a, b, 1))
     if not slopes[1][0] < 0:
-        raise ValueError("the loss of the family theirs does not fall with its bytes")
+        raise ValueError("the loss of the family theirs does not decrease with its bytes")
     middle = (x.min() + x.max()) / 2
     loss = np.polyval(slopes[0], middle)
     slope, intercept = slopes[1]
@@ -366,7 +366,9 @@ def byte_gain_interval(
     """
     counts = {len(losses) for _, losses in itertools.chain(ours, theirs)}
     if len(counts) != 1:
-        raise ValueError(f"rows have {sorted(counts)} seeds: pairs need the same seeds in each")
+        raise ValueError(
+            f"rows have {sorted(counts)} seeds: paired tests need the same seeds in each row"
+        )
     (n,) = counts
     byte_gain(*([(b, float(np.mean(losses))) for b, losses in family] for family in (ours, theirs)))
     draw, gains = np.random.default_rng(seed), []

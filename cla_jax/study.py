@@ -93,13 +93,13 @@ class Study:
             near_choice("guardrail", guardrail.partition("/")[0], get_args(Metric))
         if bool(self.control) != bool(self.base):
             raise ValueError(
-                f"control = {self.control!r} and base = {self.base!r}: a control needs both"
+                f"control = {self.control!r} and base = {self.base!r}: give both or none"
             )
         if self.base:
             near_choice("row in base:", self.base, self.rows)
         for row, seeds in self.rows.items():
             if seeds < 1:
-                raise ValueError(f"the row {row} has {seeds} seeds: it needs at least one")
+                raise ValueError(f"the row {row} has {seeds} seeds, but needs at least one")
         for gain in self.gains:
             for name in (*gain.ours, *gain.theirs):
                 near_choice("row in a gain:", name, self.rows)
@@ -125,7 +125,7 @@ class Study:
             n, most = self.pairs(claim), statistics.EXACT_PAIRS
             if self.test == "sign-flip" and n > most:
                 raise ValueError(
-                    f"{n} seeds: the sign-flip test takes {most} at most, test='t' more"
+                    f"{n} seeds: the sign-flip test supports at most {most}; for more, use test='t'"
                 )
             if n < self.needed:
                 raise ValueError(

@@ -53,7 +53,7 @@ def read_trace(
             line = _line(files.as_object(files.parse_json(text, where), where), where, encode)
             if line.group is not None and groups.setdefault(line.group, line.prompt) != line.prompt:
                 raise ValueError(
-                    f"{where}: another prompt than the first of group {shown(line.group)}"
+                    f"{where}: the prompt differs from the first one of group {shown(line.group)}"
                 )
             lines.append(line)
     if not lines:
@@ -70,7 +70,7 @@ def _line(record: dict, where: str, encode: Callable[[str], Sequence[int]] | Non
     if isinstance(prompt := record.get("prompt"), str):
         if encode is None:
             raise ValueError(
-                f"{where}: field prompt is a text, and the model has no tokenizer: give token ids"
+                f"{where}: field prompt is a text, but the model has no tokenizer: give token ids"
             )
         prompt = encode(prompt)
     else:
@@ -133,7 +133,7 @@ def make_trace(kind: str, shape: Shape) -> list[Line]:
         if getattr(shape, name) < 0:
             raise ValueError(f"trace: {name} = {getattr(shape, name)} must not be negative")
     if shape.shared + shape.own < 1:
-        raise ValueError("trace: shared and own are both 0: a prompt needs a token")
+        raise ValueError("trace: shared and own are both 0, but a prompt needs at least one token")
     draw = random.Random(shape.seed)
     tokens = lambda n: tuple(draw.randrange(shape.vocabulary) for _ in range(n))
     prompts = MAKERS[kind](shape, tokens)

@@ -369,7 +369,7 @@ class StepLogger:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise Diverged(f"step {step}: {name} is {values[name]}; nothing of it was saved")
+                raise Diverged(f"step {step}: {name} is {values[name]}; this step was not saved")
         now = self._training_seconds()
         seconds, self.before = now - self.before, now
         speed: dict[str, float] = {"seconds": round(seconds, 4)}
@@ -441,7 +441,7 @@ def train(
     )
     with opened(session) as run, jax.set_mesh(session.mesh), memory_errors(config):
         if is_complete(run, config):
-            log.info("%s is complete already, at step %d", run.path, config.steps)
+            log.info("%s is already complete, at step %d", run.path, config.steps)
             return True
         # Reading a checkpoint, or making a first state, takes as long as compiling: both at once.
         threads = ThreadPoolExecutor(1, thread_name_prefix=machine.COMPILER)
@@ -487,7 +487,7 @@ def train(
             writer.note_saved(first_step)  # later checkpoints may have been set aside
             logger.write_time_summary()
             if evaluation_is_missing(run, config, first_step):
-                log.info("step %d was saved but not evaluated: evaluating it now", first_step)
+                log.info("step %d was saved but not evaluated; evaluating it now", first_step)
                 with logger.timed("evaluation"):
                     evaluated(first_step, state)
             clock.switch("step")
@@ -501,7 +501,7 @@ def train(
                         logger.flush()
                         with logger.timed("checkpoint"):
                             saver.save(state)
-                    log.warning("asked to stop: the run can be resumed from step %d", step - 1)
+                    log.warning("stopped on request; the run can be resumed from step %d", step - 1)
                     return False
                 state, metrics = step_fn(state, batch)
                 logger.record(step, metrics)
@@ -514,7 +514,9 @@ def train(
                         saver.save(state)
                     saved = step
                 if stop and not last:
-                    log.warning("asked to stop: step %d is saved, the run can be resumed", step)
+                    log.warning(
+                        "stopped on request; step %d is saved and the run can be resumed", step
+                    )
                     return False
                 if evaluation_due:
                     with logger.timed("evaluation"):
@@ -550,7 +552,7 @@ def earlier_records(run: Run) -> list[dict[str, Any]]:
     for problem in problems[:5]:
         log.warning("%s", problem)
     if len(problems) > 5:
-        log.warning("%s: %d more like these", run.metrics, len(problems) - 5)
+        log.warning("%s: and %d more such problems", run.metrics, len(problems) - 5)
     return records
 
 
@@ -683,8 +685,8 @@ def _check_teacher(config: Config) -> None:
     given = config.start
     if isinstance(given, FromRun) and given.distill_weight and not given.checkpoint:
         raise ValueError(
-            "start.checkpoint is empty, and start.distill_weight needs the same teacher at every start: make "
-            "the run with `python -m launch.convert uptrain`, which names the newest checkpoint"
+            "start.checkpoint is empty, but start.distill_weight needs the same teacher at every start: make "
+            "the run with `python -m launch.convert uptrain`, which sets start.checkpoint"
         )
 
 
@@ -726,7 +728,7 @@ def log_start(session: Session, run: Run, first_step: int) -> None:
         f"{config.tokens_per_step:,}",
     )
     flops = costs.train_flops_per_token(config.model, config.data.seq_len)
-    log.info("training FLOPs: %.4g a token", flops)
+    log.info("training FLOPs: %.4g per token", flops)
 
 
 # Up to four epochs, tokens seen again are worth nearly as much as new ones (2305.16264).
@@ -737,10 +739,10 @@ def log_data(session: Session) -> None:
     """Says how much of each source the whole run will see."""
     config, epochs = session.config, session.epochs(session.config.steps)
     tokens = session.schedule.counts(config.steps * config.batch_size)
-    log.info("training tokens: %s in all", f"{config.steps * config.tokens_per_step:,}")
+    log.info("training tokens: %s in total", f"{config.steps * config.tokens_per_step:,}")
     for (name, part), rows in zip(session.prepared.parts.items(), tokens, strict=True):
         log.info(
-            "  %s: %s tokens = %s epochs of its %s",
+            "  %s: %s tokens = %s epochs of its %s tokens",
             name or config.data.source,
             f"{rows * config.data.seq_len:,}",
             _three_digits(epochs[name]),
@@ -748,8 +750,8 @@ def log_data(session: Session) -> None:
         )
         if epochs[name] > _MANY_EPOCHS:
             log.warning(
-                "%s is seen %s times: beyond about %d, further epochs teach little; lower steps or "
-                "batch_size, or take more text",
+                "%s is seen %s times: more than about %d epochs help little; lower steps or batch_size, or "
+                "use more text",
                 name or config.data.source,
                 _three_digits(epochs[name]),
                 _MANY_EPOCHS,
@@ -780,8 +782,8 @@ def memory_errors(config: Config) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"the device has too little memory ({printable(first)}): {remedy(config)}; for an evaluation, "
-            f"lower placement.eval_batch_size = {config.placement.eval_batch_size}"
+            f"the device has run out of memory ({printable(first)}): {remedy(config)}; if an evaluation "
+            f"failed, lower placement.eval_batch_size = {config.placement.eval_batch_size}"
         ) from None
 
 
@@ -789,7 +791,7 @@ def remedy(config: Config) -> str:
     """What to change where a step needs more memory than there is."""
     return (
         f"raise placement.accumulate = {config.placement.accumulate}, lower batch_size = "
-        f"{config.batch_size}, or take more devices (placement.mesh)"
+        f"{config.batch_size}, or use more devices (placement.mesh)"
     )
 
 

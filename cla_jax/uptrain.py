@@ -30,8 +30,8 @@ def check_tokenizers(run: runs.Run, prepared: Corpus) -> None:
     """Raises ValueError unless the other run's tokenizer is that of this run's data."""
     if run.tokenizer_json() != prepared.tokenizer.to_json():
         raise ValueError(
-            f"start.run = {shown(str(run.path))} has another tokenizer.json than this run's data: its "
-            "embeddings mean other tokens"
+            f"start.run = {shown(str(run.path))} has a different tokenizer.json than this run's data: its "
+            "embeddings belong to other tokens"
         )
 
 
@@ -42,8 +42,8 @@ def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
     found = checkpoint.fingerprint(run, step)
     if start.checkpoint and found != start.checkpoint:
         raise ValueError(
-            f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path}, which is of "
-            f"step {step} and has {found}: it was trained on, or altered"
+            f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path} (step {step}, "
+            f"{found}): that run was trained further, or altered"
         )
     return model
 
@@ -66,8 +66,8 @@ def first_model(config: Config, text: "Text") -> Transformer:
     assert isinstance(start, FromRun)
     if jax.process_count() > 1:
         raise ValueError(
-            "start.run: several processes cannot convert a model together: make the first checkpoint with "
-            "launch.convert uptrain, then start them"
+            "start.run: several processes cannot convert a model together: convert it with launch.convert "
+            "uptrain in one process first, then start them"
         )
     check_start(config)
     check_tokenizers(source(start), text.prepared)
@@ -250,7 +250,10 @@ def with_least_damage(
     assert isinstance(start, FromRun)
     parts = load_here(start)
     measured = damages(parts, text, start.init, start.calibration_windows, progress)
-    log.info("nats of each layer as a consumer: %s", {k: round(v, 3) for k, v in measured.items()})
+    log.info(
+        "loss (nats per token) with each layer as a consumer: %s",
+        {k: round(v, 3) for k, v in measured.items()},
+    )
     kv_map = least_damaged(parts.config, measured, producers)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, kv_map=kv_map))
 

@@ -30,8 +30,8 @@ def test_a_config_is_changed_without_jax():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: cla_jax.compare_runs("runs/x"), "give a list"),
-        (lambda: cla_jax.compare_runs([]), "no run to compare"),
+        (lambda: cla_jax.compare_runs("runs/x"), "must be a list"),
+        (lambda: cla_jax.compare_runs([]), "runs is empty"),
         (lambda: cla_jax.train_run("smoke.tiny"), "'smoke.tiny' is not a config"),
     ],
 )

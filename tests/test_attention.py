@@ -225,7 +225,7 @@ def test_entries_beyond_the_query_are_never_used():
         (90, "bfloat16", 8.0, "gpu", None),
         (128, "float32", 9.0, "gpu", "bfloat16"),
         (128, "bfloat16", 7.5, "gpu", "capability"),
-        (128, "bfloat16", 9.0, "cpu", "no cuDNN on cpu"),
+        (128, "bfloat16", 9.0, "cpu", "cuDNN is not available on cpu"),
     ],
 )
 def test_what_cudnn_takes(d_head, dtype, capability, platform, reason):
@@ -250,7 +250,7 @@ def test_choice_of_backend_warns_once_of_a_slow_one(caplog):
             assert choose_backend("auto", replace(fast, d_head=512), 128, Gpu()) == "xla"
     messages = [record.message for record in caplog.records]
     assert sum("up to 256" in message for message in messages) == 1
-    assert sum("'xla' where cudnn" in message for message in messages) == 1
+    assert sum("'xla', although cudnn" in message for message in messages) == 1
     with pytest.raises(ValueError, match=r"'cudnn' cannot be used.*up to 256"):
         choose_backend("cudnn", replace(fast, d_head=512), 128, Gpu())
 

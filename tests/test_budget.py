@@ -31,7 +31,7 @@ def test_a_program_that_does_not_fit_is_refused_with_the_numbers_and_the_remedy(
     monkeypatch.setattr(budget, "available_bytes", lambda: needed)
     budget.check(step, 6 * MiB, "lower batch_size")
     monkeypatch.setattr(budget, "available_bytes", lambda: needed - 1)
-    words = r"a step needs 6\.69 GiB of memory, this machine has 6\.69 GiB: lower batch_size"
+    words = r"a step needs 6\.69 GiB of memory, but this machine has 6\.69 GiB: lower batch_size"
     with pytest.raises(ValueError, match=words):
         budget.check(step, 6 * MiB, "lower batch_size")
 
@@ -75,12 +75,12 @@ def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
     monkeypatch.setattr(budget, "available_bytes", lambda: 1)
     with caplog.at_level("INFO"), pytest.raises(ValueError, match="a step needs"):
         training.train(tiny(steps=1), evaluate=lambda *_: {})
-    assert "training tokens: 256 in all" in caplog.text
+    assert "training tokens: 256 in total" in caplog.text
     monkeypatch.undo()
     run = runs.open_run(tiny(seed=1), data_fingerprint="", tokenizer_json="{}")
     write_metrics(run, [{"step": 1, "loss": 5.0}])  # a step was made: now the name is taken
     runs.forget_unless_begun(run)
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="contains another run"):
         runs.open_run(tiny(seed=2), data_fingerprint="", tokenizer_json="{}")
 
 

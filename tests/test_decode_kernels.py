@@ -178,13 +178,13 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
         ("mosaic", {"d_head": 576}, "dense", "gpu", 9.0, "up to 512"),
         ("mosaic", {}, "kivi4", "gpu", 9.0, "not cache format kivi4"),
         ("mosaic", {}, "dense", "gpu", 8.0, "Hopper"),
-        ("mosaic", {}, "dense", "cpu", 0.0, "no Mosaic GPU on cpu"),
+        ("mosaic", {}, "dense", "cpu", 0.0, "Mosaic GPU is not available on cpu"),
         ("mosaic", {"compute_dtype": "float32"}, "dense", "gpu", 9.0, "bfloat16, not float32"),
         ("paged", {}, "dense", "tpu", 0.0, None),
         ("paged", {"windows": "16"}, "dense", "tpu", 0.0, "sliding windows"),
         ("paged", {"n_kv_heads": 2}, "dense", "tpu", 0.0, "2 KV heads"),
         ("paged", {}, "int8", "tpu", 0.0, "not cache format int8"),
-        ("paged", {}, "dense", "gpu", 9.0, "no paged kernel on gpu"),
+        ("paged", {}, "dense", "gpu", 9.0, "the paged kernel is not available on gpu"),
     ],
 )
 def test_what_a_kernel_cannot_serve_is_refused_by_name(
@@ -200,14 +200,14 @@ def test_latents_and_unknown_kernels_are_refused():
     assert "latent" in str(decode_kernels.refusal("mosaic", latent, "dense", "gpu", 9.0))
     with pytest.raises(ValueError, match="mosaic"):
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosiac")
-    with pytest.raises(ValueError, match="no Mosaic GPU on cpu"):
+    with pytest.raises(ValueError, match="Mosaic GPU is not available on cpu"):
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosaic")
 
 
 def test_documents_within_a_row_are_refused_where_a_kernel_sees_all_of_it():
     spec = dataclasses.replace(cache_spec(MODEL_16, batch=1, capacity=128), attention="paged")
     one = np.ones((1, 1), np.int32)
-    with pytest.raises(ValueError, match="'paged' always sees a row from its beginning"):
+    with pytest.raises(ValueError, match="'paged' does not support starts within a row"):
         decode(None, spec, None, one, one[0], starts_BT=one)
 
 

@@ -211,7 +211,7 @@ def test_a_bad_trial_leaves_the_others_alone(tmp_path):
         record.run.metrics.write_text("\n".join(x for x in kept if "perplexity" not in x) + "\n")
     before = {record.name: record.state().attempts for record in [damaged, *others]}
     out = finish(launch(tmp_path, "smoke.grid", fields=fields), code=1)
-    assert f"{foreign.name}  refused: {foreign.run.path} holds another run:" in out
+    assert f"{foreign.name}  refused: {foreign.run.path} contains another run:" in out
     assert "seed: 77 there, 0 asked for" in out
     assert f"{damaged.name}  failed: error: no checkpoint is left that can be trusted" in out
     assert "4 done" in out

@@ -205,7 +205,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
 
 def test_slots_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
     session = SimpleNamespace(config=tiny(**{"model.kv_map": "k=cla:2;v=identity"}))
-    with pytest.raises(ValueError, match=r"per_slot: .* read keys in one format and values"):
+    with pytest.raises(ValueError, match=r"per_slot: .* read keys and values in different formats"):
         sensitivity(session, None, "int8")
 
 
@@ -291,7 +291,7 @@ def test_a_place_that_only_the_run_names_is_not_used(tiny, tmp_path, monkeypatch
     config = tiny(**{"placement.data_dir": place})
     run = runs.open_run(config, data_fingerprint="sotu-1", tokenizer_json="{}")
     with pytest.raises(
-        ValueError, match=f"outside this directory: name the place with --data-dir {place}"
+        ValueError, match=f"outside the current directory: confirm it with --data-dir {place}"
     ):
         check_places(run, None, ())
     check_places(run, "mine", ())
@@ -305,7 +305,7 @@ def test_text_that_only_the_run_names_is_not_read(tiny, tmp_path, monkeypatch, s
     monkeypatch.chdir(tmp_path)
     config = tiny(**{"data.source": source, "placement.data_dir": "data"})
     run = runs.open_run(config, data_fingerprint="prepared-1", tokenizer_json="{}")
-    with pytest.raises(ValueError, match=r"is not prepared yet: .* --data-source"):
+    with pytest.raises(ValueError, match=r"is not prepared: .* --data-source"):
         check_places(run, None, ())
     check_places(run, None, (source,))
     (tmp_path / "data" / "prepared-1").mkdir(parents=True)  # the user prepared it before
@@ -329,7 +329,7 @@ def test_links_below_a_run_do_not_make_a_place_the_users(tiny, tmp_path, monkeyp
     check_places(run, None, ())
     run.profile.mkdir()
     os.symlink("/", run.profile / "x")
-    with pytest.raises(ValueError, match="outside this directory"):
+    with pytest.raises(ValueError, match="outside the current directory"):
         check_places(run, None, ())
 
 
@@ -349,9 +349,9 @@ def test_who_calls_from_python_names_the_places_of_a_run_too(tiny, tmp_path, mon
     (tmp_path / "a.txt").write_text("secret")
     config = tiny(**{"placement.data_dir": theirs, "data.source": source})
     run = runs.open_run(config, data_fingerprint="text-other", tokenizer_json="{}")
-    with pytest.raises(ValueError, match="outside this directory: name the place"):
+    with pytest.raises(ValueError, match="outside the current directory: confirm it"):
         open_session(run)
-    with pytest.raises(ValueError, match="is not prepared yet"):
+    with pytest.raises(ValueError, match="is not prepared"):
         open_session(run, theirs)
     with pytest.raises(ValueError, match="was trained on data 'text-other'"):
         open_session(run, theirs, data_sources=[source])
@@ -419,14 +419,14 @@ def test_documents_that_do_not_add_up_are_not_scored_but_told(tiny, caplog, shor
     part = session.prepared.parts[""]
     totals = {"held_out": part.totals["held_out"] | {"bytes": 7}}
     wrong = dataclasses.replace(part, totals=totals)
-    with pytest.raises(ValueError, match=r"the held-out split has 7 in"):
+    with pytest.raises(ValueError, match=r"the held-out split has 7 and"):
         wrong.documents()
     corpus = dataclasses.replace(session.prepared, parts={"": wrong})
     model = reference.randomised(session.config.model)
     with jax.set_mesh(session.mesh):
         record = full_forward(dataclasses.replace(session, prepared=corpus), model)
     assert "documents" not in record
-    assert "not scored one by one" in caplog.text
+    assert "single documents are not scored" in caplog.text
 
 
 def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
@@ -453,9 +453,9 @@ def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
     ("change", "what"),
     [
         ({"count": 3}, "has 2 numbers for 3 documents"),
-        ({"nll": "1.0 x"}, "documents.nll is not a line of numbers"),
+        ({"nll": "1.0 x"}, "documents.nll is not a list of numbers"),
         ({"bytes": 7}, "field bytes: expected"),
-        ({"tokens": "1 99999999999999999999"}, "documents.tokens is not a line of numbers"),
+        ({"tokens": "1 99999999999999999999"}, "documents.tokens is not a list of numbers"),
     ],
 )
 def test_damaged_documents_are_named(change, what):

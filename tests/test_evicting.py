@@ -241,12 +241,16 @@ def test_the_profile_is_that_of_whole_attention():
 @pytest.mark.parametrize(
     ("policy", "changes", "words"),
     [
-        ("window:keep=0.5", {"windows": "8"}, "no sliding windows"),
-        ("window:keep=0.5", {"kv": LatentKV(rank=8, rope_dims=4)}, "latent has none"),
+        ("window:keep=0.5", {"windows": "8"}, "not support sliding windows"),
+        (
+            "window:keep=0.5",
+            {"kv": LatentKV(rank=8, rope_dims=4)},
+            "does not support model.kv.kind = latent",
+        ),
         (
             "window:keep=0.5",
             {"kv_map": "fused-lite"},
-            "kv_map = fused-lite has one map for keys",
+            "kv_map = fused-lite has different maps",
         ),
         ("fastgen", {}, "no punctuation tokens"),
     ],

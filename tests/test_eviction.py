@@ -76,7 +76,7 @@ def test_text_forms_come_back(text):
         ("fastgen:T=0", r"T = 0.0 must lie in \(0, 1\]"),
         ("fastgen:T=1.2", r"T = 1.2 must lie in \(0, 1\]"),
         ("fastgen:T=high", "T = 'high' must be float"),
-        ("fastgen:T", "'T' must be T=VALUE"),
+        ("fastgen:T", "'T' must have the form T=VALUE"),
         ("fastgen:T=1,T=1", "once"),
         ("fastgen:over=max", "over = 'max' must be min or mean"),
         ("fastgen:recent=0", "recent = 0 must be at least 1"),

@@ -301,7 +301,7 @@ def test_the_mesh_the_backend_the_names_and_the_evaluation_batch_are_read(tiny, 
         if devices(8)
     }
     assert len(shapes) == 4
-    with pytest.raises(ValueError, match="x 4 x 1 does not make up the 8"):
+    with pytest.raises(ValueError, match="x 4 x 1 does not match the 8"):
         meshes.make_mesh(tiny(**{"placement.mesh.fsdp": 4}).placement.mesh)
     devices(1)
     with pytest.raises(ValueError, match="'cudnn' cannot be used"):

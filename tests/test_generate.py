@@ -283,12 +283,16 @@ def test_log_probabilities_are_the_models_whatever_the_sampling():
     ("prompts", "options", "words"),
     [
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 260]], {}, "prompt 0 has a token outside the vocabulary: ids go from 0 to 259"),
+        ([[1, 260]], {}, "prompt 0 has a token outside the vocabulary: ids are 0 to 259"),
         ([[-1]], {}, "outside the vocabulary"),
         ([[1]], {"new_tokens": 0}, "new_tokens = 0"),
         ([[1]], {"new_tokens": [3, 4]}, "2 new_tokens for 1 prompts"),
         ([], {"batch": 1}, "no prompt"),
-        ([[1], [1] * 60], {"new_tokens": 5}, "prompt 1 has 60 tokens; with 5 new ones .* the 64"),
+        (
+            [[1], [1] * 60],
+            {"new_tokens": 5},
+            "prompt 1 has 60 tokens; with 5 new tokens.* 64 tokens",
+        ),
         ([[1]], {"seeds": -1}, "seed = -1"),
         ([[1]], {"stop": [300]}, "stop"),
         ([[1]], {"n_ids": 300}, "n_ids"),
@@ -314,7 +318,7 @@ def test_weights_of_another_model_are_refused():
     spec = cache_spec(MODEL, batch=1, capacity=8)
     for other in ({"kv_map": "identity"}, {"vocab_size": 300}):
         weights = decoding_weights(make(replace(MODEL, **other)))
-        with pytest.raises(ValueError, match="the weights are of another model than the cache"):
+        with pytest.raises(ValueError, match="the weights do not belong to the cache's model"):
             generate(weights, spec, [[1]], new_tokens=1)
 
 

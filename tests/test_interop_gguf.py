@@ -239,7 +239,7 @@ K = "model.layers.1.self_attn.k_proj.weight"
 BAD = {
     "architecture": ({"general__architecture": "qwen2"}, "general.architecture .*'qwen2'"),
     "key": ({"llama__block_count": None}, "key llama.block_count is missing"),
-    "experts": ({"llama__expert_count": 8}, "llama.expert_count = 8 cannot be expressed"),
+    "experts": ({"llama__expert_count": 8}, "llama.expert_count = 8 is not supported"),
     "rope": ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count = 8"),
     "scaling": ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     "heads": ({"llama__attention__head_count_kv": [2, 4]}, "differs from layer to layer"),
@@ -249,7 +249,7 @@ BAD = {
     "missing": ({"change": lambda t: t.pop(K)}, f"missing: {K}"),
     "extra": (
         {"change": lambda t: t.update(rope_freqs=np.ones(8))},
-        "tensor rope_freqs has no place",
+        "tensor rope_freqs is unknown",
     ),
     "shape": ({"change": lambda t: t.update({K: np.ones((32, 32))})}, rf"{K} has shape \(32, 32\)"),
     "nested": ({"llama__rope__sections": [[16, 24]]}, "unknown type 9 in the metadata"),
@@ -257,17 +257,17 @@ BAD = {
         {"change": lambda t: t.update({K: np.ones(())})},
         "attn_k.weight has 0 dimensions: the file is damaged",
     ),
-    "type-by-name": ({"kind": "Q5_K"}, "has tensor type Q5_K; readable are F32, F16, Q4_0"),
+    "type-by-name": ({"kind": "Q5_K"}, "has tensor type Q5_K; only F32, F16, Q4_0"),
     "split": ({"split__count": 3}, "m.gguf is one of 3 files of a split model: join them"),
     "end": (
         {"tokenizer__ggml__eos_token_id": 4000},
-        "eos_token_id = 4000 is none of its 260 tokens",
+        "eos_token_id = 4000 is not an id of its 260 tokens",
     ),
     "frequencies": (
         {"freqs": [1.0, 1, 2, 3, 4, 5, 6, 8]},
-        "rope_freqs.weight scales .* up to 8, and not",
+        "rope_freqs.weight scales .* up to 8, but not",
     ),
-    "type": ({"kind": "?"}, "tensor type 99, which is not known here; readable are F32, F16, Q4_0"),
+    "type": ({"kind": "?"}, "tensor type 99, which is unknown; only F32, F16, Q4_0"),
 }
 
 
@@ -346,7 +346,7 @@ def test_a_download_is_verified_and_used_again(tmp_path, monkeypatch):
         "model": dataclasses.replace(good, **wrong),
     }.items():
         monkeypatch.setitem(fetch.MODELS, "smollm2-135m", bad)
-        with pytest.raises(ValueError, match=r"expected 0000.*: not used"):
+        with pytest.raises(ValueError, match=r"instead of 0000.*not used"):
             fetch.fetch("smollm2-135m", tmp_path / field)
         assert list((tmp_path / field / "models").iterdir()) == []
     failed = subprocess.CompletedProcess([], 1, "", "WARNING\nERROR: no route to host\n")
@@ -382,12 +382,12 @@ def test_tensors_that_share_bytes_are_refused(tmp_path):
         (
             "blk.1.ffn_up.weight",
             "blk.0.ffn_up.weight",
-            "tensor blk.0.ffn_up.weight stands there twice",
+            "tensor blk.0.ffn_up.weight occurs twice",
         ),
         (
             "general.architecture",
             "tokenizer.ggml.model",
-            "key 'tokenizer.ggml.model' stands there twice",
+            "key 'tokenizer.ggml.model' occurs twice",
         ),
     ],
 )

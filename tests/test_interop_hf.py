@@ -162,7 +162,7 @@ def test_a_llama_is_what_transformers_calls_one():
     assert not is_llama(replace(kv_map="cla:2"))
     assert not is_llama(replace(kv_norm="own"))
     assert not is_llama(replace(windows="8"))
-    with pytest.raises(ValueError, match=r"has one map for keys and another for values"):
+    with pytest.raises(ValueError, match=r"has different maps for keys and values"):
         hf_config(replace(kv_map="k=cla:2;v=identity"), 64)
     assert not is_llama(replace(d_model=50))  # 4 heads do not divide it
 
@@ -204,7 +204,7 @@ def test_the_end_token_and_the_window_come_from_the_model(tmp_path):
     data = import_run(interop.read(directory), tmp_path / "a").config().data
     assert (data.end_token, data.seq_len) == (made.END, 64)  # eos_token_id, max_position_embeddings
     edited(directory, eos_token_id=None)
-    with pytest.raises(ValueError, match=r"names no end token .*--end-token"):
+    with pytest.raises(ValueError, match=r"has no end token .*--end-token"):
         import_run(interop.read(directory), tmp_path / "b")
     data = (
         import_run(interop.read(directory), tmp_path / "b", Text(end_token=made.END)).config().data
@@ -221,7 +221,7 @@ def test_an_interrupted_import_leaves_nothing_and_a_killed_one_is_cleared_away(t
     partial = tmp_path / "runs" / ".x.partial"
     (partial / "checkpoints" / "00000000").mkdir(parents=True)
     (partial / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="neither a run directory nor holds any"):
+    with pytest.raises(ValueError, match="is not a run directory and contains none"):
         find_runs([tmp_path / "runs"])
     import_run(foreign, tmp_path / "runs" / "x")
     assert [file.name for file in (tmp_path / "runs").iterdir()] == ["x"]
@@ -334,7 +334,7 @@ def cut(file, length):
 BAD_FILES = {
     "missing": "missing: model.layers.1.self_attn.k_proj.weight",
     "extra": "not expected: model.layers.1.self_attn.q_norm.weight",
-    "shape": r"model.embed_tokens.weight has shape \(3, 48\), the config asks for \(264, 48\)",
+    "shape": r"model.embed_tokens.weight has shape \(3, 48\), but the config needs \(264, 48\)",
     "nan": "model.norm.weight has numbers that are not finite",
     "cut": "model.safetensors is truncated: .* ends at byte",
     "cut-header": "model.safetensors is truncated: its header alone",
@@ -345,13 +345,13 @@ BAD_FILES = {
     "size": r"model.safetensors: a, F32 \[2\], needs 8 bytes, not the 4",
     "overlap": "model.safetensors: a and b share bytes",
     "no-config": "config.json is missing",
-    "no-tokenizer": "tokenizer.json is missing; give one with --tokenizer",
+    "no-tokenizer": "tokenizer.json is missing: give a tokenizer with --tokenizer",
     "no-weights": "neither model.safetensors nor",
     "config-list": "config.json is not a JSON object",
     "config-cut": "config.json is not valid JSON",
     "config-deep": "config.json is nested too deeply",
     "shard": "model-00002-of-00002.safetensors, which .* lists, is missing",
-    "tokenizer": r"the tokenizer has 300 ids, the model has vocab_size = 264",
+    "tokenizer": r"the tokenizer has 300 ids, but the model has only vocab_size = 264",
     "head": "tie_word_embeddings is true, but lm_head.weight is not",
 }
 
@@ -370,9 +370,9 @@ def test_an_index_left_beside_a_whole_file_is_not_read(tmp_path):
 BAD_KEYS = [
     ({"model_type": "gpt2"}, "model_type .*'gpt2'"),
     ({"model_type": None}, "key model_type is missing"),
-    ({"hidden_act": "gelu"}, "key hidden_act = 'gelu' cannot be expressed, only 'silu'"),
+    ({"hidden_act": "gelu"}, "key hidden_act = 'gelu' is not supported, only 'silu'"),
     ({"attention_bias": True}, "missing: model.layers.0.self_attn.k_proj.bias"),
-    ({"eos_token_id": [256, "a"]}, r"key eos_token_id = \[256, 'a'\] is no token id"),
+    ({"eos_token_id": [256, "a"]}, r"key eos_token_id = \[256, 'a'\] is not a token id"),
     ({"quantization_config": {"bits": 4}}, "key quantization_config"),
     ({"partial_rotary_factor": 0.5}, "key partial_rotary_factor = 0.5"),
     ({"rope_interleaved": True}, "key rope_interleaved = True"),
@@ -384,7 +384,7 @@ BAD_KEYS = [
     ({"num_hidden_layers": None}, "key num_hidden_layers is missing"),
     ({"num_hidden_layers": 10**4}, "38 tensors are too few for 10,000 layers"),
     ({"num_hidden_layers": 2**31}, "model.n_layers = 2147483648 must be at most 10,000"),
-    ({"rms_norm_eps": float("inf")}, "Infinity is no number"),
+    ({"rms_norm_eps": float("inf")}, "Infinity is not a number"),
     ({"rope_theta": 10**400}, "an integer of 401 digits"),
     (
         {"model_type": "cla", "kv_map": [0, 0, 1, 1], "windows": [0] * 4, "kv_norm": "own"},
@@ -426,7 +426,7 @@ def test_keys_nobody_knows_and_tensors_nobody_reads_are_reported(tmp_path, caplo
     rewritten(directory, lambda t: t.update({constant: np.ones(5)}))
     convert.main(["import", str(directory), str(tmp_path / "runs" / "x")])
     assert "unknown key logit_scale" in caplog.text
-    assert f"1 tensors that nothing reads were dropped: {constant}" in caplog.text
+    assert f"1 unused tensors were dropped: {constant}" in caplog.text
     assert "attention_dropout" not in caplog.text
     assert len(run_record(tmp_path / "runs" / "x")["origin"]["notes"]) == 2
 
@@ -481,7 +481,7 @@ def test_lckv(tmp_path, dead):
     assert found.config.resolved_windows == config.resolved_windows
     assert bool(found.notes) == dead
     if dead:
-        assert "4 tensors that nothing reads were dropped: model.layers.1" in found.notes[0]
+        assert "4 unused tensors were dropped: model.layers.1" in found.notes[0]
         edited(directory, model_type="cla", kv_map=[0, 0, 2, 2], windows=[0] * 4, kv_norm="block")
         with pytest.raises(ValueError, match=r"not expected: model.layers.1.self_attn.k_proj"):
             import_run(hf.read(directory), tmp_path / "run")
@@ -622,7 +622,7 @@ def test_what_a_gpt_crosslayer_leaves_out_is_not_what_we_can_express(tmp_path, k
     for given, words in (({key: None}, "None"), ({}, f"'{default}'")):
         left = {k: v for k, v in keys.items() if k != key} | given
         stored(tmp_path, dolomite_tensors(config, True), left)
-        with pytest.raises(ValueError, match=f"key {key} = {words} cannot be expressed"):
+        with pytest.raises(ValueError, match=f"key {key} = {words} is not supported"):
             hf.read(tmp_path)
 
 
@@ -805,7 +805,7 @@ def test_an_import_that_reads_more_than_the_model_was_made_for_is_warned_of(
     edited(directory, max_position_embeddings=64)
     text = Text(source="sotu:2", seq_len=seq_len, data_dir=str(tmp_path / "data"))
     import_run(interop.read(directory), tmp_path / "run", text)
-    assert ("the model was made for at most 64 tokens of context" in caplog.text) == warned
+    assert ("the model supports at most 64 tokens of context" in caplog.text) == warned
 
 
 def test_our_exported_file_and_our_reader_have_the_same_defaults():
@@ -969,7 +969,7 @@ def test_a_longer_context_than_the_model_s_is_warned_of(tmp_path, caplog, device
     launch_generate.main(
         [str(run.path), "--prompt", "a", "--new-tokens", "63", "--temperature", "0"]
     )
-    assert "the model was made for at most 64 tokens of context, not 65" in caplog.text
+    assert "the model supports at most 64 tokens of context, but 65 are used" in caplog.text
 
 
 def test_a_parameter_without_a_tensor_is_named(monkeypatch):

@@ -295,7 +295,7 @@ def test_what_is_recorded_is_not_scored_again(run, school, monkeypatch, caplog):
 
     first, _ = evaluate("quiz", "exam")
     assert evaluate("quiz", "exam", "essay")[1] == [["essay"]]  # as after an interruption
-    assert "exam, full is recorded already (--again scores it anew)" in caplog.text
+    assert "exam, full is already recorded (--again scores it anew)" in caplog.text
     metrics = lambda found: [(task, record["metrics"]) for _, task, record in found]
     recorded, what = evaluate("quiz", "exam")
     assert (metrics(recorded), what) == (metrics(first), [])
@@ -314,7 +314,7 @@ def test_a_tag_is_its_tasks_as_far_as_there_are_data(school, caplog):
     index, data = school
     tasks = Tasks(["exam"], data=data, index=index)
     assert sorted(tasks.loaded["exam"]["tasks"]) == ["oral", "quiz"]
-    assert "exam: left out for want of data: lost" in caplog.text
+    assert "exam: skipped, because there is no local data: lost" in caplog.text
     assert len(tasks.loaded["exam"]["tasks"]["oral"].eval_docs) == 5
 
 

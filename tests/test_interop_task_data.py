@@ -198,7 +198,9 @@ def test_splits_that_are_there_stand_in_for_those_that_are_not(tmp_path):
         "test_split": None,
     }
     (here / "test.jsonl").touch()
-    with pytest.raises(ValueError, match="the files of one data set must have one ending"):
+    with pytest.raises(
+        ValueError, match="the files of one data set must have the same file extension"
+    ):
         task_data.local(config, tmp_path)
 
 

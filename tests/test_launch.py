@@ -64,7 +64,7 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
         (["--model.n-heads", "3", "--model.n-kv-heads", "2"], "model.n_heads = 3 is not divisible"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--optimizer.peak-lr", "high"], "'high' is not a number"),
-        (["--name", "a" * 300], "has 300 bytes, at most 200 fit"),
+        (["--name", "a" * 300], "has 300 bytes; the limit is 200"),
     ],
 )
 def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, words):
@@ -79,7 +79,7 @@ def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, 
     [
         (["smok"], "did you mean smoke"),
         (["demo", "--name", "x"], "same directory"),
-        (["smoke", "--placement.mesh.fsdp", "3"], "does not make up the 8 devices"),
+        (["smoke", "--placement.mesh.fsdp", "3"], "does not match the 8 devices"),
         (["smoke", "--placement.runs", str(ROOT / "LICENSE")], f"{ROOT / 'LICENSE'} is a file"),
         (["smoke", "--placement.data-dir", str(ROOT / "LICENSE")], "LICENSE is a file"),
     ],

@@ -111,13 +111,13 @@ def test_auto_copies_parameters_where_fsdp_cannot_divide_the_model():
 
 
 def test_slices_of_the_devices_must_be_said():
-    with pytest.raises(ValueError, match=r"mesh.slice = 1, but the devices are 2 slices"):
+    with pytest.raises(ValueError, match=r"mesh.slice = 1, but the devices form 2 slices"):
         make_mesh(MeshConfig(), chips(4, "TPU v5", 2))
 
 
 def test_batch_must_divide(tiny):
     check_batch(tiny(), mesh())
-    with pytest.raises(ValueError, match=r"accumulate = 2 microbatches gives 4 rows.* 1 x 1 x 8"):
+    with pytest.raises(ValueError, match=r"accumulate = 2 gives 4 rows.* 1 x 1 x 8"):
         check_batch(tiny(**{"placement.accumulate": 2}), mesh())
 
 

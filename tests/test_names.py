@@ -17,7 +17,7 @@ from cla_jax import names
         ("a\x1b[31mb", "unprintable character '\\\\x1b'"),
         ("a\udce9", "unprintable character"),  # bytes that are not UTF-8
         ("a\u202eb", "unprintable character"),  # turns the direction of what follows
-        ("é" * 101, "has 202 bytes, at most 200 fit"),
+        ("é" * 101, "has 202 bytes; the limit is 200"),
         ("study//row", "without empty, . or .. parts"),
         ("../row", "without empty, . or .. parts"),
         ("study/.row", "begins with a dot"),

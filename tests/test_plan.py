@@ -25,13 +25,15 @@ from tests.conftest import MODEL, equations, replace
 def test_a_topology_that_does_not_exist_is_refused_with_those_near_it():
     with pytest.raises(ValueError, match=r"kind of accelerator .v5f.; did you mean .*v5e"):
         plan.topology("v5f:4x4")
-    with pytest.raises(ValueError, match=r"no topology 'v5e:16x17'; near it: v5e:16x16"):
+    with pytest.raises(ValueError, match=r"unknown topology 'v5e:16x17'; similar ones: v5e:16x16"):
         plan.topology("v5e:16x17")
-    with pytest.raises(ValueError, match=r"no topology 'v5p:16x16'.*in chips"):
+    with pytest.raises(ValueError, match=r"unknown topology 'v5p:16x16'.*in chips"):
         plan.topology("v5p:16x16")
     with pytest.raises(ValueError, match=r"kind of accelerator .h10.; did you mean .*h100"):
         plan.topology("h10:8")
-    with pytest.raises(ValueError, match=r"no topology 'h100:16x7'; near it: h100:16x8.* x GPUs"):
+    with pytest.raises(
+        ValueError, match=r"unknown topology 'h100:16x7'; similar ones: h100:16x8.* x GPUs"
+    ):
         plan.topology("h100:16x7")
 
 
@@ -139,7 +141,7 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
     monkeypatch.setattr(plan, "_compile", lambda *_: pytest.fail("compiled"))
     (config,) = experiments.find("cla_1b.h128_mqa")
     for changes, words in (
-        ({"placement.mesh": MeshConfig(data=3)}, "3 x -1 x 1 does not make up the 8"),
+        ({"placement.mesh": MeshConfig(data=3)}, "3 x -1 x 1 does not match the 8"),
         ({"batch_size": 2044}, "gives 2044 rows.* 1 x 1 x 8 does not divide"),
         ({"model.d_model": 2044}, "d_model = 2044 is not divisible by placement.mesh.fsdp = 8"),
     ):
@@ -339,7 +341,7 @@ def test_the_search_ends_at_the_fastest_that_fits_though_the_estimate_is_off(mon
 def test_the_search_says_what_to_do_where_nothing_fits(monkeypatch):
     Chip(monkeypatch, 60.0)
     (config,) = experiments.find("cla_3b.h128_mqa_cla2")
-    with pytest.raises(plan.DoesNotFit, match=r"needs .* of 64.0 GiB. Take more chips"):
+    with pytest.raises(plan.DoesNotFit, match=r"needs .* of 64.0 GiB. Use more chips"):
         plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
 
 

@@ -181,7 +181,7 @@ def test_spans_join_chunks_with_equal_readers():
 @pytest.mark.parametrize(
     ("changes", "format", "sizes", "words"),
     [
-        ({"windows": "8,8,8,8"}, "dense", {}, "no sliding windows"),
+        ({"windows": "8,8,8,8"}, "dense", {}, "not support sliding windows"),
         ({}, "kivi4", {}, "quantises tokens in groups"),
         ({}, "dense", {"page": 0}, "page = 0 must be a positive integer"),
         ({}, "dense", {"batch": 0}, "batch = 0 must be a positive integer"),

@@ -249,7 +249,7 @@ def test_a_request_waits_for_the_slots_of_its_longest_continuation():
     tree = PrefixTree(chunk=4, slots=6)
     a = tree.insert(range(6), new_tokens=8)  # 2 chunks now, 4 in the end
     before = tree.layout()
-    with pytest.raises(PoolFull, match="3 chunks are wanted, there is room for 2"):
+    with pytest.raises(PoolFull, match="3 chunks are needed, 2 are free"):
         tree.insert([9] * 10, new_tokens=1)
     assert tree.layout() == before
     b = tree.insert([9] * 4, new_tokens=3)
@@ -286,7 +286,7 @@ def test_sizes_are_positive(name):
 def test_a_request_that_never_fits_is_refused_and_not_kept_waiting():
     tree = PrefixTree(chunk=4, slots=3)
     with pytest.raises(
-        ValueError, match=r"10 tokens and 2 new ones needs 4 chunks .* the pool has 3"
+        ValueError, match=r"10 tokens and 2 new tokens needs 4 chunks .* the pool has only 3"
     ):
         tree.insert(range(10), new_tokens=2)
     with pytest.raises(ValueError, match="empty prompt"):

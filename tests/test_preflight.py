@@ -107,7 +107,7 @@ def test_a_sweep_is_refused_before_its_trials_are(tmp_path, capsys, monkeypatch)
     assert "placement.wandb needs the extra" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
     monkeypatch.setattr(extras, "there", lambda _: True)
-    with pytest.raises(ValueError, match="may not hold '#'"):
+    with pytest.raises(ValueError, match="may not contain '#'"):
         preflight.check_trackers(sweeping_config("a#b"))
 
 

@@ -147,7 +147,7 @@ def test_fields_that_differ_are_columns_and_the_order_is_asked_for(capsys, study
         (("--over", "seet"), "unknown field of --over 'seet'; did you mean seed"),
         (("--sort", "bits"), "unknown field of --sort 'bits'; did you mean"),
         (("--baseline", "b/y"), "unknown run of --baseline 'b/y'; did you mean b/x"),
-        (("--study", "small.main", "--group-by", "seed"), "a study says itself which runs belong"),
+        (("--study", "small.main", "--group-by", "seed"), "--study defines which runs belong"),
     ],
 )
 def test_bad_names_give_the_nearest_match(capsys, study, flags, words):

@@ -422,7 +422,7 @@ def test_claims_about_what_is_not_there_are_refused():
         "have seeds 0 to 5",
         (("claims", (Claim("cla2", "wide"),)),): "has 3 paired seeds; the sign-flip test needs 5",
         (("gains", (Gain(ours=("cla4",), theirs=("half",)),)),): "did you mean cla2",
-        (("control", "flops"),): "a control needs both",
+        (("control", "flops"),): "give both or none",
     }.items():
         with pytest.raises(ValueError, match=told):
             dataclasses.replace(STUDY, **dict(change))

@@ -51,7 +51,7 @@ def test_more_steps_of_the_same_run_say_how_to_go_on(tiny):
         ValueError, match=r"steps: 4 there, 8 asked for\n.*cannot be made longer: with another"
     ):
         opened(tiny(steps=8))
-    with pytest.raises(ValueError, match="holds another run") as error:
+    with pytest.raises(ValueError, match="contains another run") as error:
         opened(tiny(steps=8, seed=1))
     assert "made longer" not in str(error.value)
 
@@ -120,7 +120,7 @@ def test_find_runs_takes_runs_and_studies(tiny, tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         find_runs([root / "nowhere"])
     (root / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty is neither a run directory nor holds any"):
+    with pytest.raises(ValueError, match=r"empty is not a run directory and contains none"):
         find_runs([root / "empty"])
 
 
@@ -219,12 +219,12 @@ def test_a_run_that_made_no_step_does_not_hold_its_name(tiny):
     # Whatever there is more of a run holds the name.
     for name in ("checkpoints/00000002.damaged", "eval/full.json"):
         runs.write_atomically(run.path / name, "{}")
-        with pytest.raises(ValueError, match="holds another run"):
+        with pytest.raises(ValueError, match="contains another run"):
             opened(tiny())
         (run.path / name).unlink()
     for lines, end in (([{"step": 1, "loss": 1.0}], ""), ([], '{"step": 1}\n')):
         write_metrics(run, notes + lines, end)  # a line without a checksum was altered
-        with pytest.raises(ValueError, match="holds another run"):
+        with pytest.raises(ValueError, match="contains another run"):
             opened(tiny())
     opened(tiny(seed=3))
 
@@ -238,7 +238,7 @@ def test_who_does_not_write_only_checks(tiny):
     before = (run.path / "config.json").read_text()
     runs.open_run(tiny(**{"placement.log_every": 77}), **options, write=False)
     assert (run.path / "config.json").read_text() == before
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="contains another run"):
         runs.open_run(tiny(seed=7), **options, write=False)
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_evaluation_is_kept_aside_and_a_later_one_is_kept_and_named(ti
     assert kept == ["full.json", *(f"full.json.altered{n}" for n in ("", "-2", "-3"))]
     run.write_eval("full", {"step": 2})
     assert run.evals()["full"] == {"step": 4}
-    assert "full.json is of step 4 and kept" in caplog.text
+    assert "full.json has a later step, 4, and is kept" in caplog.text
 
 
 @pytest.mark.parametrize("damaged", [b"\xff\xfe", b"", b'{"model": {'])
@@ -280,7 +280,7 @@ def test_a_missing_tokenizer_is_written_again_with_a_word_and_never_replaced(tin
     opened(tiny())
     assert file.read_text() == before
     (told,) = (record.getMessage() for record in caplog.records)
-    assert told == f"{file} was missing: it is written again, from the prepared data"
+    assert told == f"{file} was missing; it is written again from the prepared data"
 
 
 def altered(file, before, after):
@@ -347,7 +347,7 @@ def test_an_evaluation_that_was_edited_renamed_or_copied_does_not_count(tiny):
 
     for harm, words in (
         (edited, "was altered"),
-        (copied, "of another run"),
+        (copied, "to another run"),
         (renamed, "was altered"),
     ):
         file.write_text(whole)
@@ -404,7 +404,7 @@ def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
     )
     assert read(*lines[:3], lines[1], *lines[3:]) == (
         [2, 3, 4, 5, 6, 7],
-        ["line 4 stands there twice or in another place: it is not used"],
+        ["line 4 is a duplicate or out of order, so it is not used"],
     )
     assert read(lines[0], foreign[1], *lines[2:]) == (
         [2, 4, 5, 6, 7],
@@ -415,8 +415,8 @@ def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
         ["line 2 was altered: it has no checksum"],
     )
     assert read("half", "\nof", "\nsomething else\n")[1] == [
-        "line 2 is damaged, as the line before",
-        "line 3 is damaged, as the line before",
+        "line 2 is damaged, like the line before",
+        "line 3 is damaged, like the line before",
     ]
     # A crash tears a line: the next process goes on behind it, and nothing is missing.
     run.metrics.write_text("".join(lines[:3]) + lines[3][:20])
@@ -543,7 +543,7 @@ def test_a_checksum_that_was_taken_out_is_seen(tiny):
     bare = [re.sub(', "seal": "[0-9a-f]*"', "", line) for line in run.metrics.open()]
     run.metrics.write_text("".join(bare))
     assert run.read_metrics(problems) == []
-    words = ["was altered since", "line 1 was altered: it has no", "line 2 was altered: it has no"]
+    words = ["was altered, so it", "line 1 was altered: it has no", "line 2 was altered: it has no"]
     assert [w in p for w, p in zip(words, problems, strict=True)] == [True] * 3
     remove_checksum(run.path / "config.json")
     with pytest.raises(runs.Altered, match=r"config\.json was altered"):
@@ -575,7 +575,7 @@ def test_what_metrics_and_checkpoints_say_of_each_other_is_missed(tiny):
     (run.checkpoints / "00000004.json").write_text("{}")
     write_metrics(run, records[:3])
     (problem,) = run.losses().problems
-    assert "the last step in it is 3, and there is a checkpoint of step 4" in problem
+    assert "its last step is 3, but there is a checkpoint of step 4" in problem
     # What is written afterwards does not hide the gap.
     writer = JsonlWriter(run)
     writer.write(5, {"loss": 1.0})

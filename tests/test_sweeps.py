@@ -249,8 +249,8 @@ def test_results_let_a_plan_go_on():
     ("names", "words"),
     [
         (["a", "b", "a"], "two trials are called 'a'"),
-        (["a/b"], "trial 'a/b': a name becomes a directory"),
-        ([".a"], "the first of them a letter or digit"),
+        (["a/b"], "trial 'a/b': a name may contain only letters"),
+        ([".a"], "must begin with a letter or a digit"),
         ([], "yields no trial"),
     ],
 )

@@ -39,7 +39,7 @@ def test_a_trace_is_read_by_arrival(tmp_path):
         (GOOD | {"new_tokens": None}, "line 2: field new_tokens is missing"),
         (GOOD | {"prompt": []}, "line 2: the prompt is empty"),
         (GOOD | {"prompt": [1, "a"]}, "line 2: field prompt: expected token ids"),
-        (GOOD | {"prompt": "text"}, "line 2: field prompt is a text, and the model has no"),
+        (GOOD | {"prompt": "text"}, "line 2: field prompt is a text, but the model has no"),
         (GOOD | {"new_token": 3}, "line 2: unknown field 'new_token'; did you mean new_tokens"),
     ],
 )
@@ -89,7 +89,7 @@ def test_makers_share_what_they_say():
         ("shared", {}, "unknown kind of trace 'shared'; did you mean shared-prompt"),
         ("few-shot", {"requests": 0}, "requests = 0 must be positive"),
         ("few-shot", {"rate": -1.0}, "rate = -1.0 must not be negative"),
-        ("few-shot", {"own": 0, "shared": 0}, "a prompt needs a token"),
+        ("few-shot", {"own": 0, "shared": 0}, "a prompt needs at least one token"),
     ],
 )
 def test_traces_that_cannot_be_made_are_refused(kind, changes, words):

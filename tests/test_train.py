@@ -99,7 +99,7 @@ def test_a_finished_run_is_left_alone_without_compiling(tiny, devices, caplog, m
         patched.setattr(training, "compile_step", lambda _: pytest.fail("compiled"))
         assert train(config, evaluate=evaluate)
     assert metrics(config) == before
-    assert "complete already" in caplog.text
+    assert "already complete" in caplog.text
     # A last checkpoint that is damaged is not taken for a finished run.
     (run,) = find_runs([config.placement.runs])
     saved = Path(run.checkpoints / "00000004").rglob("*")
@@ -706,7 +706,7 @@ def test_the_log_names_the_model_and_the_layout(tiny, devices):
 @pytest.mark.parametrize(
     ("n", "changes", "words"),
     [
-        (1, {"placement.mesh": MeshConfig(fsdp=3)}, "3 x 1 does not make up the 1 devices"),
+        (1, {"placement.mesh": MeshConfig(fsdp=3)}, "3 x 1 does not match the 1 devices"),
         (8, {"batch_size": 12}, "batch_size = 12 .* 1 x 8 does not divide"),
         (1, {"placement.attention": "cudnn"}, "placement.attention = 'cudnn'"),
         (1, {"data.source": "text:/nowhere/*.txt"}, "/nowhere"),

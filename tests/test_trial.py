@@ -260,7 +260,7 @@ def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "_flush", full)
         assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
-    fault = f"nothing can be written to {record.path}: No space left on device"
+    fault = f"{record.path} is not writable: No space left on device"
     assert record.state().error == f"exit code 5; {fault}"
 
 
@@ -416,7 +416,7 @@ def test_a_trial_writes_through_no_link(record, tmp_path, capfd, name):
     (record.path / name).unlink(missing_ok=True)
     os.symlink(precious, record.path / name)
     assert attempt(record, "finish") != trial.COMPLETE
-    assert f"{record.path / name} is a link or a pipe: remove it" in capfd.readouterr().err
+    assert f"{record.path / name} is a symbolic link or a pipe: remove it" in capfd.readouterr().err
     assert precious.read_text() == "kept"
 
 

@@ -178,7 +178,7 @@ def test_maps_are_drawn_or_take_the_least_damage():
         ValueError, match=r"random:7.*6 producers \(kv_map identity\), so .* 1 to 6"
     ):
         start.resolved_map("random:7", config)
-    with pytest.raises(ValueError, match="the form is damage:PRODUCERS"):
+    with pytest.raises(ValueError, match="must have the form damage:PRODUCERS"):
         start.resolved_map("damage:3:1", config)
 
 
@@ -320,18 +320,18 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
-    assert "model.n_layers = 2, this run has 3" in refusal(**{"model.n_layers": 3})
+    assert "model.n_layers = 2, but this run has 3" in refusal(**{"model.n_layers": 3})
     assert "n_kv_heads = 2: this run's model.n_kv_heads = 4 must divide it" in refusal(
         **{"model.n_kv_heads": 4}
     )
-    assert "data.tokenizer = 'byte', this run has 'bpe:259'" in refusal(
+    assert "data.tokenizer = 'byte', but this run has 'bpe:259'" in refusal(
         **{"data.tokenizer": "bpe:259"}
     )
-    assert "one map for keys and another for values are not converted" in refusal(
+    assert "different maps for keys and values cannot be converted" in refusal(
         **{"model.kv_map": "k=cla:2;v=identity"}
     )
     assert "start.run is empty" in refusal(start=FromRun())
-    with pytest.raises(ValueError, match=r"no keys and values of layer 1 .*cla:2.*identity"):
+    with pytest.raises(ValueError, match=r"layer 1 is a producer in .*identity.*cla:2"):
         start.check(replace(given, **{"model.kv_map": "cla:2"}), given, trained)
     with pytest.raises(SystemExit):
         convert.main(["uptrain", str(trained.path), str(tmp_path / "x"), "--kv-heads", "3"])

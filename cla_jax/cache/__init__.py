@@ -354,14 +354,14 @@ def cache_spec(
         k, v = (formats[p] for p in config.sharing.slots(group))
         if k != v:
             raise ValueError(
-                f"cache formats {k.name} and {v.name}: layer {group.first} reads keys in one and values in "
-                "the other, which must be the same"
+                f"cache formats {k.name} and {v.name}: layer {group.first} reads keys in the one and values "
+                "in the other; they must be the same format"
             )
     for held in formats if isinstance(config.kv, LatentKV) else ():
         if not isinstance(held, PerToken):
             raise ValueError(
-                f"cache format {held.name!r} keeps tokens in groups: a latent (model.kv.kind) is kept token "
-                "by token, in dense, float32, bfloat16, int8 or fp8"
+                f"cache format {held.name!r} does not support latents (model.kv.kind): use dense, float32, "
+                "bfloat16, int8 or fp8"
             )
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
         if not isinstance(value, Integral) or value < 1:
@@ -372,16 +372,15 @@ def cache_spec(
         rows = row_shards(mesh)
         if batch % rows:
             raise ValueError(
-                f"cache: batch = {batch} is not divisible by the {rows} parts of the mesh that take "
-                "different rows (slice x data x fsdp)"
+                f"cache: batch = {batch} is not divisible by slice x data x fsdp = {rows} of the mesh"
             )
     names = tuple(one.name for one in formats)
     decode_kernels.check(attention, config, names)
     kernel = decode_kernels.KERNELS.get(attention)
     if kernel is not None and shards > 1 and not kernel.merges:
         raise ValueError(
-            f"attention = {attention!r} cannot be used for decoding: its outputs cannot be merged over the "
-            f"{shards} devices that share a slot"
+            f"attention = {attention!r} cannot be used for decoding: it does not support a slot that is "
+            f"split over devices ({shards} here)"
         )
     return CacheSpec(
         config=config,

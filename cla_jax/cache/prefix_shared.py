@@ -323,11 +323,11 @@ def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
 def refusal(config: ModelConfig, format: str) -> str | None:
     """Why no prefix-shared cache can be made; None if it can."""
     if any(config.resolved_windows):
-        return "a prefix-shared cache has no sliding windows: model.windows must be 0"
+        return "a prefix-shared cache does not support sliding windows: model.windows must be 0"
     if isinstance(config.kv, LatentKV):
-        return "a prefix-shared cache holds heads: model.kv.kind = latent has none"
+        return "a prefix-shared cache does not support model.kv.kind = latent"
     if not isinstance(make_format(format, config.compute_dtype), PerToken):
-        return f"format {format} quantises tokens in groups: it cannot be shared page by page"
+        return f"format {format} quantises tokens in groups, so its pages cannot be shared"
     return None
 
 

@@ -81,9 +81,9 @@ class Prepared:
             tokens, n_bytes = self._found_documents()
         if (tokens.sum(), n_bytes.sum()) != (totals["tokens"], totals["bytes"]):
             raise ValueError(
-                f"{self.path}: its documents have {n_bytes.sum():,} bytes in {tokens.sum():,} tokens, the "
-                f"held-out split has {totals['bytes']:,} in {totals['tokens']:,}; delete the directory to "
-                "prepare it again"
+                f"{self.path}: its documents have {n_bytes.sum():,} bytes and {tokens.sum():,} tokens, but "
+                f"the held-out split has {totals['bytes']:,} and {totals['tokens']:,}; delete the directory "
+                "to prepare it again"
             )
         return tokens, n_bytes
 
@@ -262,12 +262,12 @@ def prepared_path(
 def _check_directory(data_dir: str | os.PathLike[str]) -> None:
     if "://" in os.fspath(data_dir):
         raise ValueError(
-            f"placement.data_dir = {os.fspath(data_dir)!r} must be a local directory: prepared "
-            "data is read at random"
+            f"placement.data_dir = {os.fspath(data_dir)!r} must be a local directory, because prepared "
+            "data needs random access"
         )
     if Path(data_dir).exists() and not Path(data_dir).is_dir():
         raise ValueError(
-            f"placement.data_dir = {os.fspath(data_dir)!r} is a file: name a directory"
+            f"placement.data_dir = {os.fspath(data_dir)!r} is a file: give a directory"
         )
 
 
@@ -484,17 +484,17 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
     documents = train["documents"] + held_out["documents"]
     if not held_out["documents"]:
         some = itertools.islice(sources.documents(config.source), _ENOUGH)
-        enough = f"--data.held-out {sources.least_held_out(some):g} does, or "
+        enough = f"use --data.held-out {sources.least_held_out(some):g} or "
         raise ValueError(
             f"data.held_out = {config.held_out} holds out none of the {documents} documents of "
-            f"the source {config.source!r}; {enough if documents > 1 else ''}take more documents (the "
+            f"the source {config.source!r}; {enough if documents > 1 else ''}use more documents (the "
             "split is by document: cut a long file into several)"
         )
     if train["tokens"] < config.seq_len:
         raise ValueError(
             f"the training split of the source {config.source!r} has {train['tokens']} tokens "
             f"in {train['documents']} of {documents} documents, less than one window of "
-            f"data.seq_len = {config.seq_len}; lower data.seq_len or data.held_out, or take "
+            f"data.seq_len = {config.seq_len}; lower data.seq_len or data.held_out, or use "
             "more documents"
         )
 

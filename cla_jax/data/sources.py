@@ -128,7 +128,7 @@ def _files(source: str, pattern: str) -> list[Path]:
     if not paths:
         if len(found) == 1:
             kind = source.partition(":")[0]
-            hint = f"name the files in it, as in {kind}:'{files.name(found[0])}/*'"
+            hint = f"give the files in it, as in {kind}:'{files.name(found[0])}/*'"
             raise ValueError(
                 f"the source {source!r}: {files.name(found[0])} is a directory: {hint}"
             )
@@ -144,8 +144,8 @@ def _matching(source: str, pattern: str) -> list[str]:
     as_written = glob.glob(pattern.replace("[", "[[]"), recursive=True)
     if as_choice and as_written and as_choice != as_written:
         raise ValueError(
-            f"the source {source!r} matches {files.name(as_choice[0])} and, with its brackets as "
-            f"they are, {files.name(as_written[0])}: write [[] for a bracket of the name"
+            f"the source {source!r} matches {files.name(as_choice[0])} as a pattern, and "
+            f"{files.name(as_written[0])} as a plain name: write [[] for a bracket in the name"
         )
     return as_choice or as_written
 
@@ -206,7 +206,7 @@ def _text_file(path: Path) -> Iterator[str]:
         content = file.read(_LONGEST_TEXT + 1)
     if len(content) > _LONGEST_TEXT:
         raise ValueError(
-            f"{files.name(path)} is a document of more than {_LONGEST_TEXT:,} bytes: cut it in several"
+            f"{files.name(path)} is a document of more than {_LONGEST_TEXT:,} bytes: cut it into several"
         )
     yield _decode(content.removeprefix(_BOM), files.name(path), 1)
 
@@ -240,9 +240,7 @@ def _no_text(record: Any, field: str, where: str) -> str:
     texts = [key for key, value in fields if isinstance(value, str)]
     if not texts:
         return message
-    return (
-        f"{message}; of another field: data.source = jsonl.FIELD:..., FIELD one of {shown(texts)}"
-    )
+    return f"{message}; to read another field: data.source = jsonl.FIELD:..., a FIELD of {shown(texts)}"
 
 
 def _lines(file: Any, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -286,8 +284,8 @@ def _sotu_limit(source: str, argument: str) -> int:
         return SOTU_DOCUMENTS
     if not argument.isdigit() or not 0 < int(argument) <= SOTU_DOCUMENTS:
         raise ValueError(
-            f"the source {source!r}: sotu:N takes N from 2 to {SOTU_DOCUMENTS}, the documents "
-            "of the embedded corpus"
+            f"the source {source!r}: N in sotu:N must be 2 to {SOTU_DOCUMENTS}, the number of documents "
+            "in the built-in corpus"
         )
     return int(argument)
 

@@ -323,13 +323,13 @@ def _parse(json_text: str) -> tokenizers.Tokenizer:
     model = fields.get("model") if isinstance(fields, dict) else None
     if not isinstance(model, dict):
         raise ValueError(
-            "the JSON is not that of a tokenizer: it has no object 'model' (a tokenizer.json of the "
-            "tokenizers library is needed, not a tokenizer_config.json)"
+            "the JSON is not a tokenizer: it has no object 'model' (a tokenizer.json of the tokenizers "
+            "library is needed, not a tokenizer_config.json)"
         )
     # What follows would end the process: the library allocates what these say before it looks further.
     vocabulary, added = model.get("vocab"), fields.get("added_tokens") or []
     if not all(isinstance(token, dict) for token in added):
-        raise ValueError("the JSON is not that of a tokenizer: added_tokens is no list of objects")
+        raise ValueError("the JSON is not a tokenizer: added_tokens is not a list of objects")
     for i in (
         *(vocabulary.values() if isinstance(vocabulary, dict) else ()),
         *(token.get("id") for token in added),

@@ -105,7 +105,7 @@ class _Worker:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
             raise ChildProcessError(
-                f"a process that prepares data ended with code {code}: was there too little memory?"
+                f"a data preparation process ended with code {code}; this may mean too little memory"
             ) from None
         if error is not None:
             raise error

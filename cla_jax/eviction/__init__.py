@@ -43,7 +43,9 @@ def parse(text: str) -> Policy:
         name, equals, value = (part.strip() for part in item.partition("="))
         near_choice(f"setting of {kind}", name, types)
         if name in settings or not equals:
-            raise ValueError(f"{kind}: {shown(item)} must be {name}=VALUE, once")
+            raise ValueError(
+                f"{kind}: {shown(item)} must have the form {name}=VALUE and occur once"
+            )
         try:
             settings[name] = types[name](value) if types[name] in (int, float) else value
         except ValueError:
@@ -52,8 +54,8 @@ def parse(text: str) -> Policy:
     policy = cls(**settings)  # type: ignore[arg-type]
     if policy.format.startswith("kivi"):
         raise ValueError(
-            f"{kind}: format = {policy.format} quantises tokens in groups, so that none of them can be "
-            f"replaced by another; formats that can: {', '.join(ENTRY_FORMATS)}"
+            f"{kind}: format = {policy.format} quantises tokens in groups, so single tokens cannot be "
+            f"replaced; use one of {', '.join(ENTRY_FORMATS)}"
         )
     near_choice("format of evicting caches", policy.format, ENTRY_FORMATS)
     return policy
@@ -62,28 +64,30 @@ def parse(text: str) -> Policy:
 def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
     """Why no evicting cache of a model, told by its config, can be made; None if it can."""
     if any(model.resolved_windows):
-        return f"{policy.name}: an evicting cache has no sliding windows: model.windows must be 0"
+        return f"{policy.name}: an evicting cache does not support sliding windows: model.windows must be 0"
     if model.kv.kind == "latent":
-        return f"{policy.name}: an evicting cache holds heads: model.kv.kind = latent has none"
+        return f"{policy.name}: an evicting cache does not support model.kv.kind = latent"
     if model.sharing.is_split:
         return (
-            f"{policy.name}: an evicting cache keeps keys and values together: model.kv_map = {model.kv_map} "
-            "has one map for keys and another for values"
+            f"{policy.name}: an evicting cache needs one map for keys and values, but model.kv_map = "
+            f"{model.kv_map} has different maps"
         )
     if capacity > LONGEST:
-        return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens a row, not {capacity:,}"
+        return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens per row, not {capacity:,}"
     return None
 
 
 def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
     """Tokens of a window that are its prompt. Raises ValueError unless steps of `chunk` fill the rest."""
     if not 0 < share < 1:
-        raise ValueError(f"prompt = {share} must lie between 0 and 1: a share of the window")
+        raise ValueError(
+            f"prompt = {share} must lie between 0 and 1: it is a fraction of the window"
+        )
     tokens = math.ceil(share * seq_len)
     if tokens >= seq_len or (seq_len - tokens) % chunk:
         raise ValueError(
-            f"prompt = {share} leaves {seq_len - tokens} of {seq_len} tokens: that must be a positive "
-            f"multiple of chunk = {chunk}"
+            f"prompt = {share} leaves {seq_len - tokens} of {seq_len} tokens after the prompt; this must be "
+            f"a positive multiple of chunk = {chunk}"
         )
     return tokens
 

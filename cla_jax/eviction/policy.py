@@ -131,7 +131,8 @@ class Policy(abc.ABC):
         least, bracket = (0, "[") if zero else (1 / SHARES, "(")
         if not least <= value <= 1 or abs(value * SHARES - parts(value)) > 1e-6:
             raise ValueError(
-                f"{self.kind}: {name} = {shown(value)} must lie in {bracket}0, 1], in steps of 1/{SHARES:,}"
+                f"{self.kind}: {name} = {shown(value)} must lie in {bracket}0, 1] and be a multiple of "
+                f"1/{SHARES:,}"
             )
 
 
@@ -148,8 +149,8 @@ class Budgeted(Policy):
         super().__post_init__()
         if (self.keep != 0) == (self.tokens != 0):
             raise ValueError(
-                f"{self.kind}: give a budget, keep (a share of the tokens) or tokens; for example "
-                f"{self.kind}:keep=0.25"
+                f"{self.kind}: give a budget, either keep (a fraction of the tokens) or tokens (a number); "
+                f"for example {self.kind}:keep=0.25"
             )
         if self.keep:
             self._share("keep")

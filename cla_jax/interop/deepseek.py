@@ -30,17 +30,17 @@ def config(keys: Keys, llama: Callable[[Keys], ModelConfig]) -> ModelConfig:
     if dense < layers:
         raise ValueError(
             f"key first_k_dense_replace = {dense}: layers {dense} to {layers - 1} are mixtures of experts, "
-            "which are not readable"
+            "which are not supported"
         )
     if (rank := keys.take("q_lora_rank", None)) is not None:
         raise ValueError(
-            f"key q_lora_rank = {rank}: queries of a latent are not readable, only null"
+            f"key q_lora_rank = {rank}: queries with a latent are not supported; it must be null"
         )
     d_head = keys.take("qk_nope_head_dim", kind=int)
     if (values := keys.take("v_head_dim", kind=int)) != d_head:
-        raise ValueError(f"key v_head_dim = {values} must be qk_nope_head_dim = {d_head} here")
+        raise ValueError(f"key v_head_dim = {values} must equal qk_nope_head_dim = {d_head}")
     if keys.take("num_key_value_heads", heads, int) != heads:
-        raise ValueError("key num_key_value_heads must be num_attention_heads: all read one latent")
+        raise ValueError("key num_key_value_heads must equal num_attention_heads")
     for unused in _OF_EXPERTS:
         keys.take(unused, None)
     latent = LatentKV(
@@ -48,10 +48,10 @@ def config(keys: Keys, llama: Callable[[Keys], ModelConfig]) -> ModelConfig:
     )
     made = llama(keys)
     if made.rope_scaling != "none":
-        raise ValueError(f"key rope_parameters: {made.rope_scaling} is not readable with latents")
+        raise ValueError(f"key rope_parameters: {made.rope_scaling} is not supported with latents")
     if made.norm_eps != _NORM_EPS:
         raise ValueError(
-            f"key rms_norm_eps = {made.norm_eps}: the norm of a latent has {_NORM_EPS}, and here both are one"
+            f"key rms_norm_eps = {made.norm_eps} must be {_NORM_EPS}, as in the norm of the latent"
         )
     return dataclasses.replace(made, d_head=d_head, n_kv_heads=1, kv=latent)
 
@@ -117,7 +117,7 @@ def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     }
     for field, (value, fits, only) in sayable.items():
         if not fits:
-            raise ValueError(f"{field} = {value}: a DeepSeek-V2 checkpoint can only say {only}")
+            raise ValueError(f"{field} = {value}: a DeepSeek-V2 checkpoint only supports {only}")
     own = {
         "model_type": "deepseek_v2",
         "architectures": ["DeepseekV2ForCausalLM"],

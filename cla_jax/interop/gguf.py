@@ -110,7 +110,7 @@ class _Cursor:
 
     def take(self, n: int) -> bytes:
         if self.offset + n > self.size:
-            raise ValueError(f"{self.file} is truncated: its head ends after {self.size:,} bytes")
+            raise ValueError(f"{self.file} is truncated: its header ends after {self.size:,} bytes")
         self.offset += n
         return self.stream.read(n)
 
@@ -119,7 +119,7 @@ class _Cursor:
 
     def string(self) -> str:
         if (length := int.from_bytes(self.take(8), "little")) > _LONGEST_STRING:
-            raise ValueError(f"{self.file}: a text of {length:,} bytes: the file is damaged")
+            raise ValueError(f"{self.file}: a string of {length:,} bytes: the file is damaged")
         return self.take(length).decode(errors="replace")
 
     def value(self, kind: int) -> Any:
@@ -151,14 +151,14 @@ def _parse_from(cursor: _Cursor, file: Path) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{file} is not a GGUF file")
     version = cursor.number("<u4")
     if version in (2 << 24, 3 << 24):
-        raise ValueError(f"{file} is big-endian: only little-endian GGUF files are readable")
+        raise ValueError(f"{file} is big-endian: only little-endian GGUF files are supported")
     if version not in (2, 3):
-        raise ValueError(f"{file} is GGUF version {version}; readable are 2 and 3")
+        raise ValueError(f"{file} is GGUF version {version}; only versions 2 and 3 are supported")
     n_tensors, n_entries = cursor.number("<u8"), cursor.number("<u8")
     metadata: dict[str, Any] = {}
     for _ in range(cursor.count(n_entries)):
         if (key := cursor.string()) in metadata:
-            raise ValueError(f"{file}: key {shown(key)} stands there twice: the file is damaged")
+            raise ValueError(f"{file}: key {shown(key)} occurs twice: the file is damaged")
         metadata[key] = cursor.value(cursor.number("<u4"))
     if (count := metadata.get("split.count", 1)) != 1:
         raise ValueError(
@@ -181,7 +181,7 @@ def _parse_from(cursor: _Cursor, file: Path) -> tuple[dict[str, Any], dict[str, 
     tensors, spans = {}, []
     for name, shape, kind, offset in entries:
         if name in tensors:
-            raise ValueError(f"{file}: tensor {name} stands there twice: the file is damaged")
+            raise ValueError(f"{file}: tensor {name} occurs twice: the file is damaged")
         tensors[name], size = _tensor(file, cursor.size, name, shape, kind, start + offset)
         spans.append((offset, offset + size, name))
     names.check_apart(file, spans)
@@ -194,11 +194,13 @@ def _tensor(
     """A tensor, and how many bytes of the file it takes."""
     if kind not in _TYPES:
         known = ", ".join(each.name for each in _TYPES.values())
-        label = _OTHER_TYPES.get(kind, f"{kind}, which is not known here")
-        raise ValueError(f"{file}: {name} has tensor type {label}; readable are {known}")
+        label = _OTHER_TYPES.get(kind, f"{kind}, which is unknown")
+        raise ValueError(f"{file}: {name} has tensor type {label}; only {known} are supported")
     type_ = _TYPES[kind]
     if shape[-1] % type_.values:
-        raise ValueError(f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, no blocks")
+        raise ValueError(
+            f"{file}: {name}, {type_.name}, has rows of {shape[-1]} values, not whole blocks"
+        )
     size = math.prod(shape) // type_.values * type_.bytes
     if offset + size > file_size:
         raise ValueError(
@@ -265,13 +267,13 @@ def _read(file: Path, tokenizer_json: str | None) -> Foreign:
             ):
                 prefix = f"model.layers.{layer}."
             case _:
-                raise ValueError(f"{file}: tensor {name} has no place in the model")
+                raise ValueError(f"{file}: tensor {name} is unknown")
         if part in heads:
             tensor = _unpermuted(tensor, heads[part])
         tensors[f"{prefix}{_NAMES[part]}.{kind}"] = tensor
     tokens = general.take("tokenizer.ggml.tokens", [], list)
     if not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{file}: key tokenizer.ggml.tokens is not a list of texts")
+        raise ValueError(f"{file}: key tokenizer.ggml.tokens is not a list of strings")
     begins = _ids(file, metadata, tokens, "bos")
     ends = _ids(file, metadata, tokens, "eos", "eot", "eom")
     begin = next((tokens[i] for i in begins), None)
@@ -304,7 +306,7 @@ def _ids(file: Path, metadata: dict[str, Any], tokens: list[str], *kinds: str) -
         i = metadata.get(key)
         if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
             raise ValueError(
-                f"{file}: key {key} = {shown(i)} is none of its {len(tokens):,} tokens"
+                f"{file}: key {key} = {shown(i)} is not an id of its {len(tokens):,} tokens"
             )
         found += [] if i is None else [i]
     return list(dict.fromkeys(found))
@@ -342,7 +344,7 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     scaling = f"linear:{factor!r}" if linear else "none"
     if _ROPE_FREQS in tensors:
         if linear:
-            raise ValueError(f"tensor {_ROPE_FREQS} beside a linear scaling cannot be expressed")
+            raise ValueError(f"tensor {_ROPE_FREQS} together with linear scaling is not supported")
         if math.prod(tensors[_ROPE_FREQS].shape) > d_head or theta <= 0:
             raise ValueError(f"tensor {_ROPE_FREQS} does not fit heads of {d_head} dimensions")
         scaling = _llama3_scaling(tensors[_ROPE_FREQS].read(), theta)
@@ -375,7 +377,7 @@ def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
     """
     pairs = len(slower_by)
     if slower_by.ndim != 1 or not np.isfinite(slower_by).all() or slower_by.min() <= 0:
-        raise ValueError(f"tensor {_ROPE_FREQS} is no list of positive numbers")
+        raise ValueError(f"tensor {_ROPE_FREQS} is not a list of positive numbers")
     if np.allclose(slower_by, 1):
         return "none"
     factor, low, high, original = float(slower_by.max()), 1.0, 4.0, 8192
@@ -383,8 +385,8 @@ def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
     kept = np.clip((original * turning / (2 * np.pi) - low) / (high - low), 0, 1)
     if not np.allclose(slower_by, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
         raise ValueError(
-            f"tensor {_ROPE_FREQS} scales the rotation by up to {factor:g}, and not as Llama 3 does: it "
-            "cannot be expressed"
+            f"tensor {_ROPE_FREQS} scales the rotation by up to {factor:g}, but not as Llama 3 does: this is "
+            "not supported"
         )
     return f"llama3:{factor!r}:{low!r}:{high!r}:{original}"
 

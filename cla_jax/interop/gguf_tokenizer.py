@@ -43,7 +43,7 @@ def build(metadata: dict[str, Any], file: Path) -> str:
         if readable and metadata[name] not in readable:
             known = " or ".join(readable)
             raise ValueError(
-                f"{file}: {name} = {shown(metadata[name])}; only {known} can be read: {advice}"
+                f"{file}: {name} = {shown(metadata[name])}; only {known} is supported: {advice}"
             )
         if not readable and not isinstance(metadata[name], list):
             raise ValueError(f"{file}: {name} = {shown(metadata[name])} is not a list")
@@ -55,16 +55,18 @@ def build(metadata: dict[str, Any], file: Path) -> str:
     tokens, types = take("tokens"), take("token_type")
     merges = take("merges")
     if not all(isinstance(text, str) for text in (*tokens, *merges)):
-        raise ValueError(f"{file}: tokenizer.ggml.tokens and merges are not all texts")
+        raise ValueError(f"{file}: tokenizer.ggml.tokens and merges must be strings")
     merges = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-        raise ValueError(f"{file}: tokenizer.ggml.tokens has duplicates, or not a type for each")
+        raise ValueError(
+            f"{file}: tokenizer.ggml.tokens has duplicates, or does not have one type per token"
+        )
     unknown = [
         part for merge in merges for part in (*merge, "".join(merge)) if part not in vocabulary
     ]
     if unknown or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{file}: tokenizer.ggml.merges has what is no token: {shown(unknown)}")
+        raise ValueError(f"{file}: tokenizer.ggml.merges contains unknown tokens: {shown(unknown)}")
     # Llama 3 takes a word that is a token whole, whatever the merges say.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     inner = tokenizers.Tokenizer(model)

@@ -55,7 +55,7 @@ def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
     keys.take("model_type")
     if "quantization_config" in keys:
         raise ValueError(
-            "key quantization_config: quantised checkpoints are not readable, only float"
+            "key quantization_config: quantised checkpoints are not supported, only floating point"
         )
     with files.about(directory / "config.json"):
         config = FAMILIES[family](keys)
@@ -70,12 +70,10 @@ def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
     begin = next(iter(tokenizers.token(tokenizer_json, i) for i in begins), None)
     notes = [f"unknown key {key} in config.json was not used" for key in keys.unknown()]
     if zeros:
-        notes.append(
-            f"the {zeros} has no biases: they are zeros here, beside those of the other part"
-        )
+        notes.append(f"the {zeros} has no biases, unlike the other part: they were set to zero")
     if dropped:
         shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
-        notes.append(f"{len(dropped)} tensors that nothing reads were dropped: {shown}")
+        notes.append(f"{len(dropped)} unused tensors were dropped: {shown}")
     before, after = tokenizers.added_tokens(tokenizer_json)
     explicit = [said["tokenizer_config.json"].get(f"add_{k}_token") for k in ("bos", "eos")]
     if explicit != [None, None]:  # it replaces what tokenizer.json says
@@ -84,7 +82,7 @@ def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
     if before[1:] or after:
         shown = " ".join([*before[1:], "TEXT", *after])
         notes.append(
-            f"its tokenizer also puts special tokens around a text, {shown}: not done here"
+            f"its tokenizer also adds special tokens around a text, {shown}; this is not supported"
         )
     origin = {"format": "hf", "path": str(directory), "model_type": family, "begin_token": begin}
     return Foreign(
@@ -105,7 +103,7 @@ def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
 
 def text(file: Path) -> str:
     if file.name == "tokenizer.json" and not files.exists(file):
-        raise ValueError(f"{file} is missing; give one with --tokenizer")
+        raise ValueError(f"{file} is missing: give a tokenizer with --tokenizer")
     return files.read_text(file, files.TOKENIZER_BYTES)
 
 
@@ -195,7 +193,7 @@ def _ids(
         for i in ids:
             if type(i) is not int or not 0 <= i < 2**32:
                 raise ValueError(
-                    f"key {where and where + ': '}{key} = {shown(value)} is no token id"
+                    f"key {where and where + ': '}{key} = {shown(value)} is not a token id"
                 )
             # What only a class names has to be a token for that.
             if where or is_given or tokenizers.is_special(tokenizer_json, i):
@@ -275,7 +273,7 @@ def _mistral(keys: Keys) -> ModelConfig:
 
 def _every_layer(keys: Keys, kind: str) -> None:
     if any(each != kind for each in keys.take("layer_types", [], list)):
-        raise ValueError(f"key layer_types: only {kind} in every layer can be expressed here")
+        raise ValueError(f"key layer_types: only {kind} in every layer is supported")
 
 
 def _cla(keys: Keys) -> ModelConfig:
@@ -307,7 +305,7 @@ def _lckv(keys: Keys) -> ModelConfig:
     windows = [window if each.endswith("s") else 0 for each in types]
     if not all(source.isdecimal() for source in sources):
         raise ValueError(
-            f"key layer_types = {shown('_'.join(types))}: write 0_0_2_2, s for a window"
+            f"key layer_types = {shown('_'.join(types))} must be like 0_0_2_2, with s for a window"
         )
     try:
         return dataclasses.replace(
@@ -343,7 +341,7 @@ def rope(keys: Keys) -> tuple[float, str]:
             numbers = ("yarn", factor, fast, slow, original, _yarn_attention(inner, factor))
         case _:
             known = "default, linear, llama3 and yarn"
-            raise ValueError(f"key rope_type = {shown(kind)} cannot be expressed, only {known}")
+            raise ValueError(f"key rope_type = {shown(kind)} is not supported, only {known}")
     return theta, ":".join(
         number if isinstance(number, str) else repr(number) for number in numbers
     )

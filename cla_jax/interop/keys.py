@@ -69,7 +69,7 @@ class Keys:
         given = self.take(key, values[0])
         if given not in values:
             raise ValueError(
-                f"key {self._where}{key} = {shown(given)} cannot be expressed, only "
+                f"key {self._where}{key} = {shown(given)} is not supported, only "
                 + " or ".join(map(repr, values))
             )
 

@@ -197,8 +197,8 @@ class Model(TemplateLM):
         sampling = _sampling(options)
         if new_tokens >= self.max_length:
             raise ValueError(
-                f"{new_tokens} tokens are to be generated, which leaves none of the context of "
-                f"{self.max_length} for the prompt: raise --context"
+                f"a task generates {new_tokens} tokens, which leaves no room for the prompt in the context "
+                f"of {self.max_length} tokens: raise --context"
             )
         rows_of = likelihood.rows_of(self._session.rules)
         spec = cache_spec(
@@ -309,7 +309,9 @@ def evaluate(
     ends = run.end_ids(tokenizer.end, tokenizer.size)
     longest, read = run.origin().get("max_length"), context or session.config.data.seq_len
     if isinstance(longest, int) and read > longest:
-        log.warning("the model was made for at most %d tokens of context, not %d", longest, read)
+        log.warning(
+            "the model supports at most %d tokens of context, but %d are used", longest, read
+        )
     with jax.set_mesh(session.mesh):
         for way in ways:
             answers = Model(session, model, way=way, chunk=chunk, context=context, ends=ends)
@@ -321,7 +323,7 @@ def evaluate(
                 recorded = {task: known.get(task, {}) for task in asked}
                 same = all(asked[task].items() <= recorded[task].items() for task in asked)
                 if same and limit is None and not again:
-                    log.warning("%s is recorded already (--again scores it anew)", title)
+                    log.warning("%s is already recorded (--again scores it again)", title)
                     records = recorded
                 else:
                     records = _scored(answers, loaded, limit, asked)

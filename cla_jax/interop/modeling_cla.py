@@ -113,7 +113,7 @@ def frequencies(config, device):
         last = min(math.ceil(pair(rope["beta_slow"])), config.head_dim - 1)
         kept = 1 - (pairs - first) / (last - first or 1e-3)
     else:
-        raise ValueError(f"rope_type = {kind!r} is not known here")
+        raise ValueError(f"rope_type = {kind!r} is not supported")
     kept = kept.clamp(0, 1)
     return kept * turning + (1 - kept) * slowed, rope.get("attention_factor", 1.0)
 
@@ -210,7 +210,7 @@ class ClaDecoderLayer(nn.Module):
 def refuse(unknown):
     """No argument is left without effect, and without a word."""
     if unknown:
-        raise TypeError(f"Cla has no use for the argument {min(unknown)}")
+        raise TypeError(f"Cla does not support the argument {min(unknown)}")
 
 
 def as_dict(config, return_dict):

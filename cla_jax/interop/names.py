@@ -142,9 +142,9 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
             raise ValueError(refusal)
         if name in tensors and tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape)
-            problems.append(f"{name} has shape {found}, the config asks for {shape}")
+            problems.append(f"{name} has shape {found}, but the config needs {shape}")
     if problems:
-        raise ValueError("the tensors are not those of the config: " + "; ".join(problems[:6]))
+        raise ValueError("the tensors do not match the config: " + "; ".join(problems[:6]))
 
 
 def with_zero_biases(

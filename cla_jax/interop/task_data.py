@@ -84,7 +84,7 @@ def local(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
         return None
     loaders = {loader for _, loader in found.values()}
     if len(loaders) > 1:
-        raise ValueError(f"{here}: the files of one data set must have one ending")
+        raise ValueError(f"{here}: all files of a data set must have the same file extension")
     for file, _ in found.values():
         check_rows(file)
     return {
@@ -119,7 +119,9 @@ def _check_arrow(stream: IO[bytes], *, parquet: bool) -> None:
         for _ in batches:
             pass
     except MemoryError:  # what a damaged length asks for
-        raise ValueError("the file is damaged: it asks for more memory than there is") from None
+        raise ValueError(
+            "the file is damaged: reading it needs more memory than available"
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"the file is damaged: {error}") from None
 
@@ -135,7 +137,7 @@ def _check_csv(stream: IO[bytes], file: Path) -> None:
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"line {reader.line_num} has {len(row)} values, and the first line names "
+                    f"line {reader.line_num} has {len(row)} values, but the first line has "
                     f"{len(header)} columns"
                 )
     except csv.Error as error:
@@ -229,7 +231,8 @@ class Tasks:
             except (OSError, DatasetsError) as error:
                 raise ValueError(
                     f"the data of task {name} could not be loaded: {' '.join(str(error).split())[:300]}. "
-                    "Without a hub: python -m launch.tasks fetch data/tasks, then --task-data data/tasks"
+                    "Without access to the hub, run python -m launch.tasks fetch data/tasks and give "
+                    "--task-data data/tasks"
                 ) from None
         entry = self._index.task_index[name]
         single = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
@@ -241,9 +244,9 @@ class Tasks:
             if not change
         ]
         if not found:
-            raise ValueError(f"there are no local data of {', '.join(wanted)}; {HOW_TO_GET}")
+            raise ValueError(f"there is no local data of {', '.join(wanted)}; {HOW_TO_GET}")
         if wanted:
-            log.warning("%s: left out for want of data: %s", name, ", ".join(wanted))
+            log.warning("%s: skipped, because there is no local data: %s", name, ", ".join(wanted))
         # A group whose members are tasks with changes; there is nothing else to it.
         loaded = self._index.load([{"group": name, "task": found}])
         return {"tasks": loaded["tasks"]}
@@ -253,8 +256,8 @@ class Tasks:
         config = entry.cfg or {}
         if entry.kind.name != "TASK" or not config.get("dataset_path"):
             raise ValueError(
-                f"task {name} is a group, or loads its data itself: with --task-data, name single tasks "
-                "or tags"
+                f"task {name} is a group, or loads its data itself: with --task-data, give single tasks or "
+                "tags"
             )
         return config
 

@@ -438,15 +438,15 @@ def cudnn_refusal(config: ModelConfig, platform: str, compute_capability: float)
     """
     widest = 256 if compute_capability >= 9.0 else 128
     if platform != "gpu":
-        return f"there is no cuDNN on {platform}"
+        return f"cuDNN is not available on {platform}"
     if compute_capability < 8.0:
-        return f"it needs compute capability 8.0, this GPU has {compute_capability}"
+        return f"it needs compute capability 8.0, but this GPU has {compute_capability}"
     if config.compute_dtype != "bfloat16":
         return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
     if isinstance(config.kv, LatentKV):
-        return "keys of a latent are wider than its values"
+        return "it does not support model.kv.kind = latent"
     if config.d_head > widest:
-        return f"it takes model.d_head up to {widest} on this GPU, not {config.d_head}"
+        return f"it supports model.d_head up to {widest} on this GPU, not {config.d_head}"
     return None
 
 
@@ -472,7 +472,7 @@ def choose_backend(asked: str, config: ModelConfig, seq_len: int, device: Any) -
     if refusal := refusals.get(best):
         _warn_once(f"SLOW ATTENTION: the XLA backend is used instead of {best}, because {refusal}")
     elif asked == "xla" and best != "xla":
-        _warn_once(f"SLOW ATTENTION: placement.attention = 'xla' where {best} would serve")
+        _warn_once(f"SLOW ATTENTION: placement.attention = 'xla', although {best} is available")
     return best if asked == "auto" and not refusal else "xla"
 
 

@@ -69,7 +69,7 @@ def refusal(
     if reason := KERNELS[name].refusal(config, format, platform, compute_capability):
         return reason
     if isinstance(config.kv, LatentKV):
-        return "keys of a latent are wider than its values"
+        return "it does not support model.kv.kind = latent"
     if config.compute_dtype != "bfloat16":
         return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
     return None

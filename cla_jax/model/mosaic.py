@@ -33,15 +33,19 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot serve this model and cache on this hardware; None if it can."""
     if platform != "gpu":
-        return f"there is no Mosaic GPU on {platform}"
+        return f"Mosaic GPU is not available on {platform}"
     if int(compute_capability) != 9:
-        return f"it is for Hopper, compute capability 9.0; this GPU has {compute_capability}"
+        return (
+            f"it needs a Hopper GPU (compute capability 9.0), but this GPU has {compute_capability}"
+        )
     if format not in ("dense", "bfloat16", "int8"):
-        return f"it reads bfloat16 and int8, not cache format {format}"
+        return f"it supports bfloat16 and int8, not cache format {format}"
     # Compiling wider int8 heads did not finish in two minutes.
     widest = 256 if format == "int8" else 512
     if config.d_head > widest:
-        return f"it takes model.d_head up to {widest} in cache format {format}, not {config.d_head}"
+        return (
+            f"it supports model.d_head up to {widest} in cache format {format}, not {config.d_head}"
+        )
     return None
 
 

@@ -30,15 +30,16 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot serve this model and cache; None if it can."""
     if platform != "tpu":
-        return f"there is no paged kernel on {platform}"
+        return f"the paged kernel is not available on {platform}"
     if config.n_kv_heads != 1:
         return (
-            f"it would copy the cache of {config.n_kv_heads} KV heads at each step: it is for one"
+            f"it supports one KV head; the cache of {config.n_kv_heads} KV heads would be copied at each "
+            "step"
         )
     if any(config.resolved_windows):
-        return "it has no sliding windows: model.windows must be 0"
+        return "it does not support sliding windows: model.windows must be 0"
     if format not in ("dense", "bfloat16"):
-        return f"it reads bfloat16, not cache format {format}"
+        return f"it supports bfloat16, not cache format {format}"
     return None
 
 

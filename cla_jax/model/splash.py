@@ -25,9 +25,9 @@ def refusal(config: ModelConfig, seq_len: int) -> str | None:
             f"not {seq_len}"
         )
     if isinstance(config.kv, LatentKV):
-        return "keys of a latent are wider than its values"
+        return "it does not support model.kv.kind = latent"
     if any(config.resolved_windows):
-        return "its masks are fixed when it is built: model.windows are not supported yet"
+        return "it does not support sliding windows yet: model.windows must be 0"
     return None
 
 
