@@ -413,7 +413,10 @@ def tool(tmp_path, monkeypatch):
         (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
         (bin_ / name).chmod(stat.S_IRWXU)
 
-    make("scontrol", "exit 1")  # that of the machine may wait for a cluster
+    # Those of the machine may wait for a cluster, and there may be none.
+    make("scontrol", "exit 1")
+    for name in ("squeue", "scancel"):
+        make(name, "true")
     return make
 
 
