@@ -1,8 +1,8 @@
 """How much of a device's measured memory bandwidth cached decoding reaches.
 
-A decode step reads every weight once and, for every sequence, what each layer sees of its slot of the
-cache. Those bytes (the ledger's `read`, and the weights as decoding holds them) over the time of a token
-are the bandwidth reached. What the device can do is measured in the same rounds: an array is read and
+A decode step reads every weight once and, for every sequence, what each layer sees in the cache.
+Those bytes (the ledger's `read`, and the weights as decoding holds them) over the time of a token are the
+bandwidth reached. What the device can do is measured in the same rounds: an array is read and
 summed, and another one read and written; the faster of the two counts. The tokens are sampled greedily
 from random prompts, the weights are random; nothing is read from disk.
 

@@ -88,7 +88,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         return {**times, "compiled": compiled - before}
 
     call(spec["new_tokens"])  # compiles
-    kv_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.allocate().slots))
+    kv_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.allocate().kv_layers))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return Contestant(burst, {"parameters": parameters, "versions": versions, "kv_bytes": kv_bytes})
 

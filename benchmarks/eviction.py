@@ -134,7 +134,7 @@ def line(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "kept": round(record["kept_share"], 4),
         "kept_of_prompt": round(
-            sum(sum(slot["kept"]) / len(slot["kept"]) for slot in record["profile"])
+            sum(sum(layer["kept"]) / len(layer["kept"]) for layer in record["profile"])
             / len(record["profile"]),
             4,
         ),
@@ -146,8 +146,8 @@ def line(record: dict[str, Any]) -> dict[str, Any]:
         "top1": round(after["top1_agreement"], 4),
         "policies": {
             name: round(
-                sum(sum(slot["policies"][name]["share"]) for slot in record["profile"])
-                / sum(len(slot["kept"]) for slot in record["profile"]),
+                sum(sum(layer["policies"][name]["share"]) for layer in record["profile"])
+                / sum(len(layer["kept"]) for layer in record["profile"]),
                 3,
             )
             for name in record["profile"][0].get("policies", {})

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chunked = cache_spec(config, "dense", chunk=512, **sizes)
     _, cache = prefill(weights, chunked, chunked.allocate(), [prompt])
     caches: dict[str, Any] = {"dense": (dataclasses.replace(chunked, chunk=1), cache)}
-    held = {"dense": ledger.nbytes(cache.slots)}
+    held = {"dense": ledger.nbytes(cache.kv_layers)}
     classes = bytes([SPECIAL, PUNCTUATION])
     for name in arguments.policy:
         spec = evicting_spec(config, parse(name), classes=classes, **sizes)

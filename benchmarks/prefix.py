@@ -112,8 +112,8 @@ def contestants(
     two_phase = paged.tables(paths, tree)
     alone = paged.empty()
     for row, path in paths.items():
-        slots = [node.slot for node in tree.path(path)]
-        alone.private_BC[row, : len(slots)] = slots
+        private = [node.slot for node in tree.path(path)]
+        alone.private_BC[row, : len(private)] = private
     return {
         "dense": (dense, noise(dense.allocate(), length)),
         "paged": (paged, with_pages(noise(paged.allocate(), length), alone)),
@@ -123,8 +123,12 @@ def contestants(
 
 def noise(cache: Cache, length: int) -> Cache:
     draw = np.random.default_rng(0)
-    slots = jax.tree.map(lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype), cache.slots)
-    return dataclasses.replace(cache, slots=slots, lengths_B=jnp.full_like(cache.lengths_B, length))
+    filled = lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype)
+    layers, lengths_B = (
+        jax.tree.map(filled, cache.kv_layers),
+        jnp.full_like(cache.lengths_B, length),
+    )
+    return dataclasses.replace(cache, kv_layers=layers, lengths_B=lengths_B)
 
 
 def with_pages(cache: Cache, pages: Any) -> Cache:
@@ -141,7 +145,7 @@ def attention(_weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]
     def call(cache: Cache, q_BTKGH: jax.Array) -> jax.Array:
         newest_BT = cache.lengths_B[:, None] - 1
         here = StepPositions(newest_BT, jnp.zeros_like(newest_BT), cache.lengths_B, cache.pages)
-        return spec.attend(0, cache.slots[0], q_BTKGH, here)
+        return spec.attend(0, cache.kv_layers[0], q_BTKGH, here)
 
     return lambda: jax.block_until_ready(call(cache, q_BTKGH))
 

@@ -84,7 +84,7 @@ def main() -> None:
             traces.warm_up(engine)
             rounds[name].append(traces.replay(engine, lines).summary())
             about[name] = dataclasses.asdict(engine.places.counts) | {
-                "allocated": ledger.nbytes(engine.cache.slots)
+                "allocated": ledger.nbytes(engine.cache.kv_layers)
             }
         order = order[1:] + order[:1]
     forms = closed_form(config, options)

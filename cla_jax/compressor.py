@@ -71,8 +71,8 @@ class Compressor:
 
     def __init__(self, weights: Weights, spec: EvictingSpec):
         self.weights, self.spec = weights, spec
-        slots = range(len(spec.pages))
-        self._taken: list[dict[int, list[int]]] = [{} for _ in slots]  # pages of each row
+        layers = range(len(spec.pages))
+        self._taken: list[dict[int, list[int]]] = [{} for _ in layers]  # pages of each row
         self._free: list[list[int]] = [list(range(n)) for n in spec.pages]
         self._left: set[int] = set()  # rows whose tables still name pages that are free
         self.chosen: tuple[Chosen, ...] = ()  # by the last fill, for each KV layer
@@ -118,9 +118,9 @@ class Compressor:
         classes_BS = np.where(
             np.arange(tokens_BT.shape[1]) < counts_B[:, None], self.spec.classes_V[tokens_BT], 0
         ).astype(np.uint8)
-        slots = range(len(encoded.slots))
+        layers = range(len(encoded.kv_layers))
         chosen = tuple(
-            self._choose(scratch, p, encoded, tokens_BT, counts_B, classes_BS) for p in slots
+            self._choose(scratch, p, encoded, tokens_BT, counts_B, classes_BS) for p in layers
         )
         self.seconds.profile += time.monotonic() - clock
         return Profiled(x_BTD=x_BTD, encoded=encoded, chosen=chosen, classes_BS=classes_BS)
@@ -156,7 +156,7 @@ class Compressor:
         tokens_BS: np.ndarray, counts_B: np.ndarray, classes_BS: np.ndarray,
     ) -> Chosen:  # fmt: skip
         notes: Notes = encoded.pages
-        of = (scratch.representative(p), encoded.slots[p], notes.queries[p], notes[1:])
+        of = (scratch.representative(p), encoded.kv_layers[p], notes.queries[p], notes[1:])
         policy, K = self.spec.policy, self.spec.config.n_kv_heads
         received_BKS = observed_BKS = np.zeros((len(counts_B), K, classes_BS.shape[1]), np.float32)
         if policy.profiles:
@@ -212,12 +212,12 @@ class Compressor:
             for one in chosen
         ]  # fmt: skip
         cache = self._grown(cache, [-(-room // spec.page) for room in rooms])
-        slots = []
+        layers = []
         B, K = spec.batch, spec.config.n_kv_heads
         left = [row for row in self._left if row not in rows]
         rows_B = np.full(B, B, np.int32)  # past the batch: none
         rows_B[: len(rows) + len(left)] = rows + left
-        for p, (slot, one, room_BK) in enumerate(zip(cache.slots, chosen, rooms, strict=True)):
+        for p, (layer, one, room_BK) in enumerate(zip(cache.kv_layers, chosen, rooms, strict=True)):
             tables = np.full((B, K, self.spec.widths[p]), NO_PAGE, np.int32)
             tables[: len(rows)] = self._take(p, rows, -(-room_BK // spec.page))
             plan = _plan(self.spec, p, one, tables[: len(rows)], classes_of(one.choice, classes_BS))
@@ -225,10 +225,10 @@ class Compressor:
                 np.int32
             )
             numbers = of_rows(room_BK), Rule(*map(of_rows, one.choice.rule))
-            slots.append(_put(slot, encoded.slots[p], plan, rows_B, tables, *numbers))
+            layers.append(_put(layer, encoded.kv_layers[p], plan, rows_B, tables, *numbers))
         self._left.clear()
         lengths_B = cache.lengths_B.at[np.array(rows)].set(chosen[0].lengths_B)
-        return Cache(tuple(slots), lengths_B, jnp.asarray(self.spec.classes_V))
+        return Cache(tuple(layers), lengths_B, jnp.asarray(self.spec.classes_V))
 
     def _take(self, p: int, rows: list[int], pages_BK: np.ndarray) -> np.ndarray:
         """Pages of pool p for each head of the rows, [rows, K, C]."""
@@ -253,11 +253,11 @@ class Compressor:
         if (tuple(sizes), tuple(widths)) == (spec.pages, spec.widths):
             return cache
         self.spec = dataclasses.replace(spec, pages=tuple(sizes), widths=tuple(widths))
-        slots = [
-            _padded_pool(slot, self.spec.pages[p], self.spec.widths[p])
-            for p, slot in enumerate(cache.slots)
+        layers = [
+            _padded_pool(layer, self.spec.pages[p], self.spec.widths[p])
+            for p, layer in enumerate(cache.kv_layers)
         ]
-        return dataclasses.replace(cache, slots=tuple(slots))
+        return dataclasses.replace(cache, kv_layers=tuple(layers))
 
 
 def scratch_spec(config: ModelConfig, policy: Policy, *, batch: int, tokens: int) -> ScratchSpec:
@@ -337,7 +337,7 @@ jax.tree_util.register_dataclass(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(pool: Pool, scratch: Any, plan: _Plan, rows, tables, rooms, rule) -> Pool:
-    """The pool with the planned entries copied from the slot of a scratch cache; the pool is donated."""
+    """The pool with the planned entries copied from the KV layer of a scratch cache; the pool is donated."""
     put = lambda held, new: held.at[plan.pages_N].set(new, mode="drop")
     of_rows = lambda held, new: held.at[rows].set(new, mode="drop")
     return Pool(

@@ -311,8 +311,8 @@ class ModelConfig:
         return (keys + values, values) if isinstance(self.kv, LatentKV) else (keys, values)
 
     @property
-    def n_slots(self) -> int:
-        """Layers that make keys or values, hence slots of a KV cache (P)."""
+    def n_kv_layers(self) -> int:
+        """Layers that make keys or values (P)."""
         return len(self.sharing.kv_layers)
 
     @property

@@ -33,10 +33,10 @@ def parameters(model: ModelConfig) -> Parameters:
     mlp = 3 * d * f + bias * (2 * f + d)
     block = query + output + mlp + 2 * d
     kv_projections = (d + bias) * model.kv_elements
-    kv_projections += model.n_slots * (d if model.kv_norm == "own" else 0)
+    kv_projections += model.n_kv_layers * (d if model.kv_norm == "own" else 0)
     if isinstance(model.kv, LatentKV):
         block += 2 * model.kv.rank * o_width
-        kv_projections += model.n_slots * model.kv.rank
+        kv_projections += model.n_kv_layers * model.kv.rank
     return Parameters(
         embedding=model.vocab_size * d,
         head=0 if model.tied_embeddings else model.vocab_size * d,
@@ -114,9 +114,9 @@ def training_bytes(
 def _matrices(model: ModelConfig) -> int:
     """Elements of the matrices of blocks that read or write the residual stream."""
     without = dataclasses.replace(model, bias=False)
-    norms = 2 * model.n_layers + (model.n_slots if model.kv_norm == "own" else 0)
+    norms = 2 * model.n_layers + (model.n_kv_layers if model.kv_norm == "own" else 0)
     others = norms * model.d_model
     if isinstance(model.kv, LatentKV):
         made = 2 * model.n_heads * model.d_head  # of a latent, for each of its elements
-        others += model.kv.rank * (model.n_layers * made + model.n_slots)
+        others += model.kv.rank * (model.n_layers * made + model.n_kv_layers)
     return parameters(without).blocks - others

@@ -102,22 +102,22 @@ def decode(
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
     known_BT = tokens_BT if spec.reads_tokens else None
     step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages, known_BT)
-    slots = list(cache.slots)
-    notes: list[list[Any]] = [[] for _ in slots]
+    layers = list(cache.kv_layers)
+    notes: list[list[Any]] = [[] for _ in layers]
     spec_BTD = rules.gathered().spec(*axes("BTD"))
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
     for group, blocks in zip(config.sharing.groups, weights.groups, strict=True):
-        k, v = config.sharing.slots(group)
+        k, v = config.sharing.read_by(group)
         if group.makes:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
             p = k if "k" in group.makes else v
-            slots[p] = spec.write(p, slots[p], kv, step)
+            layers[p] = spec.write(p, layers[p], kv, step)
         here = step.within(spec.windows[k])
         alike = spec.representative(k)
-        slot = spec.source(slots, k, v)
-        x_BTD, seen = _group(blocks, x_BTD, slot, rope, here, spec=spec, p=alike)
+        source = spec.source(layers, k, v)
+        x_BTD, seen = _group(blocks, x_BTD, source, rope, here, spec=spec, p=alike)
         notes[k] += seen
-    cache = dataclasses.replace(cache, slots=tuple(slots), lengths_B=lengths_B)
+    cache = dataclasses.replace(cache, kv_layers=tuple(layers), lengths_B=lengths_B)
     # A cache that evicts does so now: all readers of a step see the same entries.
     return weights.norm(x_BTD), spec.settled(cache, notes, step)
 
@@ -127,7 +127,7 @@ def decode(
 def _group(
     blocks: Group,
     x_BTD: jax.Array,
-    slot: Any,
+    source: Any,
     rope: Rope,
     step: StepPositions,
     *,
@@ -136,13 +136,13 @@ def _group(
 ) -> tuple[jax.Array, list[Any]]:
     notes: list[Any] = []  # of each block, in order: blocks are unrolled
 
-    def attend(q_BTKGH: jax.Array, slot: Any) -> jax.Array:
-        o_BTKGH, note = spec.observed(p, slot, q_BTKGH, step)
+    def attend(q_BTKGH: jax.Array, source: Any) -> jax.Array:
+        o_BTKGH, note = spec.observed(p, source, q_BTKGH, step)
         notes.append(note)
         return o_BTKGH
 
     options = ForwardOptions(rules=spec.rules, absorbed=True)
-    x_BTD = blocks(x_BTD, slot, rope, attend, options, spec.config)
+    x_BTD = blocks(x_BTD, source, rope, attend, options, spec.config)
     return x_BTD, notes
 
 

@@ -105,7 +105,7 @@ def evaluate(
     chunk: int = 1,
     windows: int | None = None,
     prompt: float = 0.5,
-    per_slot: bool = False,
+    per_kv_layer: bool = False,
     again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     **options: Any,
@@ -115,17 +115,17 @@ def evaluate(
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what
     was interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing
     is written: a part of the held-out split is no result of the run. A record of a later step is kept.
-    For a cache that evicts, the share `prompt` of a window is its prompt. `per_slot` adds what each slot's
-    error does by itself; `options` are those of `open_session`. Raises ValueError for what the arguments or
-    the run do not allow, and at the end the OSError of a record that could not be written.
+    For a cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error
+    of each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
+    arguments or the run do not allow, and at the end the OSError of a record that could not be written.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
     formats = (formats,) if isinstance(formats, str) else formats
     formats = tuple(dict.fromkeys(eviction.canonical(name) for name in formats))
     run.check_decodable(formats, chunk, prompt)
-    if per_slot and any(map(eviction.is_policy, formats)):
-        raise ValueError("per_slot does not support caches that evict tokens")
+    if per_kv_layer and any(map(eviction.is_policy, formats)):
+        raise ValueError("per_kv_layer does not support caches that evict tokens")
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
@@ -144,8 +144,8 @@ def evaluate(
             known = {} if again or windows else run.eval(written_as)
             asked = origin | ({"chunk": chunk} if name else {})
             asked |= {"prompt": prompt} if policy else {}
-            has_slots = "per_slot" in known or not (name and per_slot)
-            if has_slots and asked.items() <= known.items():
+            has_each = "per_kv_layer" in known or not (name and per_kv_layer)
+            if has_each and asked.items() <= known.items():
                 log.warning("%s is already recorded (--again evaluates it again)", written_as)
                 yield written_as, known
                 continue
@@ -164,9 +164,9 @@ def evaluate(
                 sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
                 sampled["progress"] = progress(f"{name} beside the full forward")
                 record["agreement"] = agreement(session, model, name, **sampled)
-                if per_slot:
-                    sampled["progress"] = progress(f"slots in {name}")
-                    record["per_slot"] = sensitivity(session, model, name, **sampled)
+                if per_kv_layer:
+                    sampled["progress"] = progress(f"KV layers in {name}")
+                    record["per_kv_layer"] = sensitivity(session, model, name, **sampled)
             record |= origin
             before, peak = peak, memory.allocator_peak() or 0
             if peak > before:  # else it is that of something else

@@ -162,7 +162,7 @@ def evicting_decoding(
             "tokens": int(after[4]),
         },
         **_bytes(compressor, counts, max(texts, 1), T),
-        "readers_per_slot": list(spec.readers),
+        "readers_per_kv_layer": list(spec.readers),
         "profile": profile(session.config.model, policy, chosen),
         **({"token_classes": described(tokenizer, classes)} if policy.needs_classes else {}),
         "prefill_seconds": {
@@ -332,13 +332,13 @@ def profile(
 ) -> list[dict[str, Any]]:
     """What was chosen for each KV layer, means over all prompts; of FastGen also each head's policies."""
     found = []
-    for p, of_slot in enumerate(zip(*chosen, strict=True)):
-        lengths = np.concatenate([one.lengths_B for one in of_slot])
-        kept_NK = np.concatenate([one.kept_BKS.sum(-1) for one in of_slot]) / lengths[:, None]
-        slot: dict[str, Any] = {"slot": p, "kept": np.round(kept_NK.mean(0), 4).tolist()}
+    for p, of_each in enumerate(zip(*chosen, strict=True)):
+        lengths = np.concatenate([one.lengths_B for one in of_each])
+        kept_NK = np.concatenate([one.kept_BKS.sum(-1) for one in of_each]) / lengths[:, None]
+        layer: dict[str, Any] = {"kv_layer": p, "kept": np.round(kept_NK.mean(0), 4).tolist()}
         if policy.names:
-            policy_NK = np.concatenate([one.choice.policy_BK for one in of_slot])
-            slot["policies"] = {
+            policy_NK = np.concatenate([one.choice.policy_BK for one in of_each])
+            layer["policies"] = {
                 name: {
                     "share": np.round((policy_NK == i).mean(0), 4).tolist(),
                     "kept": [
@@ -350,11 +350,11 @@ def profile(
                 }
                 for i, name in enumerate(policy.names)
             }
-            slot["recovery"] = {
+            layer["recovery"] = {
                 name: np.round(
-                    np.concatenate([one.choice.recovery[name] for one in of_slot]).mean(0), 4
+                    np.concatenate([one.choice.recovery[name] for one in of_each]).mean(0), 4
                 ).tolist()
-                for name in of_slot[0].choice.recovery
+                for name in of_each[0].choice.recovery
             }
-        found.append(slot)
+        found.append(layer)
     return found

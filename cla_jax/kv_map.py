@@ -7,7 +7,7 @@ both, and writes them to a cache. A layer that does neither is a *consumer*. Fro
 
     groups      consecutive layers with the same sources: the unit of structure of the model,
     stacks      consecutive groups of equal shape: what one `jax.lax.scan` executes in training,
-    KV layers   the layers that make keys or values, in order: a KV cache has one slot for each.
+    KV layers   the layers that make keys or values, in order: a KV cache has an entry for each.
 
 Example, six layers with CLA2 (2405.12981, section 3):
 
@@ -80,7 +80,7 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayer:
-    """A layer that makes keys or values: a slot of a KV cache."""
+    """A layer that makes keys or values, which a KV cache keeps."""
 
     layer: int
     holds: Halves
@@ -145,7 +145,7 @@ class Sharing:
 
     @functools.cached_property
     def kv_layers(self) -> tuple[KVLayer, ...]:
-        """The layers that make keys or values. Slot `p` of a cache belongs to `kv_layers[p]`."""
+        """The layers that make keys or values. A cache keeps what they make in this order."""
         sources = list(zip(self.k_map, self.v_map, strict=True))
         return tuple(
             KVLayer(
@@ -160,12 +160,12 @@ class Sharing:
             if group.makes
         )
 
-    def slots(self, group: Group) -> tuple[int, int]:
-        """The slots that a group's layers find their keys and their values in."""
-        return self._slot_of[group.k_source], self._slot_of[group.v_source]
+    def read_by(self, group: Group) -> tuple[int, int]:
+        """Whose keys and whose values a group's layers read, as places in `kv_layers`."""
+        return self._place_of[group.k_source], self._place_of[group.v_source]
 
     @functools.cached_property
-    def _slot_of(self) -> dict[int, int]:
+    def _place_of(self) -> dict[int, int]:
         return {kv.layer: p for p, kv in enumerate(self.kv_layers)}
 
     def count(self, half: Literal["k", "v"]) -> int:

@@ -91,7 +91,7 @@ def fit(
             sum(
                 prefix_spec(
                     config, format, batch=1, page=page, pages=pages, capacity=context
-                ).slot_bytes
+                ).kv_layer_bytes
             )
             if pages
             else 0

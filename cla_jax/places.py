@@ -243,10 +243,10 @@ class SharedPlaces(Places):
     def take_row(self, cache: Cache, row: int) -> Cache:
         one = dataclasses.replace(self.spec, batch=1)
         tables = one.tables({0: self._paths[row]}, self.tree, writing=[0])
-        return Cache(cache.slots, jnp.zeros(1, jnp.int32), self._uploaded(tables))
+        return Cache(cache.kv_layers, jnp.zeros(1, jnp.int32), self._uploaded(tables))
 
     def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
-        return Cache(one.slots, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
+        return Cache(one.kv_layers, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
 
     def _uploaded(self, tables: Pages) -> Pages:
         self.counts.uploads += 1

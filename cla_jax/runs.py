@@ -57,6 +57,12 @@ _LONGER = (
 # evaluation of training that is a file too.
 SAVED, RECORDED = "saved", "recorded"
 TRAINING = "training"  # the name of that file, and the method of its evaluation
+# Fields of evaluations that had other names: what they were, and what they are.
+_RENAMED = {
+    "per_slot": "per_kv_layer",
+    "readers_per_slot": "readers_per_kv_layer",
+    "slot": "kv_layer",
+}
 _FORMAT = 2  # of the runs that are begun here
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
@@ -247,7 +253,7 @@ class Run:
         return {}
 
     def evals(self, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
-        """All evaluations by name: the name is the file's, the record as it was written.
+        """All evaluations by name: the name is the file's, the record as it was written, with today's fields.
 
         Raises ValueError for one that is damaged or altered; or it is left out, if `problems` is there to be
         told about it.
@@ -277,6 +283,10 @@ class Run:
         theirs, ours = record.pop("run", ""), self.id
         if theirs and ours and theirs != ours:
             raise Altered(f"{file} belongs to another run, so it is not used")
+        record = _with_todays_names(record)
+        for name in ("per_kv_layer", "profile"):
+            if name in record:
+                record[name] = _with_todays_names(record[name])
         return record
 
     def read_records(self, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -380,6 +390,13 @@ class Losses:
     metrics: bool = False  # whether the end of the metrics is missing
     checkpoint: int | None = None  # the step of the one whose manifest is missing
     evaluation: int | None = None  # the step of the one of training whose file is missing
+
+
+def _with_todays_names(value: Any) -> Any:
+    """A record, or a list of some, with the names that its fields have today."""
+    if isinstance(value, list):
+        return [_with_todays_names(one) for one in value]
+    return {_RENAMED.get(k, k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _is_of_no_step(record: dict[str, Any]) -> bool:

@@ -289,7 +289,7 @@ def cached_decoding(
         "kv_bytes": {
             name: {"predicted": predicted[name], "counted": counted[name]} for name in predicted
         },
-        "readers_per_slot": list(spec.readers),
+        "readers_per_kv_layer": list(spec.readers),
     }
 
 
@@ -369,7 +369,7 @@ def agreement(
 
     Over the first held-out windows: the largest and the mean absolute difference of logits, how often
     the likeliest token is the same, and the mean divergence KL(full || cached) in nats. Several formats
-    are one for each slot.
+    are one for each KV layer.
     """
     weights, spec = decoding_weights(model, session.rules), _spec(session, format, chunk, windows)
     cache = spec.allocate()
@@ -407,22 +407,22 @@ def sensitivity(
     windows: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, float]]:
-    """What the error of each slot alone does to the model: one slot in a format, all others dense.
+    """What the error of each KV layer alone does to the model: one KV layer in a format, all others dense.
 
-    An error in a shared slot is felt by every layer that reads it (`readers`).
+    An error in a shared KV layer is felt by every layer that reads it (`readers`).
     """
     config = session.config.model
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
     if config.sharing.is_split:
         raise ValueError(
-            f"per_slot: model.kv_map = {config.kv_map} has different maps for keys and values, so a layer "
-            "would read keys and values in different formats"
+            f"per_kv_layer: model.kv_map = {config.kv_map} has different maps for keys and values, so a "
+            "layer would read keys and values in different formats"
         )
     kv_layers = config.sharing.kv_layers
     found = []
     for p, kv in enumerate(kv_layers):
         formats = [lossy if i == p else dense for i in range(len(kv_layers))]
         measured = agreement(session, model, formats, chunk=chunk, windows=windows)
-        found.append({"slot": p, "layer": kv.layer, "readers": kv.readers} | measured)
+        found.append({"kv_layer": p, "layer": kv.layer, "readers": kv.readers} | measured)
         progress(p + 1, len(kv_layers))
     return found

@@ -112,9 +112,9 @@ def resolved_map(form: str, config: ModelConfig) -> tuple[str, int, int] | None:
     if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(str.isdecimal, rest)):
         raise ValueError(f"--kv-map {shown(form)} must have the form {forms[kind]}")
     producers = int(rest[0])
-    if not 1 <= producers <= config.n_slots:
+    if not 1 <= producers <= config.n_kv_layers:
         raise ValueError(
-            f"--kv-map {shown(form)}: the source has {config.n_slots} producers (kv_map {config.kv_map}), "
-            f"so the run can have 1 to {config.n_slots}"
+            f"--kv-map {shown(form)}: the source has {config.n_kv_layers} producers "
+            f"(kv_map {config.kv_map}), so the run can have 1 to {config.n_kv_layers}"
         )
     return kind, producers, int(rest[1]) if len(rest) > 1 else 0

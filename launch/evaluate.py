@@ -48,8 +48,8 @@ class Arguments:
     plot: str = ""
     # Score only this many windows of the held-out split. The result is printed and not recorded.
     windows: int | None = None
-    # Also measure the effect of each cache slot's error, one slot at a time.
-    per_slot: bool = False
+    # Also measure the effect of each KV layer's error, one at a time.
+    per_kv_layer: bool = False
     # Print all KV byte counts: predicted from the config, and counted from the live arrays.
     ledger: bool = False
     # Evaluate again even if a result of this checkpoint and these options is recorded.
@@ -132,7 +132,7 @@ def _held_out(arguments: Arguments) -> None:
                     chunk=chunk,
                     prompt=arguments.prompt,
                     windows=arguments.windows,
-                    per_slot=arguments.per_slot,
+                    per_kv_layer=arguments.per_kv_layer,
                     again=arguments.again,
                     progress=bar,
                     **_options(arguments),
@@ -191,28 +191,28 @@ def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
         say(
             f"{classes['special']} special tokens, {classes['punctuation']} of punctuation: {marks}"
         )
-    for slot in record.get("profile", []):
-        say(_chosen(slot))
+    for layer in record.get("profile", []):
+        say(_chosen(layer))
     for kind in counts if ledger else differing:
         predicted, counted = (per_token(counts[kind][how]) for how in ("predicted", "counted"))
         say(f"KV bytes {kind:9s}{predicted:>12s} predicted {counted:>12s} counted")
     if ledger and (peak := record.get("device_peak_bytes")):
         say(f"peak device memory in use: {peak:,} bytes, reported by the allocator")
-    for slot in record.get("per_slot", []):
+    for layer in record.get("per_kv_layer", []):
         say(
-            f"slot {slot['slot']:3d} of layer {slot['layer']:3d}, read by "
-            f"{slot['readers']} layers: only this slot in the format, KL {slot['kl']:.2g} nats per token"
+            f"KV layer {layer['kv_layer']:3d} of layer {layer['layer']:3d}, read by "
+            f"{layer['readers']} layers: only this one in the format, KL {layer['kl']:.2g} nats per token"
         )
     return lines
 
 
-def _chosen(slot: dict[str, Any]) -> str:
+def _chosen(layer: dict[str, Any]) -> str:
     """What the policy has chosen for the heads of a KV layer: a line of the profile."""
     mean = lambda numbers: sum(numbers) / len(numbers)
-    text = f"slot {slot['slot']:3d}: {mean(slot['kept']):4.0%} of the prompt is kept"
-    if "policies" in slot:
-        shares = {name: mean(one["share"]) for name, one in slot["policies"].items()}
-        recovery = slot["recovery"]
+    text = f"KV layer {layer['kv_layer']:3d}: {mean(layer['kept']):4.0%} of the prompt is kept"
+    if "policies" in layer:
+        shares = {name: mean(one["share"]) for name, one in layer["policies"].items()}
+        recovery = layer["recovery"]
         text += f"; {', '.join(f'{name} {share:.0%}' for name, share in shares.items() if share)}"
         text += (
             f"; attention kept {mean(recovery['min']):.3f} (at one position "
@@ -222,9 +222,14 @@ def _chosen(slot: dict[str, Any]) -> str:
 
 
 def _tasks(arguments: Arguments) -> None:
-    if arguments.windows is not None or arguments.per_slot or arguments.ledger or arguments.plot:
+    if (
+        arguments.windows is not None
+        or arguments.per_kv_layer
+        or arguments.ledger
+        or arguments.plot
+    ):
         raise ValueError(
-            "--windows, --per-slot, --ledger and --plot do not apply to tasks: remove them, or --tasks"
+            "--windows, --per-kv-layer, --ledger and --plot do not apply to tasks: remove them, or --tasks"
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -146,7 +146,7 @@ def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Li
         pages = arguments.pages or arguments.rows * (longest // page + 1)
         sizes |= {"page": page, "pages": pages, "skip_matched": not arguments.whole_prefill}
         spec = prefix_spec(config, arguments.cache, **sizes)
-        retain = parse_bytes(arguments.retain, "retain") // (sum(spec.slot_bytes) // pages)
+        retain = parse_bytes(arguments.retain, "retain") // (sum(spec.kv_layer_bytes) // pages)
         spec = dataclasses.replace(spec, retain=min(retain, pages))
     return Engine(weights, spec, every=arguments.every)
 
@@ -158,7 +158,7 @@ def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments:
     summary = found.summary() | {
         "requests": len(lines),
         "hit_rate": counts.matched / counts.prompted,
-        "allocated_bytes": nbytes(engine.cache.slots),
+        "allocated_bytes": nbytes(engine.cache.kv_layers),
         "uploads": counts.uploads,
         "uploaded_bytes": counts.uploaded_bytes,
     }

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec
-from cla_jax.cache.per_token import Slot
+from cla_jax.cache.per_token import LayerCache
 from cla_jax.compressor import Compressor, classes_of, scratch_spec
 from cla_jax.decode import decode
 from cla_jax.eviction.rule import Rule
 
 
 class Masked(NamedTuple):
-    slot: Slot
+    inner: LayerCache
     kept_BKE: jax.Array
     scores_BKE: jax.Array
     classes_BKE: jax.Array
@@ -28,8 +28,8 @@ class MaskedSpec(CacheSpec):
     reads_tokens = True
     policy: Any
 
-    def write(self, p, slot: Masked, kv, step):
-        inner = super().write(p, slot.slot, kv, step)
+    def write(self, p, layer: Masked, kv, step):
+        inner = super().write(p, layer.inner, kv, step)
         rows = jnp.arange(self.batch)[:, None]
         at = jnp.where(step.positions_BT >= 0, step.positions_BT, 1 << 29)
         put = lambda held, new: held.at[rows, :, at].set(new, mode="drop")
@@ -38,47 +38,47 @@ class MaskedSpec(CacheSpec):
         scores = self.policy.first_scores(positions, tokens, heads, p)
         return Masked(
             inner,
-            put(slot.kept_BKE, True),
-            put(slot.scores_BKE, scores),
-            put(slot.classes_BKE, step.pages[step.tokens_BT][..., None]),
-            slot.rule,
+            put(layer.kept_BKE, True),
+            put(layer.scores_BKE, scores),
+            put(layer.classes_BKE, step.pages[step.tokens_BT][..., None]),
+            layer.rule,
         )
 
-    def observed(self, p, slot: Masked, q_BTKGH, step):
-        kv = self.formats[p].decode(slot.slot)
+    def observed(self, p, layer: Masked, q_BTKGH, step):
+        kv = self.formats[p].decode(layer.inner)
         s = jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, kv.k_BSKH) * q_BTKGH.shape[-1] ** -0.5
         E = s.shape[-1]
         seen = jnp.arange(E) <= step.positions_BT[..., None]
         seen &= jnp.arange(E) >= step.starts_BT[..., None]
-        seen = seen[:, :, None, None] & slot.kept_BKE[:, None, :, None]
+        seen = seen[:, :, None, None] & layer.kept_BKE[:, None, :, None]
         weights = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
         weights = jnp.where(seen, weights, 0)
         return jnp.einsum("BTKGS,BSKH->BTKGH", weights, kv.v_BSKH), weights.sum((1, 3))
 
     def settled(self, cache, notes, step):
-        slots = []
-        for slot, seen in zip(cache.slots, notes, strict=True):
-            scores = slot.scores_BKE
+        layers = []
+        for layer, seen in zip(cache.kv_layers, notes, strict=True):
+            scores = layer.scores_BKE
             if self.policy.scoring == "attention":
                 scores = scores + sum(seen)
-            rule, n = slot.rule, step.lengths_B[:, None]
+            rule, n = layer.rule, step.lengths_B[:, None]
             E = scores.shape[-1]
             at = jnp.arange(E)
             share = lambda s, f, n=n: jnp.maximum(-(-s * n // 10_000) + f, 0)
             window = jnp.maximum(share(rule.window_share, rule.window_fixed), self.policy.recent)
             sure = (at < self.policy.sinks) | (at >= (n - window)[..., None])
             sure |= (at >= rule.since[..., None]) | (
-                (slot.classes_BKE & rule.classes[..., None]) != 0
+                (layer.classes_BKE & rule.classes[..., None]) != 0
             )
-            rest = slot.kept_BKE & ~sure
+            rest = layer.kept_BKE & ~sure
             keys = (jnp.broadcast_to(-at, rest.shape), -scores, ~rest)
             order = jnp.lexsort(keys, axis=-1)
             rank = jnp.argsort(order, axis=-1)
             count = share(rule.hitters_share, rule.hitters_fixed) - rule.joint * window
             count = jnp.maximum(count, 0)[..., None]
-            kept = slot.kept_BKE & (sure | (rank < count))
-            slots.append(slot._replace(kept_BKE=kept, scores_BKE=scores))
-        return dataclasses.replace(cache, slots=tuple(slots))
+            kept = layer.kept_BKE & (sure | (rank < count))
+            layers.append(layer._replace(kept_BKE=kept, scores_BKE=scores))
+        return dataclasses.replace(cache, kv_layers=tuple(layers))
 
 
 def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[MaskedSpec, Cache]:
@@ -96,15 +96,15 @@ def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[Masked
     _, cache = jax.jit(decode, static_argnums=1)(
         compressor.weights, plain, plain.allocate(), tokens, lengths
     )
-    slots = []
+    layers = []
     classes = np.where(np.arange(T) < lengths[:, None], compressor.spec.classes_V[tokens], 0)
-    for slot, one in zip(cache.slots, compressor.chosen, strict=True):
-        E = jax.tree.leaves(slot)[0].shape[1]
+    for layer, one in zip(cache.kv_layers, compressor.chosen, strict=True):
+        E = jax.tree.leaves(layer)[0].shape[1]
         S = min(E, one.kept_BKS.shape[-1])
         padded = functools.partial(_padded, size=E, given=S)
-        slots.append(
+        layers.append(
             Masked(
-                slot,
+                layer,
                 padded(one.kept_BKS),
                 padded(np.asarray(one.choice.scores_BKS, np.float32)),
                 padded(
@@ -116,7 +116,7 @@ def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[Masked
                 jax.tree.map(jnp.asarray, one.choice.rule),
             )
         )
-    return spec, Cache(tuple(slots), cache.lengths_B, jnp.asarray(compressor.spec.classes_V))
+    return spec, Cache(tuple(layers), cache.lengths_B, jnp.asarray(compressor.spec.classes_V))
 
 
 def _padded(a: np.ndarray, *, size: int, given: int) -> jax.Array:

@@ -39,7 +39,7 @@ def test_what_a_decode_step_reads_is_counted(decode_bandwidth, tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["bandwidth"] > 0
     assert [row["batch"] for row in result["rows"]] == [1, 3]
-    # Both layers read the one slot they share: keys and values of one head in float32.
+    # Both layers read the one KV layer they share: keys and values of one head in float32.
     a_token = model.n_layers * 2 * model.d_head * 4
     for row in result["rows"]:
         assert row["bytes"] == {

@@ -64,13 +64,13 @@ def test_no_block_is_read_that_holds_nothing_seen(shards):
 def test_attention_reads_what_is_seen_not_the_capacity(name, start, length, monkeypatch):
     """Of a step's new token, in a cache for many more: blocks from its first key on to its own."""
     spec = cache_spec(MODEL, name, batch=2, capacity=8192)
-    slot, found = spec.allocate().slots[0], []
+    layer, found = spec.allocate().kv_layers[0], []
     record = lambda q, segments, *_, **__: found.extend(segments) or q
     monkeypatch.setattr(caches, "attend_segments", record)
     newest = jnp.full((2, 1), length - 1)
     spec.attend(
         0,
-        slot,
+        layer,
         jnp.zeros((2, 1, 1, 2, 8)),
         StepPositions(
             positions_BT=newest.at[1].set(-1),  # padding, which sees nothing
@@ -90,14 +90,14 @@ def test_padding_and_positions_beyond_the_end_are_dropped():
     part = Entries(8, ring=False, block=8)
     assert part.of(jnp.array([-1, 0, 7, 8, 100])).tolist() == [8, 0, 7, 8, 8]
     spec = cache_spec(MODEL, batch=1, capacity=128)
-    slot = spec.allocate().slots[0]
+    layer = spec.allocate().kv_layers[0]
     kv = KV(*(jnp.ones((1, 1, 1, 8)) for _ in range(2)))
     zero = jnp.zeros((1, 1), jnp.int32)
     at = lambda position: StepPositions(jnp.array([[position]]), zero, jnp.array([position + 1]))
     for position in (-1, 128, 1000):
-        written = spec.write(0, slot, kv, at(position))
+        written = spec.write(0, layer, kv, at(position))
         assert all((a == 0).all() for a in jax.tree.leaves(written))
-    assert jax.tree.leaves(spec.write(0, slot, kv, at(127)))[0][0, 127].min() == 1
+    assert jax.tree.leaves(spec.write(0, layer, kv, at(127)))[0][0, 127].min() == 1
 
 
 # ----------------------------------------------------------------------------- what formats keep
@@ -108,7 +108,7 @@ def roundtrip(format, kv):
     T, (_, S, K, H) = 40, kv.k_BSKH.shape
     config = replace(MODEL, kv_map="identity", n_layers=1, n_heads=K, n_kv_heads=K, d_head=H)
     spec = cache_spec(config, format, batch=2, capacity=S, chunk=T)
-    (slot,) = spec.allocate().slots
+    (layer,) = spec.allocate().kv_layers
     write = jax.jit(spec.write, static_argnums=0)
     for i in range(0, S, T):
         part = KV(*(a[:, i : i + T] for a in kv))
@@ -116,10 +116,10 @@ def roundtrip(format, kv):
             np.arange(i, i + part.k_BSKH.shape[1]), (2, part.k_BSKH.shape[1])
         )
         step = StepPositions(positions, jnp.zeros_like(positions), positions.max(axis=1) + 1)
-        slot = write(0, slot, part, step)
+        layer = write(0, layer, part, step)
     lengths = jnp.full(2, S)
     found = KV(*(np.zeros(a.shape, np.float32) for a in kv))
-    for segment in spec.formats[0].segments(slot, lengths, jnp.int32(0), spec.part(0)):
+    for segment in spec.formats[0].segments(layer, lengths, jnp.int32(0), spec.part(0)):
         for i in range(int(segment.first), int(segment.end)):
             positions = np.asarray(segment.positions(i))[0]
             block, here = segment.read(i), positions < S
@@ -229,7 +229,7 @@ def test_kivi_quantises_whole_groups_and_keeps_128():
 @functools.cache
 def decoded_whole(H):
     """A model of head size H, texts of 300 tokens, and the scores of what follows them."""
-    # One size with several slots, read again late, and keys and values shared differently.
+    # One size with several KV layers, read again late, and keys and values shared differently.
     n_layers, kv_map = (4, "k=0,0,2,0;v=0,1,1,0") if H == 46 else (2, "0,0")
     config = replace(MODEL, d_head=H, n_heads=2, n_layers=n_layers, kv_map=kv_map)
     model = make(config)
@@ -262,7 +262,7 @@ def test_every_format_decodes_close_to_the_full_forward(name, H):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("H", HEADS)
 def test_predicted_bytes_are_those_of_the_live_cache(name, H):
-    """Rings and slots that are read again too, at lengths in and out of step with blocks and groups."""
+    """Rings and KV layers that are read again too, at lengths in and out of step with blocks and groups."""
     config = replace(
         MODEL,
         d_head=H,
@@ -276,7 +276,7 @@ def test_predicted_bytes_are_those_of_the_live_cache(name, H):
     for capacity, context in ((300, 130), (300, 300), (96, 50))[: 3 if H == 46 else 1]:
         spec = cache_spec(config, name, batch=2, capacity=capacity, chunk=8)
         cache = spec.allocate()
-        cache = type(cache)(cache.slots, jnp.full(2, context))
+        cache = type(cache)(cache.kv_layers, jnp.full(2, context))
         step = lambda spec, cache: decode(
             weights, spec, cache, jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
         )
@@ -287,7 +287,7 @@ SPLIT = ("fused-lite", "k=cla:2;v=identity", "k=cla:3;v=cla:2")
 
 
 @pytest.mark.parametrize("kv_map", ["identity", "cla:2", "0,1,0,1,0,1", "0,1,2,1,2,2", *SPLIT])
-def test_every_reader_of_a_slot_is_counted(kv_map):
+def test_every_reader_of_a_kv_layer_is_counted(kv_map):
     """Equal groups are traced once in a program, and each reads all the same."""
     config = replace(MODEL, n_layers=6, kv_map=kv_map)
     weights, spec = decoding_weights(make(config)), cache_spec(config, batch=2, capacity=100)
@@ -295,14 +295,14 @@ def test_every_reader_of_a_slot_is_counted(kv_map):
     step = lambda spec, cache: decode(weights, spec, cache, one, one[:, 0])
     cache = spec.allocate()
     step(spec, cache)  # known to jax already
-    found = ledger.counted(spec, type(cache)(cache.slots, jnp.full(2, 100)), step)
+    found = ledger.counted(spec, type(cache)(cache.kv_layers, jnp.full(2, 100)), step)
     assert found == ledger.predicted(spec, 100)
     made = config.sharing.count("k") + config.sharing.count("v")
     assert found.read * made == 2 * config.n_layers * found.resident
 
 
 def test_bytes_in_numbers():
-    """MQA with H = 128 at 2048 tokens in 16 bits, two slots of four layers, by hand."""
+    """MQA with H = 128 at 2048 tokens in 16 bits, two KV layers of four layers, by hand."""
     config = ModelConfig(
         vocab_size=8,
         n_layers=4,
@@ -347,10 +347,10 @@ def test_no_other_bytes_are_counted_than_those_of_live_arrays():
     )
     cache = spec.allocate()
     widened = lambda half: half._replace(codes=half.codes.astype("int16"))
-    wide = tuple(s._replace(k_BSKH=widened(s.k_BSKH)) for s in cache.slots)
+    wide = tuple(s._replace(k_BSKH=widened(s.k_BSKH)) for s in cache.kv_layers)
     found = ledger.counted(spec, type(cache)(wide, jnp.full(2, 100)), lambda *_: None)
     assert found.allocated > ledger.predicted(spec, 100).allocated
-    shorter = ledger.counted(spec, type(cache)(cache.slots, jnp.full(2, 60)), step)
+    shorter = ledger.counted(spec, type(cache)(cache.kv_layers, jnp.full(2, 60)), step)
     assert shorter.resident == 0.6 * ledger.predicted(spec, 100).resident
 
 
@@ -375,7 +375,7 @@ def compiled_loop(spec):
 
 
 def assert_updated_in_place(compiled, cache):
-    """Nothing but an update in place yields an array as large as a slot's."""
+    """Nothing but an update in place yields an array as large as a KV layer's."""
     held = ledger.nbytes(cache)
     whole = {
         f"{short_name(leaf.dtype)}[{','.join(map(str, leaf.shape))}]"
@@ -428,7 +428,7 @@ def short_name(dtype) -> str:
         ("dense", {"batch": 0}, "batch = 0"),
         (["dense", "int9"], {}, "unknown cache format 'int9'"),
         ("dense", {"chunk": 0}, "chunk = 0"),
-        ([make_format("int8", "float32")], {}, "1 cache formats for a model of 2 slots"),
+        ([make_format("int8", "float32")], {}, "1 cache formats for a model of 2 KV layers"),
     ],
 )
 def test_caches_that_cannot_be_are_refused(format, options, words):

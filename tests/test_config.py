@@ -212,13 +212,13 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
 
 def test_a_map_follows_the_depth():
     assert replace(MODEL, n_layers=7).resolved_kv_map == (0, 1, 1, 3, 3, 5, 5)
-    assert MODEL.n_slots == 2
+    assert MODEL.n_kv_layers == 2
 
 
 def test_keys_and_values_are_shared_as_their_maps_say():
     split = replace(MODEL, kv_map="k=cla:2;v=identity", windows="16,16,0,0")
     assert (split.sharing.k_map, split.sharing.v_map) == ((0, 0, 2, 2), (0, 1, 2, 3))
-    assert (split.n_slots, [kv.holds for kv in split.sharing.kv_layers]) == (4, ["kv", "v"] * 2)
+    assert (split.n_kv_layers, [kv.holds for kv in split.sharing.kv_layers]) == (4, ["kv", "v"] * 2)
     assert [kv.window for kv in split.sharing.kv_layers] == [16, 16, 0, 0]
     assert split.kv_elements == 6 * MODEL.n_kv_heads * MODEL.d_head
     with pytest.raises(ValueError, match="different maps for keys and values"):

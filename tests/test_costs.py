@@ -61,7 +61,7 @@ def kv_weights(model: ModelConfig) -> list[jax.Array]:
 def test_consumers_have_no_kv_parameters(model):
     """One projection for each KV layer, of what it makes; 10 layers under CLA3 have 4."""
     weights = kv_weights(model)
-    assert sum(weight.shape[0] for weight in weights) == model.n_slots
+    assert sum(weight.shape[0] for weight in weights) == model.n_kv_layers
     made = sum(weight.shape[0] * weight.shape[2] for weight in weights)
     assert made == model.sharing.count("k") + model.sharing.count("v")
 
@@ -131,10 +131,10 @@ def test_kv_bytes_divide_what_is_held_and_written_but_not_what_is_read():
 def test_windows_bound_what_is_held_and_read():
     windowed = replace(MODEL, kv_map="0,0,2,2", windows="16,16,0,0")
     found = costs.kv_bytes(windowed, 64)
-    slot = 2 * 8 * 2
-    assert found.resident * 64 == slot * (16 + 64)
-    assert found.written == slot * 2
-    assert found.read * 64 == slot * 2 * (16 + 64)
+    of_token = 2 * 8 * 2
+    assert found.resident * 64 == of_token * (16 + 64)
+    assert found.written == of_token * 2
+    assert found.read * 64 == of_token * 2 * (16 + 64)
     assert costs.kv_bytes(windowed, 10) == costs.kv_bytes(replace(windowed, windows="0"), 10)
 
 

@@ -138,7 +138,7 @@ def test_any_model_any_chunk_any_lengths(config, chunk, lengths):
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     empty = spec.allocate()
     last, cache = prefill(weights, spec, empty, prompts)
-    assert all(array.is_deleted() for array in jax.tree.leaves(empty.slots))  # filled in place
+    assert all(array.is_deleted() for array in jax.tree.leaves(empty.kv_layers))  # filled in place
     rows, at = np.arange(3), np.array(lengths)
     assert_close(project(last[:, None], weights.head, spec.rules)[:, 0], expected[rows, at - 1])
     for i in range(20):
@@ -168,7 +168,7 @@ def test_documents_stay_apart_in_the_cache_too(windows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["dense", "int8", "kivi4"])
-def test_a_ring_is_as_good_as_a_whole_slot(format):
+def test_a_ring_is_as_good_as_a_whole_kv_layer(format):
     """Long enough that groups in the ring are written over; a window and a step take more than a unit."""
     model = make(replace(MODEL, windows="100"))
     tokens = np.random.default_rng(2).integers(0, 260, (1, 700))
@@ -219,7 +219,7 @@ def test_no_more_tokens_are_counted_than_a_step_has():
 
 
 def test_a_cache_that_was_reset_is_as_new():
-    """Nothing of its former rows is seen, in rings and quantised slots too."""
+    """Nothing of its former rows is seen, in rings and quantised KV layers too."""
     config = replace(MODEL, n_layers=4, kv_map="cla:2", windows="0,0,20,20")
     weights = decoding_weights(make(config))
     for format in ("dense", "kivi4"):
@@ -264,10 +264,10 @@ def test_a_consumer_one_position_off_would_be_noticed(monkeypatch):
     model = make(config)
     attend, calls = CacheSpec.attend, []
 
-    def advanced(self, p, slot, q_BTKGH, step):
+    def advanced(self, p, layer, q_BTKGH, step):
         calls.append(1)
         late = step.positions_BT + 1 - len(calls) % 2  # the second layer of the two
-        return attend(self, p, slot, q_BTKGH, step._replace(positions_BT=late))
+        return attend(self, p, layer, q_BTKGH, step._replace(positions_BT=late))
 
     _group.clear_cache()
     monkeypatch.setattr(CacheSpec, "attend", advanced)
@@ -276,13 +276,13 @@ def test_a_consumer_one_position_off_would_be_noticed(monkeypatch):
     assert jnp.abs(ours - full_logits(model, TOKENS)).max() > 1e-2
 
 
-def test_no_slot_is_allocated_or_written_for_a_consumer(monkeypatch):
+def test_no_kv_layer_is_allocated_or_written_for_a_consumer(monkeypatch):
     """transformers#39764, gemma.cpp#1012: consumers called update and wasted what they should save."""
     config = replace(MODEL, kv_map="0,0,2,0")
     model = make(config)
     weights = decoding_weights(model)
     spec = cache_spec(config, batch=3, capacity=T, chunk=T)
-    assert len(spec.allocate().slots) == 2
+    assert len(spec.allocate().kv_layers) == 2
     written = []
     write = type(spec.formats[0]).write
     recorded = lambda self, *args: written.append(1) or write(self, *args)
@@ -294,7 +294,7 @@ def test_no_slot_is_allocated_or_written_for_a_consumer(monkeypatch):
 
 
 def test_equal_groups_are_traced_once():
-    """By the format and window of their slot, and their own shape."""
+    """By the format and window of their KV layer, and their own shape."""
     config = replace(MODEL, n_layers=8, kv_map="0,0,2,2,4,4,6,7", windows="0,0,0,0,9,9,0,0")
     weights = decoding_weights(make(config))
     spec = cache_spec(config, batch=3, capacity=T, chunk=T)
@@ -306,8 +306,8 @@ def test_equal_groups_are_traced_once():
 
 
 @pytest.mark.parametrize("kv_map", ["0,0,2,2", "0,0,2,0", "0,1,0,1"])
-def test_slots_are_found_by_their_producer_not_by_counting_layers(kv_map):
-    """kvcached#417 and others: the map 0,0,2,2 has slots 0 and 1 for producers 0 and 2."""
+def test_kv_layers_are_found_by_their_producer_not_by_counting_layers(kv_map):
+    """kvcached#417 and others: the map 0,0,2,2 has KV layers 0 and 1 for producers 0 and 2."""
     model = make(replace(MODEL, kv_map=kv_map))
     assert_close(cached_logits(model, TOKENS, 50), full_logits(model, TOKENS))
 
@@ -317,6 +317,6 @@ def test_a_shared_cache_holds_half_the_bytes():
     for kv_map in ("identity", "cla:2", "0,0,2,2"):
         config = replace(MODEL, kv_map=kv_map)
         cache = cache_spec(config, batch=2, capacity=100).allocate()
-        live[kv_map] = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.slots))
+        live[kv_map] = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.kv_layers))
     assert live["identity"] == 4 * 2 * 128 * 2 * 8 * 4  # L, B, capacity in blocks, K and V, H, f32
     assert live["cla:2"] == live["0,0,2,2"] == live["identity"] // 2

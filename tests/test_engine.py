@@ -324,7 +324,7 @@ def test_bytes_of_shared_chunks_from_the_tree_and_from_live_arrays():
     assert ledger.counted_shared(engine.spec, engine._batch.cache) == predicted
     token = (
         2 * 2 * SHARED.d_head * 4
-    )  # one slot for both layers: keys and values of two heads, float32
+    )  # one KV layer for both: keys and values of two heads, float32
     alone = sum(22 + len(r.completion.tokens) - 1 - 20 for r in engine._requests if r)
     assert predicted.allocated == 24 * 4 * token
     assert predicted.resident == (20 + alone) * token

@@ -150,13 +150,13 @@ def test_agreement_is_what_its_names_say(session):
     assert abs(reverse / kl - 1) > 3e-3
 
 
-def test_the_error_of_one_slot_is_felt_by_its_readers_only(session):
+def test_the_error_of_one_kv_layer_is_felt_by_its_readers_only(session):
     model = reference.randomised(session.config.model)
     with jax.set_mesh(session.mesh):
-        slots = sensitivity(session, model, "fp8", chunk=16, windows=8)
+        layers = sensitivity(session, model, "fp8", chunk=16, windows=8)
         whole = agreement(session, model, "fp8", chunk=16, windows=8)
-    assert [(s["slot"], s["layer"], s["readers"]) for s in slots] == [(0, 0, 2), (1, 2, 2)]
-    assert all(1e-6 < s["kl"] < whole["kl"] for s in slots)
+    assert [(s["kv_layer"], s["layer"], s["readers"]) for s in layers] == [(0, 0, 2), (1, 2, 2)]
+    assert all(1e-6 < s["kl"] < whole["kl"] for s in layers)
 
 
 def test_ledger_counts_what_the_closed_form_predicts(session):
@@ -170,7 +170,7 @@ def test_ledger_counts_what_the_closed_form_predicts(session):
         assert record["kv_bytes"][name]["counted"] == getattr(predicted, name)
     # CLA2: half the layers are held and written, every layer reads.
     assert record["kv_bytes"]["read"]["counted"] == 2 * record["kv_bytes"]["resident"]["counted"]
-    assert record["readers_per_slot"] == [2, 2]
+    assert record["readers_per_kv_layer"] == [2, 2]
 
 
 def test_a_chunk_must_divide_the_window(session):
@@ -203,9 +203,11 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
             assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
 
 
-def test_slots_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
+def test_kv_layers_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
     session = SimpleNamespace(config=tiny(**{"model.kv_map": "k=cla:2;v=identity"}))
-    with pytest.raises(ValueError, match=r"per_slot: .* read keys and values in different formats"):
+    with pytest.raises(
+        ValueError, match=r"per_kv_layer: .* read keys and values in different formats"
+    ):
         sensitivity(session, None, "int8")
 
 
@@ -215,15 +217,15 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     config = tiny(steps=2, **{"model.n_layers": 2})
     train(config, evaluate=lambda *_: {})
     (run,) = find_runs([config.placement.runs])
-    records = dict(evaluate(run, formats=("dense", "int8"), chunk=32, per_slot=True))
+    records = dict(evaluate(run, formats=("dense", "int8"), chunk=32, per_kv_layer=True))
     assert list(records) == ["full", "cached-dense", "cached-int8"]
     assert run.evals().keys() == records.keys()
     int8 = run.evals()["cached-int8"]
     dense = run.evals()["cached-dense"]
-    # One slot: K and V, codes and scale.
+    # One KV layer: K and V, codes and scale.
     assert int8["kv_bytes"]["resident"]["counted"] == 2 * (8 + 2)
     assert dense["kv_bytes"]["resident"]["counted"] == 2 * 8 * 4
-    assert [slot["readers"] for slot in int8["per_slot"]] == [2]
+    assert [layer["readers"] for layer in int8["per_kv_layer"]] == [2]
     rows = report.read([run])
     assert [(row.cache, row.kv_bytes) for row in rows] == [("", 32), ("int8", 20)]
     with pytest.raises(ValueError, match="unknown cache format 'int4'; did you mean int8"):
@@ -237,7 +239,7 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
         noted = lambda *a, real=real, **k: done.append(a[2:]) or real(*a, **k)
         monkeypatch.setattr(evaluation, name, noted)
     same = {"formats": ("dense", "int8"), "chunk": 32}
-    assert dict(evaluate(run, **same, per_slot=True)).keys() == records.keys()
+    assert dict(evaluate(run, **same, per_kv_layer=True)).keys() == records.keys()
     assert done == [("int8",)]
     done.clear()
     assert dict(evaluate(run, **same)) == run.evals()

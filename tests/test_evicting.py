@@ -58,9 +58,9 @@ def continued(weights, spec, cache, tokens, counts):
 
 
 def kept_of(cache):
-    """The positions in each head's entries, of each slot."""
+    """The positions in each head's entries, of each KV layer."""
     found = []
-    for pool in cache.slots:
+    for pool in cache.kv_layers:
         table, positions = np.asarray(pool.table), np.asarray(pool.positions)
         found.append(
             [
@@ -126,19 +126,19 @@ def assert_storage_equals_mask(config, policy, lengths, chunk):
     theirs, masked = continued(compressor.weights, spec, masked, tokens, counts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     expected = [
-        [[np.flatnonzero(head).tolist() for head in row] for row in np.asarray(slot.kept_BKE)]
-        for slot in masked.slots
+        [[np.flatnonzero(head).tolist() for head in row] for row in np.asarray(layer.kept_BKE)]
+        for layer in masked.kv_layers
     ]
     assert kept_of(cache) == expected
     if compressor.spec.ranks:
-        for pool, slot in zip(cache.slots, masked.slots, strict=True):
-            scores = scores_of(pool, slot.scores_BKE.shape)
+        for pool, layer in zip(cache.kv_layers, masked.kv_layers, strict=True):
+            scores = scores_of(pool, layer.scores_BKE.shape)
             np.testing.assert_allclose(
-                scores[slot.kept_BKE], slot.scores_BKE[slot.kept_BKE], rtol=1e-4
+                scores[layer.kept_BKE], layer.scores_BKE[layer.kept_BKE], rtol=1e-4
             )
-    total = sum(len(head) for slot in expected for row in slot for head in row)
+    total = sum(len(head) for layer in expected for row in layer for head in row)
     everything = sum(lengths) + 48 - chunk
-    assert total < everything * config.n_kv_heads * config.n_slots  # something was evicted
+    assert total < everything * config.n_kv_heads * config.n_kv_layers  # something was evicted
 
 
 def test_full_keeps_everything_and_gives_the_tokens_of_a_dense_cache():
@@ -212,7 +212,7 @@ def test_the_profile_is_that_of_whole_attention():
         compressor.weights, scratch.allocate(), tokens, lengths, np.zeros_like(tokens), spec=scratch
     )
     (readers,), notes = encoded.pages.queries, encoded.pages[1:]
-    keys = np.asarray(encoded.slots[0].k_BSKH, np.float64)[:, :48]
+    keys = np.asarray(encoded.kv_layers[0].k_BSKH, np.float64)[:, :48]
     S, at = 48, np.arange(48)
     seen = (at[None, :] <= at[:, None]) & (at < lengths[:, None])[:, :, None]
     weights = []
@@ -222,14 +222,14 @@ def test_the_profile_is_that_of_whole_attention():
         with np.errstate(invalid="ignore"):
             p = np.exp(s - s.max(-1, keepdims=True))
             weights.append(np.nan_to_num(p / p.sum(-1, keepdims=True)))
-    received, observed = scratch.received(0, encoded.slots[0], readers, notes, observation=5)
+    received, observed = scratch.received(0, encoded.kv_layers[0], readers, notes, observation=5)
     np.testing.assert_allclose(received, sum(p.sum((2, 3)) for p in weights), atol=1e-4)
     last = (at >= lengths[:, None] - 5) & (at < lengths[:, None])
     expected = sum(np.einsum("bktgs,bt->bks", p, last) for p in weights)
     np.testing.assert_allclose(observed, expected, atol=1e-4)
     dropped = np.random.default_rng(0).random((3, 2, 2, S)) < 0.5
     bands = np.array([[1, 1], [7, 9], [3, 40]], np.int32)
-    mean, worst, late = scratch.lost(0, encoded.slots[0], readers, notes, dropped, bands)
+    mean, worst, late = scratch.lost(0, encoded.kv_layers[0], readers, notes, dropped, bands)
     for c, r in itertools.product(range(3), range(2)):
         far = (at[:, None] - at[None, :]) >= bands[c][:, None, None]
         gone = np.einsum("bktgs,bks,bts->bkgt", weights[r], dropped[c], far)

@@ -83,7 +83,7 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
         ({"formats": "window:keep=0.1"}, "0.1 of a prompt of 16 tokens is 2, less than the 12"),
         ({"formats": "window:keep=0.9", "prompt": 1.0}, "prompt = 1.0 must lie between 0 and 1"),
         ({"formats": "window:keep=0.9", "chunk": 32}, "positive multiple of chunk = 32"),
-        ({"formats": "fastgen", "per_slot": True}, "per_slot does not support"),
+        ({"formats": "fastgen", "per_kv_layer": True}, "per_kv_layer does not support"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_compiled(run, options, words):

@@ -101,7 +101,7 @@ def test_generation_on_a_mesh_gives_the_same_tokens(way):
         spec = cache_spec(config, batch=4, capacity=300, chunk=16, rules=rules)
         assert tokens(generate(weights, spec, prompts, seeds=1, **OPTIONS)) == tokens(alone)
         cache = spec.allocate()
-        held = cache.slots[0].k_BSKH
+        held = cache.kv_layers[0].k_BSKH
         expected = {
             "heads": (("slice", "data", "fsdp"), None, "model", None),
             "replicated": (("slice", "data", "fsdp"), None, None, None),

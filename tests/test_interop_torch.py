@@ -293,7 +293,7 @@ def test_an_export_generates_the_same_tokens_from_the_producers_cache(exported):
     # Two rows; the last token was never put in.
     per_token = 2 * config.n_kv_heads * config.d_head * 4
     assert sum(array.numel() * array.element_size() for array in arrays) == (
-        2 * 28 * per_token * config.n_slots
+        2 * 28 * per_token * config.n_kv_layers
     )
 
 

@@ -90,7 +90,7 @@ def test_keys_and_values_have_maps_of_their_own(text, layers, k_map, v_map):
 
 
 @pytest.mark.parametrize(
-    ("text", "slots"),
+    ("text", "layers"),
     [
         ("cla:2", range(0, 20, 2)),
         ("cla:3", [0, 2, 5, 8, 11, 14, 17]),  # table 1: 7 KV layers
@@ -100,9 +100,9 @@ def test_keys_and_values_have_maps_of_their_own(text, layers, k_map, v_map):
         ("dense-back", [0, 1, *range(11, 20)]),
     ],
 )
-def test_the_papers_twenty_layers(text, slots):
+def test_the_papers_twenty_layers(text, layers):
     sharing = of_one(m.resolve(text, 20)[0])
-    assert [kv.layer for kv in sharing.kv_layers] == list(slots)
+    assert [kv.layer for kv in sharing.kv_layers] == list(layers)
     assert all(kv.holds == "kv" for kv in sharing.kv_layers)
 
 
@@ -120,7 +120,7 @@ def test_groups_stacks_and_kv_layers_of_any_maps(pair):
         makes = "k" * (k_map[here] == here) + "v" * (v_map[here] == here)
         reused = "k" * (here in k_map[end:]) + "v" * (here in v_map[end:])
         assert (group.makes, group.reused) == (makes, reused)
-        k, v = sharing.slots(group)
+        k, v = sharing.read_by(group)
         assert (kv_layers[k].layer, kv_layers[v].layer) == (group.k_source, group.v_source)
     made = {i for i in range(len(k_map)) if i in (k_map[i], v_map[i])}
     assert [kv.layer for kv in kv_layers] == sorted(made)

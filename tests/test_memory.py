@@ -69,7 +69,7 @@ def test_what_fits_is_the_last_sequence_that_does():
     held = lambda n: found.weights + n * (found.kv + found.workspace)
     assert held(found.sequences) <= 2_000_000 < held(found.sequences + 1)
     spec = cache_spec(MODEL, "int8", batch=3, capacity=100, chunk=8)
-    assert 3 * found.kv == ledger.nbytes(spec.allocate().slots)
+    assert 3 * found.kv == ledger.nbytes(spec.allocate().kv_layers)
     longer = memory.fit(MODEL, "dense", context=4096, budget=20_000_000, chunk=1)
     assert (found.binds, longer.binds) == ("workspace", "KV cache")
 
@@ -114,7 +114,7 @@ def test_what_fits_by_the_closed_forms_fits_by_the_compiler(format, capacity, ch
     """Where the newest tokens, which kivi reads at once, are more than a block of the others."""
     config = replace(MODEL, d_model=128, d_ff=256, n_heads=8, d_head=32)
     spec = cache_spec(config, format, batch=32, capacity=capacity, chunk=chunk)
-    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().slots)
+    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().kv_layers)
     for phase in memory.compiled(spec).values():
         assert phase.total < held + 32 * memory.workspace_bytes(spec, chunk)
 
@@ -150,7 +150,7 @@ def test_the_compiler_agrees_with_the_closed_forms():
     config = replace(MODEL, d_model=128, d_ff=256, n_heads=8, d_head=32)
     spec = cache_spec(config, batch=16, capacity=1024, chunk=128)
     peaks = memory.compiled(spec)
-    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().slots)
+    held = memory.weights_bytes(config) + ledger.nbytes(spec.allocate().kv_layers)
     for phase in peaks.values():
         assert phase.arguments == pytest.approx(held, rel=0.01)
         assert phase.total >= phase.arguments + phase.temporaries

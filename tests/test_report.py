@@ -143,7 +143,7 @@ def test_the_columns_of_a_finished_run(tmp_path):
         "kv_map": "cla:2",
         "parameters\nno embed.": reading.human(costs.parameters(model).non_embedding),
         "parameters\ntotal": reading.human(costs.parameters(model).total),
-        "KV bytes\nper token": "256",  # K and V, 1 head of 32, 2 bytes, 2 slots
+        "KV bytes\nper token": "256",  # K and V, 1 head of 32, 2 bytes, 2 KV layers
         "perplexity": "12.500",
         "bits per\nbyte": "0.9110",
         "perplexity\ncached": "12.501",
@@ -263,7 +263,7 @@ def test_a_further_cache_format_is_a_line_and_a_point_of_its_own(tmp_path):
     found = rows(run)
     full, int8 = reading.points(found)
     assert (full.kv_bytes, full.quality) == (512, 10.0)
-    # K and V of 4 slots: 32 codes and a scale of 16 bits.
+    # K and V of 4 KV layers: 32 codes and a scale of 16 bits.
     assert (int8.label, int8.kv_bytes, int8.quality) == ("a, int8", 272, 10.2)
     assert int8.series != full.series
     assert int8.colour == full.colour  # one run
@@ -285,7 +285,7 @@ def test_what_a_format_does_not_quantise_counts_16_bits_whatever_the_model_compu
     }
     # 64 tokens: none is old enough for kivi to quantise it.
     assert at(None) == {"": 512, "int8": 272, "kivi4": 512, "bfloat16": 512, "float32": 1024}
-    # 128 newest tokens in full, 1,920 as 16 + 4 bytes of keys and as many of values, 4 slots.
+    # 128 newest tokens in full, 1,920 as 16 + 4 bytes of keys and as many of values, 4 KV layers.
     assert at(2048)["kivi4"] == 4 * (128 * 128 + 1920 * 40) / 2048 == 182
     assert at(2048)["int8"] == 272
     assert "at 2,048 tokens of context" in reading.caption(report.read([run], 2048))

@@ -242,6 +242,24 @@ def test_who_does_not_write_only_checks(tiny):
         runs.open_run(tiny(seed=7), **options, write=False)
 
 
+def test_an_evaluation_with_former_names_of_fields_is_read(tiny):
+    run = begun(tiny())
+    of_layer = {"layer": 2, "readers": 2, "kl": 0.1}
+    former = {
+        "readers_per_slot": [2, 2],
+        "per_slot": [{"slot": 1} | of_layer],
+        "profile": [{"slot": 0, "kept": [0.5]}],
+    }
+    run.write_eval("cached-int8", former | {"step": 1})
+    assert run.eval("cached-int8") == {
+        "readers_per_kv_layer": [2, 2],
+        "per_kv_layer": [{"kv_layer": 1} | of_layer],
+        "profile": [{"kv_layer": 0, "kept": [0.5]}],
+        "step": 1,
+    }
+    assert run.evals() == {"cached-int8": run.eval("cached-int8")}
+
+
 def test_a_damaged_evaluation_is_kept_aside_and_a_later_one_is_kept_and_named(tiny, caplog):
     run = opened(tiny())
     for damaged in ("[]", '{"step": "x"}', "{"):

@@ -168,7 +168,7 @@ def test_maps_are_drawn_or_take_the_least_damage():
     drawn = {start.random_map(config, 3, seed) for seed in range(8)}
     assert len(drawn) > 3
     for kv_map in drawn:
-        assert replace(config, kv_map=kv_map).n_slots == 3
+        assert replace(config, kv_map=kv_map).n_kv_layers == 3
     damage = {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.2, 5: 0.3}
     assert start.least_damaged(config, damage, 3) == "0,1,1,3,3,3"
     shared = replace(config, kv_map="0,0,2,2,4,4")

@@ -1,14 +1,14 @@
 """KV caches: one file a format, behind one small protocol.
 
-A cache has one slot for each layer that makes keys or values, and none for consumers. A slot is a `KV` of
-whatever pytrees its format likes; None for what the layer does not make. The model hands it from the
-producer's write to the readers of the group and never looks inside. A slot that only layers with a sliding
-window read is a ring of the newest tokens, in every format.
+A cache keeps the KV layers, which make keys or values, and nothing for consumers. It keeps of each a `KV` of
+whatever pytrees its format likes; None for what the layer does not make. The model hands that from the
+producer's write to the readers of the group and never looks inside. What only layers with a sliding window
+read is a ring of the newest tokens, in every format.
 
     spec = cache_spec(config, "int8", batch=8, capacity=2048, chunk=256)
     cache = spec.allocate()
 
-A `CacheSpec` is static: it knows which format, window and capacity each slot has. The `Cache` is the
+A `CacheSpec` is static: it knows which format, window and capacity each KV layer has. The `Cache` is the
 pytree of arrays that a decode step is given and returns.
 """
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.kivi import Kivi
-from cla_jax.cache.per_token import PerToken, Shape, Slot
+from cla_jax.cache.per_token import LayerCache, PerToken, Shape
 from cla_jax.cache.quantized import Fp8, Int8
 from cla_jax.config import CACHE_FORMATS, LatentKV, ModelConfig
 from cla_jax.kv_map import Halves
@@ -63,37 +63,39 @@ class CacheFormat(Protocol):
         """Tokens that may be read at once, so that what is decoded stays small beside the cache."""
         ...
 
-    # Tokens that a slot has room for, and attention reads at once, beside its entries.
+    # Tokens that a KV layer has room for, and attention reads at once, beside its entries.
     in_full: ClassVar[int]
 
     def entries(self, tokens: int) -> int:
-        """Entries that a slot for so many tokens needs, before rounding up to blocks."""
+        """Entries that a KV layer for so many tokens needs, before rounding up to blocks."""
         ...
 
     def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> Any:
-        """The arrays of a slot: a `KV` of pytrees of `Shape`, or of None for what it does not hold."""
+        """The arrays of a KV layer: a `KV` of pytrees of `Shape`, or of None for what it does not hold."""
         ...
 
-    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+    def write(
+        self, layer: LayerCache, kv: KV, positions_BT: jax.Array, entries: Entries
+    ) -> LayerCache:
         """Puts in the KV of T new tokens per row. Those at negative positions are padding: dropped."""
         ...
 
     def segments(
-        self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+        self, layer: LayerCache, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         """What attention reads, of rows of so many tokens, if nobody sees positions before `first`."""
         ...
 
-    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
-        """Closed form: bytes that a slot of so many entries occupies, for one row."""
+    def kv_layer_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
+        """Closed form: bytes that a KV layer of so many entries occupies, for one row."""
         ...
 
     def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
-        """Closed form: bytes of a slot that positions `first` to `tokens` of one row use."""
+        """Closed form: bytes of a KV layer that positions `first` to `tokens` of one row use."""
         ...
 
     def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
-        """Closed form: bytes written to such a slot for a new token of one row, on average."""
+        """Closed form: bytes written to such a KV layer for a new token of one row, on average."""
         ...
 
 
@@ -122,7 +124,7 @@ def make_format(name: str, dtype: str) -> CacheFormat:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    slots: tuple[Slot, ...]
+    kv_layers: tuple[LayerCache, ...]
     lengths_B: jax.Array  # tokens of each row so far
     pages: Any = None  # see `StepPositions`
 
@@ -136,12 +138,12 @@ class CacheSpec:
     """Everything static about a cache. Make it with `cache_spec`, which checks it."""
 
     config: ModelConfig
-    formats: tuple[CacheFormat, ...]  # of each slot
+    formats: tuple[CacheFormat, ...]  # of each KV layer
     batch: int
     capacity: int  # tokens of a row
     chunk: int  # the most tokens that a step writes
     rules: AxisRules
-    shards: int  # devices that hold parts of one slot
+    shards: int  # devices that hold parts of one KV layer
     attention: str = decode_kernels.XLA  # what reads the cache, if it takes a step's queries
 
     # Whether a write needs to know which tokens it is of.
@@ -167,17 +169,17 @@ class CacheSpec:
 
     @functools.cached_property
     def windows(self) -> tuple[int, ...]:
-        """The window of the layers that read each slot; 0 for none."""
+        """The window of the layers that read each KV layer; 0 for none."""
         return tuple(kv.window for kv in self.config.sharing.kv_layers)
 
     @functools.cached_property
     def readers(self) -> tuple[int, ...]:
-        """How many layers read each slot."""
+        """How many layers read each KV layer."""
         return tuple(kv.readers for kv in self.config.sharing.kv_layers)
 
     @functools.cached_property
     def readers_of(self) -> tuple[dict[str, int], ...]:
-        """How many layers read each half that a slot holds: the keys, `k`, and the values, `v`."""
+        """How many layers read each half that a KV layer holds: the keys, `k`, and the values, `v`."""
         each = (
             (kv.holds, {"k": kv.k_readers, "v": kv.v_readers})
             for kv in self.config.sharing.kv_layers
@@ -186,28 +188,28 @@ class CacheSpec:
 
     @functools.cached_property
     def holds(self) -> tuple[Halves, ...]:
-        """What each slot holds: keys, values, or both."""
+        """What each KV layer holds: keys, values, or both."""
         return tuple(kv.holds for kv in self.config.sharing.kv_layers)
 
     def representative(self, p: int) -> int:
-        """The first slot with the format and the window of slot p: code that is compiled for it serves p."""
-        kind = lambda slot: (self.formats[slot], self.windows[slot])
-        return next(slot for slot in range(p + 1) if kind(slot) == kind(p))
+        """The first KV layer with the format and the window of p: code that is compiled for it serves p."""
+        kind = lambda layer: (self.formats[layer], self.windows[layer])
+        return next(layer for layer in range(p + 1) if kind(layer) == kind(p))
 
     def is_ring(self, p: int) -> bool:
         return self.windows[p] > 0 and self.windows[p] + self.chunk - 1 < self.capacity
 
     def _tokens(self, p: int) -> int:
-        """Tokens that slot p must hold. A ring has room for a window and what a step writes, so that
+        """Tokens that KV layer p must hold. A ring has room for a window and what a step writes, so that
         the first of its queries still finds all that it may see."""
         return self.windows[p] + self.chunk - 1 if self.is_ring(p) else self.capacity
 
     def entries(self, p: int) -> int:
-        """Entries of slot p, over all devices."""
+        """Entries of KV layer p, over all devices."""
         return round_up(self.formats[p].entries(self._tokens(p)), UNIT * self.shards)
 
     def block(self, p: int) -> int:
-        """Entries of slot p that a device reads at once: a short slot whole, a longer one in a loop."""
+        """Entries of KV layer p that a device reads at once: all of few, a part of more, in a loop."""
         here = self.entries(p) // self.shards
         return here if here <= LONGEST_BLOCK else self.formats[p].longest_block
 
@@ -219,52 +221,52 @@ class CacheSpec:
             spec = self.rules.spec(*axes(shape.letters))
             return jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
 
-        slots = tuple(
+        layers = tuple(
             jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
             for p in range(len(self.formats))
         )
         lengths_B = jnp.zeros(self.batch, jnp.int32, out_sharding=self.rules.spec("batch"))
-        return Cache(slots, lengths_B)
+        return Cache(layers, lengths_B)
 
     def shapes(self, p: int) -> Any:
         return self.formats[p].shapes(self.kept, self.batch, self.entries(p), self.holds[p])
 
-    def source(self, slots: Sequence[Slot], k: int, v: int) -> Slot:
-        """What layers read that find their keys in slot k and their values in slot v."""
-        return slots[k] if k == v else KV(slots[k].k_BSKH, slots[v].v_BSKH)
+    def source(self, layers: Sequence[LayerCache], k: int, v: int) -> LayerCache:
+        """What layers read that find their keys in KV layer k and their values in KV layer v."""
+        return layers[k] if k == v else KV(layers[k].k_BSKH, layers[v].v_BSKH)
 
-    def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
-        """Slot p with the KV of new tokens at their positions; negative positions are padding."""
+    def write(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
+        """KV layer p with the KV of new tokens at their positions; negative positions are padding."""
         positions_BT = step.positions_BT
         T = positions_BT.shape[1]
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
 
-        def local(slot: Slot, kv: KV, positions_BT: jax.Array) -> Slot:
+        def local(layer: LayerCache, kv: KV, positions_BT: jax.Array) -> LayerCache:
             kv = kv.each(self._padded)
-            return self.formats[p].write(slot, kv, positions_BT, self._here(p))
+            return self.formats[p].write(layer, kv, positions_BT, self._here(p))
 
         if jax.sharding.get_abstract_mesh().empty:
-            return local(slot, kv, positions_BT)
-        layouts = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, slot)
+            return local(layer, kv, positions_BT)
+        layouts = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, layer)
         written = jax.shard_map(local, out_specs=layouts, check_vma=False)
-        return written(slot, kv, positions_BT)
+        return written(layer, kv, positions_BT)
 
     def attend(
         self,
         p: int,
-        slot: Slot,
+        layer: LayerCache,
         q_BTKGH: jax.Array,
         step: StepPositions,
     ) -> jax.Array:
-        """Attention of the new tokens of a step over slot p, or a source kept like it. [B, T, K, G, H]"""
+        """Attention of the new tokens of a step over KV layer p, or a source kept like it. [B, T, K, G, H]"""
         axis = self.rules.cache_entries if self.shards > 1 else None
         assert axis is None or isinstance(axis, str)
 
-        def local(slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
+        def local(layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
             # Padding sees nothing, and must not make others read from the beginning.
             first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
-            segments = self.formats[p].segments(slot, step.lengths_B, first, self._here(p))
-            kernel = self._kernel(p, slot, q_BTKGH, step)
+            segments = self.formats[p].segments(layer, step.lengths_B, first, self._here(p))
+            kernel = self._kernel(p, layer, q_BTKGH, step)
             o_BTKGH = attend_segments(
                 self._padded(q_BTKGH),
                 segments,
@@ -277,17 +279,17 @@ class CacheSpec:
             return o_BTKGH[..., : self.config.read_widths[1]]
 
         if jax.sharding.get_abstract_mesh().empty:
-            return local(slot, q_BTKGH, step)
+            return local(layer, q_BTKGH, step)
         letters, whole = axes("BTKGH"), self.rules
         if axis is not None:  # every device reads its entries for all query heads
             whole = dataclasses.replace(self.rules, q_groups=None)
             q_BTKGH = jax.reshard(q_BTKGH, whole.partition(*letters))
         sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
-        o_BTKGH = sharded(slot, q_BTKGH, step)
+        o_BTKGH = sharded(layer, q_BTKGH, step)
         return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
 
-    def _kernel(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> Any:
-        """The kernel over slot p, if there is one and it takes so many queries; else None."""
+    def _kernel(self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> Any:
+        """The kernel over KV layer p, if there is one and it takes so many queries; else None."""
         kernel = decode_kernels.KERNELS.get(self.attention)
         T, _, G = q_BTKGH.shape[1:4]
         if kernel is None or not kernel.takes(T, G):
@@ -295,7 +297,7 @@ class CacheSpec:
         entries, format = self._here(p), self.formats[p]
         assert isinstance(format, PerToken)  # kernels refuse others
         positions_BE = entries.positions(jnp.arange(entries.capacity), step.lengths_B)
-        kept = format.for_kernel(slot, positions_BE)
+        kept = format.for_kernel(layer, positions_BE)
 
         def attend(q_BKNH: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
             return kernel.attend(q_BKNH, kept, positions_BN, starts_BN)
@@ -303,17 +305,17 @@ class CacheSpec:
         return attend
 
     def observed(
-        self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions
+        self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> tuple[jax.Array, Any]:
         """The same, and what this cache notes of a reader: nothing, unless it evicts by attention."""
-        return self.attend(p, slot, q_BTKGH, step), None
+        return self.attend(p, layer, q_BTKGH, step), None
 
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:  # noqa: ARG002
-        """The cache at the end of a step, after the last reader. `notes` are of each slot's reader layers."""
+        """The cache at the end of a step, after the last reader. `notes` are of each KV layer's readers."""
         return cache
 
     def part(self, p: int, shard: jax.Array | int = 0) -> Entries:
-        """The entries of slot p on one of the devices that share it."""
+        """The entries of KV layer p on one of the devices that share it."""
         return Entries(
             capacity=self.entries(p) // self.shards,
             block=self.block(p),
@@ -339,19 +341,21 @@ def cache_spec(
 ) -> CacheSpec:
     """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
 
-    Several formats, or their names, are one for each slot. `attention` is `xla` or a kernel, which reads the
-    cache in steps of few tokens. Where `rules` split a slot's entries, the mesh must be set. Raises
+    Several formats, or their names, are one for each KV layer. `attention` is `xla` or a kernel, which reads
+    the cache in steps of few tokens. Where `rules` split a KV layer's entries, the mesh must be set. Raises
     ValueError for what no cache can be made of.
     """
     if isinstance(format, str) or not isinstance(format, Sequence):
-        format = [format] * config.n_slots
+        format = [format] * config.n_kv_layers
     formats = tuple(
         make_format(one, config.compute_dtype) if isinstance(one, str) else one for one in format
     )
-    if len(formats) != config.n_slots:
-        raise ValueError(f"{len(formats)} cache formats for a model of {config.n_slots} slots")
+    if len(formats) != config.n_kv_layers:
+        raise ValueError(
+            f"{len(formats)} cache formats for a model of {config.n_kv_layers} KV layers"
+        )
     for group in config.sharing.groups:
-        k, v = (formats[p] for p in config.sharing.slots(group))
+        k, v = (formats[p] for p in config.sharing.read_by(group))
         if k != v:
             raise ValueError(
                 f"cache formats {k.name} and {v.name}: layer {group.first} reads keys in the one and values "
@@ -379,7 +383,7 @@ def cache_spec(
     kernel = decode_kernels.KERNELS.get(attention)
     if kernel is not None and shards > 1 and not kernel.merges:
         raise ValueError(
-            f"attention = {attention!r} cannot be used for decoding: it does not support a slot that is "
+            f"attention = {attention!r} cannot be used for decoding: it does not support a KV layer that is "
             f"split over devices ({shards} here)"
         )
     return CacheSpec(

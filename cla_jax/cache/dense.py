@@ -25,8 +25,8 @@ class Dense(PerToken):
     def decode_half(self, kept: jax.Array) -> jax.Array:
         return restored(kept, self.held).astype(self.dtype)
 
-    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:
-        return Kept(*slot.each(lambda bits: restored(bits, self.held)), positions_BE)
+    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
+        return Kept(*layer.each(lambda bits: restored(bits, self.held)), positions_BE)
 
     def head_bytes(self, width: int) -> int:
         return width * jnp.dtype(self.held).itemsize

@@ -1,4 +1,4 @@
-"""Which entry of a slot holds which position."""
+"""Which entry of a KV layer holds which position."""
 
 import dataclasses
 from typing import Any
@@ -13,9 +13,9 @@ UNIT = 128  # entries are allocated, and distributed over devices, in units
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """The entries of a slot, as one device sees them.
+    """The entries of a KV layer, as one device sees them.
 
-    On several devices that hold parts of one slot, units of entries are distributed in turn, so that
+    On several devices that hold parts of one KV layer, units of entries are distributed in turn, so that
     all have as much to read at any length. A ring starts over at its first entry when it is full, and
     so holds the newest tokens only.
     """

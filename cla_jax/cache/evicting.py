@@ -89,8 +89,8 @@ class EvictingSpec(CacheSpec):
         return self._format(p).bytes_per_token(self.one_head), 5 + 4 * self.ranks
 
     def representative(self, p: int) -> int:
-        size = lambda slot: (self.pages[slot], self.widths[slot])
-        return next(slot for slot in range(p + 1) if size(slot) == size(p))
+        size = lambda layer: (self.pages[layer], self.widths[layer])
+        return next(layer for layer in range(p + 1) if size(layer) == size(p))
 
     def shapes(self, p: int) -> Pool:
         kept = self.formats[p].shapes(self.one_head, self.pages[p], self.page)
@@ -126,18 +126,18 @@ class EvictingSpec(CacheSpec):
                 table=jnp.full_like(pool.table, NO_PAGE),
             )
 
-        slots = tuple(empty(p) for p in range(len(self.pages)))
-        return Cache(slots, jnp.zeros(self.batch, jnp.int32))
+        layers = tuple(empty(p) for p in range(len(self.pages)))
+        return Cache(layers, jnp.zeros(self.batch, jnp.int32))
 
     # ------------------------------------------------------------------------------- a step
 
-    def write(self, p: int, slot: Pool, kv: KV, step: StepPositions) -> Pool:
+    def write(self, p: int, layer: Pool, kv: KV, step: StepPositions) -> Pool:
         """The new tokens of a row take the first empty entries of each head."""
-        T, table, classes_V = step.positions_BT.shape[1], slot.table, step.pages
+        T, table, classes_V = step.positions_BT.shape[1], layer.table, step.pages
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
-        positions_BKE = self._gathered(slot.positions, table, EMPTY)
+        positions_BKE = self._gathered(layer.positions, table, EMPTY)
         E = positions_BKE.shape[-1]
-        is_free_BKE = (positions_BKE == EMPTY) & (jnp.arange(E) < slot.room[..., None])
+        is_free_BKE = (positions_BKE == EMPTY) & (jnp.arange(E) < layer.room[..., None])
         order_BKE = jnp.where(is_free_BKE, -jnp.arange(E), -E)
         entry_BKT = -jax.lax.top_k(order_BKE, min(T, E))[0]
         if entry_BKT.shape[-1] < T:
@@ -156,11 +156,11 @@ class EvictingSpec(CacheSpec):
         encoded = self._format(p).encode(kv)
         each = lambda held, new: put(held, jnp.expand_dims(new.swapaxes(1, 2), 3))
         classes_BT = classes_V.at[step.tokens_BT].get(mode="clip")
-        return slot._replace(
-            kept=jax.tree.map(each, slot.kept, encoded),
-            positions=put(slot.positions, step.positions_BT[:, None]),
-            classes=put(slot.classes, classes_BT[:, None]),
-            scores=put(slot.scores, self._first_scores(p, step)) if self.ranks else None,
+        return layer._replace(
+            kept=jax.tree.map(each, layer.kept, encoded),
+            positions=put(layer.positions, step.positions_BT[:, None]),
+            classes=put(layer.classes, classes_BT[:, None]),
+            scores=put(layer.scores, self._first_scores(p, step)) if self.ranks else None,
         )
 
     def _first_scores(self, p: int, step: StepPositions) -> jax.Array:
@@ -171,12 +171,12 @@ class EvictingSpec(CacheSpec):
         heads_K1 = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)[:, None]
         return jnp.asarray(self.policy.first_scores(positions_B1T, tokens_B1T, heads_K1, p))
 
-    def attend(self, p: int, slot: Pool, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
+    def attend(self, p: int, layer: Pool, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
         """Attention of the new tokens of a step over what their heads keep. [B, T, K, G, H]"""
-        return self.observed(p, slot, q_BTKGH, step)[0]
+        return self.observed(p, layer, q_BTKGH, step)[0]
 
     def observed(
-        self, p: int, slot: Pool, q_BTKGH: jax.Array, step: StepPositions
+        self, p: int, layer: Pool, q_BTKGH: jax.Array, step: StepPositions
     ) -> tuple[jax.Array, jax.Array | None]:
         """The same, and the attention that each entry received of it, [B, K, E]."""
         B, _, K, _, H = q_BTKGH.shape
@@ -184,7 +184,7 @@ class EvictingSpec(CacheSpec):
         # To attention a KV head of a row is a row of one KV head.
         apart = lambda a_BKX: a_BKX.reshape(B * K, 1, *a_BKX.shape[2:])
         over_heads = lambda a_BT: jnp.repeat(over(a_BT), K, axis=0)[:, None, :, None]
-        segment = self._segment(p, slot)
+        segment = self._segment(p, layer)
         sees: dict[str, Any] = {
             "positions_B1N1": over_heads(step.positions_BT),
             "starts_B1N1": over_heads(step.starts_BT),
@@ -200,25 +200,27 @@ class EvictingSpec(CacheSpec):
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:
         """The cache after the last reader of a step: scores are added up, and heads evict."""
         T = step.positions_BT.shape[1]
-        slots = []
-        for p, slot in enumerate(cache.slots):
+        layers = []
+        for p, layer in enumerate(cache.kv_layers):
             if self.policy.scoring == "attention":
-                scores_BKE = self._gathered(slot.scores, slot.table, 0) + sum(notes[p])
-                slot = slot._replace(scores=self._scattered(slot.scores, slot.table, scores_BKE))
-            slots.append(self._evicted(slot, step.lengths_B, T))
-        return dataclasses.replace(cache, slots=tuple(slots))
+                scores_BKE = self._gathered(layer.scores, layer.table, 0) + sum(notes[p])
+                layer = layer._replace(
+                    scores=self._scattered(layer.scores, layer.table, scores_BKE)
+                )
+            layers.append(self._evicted(layer, step.lengths_B, T))
+        return dataclasses.replace(cache, kv_layers=tuple(layers))
 
-    def _evicted(self, slot: Pool, lengths_B: jax.Array, T: int) -> Pool:
+    def _evicted(self, layer: Pool, lengths_B: jax.Array, T: int) -> Pool:
         """At most T entries of a head: a step of T tokens makes no more of them superfluous."""
-        table, rule = slot.table, slot.rule
+        table, rule = layer.table, layer.rule
         of = lambda held, fill: self._gathered(held, table, fill)
-        before_BKE, classes_BKE = of(slot.positions, EMPTY), of(slot.classes, 0)
+        before_BKE, classes_BKE = of(layer.positions, EMPTY), of(layer.classes, 0)
         lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
         always_BKE = kept_whatever_its_score(
             rule, before_BKE, classes_BKE, lengths_BK, self.policy.sinks, self.policy.recent
         )
         may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
-        scores_BKE = of(slot.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
+        scores_BKE = of(layer.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
         allowed_BK = hitters_of(rule, lengths_BK, self.policy.recent)
 
         def evict_one(_: Any, positions_BKE: jax.Array) -> jax.Array:
@@ -231,15 +233,15 @@ class EvictingSpec(CacheSpec):
             return jnp.where(goes_BKE, EMPTY, positions_BKE)
 
         positions_BKE = jax.lax.fori_loop(0, T, evict_one, before_BKE)
-        return slot._replace(positions=self._scattered(slot.positions, table, positions_BKE))
+        return layer._replace(positions=self._scattered(layer.positions, table, positions_BKE))
 
     # ------------------------------------------------------------------------------- pages
 
-    def _segment(self, p: int, slot: Pool) -> Segment:
-        table_BKC = slot.table
+    def _segment(self, p: int, layer: Pool) -> Segment:
+        table_BKC = layer.table
         B, K, C = table_BKC.shape
         M = pages_at_once(self.page, C)
-        positions_BKE = self._gathered(slot.positions, table_BKC, EMPTY)
+        positions_BKE = self._gathered(layer.positions, table_BKC, EMPTY)
         positions_NE = positions_BKE.reshape(B * K, -1)
         S = M * self.page
 
@@ -250,13 +252,13 @@ class EvictingSpec(CacheSpec):
                 taken = held.at[pages_NM].get(mode="clip")  # of no page: not seen
                 return taken.reshape(B * K, S, *held.shape[2:])
 
-            return self._format(p).decode(jax.tree.map(some, slot.kept))
+            return self._format(p).decode(jax.tree.map(some, layer.kept))
 
         def positions(i: Any) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(positions_NE, i * S, S, axis=1)
 
         used = jnp.where(positions_NE != EMPTY, jnp.arange(positions_NE.shape[1]) + 1, 0).max()
-        return Segment(read, positions, 0, -(-used // S), tuple(jax.tree.leaves(slot.kept)))
+        return Segment(read, positions, 0, -(-used // S), tuple(jax.tree.leaves(layer.kept)))
 
     def _gathered(self, held: jax.Array, table_BKC: jax.Array, fill: Any) -> jax.Array:
         """[pages, page] as [B, K, E]."""
@@ -319,7 +321,7 @@ def evicting_spec(
     format = make_format(policy.format, config.compute_dtype)
     spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    ones = (1,) * config.n_slots
+    ones = (1,) * config.n_kv_layers
     classes = classes.ljust(config.vocab_size, b"\0")  # ids beyond the tokenizer's are never drawn
     return EvictingSpec(
         **fields,

@@ -42,7 +42,7 @@ class Packed(NamedTuple):
 
 
 class Half(NamedTuple):
-    """The keys, or the values, of a slot."""
+    """The keys, or the values, of a KV layer."""
 
     packed: Packed
     newest: Any  # [B, RING, K, H]
@@ -74,10 +74,10 @@ class Kivi:
 
     # ------------------------------------------------------------------------ writing and reading
 
-    def write(self, slot: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
+    def write(self, layer: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
         B, T = positions_BT.shape
         if T <= GROUP:  # at most one group becomes due
-            return self._write(slot, kv, positions_BT, entries)
+            return self._write(layer, kv, positions_BT, entries)
         padding = -T % GROUP
 
         def steps(a: jax.Array, fill: int) -> jax.Array:
@@ -85,19 +85,19 @@ class Kivi:
             a = jnp.pad(a, widths, constant_values=fill)
             return jnp.moveaxis(a.reshape(B, -1, GROUP, *a.shape[2:]), 1, 0)
 
-        def step(slot: KV, inputs: tuple[KV, jax.Array]) -> tuple[KV, None]:
-            return self._write(slot, *inputs, entries), None
+        def step(layer: KV, inputs: tuple[KV, jax.Array]) -> tuple[KV, None]:
+            return self._write(layer, *inputs, entries), None
 
         xs = (kv.each(lambda a: steps(a, 0)), steps(positions_BT, -1))
-        return jax.lax.scan(step, slot, xs)[0]
+        return jax.lax.scan(step, layer, xs)[0]
 
-    def _write(self, slot: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
+    def _write(self, layer: KV, kv: KV, positions_BT: jax.Array, entries: Entries) -> KV:
         """Writes up to 32 tokens per row; first quantises the group that they make due, if they do."""
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
-        newest = slot.each(lambda half, new: put(half.newest, place_BT, kept(new, self.dtype)), kv)
+        newest = layer.each(lambda half, new: put(half.newest, place_BT, kept(new, self.dtype)), kv)
         if entries.capacity == 0:  # too short for anything to be quantised
-            return slot.each(lambda half, ring: half._replace(newest=ring), newest)
+            return layer.each(lambda half, ring: half._replace(newest=ring), newest)
         count_B = jnp.sum(positions_BT >= 0, axis=1)
         length_B = jnp.max(positions_BT, axis=1) + 1  # 0 for a row without new tokens
         oldest_B = quantized_tokens(length_B - count_B)
@@ -122,40 +122,40 @@ class Kivi:
             groups = (put(a, group_B1, b[:, None]) for a, b in zip(half.packed, new, strict=True))
             return Half(Packed(*groups), newest)
 
-        return slot.each(with_group, packed, newest)
+        return layer.each(with_group, packed, newest)
 
     def segments(
-        self, slot: KV, lengths_B: jax.Array, first: jax.Array, entries: Entries
+        self, layer: KV, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         quantized_B = quantized_tokens(lengths_B)
 
         def read(i: jax.Array) -> KV:
             start, size = entries.start(i) // GROUP, entries.block // GROUP
             cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
-            packed = jax.tree.map(cut, slot.each(lambda half: half.packed))
+            packed = jax.tree.map(cut, layer.each(lambda half: half.packed))
             k = self._unpack_keys(packed.k_BSKH)
-            v = self._unpack_values(packed.v_BSKH, slot.v_BSKH.newest.shape[-1])
+            v = self._unpack_values(packed.v_BSKH, layer.v_BSKH.newest.shape[-1])
             return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
 
         def positions(i: jax.Array) -> jax.Array:
             return entries.block_positions(i, quantized_B)
 
         def read_newest(_: jax.Array) -> KV:
-            return slot.each(lambda half: restored(half.newest, self.dtype))
+            return layer.each(lambda half: restored(half.newest, self.dtype))
 
         def positions_newest(_: jax.Array) -> jax.Array:
             ring = Entries(RING, ring=True, block=RING)
             held = ring.positions(jnp.arange(RING), lengths_B)
-            # Every device has the newest tokens; the first one of a slot in parts answers for them.
+            # Every device has the newest tokens; the first one of a KV layer in parts answers for them.
             return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
 
         any_token = jnp.minimum(jnp.max(lengths_B), 1)
-        arrays = jax.tree.leaves(slot.each(lambda half: half.newest))
+        arrays = jax.tree.leaves(layer.each(lambda half: half.newest))
         newest = Segment(read_newest, positions_newest, 0, any_token, tuple(arrays))
         if entries.capacity == 0:
             return [newest]
         begin, end = entries.blocks(first, jnp.max(quantized_B) - 1)
-        arrays = jax.tree.leaves(slot.each(lambda half: half.packed))
+        arrays = jax.tree.leaves(layer.each(lambda half: half.packed))
         quantized = Segment(read, positions, begin, end, tuple(arrays), tokens=GROUP)
         return [quantized, newest]
 
@@ -226,7 +226,7 @@ class Kivi:
     def entries(self, tokens: int) -> int:
         return max(tokens - NEWEST, 0)
 
-    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
+    def kv_layer_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         packed, full = self._packed_bytes(config, holds), self._full_bytes(config, holds)
         return entries * packed + RING * full
 

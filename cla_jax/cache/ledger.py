@@ -5,7 +5,7 @@ All numbers are for one sequence of `context` tokens:
     allocated   of its row of the cache, for the capacity that was asked for
     resident    that its tokens use; a sliding window's older tokens do not count
     written     for one new token, on average
-    read        by one decode step: every layer reads what it sees of its slot, consumers too
+    read        by one decode step: every layer reads what it sees of its KV layer, consumers too
 
 CLA divides the first three, not the last. Requests that share a prefix are counted together (`SharedLedger`).
 """
@@ -52,11 +52,11 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
         first = max(context - spec.windows[p], 0) if spec.windows[p] else 0
         return spec.formats[p].held_bytes(config, first, context, halves)
 
-    slots = [(p, format, spec.entries(p), spec.holds[p]) for p, format in enumerate(spec.formats)]
+    layers = [(p, format, spec.entries(p), spec.holds[p]) for p, format in enumerate(spec.formats)]
     return Ledger(
-        allocated=sum(format.slot_bytes(config, n, holds) for _, format, n, holds in slots),
-        resident=sum(held(p, holds) for p, _, _, holds in slots),
-        written=sum(format.written_bytes(config, n, holds) for _, format, n, holds in slots),
+        allocated=sum(format.kv_layer_bytes(config, n, holds) for _, format, n, holds in layers),
+        resident=sum(held(p, holds) for p, _, _, holds in layers),
+        written=sum(format.written_bytes(config, n, holds) for _, format, n, holds in layers),
         read=sum(
             held(p, half) * readers
             for p, of_halves in enumerate(spec.readers_of)
@@ -80,23 +80,23 @@ def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:
     """From a live cache whose rows are all equally long, and from a decode step through it.
 
     Bytes are those of the arrays; the entries in use are those that the attention of the newest token
-    would find; `step(spec, cache)` is traced, not run, to see which slots are written and read.
+    would find; `step(spec, cache)` is traced, not run, to see which KV layers are written and read.
     """
     lengths = np.asarray(jax.device_get(cache.lengths_B))
     assert (lengths == lengths[0]).all()
     seen = _Seen(spec)
     jax.eval_shape(lambda cache: step(seen, cache), cache)
     used = [
-        {half: _used(spec, p, slot.only(half), lengths) for half in spec.holds[p]}
-        for p, slot in enumerate(cache.slots)
+        {half: _used(spec, p, layer.only(half), lengths) for half in spec.holds[p]}
+        for p, layer in enumerate(cache.kv_layers)
     ]
     return Ledger(
-        allocated=nbytes(cache.slots) / spec.batch,
+        allocated=nbytes(cache.kv_layers) / spec.batch,
         resident=sum(sum(halves.values()) for halves in used),
         written=sum(
             _entry_bytes(segment)
             for p in seen.written
-            for segment in _segments(spec, p, cache.slots[p], lengths, 0)
+            for segment in _segments(spec, p, cache.kv_layers[p], lengths, 0)
         ),
         read=sum(used[k]["k"] + used[v]["v"] for k, v in seen.read),
     )
@@ -123,7 +123,7 @@ def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
         {half: format.bytes_per_token(spec.config, half) for half in holds}
         for format, holds in zip(formats, spec.holds, strict=True)
     ]
-    return _shared(spec, sum(spec.slot_bytes), of_token, held, all_tokens, read)
+    return _shared(spec, sum(spec.kv_layer_bytes), of_token, held, all_tokens, read)
 
 
 def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
@@ -132,25 +132,25 @@ def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
     lengths_B = np.asarray(jax.device_get(cache.lengths_B))
     used: dict[int, int] = {}  # tokens in each page
     all_tokens = read = 0
-    for row, (slots, start) in enumerate(zip(pages.private_BC, pages.starts_B, strict=True)):
+    for row, (private, start) in enumerate(zip(pages.private_BC, pages.starts_B, strict=True)):
         alone = max(int(lengths_B[row]) - int(start), 0)
-        for i, slot in enumerate(slots[: -(-alone // spec.page)]):
-            used[int(slot)] = min(spec.page, alone - i * spec.page)
+        for i, page in enumerate(private[: -(-alone // spec.page)]):
+            used[int(page)] = min(spec.page, alone - i * spec.page)
         all_tokens, read = all_tokens + alone, read + alone
     for rows_R, (first, end) in zip(
         pages.rows_IR[: pages.items], pages.blocks_I2[: pages.items], strict=True
     ):
         blocks = pages.shared_NM[first:end]
-        slots = blocks[blocks < spec.pages].tolist()
-        used |= dict.fromkeys(slots, spec.page)
-        all_tokens += len(slots) * spec.page * int((rows_R < spec.batch).sum())
-        read += len(slots) * spec.page
+        shared = blocks[blocks < spec.pages].tolist()
+        used |= dict.fromkeys(shared, spec.page)
+        all_tokens += len(shared) * spec.page * int((rows_R < spec.batch).sum())
+        read += len(shared) * spec.page
     tokens = spec.pages * spec.page
     of_token = [
-        {half: nbytes(slot.only(half)) // tokens for half in holds}
-        for slot, holds in zip(cache.slots, spec.holds, strict=True)
+        {half: nbytes(layer.only(half)) // tokens for half in holds}
+        for layer, holds in zip(cache.kv_layers, spec.holds, strict=True)
     ]
-    return _shared(spec, nbytes(cache.slots), of_token, sum(used.values()), all_tokens, read)
+    return _shared(spec, nbytes(cache.kv_layers), of_token, sum(used.values()), all_tokens, read)
 
 
 def _shared(
@@ -161,7 +161,7 @@ def _shared(
     all_tokens: int,
     read: int,
 ) -> SharedLedger:
-    """From numbers of tokens, and the bytes of the keys and the values of a token in each slot."""
+    """From numbers of tokens, and the bytes of the keys and the values of a token in each KV layer."""
     once = sum(sum(halves.values()) for halves in of_token)
     by_every_layer = sum(
         size * readers[half]
@@ -193,16 +193,16 @@ class EvictingLedger:
 def predicted_evicting(spec: EvictingSpec, entries: Sequence[int]) -> EvictingLedger:
     """In closed form, from how many entries of each KV layer are in use. No page is counted as given."""
     B, K = spec.batch, spec.config.n_kv_heads
-    slots = range(len(spec.pages))
-    sizes = [spec.entry_bytes(p) for p in slots]
+    layers = range(len(spec.pages))
+    sizes = [spec.entry_bytes(p) for p in layers]
     numbers = [width + 1 + len(Rule._fields) for width in spec.widths]  # table, room, rule
     return EvictingLedger(
-        allocated=sum(spec.pages[p] * spec.page * sum(sizes[p]) for p in slots),
+        allocated=sum(spec.pages[p] * spec.page * sum(sizes[p]) for p in layers),
         pages=0,
         tables=4 * B * K * sum(numbers),
-        resident=sum(entries[p] * sizes[p][0] for p in slots),
-        notes=sum(entries[p] * sizes[p][1] for p in slots),
-        read=sum(entries[p] * sizes[p][0] * spec.readers[p] for p in slots),
+        resident=sum(entries[p] * sizes[p][0] for p in layers),
+        notes=sum(entries[p] * sizes[p][1] for p in layers),
+        read=sum(entries[p] * sizes[p][0] * spec.readers[p] for p in layers),
         entries=tuple(entries),
     )
 
@@ -212,7 +212,7 @@ def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> Evic
     those = slice(None) if rows is None else np.asarray(rows, int)
     pages = resident = notes = read = 0
     entries = []
-    for p, pool in enumerate(cache.slots):
+    for p, pool in enumerate(cache.kv_layers):
         table, positions = np.asarray(pool.table)[those], np.asarray(pool.positions)
         given = table[table != NO_PAGE]
         held = int((positions[given] != EMPTY).sum())
@@ -222,11 +222,11 @@ def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> Evic
         resident, notes = resident + held * each, notes + held * noted
         read += held * each * spec.readers[p]
         entries.append(held)
-    arrays = [(pool.kept, pool.positions, pool.classes, pool.scores) for pool in cache.slots]
+    arrays = [(pool.kept, pool.positions, pool.classes, pool.scores) for pool in cache.kv_layers]
     return EvictingLedger(
         allocated=nbytes(arrays),
         pages=pages,
-        tables=nbytes([(pool.table, pool.room, pool.rule) for pool in cache.slots]),
+        tables=nbytes([(pool.table, pool.room, pool.rule) for pool in cache.kv_layers]),
         resident=resident,
         notes=notes,
         read=read,
@@ -240,10 +240,10 @@ def nbytes(tree: Any) -> int:
 
 
 def _segments(
-    spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray, shard: int
+    spec: CacheSpec, p: int, layer: Any, lengths: np.ndarray, shard: int
 ) -> Sequence[Segment]:
     first = jnp.int32(max(lengths[0] - spec.windows[p], 0) if spec.windows[p] else 0)
-    return spec.formats[p].segments(slot, jnp.array(lengths), first, spec.part(p, shard))
+    return spec.formats[p].segments(layer, jnp.array(lengths), first, spec.part(p, shard))
 
 
 def _entry_bytes(segment: Segment) -> float:
@@ -252,12 +252,12 @@ def _entry_bytes(segment: Segment) -> float:
     return nbytes(segment.arrays) / (rows * entries * segment.tokens)
 
 
-def _used(spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray) -> float:
-    """Bytes of the entries of a slot that the newest token of a row sees."""
+def _used(spec: CacheSpec, p: int, layer: Any, lengths: np.ndarray) -> float:
+    """Bytes of the entries of a KV layer that the newest token of a row sees."""
     total = 0.0
     first = max(lengths[0] - spec.windows[p], 0) if spec.windows[p] else 0
     for shard in range(spec.shards):
-        for segment in _segments(spec, p, slot, lengths, shard):
+        for segment in _segments(spec, p, layer, lengths, shard):
             for i in range(int(segment.first), int(segment.end)):
                 positions = np.asarray(segment.positions(i))[0]
                 visible = (positions != EMPTY) & (positions >= first) & (positions < lengths[0])
@@ -269,14 +269,14 @@ def _used(spec: CacheSpec, p: int, slot: Any, lengths: np.ndarray) -> float:
 
 
 class _Apart(int):
-    """A slot unlike any other, even of its number: jax traces anew what it knows of equal groups."""
+    """A KV layer unlike any other, even of its number: jax traces anew what it knows of equal groups."""
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
 
 class _Seen:
-    """A spec that notes which slots pass through it."""
+    """A spec that notes which KV layers pass through it."""
 
     def __init__(self, spec: CacheSpec):
         self.spec = spec
@@ -294,9 +294,9 @@ class _Seen:
         self.written.append(p)
         return self.spec.write(p, *args)
 
-    def source(self, slots: Sequence[Any], k: int, v: int) -> Any:
+    def source(self, layers: Sequence[Any], k: int, v: int) -> Any:
         self._source = (k, v)  # the layers that attend next read these
-        return self.spec.source(slots, k, v)
+        return self.spec.source(layers, k, v)
 
     def observed(self, p: int, *args: Any) -> Any:
         self.read.append(self._source)

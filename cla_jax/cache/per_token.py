@@ -12,11 +12,11 @@ from cla_jax.cache.entries import Entries, put
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import KV, Kept, Segment
 
-Slot = Any
+LayerCache = Any  # what a cache keeps of one KV layer: a pytree of arrays that its format chooses
 
 
 class Shape(NamedTuple):
-    """An array of a slot: its axes by letter (see model.layers), its shape over all devices, its dtype."""
+    """An array of a KV layer: axes by letter (see model.layers), shape over all devices, dtype."""
 
     letters: str
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerToken(abc.ABC):
-    """A slot is a `KV` of pytrees of arrays [batch, entries, heads, ...]; a token is encoded alone."""
+    """Keeps a KV layer as a `KV` of pytrees of arrays [batch, entries, heads, ...]; encodes a token alone."""
 
     dtype: str
     name: str
@@ -50,8 +50,8 @@ class PerToken(abc.ABC):
     def head_bytes(self, width: int) -> int:
         """Of one head of one token, its scale included."""
 
-    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:  # noqa: ARG002
-        """A slot as decoding kernels read it; they refuse formats that have no such form."""
+    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:  # noqa: ARG002
+        """A KV layer as decoding kernels read it; they refuse formats that have no such form."""
         raise ValueError(f"no decoding kernel reads cache format {self.name}")
 
     def encode(self, kv: KV) -> KV:
@@ -73,25 +73,27 @@ class PerToken(abc.ABC):
     def entries(self, tokens: int) -> int:
         return tokens
 
-    def write(self, slot: Slot, kv: KV, positions_BT: jax.Array, entries: Entries) -> Slot:
+    def write(
+        self, layer: LayerCache, kv: KV, positions_BT: jax.Array, entries: Entries
+    ) -> LayerCache:
         entries_BT = entries.of(positions_BT)
-        return jax.tree.map(lambda held, new: put(held, entries_BT, new), slot, self.encode(kv))
+        return jax.tree.map(lambda held, new: put(held, entries_BT, new), layer, self.encode(kv))
 
     def segments(
-        self, slot: Slot, lengths_B: jax.Array, first: jax.Array, entries: Entries
+        self, layer: LayerCache, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
         def read(i: jax.Array) -> KV:
             start, size = entries.start(i), entries.block
             cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
-            return self.decode(slot if size == entries.capacity else jax.tree.map(cut, slot))
+            return self.decode(layer if size == entries.capacity else jax.tree.map(cut, layer))
 
         def positions(i: jax.Array) -> jax.Array:
             return entries.block_positions(i, lengths_B)
 
         begin, end = entries.blocks(first, jnp.max(lengths_B) - 1)
-        return [Segment(read, positions, begin, end, tuple(jax.tree.leaves(slot)))]
+        return [Segment(read, positions, begin, end, tuple(jax.tree.leaves(layer)))]
 
-    def slot_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
+    def kv_layer_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         return entries * self.bytes_per_token(config, holds)
 
     def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:

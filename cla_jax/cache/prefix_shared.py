@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec, make_format
-from cla_jax.cache.per_token import PerToken, Shape, Slot
+from cla_jax.cache.per_token import LayerCache, PerToken, Shape
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import (
@@ -82,7 +82,7 @@ class PrefixSpec(CacheSpec):
         return max(1, BLOCK // self.page)
 
     def shapes(self, p: int) -> Any:
-        """The pool of slot p: pages, and in each of them heads before tokens.
+        """The pool of KV layer p: pages, and in each of them heads before tokens.
 
         So attention reads a page as it lies: no product needs keys or values transposed.
         """
@@ -95,19 +95,19 @@ class PrefixSpec(CacheSpec):
     def allocate(self) -> Cache:
         """An empty pool for each KV layer, and tables in which no row has a page."""
         zeros = lambda shape: jnp.zeros(shape.shape, shape.dtype)
-        slots = tuple(
+        layers = tuple(
             jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
             for p in range(len(self.formats))
         )
         pages = jax.tree.map(jnp.asarray, self.empty())
-        return Cache(slots, jnp.zeros(self.batch, jnp.int32), pages)
+        return Cache(layers, jnp.zeros(self.batch, jnp.int32), pages)
 
     @functools.cached_property
-    def slot_bytes(self) -> tuple[int, ...]:
+    def kv_layer_bytes(self) -> tuple[int, ...]:
         """Bytes of the pool of each KV layer."""
         tokens = self.pages * self.page
         return tuple(
-            int(format.slot_bytes(self.config, tokens, holds))
+            int(format.kv_layer_bytes(self.config, tokens, holds))
             for format, holds in zip(self.formats, self.holds, strict=True)
         )
 
@@ -146,8 +146,8 @@ class PrefixSpec(CacheSpec):
         for row, path, end in zip(order, layout.rows, ends, strict=True):
             if row < self.batch:
                 nodes = tree.path(path)[end // self.page :]
-                slots = [*(node.slot for node in nodes), *path.ahead]
-                tables.private_BC[row, : len(slots)] = slots
+                private = [*(node.slot for node in nodes), *path.ahead]
+                tables.private_BC[row, : len(private)] = private
                 tables.starts_B[row] = end
 
         def readers(run: Run) -> tuple[int, ...]:
@@ -157,8 +157,8 @@ class PrefixSpec(CacheSpec):
         blocks = items = 0
         for span in _spans([(run.slot, run.position, readers(run)) for run in layout.shared]):
             first = blocks
-            for i in range(0, len(span.slots), self.pages_at_once):
-                some = span.slots[i : i + self.pages_at_once]
+            for i in range(0, len(span.pages), self.pages_at_once):
+                some = span.pages[i : i + self.pages_at_once]
                 tables.shared_NM[blocks, : len(some)] = some
                 tables.positions_N[blocks] = span.position + i * self.page
                 blocks += 1
@@ -172,12 +172,12 @@ class PrefixSpec(CacheSpec):
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
     def copy_page(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
         """One page into another, in every KV layer: the leaf of a fork. The cache is donated."""
-        slots = jax.tree.map(lambda held: held.at[target].set(held[source]), cache.slots)
-        return dataclasses.replace(cache, slots=slots)
+        layers = jax.tree.map(lambda held: held.at[target].set(held[source]), cache.kv_layers)
+        return dataclasses.replace(cache, kv_layers=layers)
 
     # ------------------------------------------------------------------------------- a step
 
-    def write(self, p: int, slot: Slot, kv: KV, step: StepPositions) -> Slot:
+    def write(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
         """The new tokens of a row go into its own pages."""
         assert step.positions_BT.shape[1] <= self.chunk
         pages: Pages = step.pages
@@ -187,22 +187,24 @@ class PrefixSpec(CacheSpec):
         page_BT = jnp.where((step.positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
         entry_BT = offset_BT % self.page
         put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
-        return jax.tree.map(put, slot, self.format_of(p).encode(kv))
+        return jax.tree.map(put, layer, self.format_of(p).encode(kv))
 
-    def attend(self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
+    def attend(
+        self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
+    ) -> jax.Array:
         """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
         q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
         positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
-        shared = self._shared(p, slot, step.pages, q_BKNH, positions_BN, starts_BN)
+        shared = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN)
         alone = partial_attention(
             q_BKNH,
-            [self._private(p, slot, step)],
+            [self._private(p, layer, step)],
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
         )
         return restore(normalized(merge(shared, alone))).astype(q_BTKGH.dtype)
 
-    def _private(self, p: int, slot: Slot, step: StepPositions) -> Segment:
+    def _private(self, p: int, layer: LayerCache, step: StepPositions) -> Segment:
         """What rows read alone, block by block."""
         pages: Pages = step.pages
         # The last block begins early enough to be whole; what the one before had is empty then.
@@ -212,7 +214,7 @@ class PrefixSpec(CacheSpec):
 
         def read(i: Any) -> KV:
             some_BM = jax.lax.dynamic_slice_in_dim(pages.private_BC, first(i), M, axis=1)
-            return self._read(p, slot, some_BM)
+            return self._read(p, layer, some_BM)
 
         def positions(i: Any) -> jax.Array:
             offset_S = first(i) * self.page + jnp.arange(M * self.page)
@@ -222,12 +224,12 @@ class PrefixSpec(CacheSpec):
 
         held_B = jnp.maximum(step.lengths_B - pages.starts_B, 0)
         end = -(-jnp.max(held_B) // (M * self.page))
-        return Segment(read, positions, 0, end, tuple(jax.tree.leaves(slot)))
+        return Segment(read, positions, 0, end, tuple(jax.tree.leaves(layer)))
 
     def _shared(
         self,
         p: int,
-        slot: Slot,
+        layer: LayerCache,
         pages: Pages,
         q_BKNH: jax.Array,
         positions_BN: jax.Array,
@@ -238,7 +240,7 @@ class PrefixSpec(CacheSpec):
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
 
         def read(i: Any) -> KV:
-            return self._read(p, slot, pages.shared_NM[i][None])
+            return self._read(p, layer, pages.shared_NM[i][None])
 
         def positions(i: Any) -> jax.Array:
             held_S = jnp.repeat(pages.shared_NM[i] < self.pages, self.page, total_repeat_length=S)
@@ -267,7 +269,7 @@ class PrefixSpec(CacheSpec):
         none = Partial(jnp.zeros((B, K, N, H)), zeros_BKN1, zeros_BKN1 + MASKED)
         return jax.lax.fori_loop(0, pages.items, body, none)
 
-    def _read(self, p: int, slot: Slot, pages_BM: jax.Array) -> KV:
+    def _read(self, p: int, layer: LayerCache, pages_BM: jax.Array) -> KV:
         """The tokens of M pages a row, one after the other: [B, M * page, K, H]."""
         B, M = pages_BM.shape
         # What is read instead of no page is never seen, but it must be the row's own.
@@ -289,7 +291,7 @@ class PrefixSpec(CacheSpec):
             )
             return taken.reshape(B, K, M * page, *H)
 
-        kv = self.format_of(p).decode(jax.tree.map(gathered, slot))
+        kv = self.format_of(p).decode(jax.tree.map(gathered, layer))
         return KV(*(x.swapaxes(1, 2) for x in kv))
 
     def format_of(self, p: int) -> PerToken:
@@ -301,22 +303,22 @@ class PrefixSpec(CacheSpec):
 class _Span(NamedTuple):
     """Consecutive chunks with the same readers."""
 
-    slots: tuple[int, ...]
+    pages: tuple[int, ...]
     position: int
     readers: tuple[int, ...]  # rows
 
 
 def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
-    """Chunks (slot, position, readers) that follow one another and have the same readers are read as one."""
+    """Chunks (page, position, readers) that follow one another and have the same readers are read as one."""
     found: list[_Span] = []
-    for slot, position, readers in shared:
+    for page, position, readers in shared:
         last = found[-1] if found else None
         if not readers:
             continue
         if last is not None and readers == last.readers:
-            found[-1] = last._replace(slots=(*last.slots, slot))
+            found[-1] = last._replace(pages=(*last.pages, page))
         else:
-            found.append(_Span((slot,), position, readers))
+            found.append(_Span((page,), position, readers))
     return found
 
 

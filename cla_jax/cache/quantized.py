@@ -59,9 +59,9 @@ class _EightBit(PerToken):
         scale = restored(kept.scales, "bfloat16").astype(jnp.float32)[..., None]
         return (self._values(kept.codes) * scale).astype(self.dtype)
 
-    def for_kernel(self, slot: KV, positions_BE: jax.Array) -> Kept:
-        codes = slot.each(lambda half: half.codes)
-        by_head = slot.each(lambda half: restored(half.scales, "bfloat16").swapaxes(1, 2))
+    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
+        codes = layer.each(lambda half: half.codes)
+        by_head = layer.each(lambda half: restored(half.scales, "bfloat16").swapaxes(1, 2))
         return Kept(*codes, positions_BE, *by_head)
 
     def head_bytes(self, width: int) -> int:

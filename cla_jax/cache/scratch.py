@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.cache import Cache, CacheSpec
-from cla_jax.cache.per_token import PerToken, Slot
+from cla_jax.cache.per_token import LayerCache, PerToken
 from cla_jax.eviction.policy import LAST
 from cla_jax.model.attention import (
     MASKED,
@@ -39,7 +39,7 @@ class Queries(NamedTuple):
 class Notes(NamedTuple):
     """What a scratch cache remembers of its only step."""
 
-    queries: tuple[tuple[Queries, ...], ...]  # of each slot, of each reader
+    queries: tuple[tuple[Queries, ...], ...]  # of each KV layer, of each reader
     positions_BT: jax.Array
     starts_BT: jax.Array
 
@@ -49,11 +49,11 @@ class ScratchSpec(CacheSpec):
     """Made of a spec whose formats keep every token by itself, without windows, on one device."""
 
     def observed(
-        self, p: int, slot: Slot, q_BTKGH: jax.Array, step: StepPositions
+        self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> tuple[jax.Array, Queries]:
         q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
         over_heads = lambda a_BT: over(a_BT)[:, None, :, None]
-        segments = self.formats[p].segments(slot, step.lengths_B, jnp.int32(0), self.part(p))
+        segments = self.formats[p].segments(layer, step.lengths_B, jnp.int32(0), self.part(p))
         part = partial_attention(
             q_BKNH,
             segments,
@@ -73,17 +73,17 @@ class ScratchSpec(CacheSpec):
 
     @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="observation")
     def received(
-        self, p: int, slot: Slot, queries: Sequence[Queries], notes: Any, *, observation: int
+        self, p: int, layer: LayerCache, queries: Sequence[Queries], notes: Any, *, observation: int
     ) -> tuple[jax.Array, jax.Array]:
         """The attention that each position received, of all queries and of the last `observation`: [B, K, S].
 
-        Summed over the readers of the slot and their query heads. `notes` are positions and starts, [B, T].
+        Summed over the readers and their query heads. `notes` are positions and starts, [B, T].
         """
         positions_BT, starts_BT = notes
         lengths_B1 = positions_BT.max(axis=1, keepdims=True) + 1
 
         def block(i: Any, sums: jax.Array, reader: Queries) -> jax.Array:
-            p_BKGTS, at_BT = self._attention(p, slot, reader, positions_BT, starts_BT, i)
+            p_BKGTS, at_BT = self._attention(p, layer, reader, positions_BT, starts_BT, i)
             last_BT = at_BT >= lengths_B1 - observation
             weights_2BT = jnp.stack([at_BT >= 0, last_BT & (at_BT >= 0)]).astype(jnp.float32)
             return sums + jnp.einsum("BKGTS,NBT->NBKS", p_BKGTS, weights_2BT)
@@ -98,7 +98,13 @@ class ScratchSpec(CacheSpec):
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def lost(
-        self, p: int, slot: Slot, queries: Sequence[Queries], notes: Any, dropped_CBKS, bands_CB
+        self,
+        p: int,
+        layer: LayerCache,
+        queries: Sequence[Queries],
+        notes: Any,
+        dropped_CBKS,
+        bands_CB,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What candidates would lose of the attention of each reader and query head: [C, R, B, K, G].
 
@@ -112,7 +118,7 @@ class ScratchSpec(CacheSpec):
 
         def block(i: Any, found: tuple, reader: Queries) -> tuple:
             total, worst, last = found
-            p_BKGTS, at_BT = self._attention(p, slot, reader, positions_BT, starts_BT, i)
+            p_BKGTS, at_BT = self._attention(p, layer, reader, positions_BT, starts_BT, i)
             age_BTS = at_BT[:, :, None] - jnp.arange(T)
             lost_CBKGT = jnp.stack(
                 [
@@ -147,14 +153,14 @@ class ScratchSpec(CacheSpec):
         return mean, worst, last
 
     def _attention(
-        self, p: int, slot: Slot, reader: Queries, positions_BT, starts_BT, i: Any
+        self, p: int, layer: LayerCache, reader: Queries, positions_BT, starts_BT, i: Any
     ) -> tuple[jax.Array, jax.Array]:
         """The weights of block i of the queries, [B, K, G, t, S], and their positions, [B, t]."""
         format = self.formats[p]
         assert isinstance(format, PerToken)
         B, T = positions_BT.shape
         size = self.queries_at_once(T)
-        keys_BSKH = format.decode(jax.tree.map(lambda held: held[:, :T], slot)).k_BSKH
+        keys_BSKH = format.decode(jax.tree.map(lambda held: held[:, :T], layer)).k_BSKH
         K, N = reader.q_BKNH.shape[1:3]
         cut = lambda a, axis, n: jax.lax.dynamic_slice_in_dim(a, i * n, n, axis)
         # Positions come first among the queries of a KV head: see `grouped_queries`.

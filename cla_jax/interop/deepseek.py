@@ -109,7 +109,7 @@ def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A config.json with the `fields` that all models have. Raises ValueError for what it cannot say."""
     assert isinstance(model.kv, LatentKV)
     sayable = {
-        "model.kv_map": (model.kv_map, model.n_slots == model.n_layers, "identity"),
+        "model.kv_map": (model.kv_map, model.n_kv_layers == model.n_layers, "identity"),
         "model.windows": (model.windows, not any(model.resolved_windows), "0"),
         "model.kv_norm": (model.kv_norm, model.kv_norm == "block", "block"),
         "model.rope_scaling": (model.rope_scaling, model.rope_scaling == "none", "none"),

@@ -129,7 +129,7 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
 def is_llama(model: ModelConfig) -> bool:
     """Whether transformers' Llama computes the same; it asks for widths that the heads divide."""
     return (
-        model.n_slots == model.n_layers
+        model.n_kv_layers == model.n_layers
         and model.kv_norm == "block"
         and not any(model.resolved_windows)
         and model.d_model % model.n_heads == 0

@@ -233,7 +233,7 @@ class ClaModel(ClaPreTrainedModel):
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([ClaDecoderLayer(config, layer) for layer in layers])
         self.norm = ClaRMSNorm(config)
-        self.slots = {layer: slot for slot, layer in enumerate(config.producers)}
+        self.kv_layers = {layer: place for place, layer in enumerate(config.producers)}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -269,8 +269,10 @@ class ClaModel(ClaPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0
         if past_key_values is not None:
-            if len(past_key_values.layers) > len(self.slots):  # generate() makes one entry a layer
-                del past_key_values.layers[len(self.slots) :]
+            if len(past_key_values.layers) > len(
+                self.kv_layers
+            ):  # generate() makes one entry a layer
+                del past_key_values.layers[len(self.kv_layers) :]
             past = past_key_values.get_seq_length()
             past = past.clone() if torch.is_tensor(past) else past  # a static cache counts in place
         here = torch.arange(x.shape[1], device=x.device) + past
@@ -283,8 +285,8 @@ class ClaModel(ClaPreTrainedModel):
         kv, states, weights = {}, (x,), ()
         for layer, block in enumerate(self.layers):
             update = None
-            if past_key_values is not None and layer in self.slots:
-                update = functools.partial(past_key_values.update, layer_idx=self.slots[layer])
+            if past_key_values is not None and layer in self.kv_layers:
+                update = functools.partial(past_key_values.update, layer_idx=self.kv_layers[layer])
             seen = functools.partial(self.seen, here, attention_mask, config.windows[layer])
             source = config.kv_map[layer]
             inputs = (x, *kv.get(source, (None, None)), update, seen, cos, sin, with_weights)

@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 class KV(NamedTuple):
     """Keys (rotated once, by their producer) and values, shared by the layers of a group.
 
-    None for one that a layer does not make, or a slot of a cache does not hold; in a slot, each is whatever
-    the format makes of it.
+    None for one that a layer does not make. In a cache, each is whatever the format makes of it.
     """
 
     k_BSKH: Any
@@ -352,8 +351,8 @@ def partial_attention(
     sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
     part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
     for segment in segments:
-        # A loop even where one block is all: outside of one, XLA fuses the write of a slot into its
-        # readers, and then copies the slot.
+        # A loop even where one block is all: outside of one, XLA fuses the write to a cache into its
+        # readers, and then copies what it wrote to.
         body = functools.partial(step, segment)
         part = jax.lax.fori_loop(segment.first, segment.end, body, part)
     return part

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     kept_width: Callable[[int], int]  # of heads in the cache; they are padded with zeros
     takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads per KV head
     sees_starts: bool  # whether a query may begin to see after the beginning of its row
-    merges: bool  # whether its results may be merged with those of other parts of a slot
+    merges: bool  # whether its results may be merged with those of other parts of a KV layer
     # Why it cannot serve a model, a cache format, and a platform with its compute capability.
     refusal: Callable[[ModelConfig, str, str, float], str | None]
     tried: str  # what was done with it

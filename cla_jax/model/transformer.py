@@ -10,7 +10,7 @@ residual stream that enters it; every block of the group attends to that same va
 A consuming group has no projection and is handed the `kv` of an earlier group. That is all there is
 to cross-layer attention (CLA, 2405.12981 section 3.1). Where keys and values are shared differently, a group
 may make one of them and read the other. Shared keys and values are an ordinary value, so
-gradients and rematerialisation need no care; whether `kv` holds arrays or a slot of a cache, a block
+gradients and rematerialisation need no care; whether `kv` holds arrays or is a part of a cache, a block
 cannot tell.
 """
 

@@ -25,10 +25,10 @@ def draw(records: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str])
     colours = ["#d9ecd0", "#b5d8e8", "#8fb8de", "#c9a7d8", "#f2b8a0"]
     for axes, (name, record) in zip(panels, records.items(), strict=True):
         profile = record["profile"]
-        kept = np.array([slot["kept"] for slot in profile])
+        kept = np.array([layer["kept"] for layer in profile])
         if "policies" in profile[0]:
             names = list(profile[0]["policies"])
-            shares = np.array([[slot["policies"][n]["share"] for n in names] for slot in profile])
+            shares = np.array([[layer["policies"][n]["share"] for n in names] for layer in profile])
             colour, scale = ListedColormap(colours), {"vmin": -0.5, "vmax": len(colours) - 0.5}
             axes.imshow(shares.argmax(1), cmap=colour, aspect="auto", **scale)
         else:
@@ -38,7 +38,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str])
         axes.set(title=name, xlabel="KV head")
         axes.title.set_fontsize(8)
         axes.set_xticks(range(kept.shape[1]))
-        axes.set_yticks(range(len(profile)), [str(slot["slot"]) for slot in profile])
+        axes.set_yticks(range(len(profile)), [str(layer["kv_layer"]) for layer in profile])
     panels[0].set_ylabel("KV layer")
     if names:
         patches = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)]
