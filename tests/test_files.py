@@ -68,7 +68,7 @@ def test_files_have_a_limit(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("[1, 2]")
     assert files.read_json(file, 6) == [1, 2]
-    with pytest.raises(ValueError, match=r"a\.json is too large: more than the 5 bytes"):
+    with pytest.raises(ValueError, match=r"a\.json is too large: the limit is 5 bytes"):
         files.read_json(file, 5)
 
 

@@ -30,7 +30,7 @@ def test_damaged_files_are_read_or_refused_in_a_line(examples):
     ("name", "content", "words"),
     [
         ("a.csv", 'text,n\n"two\nlines",1\n', ""),
-        ("a.csv", "text,n\na\n", "line 2 has 1 values, and the first line names 2 columns"),
+        ("a.csv", "text,n\na\n", "line 2 has 1 values, but the first line has 2 columns"),
         ("a.csv", '"open', "is not CSV"),
         ("a.csv", "", "the first line must name the columns"),
         ("a.csv", b"text\n\xff\n", "line 2 is not text in UTF-8"),

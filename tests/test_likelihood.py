@@ -193,7 +193,7 @@ def test_rows_are_of_the_length_that_costs_least():
 
 def test_what_is_too_long_loses_its_beginning():
     assert text([1, 2, 3, 4], [5, 6], 3) == ((3, 4, 5), (5, 6))
-    with pytest.raises(ValueError, match="a continuation has 4 tokens: 1 to 3 can be scored"):
+    with pytest.raises(ValueError, match="a continuation has 4 tokens, but must have 1 to 3"):
         text([1], [2, 3, 4, 5], 3)
     with pytest.raises(ValueError, match="a continuation has 0 tokens"):
         text([1], [], 3)

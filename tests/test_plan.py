@@ -395,7 +395,9 @@ def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
     with pytest.raises(ValueError, match="no such option"):
         plan._compile_apart(tiny(), topology, empty)
     monkeypatch.setattr(plan, "_compile_for", dies)
-    with pytest.raises(ChildProcessError, match=r"died with exit code 11.*said last: out of luck"):
+    with pytest.raises(
+        ChildProcessError, match=r"died with exit code 11.*Its last output: out of luck"
+    ):
         plan._compile_apart(tiny(), topology, empty)
 
 

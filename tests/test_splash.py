@@ -59,7 +59,9 @@ def test_on_a_tpu_splash_is_taken_where_it_serves(caplog):
     model = replace(MODEL, d_head=46)
     assert choose_backend("auto", model, 2048, TPU) == "splash"
     assert choose_backend("xla", model, 2048, TPU) == "xla"
-    assert "SLOW ATTENTION: placement.attention = 'xla' where splash would serve" in caplog.text
+    assert (
+        "SLOW ATTENTION: placement.attention = 'xla', although splash is available" in caplog.text
+    )
     for changes, seq_len, words in (
         ({}, 100, "multiple of 128"),
         ({}, 640, "multiple of 128, and of 512"),

@@ -136,7 +136,7 @@ def test_a_row_that_diverges_does_not_win_by_the_seeds_it_survived():
 
 def test_many_seeds_need_the_t_test():
     rows = {"cla2": 25, "half": 25}
-    with pytest.raises(ValueError, match="25 seeds: the sign-flip test takes 20 at most"):
+    with pytest.raises(ValueError, match="25 seeds: the sign-flip test supports at most 20"):
         Study(rows=rows, claims=(Claim("cla2", "half"),))
     study = Study(rows=rows, claims=(Claim("cla2", "half"),), test="t")
     data = {

@@ -51,7 +51,9 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, bad, words):
 
 def test_a_group_has_one_prompt_and_a_trace_has_requests(tmp_path):
     first = GOOD | {"group": "g"}
-    with pytest.raises(ValueError, match="line 2: another prompt than the first of group 'g'"):
+    with pytest.raises(
+        ValueError, match="line 2: the prompt differs from the first one of group 'g'"
+    ):
         read_trace(written(tmp_path, first, first | {"prompt": [9]}))
     with pytest.raises(ValueError, match="has no requests"):
         read_trace(written(tmp_path, "\n"))

@@ -101,7 +101,7 @@ def corpus(name: str, directory: str | os.PathLike[str]) -> Path:
             xml = gzip.decompress(member.read())
         if (found := hashlib.sha256(xml).hexdigest()) != enwik8.ENWIK8_SHA256:
             raise ValueError(
-                f"enwik8 has sha256 {found}, expected {enwik8.ENWIK8_SHA256}: not used"
+                f"enwik8 has sha256 {found} instead of {enwik8.ENWIK8_SHA256}, so it is not used"
             )
         written = Path(partial) / file.name
         with written.open("w", encoding="utf-8", newline="\n") as out:
@@ -109,7 +109,7 @@ def corpus(name: str, directory: str | os.PathLike[str]) -> Path:
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         if (found := _sha256(written)) != enwik8.PROSE_SHA256:
             raise ValueError(
-                f"the prose of enwik8 has sha256 {found}, expected {enwik8.PROSE_SHA256}: not used"
+                f"the prose of enwik8 has sha256 {found} instead of {enwik8.PROSE_SHA256}, so it is not used"
             )
         os.replace(written, file)
     return file
