@@ -213,7 +213,7 @@ def test_a_bad_trial_leaves_the_others_alone(tmp_path):
     out = finish(launch(tmp_path, "smoke.grid", fields=fields), code=1)
     assert f"{foreign.name}  refused: {foreign.run.path} contains another run:" in out
     assert "seed: 77 there, 0 asked for" in out
-    assert f"{damaged.name}  failed: error: no checkpoint is left that can be trusted" in out
+    assert f"{damaged.name}  failed: error: no intact checkpoint is left" in out
     assert "4 done" in out
     for record in others:
         assert record.state().attempts == before[record.name] + 1
