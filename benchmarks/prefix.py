@@ -124,11 +124,11 @@ def contestants(
 def noise(cache: Cache, length: int) -> Cache:
     draw = np.random.default_rng(0)
     filled = lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype)
-    layers, lengths_B = (
-        jax.tree.map(filled, cache.kv_layers),
-        jnp.full_like(cache.lengths_B, length),
+    return dataclasses.replace(
+        cache,
+        kv_layers=jax.tree.map(filled, cache.kv_layers),
+        lengths_B=jnp.full_like(cache.lengths_B, length),
     )
-    return dataclasses.replace(cache, kv_layers=layers, lengths_B=lengths_B)
 
 
 def with_pages(cache: Cache, pages: Any) -> Cache:

@@ -193,6 +193,6 @@ def _pointless(session: Session, name: str) -> str | None:
     if name == "dense" or held < dense:
         return None
     return (
-        f"{name}: stores as many bytes as dense in windows of {context} tokens, so this result says "
+        f"{name}: stores at least as many bytes as dense in windows of {context} tokens, so this result says "
         "little about the format"
     )

@@ -80,7 +80,7 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayer:
-    """A layer that makes keys or values, which a KV cache keeps."""
+    """A layer that makes keys or values. A KV cache stores them."""
 
     layer: int
     holds: Halves
@@ -161,11 +161,11 @@ class Sharing:
         )
 
     def read_by(self, group: Group) -> tuple[int, int]:
-        """Whose keys and whose values a group's layers read, as places in `kv_layers`."""
-        return self._place_of[group.k_source], self._place_of[group.v_source]
+        """The KV layers whose keys, and whose values, a group's layers read: indices in `kv_layers`."""
+        return self._index_of[group.k_source], self._index_of[group.v_source]
 
     @functools.cached_property
-    def _place_of(self) -> dict[int, int]:
+    def _index_of(self) -> dict[int, int]:
         return {kv.layer: p for p, kv in enumerate(self.kv_layers)}
 
     def count(self, half: Literal["k", "v"]) -> int:

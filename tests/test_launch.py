@@ -287,15 +287,20 @@ main()
     [
         "gc.callbacks.append(lambda *_: interrupt())\n    gc.collect()",  # as jax has one
         "type('Last', (), {'__del__': lambda _: interrupt()})()",
+        # On a busy machine a new thread does not run at once, and the next signal comes before.
+        "threads_start_late()\n    gc.callbacks.append(lambda *_: interrupt())\n    gc.collect()",
     ],
-    ids=["garbage collector", "destructor"],
+    ids=["garbage collector", "destructor", "late threads"],
 )
 def test_an_interrupt_where_python_only_prints_exceptions_is_not_lost(place):
     program = f"""
-import gc, os, signal, time
+import _thread, gc, os, signal, threading, time
 from launch.cli import user_errors
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sent = []
+start, sent = _thread.start_new_thread, []
+def threads_start_late():
+    late = lambda run, *rest: start(lambda *given: (time.sleep(0.1), run(*given)), *rest)
+    _thread.start_new_thread = threading._start_new_thread = late
 def interrupt():
     if len(sent) < 2:  # the second is one that was sent again
         sent.append(os.kill(os.getpid(), signal.SIGINT))

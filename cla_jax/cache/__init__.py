@@ -1,9 +1,9 @@
 """KV caches: one file a format, behind one small protocol.
 
-A cache keeps the KV layers, which make keys or values, and nothing for consumers. It keeps of each a `KV` of
-whatever pytrees its format likes; None for what the layer does not make. The model hands that from the
-producer's write to the readers of the group and never looks inside. What only layers with a sliding window
-read is a ring of the newest tokens, in every format.
+A KV layer is a layer that makes keys or values. A cache stores one `KV` for each KV layer, and nothing for
+consumers. The format chooses the pytrees in it; None stands for what the layer does not make. The model
+passes the `KV` from the producer's write to the readers of the group and never looks inside. If only layers
+with a sliding window read a KV layer, its `KV` is a ring of the newest tokens, in every format.
 
     spec = cache_spec(config, "int8", batch=8, capacity=2048, chunk=256)
     cache = spec.allocate()
@@ -209,7 +209,7 @@ class CacheSpec:
         return round_up(self.formats[p].entries(self._tokens(p)), UNIT * self.shards)
 
     def block(self, p: int) -> int:
-        """Entries of KV layer p that a device reads at once: all of few, a part of more, in a loop."""
+        """Entries of KV layer p that a device reads at once: all, or if there are many, a block in a loop."""
         here = self.entries(p) // self.shards
         return here if here <= LONGEST_BLOCK else self.formats[p].longest_block
 

@@ -233,7 +233,7 @@ class ClaModel(ClaPreTrainedModel):
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([ClaDecoderLayer(config, layer) for layer in layers])
         self.norm = ClaRMSNorm(config)
-        self.kv_layers = {layer: place for place, layer in enumerate(config.producers)}
+        self.kv_layers = {layer: index for index, layer in enumerate(config.producers)}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -269,10 +269,8 @@ class ClaModel(ClaPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0
         if past_key_values is not None:
-            if len(past_key_values.layers) > len(
-                self.kv_layers
-            ):  # generate() makes one entry a layer
-                del past_key_values.layers[len(self.kv_layers) :]
+            # generate() makes one entry per layer.
+            del past_key_values.layers[len(self.kv_layers) :]
             past = past_key_values.get_seq_length()
             past = past.clone() if torch.is_tensor(past) else past  # a static cache counts in place
         here = torch.arange(x.shape[1], device=x.device) + past

@@ -351,8 +351,8 @@ def partial_attention(
     sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
     part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
     for segment in segments:
-        # A loop even where one block is all: outside of one, XLA fuses the write to a cache into its
-        # readers, and then copies what it wrote to.
+        # A loop even where one block is all: outside of one, XLA fuses the write to a KV layer into
+        # its readers, and then copies the KV layer.
         body = functools.partial(step, segment)
         part = jax.lax.fori_loop(segment.first, segment.end, body, part)
     return part
