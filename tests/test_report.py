@@ -849,6 +849,34 @@ def test_points_of_several_seeds_are_drawn_without_a_warning(sizes):
         pareto.saved(plot([at(size, 8.0, seeds=(7.9, 8.1)) for size in sizes]), "png")
 
 
+@pytest.mark.parametrize("width", [4.6, 8.4])
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_with_the_same_bytes_stand_side_by_side(rows, width):
+    alike = [at(512, 8.0 + i / 9, seeds=(7.9, 8.2), number=i) for i in range(rows)]
+    figure = plot([*alike, at(256, 8.3, seeds=(8.2, 8.4))], width=width)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    place = {
+        gid: axes.transData.transform(drawn.get_offsets())[0, 0]
+        for drawn in axes.collections
+        if (gid := drawn.get_gid())
+    }
+    columns = sorted(place.values())
+    ends = 2 * pareto._CAP * figure.dpi / 72
+    assert min(np.diff(columns)) > (ends if rows < 6 else 0)
+    assert axes.bbox.x0 < columns[0]
+    assert columns[-1] < axes.bbox.x1
+    # The best row is on the frontier and above its tick.
+    assert place["point-0"] == pytest.approx(axes.transData.transform((512, 8.0))[0])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["256", "512"]
+
+
+def test_rows_of_one_run_stay_where_their_bytes_are():
+    figure = plot([at(512, 8.0, number=0), at(512, 8.1, number=1)])
+    found = [one.get_offsets()[0, 0] for one in figure.axes[0].collections if one.get_gid()]
+    assert found == [512, 512]
+
+
 def test_what_only_a_screen_can_do_is_not_printed(tmp_path):
     text = html(two(tmp_path))
     printed, screen = text.index("@media print"), text.index(".screen { display: none; }")

@@ -75,6 +75,8 @@ def plot(
         subtitle += " Hollow: unfinished, not ranked."
     if any(len(point.seeds) > 1 for point in drawn):
         subtitle += " Bars: one standard deviation over seeds; dots: single seeds."
+    if pareto.overlapping(drawn):
+        subtitle += " Rows with the same bytes stand side by side."
     return pareto.plot(
         [drawn[i] for i in order],
         quality=HEADINGS[compared.measure],
@@ -321,7 +323,12 @@ def shown_rows(
 ) -> list[Row]:
     """The rows that pictures show: of a study those that count, of a search the best learning rates."""
     if outcome is not None:
-        return seeds.merged(list(outcome.runs.values()))
+        # Called as the study calls them: all are of one sweep, whose directory would say nothing.
+        named = [
+            dataclasses.replace(row, name=f"{declared}.seed-{seed}")
+            for (declared, seed), row in outcome.runs.items()
+        ]
+        return seeds.merged(named)
     return seeds.best_of_rates(together, diverged)
 
 

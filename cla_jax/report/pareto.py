@@ -89,6 +89,7 @@ def plot(
     `quality` names the vertical axis; the legend lists the series as they first occur in `points`. Where
     points are not `ranked`, there is no frontier. `width` is in inches; `kind` says which bytes they are.
     A point of several seeds has a bar of one standard deviation to each side, and a dot for each seed.
+    Such points with the same bytes are drawn side by side, the best one where it belongs.
     """
     points = [point for point in points if math.isfinite(point.quality)]
     names = list(dict.fromkeys(point.series for point in points))
@@ -130,6 +131,10 @@ def plot(
         least, most = min(sizes), max(sizes)
         room = (most / least) ** 0.13 if most > least else 2
         axes.set_xlim(least / room, most * room)
+        undominated = frontier(points) if ranked else []
+        corners = [points[i] for i in undominated]
+        points = _side_by_side(axes, points)
+        best = [points[i] for i in undominated]
         for point in reference:
             _draw(axes, point, "#9aa3ad", "o", 52)
         for point in points:
@@ -138,8 +143,7 @@ def plot(
         _keep_apart(axes)
         axes.autoscale(False)
         _ticks(axes, sizes)
-        best = [points[i] for i in frontier(points)] if ranked else []
-        line = _draw_frontier(axes, best) if best else []
+        line = _draw_frontier(axes, corners) if corners else []
         others = [point for point in points if point not in best]
         left_out = _annotate(axes, [*best, *others, *reference], best, line)
         if left_out:
@@ -168,7 +172,33 @@ _AXES = {
 _SHORT_AXES = {"resident": "KV bytes per token", "read": "KV bytes read per token"}
 
 
-_CAP, _DOT = 4, 2.6  # points: half the width of a bar's ends, the size of a seed's dot
+# In points: half the width of a bar's ends, the size of a seed's dot, from one bar to the next.
+_CAP, _DOT, _APART = 4, 2.6, 15
+
+
+def overlapping(points: Sequence[Point]) -> list[list[int]]:
+    """Indices of points with the same bytes whose bars would cover each other, best quality first."""
+    barred = [i for i, point in enumerate(points) if len(point.seeds) > 1]
+    barred.sort(key=lambda i: (points[i].kv_bytes, points[i].quality))
+    columns = itertools.groupby(barred, key=lambda i: points[i].kv_bytes)
+    return [column for _, indices in columns if len(column := list(indices)) > 1]
+
+
+def _side_by_side(axes: Axes, points: Sequence[Point]) -> list[Point]:
+    """The points as they are drawn: the best of a column stays, the others stand right and left of it."""
+    places, columns = list(points), overlapping(points)
+    low, high = axes.get_xlim()
+    width = axes.get_window_extent().width * 72 / axes.figure.dpi
+    # The margin has room for half of the widest column.
+    apart = min(_APART, 0.08 * width / max((len(column) // 2 for column in columns), default=1))
+    step = (high / low) ** (
+        apart / width
+    )  # the axis is logarithmic: a distance on paper is a factor
+    for column in columns:
+        for rank, i in enumerate(column):
+            side = (rank + 1) // 2 * (1 if rank % 2 else -1)
+            places[i] = dataclasses.replace(points[i], kv_bytes=points[i].kv_bytes * step**side)
+    return places
 
 
 def _deviation(point: Point) -> float:
