@@ -19,35 +19,38 @@ RUN: frozenset[str] = frozenset()
 
 _HEAD = """# The paper, table by table
 
-Each table and figure of [the paper](https://arxiv.org/abs/2405.12981), with the command that \
-reproduces it. [`experiments/paper.py`](../experiments/paper.py) has the printed results; \
-`launch.compare` puts ours beside them. The text (SlimPajama) and the tokenizer (GPT-NeoX) are not \
-downloaded: point `--data.source` and `--data.tokenizer` at local files, behind a lone `--` with \
-`launch.sweep`. This page is made by `python -m experiments.paper_docs`.
+This page lists each table and figure of [the paper](https://arxiv.org/abs/2405.12981) with the \
+command that reproduces it. [`experiments/paper.py`](../experiments/paper.py) has the printed \
+results, and `launch.compare` shows them next to ours.
+
+The text (SlimPajama) and the tokenizer (GPT-NeoX) are not downloaded: set `--data.source` and \
+`--data.tokenizer` to local files. With `launch.sweep`, put these flags after a separate `--`.
 
 Hours are predicted for {topology} ({chips} chips) at an MFU of {mfu:.0%}, as `python -m launch.plan \
-NAME --topology {topology}` prints them. Evaluation and restarts are not counted.
+NAME --topology {topology}` prints them. They do not include evaluation and restarts.
 
-| in the paper | command | runs | hours | chip-hours | run |
+| in the paper | command | runs | hours | chip-hours | run here |
 |---|---|---|---|---|---|
 """
 _FOOT = """
-A learning-rate sweep goes on until the perplexity stops improving: its runs are counted up to one \
-rate beyond the best rate that the paper prints.
+A learning-rate sweep continues until the perplexity stops improving. The table counts its runs up \
+to one rate above the best rate that the paper prints.
 
 ## Row by row
 
-| row | tables | KV bytes per token | learning rate | validation perplexity in the paper | hours | run |
+| row | tables | KV bytes per token | learning rate | validation perplexity in the paper | hours | run here |
 |---|---|---|---|---|---|---|
 """
 _END = """
 The seven tasks and the Wikitext perplexity of tables 4, 6, 7 and 8 come from `launch.evaluate` with \
-`--tasks` ([tasks.md](tasks.md)). The paper's adaptation experiments (in its NeurIPS version) cannot \
-be reproduced here yet.
+`--tasks` ([tasks.md](tasks.md)). The paper's adaptation experiments (in its NeurIPS version) are \
+not among the experiments here yet; [uptraining.md](uptraining.md) has the conversion of a trained model.
 
-What was really run is small: [results/small](results/small/report.md) asks the paper's question at \
-a 2,300th of its size. `experiments/one_gpu.py` asks it at 12 million parameters, for one GPU; it \
-has not been run.
+Only small models were trained here: [results/small](results/small/report.md) asks the paper's \
+question at a 2,300th of its size. `experiments/one_gpu.py` asks it at 12 million parameters, for \
+one GPU; it has not been run.
+
+`python -m experiments.paper_docs` makes this page.
 """
 
 
@@ -92,7 +95,7 @@ def document() -> str:
         ("learning-rate curves, 3B", sweep("cla_3b.learning_rate"), _searched(first)),
         ("tables 7 and 8: 3B, second set", _train(second), rows(second)),
         ("other rates of the second set", sweep("cla_3b.second_learning_rate"), others),
-        ("tables 5 to 8 beside each other", compare("cla_3b"), []),
+        ("tables 5 to 8 in one report", compare("cla_3b"), []),
     ]
     text = _HEAD.format(topology=TOPOLOGY, chips=CHIPS, mfu=MFU)
     for what, command, configs in lines:
