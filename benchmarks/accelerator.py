@@ -186,20 +186,22 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     import numpy as np
 
     import experiments
-    from cla_jax import costs, memory, plan, train
+    from cla_jax import costs, memory, plan
     from cla_jax.fields import replaced
+    from cla_jax.session import plan_layout
     from cla_jax.state import initial_state
+    from cla_jax.step import make_step
 
     (config,) = experiments.find(row)
     changes = {"batch_size": rows, "placement.accumulate": 1, "placement.remat": remat}
     config = replaced(config, changes | {"placement.scan_layers": scan})
     one = jax.devices()[:1]
-    layout = train.plan_layout(config, one)
+    layout = plan_layout(config, one)
     shape = (1, rows, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     begin = time.perf_counter()
     with jax.set_mesh(layout.mesh):
-        step = train.make_step(layout).lower(layout.state, layout.batch).compile()
+        step = make_step(layout).lower(layout.state, layout.batch).compile()
         compile_seconds = time.perf_counter() - begin
         found = step.memory_analysis()
         state = initial_state(config, layout.optimizer, layout.state)

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import SHAPES
-from cla_jax import train
 from cla_jax.cache import cache_spec
 from cla_jax.config import Config, DataConfig, ModelConfig
 from cla_jax.memory import lowered
+from cla_jax.session import plan_layout
+from cla_jax.step import compile_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def compile_training(n_layers: int) -> None:
         batch_size=4,
         steps=10,
     )
-    train.compile_step(train.plan_layout(config))
+    compile_step(plan_layout(config))
 
 
 def compile_decoding(n_layers: int) -> None:

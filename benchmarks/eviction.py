@@ -26,7 +26,7 @@ from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
-from cla_jax.train import Session
+from cla_jax.session import Session
 
 OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from benchmarks.child import Contestant, serve
-from cla_jax import train
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.fields import from_dict
+from cla_jax.session import plan_layout
 from cla_jax.state import initial_state
+from cla_jax.step import make_step
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -36,7 +37,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),
     )
-    layout = train.plan_layout(config)
+    layout = plan_layout(config)
     mesh = layout.mesh
     tokens = np.random.default_rng(0).integers(
         0,
@@ -47,7 +48,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     with jax.set_mesh(mesh):
         state = initial_state(config, layout.optimizer, layout.state)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
-    step = train.make_step(layout)
+    step = make_step(layout)
     batch = 0
 
     def steps(count: int) -> dict[str, Any]:

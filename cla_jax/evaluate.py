@@ -13,6 +13,7 @@ from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
 from cla_jax.data import prepare
+from cla_jax.data.mixture import of_component
 from cla_jax.eviction_scores import evicting_decoding
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import TRAINING, Run, check_places
@@ -23,7 +24,7 @@ from cla_jax.scoring import (
     full_forward,
     sensitivity,
 )
-from cla_jax.train import Session, of_component, prepare_session
+from cla_jax.session import Session, prepare_session
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.recall_tasks import Example
 from cla_jax.scoring import rows, score
-from cla_jax.train import Session
+from cla_jax.session import Session
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="cache")

@@ -30,8 +30,9 @@ from cla_jax.config import Config
 from cla_jax.mesh import row_shards
 from cla_jax.messages import printable
 from cla_jax.model import splash
+from cla_jax.session import Layout, plan_layout
 from cla_jax.state import named
-from cla_jax.train import Layout, make_step, option_errors, plan_layout
+from cla_jax.step import make_step, option_errors
 
 # ------------------------------------------------------------------------------------ topologies
 

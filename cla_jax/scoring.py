@@ -26,7 +26,7 @@ from cla_jax.documents import Documents
 from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
-from cla_jax.train import Session
+from cla_jax.session import Session
 
 if TYPE_CHECKING:
     from cla_jax.data.prepare import Prepared

@@ -192,13 +192,14 @@ def _uptrain(command: Uptrain) -> None:
         config = replaced(config, {"model.kv_map": kv_map})
     preflight.check(config)
 
-    from cla_jax import train, uptrain
+    from cla_jax import uptrain
     from cla_jax.checkpoint import Checkpointer
+    from cla_jax.session import prepare_session
 
     assert isinstance(config.start, FromRun)
     config = dataclasses.replace(config, start=uptrain.pinned(config.start))
     from_file = config.data.tokenizer.endswith(".json") or bool(config.data.mixture)
-    session = train.prepare_session(config, source.tokenizer_json() if from_file else None)
+    session = prepare_session(config, source.tokenizer_json() if from_file else None)
     text = uptrain.Text(session.prepared, session.end, session.begins)
     if form and form[0] == "damage":
         with _bar("measuring layers") as progress:

@@ -5,8 +5,11 @@ import types
 import jax
 import pytest
 
-from cla_jax import budget, runs
-from cla_jax import train as training
+from cla_jax import budget, logger, runs
+from cla_jax.data.loader import PREFETCH
+from cla_jax.session import plan_layout
+from cla_jax.step import check_memory
+from cla_jax.train import train
 from tests.sealed import write_metrics
 
 MiB = 1 << 20
@@ -59,13 +62,13 @@ def test_the_step_of_a_run_is_checked_with_its_batches_and_names_the_fields(
 ):
     devices(1)
     config = tiny(batch_size=8)
-    layout = training.plan_layout(config)
+    layout = plan_layout(config)
     batch = 8 * (config.data.seq_len + 1) * 4
-    ahead = training.PREFETCH * batch
+    ahead = PREFETCH * batch
     monkeypatch.setattr(budget, "available_bytes", lambda: jax.local_device_count() * (MiB + ahead))
-    training.check_memory(layout, program(MiB, 0, 0, 0))
+    check_memory(layout, program(MiB, 0, 0, 0))
     with pytest.raises(ValueError, match=r"raise placement\.accumulate = 1, lower batch_size = 8"):
-        training.check_memory(layout, program(MiB + 1, 0, 0, 0))
+        check_memory(layout, program(MiB + 1, 0, 0, 0))
 
 
 def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
@@ -74,7 +77,7 @@ def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
     devices(1)
     monkeypatch.setattr(budget, "available_bytes", lambda: 1)
     with caplog.at_level("INFO"), pytest.raises(ValueError, match="a step needs"):
-        training.train(tiny(steps=1), evaluate=lambda *_: {})
+        train(tiny(steps=1), evaluate=lambda *_: {})
     assert "training tokens: 256 in total" in caplog.text
     monkeypatch.undo()
     run = runs.open_run(tiny(seed=1), data_fingerprint="", tokenizer_json="{}")
@@ -94,9 +97,9 @@ def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
         prepared=types.SimpleNamespace(parts={"web": part, "code": part}),
     )
     with caplog.at_level("INFO"):
-        training.log_data(session)  # type: ignore[arg-type]
+        logger.log_data(session)  # type: ignore[arg-type]
     assert f"web: 512 tokens = {epochs:.3g} epochs of its 320" in caplog.text
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert [record.getMessage()[:16] for record in warnings] == ["web is seen 4.1 "] * warned
     numbers = (0.1678, 4.0, 99.96, 83_818.1)
-    assert [*map(training._three_digits, numbers)] == ["0.168", "4", "100", "83,800"]
+    assert [*map(logger._three_digits, numbers)] == ["0.168", "4", "100", "83,800"]

@@ -21,7 +21,8 @@ from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_places, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sensitivity
-from cla_jax.train import prepare_session, train
+from cla_jax.session import prepare_session
+from cla_jax.train import train
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("above_all_runs")

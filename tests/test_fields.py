@@ -21,15 +21,10 @@ from cla_jax.evaluate import during_training
 from cla_jax.fields import flatten
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import find_runs
+from cla_jax.session import batch_stream, prepare_session
 from cla_jax.state import named
-from cla_jax.train import (
-    batch_stream,
-    load_teacher,
-    make_step,
-    prepare_session,
-    restore_or_init,
-    train,
-)
+from cla_jax.step import make_step
+from cla_jax.train import load_teacher, restore_or_init, train
 from tests.conftest import tiny_config
 
 # Fields that say what is computed: other data, other arrays, or three steps that end in other numbers.

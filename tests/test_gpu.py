@@ -16,7 +16,7 @@ from cla_jax.cache import cache_spec
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model import mosaic
 from cla_jax.model.transformer import Transformer
-from cla_jax.train import plan_layout
+from cla_jax.session import plan_layout
 from launch import plan as launch_plan
 from tests.conftest import MODEL, replace
 

@@ -82,7 +82,7 @@ def test_configs_need_no_jax():
 
 
 def test_training_loads_nothing_heavy_that_it_does_not_use():
-    loaded = loaded_after("import cla_jax.evaluate")
+    loaded = loaded_after("import cla_jax.evaluate, cla_jax.train")
     assert "jax" in loaded
     for package in (
         *("tensorflow_datasets", "array_record", "grain", "tyro"),

@@ -27,7 +27,7 @@ from cla_jax.model.transformer import ForwardOptions
 from cla_jax.report import rows
 from cla_jax.runs import Run, find_runs
 from cla_jax.state import named
-from cla_jax.train import loss_sum
+from cla_jax.step import loss_sum
 from launch import convert
 from launch import generate as launch_generate
 from tests import interop as made

@@ -28,7 +28,7 @@ from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import layout, named
-from cla_jax.train import loss_sum
+from cla_jax.step import loss_sum
 from tests import reference
 from tests.conftest import MODEL, equations, replace
 

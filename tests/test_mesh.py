@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import experiments
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, check_batch, choose_mesh, make_mesh
-from cla_jax.train import plan_layout
+from cla_jax.session import plan_layout
 from tests.conftest import MODEL, replace
 
 

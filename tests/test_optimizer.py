@@ -10,7 +10,9 @@ from cla_jax import runs
 from cla_jax.config import WSD, Constant, Cosine, MeshConfig, Muon, OptimizerConfig
 from cla_jax.fields import replaced
 from cla_jax.optimizer import make_optimizer, schedule
-from cla_jax.train import batch_stream, make_step, prepare_session, restore_or_init
+from cla_jax.session import batch_stream, prepare_session
+from cla_jax.step import make_step
+from cla_jax.train import restore_or_init
 
 CONFIG = OptimizerConfig(
     peak_lr=1e-2, schedule=Cosine(warmup_fraction=0.1, final_fraction=0.1), clip_norm=0.5

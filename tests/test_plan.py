@@ -15,8 +15,9 @@ import pytest
 import experiments
 from cla_jax import chips, hlo, plan
 from cla_jax.config import MeshConfig
+from cla_jax.session import plan_layout
 from cla_jax.state import named
-from cla_jax.train import compile_step, make_step, plan_layout
+from cla_jax.step import compile_step, make_step
 from launch import plan as launch_plan
 from launch import train as launch_train
 from tests.conftest import MODEL, equations, replace

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -12,26 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax import checkpoint, costs, goodput
+from cla_jax import checkpoint, chips, costs, goodput
 from cla_jax import train as training
 from cla_jax.config import Component, MeshConfig, Stage
 from cla_jax.data import tokenizers
 from cla_jax.evaluate import during_training
+from cla_jax.logger import Diverged, StepLogger
 from cla_jax.model import platform
 from cla_jax.model.transformer import ForwardOptions
 from cla_jax.optimizer import schedule
+from cla_jax.recorder import is_complete
 from cla_jax.runs import find_runs
+from cla_jax.session import batch_stream, prepare_session
 from cla_jax.state import named
-from cla_jax.train import (
-    Diverged,
-    batch_stream,
-    make_step,
-    opened,
-    prepare_session,
-    restore_or_init,
-    tokens_hash,
-    train,
-)
+from cla_jax.step import compile_step, compiler_options, make_step, tokens_hash
+from cla_jax.train import opened, restore_or_init, train
+from cla_jax.writers import CompositeWriter
 
 NO_EVALUATION = lambda *_: {}
 
@@ -105,7 +102,7 @@ def test_a_finished_run_is_left_alone_without_compiling(tiny, devices, caplog, m
     saved = Path(run.checkpoints / "00000004").rglob("*")
     arrays = max((file for file in saved if file.is_file()), key=lambda file: file.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1] + b"?")
-    assert not training.is_complete(run, config)
+    assert not is_complete(run, config)
 
 
 def test_steps_done_again_are_evaluated_again(tiny, devices):
@@ -192,12 +189,12 @@ def test_the_file_of_the_last_evaluation_is_made_again(tiny, devices, caplog):
     evaluate = lambda *_: {"held_out_loss": 1.0, "record": {"nll": 2.0}}
     train(config, evaluate=evaluate)
     (run,) = find_runs([config.placement.runs])
-    assert training.is_complete(run, config)
+    assert is_complete(run, config)
     (run.path / "eval" / "training.json").unlink()
     train(config, evaluate=evaluate)
     assert "training.json of step 4 is missing" in caplog.text
     assert run.eval("training") == {"nll": 2.0, "step": 4}
-    assert training.is_complete(run, config)
+    assert is_complete(run, config)
 
 
 def test_altered_metrics_are_told_when_a_run_goes_on(tiny, devices, caplog):
@@ -259,9 +256,7 @@ def test_further_hosts_neither_lock_nor_write(tiny, devices, monkeypatch):
 def losses(config, n, mesh: MeshConfig, devices):
     devices(n)
     session = prepare_session(
-        training.dataclasses.replace(
-            config, placement=training.dataclasses.replace(config.placement, mesh=mesh)
-        )
+        dataclasses.replace(config, placement=dataclasses.replace(config.placement, mesh=mesh))
     )
     with jax.set_mesh(session.mesh):
         state = restore_or_init(session, find_run(config))
@@ -453,7 +448,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tiny, devices, monkeyp
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_neither_loss_nor_gradient_may_be_infinite_or_nan(tiny, name, value):
-    logger = training.StepLogger(tiny(), training.CompositeWriter([]), 0, goodput.Clock())
+    logger = StepLogger(tiny(), CompositeWriter([]), 0, goodput.Clock())
     logger.record(1, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
     logger.record(2, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0), name: jnp.array(value)})
     with pytest.raises(Diverged, match=f"step 2: {name} is {value}"):
@@ -466,9 +461,9 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
     writer = types.SimpleNamespace(
         write=lambda step, metrics: written.append((step, metrics)), flush=lambda: None
     )
-    monkeypatch.setattr(training.chips, "find", lambda kind: types.SimpleNamespace(flops=1e12))
+    monkeypatch.setattr(chips, "find", lambda kind: types.SimpleNamespace(flops=1e12))
     config = tiny()
-    logger = training.StepLogger(config, writer, 0, goodput.Clock())
+    logger = StepLogger(config, writer, 0, goodput.Clock())
     for step in (1, 2, 3):
         assert [done for done, _ in written] == list(range(1, step - 1))
         logger.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
@@ -662,7 +657,7 @@ def test_the_step_is_compiled_for_the_layouts_it_meets_before_there_is_a_state(
     """A compiled program takes no other shape, layout or dtype: neither at first nor of its own result."""
     devices(n)
     session = prepare_session(tiny(**{"placement.mesh": mesh, "placement.accumulate": 2}))
-    step = training.compile_step(session)
+    step = compile_step(session)
     with jax.set_mesh(session.mesh):
         state = restore_or_init(session, find_run(session.config))
         batches = batch_stream(session, 0)
@@ -677,14 +672,14 @@ def test_options_reach_the_compiler(tiny, devices):
     devices(1)
     option = "placement.compiler_options"
     good = "xla_backend_optimization_level=1,xla_llvm_disable_expensive_passes=True"
-    training.compile_step(prepare_session(tiny(**{option: good, "model.n_layers": 2})))
-    assert training.compiler_options(good) == {
+    compile_step(prepare_session(tiny(**{option: good, "model.n_layers": 2})))
+    assert compiler_options(good) == {
         "xla_backend_optimization_level": 1,
         "xla_llvm_disable_expensive_passes": True,
     }
     for bad in ("xla_no_such_thing=1", "xla_backend_optimization_level=high"):
         with pytest.raises(ValueError, match=f"placement.compiler_options.*{bad}"):
-            training.compile_step(prepare_session(tiny(**{option: bad})))
+            compile_step(prepare_session(tiny(**{option: bad})))
     with pytest.raises(ValueError, match="'flag' must be name=value"):
         tiny(**{option: "flag"})
 

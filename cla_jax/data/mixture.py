@@ -80,3 +80,8 @@ def _interleaved(rows: int, weights: tuple[int, ...]) -> list[int]:
 
 
 ONE_SOURCE = Schedule([(0, (1.0,))])
+
+
+def of_component(metric: str, component: str) -> str:
+    """The name of a metric of one component of a mixture; of one source alone, its own."""
+    return f"{metric}/{component}" if component else metric

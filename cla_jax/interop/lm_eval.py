@@ -29,7 +29,7 @@ from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
 from cla_jax.scoring import Progress
-from cla_jax.train import Session
+from cla_jax.session import Session
 
 try:
     import lm_eval.utils as harness
