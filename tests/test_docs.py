@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, commands parse, and sentences are short."""
 
+import csv
 import dataclasses
 import importlib
 import inspect
@@ -113,3 +114,32 @@ def test_sentences_are_short():
     assert long_sentences(README) == []
     found = [sentence for page in PAGES for sentence in long_sentences(page)]
     assert len(found) <= 5, found
+
+
+def test_the_results_in_readme_are_those_of_the_report():
+    """Each number with a sign, and its interval, stands in the tables that the report's command makes."""
+    text = README.read_text()
+    opening = text[text.index("](docs/results/small/pareto.svg)") : text.index("## Two commands")]
+    results = ROOT / "docs/results/small"
+    claims = list(csv.DictReader((results / "claims.csv").open()))
+    (gain,) = csv.DictReader((results / "gains.csv").open())
+    plain = opening.replace("\N{MINUS SIGN}", "-")
+    stated = re.findall(r"[+-]\d\.\d{4}", plain)
+    for first, second in (
+        ("h16_mqa_cla2", "h16_mqa"),
+        ("h8_mqa", "h16_mqa"),
+        ("h16_mqa_cla2", "h8_mqa"),
+    ):
+        (claim,) = (
+            one
+            for one in claims
+            if [w for w in one["claim"].split() if "_" in w] == [first, second]
+        )
+        of_claim = [claim["difference"], *claim["interval"].split(" to ")]
+        assert stated[:3] == of_claim
+        stated = stated[3:]
+    assert not stated
+    times, low, high = re.findall(r"\d\.\d\d", gain["gain"])
+    assert f"worth {times} times the bytes ({low} to {high})" in plain
+    verdicts = {one["verdict"] for one in claims}
+    assert ("all four declared claims are inconclusive" in plain) == (verdicts == {"inconclusive"})
