@@ -186,8 +186,9 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     import numpy as np
 
     import experiments
-    from cla_jax import costs, memory, plan
+    from cla_jax import costs, memory
     from cla_jax.fields import replaced
+    from cla_jax.plan.estimates import estimate
     from cla_jax.session import plan_layout
     from cla_jax.state import initial_state
     from cla_jax.step import make_step
@@ -227,7 +228,7 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
         + found.temp_size_in_bytes,
-        "estimated_peak": sum(plan.estimate(layout).values()),
+        "estimated_peak": sum(estimate(layout).values()),
         "allocator_peak": memory.allocator_peak(),
     }
 

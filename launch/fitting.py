@@ -100,7 +100,7 @@ def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
 
     with compiling_elsewhere():
         planning = planner()
-        devices = planning.topology(topology, slices)
+        devices = planning.topologies.topology(topology, slices)
         try:
             found = planning.plan(config, devices, cache)
         except ValueError as error:  # the mesh or the batch does not fit the devices

@@ -76,9 +76,9 @@ def compile_elsewhere() -> None:
 def planner() -> Any:
     """`cla_jax.plan`. With it comes jax, and its plugins say that there is no driver: not here."""
     with machine.stderr_to_nowhere():
-        from cla_jax import plan
+        import cla_jax.plan.search
 
-        return plan
+        return cla_jax.plan
 
 
 @contextlib.contextmanager
@@ -130,14 +130,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     plans, misfits = [], []
     for topology in arguments.topology:
         for config in configs:
-            devices = planning.topology(topology, config.placement.mesh.slice)
+            devices = planning.topologies.topology(topology, config.placement.mesh.slice)
             cache = _cache()
             try:
                 if arguments.search:
-                    plan, _ = planning.search(config, devices, cache)
+                    plan, _ = planning.search.search(config, devices, cache)
                 else:
                     plan = planning.plan(config, devices, cache)
-            except planning.DoesNotFit as error:  # the other rows may
+            except planning.search.DoesNotFit as error:  # the other rows may
                 misfits.append(str(error))
                 continue
             plans.append((plan, config))

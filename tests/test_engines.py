@@ -565,9 +565,9 @@ def test_the_planner_is_asked_and_its_reasons_are_passed_on(monkeypatch, tmp_pat
     from cla_jax import chips
     from cla_jax import plan as planning
 
-    here = planning.Topology("here", 1, devices(2))
+    here = planning.topologies.Topology("here", 1, devices(2))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(planning, "topology", lambda name, slices: here)
+    monkeypatch.setattr(planning.topologies, "topology", lambda name, slices: here)
     config = fitting.shape(smoke.tiny())
     assert fitting._ask(config, "v5e:2x2", 1, tmp_path) == ""
     small = chips.Chip(flops=1e12, memory=1e5, bandwidth=1e11)

@@ -16,6 +16,7 @@ from cla_jax.cache import cache_spec
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model import mosaic
 from cla_jax.model.transformer import Transformer
+from cla_jax.plan import compiler, topologies
 from cla_jax.session import plan_layout
 from launch import plan as launch_plan
 from tests.conftest import MODEL, replace
@@ -61,7 +62,7 @@ def test_slices_are_hosts_with_a_copy_each(capsys):
 
 
 def test_devices_are_as_on_the_real_machine():
-    found = plan.topology("h200:4x8")
+    found = topologies.topology("h200:4x8")
     assert len(found.devices) == 32
     assert found.devices[0].device_kind == "NVIDIA H200"
     assert found.devices[0].compute_capability == "9.0"
@@ -72,7 +73,7 @@ def test_devices_are_as_on_the_real_machine():
 
 def planned(row, topology, **changes):
     (config,) = experiments.find(row)
-    return plan.plan(replace(config, **changes), plan.topology(topology))
+    return plan.plan(replace(config, **changes), topologies.topology(topology))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +127,9 @@ def test_cudnn_attends_forward_and_backward(tiny, tmp_path, d_head, remat, forwa
         **{"model.n_layers": 4, "model.compute_dtype": "bfloat16", "placement.remat": remat},
         **{"data.seq_len": 128, "placement.loss_chunk": 64},
     )
-    layout = plan_layout(config, plan.topology("h200:8").devices)
+    layout = plan_layout(config, topologies.topology("h200:8").devices)
     assert layout.options.attention == "cudnn"
-    plan._compile_apart(config, plan.topology("h200:8"), tmp_path)
+    compiler._compile_apart(config, topologies.topology("h200:8"), tmp_path)
     text = hlo.find(tmp_path, "after_optimizations.txt")
     blocks = 2  # of a group, compiled one by one
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == blocks
@@ -142,7 +143,7 @@ def decoding_step(topology, config, attention, format="dense"):
     """One decode step of 2 rows of up to 1,024 tokens, compiled for a device that is not here."""
     spec = cache_spec(config, format, batch=2, capacity=1024)
     spec = dataclasses.replace(spec, attention=attention)
-    here = SingleDeviceSharding(plan.topology(topology).devices[0])
+    here = SingleDeviceSharding(topologies.topology(topology).devices[0])
     there = lambda tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree
     )

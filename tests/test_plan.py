@@ -15,6 +15,7 @@ import pytest
 import experiments
 from cla_jax import chips, hlo, plan
 from cla_jax.config import MeshConfig
+from cla_jax.plan import compiler, estimates, search, topologies
 from cla_jax.session import plan_layout
 from cla_jax.state import named
 from cla_jax.step import compile_step, make_step
@@ -25,17 +26,17 @@ from tests.conftest import MODEL, equations, replace
 
 def test_a_topology_that_does_not_exist_is_refused_with_those_near_it():
     with pytest.raises(ValueError, match=r"kind of accelerator .v5f.; did you mean .*v5e"):
-        plan.topology("v5f:4x4")
+        topologies.topology("v5f:4x4")
     with pytest.raises(ValueError, match=r"unknown topology 'v5e:16x17'; similar ones: v5e:16x16"):
-        plan.topology("v5e:16x17")
+        topologies.topology("v5e:16x17")
     with pytest.raises(ValueError, match=r"unknown topology 'v5p:16x16'.*in chips"):
-        plan.topology("v5p:16x16")
+        topologies.topology("v5p:16x16")
     with pytest.raises(ValueError, match=r"kind of accelerator .h10.; did you mean .*h100"):
-        plan.topology("h10:8")
+        topologies.topology("h10:8")
     with pytest.raises(
         ValueError, match=r"unknown topology 'h100:16x7'; similar ones: h100:16x8.* x GPUs"
     ):
-        plan.topology("h100:16x7")
+        topologies.topology("h100:16x7")
 
 
 def test_gpus_are_in_one_table_with_tpus():
@@ -81,7 +82,7 @@ def test_the_least_time_of_a_step_is_that_of_the_slowest_resource(tiny):
             "collective_bytes": {"all-gather": told},
             "network_bytes": {},
         }
-        seconds = plan._roofline(layout, chip, flops * layout.mesh.size, compiled)
+        seconds = estimates.roofline(layout, chip, flops * layout.mesh.size, compiled)
         assert set(seconds) == {"compute", "HBM", "interconnect"}
         return max(seconds, key=seconds.__getitem__)
 
@@ -97,15 +98,15 @@ def test_without_libtpu_the_planner_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[plan\]'"):
-        plan.topology("v5e:4x4")
+        topologies.topology("v5e:4x4")
 
 
 def test_without_the_compiler_for_gpus_the_planner_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(plan, "_installed", lambda package: "cudnn" not in package)
+    monkeypatch.setattr(topologies, "_installed", lambda package: "cudnn" not in package)
     with pytest.raises(
         ValueError, match=r"needs nvidia-cudnn-cu12: pip install -e '\.\[plan-gpu\]'"
     ):
-        plan.topology("h100:8")
+        topologies.topology("h100:8")
 
 
 def test_variables_of_the_user_do_not_keep_compilers_from_compiling_for_others(monkeypatch):
@@ -121,7 +122,7 @@ def test_variables_of_the_user_do_not_keep_compilers_from_compiling_for_others(m
 def test_what_spans_hosts_takes_the_network_and_the_rest_nvlink(tiny):
     layout, chip = plan_layout(tiny()), chips.CHIPS["NVIDIA H100 80GB HBM3"]
     told = {"collective_bytes": {"all-gather": 90e9}, "network_bytes": {"all-gather": 15e9}}
-    seconds = plan._roofline(layout, chip, 0.0, {"traffic": {"total": 0}, **told})
+    seconds = estimates.roofline(layout, chip, 0.0, {"traffic": {"total": 0}, **told})
     assert seconds == pytest.approx(
         {"compute": 0.0, "HBM": 0.0, "NVLink": 75 / 450, "network": 15 / 50}
     )
@@ -132,14 +133,14 @@ def test_what_spans_hosts_takes_the_network_and_the_rest_nvlink(tiny):
     [("\nUNIMPLEMENTED: cuDNN graph\nat x", "attention xla"), ("INTERNAL: y", "another version")],
 )
 def test_a_refusal_of_the_compiler_is_one_line_with_what_may_help(message, remedy):
-    said = plan.refusal("h100:8", message)
+    said = compiler.refusal("h100:8", message)
     assert "\n" not in said
     assert message.split("\n")[-2 if "cuDNN" in message else -1] in said
     assert remedy in said
 
 
 def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
-    monkeypatch.setattr(plan, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled"))
     (config,) = experiments.find("cla_1b.h128_mqa")
     for changes, words in (
         ({"placement.mesh": MeshConfig(data=3)}, "3 x -1 x 1 does not match the 8"),
@@ -147,13 +148,13 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch):
         ({"model.d_model": 2044}, "d_model = 2044 is not divisible by placement.mesh.fsdp = 8"),
     ):
         with pytest.raises(ValueError, match=words):
-            plan.plan(replace(config, **changes), plan.topology("here"))
+            plan.plan(replace(config, **changes), topologies.topology("here"))
 
 
 @pytest.mark.slow
 def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
     config = tiny(**{"placement.remat": "block"})
-    found = plan.plan(config, plan.topology("here"))
+    found = plan.plan(config, topologies.topology("here"))
     state = named(plan_layout(tiny()).state)
     local = {k: math.prod(v.sharding.shard_shape(v.shape)) * 4 for k, v in state.items()}
     assert found.parts["parameters"] == sum(v for k, v in local.items() if k.startswith("model."))
@@ -166,45 +167,46 @@ def test_the_plan_of_a_mesh_at_hand_adds_up(tiny, monkeypatch):
         with monkeypatch.context() as patched:
             chip = replace(chips.CHIPS["NVIDIA H200"], memory=memory)
             patched.setattr(chips, "find", lambda _, chip=chip: chip)
-            assert plan.plan(config, plan.topology("here")).fits is fits
+            assert plan.plan(config, topologies.topology("here")).fits is fits
 
 
 @pytest.mark.slow
 def test_a_program_is_compiled_once(tiny, tmp_path, monkeypatch):
-    first = plan.plan(tiny(), plan.topology("here"), tmp_path / "plans")
+    first = plan.plan(tiny(), topologies.topology("here"), tmp_path / "plans")
     with monkeypatch.context() as patched:
-        patched.setattr(plan, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert plan.plan(tiny(), plan.topology("here"), tmp_path / "plans") == first
+        patched.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert plan.plan(tiny(), topologies.topology("here"), tmp_path / "plans") == first
         # Neither names nor where the logs go are in the program; the depth is.
-        renamed = plan.plan(tiny(name="other"), plan.topology("here"), tmp_path / "plans")
+        renamed = plan.plan(tiny(name="other"), topologies.topology("here"), tmp_path / "plans")
         assert (renamed.name, renamed.peak) == ("other", first.peak)
-    deeper = plan.plan(tiny(**{"model.n_layers": 6}), plan.topology("here"), tmp_path / "plans")
+    deeper = plan.plan(
+        tiny(**{"model.n_layers": 6}), topologies.topology("here"), tmp_path / "plans"
+    )
     assert deeper.peak > first.peak
 
 
 def test_answers_of_a_compiler_are_kept_apart_by_the_code_that_reads_them(tmp_path, monkeypatch):
     """A mend there must not leave the figures of before."""
-    keys = {plan._key("a program", "v5e:2x2"), plan._key("another", "v5e:2x2")}
-    for module in (chips, hlo, plan):
+    keys = {compiler._key("a program", "v5e:2x2"), compiler._key("another", "v5e:2x2")}
+    for module in (chips, hlo, topologies, compiler):
         mended = tmp_path / "mended.py"
         mended.write_text(Path(module.__file__).read_text() + "# mended\n")
         with monkeypatch.context() as patched:
             patched.setattr(module, "__file__", str(mended))
-            keys.add(plan._key("a program", "v5e:2x2"))
-    assert len(keys) == 5
-    assert plan._key("a program", "v5e:2x2") in keys
+            keys.add(compiler._key("a program", "v5e:2x2"))
+    assert len(keys) == 6
+    assert compiler._key("a program", "v5e:2x2") in keys
 
 
 def test_the_compiler_has_the_last_word_on_what_does_not_fit(monkeypatch):
     """The estimate may be too high for all there is."""
-    chip = Chip(monkeypatch, 0.5)
+    Chip(monkeypatch, 0.5)
     (config,) = experiments.find("cla_3b.h128_mqa_cla2")
-    estimated = plan.estimate
+    estimate = estimates.estimate
     monkeypatch.setattr(
-        plan, "estimate", lambda layout: {k: 100 * v for k, v in estimated(layout).items()}
+        search, "estimate", lambda layout: {k: 100 * v for k, v in estimate(layout).items()}
     )
-    chip.factor /= 100
-    found, _ = plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
+    found, _ = search.search(config, topologies.Topology("v5e:2x4", 1, jax.devices()))
     assert found.fits
 
 
@@ -308,10 +310,10 @@ class Chip:
         self.factor, self.compiled = factor, 0
         chip = replace(chips.CHIPS["TPU v5 lite"], memory=64 * 2**30)
         monkeypatch.setattr(chips, "find", lambda _: chip)
-        monkeypatch.setattr(plan, "_compiled", self.compile)
+        monkeypatch.setattr(plan, "compiled_step", self.compile)
 
     def peak(self, layout):
-        return round(self.factor * sum(plan.estimate(layout).values()))
+        return round(self.factor * sum(estimates.estimate(layout).values()))
 
     def compile(self, layout, _topology, _cache):
         self.compiled += 1
@@ -326,24 +328,24 @@ class Chip:
 def test_the_search_ends_at_the_fastest_that_fits_though_the_estimate_is_off(monkeypatch, factor):
     chip = Chip(monkeypatch, factor)
     (config,) = experiments.find("cla_1b.h128_mqa_cla2")
-    found, compilations = plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
-    assert compilations == chip.compiled <= plan.MAX_COMPILATIONS
+    found, compilations = search.search(config, topologies.Topology("v5e:2x4", 1, jax.devices()))
+    assert compilations == chip.compiled <= search.MAX_COMPILATIONS
     # All there are, one by one: on eight chips 256 rows each.
     fitting = [
-        (plan.RECOMPUTES.index(remat), accumulate)
-        for remat in plan.RECOMPUTES
+        (search.RECOMPUTES.index(remat), accumulate)
+        for remat in search.RECOMPUTES
         for accumulate in (1, 2, 4, 8, 16, 32, 64, 128, 256)
         for changes in [{"placement.remat": remat, "placement.accumulate": accumulate}]
         if chip.peak(plan_layout(replace(config, **changes))) <= 64 * 2**30
     ]
-    assert (plan.RECOMPUTES.index(found.remat), found.accumulate) == min(fitting)
+    assert (search.RECOMPUTES.index(found.remat), found.accumulate) == min(fitting)
 
 
 def test_the_search_says_what_to_do_where_nothing_fits(monkeypatch):
     Chip(monkeypatch, 60.0)
     (config,) = experiments.find("cla_3b.h128_mqa_cla2")
-    with pytest.raises(plan.DoesNotFit, match=r"needs .* of 64.0 GiB. Use more chips"):
-        plan.search(config, plan.Topology("v5e:2x4", 1, jax.devices()))
+    with pytest.raises(search.DoesNotFit, match=r"needs .* of 64.0 GiB. Use more chips"):
+        search.search(config, topologies.Topology("v5e:2x4", 1, jax.devices()))
 
 
 def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
@@ -351,26 +353,28 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. "
         "Exceeded hbm capacity by 8.75G."
     )
-    assert plan.needed_bytes(message) == 24.5 * 2**30
+    assert compiler.needed_bytes(message) == 24.5 * 2**30
     other = "the total memory required for HLO temporaries (27.96G) exceeds available HBM (15.75G)"
-    assert plan.needed_bytes(other) == round(27.96 * 2**30)
-    assert plan.needed_bytes("INTERNAL: something else") is None
-    assert plan.needed_bytes("in memory space vmem. Used 129.00M of 128.00M vmem.") is None
-    monkeypatch.setattr(plan, "_compile", lambda *_: (plan.needed_bytes(message), False))
-    found = plan.plan(tiny(), plan.topology("here"))
+    assert compiler.needed_bytes(other) == round(27.96 * 2**30)
+    assert compiler.needed_bytes("INTERNAL: something else") is None
+    assert compiler.needed_bytes("in memory space vmem. Used 129.00M of 128.00M vmem.") is None
+    monkeypatch.setattr(compiler, "_compile", lambda *_: (compiler.needed_bytes(message), False))
+    found = plan.plan(tiny(), topologies.topology("here"))
     assert not found.fits
     assert "placement.remat = block" in found.advice
     # Halving one row a device would be refused.
     one = tiny(**{"placement.remat": "block"})
-    assert "more chips" in plan.plan(one, plan.topology("here")).advice
+    assert "more chips" in plan.plan(one, topologies.topology("here")).advice
     two = tiny(**{"placement.remat": "block", "batch_size": 16})
-    assert "accumulate = 2" in plan.plan(two, plan.topology("here")).advice
+    assert "accumulate = 2" in plan.plan(two, topologies.topology("here")).advice
 
 
 def lays_out_the_memory(_config, _name, _slices, dump, _outcome):
     """A compiler that has written what a plan needs, and would go on for an hour."""
-    (dump / f"m.{plan._REPORT}").write_text("Memory Space: default\nTotal bytes: 12345 (12KiB)\n")
-    (dump / f"m.{plan._LAST_OF_TPU}").write_text("ENTRY")
+    (dump / f"m.{compiler._REPORT}").write_text(
+        "Memory Space: default\nTotal bytes: 12345 (12KiB)\n"
+    )
+    (dump / f"m.{compiler._LAST_OF_TPU}").write_text("ENTRY")
     time.sleep(3600)
 
 
@@ -387,19 +391,19 @@ def dies(*_):
 def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
     tiny, tmp_path, monkeypatch
 ):
-    topology = plan.Topology("v5e:2x4", 1, jax.devices())
-    monkeypatch.setattr(plan, "_compile_for", lays_out_the_memory)
-    assert plan._compile_apart(tiny(), topology, tmp_path) == (12345, True)
+    topology = topologies.Topology("v5e:2x4", 1, jax.devices())
+    monkeypatch.setattr(compiler, "_compile_for", lays_out_the_memory)
+    assert compiler._compile_apart(tiny(), topology, tmp_path) == (12345, True)
     assert not multiprocessing.active_children()
     (empty := tmp_path / "empty").mkdir()
-    monkeypatch.setattr(plan, "_compile_for", refuses)
+    monkeypatch.setattr(compiler, "_compile_for", refuses)
     with pytest.raises(ValueError, match="no such option"):
-        plan._compile_apart(tiny(), topology, empty)
-    monkeypatch.setattr(plan, "_compile_for", dies)
+        compiler._compile_apart(tiny(), topology, empty)
+    monkeypatch.setattr(compiler, "_compile_for", dies)
     with pytest.raises(
         ChildProcessError, match=r"died with exit code 11.*Its last output: out of luck"
     ):
-        plan._compile_apart(tiny(), topology, empty)
+        compiler._compile_apart(tiny(), topology, empty)
 
 
 # ------------------------------------------------------------------------------- the sharded step
@@ -408,7 +412,7 @@ def test_the_compiler_is_a_process_that_is_ended_when_it_has_said_enough(
 def compiled_on(config, tmp_path):
     layout = plan_layout(config)
     with jax.set_mesh(layout.mesh):
-        plan._compile(make_step(layout).lower(layout.state, layout.batch), tmp_path)
+        compiler._compile(make_step(layout).lower(layout.state, layout.batch), tmp_path)
     return layout, hlo.find(tmp_path, "after_optimizations.txt")
 
 
@@ -504,7 +508,7 @@ def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
         layout, text = compiled_on(config, dump)
         seen = {dims for _, dims, _ in hlo.shapes(text)}
         assert {(groups, rows, T // n, D) for n in (1, 2)} & seen == {(groups, rows, part, D)}
-        return plan.estimate(layout)["activations"]
+        return estimates.estimate(layout)["activations"]
 
     split = kept(T // 2, "split")
     monkeypatch.setattr("cla_jax.mesh.sequence_parallel", lambda rules, mesh, seq_len: rules)
@@ -539,7 +543,7 @@ def test_one_step_is_planned_for_a_slice(capsys):
 @pytest.mark.parametrize(("name", "limit"), [("v5e:16x16", 2.85), ("v5p:4x4x8", 5.6)])
 def test_the_1b_step_changes_hardly_a_layout_and_sharing_lowers_its_peak(name, limit):
     """docs/pods.md has the figures, of other topologies and maps too."""
-    topology = plan.topology(name)
+    topology = topologies.topology(name)
     plans = [
         plan.plan(experiments.find(f"cla_1b.h128_mqa{sharing}")[0], topology)
         for sharing in ("", "_cla2")
@@ -565,7 +569,7 @@ def test_splash_compiles_for_every_head_size_of_the_paper(tiny, d_head, n_heads,
         **{"data.attend_across_documents": False, "placement.loss_chunk": 128},
         **{"placement.eval_batch_size": 4},
     )
-    layout = plan_layout(config, plan.topology("v5e:2x2").devices)
+    layout = plan_layout(config, topologies.topology("v5e:2x2").devices)
     assert layout.options.attention == "splash"
     assert compile_step(layout).memory_analysis().temp_size_in_bytes > 0
 
@@ -576,7 +580,7 @@ def test_heads_and_widths_can_be_split_on_every_torus(tiny, topology, slices):
     """An axis of the mesh need not be one of the torus."""
     mesh = MeshConfig(slice=slices, data=2, fsdp=-1, model=2)
     config = tiny(**{"placement.mesh": mesh, "batch_size": 32, "model.compute_dtype": "bfloat16"})
-    layout = plan_layout(config, plan.topology(topology, slices).devices)
+    layout = plan_layout(config, topologies.topology(topology, slices).devices)
     assert layout.mesh.shape["model"] == 2
     assert compile_step(layout).memory_analysis().generated_code_size_in_bytes > 0
 
@@ -587,7 +591,7 @@ def test_a_step_that_does_not_fit_names_its_largest_buffers():
     config = replace(
         config, **{"batch_size": 64, "placement.remat": "none", "placement.eval_batch_size": 64}
     )
-    found = plan.plan(config, plan.topology("v5e:2x2"))
+    found = plan.plan(config, topologies.topology("v5e:2x2"))
     assert not found.fits
     assert found.peak > found.memory
     assert len(found.buffers) == 5

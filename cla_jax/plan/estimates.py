@@ -1,0 +1,128 @@
+"""What a step needs by our closed forms, at once and for any layout: bytes, FLOPs, seconds."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cla_jax import chips, costs
+from cla_jax.config import Config
+from cla_jax.mesh import row_shards
+from cla_jax.model import splash
+from cla_jax.session import Layout
+from cla_jax.state import named
+
+# Arrays of the compute dtype that the backward pass of an MLP holds at once:
+_FF = 4  # [tokens, F]: activated and not, the gradients of gate and up
+_EMBED = (
+    3  # [tokens, D]: the residual stream before the MLP, the gradients behind it and of its input
+)
+_HEADS = 2  # [tokens, Q]: queries and output of the attention before it, recomputed already
+
+
+def estimate(layout: Layout) -> dict[str, int]:
+    """Bytes of a device at the peak of a step, by what they are for, in closed form.
+
+    The peak is in the loss or in the backward pass of the last block's MLP, whichever holds more: all that
+    the forward pass left is still there. Of the state the bytes are exact. Gaps between buffers are not
+    counted. Attention is that of a kernel: the scores of the XLA backend are added, roughly.
+    """
+    config, model, options = layout.config, layout.config.model, layout.options
+    width = jnp.dtype(model.compute_dtype).itemsize
+    per_device = {name: _shard_bytes(leaf) for name, leaf in named(layout.state).items()}
+    parameters = sum(size for name, size in per_device.items() if name.startswith("model."))
+
+    tensor = layout.mesh.shape["model"]
+    split = lambda axis, size: size // tensor if getattr(options.rules, axis) else size
+    D, F, V = model.d_model, split("ff", model.d_ff), split("vocab", model.vocab_size)
+    heads = split("kv_heads", split("q_groups", model.n_heads))
+    Q = heads * model.query_width
+    KV = split("kv_heads", model.n_kv_heads) * sum(model.kept_widths)
+    made = split("kv_heads", model.kv_elements)  # over all layers
+    tokens = rows(layout) * config.data.seq_len
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    chunk = rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
+
+    # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
+    # products give; and attention. On a CPU everything, of which norms and SwiGLU are in float32.
+    entry = D // tensor if layout.training.rules.sequence else D
+    left = {
+        "block": entry,
+        "attention": entry + Q,
+        "dots": 2 * D + Q + 2 * F,
+        "none": 4 * D + 4 * Q + 10 * F if on_cpu else 2 * D + 2 * Q + 2 * F,
+    }[options.remat]
+    saved = (model.n_layers * left + made) * tokens * width
+    block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
+    if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
+        block += heads * splash.LANES * tokens * 4
+    if options.attention == "xla":
+        scores_of_attention = 3 * rows(layout) * heads * config.data.seq_len**2 * 4
+        block += scores_of_attention
+        saved += scores_of_attention * (model.n_layers if options.remat == "none" else 0)
+    # Of the MLP the weights and their gradients; of attention the weights, which are read next.
+    gathered = (2 * D * Q + D * KV + 2 * 3 * D * F) * width
+    # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores, and the
+    # hidden states before and after the norm with their gradients; the backward pass of the blocks begins
+    # when they are gone.
+    loss = V * D * (4 + width) + chunk * V * 4 + 3 * D * tokens * width
+    return {
+        "parameters": parameters,
+        "optimizer": sum(per_device.values()) - parameters,
+        # Two while they are added up.
+        "gradients": parameters * (1 if config.placement.accumulate == 1 else 2),
+        "activations": round(saved + block),
+        "logits": round(max(0, loss - block - gathered)),
+        "gathered weights": round(gathered),
+    }
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def rows(layout: Layout) -> int:
+    return layout.batch.shape[1] // row_shards(layout.mesh)
+
+
+def recomputed_flops(config: Config, kernel: str) -> float:
+    """FLOPs for one token that rematerialisation adds: a forward pass of the blocks, or of attention."""
+    model = config.model
+    count = costs.parameters(model)
+    head = model.vocab_size * model.d_model
+    forward = costs.train_flops_per_token(model, config.data.seq_len) / 3
+    matrices = 2.0 * (count.non_embedding + (head if model.tied_embeddings else count.head))
+    attention = forward - matrices
+    return {
+        "none": 0.0,
+        "dots": attention,
+        # Kernels return all that their backward pass needs.
+        "attention": 2.0 * count.non_embedding + (attention if kernel == "xla" else 0.0),
+        "block": 2.0 * count.non_embedding + attention,
+    }[config.placement.remat]
+
+
+def roofline(
+    layout: Layout, chip: chips.Chip | None, flops: float, compiled: dict[str, Any]
+) -> dict[str, float]:
+    """Seconds of a step in which each resource would do its part alone; empty for an unknown chip."""
+    if chip is None:
+        return {}
+    seconds = {
+        "compute": flops / (layout.mesh.size * chip.flops),
+        "HBM": compiled["traffic"]["total"] / chip.bandwidth,
+    }
+    over_network = sum(compiled["network_bytes"].values())
+    if chip.interconnect:
+        received = sum(compiled["collective_bytes"].values()) - over_network
+        seconds[chip.links] = received / chip.interconnect
+    slices = layout.mesh.shape["slice"]
+    if over_network:
+        seconds["network"] = over_network / chip.network
+    elif slices > 1 and chip.network and layout.mesh.devices.flat[0].platform == "tpu":
+        # Every device adds up its shard of the gradients with its counterparts on the other slices.
+        gradients = costs.training_bytes(layout.config.model).gradients
+        within = layout.mesh.size // slices
+        seconds["network"] = 2 * gradients * (slices - 1) / slices / within / chip.network
+    return seconds
