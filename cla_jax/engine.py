@@ -36,12 +36,12 @@ Listener = Callable[[list[int]], bool | None]
 
 @dataclasses.dataclass(kw_only=True)
 class Completion:
-    """What has been generated for one prompt."""
+    """The tokens generated for one prompt so far."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)  # without the stop token
-    # Natural log of each token's probability under the model, whatever the sampling made of it.
+    # Natural logarithm of each token's probability under the model, before the sampling changes it.
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    # What ended it: a stop token or its listener, its limit, `cancel`. None: it has not ended.
+    # Why it stopped: a stop token or on_tokens, the limit of new tokens, or `cancel`. None: not stopped.
     finish: Finish | None = None
 
 

@@ -12,12 +12,13 @@ from cla_jax.messages import choice, near_choice, shown
 def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
     """`dataclasses.replace` by dotted names: `replaced(config, {"optimizer.peak_lr": 1e-3, "seed": 1})`.
 
-    The changes are made together, so two fields may change that are only valid together. The `kind` of a
-    field that is one of several dataclasses puts another of them there, with the values of the fields that
-    both have: `replaced(config, {"optimizer.schedule.kind": "wsd"})`.
+    All changes are made at once, so you can change two fields that are valid only together. If a field is
+    one of several dataclasses, its `kind` chooses another one; fields that both have keep their values:
+    `replaced(config, {"optimizer.schedule.kind": "wsd"})`.
 
     Raises:
-      ValueError: an unknown field, with the nearest names; or a value of another type than the field's.
+      ValueError: an unknown field (the message has the nearest names), a value of the wrong type, or a config
+        that is not valid.
     """
     return _replaced(config, changes, "")
 

@@ -69,7 +69,7 @@ _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory."""
+    """A run directory: its files, checked when they are read. Find one with `find_run` or `find_runs`."""
 
     path: epath.Path
 
@@ -790,9 +790,9 @@ def listed(directory: epath.Path, suffix: str) -> list[epath.Path]:
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
-    """The runs at or below the paths: run directories, or study directories holding them.
+    """The runs at or below the paths, each once. A path is a run directory or a directory of runs.
 
-    Raises ValueError if a path holds none.
+    Raises ValueError if a path does not exist or contains no run.
     """
     runs: list[Run] = []
     for path in map(epath.Path, paths):
@@ -809,7 +809,7 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
 
 
 def find_run(path: str | os.PathLike) -> Run:
-    """The run in a directory. Raises ValueError if there is none, or if there are several."""
+    """The run in a directory. Raises ValueError if it contains no run, or several."""
     run, *others = find_runs([path])
     if others:
         raise ValueError(f"{path} contains several runs: give one of them, such as {run.path}")

@@ -1,15 +1,15 @@
-"""KV caches: one file a format, behind one small protocol.
+"""KV caches: one file per format, behind one small protocol.
 
 A KV layer is a layer that makes keys or values. A cache stores one `KV` for each KV layer, and nothing for
 consumers. The format chooses the pytrees in it; None stands for what the layer does not make. The model
-passes the `KV` from the producer's write to the readers of the group and never looks inside. If only layers
+passes the `KV` from the producer's write to the readers of the group and does not look inside. If only layers
 with a sliding window read a KV layer, its `KV` is a ring of the newest tokens, in every format.
 
     spec = cache_spec(config, "int8", batch=8, capacity=2048, chunk=256)
     cache = spec.allocate()
 
-A `CacheSpec` is static: it knows which format, window and capacity each KV layer has. The `Cache` is the
-pytree of arrays that a decode step is given and returns.
+A `CacheSpec` is static: it has the format, window and capacity of each KV layer. The `Cache` is the pytree of
+arrays that a decode step takes and returns.
 """
 
 import dataclasses
@@ -42,12 +42,15 @@ from cla_jax.model.layers import axes
 
 
 class CacheFormat(Protocol):
-    """How the keys and values of one producer are kept. All arrays are one device's.
+    """How the keys and values of one KV layer are stored. All arrays are those of one device.
 
-    A number that is not finite, or too large for the format, is never read back as a finite one. A format
-    without scales keeps it (bfloat16 rounds what is too large to infinity). In one with scales, all numbers
-    that share its scale read back as NaN, and no others change: in int8 and fp8 the key or the value of
-    one token and head; in KIVI a key channel of 32 tokens, or 32 value channels of one token.
+    `holds` says what the KV layer stores: "k" for keys, "v" for values, "kv" for both.
+
+    A number that is not finite, or too large for the format, never reads back as a finite number. A format
+    without scales keeps it (bfloat16 rounds numbers that are too large to infinity). In a format with scales,
+    all numbers that share its scale read back as NaN, and no others change. In int8 and fp8 these are the key
+    or the value of one token and head. In KIVI they are a key channel of 32 tokens, or 32 value channels of
+    one token.
     """
 
     @property
@@ -55,47 +58,47 @@ class CacheFormat(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What attention computes in."""
+        """The dtype that attention computes in."""
         ...
 
     @property
     def longest_block(self) -> int:
-        """Tokens that may be read at once, so that what is decoded stays small beside the cache."""
+        """The most tokens to read at once. It keeps the dequantised block small compared with the cache."""
         ...
 
-    # Tokens that a KV layer has room for, and attention reads at once, beside its entries.
+    # Tokens that a KV layer stores in full precision besides its entries, and that attention reads at once.
     in_full: ClassVar[int]
 
     def entries(self, tokens: int) -> int:
-        """Entries that a KV layer for so many tokens needs, before rounding up to blocks."""
+        """Entries that a KV layer needs for this number of tokens, before rounding up to blocks."""
         ...
 
     def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> Any:
-        """The arrays of a KV layer: a `KV` of pytrees of `Shape`, or of None for what it does not hold."""
+        """The arrays of a KV layer: a `KV` of pytrees of `Shape`, with None for what it does not store."""
         ...
 
     def write(
         self, layer: LayerCache, kv: KV, positions_BT: jax.Array, entries: Entries
     ) -> LayerCache:
-        """Puts in the KV of T new tokens per row. Those at negative positions are padding: dropped."""
+        """Stores the keys and values of T new tokens per row. Negative positions are padding: not stored."""
         ...
 
     def segments(
         self, layer: LayerCache, lengths_B: jax.Array, first: jax.Array, entries: Entries
     ) -> Sequence[Segment]:
-        """What attention reads, of rows of so many tokens, if nobody sees positions before `first`."""
+        """The parts that attention reads. No query sees positions before `first`."""
         ...
 
     def kv_layer_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
-        """Closed form: bytes that a KV layer of so many entries occupies, for one row."""
+        """Closed form: allocated bytes of a KV layer with this number of entries, for one row."""
         ...
 
     def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
-        """Closed form: bytes of a KV layer that positions `first` to `tokens` of one row use."""
+        """Closed form: bytes of a KV layer that positions `first` to `tokens` - 1 of one row use."""
         ...
 
     def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
-        """Closed form: bytes written to such a KV layer for a new token of one row, on average."""
+        """Closed form: bytes written to such a KV layer per new token of one row, on average."""
         ...
 
 
@@ -116,7 +119,10 @@ assert tuple(FORMATS) == CACHE_FORMATS
 
 
 def make_format(name: str, dtype: str) -> CacheFormat:
-    """A format by its name, computing in `dtype`: that of the model, unless told otherwise."""
+    """The format with this name; attention computes in `dtype`.
+
+    Raises ValueError for an unknown name, with the nearest ones.
+    """
     near_choice("cache format", name, FORMATS)
     return FORMATS[name](dtype)
 
@@ -124,12 +130,14 @@ def make_format(name: str, dtype: str) -> CacheFormat:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
+    """The arrays of a cache: a decode step takes one and returns the next. Made by `CacheSpec.allocate`."""
+
     kv_layers: tuple[LayerCache, ...]
     lengths_B: jax.Array  # tokens of each row so far
     pages: Any = None  # see `StepPositions`
 
     def reset(self, rows_B: jax.Array | bool = True, lengths_B: jax.Array | int = 0) -> "Cache":
-        """Empties these rows, by default all, down to so many tokens. Entries beyond a length are masked."""
+        """Cuts these rows (default: all) to `lengths_B` tokens. Entries beyond a length are masked."""
         return dataclasses.replace(self, lengths_B=jnp.where(rows_B, lengths_B, self.lengths_B))
 
 
@@ -140,8 +148,8 @@ class CacheSpec:
     config: ModelConfig
     formats: tuple[CacheFormat, ...]  # of each KV layer
     batch: int
-    capacity: int  # tokens of a row
-    chunk: int  # the most tokens that a step writes
+    capacity: int  # the most tokens of a row
+    chunk: int  # the most tokens per row that a step writes
     rules: AxisRules
     shards: int  # devices that hold parts of one KV layer
     attention: str = decode_kernels.XLA  # what reads the cache, if it takes a step's queries
@@ -339,11 +347,21 @@ def cache_spec(
     rules: AxisRules = AxisRules(),
     attention: str = decode_kernels.XLA,
 ) -> CacheSpec:
-    """The spec of a cache of `batch` rows of up to `capacity` tokens, written `chunk` at most a step.
+    """The spec of a cache. Its `allocate` makes the arrays.
 
-    Several formats, or their names, are one for each KV layer. `attention` is `xla` or a kernel, which reads
-    the cache in steps of few tokens. Where `rules` split a KV layer's entries, the mesh must be set. Raises
-    ValueError for what no cache can be made of.
+    Args:
+      config: the model.
+      format: a format or its name; or one for each KV layer.
+      batch: number of rows. A row is one sequence.
+      capacity: the most tokens of a row, prompt and new tokens together.
+      chunk: the most tokens per row that a step writes.
+      rules: layout on the mesh. If they split the entries of a KV layer, the mesh must be set.
+      attention: `xla`, or a kernel of `cla_jax.model.decode_kernels`, which reads the cache in steps of few
+        tokens.
+
+    Raises:
+      ValueError: an unknown format, sizes that are not positive or do not fit the mesh, or a model that the
+        format or the kernel does not support.
     """
     if isinstance(format, str) or not isinstance(format, Sequence):
         format = [format] * config.n_kv_layers

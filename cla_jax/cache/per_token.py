@@ -1,4 +1,4 @@
-"""What the formats have in common that keep every token by itself."""
+"""The common part of all formats that store each token separately."""
 
 import abc
 import dataclasses
@@ -12,7 +12,7 @@ from cla_jax.cache.entries import Entries, put
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import KV, Kept, Segment
 
-LayerCache = Any  # what a cache keeps of one KV layer: a pytree of arrays that its format chooses
+LayerCache = Any  # the stored arrays of one KV layer: a pytree that its format chooses
 
 
 class Shape(NamedTuple):
@@ -25,33 +25,40 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerToken(abc.ABC):
-    """Keeps a KV layer as a `KV` of pytrees of arrays [batch, entries, heads, ...]; encodes a token alone."""
+    """A format that encodes each token separately. To add one, define the four abstract methods.
+
+    A KV layer is stored as a `KV` of pytrees of arrays [batch, entries, heads, ...]. Keys and values are
+    stored in the same way; the abstract methods work on one of the two, a half.
+    """
 
     dtype: str
     name: str
     longest_block: int = 512
     in_full: ClassVar[int] = 0
 
-    # Keys and values are kept alike; what a format does to one of them:
-
     @abc.abstractmethod
     def encode_half(self, x_BTKH: jax.Array) -> Any:
-        """What is kept of keys, or of values: a pytree of [B, T, K, ...] arrays."""
+        """The stored form of keys, or of values, [B, T, K, H]: a pytree of [B, T, K, ...] arrays."""
 
     @abc.abstractmethod
     def decode_half(self, kept: Any) -> jax.Array:
-        """The inverse, in `dtype`, up to the error of the format."""
+        """The inverse of `encode_half`, in `dtype`, up to the error of the format: [B, T, K, H]."""
 
     @abc.abstractmethod
     def half_shapes(self, heads: tuple[int, ...], width: int) -> Any:
-        """A pytree of `Shape`, for [B, E, K] heads of so many elements."""
+        """The shapes of what `encode_half` returns: a pytree of `Shape`.
+
+        Args:
+          heads: batch, entries and KV heads.
+          width: elements of a head.
+        """
 
     @abc.abstractmethod
     def head_bytes(self, width: int) -> int:
-        """Of one head of one token, its scale included."""
+        """Bytes of one head of one token, keys or values, including scales."""
 
     def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:  # noqa: ARG002
-        """A KV layer as decoding kernels read it; they refuse formats that have no such form."""
+        """A KV layer in the form that decoding kernels read. Raises ValueError if the format has none."""
         raise ValueError(f"no decoding kernel reads cache format {self.name}")
 
     def encode(self, kv: KV) -> KV:
@@ -66,7 +73,7 @@ class PerToken(abc.ABC):
         return widths.each(lambda width: self.half_shapes(heads, width))
 
     def bytes_per_token(self, config: ModelConfig, holds: str = "kv") -> int:
-        """Of the keys, the values, or both, of one KV layer."""
+        """Bytes of one token of one KV layer: its keys, its values, or both."""
         widths = KV(*config.kept_widths).only(holds)
         return config.n_kv_heads * sum(self.head_bytes(w) for w in widths if w is not None)
 

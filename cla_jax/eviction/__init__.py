@@ -1,8 +1,9 @@
-"""Policies that say which tokens a KV cache keeps: one file a policy, chosen by a text.
+"""Policies that say which tokens a KV cache keeps: one file per policy, chosen by a text.
 
     fastgen:T=0.95      window:keep=0.25      h2o:tokens=64,format=int8
 
-A policy is pure Python and numpy. It sees how the prompts attend (`Seen`) and gives each KV head a `Rule`.
+A policy is pure Python and numpy. It gets the attention of the prompts (`Seen`) and returns a `Rule` for each
+KV head.
 `cla_jax/cache/evicting.py` applies the rule after the prefill and at each decode step.
 """
 
@@ -23,7 +24,7 @@ from cla_jax.messages import near_choice, shown
 POLICIES: dict[str, type[Policy]] = {
     policy.kind: policy for policy in (FastGen, Window, H2O, SnapKV, AdaKV, Random)
 }
-# Formats that keep every token by itself, so that an entry can be overwritten by another token.
+# Formats that store each token separately, so that another token can overwrite an entry.
 ENTRY_FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
 
 
@@ -33,7 +34,7 @@ def is_policy(name: str) -> bool:
 
 
 def parse(text: str) -> Policy:
-    """The policy that a text names. Raises ValueError with the setting that is wrong."""
+    """The policy for a text such as `h2o:keep=0.5`. Raises ValueError, naming the setting that is wrong."""
     kind, _, rest = text.partition(":")
     near_choice("eviction policy", kind, POLICIES)
     cls = POLICIES[kind]
@@ -62,7 +63,7 @@ def parse(text: str) -> Policy:
 
 
 def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
-    """Why no evicting cache of a model, told by its config, can be made; None if it can."""
+    """Why a model, given by its config, cannot have an evicting cache; None if it can."""
     if any(model.resolved_windows):
         return f"{policy.name}: an evicting cache does not support sliding windows: model.windows must be 0"
     if model.kv.kind == "latent":
@@ -78,7 +79,7 @@ def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
 
 
 def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
-    """Tokens of a window that are its prompt. Raises ValueError unless steps of `chunk` fill the rest."""
+    """Number of prompt tokens in a window. Raises ValueError unless `chunk` divides the rest."""
     if not 0 < share < 1:
         raise ValueError(
             f"prompt = {share} must lie between 0 and 1: it is a fraction of the window"
@@ -93,7 +94,7 @@ def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
 
 
 def canonical(name: str) -> str:
-    """The name of a cache; of a policy with its settings in order, and without those that are the default."""
+    """The name of a cache. For a policy: its settings in order, without those that have their default."""
     return parse(name).name if is_policy(name) else name
 
 

@@ -1,4 +1,4 @@
-"""FastGen (2310.01801): each head has the cheapest policy that keeps the attention of its prompt."""
+"""FastGen (2310.01801): each head has the smallest set of tokens that keeps its attention on the prompt."""
 
 import dataclasses
 from typing import Literal
@@ -20,7 +20,7 @@ from cla_jax.eviction.rule import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastGen(Policy):
-    """Each KV head takes the first of these unions that keeps at least T of its attention:
+    """Each KV head takes the first of these sets that keeps at least the share T of its attention:
 
         special          special tokens
         +punctuation     and punctuation
@@ -29,12 +29,13 @@ class FastGen(Policy):
         full             everything
 
     Kept attention is the probability on kept tokens, as a mean over the positions of the prompt. For one
-    position it is 1 minus the total variation between attention before and after the eviction. Of a KV head
-    that several layers and query heads read, T holds for each of them (`over` min) or their mean (`over`
+    position it is 1 minus the total variation between attention before and after the eviction. If several
+    layers and query heads read a KV head, T holds for each of them (`over` = min) or for their mean (`over` =
     mean).
 
-    Shares are of the current length, and of the prompt's length in the profile. The most attended tokens are
-    chosen among those that no other member keeps. The profile takes those at the end of the prompt.
+    Shares are of the current length; in the profile, of the prompt's length. The most attended tokens are
+    chosen among those that the set does not already contain. The profile takes those at the end of the
+    prompt.
     """
 
     kind = "fastgen"

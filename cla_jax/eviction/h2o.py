@@ -8,10 +8,11 @@ from cla_jax.eviction.rule import make_rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Budgeted):
-    """Scores are sums of attention over all queries so far, of all layers and heads that read the cache.
+    """Keeps the newest tokens and the most attended tokens.
 
-    Half of the budget, rounded down, is for the newest tokens, but at least `recent`. The rest is for the
-    most attended ones.
+    The score of a token is the attention from all queries so far, summed over all layers and query heads
+    that read it. Half of the budget, rounded down, is for the newest tokens, but at least `recent`. The rest
+    is for the tokens with the highest scores.
     """
 
     kind = "h2o"

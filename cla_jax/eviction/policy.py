@@ -1,4 +1,4 @@
-"""What the policies have in common: their settings, what they are shown, and what they choose."""
+"""The base classes of policies, what a policy is given (`Seen`), and what it returns (`Choice`)."""
 
 import abc
 import dataclasses
@@ -14,11 +14,11 @@ Scoring = Literal["none", "attention", "random"]
 
 
 class Lost(NamedTuple):
-    """Attention that candidates would lose, [C, R, B, K, G]: of each reader layer and query head."""
+    """The attention that C candidates would lose, for each reader layer and query head. [C, R, B, K, G]"""
 
     mean: np.ndarray  # over the positions of the prompt
-    worst: np.ndarray  # of any position
-    last: np.ndarray  # the mean over the last positions, see `LAST`
+    worst: np.ndarray  # the maximum over the positions
+    last: np.ndarray  # the mean over the last `LAST` positions
 
 
 LAST = 64
@@ -26,17 +26,17 @@ LAST = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a policy is shown of the prompts, for one KV layer; positions beyond a length are padding."""
+    """What a policy knows of B prompts, for one KV layer. Positions beyond a length are padding."""
 
-    lengths_B: np.ndarray
+    lengths_B: np.ndarray  # tokens of each prompt
     layer: int  # the number of the KV layer
-    tokens_BS: np.ndarray
+    tokens_BS: np.ndarray  # ids
     classes_BS: np.ndarray  # SPECIAL, PUNCTUATION
     # Attention that each position received, summed over queries, reader layers and query heads.
     received_BKS: np.ndarray
-    observed_BKS: np.ndarray  # the same, of the last `observation` queries
-    # (dropped [C, B, K, S], bands [C, B]) -> what C candidates would lose. A candidate drops these positions
-    # except where they are among the newest `band` of a query.
+    observed_BKS: np.ndarray  # the same, only of the last `observation` queries
+    # (dropped [C, B, K, S], bands [C, B]) -> what C candidates would lose. A candidate drops these positions,
+    # except for a query that has them among its newest `band` positions.
     lost: Callable[[np.ndarray, np.ndarray], Lost]
 
     @property
@@ -50,32 +50,34 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a policy chooses for one KV layer."""
+    """What a policy returns for one KV layer."""
 
-    rule: Rule
-    scores_BKS: np.ndarray
-    chosen_BKS: np.ndarray | None = None  # positions with the class CHOSEN
-    # FastGen: the chosen policy of each head, and the recovery of that policy.
+    rule: Rule  # what each head keeps
+    scores_BKS: np.ndarray  # the first scores of the prompt's entries; the highest stay
+    chosen_BKS: np.ndarray | None = None  # positions that get the class CHOSEN
+    # FastGen: the index of the chosen set for each head, and how much attention that set keeps.
     policy_BK: np.ndarray | None = None
     recovery: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy(abc.ABC):
-    """Which tokens a KV cache keeps. The settings are the fields.
+    """Base class: which tokens a KV cache keeps. The fields are the settings.
 
-    `sinks` first tokens and the `recent` newest are always kept. `format` is how a token is kept: a cache
-    format that keeps every token by itself.
+    The first `sinks` tokens and the newest `recent` tokens are always kept. `format` is the cache format of
+    the kept tokens. To add a policy, define `kind` and `choose`, and list the class in `POLICIES`.
+
+    Raises ValueError, naming the setting, for a value that is out of range.
     """
 
-    kind: ClassVar[str]
-    scoring: ClassVar[Scoring] = "none"
+    kind: ClassVar[str]  # the name in the text form
+    scoring: ClassVar[Scoring] = "none"  # how entries are ranked while decoding
+    # Whether the tokenizer must have special tokens and punctuation.
     needs_classes: ClassVar[bool] = False
-    profiles: ClassVar[bool] = (
-        True  # whether it looks at attention; if not, what it is shown are zeros
-    )
+    # Whether it uses attention. If not, the attention in `Seen` is zero.
+    profiles: ClassVar[bool] = True
     counts: ClassVar[Sequence[str]] = ("sinks", "recent")  # settings that are numbers of tokens
-    names: ClassVar[Sequence[str]] = ()  # of the policies among which each head has one
+    names: ClassVar[Sequence[str]] = ()  # FastGen: the sets, from which each head has one
 
     sinks: int = 4
     recent: int = 8
@@ -95,7 +97,7 @@ class Policy(abc.ABC):
 
     @property
     def name(self) -> str:
-        """The text form, with the settings that are not the default ones."""
+        """The text form, with the settings that differ from their defaults."""
         changed = [
             f"{field.name}={getattr(self, field.name):g}"
             if isinstance(getattr(self, field.name), float)
@@ -107,22 +109,23 @@ class Policy(abc.ABC):
 
     @property
     def programs(self) -> tuple[Any, ...]:
-        """What compiled decode steps depend on: policies with equal values share programs."""
+        """The values that compiled decode steps depend on. Policies with equal values share programs."""
         return self.scoring, self.sinks, self.recent
 
     @property
     def observation(self) -> int:
-        """Last queries of the prompt whose attention is summed apart."""
+        """How many of the prompt's last queries `Seen.observed_BKS` sums over."""
         return 1
 
     def check(self, lengths_B: Sequence[int]) -> None:  # noqa: B027
-        """Raises ValueError for prompts that the settings do not fit; by default they fit all."""
+        """Raises ValueError if the settings do not fit prompts of these lengths."""
 
     @abc.abstractmethod
-    def choose(self, seen: Seen) -> Choice: ...
+    def choose(self, seen: Seen) -> Choice:
+        """What each KV head of each prompt keeps, for one KV layer. Called once, after the prefill."""
 
     def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
-        """Scores of new tokens in a KV layer; the arrays are unsigned integers of 32 bits and broadcast."""
+        """The first scores of new tokens in a KV layer. The arrays are uint32 and broadcast."""
         del tokens, heads, layer
         return np.zeros((1,) * positions.ndim, np.float32)
 
@@ -138,7 +141,10 @@ class Policy(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgeted(Policy):
-    """A policy with a budget for each head: `keep`, a share of the tokens so far, or `tokens`, a number."""
+    """Base class of policies with a budget for each KV head.
+
+    The budget is `keep`, a share of the tokens so far, or `tokens`, a number of tokens.
+    """
 
     counts = (*Policy.counts, "tokens")
 
@@ -162,15 +168,15 @@ class Budgeted(Policy):
 
     @property
     def always(self) -> int:
-        """Tokens that are kept whatever the budget is."""
+        """Number of tokens that are kept whatever the budget is."""
         return self.sinks + self.recent
 
     def budget(self, lengths: Any) -> Any:
-        """Tokens that a head keeps of so many."""
+        """Number of tokens that a head keeps of this number of tokens."""
         return share_of(parts(self.keep), self.tokens, np.asarray(lengths))
 
     def pair(self, halves: int = 1) -> tuple[int, int]:
-        """The budget without the first tokens, or half of it, as a rule has it."""
+        """The budget without the first tokens, divided by `halves`: (share, number) of a rule."""
         return parts(self.keep) // halves, (self.tokens - self.sinks) // halves
 
     def check(self, lengths_B: Sequence[int]) -> None:

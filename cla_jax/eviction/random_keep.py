@@ -13,10 +13,11 @@ FACTORS = 2654435761, 2246822519, 3266489917, 668265263, 374761393  # odd: no nu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Budgeted):
-    """Each entry has a random priority; the highest stay.
+    """Keeps the first and the newest tokens, and random other ones.
 
-    It is drawn from the seed, the KV layer and head, the position and the token. So layers, heads and texts
-    differ in what they drop, and a text is treated alike in any batch.
+    Each entry has a random score, and the highest are kept. The score depends on the seed, the KV layer and
+    head, the position and the token. So layers, heads and texts drop different tokens, and a text drops the
+    same tokens in every batch.
     """
 
     kind = "random"

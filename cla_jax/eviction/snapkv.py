@@ -10,11 +10,11 @@ from cla_jax.eviction.rule import CHOSEN, make_rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(Budgeted):
-    """Keeps of a prompt the first tokens, the last `window`, and those with the highest scores.
+    """Keeps the first tokens of a prompt, its last `window` tokens, and those with the highest scores.
 
-    The score of a token is the attention that the last `window` queries give it. Of `pool` neighbours each
-    has the highest score. The choice is made once: tokens after the prompt are all kept. The budget is that
-    of the prompt. A prompt no longer than what is always kept is kept whole.
+    The score of a token is the attention from the last `window` queries, max-pooled over `pool` neighbours.
+    The choice is made once: the budget is for the prompt, and all later tokens are kept. If a prompt has no
+    more tokens than are always kept, it is kept whole.
     """
 
     kind = "snapkv"
@@ -75,9 +75,9 @@ class SnapKV(Budgeted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV with one budget for all KV heads of a layer: the best scores win, whichever head they are of.
+    """SnapKV with one budget for all KV heads of a layer: the highest scores of all heads are kept.
 
-    Each head keeps at least `floor` of its even share.
+    Each head may choose at least the share `floor` of an even split.
     """
 
     kind = "adakv"

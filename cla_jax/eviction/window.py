@@ -8,6 +8,8 @@ from cla_jax.eviction.rule import make_rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window(Budgeted):
+    """Keeps the first tokens and the newest ones."""
+
     kind = "window"
     profiles = False
 
