@@ -1,10 +1,10 @@
 """The paper's question on one GPU: 12 million parameters, each sweep under 40 minutes on one H100.
 
 The rows of the study `small` at forty times its size: 8 layers of 384, windows of 1,024 bytes of English
-Wikipedia, 131 million training tokens a run, about two epochs. `python -m launch.data fetch enwik8` brings
-the text.
+Wikipedia, 131 million training tokens per run, about two epochs. `python -m launch.data fetch enwik8`
+downloads the text.
 
-No sweep of this study has been run yet. The 40 minutes are computed, at a fifth of an H100's peak: `seconds`.
+No sweep of this study has been run yet. The 40 minutes are computed at a fifth of an H100's peak (`seconds`).
 """
 
 from cla_jax import chips, costs

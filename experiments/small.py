@@ -2,7 +2,7 @@
 
 The rows of the 1B study at a 2,300th of its size: a third of a million parameters, 8 layers, bytes of
 English Wikipedia, 14 tokens per parameter. A run takes about ten minutes of one core, so every row gets a
-learning rate of its own and the main rows get eight seeds. `python -m launch.data fetch enwik8` brings
+learning rate of its own and the main rows get eight seeds. `python -m launch.data fetch enwik8` downloads
 the text.
 
 Rows with the same bytes per token: `h8_mqa` and `h16_mqa_cla2` (256 B), `h16_mqa` and `h32_mqa_cla2` (512 B).

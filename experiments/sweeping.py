@@ -5,13 +5,14 @@
         for seed in range(3):
             yield f"seed-{seed}", replaced(h16_mqa(), {"seed": seed})
 
-What `yield` gives back is the trial's `Result`. A grid ignores it, and all its trials are known at once. A
-sweep whose next trial depends on an earlier one asks the result for its perplexity, which raises `Pending`
-while there is none: the trials yielded up to there are what can be started now. Launching runs the generator
-from its beginning whenever a trial has ended, so its state is rebuilt from the run directories alone; a sweep
-must therefore yield the same trials whenever it is given the same results.
+`yield` returns the trial's `Result`. A grid ignores it, so all its trials are known at once. In other sweeps
+the next trial depends on an earlier one, so they read the perplexity of its result. If there is no result
+yet, this raises `Pending`: the trials yielded so far can be started now.
 
-What a generator returns is what the sweep has found, `learning_rates` the best of its trials.
+When a trial has ended, the generator runs again from its beginning, with the results from the run
+directories. So a sweep must yield the same trials for the same results.
+
+A generator may return what it has found: `learning_rates` returns the best of its trials.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Pending(Exception):
-    """A sweep cannot go on before a trial has ended."""
+    """A sweep cannot continue before a trial has ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,10 @@ def declared(study: Study, rows: Iterable[Callable[[], Config]], **changes: Any)
     """The trials of a declared study: `ROW.seed-N` for each of its rows and seeds.
 
     Args:
-      study: which rows, with how many seeds; its control widens their MLPs.
-      rows: the functions that make them, by whose names the study knows them.
-      changes: by the name of a row, the fields in which it differs from what its function returns: a tuned
-        learning rate, say.
+      study: the rows and their numbers of seeds; its control widens their MLPs.
+      rows: the functions that make the rows; their names are the names of the rows.
+      changes: for the name of a row, fields that replace those of its function, such as a tuned learning
+        rate.
 
     Raises ValueError for a row without a function.
     """
@@ -96,7 +97,7 @@ def declared(study: Study, rows: Iterable[Callable[[], Config]], **changes: Any)
 def grid(
     base: Config, axes: Mapping[str, Iterable[Any] | Mapping[str, Mapping[str, Any]]]
 ) -> Trials:
-    """Every combination of the axes, the last one running fastest.
+    """Every combination of the axes; the last axis changes fastest.
 
     An axis is a field with its values, or any word with named changes of several fields:
 
@@ -126,11 +127,12 @@ def _word(value: Any) -> str:
 
 
 def matched(config: Config, base: Config, by: Literal["parameters", "flops"]) -> Config:
-    """The config with an MLP as wide as makes it cost what `base` costs; everything else stays.
+    """The config with the MLP width that makes its cost equal to that of `base`. Nothing else changes.
 
-    Sharing and fewer KV heads save parameters and FLOPs too. A control spends these on the MLP; then only the
-    cache differs. `parameters` counts all of the model, `flops` training on one token. The width is the
-    integer that comes closest. Raises ValueError if `config` costs more than `base` with an MLP of width 1.
+    Sharing and fewer KV heads also save parameters and FLOPs. A control gives these to the MLP, so that only
+    the cache differs. `parameters` counts those of the whole model, `flops` those of training on one token.
+    The width is the closest integer. Raises ValueError if `config` costs more than `base` even with an MLP of
+    width 1.
     """
 
     def cost(config: Config) -> float:
@@ -158,8 +160,8 @@ def learning_rates(
 ) -> Trials:
     """The paper's search for a learning rate (2405.12981, tables 3 and 4).
 
-    From `start` the rate is multiplied by `factor` until the held-out perplexity stops improving; a run
-    that diverges has not improved. Returns the Result of the best rate. `most` bounds the trials.
+    It starts at `start` and multiplies the rate by `factor` until the held-out perplexity stops improving. A
+    run that diverges has not improved. Returns the Result of the best rate, after at most `most` trials.
     """
     best = None
     for i in range(most):
@@ -173,7 +175,7 @@ def learning_rates(
 
 
 def together(*sweeps: Trials) -> Trials:
-    """Several dependent sweeps side by side, each waiting for its own trials; a list of what they find."""
+    """Several dependent sweeps at once; each waits only for its own trials. Returns their results."""
     found, pending = [], []
     for sweep in sweeps:
         try:
@@ -196,17 +198,19 @@ def searched(
     parallel: int = 1,
     sampler: "optuna.samplers.BaseSampler | None" = None,
 ) -> Trials:
-    """A search by Optuna for the config with the least held-out perplexity; needs the extra `search`.
+    """A search by Optuna for the config with the lowest held-out perplexity. Needs the extra `search`.
 
     Args:
-      directory: of the sweep's own files: a sweep function that takes an argument is given it. Optuna's
-        journal lies there and needs no server, but a file system, which several machines may share.
-      make: from Optuna's trial, which suggests values, to a config.
-      trials: how many are tried.
-      parallel: how many may be without a result at a time; the fewer, the more is learned from.
-      sampler: by default Optuna's tree of Parzen estimators, seeded.
+      directory: for the files of the sweep. A sweep function that takes an argument gets it. Optuna's journal
+        is written there. It needs no server, only a file system, which several machines may share.
+      make: a function from Optuna's trial, which suggests values, to a config.
+      trials: number of trials.
+      parallel: how many trials may be without a result at the same time. With fewer, each can use more
+        results.
+      sampler: Default: Optuna's tree of Parzen estimators, with a seed.
 
-    Returns the Result with the least perplexity. Trials that fail or diverge are told to Optuna as failed.
+    Returns the Result with the lowest perplexity. Trials that fail or diverge are reported to Optuna as
+    failed.
     """
     study, optuna = _study(directory, sampler)
     best, waiting = None, []
