@@ -16,11 +16,11 @@ from typing import Annotated
 import tyro
 
 from cla_jax.messages import near_choice
-from launch import engines, records
 from launch.cli import collected, read, user_errors
-from launch.records import Record, Submission
 from launch.status import find, line
-from launch.sweep import engine_of
+from launch.sweeps import engines, records
+from launch.sweeps.launcher import engine_of
+from launch.sweeps.records import Record, Submission
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -493,7 +493,7 @@ def _absent(error: BaseException) -> str | None:
 
 def _has_peers() -> bool:
     """Whether other processes train with this one: they have to be told how it ends."""
-    distributed = sys.modules.get("launch.distributed")
+    distributed = sys.modules.get("launch.hosts.distributed")
     return distributed is not None and distributed.has_peers()
 
 

@@ -20,7 +20,7 @@ from cla_jax.runs import Run
 from cla_jax.study import Declared
 from experiments import paper as printed
 from launch.cli import read, user_errors
-from launch.records import Record
+from launch.sweeps.records import Record
 
 
 def compare(

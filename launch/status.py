@@ -23,9 +23,9 @@ from etils import epath
 
 import experiments
 from cla_jax.messages import near_choice, printable
-from launch import records, trials
 from launch.cli import read, user_errors
-from launch.records import Record
+from launch.sweeps import records, trials
+from launch.sweeps.records import Record
 
 if TYPE_CHECKING:
     from rich.table import Table

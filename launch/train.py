@@ -14,7 +14,7 @@ If you change its model, data, optimizer, batch size, steps or seed, give it ano
 Ctrl-C it finishes the current step, saves, and exits with code 42; start it again to continue.
 
 On several hosts, start the same command on each. Only --placement.data-dir may differ between them.
-launch/distributed.py explains what happens when a host fails.
+launch/hosts/distributed.py explains what happens when a host fails.
 """
 
 import sys
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     allocator.set_up()
     # After the command line: --help and mistakes in it should not wait for jax.
-    from launch import distributed
+    from launch.hosts import distributed
 
     with distributed.joined(processes):
         train(configs, processes)
@@ -104,7 +104,8 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
 
     from cla_jax import train as training
     from cla_jax.evaluate import during_training
-    from launch import compilation_cache, distributed
+    from launch import compilation_cache
+    from launch.hosts import distributed
 
     distributed.agree({"runs": [config.name for config in configs], "versions": runs.versions()})
     for config in configs:

@@ -32,7 +32,8 @@ from cla_jax.config import DataConfig
 from cla_jax.data import prepare, sources, tokenizers
 from cla_jax.interop import foreign, gguf, hf, task_data
 from experiments import smoke
-from launch import cli, records, status
+from launch import cli, status
+from launch.sweeps import records
 
 MEMORY = 1 << 30
 COMPUTES_S, WAITS_S = 2, 60  # far above the two seconds that a case may take on an idle machine

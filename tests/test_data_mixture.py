@@ -17,8 +17,9 @@ from cla_jax.config import Component, Config, DataConfig, Stage
 from cla_jax.data import loader, mixture, prepare, tokenizers
 from cla_jax.fields import difference, replaced
 from cla_jax.session import batch_stream, prepare_session
-from launch import train, trials
+from launch import train
 from launch.cli import read_config
+from launch.sweeps import trials
 
 B = 8
 

@@ -15,14 +15,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import smoke, sweeping
-from launch import engines, fitting, sweep, tpus, trials
-from launch.engines import yaml
-from launch.engines.jobset import RESTARTED, JobSet, Xpk
-from launch.engines.local import Local, Pool, cores
-from launch.engines.queued_resources import QueuedResources, listing
-from launch.engines.sky import Sky
-from launch.engines.slurm import Slurm
-from launch.records import Submission
+from launch import sweep
+from launch.sweeps import engines, fitting, launcher, tpus, trials
+from launch.sweeps.engines import yaml
+from launch.sweeps.engines.jobset import RESTARTED, JobSet, Xpk
+from launch.sweeps.engines.local import Local, Pool, cores
+from launch.sweeps.engines.queued_resources import QueuedResources, listing
+from launch.sweeps.engines.sky import Sky
+from launch.sweeps.engines.slurm import Slurm
+from launch.sweeps.records import Submission
+from launch.sweeps.retry import Retry
 from tests import jobset_schema
 
 IMAGE = "gcr.io/project/cla:1"
@@ -314,7 +316,7 @@ def test_a_task_starts_its_own_trial_whatever_names_and_variables_are(monkeypatc
         "smoke.numbers",
         overrides=["--placement.runs", odd],
         environment=variables,
-        retry=trials.Retry(failures=5),
+        retry=Retry(failures=5),
         python="python3",
     )
     (job,) = Slurm(setup="trial=Z").jobs(plan, {})
@@ -488,7 +490,7 @@ def test_mistakes_on_the_command_line_are_named(capsys, argv, words):
 
 
 def test_a_pool_deals_out_cores_and_gpus(monkeypatch):
-    monkeypatch.setattr("launch.engines.local.cores", lambda: list(range(8)))
+    monkeypatch.setattr("launch.sweeps.engines.local.cores", lambda: list(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [slot["cores"] for slot in Local().slots()] == ["0,1,2,3", "4,5,6,7"]
     assert [slot["cores"] for slot in Local(workers=3, cores=2).slots()] == ["0,1", "2,3", "4,5"]
@@ -631,7 +633,7 @@ def test_planning_loads_no_jax_once_the_shapes_are_known():
     """Importing it would take longer than planning two hundred trials."""
     code = (
         "import sys, launch.sweep, launch.status, launch.cancel\n"
-        "from launch import trials\ntrials.make('cla_1b')\n"
+        "from launch.sweeps import trials\ntrials.make('cla_1b')\n"
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -641,7 +643,7 @@ def test_submitting_twice_submits_once(tmp_path, monkeypatch, capsys, tool):
     tool("sbatch", f"echo once >> {tmp_path}/told; echo 7")
     tool("squeue", "for i in 0 1 2 3 4 5; do echo 7_$i; done")
     tool("scancel", f'echo "$*" > {tmp_path}/cancelled')
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     argv = ["smoke.grid", "--engine", "slurm", "--", "--placement.runs", str(tmp_path / "runs")]
     for said in ("6 submitted", "6 queued"):
         with pytest.raises(SystemExit) as stop:
@@ -675,7 +677,7 @@ def test_what_is_submitted_inherits_nothing_of_the_job_around_the_launcher(
     monkeypatch.setenv("SLURM_CONF", "/etc/ours")
     monkeypatch.setenv("SLURM_CLUSTERS", "east")
     tool("sbatch", f"env > {tmp_path}/environment; echo 7")
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         sweep.main(["smoke.grid", "--engine", "slurm", "--", "--placement.runs", str(tmp_path)])
     passed = dict(
@@ -695,7 +697,7 @@ def test_what_is_submitted_inherits_nothing_of_the_job_around_the_launcher(
 
 def test_an_error_that_trials_share_is_told_once(tmp_path, monkeypatch, capsys, tool):
     tool("sbatch", "echo 'sbatch: error: invalid account' >&2; exit 1")
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         sweep.main(["smoke.grid", "--engine", "slurm", "--", "--placement.runs", str(tmp_path)])
     shown = capsys.readouterr().out
@@ -713,7 +715,7 @@ def test_a_job_that_cannot_be_handed_over_is_told_with_the_tools_words(
         '[ "$n" != 1 ] || { echo "namespace is full" >&2; exit 1; }; echo \'{"items":[]}\''
     )
     tool("kubectl", refuse_second)
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         sweep.main(
             [
@@ -759,7 +761,7 @@ elif order == "crash":
 @pytest.fixture
 def pool(tmp_path, monkeypatch, capsys):
     """Launches smoke.grid with a stand-in for runners: `pool({trial: order})`; exit code, words, starts."""
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
     log, orders, runner = (tmp_path / name for name in ("log", "orders", "runner"))
     text = RUNNER.format(python=sys.executable, log=str(log), orders=str(orders))
     runner.write_text(text)
@@ -768,7 +770,7 @@ def pool(tmp_path, monkeypatch, capsys):
     class FakeSys:
         argv, stderr, executable = sys.argv, sys.stderr, str(runner)
 
-    monkeypatch.setattr(sweep, "sys", FakeSys)
+    monkeypatch.setattr(launcher, "sys", FakeSys)
 
     def launch(said, *flags):
         orders.write_text(json.dumps(said))

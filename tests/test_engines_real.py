@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import yaml as pyyaml
 
-from launch import records, status, tpus
-from launch.engines.jobset import RESTARTED
-from launch.engines.local import cores
-from launch.engines.queued_resources import listing
+from launch import status
+from launch.sweeps import records, tpus
+from launch.sweeps.engines.jobset import RESTARTED
+from launch.sweeps.engines.local import cores
+from launch.sweeps.engines.queued_resources import listing
 from tests import slurm
 from tests.test_engines import CLOUD, IMAGE, jobs, planned
 

@@ -96,7 +96,8 @@ def test_a_file_anywhere_is_a_study(mine):
 
 
 def test_a_file_is_taken_wherever_a_name_is(mine, tmp_path, capsys):
-    from launch import memory, plan, status, sweep, train, trials
+    from launch import memory, plan, status, sweep, train
+    from launch.sweeps import trials
 
     assert [config.steps for config in train.parse([f"{mine}:row", "--seed", "3"])] == [4]
     assert list(memory.models([str(mine), f"{mine}:unlisted"])) == ["mine/row", "mine/unlisted"]

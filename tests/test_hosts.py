@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from launch.distributed import STOPPED
+from launch.hosts.distributed import STOPPED
 
 ROOT = Path(__file__).parents[1]
 STEPS = 100  # enough that a signal comes in time
@@ -32,7 +32,7 @@ from etils import epath
 from cla_jax.runs import Run
 from cla_jax.state import named
 from cla_jax.train import restore_or_init, prepare_session
-from launch import distributed
+from launch.hosts import distributed
 from launch.hosts import Hosts
 
 distributed.initialize(Hosts())
@@ -60,7 +60,7 @@ import jax, numpy as np
 import cla_jax.evaluate
 from cla_jax import checkpoint, train
 from cla_jax.state import named
-from launch import distributed
+from launch.hosts import distributed
 from launch import train as launch_train
 
 kept, pause, *argv = sys.argv[1:]

@@ -26,12 +26,13 @@ from cla_jax.fields import replaced
 from cla_jax.runs import Run
 from cla_jax.writers import ConsoleWriter
 from experiments import smoke
-from launch import cli, distributed, hosts
+from launch import cli, hosts
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
 from launch import memory as launch_memory
 from launch import train as launch_train
 from launch.cli import user_errors
+from launch.hosts import distributed
 
 ROOT = Path(__file__).parents[1]
 
@@ -811,7 +812,7 @@ def test_a_signal_in_start_up_ends_a_process_whose_main_thread_waits_in_native_c
     """As some native libraries wait for ever once the system starts no further thread."""
     program = """
 import ctypes
-from launch import distributed
+from launch.hosts import distributed
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 distributed.stop_on_signal()
 print("ready", flush=True)

@@ -8,8 +8,9 @@ import pytest
 from cla_jax import extras, preflight, runs
 from cla_jax.config import Component
 from cla_jax.data import sources
-from launch import sweep
+from launch import cli, sweep
 from launch import train as launch_train
+from launch.sweeps import launcher
 from tests.sealed import write_metrics
 
 
@@ -119,7 +120,7 @@ def sweeping_config(project):
 
 
 def test_a_dry_run_for_a_cloud_needs_no_package_of_it(monkeypatch, capsys):
-    from launch import fitting
+    from launch.sweeps import fitting
 
     monkeypatch.setattr(extras, "there", lambda _: False)
     monkeypatch.setattr(fitting, "misfits", lambda *_: {})
@@ -131,7 +132,9 @@ def test_a_dry_run_for_a_cloud_needs_no_package_of_it(monkeypatch, capsys):
     assert "# 6 of 6 trials would be submitted" in shown
     argv.remove("--dry-run")
     with pytest.raises(ValueError, match="extra `gcs`"):
-        sweep.Launcher(sweep.read(sweep.Arguments, args=argv[: argv.index("--")]), argv[-2:]).run()
+        launcher.Launcher(
+            cli.read(launcher.Arguments, args=argv[: argv.index("--")]), argv[-2:]
+        ).run()
 
 
 def test_text_that_needs_a_package_names_it(monkeypatch, tmp_path):

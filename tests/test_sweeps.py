@@ -10,7 +10,7 @@ from cla_jax.fields import replaced
 from experiments import smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep
-from launch import trials
+from launch.sweeps import trials
 from tests.sealed import write_metrics
 
 

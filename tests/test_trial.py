@@ -14,8 +14,9 @@ from etils import epath
 
 from cla_jax import files
 from experiments import smoke
-from launch import cancel, records, status, trial
-from launch.records import Record, State
+from launch import cancel, status, trial
+from launch.sweeps import records, retry, runner
+from launch.sweeps.records import Record, State
 
 # Stands in for launch.train: does what the next line of the file `script` says, step by step.
 TRAIN = """
@@ -52,7 +53,7 @@ for order in first.split():
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(TRAIN)
-    monkeypatch.setattr(trial, "_TRAIN", (sys.executable, str(tmp_path / "train.py")))
+    monkeypatch.setattr(runner, "_TRAIN", (sys.executable, str(tmp_path / "train.py")))
     made = Record(epath.Path(tmp_path), "one")
     made.write_trial(smoke.tiny(), {})
     return made
@@ -82,35 +83,90 @@ def counts(record):
 
 
 def test_a_trial_that_completes_is_done_and_not_trained_again(record):
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
     assert counts(record) == ("done", 1, 0, 0)
-    assert attempt(record, "exit:1") == trial.COMPLETE
+    assert attempt(record, "exit:1") == retry.COMPLETE
     assert left(record) == "exit:1"
     assert status.line(record)["perplexity"] == 7.5
 
 
 def test_a_failure_is_tried_again_and_ends_the_trial_at_its_limit(record, capfd):
-    assert attempt(record, "raise:odd", "exit:3", "say:last_words exit:4", "finish") == trial.FAILED
+    assert attempt(record, "raise:odd", "exit:3", "say:last_words exit:4", "finish") == retry.FAILED
     assert counts(record) == ("failed", 3, 0, 3)
     assert record.state().error == "exit code 4; the last line was: last words"
     assert left(record) == "finish"
     assert "will be started again: RuntimeError: odd" in capfd.readouterr().out
-    assert attempt(record, "finish") == trial.FAILED  # as before: nothing is started
+    assert attempt(record, "finish") == retry.FAILED  # as before: nothing is started
     record.clear_failure()
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
     assert counts(record) == ("done", 4, 0, 3)
 
 
 def test_failures_with_progress_between_them_do_not_add_up(record):
     script = [f"save:{step} kill:9" for step in (10, 20, 30, 35)]
-    assert attempt(record, *script, "finish", failures=2) == trial.COMPLETE
+    assert attempt(record, *script, "finish", failures=2) == retry.COMPLETE
     assert counts(record) == ("done", 5, 0, 4)
     assert "killed by SIGKILL" in record.state().error
 
 
 def test_without_progress_kills_end_a_trial_too(record):
-    assert attempt(record, "save:10 kill:9", "kill:9", "kill:9", failures=2) == trial.FAILED
+    assert attempt(record, "save:10 kill:9", "kill:9", "kill:9", failures=2) == retry.FAILED
     assert counts(record)[3] == 2
+
+
+@pytest.mark.parametrize(
+    ("counts", "end", "expected"),
+    # Preemptions and failures in a row before and after; of four and three allowed.
+    [
+        ((0, 0), {"code": 5}, (0, 1, "stopped")),
+        ((0, 1), {"code": 5}, (0, 2, "stopped")),
+        ((0, 2), {"code": 5}, (0, 3, "failed")),
+        ((0, 2), {"code": 5, "progress": 11}, (0, 1, "stopped")),  # it came further
+        ((3, 0), {"code": 5, "progress": 11}, (0, 1, "stopped")),
+        ((0, 0), {"code": 2}, (0, 1, "failed")),  # a mistake of the user's
+        ((0, 0), {"code": 1, "error": "diverged: step 3"}, (0, 1, "failed")),
+        ((0, 0), {"code": 42}, (1, 0, "stopped")),
+        ((2, 2), {"code": 42}, (3, 2, "stopped")),  # no failure: those stay as they are
+        ((3, 2), {"code": 42}, (4, 2, "failed")),
+        ((3, 2), {"code": 42, "progress": 11}, (1, 0, "stopped")),
+        ((0, 0), {"code": -9, "stopped": True}, (1, 0, "stopped")),  # asked to stop, then killed
+        ((0, 0), {"code": 2, "stopped": True}, (1, 0, "stopped")),
+        ((0, 0), {"code": -6}, (0, 1, "stopped")),  # alone it has crashed
+        ((0, 0), {"code": -6, "several": True}, (1, 0, "stopped")),  # another host is dead
+        ((0, 0), {"code": 134, "several": True}, (1, 0, "stopped")),
+        ((0, 0), {"code": 1, "several": True}, (0, 1, "stopped")),
+    ],
+)
+def test_a_bad_end_is_counted_and_judged(counts, end, expected):
+    before = State(
+        status="running",
+        preemptions=7,
+        failures=7,
+        preempted_in_a_row=counts[0],
+        failed_in_a_row=counts[1],
+        progress=10,
+        error="before",
+        diverged=True,
+    )
+    end = retry.BadEnd(**{"error": "an error", **end})
+    after = retry.judge(before, end, failures=3, preemptions=4)
+    assert (after.preempted_in_a_row, after.failed_in_a_row, after.status) == expected
+    assert (after.preemptions, after.failures) == ((8, 7) if end.preempted else (7, 8))
+    assert after.progress == max(10, end.progress)
+    assert after.diverged == end.error.startswith("diverged")
+    if not end.preempted:
+        assert after.error == end.error
+    elif after.status == "failed":
+        assert after.error == "preempted 4 times without a new checkpoint; before"
+    else:
+        assert after.error == "before"
+    assert before.progress == 10  # nothing is changed in place
+
+
+def test_a_failed_trial_waits_longer_each_time_and_at_most_a_minute():
+    waits = [retry.seconds_before_restart(State(failed_in_a_row=n), 5.0) for n in range(1, 7)]
+    assert waits == [5, 10, 20, 40, 60, 60]
+    assert retry.seconds_before_restart(State(failed_in_a_row=3), 90.0) == 90
 
 
 @pytest.mark.parametrize(
@@ -121,7 +177,7 @@ def test_without_progress_kills_end_a_trial_too(record):
     ],
 )
 def test_what_another_start_would_repeat_ends_a_trial_at_once(record, script, error):
-    assert attempt(record, script, "finish") == trial.FAILED
+    assert attempt(record, script, "finish") == retry.FAILED
     assert counts(record) == ("failed", 1, 0, 1)
     assert record.state().error == error
     assert record.state().diverged == error.startswith("diverged")
@@ -129,44 +185,44 @@ def test_what_another_start_would_repeat_ends_a_trial_at_once(record, script, er
 
 def test_a_stop_is_no_failure(record):
     for _ in range(4):
-        assert attempt(record, "exit:42", failures=1) == trial.AGAIN
+        assert attempt(record, "exit:42", failures=1) == retry.AGAIN
     assert counts(record) == ("stopped", 4, 4, 0)
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
 
 
 def test_preemptions_without_any_progress_have_a_limit_of_their_own(record):
-    assert [attempt(record, "exit:42", preemptions=2) for _ in range(2)] == [42, trial.FAILED]
+    assert [attempt(record, "exit:42", preemptions=2) for _ in range(2)] == [42, retry.FAILED]
     assert "preempted 2 times without a new checkpoint" in record.state().error
 
 
 def test_a_dead_peer_is_a_preemption_where_there_are_peers(record):
-    assert attempt(record, "kill:6", hosts=4) == trial.AGAIN
+    assert attempt(record, "kill:6", hosts=4) == retry.AGAIN
     assert counts(record) == ("stopped", 1, 1, 0)
-    assert attempt(record, "exit:5", hosts=4) == trial.AGAIN  # all hosts are started again
+    assert attempt(record, "exit:5", hosts=4) == retry.AGAIN  # all hosts are started again
     assert counts(record) == ("stopped", 2, 1, 1)
-    assert attempt(record, "kill:6", "finish") == trial.COMPLETE  # alone it has crashed
+    assert attempt(record, "kill:6", "finish") == retry.COMPLETE  # alone it has crashed
     assert counts(record) == ("done", 4, 1, 2)
 
 
 def test_other_hosts_keep_no_record(record):
-    assert attempt(record, "exit:42", hosts=2, host=1) == trial.AGAIN
+    assert attempt(record, "exit:42", hosts=2, host=1) == retry.AGAIN
     assert record.state() == State()
     assert (record.path / "log-1.txt").exists()
 
 
 def test_an_attempt_that_died_without_a_word_was_a_preemption(record):
     record.write_state(State(status="running", attempts=1))
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
     assert counts(record) == ("done", 2, 1, 0)
 
 
 def test_a_cancelled_trial_is_not_started(record):
     record.cancel()
-    assert attempt(record, "finish") == trial.FAILED
+    assert attempt(record, "finish") == retry.FAILED
     assert left(record) == "finish"
     assert status.line(record)["state"] == "cancelled"
     record.clear_failure()
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
 
 
 @contextlib.contextmanager
@@ -174,8 +230,8 @@ def running(record, script):
     """A runner as a process of its own, once its training waits."""
     (record.sweep / "script").write_text(script)
     code = (
-        f"from launch import trial\ntrial._TRAIN = {trial._TRAIN!r}\n"
-        f"trial.records.HEARTBEAT_S = 0.2\ntrial.main(['{record.sweep}', 'one'])"
+        f"from launch import trial\nfrom launch.sweeps import runner\nrunner._TRAIN = {runner._TRAIN!r}\n"
+        f"runner.records.HEARTBEAT_S = 0.2\ntrial.main(['{record.sweep}', 'one'])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -198,7 +254,7 @@ def test_a_runner_passes_a_stop_on_and_waits_for_the_save(record):
         assert status.line(record)["state"] == "running"
         process.terminate()
         out, _ = process.communicate(timeout=30)
-    assert process.returncode == trial.AGAIN
+    assert process.returncode == retry.AGAIN
     assert "one is stopped" in out
     assert counts(record) == ("stopped", 1, 1, 0)
     assert not record.is_locked
@@ -206,7 +262,7 @@ def test_a_runner_passes_a_stop_on_and_waits_for_the_save(record):
 
 def test_a_running_trial_is_left_alone(record, capfd):
     with running(record, "wait"):
-        assert attempt(record, "finish") == trial.COMPLETE
+        assert attempt(record, "finish") == retry.COMPLETE
         assert left(record) == "finish"
     assert "one is being trained by another process" in capfd.readouterr().out
 
@@ -217,13 +273,13 @@ def test_training_that_outlives_its_runner_keeps_the_lock(record):
         process.wait()
         (record.path / "lock").unlink()  # that frees nobody
         assert record.is_locked
-        assert attempt(record, "finish") == trial.COMPLETE
+        assert attempt(record, "finish") == retry.COMPLETE
         assert left(record) == "finish"
     deadline = time.monotonic() + 30
     while record.is_locked:  # now the training is killed as well
         assert time.monotonic() < deadline
     assert status.line(record)["state"] == "dead"
-    assert attempt(record, "finish") == trial.COMPLETE
+    assert attempt(record, "finish") == retry.COMPLETE
     assert counts(record) == ("done", 2, 1, 0)
 
 
@@ -231,7 +287,7 @@ def test_a_cancellation_reaches_a_running_trial(record, capsys):
     with running(record, "wait") as process:
         cancel.main([str(record.sweep)])
         process.communicate(timeout=30)
-    assert process.returncode == trial.FAILED
+    assert process.returncode == retry.FAILED
     assert status.line(record)["state"] == "cancelled"
     assert "one  cancelled" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -244,7 +300,7 @@ def test_a_full_disk_for_the_record_does_not_end_training(record, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "write", full)
-    assert attempt(record, "exit:5", "finish") == trial.COMPLETE
+    assert attempt(record, "exit:5", "finish") == retry.COMPLETE
     assert (
         "the state cannot be written: [Errno 28] No space left on device" in capfd.readouterr().err
     )
@@ -254,12 +310,12 @@ def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
+    assert attempt(record, "exit:5", "finish", failures=1) == retry.FAILED
     assert record.state().error == "exit code 5"  # the disk is not accused
     record.clear_failure()
     with monkeypatch.context() as patch:
         patch.setattr(files, "_flush", full)
-        assert attempt(record, "exit:5", "finish", failures=1) == trial.FAILED
+        assert attempt(record, "exit:5", "finish", failures=1) == retry.FAILED
     fault = f"{record.path} is not writable: No space left on device"
     assert record.state().error == f"exit code 5; {fault}"
 
@@ -275,7 +331,7 @@ def test_a_full_disk_that_swallowed_the_message_is_named(record, monkeypatch):
     ],
 )
 def test_the_last_error_is_what_was_said_last(lines, code, error):
-    assert trial.last_error(lines, code) == error
+    assert runner.last_error(lines, code) == error
 
 
 # ---------------------------------------------------------------------------------- status
@@ -415,7 +471,7 @@ def test_a_trial_writes_through_no_link(record, tmp_path, capfd, name):
     precious.write_text("kept")
     (record.path / name).unlink(missing_ok=True)
     os.symlink(precious, record.path / name)
-    assert attempt(record, "finish") != trial.COMPLETE
+    assert attempt(record, "finish") != retry.COMPLETE
     assert f"{record.path / name} is a symbolic link or a pipe: remove it" in capfd.readouterr().err
     assert precious.read_text() == "kept"
 

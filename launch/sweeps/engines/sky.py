@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from launch import tpus
-from launch.engines import Job, call, check_shared, one_by_one, yaml
-from launch.engines.jobset import RESTARTED
-from launch.records import Submission
-from launch.trials import LaunchPlan, Trial
+from launch.sweeps import tpus
+from launch.sweeps.engines import Job, call, check_shared, one_by_one, yaml
+from launch.sweeps.engines.jobset import RESTARTED
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan, Trial
 
 _ALIVE = ("PENDING", "SUBMITTED", "STARTING", "RUNNING", "RECOVERING", "WINDING_DOWN")
 

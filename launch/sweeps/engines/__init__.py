@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from launch.records import Submission
-from launch.trials import LaunchPlan, Trial
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan, Trial
 
 # Variables by which SLURM, and MPI under it, tell a process which job it is a part of.
 _OF_A_JOB = ("SLURM_", "SBATCH_", "PMI", "OMPI_")

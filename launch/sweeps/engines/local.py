@@ -10,9 +10,9 @@ from typing import ClassVar
 from etils import epath
 
 from cla_jax.runs import open_plain
-from launch.engines import Job, outside
-from launch.records import Submission
-from launch.trials import LaunchPlan
+from launch.sweeps.engines import Job, outside
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from launch import tpus
-from launch.engines import Job, call, check_shared, one_by_one
-from launch.records import Submission
-from launch.trials import LaunchPlan
+from launch.sweeps import tpus
+from launch.sweeps.engines import Job, call, check_shared, one_by_one
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan
 
 # What counts as waiting or running; the others, SUSPENDED after a preemption among them, never run again.
 _ALIVE = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")

@@ -19,31 +19,13 @@ from cla_jax import chips, extras, fields, files, names, runs
 from cla_jax.config import Config
 from cla_jax.messages import near_choice
 from experiments.sweeping import Pending, Result
-from launch import records, tpus
 from launch.cli import read_config
-from launch.records import Record
+from launch.sweeps import records, tpus
+from launch.sweeps.records import Record
+from launch.sweeps.retry import Retry
 
 _NAME_AT = 4  # in the command of a trial: python -m launch.trial SWEEP NAME
 RESERVED = ("lock", "sweep.json", "jobs", "optuna.log")  # beside the records of trials
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Retry:
-    """When a trial is given up: so many failures, or preemptions, in a row without a new checkpoint."""
-
-    # Give a trial up after this many failures in a row without a new checkpoint.
-    failures: int = 3
-    # Give a trial up after this many preemptions in a row without a new checkpoint.
-    preemptions: int = 100
-    # Seconds until a failed trial is started again; doubled after each further failure, up to a minute.
-    delay: float = 5.0
-
-    def __post_init__(self):
-        for field in ("failures", "preemptions"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--retry.{field} {getattr(self, field)} must be at least 1")
-        if self.delay < 0:
-            raise ValueError(f"--retry.delay {self.delay} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from cla_jax.config import Config, FromRun, OptimizerConfig, Placement, Scratch
 from cla_jax.fields import replaced
 from cla_jax.runs import write_atomically
 from launch import compilation_cache
-from launch.trials import LaunchPlan
+from launch.sweeps.trials import LaunchPlan
 
 COMPILERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12")
-_LIBRARY = Path(__file__).parents[1] / "cla_jax"
+_LIBRARY = Path(__file__).parents[2] / "cla_jax"
 # What of the placement does not change what a step needs.
 _BESIDE = (
     "log_every",

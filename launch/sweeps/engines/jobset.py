@@ -12,10 +12,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from launch import tpus
-from launch.engines import Job, call, check_shared, one_by_one, yaml
-from launch.records import Submission
-from launch.trials import LaunchPlan, Trial
+from launch.sweeps import tpus
+from launch.sweeps.engines import Job, call, check_shared, one_by_one, yaml
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan, Trial
 
 RESTARTED = (42, 134, 137, 139, 143)
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from cla_jax import chips
-from launch.engines import Job, call
-from launch.records import Submission
-from launch.trials import LaunchPlan, Resources, Trial
+from launch.sweeps.engines import Job, call
+from launch.sweeps.records import Submission
+from launch.sweeps.trials import LaunchPlan, Resources, Trial
 
 _USUAL_ARRAY = 1001  # SLURM's own default
 _GET = "part of SLURM's client package (Debian: slurm-client); or launch from a login node"
