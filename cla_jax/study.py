@@ -216,7 +216,7 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
             shown = ", ".join(missing[:3]) + (" and others" if len(missing) > 3 else "")
             reason = f"{len(missing)} of {2 * len(seeds)} runs are missing: {shown}"
         elif len(finite) < study.needed:
-            reason = f"{len(finite)} pairs are finite, the test needs {study.needed}"
+            reason = f"only {len(finite)} pairs have finite scores; the test needs {study.needed}"
         else:
             found.append(None)
             diverged = {

@@ -205,8 +205,8 @@ def test_what_training_measured_is_compared_until_there_is_an_evaluation(tmp_pat
     ]
     assert cells(rows(*found), "0")[""] == "●"
     assert [point.quality for point in reading.points(rows(*found))] == [20.0, 21.0, 22.0]
-    assert "* from training" in reading.caption(rows(*found))
-    assert "* from training" in html(rows(*found))
+    assert "*: measured during training" in reading.caption(rows(*found))
+    assert "*: measured during training" in html(rows(*found))
     # One line, one command, and not a run that is not compared.
     study = f"python -m launch.evaluate {tmp_path / 'tiny'}"
     told = "are not evaluated (*: what training measured is shown)"
@@ -219,7 +219,7 @@ def test_what_training_measured_is_compared_until_there_is_an_evaluation(tmp_pat
     assert cells(rows(*found), "0")["perplexity"] == "19.000"
     assert cells(rows(*found), "1")["perplexity"] == "21.000*"
     assert report.notes(rows(found[0])) == []
-    assert "* from training" not in reading.caption(rows(found[0]))
+    assert "*: measured during training" not in reading.caption(rows(found[0]))
 
 
 @pytest.mark.parametrize(("logged", "evaluated"), [(12, None), (30, 12)])
@@ -304,7 +304,7 @@ def test_a_context_too_short_for_a_cache_format_is_told(tmp_path):
     assert "saves 34% at 256 tokens" in note
     assert "a kivi4 cache was measured in windows of 64 tokens, where it saves nothing" in measured
     (measured,) = report.notes(report.read([run], 32_768))
-    assert "With 32,768 tokens of context more of them are quantised" in measured
+    assert "With 32,768 tokens of context, more tokens are quantised" in measured
 
 
 def test_altered_results_are_named_and_not_ranked(tmp_path):

@@ -105,7 +105,7 @@ def test_runs_that_cannot_be_one_row_are_named(capsys, study):
     line = refused(
         capsys, study, "--group-by", "data.source", "--over", "seed", "--over", "model.kv_map"
     )
-    assert "hold 256 to 512 KV bytes per token: they cannot be one row" in line
+    assert "have 256 to 512 KV bytes per token: they cannot be one row" in line
     make(study, "c/y", kv_map="cla:2")
     assert "b/x.seed-0 and c/y have the same seed 0" in refused(
         capsys, study, "--group-by", "model.kv_map"
@@ -168,7 +168,7 @@ def test_rows_over_another_field_are_named_by_what_they_have_in_common(capsys, t
     flags = ("--over", "optimizer.peak-lr", "--baseline", "seed 0")  # as flags spell a field
     shown, lines, _, _ = compared(capsys, tmp_path / "runs", *flags)
     assert [line["run"] for line in lines] == ["seed 0 (2 runs)", "seed 1 (2 runs)"]
-    assert "Runs of equal optimizer.peak_lr are paired" in " ".join(shown.split())
+    assert "pairs of runs with equal optimizer.peak_lr" in " ".join(shown.split())
 
 
 def test_a_row_of_one_run_has_the_name_of_its_group_and_what_is_left_out_is_said(capsys, tmp_path):

@@ -266,7 +266,8 @@ def test_from_run_directories_to_verdicts(mine, capsys):
     out = decide(mine, capsys)
     assert "cla2 is better than half: supported at" in out
     assert "mqa is no worse than cla2 by more than 0.001: contradicted at" in out
-    assert re.search(r"over 6 paired seeds, p = 0\.0312 \(sign-flip, Holm over 2 claims\)", out)
+    assert "The mean difference over 6 paired seeds is" in out
+    assert "The sign-flip test gives p = 0.0312, by Holm's method over 2 claims." in out
     assert re.search(r"worth \d\.\d\d times the bytes \(95% interval .*, 3 seeds\)", out)
     assert "missing" not in out
     outcome = examined(mine)
@@ -455,7 +456,7 @@ def test_ours_stand_beside_the_papers():
         write_run(config, score)
     rows = report.read(runs.find_runs(["runs"]))
     (title, _, found, _), (_, _, differences, _) = paper.tables(rows, lines, stated)
-    assert title == "Beside the paper"
+    assert title == "Compared with the paper"
     assert [cells[3:] for cells in found] == [
         ["14.00", "13.54", "+0.46"],
         ["14.10", "13.60", "+0.50"],

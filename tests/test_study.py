@@ -76,7 +76,7 @@ def test_only_pairs_that_are_not_finite_are_left_out():
     data |= {("cla2", seed): math.nan for seed in range(3, 7)}
     (verdict,) = decide(A, data)
     assert verdict.status == "not tested"
-    assert verdict.reason == "3 pairs are finite, the test needs 5"
+    assert verdict.reason == "only 3 pairs have finite scores; the test needs 5"
     assert verdict.excluded == (2, 3, 4, 5, 6)
 
 

@@ -134,5 +134,5 @@ def _markdown(
     parts.append("\n![Accuracy against KV-cache memory](pareto.svg)\n")
     for heading, headings, lines, below in (*studies.tables(outcome), *beside):
         parts += [f"## {heading}\n", tables.as_markdown(headings, lines), f"{below}\n"]
-    parts += ["## What to know\n", *(f"- {note}" for note in told)]
+    parts += ["## Notes\n", *(f"- {note}" for note in told)]
     return ("\n".join(parts) + "\n").encode()

@@ -44,9 +44,9 @@ def arrange(rows: Sequence[Row], view: View) -> Arrangement:
         base = _baseline(rows, view.baseline)
         columns = [*_differences(rows, base, view.over), *columns]
         words = (
-            f"Difference: bits per byte minus those of {base.name}; less than 0 is better. Runs of equal "
-            f"{seeds.words(view.over)} are paired: mean, ± one standard deviation. Without pairs it is the "
-            "difference of the means."
+            f"Difference: bits per byte minus those of {base.name}; below 0 is better. It is the mean over "
+            f"pairs of runs with equal {seeds.words(view.over)}, ± one standard deviation. If there are no "
+            "pairs, it is the difference of the means."
         )
     order = None
     if view.sort:

@@ -299,16 +299,16 @@ def html(
 <h2>Results</h2>
 {_results(together, arranged)}
 <p class="muted">{escape(caption(together, arranged))}</p>
-{"".join(map(_table, beside))}{_scores(rows)}<h2>Bytes that are read</h2>
+{"".join(map(_table, beside))}{_scores(rows)}<h2>Bytes that a decode step reads</h2>
 {pictures["read"]}
-<p class="muted">Sharing layers divides what a cache holds, not what a decode step reads of it. Quantised
-caches are left out here.</p>
+<p class="muted">Sharing layers makes the cache smaller, but a decode step reads the same number of bytes.
+Quantised caches are left out here.</p>
 {_rates(together, diverged)}<h2>Learning curves</h2>
 <div class="curves">{learning}</div>
 {_legend(compared)}
 <p class="muted">{escape(setting(rows))}
-The vertical axes are cut to what follows the first fifth of each
-curve. A run has the same colour in every picture. Bands: the least and the greatest of the seeds.</p>
+The vertical axes are chosen for the curves without their first fifth.
+A run has the same colour in every plot. Bands show the lowest and the highest value of the seeds.</p>
 {_side_by_side(runs)}<h2>Runs</h2>
 {_details(runs)}
 <script type="application/json" id="data">{_data(drawn, runs)}</script>

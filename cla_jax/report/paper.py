@@ -1,4 +1,4 @@
-"""Ours beside a paper's printed results, row by row, and difference by difference."""
+"""Our results compared with those that a paper prints, row by row, and difference by difference."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -67,12 +67,13 @@ def tables(
             apart = None if here is None else here - one.value
             cells = [f"{one.row} - {one.other}", number(here, "{:+.2f}"), f"{one.value:+.2f}"]
             differences.append([*cells, number(apart, "{:+.2f}")])
-    headings = ["row", "KV bytes, ours", "the paper's", "perplexity, ours", "the paper's", "apart"]
+    headings = ["row", "KV bytes, ours", "the paper's", "perplexity, ours", "the paper's"]
+    headings.append("ours minus the paper's")
     below = (
         "The paper's perplexities are of its own validation text: compare differences, not values."
     )
-    made: list[Table] = [("Beside the paper", headings, lines, below)]
+    made: list[Table] = [("Compared with the paper", headings, lines, below)]
     if differences:
-        headings = ["difference in perplexity", "ours", "the paper's", "apart"]
-        made.append(("Differences beside the paper's", headings, differences, below))
+        headings = ["difference in perplexity", "ours", "the paper's", "ours minus the paper's"]
+        made.append(("Differences compared with the paper's", headings, differences, below))
     return made

@@ -91,7 +91,7 @@ def words(made: Mapping[str, Any]) -> list[str]:
     return [
         *made["changes"],
         f"Study {made['study']}, declaration {made['digest']}, results first reported at commit {commit}. "
-        f"Finished runs: {made['runs']}; {made['hours']} hours of training in all. Made by: "
+        f"Finished runs: {made['runs']}; {made['hours']} hours of training in total. Command: "
         f"{made['command']}",
     ]
 

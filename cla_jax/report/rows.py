@@ -282,7 +282,7 @@ def comparison(rows: Sequence[Row]) -> Comparison:
         )
     fingerprints = {row.record["data_fingerprint"] for row, _, _ in found}
     if len(fingerprints) > 1 or len(known("tokens")) > 1:
-        warning = "Compare with care: context lengths or the evaluated tokens differ."
+        warning = "Compare with care: the context lengths or the evaluated tokens differ."
         return Comparison(measure="perplexity", warning=warning)
     return Comparison(measure="perplexity")
 
@@ -305,7 +305,7 @@ def _lengths(rows: Sequence[Row]) -> str:
         return ""
     return (
         f"The runs were trained on different numbers of tokens, {human(min(tokens))} to "
-        f"{human(max(tokens))}: a part of what they differ in is training."
+        f"{human(max(tokens))}: so part of their difference may come from training."
     )
 
 
@@ -323,16 +323,16 @@ def _caches(rows: Sequence[Row]) -> list[str]:
         here, long = row.saving(row.context), row.saving(_LONG)
         if here > 1.1 * long:
             found.append(
-                f"A {row.cache} cache does not quantise its newest tokens: of the bytes of a 16-bit cache "
-                f"it saves {_saved(here)} at {row.context:,} tokens of context and {_saved(long)} at "
+                f"A {row.cache} cache does not quantise its newest tokens. Compared with a 16-bit cache, it "
+                f"saves {_saved(here)} at {row.context:,} tokens of context and {_saved(long)} at "
                 f"{_LONG:,}; see python -m launch.compare --context {_LONG}."
             )
         scored = row.config.data.seq_len  # the windows that its perplexity was measured in
         if scored < row.context and row.saving(scored) > 1.1 * here:
             found.append(
                 f"The perplexity through a {row.cache} cache was measured in windows of {scored:,} tokens, "
-                f"where it saves {_saved(row.saving(scored))}. With {row.context:,} tokens of context more "
-                "of them are quantised, and it may be higher."
+                f"where it saves {_saved(row.saving(scored))}. With {row.context:,} tokens of context, more "
+                "tokens are quantised, and the perplexity may be higher."
             )
     return found
 
@@ -503,17 +503,17 @@ def caption(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> str:
     if comparison(rows).ranked:
         parts.append("● on the Pareto frontier.")
     parts.append(
-        f"KV bytes: resident, per token at {_range(contexts)} tokens of context, 16-bit elements where a "
-        "cache does not quantise them."
+        f"KV bytes are resident bytes per token at {_range(contexts)} tokens of context, with 16 bits for "
+        "elements that are not quantised."
     )
     parts.append(
-        "Perplexity and bits per byte: held-out split, by full forward or through the cache that the line "
-        "names."
+        "Perplexity and bits per byte are those of the held-out split, by a full forward pass or through the "
+        "cache that the row names."
     )
     if any(row.from_training for row in rows):
-        parts.append("* from training.")
+        parts.append("*: measured during training.")
     if any(len(row.seeds) > 1 for row in rows):
-        parts.append("± one standard deviation over seeds.")
+        parts.append("±: one standard deviation over seeds.")
     if arranged.words:
         parts.append(printable(arranged.words, 4000))
     return " ".join((*parts, setting(rows)))

@@ -163,7 +163,7 @@ def _mean(group: Sequence[Row], counting: Sequence[Row], name: str, over: Sequen
     held = {row.kv_bytes for row in counting}
     if len(held) > 1 and not is_policy(counting[0].cache):
         raise ValueError(
-            f"{counting[0].name} and others that differ in {', '.join(over)} hold {min(held):,.0f} to "
+            f"{counting[0].name} and others that differ in {', '.join(over)} have {min(held):,.0f} to "
             f"{max(held):,.0f} KV bytes per token: they cannot be one row"
         )
     scored: list[dict[str, Any]] = [row.evaluation or {} for row in counting]
@@ -308,10 +308,16 @@ def rate_table(found: Sequence[Curve]) -> tuple[str, list[str], list[list[str]],
                 curve.note.removeprefix(f"{curve.name}: ") or "inside the rates tried",
             ]
         )
-    headings = ["row", "bits per byte by rate", "best rate", "bits per byte there", "optimum"]
+    headings = [
+        "row",
+        "bits per byte by rate",
+        "best rate",
+        "bits per byte at best rate",
+        "optimum",
+    ]
     below = (
-        "The best rate is where a parabola in the logarithm of the rate, through the best point and its "
-        "neighbours, is lowest. At an edge of the rates tried it is the best point itself, and more points "
-        "are needed."
+        "The best rate is the minimum of a parabola in the logarithm of the rate, through the best point and "
+        "its neighbours. If the best point is at an edge of the rates tried, its rate is taken, and more "
+        "rates must be tried."
     )
     return "Best learning rates", headings, made, below

@@ -245,18 +245,23 @@ def sentence(outcome: Outcome, number: int) -> str:
     where = f"at {scale(outcome.declared)}"
     if verdict.status == "not tested":
         return f"Not tested {where}: {verdict.claim}; {verdict.reason}."
-    text = (
-        f"{verdict.claim}: {verdict.status} {where}. The mean difference is {verdict.mean:+.4f} {unit}, "
-        f"{level} interval {verdict.low:+.4f} to {verdict.high:+.4f} over {verdict.n} paired seeds, "
-        f"p = {verdict.p:.4f} ({study.test}, Holm over {len(study.claims)} claims)"
-    )
+    parts = [
+        f"{verdict.claim}: {verdict.status} {where}.",
+        f"The mean difference over {verdict.n} paired seeds is {verdict.mean:+.4f} {unit}, {level} interval "
+        f"{verdict.low:+.4f} to {verdict.high:+.4f}.",
+        f"The {study.test} test gives p = {verdict.p:.4f}, by Holm's method over {len(study.claims)} claims.",
+    ]
     if crossed := outcome.crossed[number]:
-        text += f"; over seeds and documents {crossed[0]:+.4f} to {crossed[1]:+.4f}"
+        low, high = crossed
+        parts.append(
+            f"Over seeds and documents together, the interval is {low:+.4f} to {high:+.4f}."
+        )
     if verdict.reason:
-        text += f"; {verdict.reason}"
+        parts.append(f"{verdict.reason}.")
     if verdict.excluded:
-        text += f"; seeds left out because a loss was not finite: {', '.join(map(str, verdict.excluded))}"
-    return text + "."
+        seeds_out = ", ".join(map(str, verdict.excluded))
+        parts.append(f"Seeds left out because a loss was not finite: {seeds_out}.")
+    return " ".join(parts)
 
 
 HEADINGS = ("claim", "verdict", "difference", "interval", "seeds and documents", "p", "pairs")
@@ -320,8 +325,9 @@ def noise(rows: Sequence[Row], study: Study) -> list[str]:
         name = re.sub(r" \(\d+ seeds?\)$", "", row.name)
         found.append(
             f"{name}: the standard deviation over {len(row.seeds)} seeds is {sd:.4f} "
-            f"{METRICS[study.metric]}. If pairs had nothing in common, {n} of them would find a "
-            f"difference of {least:.4f} with a chance of 80 % (one claim, one-sided, level {study.alpha:g})."
+            f"{METRICS[study.metric]}. If the two runs of a pair were independent, {n} pairs would detect a "
+            f"difference of {least:.4f} with a probability of 80 % (one claim, one-sided, level "
+            f"{study.alpha:g})."
         )
     return found
 
@@ -334,13 +340,15 @@ def tables(outcome: Outcome) -> list[tuple[str, list[str], list[list[str]], str]
     study, declared = outcome.declared.study, outcome.declared
     control = "none; models differ in their parameters and FLOPs"
     if study.control:
-        control = f"MLPs as wide as makes {study.control} those of {study.base}"
+        control = (
+            f"each MLP has the width that makes the {study.control} equal to those of {study.base}"
+        )
     below = (
-        f"Differences are in {METRICS[study.metric]}, less is better; scale: {scale(declared)}. Intervals of "
-        f"{1 - study.alpha:.0%}: t over paired seeds, and a bootstrap over seeds and documents together. "
-        f"Test: {study.test}, one-sided, level {study.alpha:g} for the study by Holm's method over "
-        f"{len(study.claims)} claims. Control: {control}. A run is left out only if its loss is not finite. "
-        f"Declaration {study.digest}."
+        f"Differences are in {METRICS[study.metric]}; lower is better. Scale: {scale(declared)}. The "
+        f"{1 - study.alpha:.0%} intervals are a t interval over paired seeds, and a bootstrap over seeds and "
+        f"documents together. Test: {study.test}, one-sided, level {study.alpha:g} for the whole study by "
+        f"Holm's method over {len(study.claims)} claims. Control: {control}. A run is left out only if its "
+        f"loss is not finite. Declaration {study.digest}."
     )
     headings, claims = lines(outcome)
     rows_headings, rows = row_lines(outcome)
@@ -351,8 +359,9 @@ def tables(outcome: Outcome) -> list[tuple[str, list[str], list[list[str]], str]
     if outcome.gains:
         gains = [[str(gain), told] for gain, told in outcome.gains]
         explained = (
-            "The horizontal distance between lines of the metric over log2 of the bytes, from the middle "
-            "of the first family; bootstrap over seeds."
+            "How many times the bytes the second family needs for the score that the first family has in the "
+            "middle of its sizes. A line is fitted to the scores of each family over log2 of the bytes. "
+            "Intervals are bootstrap intervals over seeds."
         )
         made.append(("Byte-equivalent gain", ["family", "gain"], gains, explained))
     return made

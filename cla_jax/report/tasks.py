@@ -14,8 +14,8 @@ Scores = dict[str, dict[str, Any]]  # by task, as eval/tasks-*.json has them
 # The first of them that a task has is what is compared.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")
 CAPTION = (
-    "Scores of the lm-evaluation-harness ± standard error; by full forward unless the line names a "
-    "cache."
+    "Scores of the lm-evaluation-harness, ± standard error, by a full forward pass unless the row names "
+    "a cache."
 )
 
 
@@ -84,7 +84,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             how = tuple(score.get(key) for key in ("n", "split", "shots", "version"))
             asked.setdefault(task, set()).add(how)
     return [
-        f"{task}: the scores are not comparable; (examples, split, shots, version) are "
+        f"{task}: the scores are not comparable, because (examples, split, shots, version) differ: "
         + " and ".join(map(str, sorted(ways, key=str)))
         for task, ways in asked.items()
         if len(ways) > 1
