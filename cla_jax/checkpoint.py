@@ -25,18 +25,17 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from cla_jax import files
-from cla_jax.mesh import AxisRules
-from cla_jax.messages import printable
-from cla_jax.model.transformer import Transformer
-from cla_jax.runs import (
-    Owner,
-    Run,
+from cla_jax.directories import (
     check_links,
     is_local,
     remove_partial,
     set_aside,
     write_atomically,
 )
+from cla_jax.mesh import AxisRules
+from cla_jax.messages import printable
+from cla_jax.model.transformer import Transformer
+from cla_jax.runs import Owner, Run
 from cla_jax.runs import saved_steps as steps
 from cla_jax.seals import digest
 from cla_jax.state import State, named, with_layout, with_named

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from cla_jax import chips, costs, goodput, runs
+from cla_jax import chips, costs, directories, goodput
 from cla_jax.config import Config
 from cla_jax.data.mixture import of_component
 from cla_jax.runs import Run
@@ -171,7 +171,7 @@ def logging_to(run: Run) -> Iterator[None]:
     if not run.is_local or jax.process_index() != 0:
         yield
         return
-    handler = logging.StreamHandler(runs.open_plain(run.log, "a", encoding="utf-8"))
+    handler = logging.StreamHandler(directories.open_plain(run.log, "a", encoding="utf-8"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("cla_jax")
     root.addHandler(handler)

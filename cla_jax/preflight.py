@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from cla_jax import extras, names, runs, start
+from cla_jax import directories, extras, names, runs, start
 from cla_jax.config import Config, FromRun
 
 _WANDB = "/\\#?%:"  # what the name of a project there may not hold
@@ -25,7 +25,7 @@ def check(config: Config, *, leads: bool = True) -> None:
     for field in ("runs", "data_dir"):
         check_directory(f"placement.{field}", getattr(placement, field))
     run = runs.Run(runs.run_path(config))
-    if runs.is_local(run.path):
+    if directories.is_local(run.path):
         _check_parents(f"name = {config.name!r}", Path(run.path))
         _check_neighbours(config, Path(run.path))
     begun = (run.path / "config.json").exists() and run.has_begun

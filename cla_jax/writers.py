@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from etils import epath
 from rich.console import Console
 
-from cla_jax import extras, files, names, progress, runs, seals
+from cla_jax import directories, extras, files, names, progress, runs, seals
 from cla_jax.config import Config
 from cla_jax.runs import Run
 
@@ -45,7 +45,7 @@ class JsonlWriter:
         self.number += run.losses().metrics
         if run.is_local:
             run.path.mkdir(parents=True, exist_ok=True)
-            self.file = runs.open_plain(run.metrics, "a+b", buffering=0)
+            self.file = directories.open_plain(run.metrics, "a+b", buffering=0)
             self._end_torn_line()
 
     def _end_torn_line(self) -> None:

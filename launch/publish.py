@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from etils import epath
 
-from cla_jax import names, runs, seals
+from cla_jax import directories, names, runs, seals
 from cla_jax.runs import SAVED, Run
 from launch.cli import read, user_errors
 
@@ -78,12 +78,12 @@ def _copy(run: Run, target: epath.Path, records: Iterator[dict[str, Any]]) -> No
     (target / "eval").mkdir(parents=True, exist_ok=True)
     evals = [f"eval/{name}.json" for name in run.evals()]
     for name in ("config.json", "tokenizer.json", *evals):
-        runs.write_atomically(target / name, (run.path / name).read_text())
+        directories.write_atomically(target / name, (run.path / name).read_text())
     lines = (
         seals.seal_line(record, number, run.id) if run.is_sealed else json.dumps(record) + "\n"
         for number, record in enumerate(records, 1)
     )
-    runs.write_atomically(target / "metrics.jsonl", "".join(lines))
+    directories.write_atomically(target / "metrics.jsonl", "".join(lines))
 
 
 @user_errors

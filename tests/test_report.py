@@ -343,7 +343,7 @@ def test_a_report_is_replaced_whole_and_not_written_through_a_link(tmp_path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cla_jax.runs.os.fsync", full)
+    monkeypatch.setattr("cla_jax.directories.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         report.write(rows(run), out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

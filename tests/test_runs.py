@@ -6,7 +6,7 @@ import re
 import pytest
 from etils import epath
 
-from cla_jax import runs
+from cla_jax import directories, runs
 from cla_jax.runs import find_runs, open_run
 from cla_jax.writers import JsonlWriter
 from tests.sealed import make_older, write_metrics
@@ -177,8 +177,8 @@ def test_a_name_may_look_like_a_pattern(tiny):
     run = opened(tiny(name="study/cla[2]*"))
     run.write_eval("full", {"perplexity": 3.5})
     assert list(run.evals()) == ["full"]
-    runs.write_atomically(run.checkpoints / "00000004.json", "{}")
-    runs.write_atomically(run.checkpoints / "notes.json", "{}")
+    directories.write_atomically(run.checkpoints / "00000004.json", "{}")
+    directories.write_atomically(run.checkpoints / "notes.json", "{}")
     assert runs.saved_steps(run.checkpoints) == [4]
 
 
@@ -189,7 +189,7 @@ def test_a_write_that_fails_leaves_the_old_content(tiny, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(directories.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as failed:
         run.write_eval("full", {"perplexity": 9.0})
     assert failed.value.filename == str(run.path / "eval" / "full.json")  # not a temporary one
@@ -199,7 +199,7 @@ def test_a_write_that_fails_leaves_the_old_content(tiny, monkeypatch):
 def test_checkpoints_without_a_config_belong_to_nobody(tiny):
     """Another run would be taken for theirs."""
     run = opened(tiny())
-    runs.write_atomically(run.checkpoints / "00000004.json", "{}")
+    directories.write_atomically(run.checkpoints / "00000004.json", "{}")
     (run.path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json is missing.*restore it"):
         opened(tiny(seed=7))
@@ -218,7 +218,7 @@ def test_a_run_that_made_no_step_does_not_hold_its_name(tiny):
     assert not other.metrics.exists()
     # Whatever there is more of a run holds the name.
     for name in ("checkpoints/00000002.damaged", "eval/full.json"):
-        runs.write_atomically(run.path / name, "{}")
+        directories.write_atomically(run.path / name, "{}")
         with pytest.raises(ValueError, match="contains another run"):
             opened(tiny())
         (run.path / name).unlink()
@@ -263,7 +263,7 @@ def test_an_evaluation_with_former_names_of_fields_is_read(tiny):
 def test_a_damaged_evaluation_is_kept_aside_and_a_later_one_is_kept_and_named(tiny, caplog):
     run = opened(tiny())
     for damaged in ("[]", '{"step": "x"}', "{"):
-        runs.write_atomically(run.path / "eval" / "full.json", damaged)
+        directories.write_atomically(run.path / "eval" / "full.json", damaged)
         run.write_eval("full", {"step": 4})
         assert run.evals()["full"] == {"step": 4}
     kept = sorted(file.name for file in (run.path / "eval").iterdir())
@@ -325,7 +325,7 @@ def test_an_edited_config_is_no_config(tiny, where):
 @pytest.mark.parametrize("name", ["identity", "placement", "name"])
 def test_a_key_that_was_altered_is_an_altered_config(tiny, name):
     run = opened(tiny())
-    runs.write_atomically(run.checkpoints / "00000004.json", '{"run": "x", "identity": {}}')
+    directories.write_atomically(run.checkpoints / "00000004.json", '{"run": "x", "identity": {}}')
     altered(run.path / "config.json", f'"{name}": ', f'"{name[:-1]}": ')
     with pytest.raises(ValueError, match=r"config\.json"):
         run.config()
@@ -472,7 +472,7 @@ def test_links_that_a_tracker_makes_below_a_run_are_not_followed(tiny):
     assert [found.path for found in find_runs([run.path.parent])] == [run.path]
     run.write_eval("full", {"step": 4})
     assert run.evals() == {"full": {"step": 4}}
-    runs.remove_partial(run.path)
+    directories.remove_partial(run.path)
     assert os.path.islink(run.path / "wandb" / "latest-run")
 
 
@@ -501,9 +501,9 @@ def test_nothing_is_written_through_a_link_or_into_a_pipe(tmp_path, name, kind):
     path.parent.mkdir()
     os.symlink(precious, path) if kind == "link" else os.mkfifo(path)
     with pytest.raises(ValueError, match=f"{path} is a"):
-        runs.open_plain(path, "a")
+        directories.open_plain(path, "a")
     if kind == "link":
-        runs.write_atomically(path, "new")  # takes the place of the link
+        directories.write_atomically(path, "new")  # takes the place of the link
         assert not os.path.islink(path)
     assert precious.read_text() == "kept"
 
@@ -528,7 +528,7 @@ def test_what_a_kill_left_of_a_write_is_removed_by_the_next_start(tiny):
 
 def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch):
     files = [epath.Path(tmp_path / name) for name in "abc"]
-    runs.write_all_atomically(dict.fromkeys(files, "old"))
+    directories.write_all_atomically(dict.fromkeys(files, "old"))
     real, calls = os.fsync, []
 
     def full(handle):
@@ -537,9 +537,9 @@ def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(directories.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as failed:
-        runs.write_all_atomically(dict.fromkeys(files, "new"))
+        directories.write_all_atomically(dict.fromkeys(files, "new"))
     assert failed.value.filename == str(files[1])
     assert [file.read_text() for file in files] == ["old"] * 3
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]

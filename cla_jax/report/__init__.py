@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
-from cla_jax import runs
+from cla_jax import directories
 from cla_jax.report import arrangement, page, pareto, record, seeds, studies, tables, tasks
 from cla_jax.report.arrangement import View
 from cla_jax.report.page import notes
@@ -106,7 +106,7 @@ def write(
         assert made is not None
         contents["report.md"] = _markdown(outcome, title, noted, beside)
         contents["report.json"] = record.dump(made)
-    runs.write_all_atomically({directory / name: data for name, data in contents.items()})
+    directories.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from etils import epath
 
 from cla_jax import files
+from cla_jax.directories import listed
 from cla_jax.goodput import is_time_summary
 from cla_jax.report import seeds, studies
 from cla_jax.report.rows import Row
-from cla_jax.runs import Run, listed
+from cla_jax.runs import Run
 
 FILE = "report.json"
 

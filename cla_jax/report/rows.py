@@ -16,10 +16,11 @@ from rich.text import Text
 
 from cla_jax import costs, files
 from cla_jax.config import Config, ModelConfig
+from cla_jax.directories import is_local
 from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import TRAINING, Run, find_runs, is_local, read_config, read_json
+from cla_jax.runs import TRAINING, Run, find_runs, read_config, read_json
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]

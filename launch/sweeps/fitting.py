@@ -12,8 +12,8 @@ from etils import epath
 
 from cla_jax import files
 from cla_jax.config import Config, FromRun, OptimizerConfig, Placement, Scratch
+from cla_jax.directories import write_atomically
 from cla_jax.fields import replaced
-from cla_jax.runs import write_atomically
 from launch import compilation_cache
 from launch.sweeps.trials import LaunchPlan
 

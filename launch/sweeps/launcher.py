@@ -15,8 +15,8 @@ import tyro
 from etils import epath
 
 from cla_jax import files, preflight
+from cla_jax.directories import is_local
 from cla_jax.messages import near_choice, printable_lines
-from cla_jax.runs import is_local
 from experiments.sweeping import Result
 from launch.sweeps import engines, fitting, records, trials
 from launch.sweeps.engines.jobset import JobSet, Xpk

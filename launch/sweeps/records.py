@@ -27,10 +27,11 @@ from typing import Any, Literal, TypeVar
 from etils import epath
 
 from cla_jax import config as configs
-from cla_jax import files, goodput, runs, seals
+from cla_jax import directories, files, goodput, runs, seals
 from cla_jax.config import Config
+from cla_jax.directories import is_local, write_atomically
 from cla_jax.fields import from_dict
-from cla_jax.runs import Run, is_local, write_atomically
+from cla_jax.runs import Run
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -146,7 +147,7 @@ class Record:
     @property
     def is_locked(self) -> bool:
         """Whether a runner of this file system is at it; False for a remote directory."""
-        return self.is_local and runs.is_locked(self.path / "lock")
+        return self.is_local and directories.is_locked(self.path / "lock")
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ def _locked(file: epath.Path) -> Iterator[tuple[int, ...] | None]:
         yield ()
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with runs.lock(file, patience=1.0) as held:
+    with directories.lock(file, patience=1.0) as held:
         yield held or None
 
 

@@ -17,7 +17,8 @@ import tyro
 from etils import epath
 
 from cla_jax import files
-from cla_jax.runs import open_plain, saved_steps
+from cla_jax.directories import open_plain
+from cla_jax.runs import saved_steps
 from launch.sweeps import records
 from launch.sweeps.records import Record
 from launch.sweeps.retry import AGAIN, COMPLETE, FAILED, BadEnd, judge, seconds_before_restart

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 import experiments
-from cla_jax import chips, extras, fields, files, names, runs
+from cla_jax import chips, directories, extras, fields, files, names, runs
 from cla_jax.config import Config
 from cla_jax.messages import near_choice
 from experiments.sweeping import Pending, Result
@@ -203,7 +203,7 @@ def _directory(config: Config, sweep: str) -> epath.Path:
 
 def _unreadable(directory: epath.Path) -> str:
     """Why nothing can be read there from here; empty if it can."""
-    if runs.is_local(directory) or extras.there("gcs"):
+    if directories.is_local(directory) or extras.there("gcs"):
         return ""
     return f"{directory} is not read without the extra `gcs`: {extras.how('gcs')}"
 
@@ -222,7 +222,7 @@ def _sliced(config: Config, slices: int) -> Config:
 
 def _copy(own: epath.Path, scratch: Path) -> Path:
     """What a sweep keeps for itself: the plain files of its directory."""
-    for file in runs.listed(own, ".log"):
+    for file in directories.listed(own, ".log"):
         content = files.read_bytes(file, files.LINES_BYTES, links=False)
         (scratch / file.name).write_bytes(content)
     return scratch

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from cla_jax.runs import open_plain
+from cla_jax.directories import open_plain
 from launch.sweeps.engines import Job, outside
 from launch.sweeps.records import Submission
 from launch.sweeps.trials import LaunchPlan
