@@ -1,4 +1,4 @@
-"""What training says: the metrics of each step, and the log of a run."""
+"""Writes the metrics of each step, one step late, and the log of a run."""
 
 import contextlib
 import logging

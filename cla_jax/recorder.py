@@ -1,4 +1,4 @@
-"""What a run records as it trains, metrics, checkpoints and evaluations, and what of it is there."""
+"""Writes the metrics, checkpoints and evaluations of a run as it trains, and finds what is there."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ Evaluator = Callable[[Session, Transformer], dict[str, Any]]
 
 
 class Recorder:
-    """Writes what a run leaves: metrics, checkpoints and evaluations, in that order for a step."""
+    """Writes the metrics, checkpoint and evaluation of a step, in that order."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Recorder:
 def recording(
     session: Session, run: Run, first_step: int, evaluator: Evaluator, clock: goodput.Clock
 ) -> Iterator[Recorder]:
-    """A recorder of a run that goes on from `first_step`; at the end, all it wrote is whole."""
+    """Records a run that goes on from `first_step`; at the end it waits until all is written."""
     clock.carry_on(goodput.earlier(earlier_records(run), first_step))
     with contextlib.ExitStack() as stack:
         stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
