@@ -213,6 +213,10 @@ RATES: dict[str, float] = {
     "h8_mqa": 3.5e-3,
     "h16_mqa_cla2": 3.7e-3,
     "h32_mqa_cla2": 3.5e-3,
+    "h16_gqa2": 3.3e-3,
+    "h16_mqa_cla3": 3.5e-3,
+    "h16_mqa_cla2_keep_ends": 3.2e-3,
+    "h16_mqa_cla2_dense_back": 3.4e-3,
 }
 
 # Tuning and the noise pilot have seeds of their own: a seed that chose a rate does not judge it.
