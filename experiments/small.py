@@ -205,8 +205,8 @@ LEAGUE = Study(
 )
 STUDIES = {"main": MAIN, "maps": MAPS, "league": LEAGUE}
 
-# The best learning rate of each row: the optimum in the report of `tuning`, to two digits. While a row is
-# missing here, `main`, `maps` and `league` are only declared: it would run at the rate of its function.
+# The best learning rate of each row: the optimum in the report of `tuning`, to two digits. A row that is
+# missing here is declared but not launched.
 RATES: dict[str, float] = {
     "h16_mqa": 3.6e-3,
     "h16_mqa_own_norm": 3.4e-3,
@@ -283,4 +283,12 @@ def _rates(study: Study) -> dict[str, dict[str, float]]:
     return {row: {"optimizer.peak_lr": rate} for row, rate in RATES.items() if row in study.rows}
 
 
-SWEEPS = (tuning, maps_tuning, league_tuning, pilot, main, maps, league)
+SWEEPS = (
+    tuning,
+    maps_tuning,
+    league_tuning,
+    pilot,
+    sweeping.once_tuned(main, RATES, "small.tuning"),
+    sweeping.once_tuned(maps, RATES, "small.maps_tuning"),
+    sweeping.once_tuned(league, RATES, "small.league_tuning"),
+)

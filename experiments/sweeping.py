@@ -16,6 +16,7 @@ A generator may return what it has found: `learning_rates` returns the best of i
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -89,6 +90,37 @@ def declared(study: Study, rows: Iterable[Callable[[], Config]], **changes: Any)
     for name, seeds in study.rows.items():
         for seed in range(seeds):
             yield f"{name}.seed-{seed}", replaced(configs[name], {"seed": seed})
+
+
+def once_tuned(
+    sweep: Callable[[], Trials], rates: Mapping[str, float], tuning: str
+) -> Callable[[], Trials]:
+    """The sweep of a declared study as it is launched: rows without a learning rate of their own wait.
+
+    The declaration itself needs all trials, so the module keeps `sweep` too.
+
+    Args:
+      sweep: yields `ROW.seed-N`, see `declared`.
+      rates: the tuned learning rates, by row.
+      tuning: the name of the sweep that finds them.
+    """
+
+    @functools.wraps(sweep)
+    def launched() -> Trials:
+        untuned: dict[str, None] = {}
+        for name, config in sweep():
+            row = name.rpartition(".seed-")[0]
+            if row in rates:
+                yield name, config
+            else:
+                untuned[row] = None
+        if untuned:
+            raise Pending(
+                f"{', '.join(untuned)}: no learning rate yet; run {tuning}, and add the best rates to RATES in "
+                f"{sweep.__module__.replace('.', '/')}.py"
+            )
+
+    return launched
 
 
 # --------------------------------------------------------------------------------------- grids

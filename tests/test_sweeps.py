@@ -7,7 +7,7 @@ import pytest
 import experiments
 from cla_jax import costs, runs
 from cla_jax.fields import replaced
-from experiments import smoke, sweeping
+from experiments import one_gpu, small, smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep
 from launch.sweeps import trials
@@ -209,7 +209,15 @@ def test_a_trial_that_a_killed_launcher_did_not_finish_asking_for_is_passed_over
 # ---------------------------------------------------------------------------------- plans
 
 
-def test_every_sweep_is_documented_and_plans(tmp_path):
+@pytest.fixture
+def all_tuned(monkeypatch):
+    """As if each row of the studies had a learning rate."""
+    for module in (small, one_gpu):
+        for row in module.ROWS:
+            monkeypatch.setitem(module.RATES, row.__name__, 1e-3)
+
+
+def test_every_sweep_is_documented_and_plans(tmp_path, all_tuned):
     flags = ["--placement.runs", str(tmp_path)]
     for name, sweep in experiments.sweeps().items():
         assert sweep.__doc__, name
@@ -217,6 +225,22 @@ def test_every_sweep_is_documented_and_plans(tmp_path):
         assert plan.trials, name
         assert plan.directory == type(plan.directory)(tmp_path) / name.replace(".", "/")
     assert not list(tmp_path.iterdir())  # planning writes nothing
+
+
+def test_rows_without_a_learning_rate_are_declared_but_not_launched(monkeypatch):
+    monkeypatch.delitem(small.RATES, "h16_gqa2")
+    plan = trials.make("small.main")
+    launched = {trial.name.rpartition(".seed-")[0] for trial in plan.trials}
+    assert launched == small.MAIN.rows.keys() - {"h16_gqa2"}
+    assert plan.waits_for.startswith("h16_gqa2: no learning rate yet; run small.tuning, and add")
+    assert "experiments/small.py" in plan.waits_for
+    declared = experiments.find_study("small.main")
+    assert {row for row, _ in declared.trials} == small.MAIN.rows.keys()
+
+
+def test_a_study_without_any_learning_rate_launches_nothing():
+    with pytest.raises(ValueError, match="one_gpu.main has no trial to launch: .*run one_gpu.tuning"):
+        trials.make("one_gpu.main")
 
 
 def test_a_study_is_the_sweep_of_its_rows():
@@ -251,7 +275,7 @@ def test_results_let_a_plan_go_on():
         (["a", "b", "a"], "two trials are called 'a'"),
         (["a/b"], "trial 'a/b': a name may contain only letters"),
         ([".a"], "must begin with a letter or a digit"),
-        ([], "yields no trial"),
+        ([], "has no trial to launch"),
     ],
 )
 def test_names_that_cannot_be_directories_are_refused(monkeypatch, names, words):

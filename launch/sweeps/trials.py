@@ -157,7 +157,7 @@ def make(
             unknown = Result(name=name, config=config)
             answer = unknown if result is None or unread else result(config)
     if directory is None:
-        raise ValueError(f"the sweep {sweep!r} yields no trial")
+        raise ValueError(f"{sweep} has no trial to launch{waits_for and f': {waits_for}'}")
     return LaunchPlan(
         sweep=experiments.short_name(sweep),
         directory=directory,
