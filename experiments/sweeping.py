@@ -115,9 +115,10 @@ def once_tuned(
             else:
                 untuned[row] = None
         if untuned:
+            file = f"{sweep.__module__.replace('.', '/')}.py"
             raise Pending(
-                f"{', '.join(untuned)}: no learning rate yet; run {tuning}, and add the best rates to RATES in "
-                f"{sweep.__module__.replace('.', '/')}.py"
+                f"{', '.join(untuned)}: no learning rate yet; run {tuning}, and add the best rates to "
+                f"RATES in {file}"
             )
 
     return launched

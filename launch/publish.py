@@ -41,19 +41,26 @@ class Arguments:
 def publish(arguments: Arguments) -> None:
     refused = []
     for run in runs.find_runs([arguments.source]):
-        problems: list[str] = []
-        records = list(run.read_records(problems))
-        problems += run.losses().problems
-        if problems:
-            refused.append(problems[0])
-        elif not _is_finished(run.config().steps, records):
-            print(f"{run.path}: skipped, because it is not finished")
-        else:
-            target = epath.Path(arguments.target) / run.path.name
-            _copy(run, target, _kept(records, arguments.every))
-            print(f"{run.path} -> {target}")
+        try:
+            _publish(run, epath.Path(arguments.target) / run.path.name, arguments.every)
+        except ValueError as error:  # the other runs are copied all the same
+            refused.append(str(error))
     if refused:
         raise ValueError("; ".join(refused))
+
+
+def _publish(run: Run, target: epath.Path, every: int) -> None:
+    """Raises ValueError if the run was altered, or another run is in the place of the copy."""
+    problems: list[str] = []
+    records = list(run.read_records(problems))
+    problems += run.losses().problems
+    if problems:
+        raise ValueError(problems[0])
+    if not _is_finished(run.config().steps, records):
+        print(f"{run.path}: skipped, because it is not finished")
+        return
+    _copy(run, target, _kept(records, every))
+    print(f"{run.path} -> {target}")
 
 
 def _is_finished(steps: int, records: Sequence[dict[str, Any]]) -> bool:

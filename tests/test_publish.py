@@ -62,3 +62,19 @@ def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         publish.main([str(run.path), str(tmp_path / "copies"), "--every", "0"])
     assert "every = 0 must be positive" in capsys.readouterr().err
+
+
+def test_an_altered_run_does_not_keep_the_others_from_being_copied(tmp_path, capsys):
+    runs_, copies = tmp_path / "runs", tmp_path / "copies"
+    for name in ("x/a", "x/b", "x/c"):
+        trained(runs_, name)
+    for name, old, new in (("a", "1e-08", "1e-07"), ("b", '"steps"', '"step"')):
+        config = runs_ / "x" / name / "config.json"
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new, 1))
+    with pytest.raises(SystemExit):
+        publish.main([str(runs_ / "x"), str(copies)])
+    told = capsys.readouterr().err
+    assert "x/a" in told
+    assert "x/b" in told
+    assert [path.name for path in copies.iterdir()] == ["c"]

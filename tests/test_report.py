@@ -207,6 +207,9 @@ def test_what_training_measured_is_compared_until_there_is_an_evaluation(tmp_pat
     assert [point.quality for point in reading.points(rows(*found))] == [20.0, 21.0, 22.0]
     assert "*: measured during training" in reading.caption(rows(*found))
     assert "*: measured during training" in html(rows(*found))
+    assert report.notes(rows(*found)) == []  # copies without checkpoints cannot be evaluated
+    for run in found:
+        run.checkpoints.mkdir()
     # One line, one command, and not a run that is not compared.
     study = f"python -m launch.evaluate {tmp_path / 'tiny'}"
     told = "are not evaluated (*: what training measured is shown)"
@@ -847,6 +850,19 @@ def test_points_of_several_seeds_are_drawn_without_a_warning(sizes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pareto.saved(plot([at(size, 8.0, seeds=(7.9, 8.1)) for size in sizes]), "png")
+
+
+def test_an_evaluation_through_an_unknown_cache_format_is_named_and_left_out(tmp_path):
+    run, other = make(tmp_path, "tiny/a"), make(tmp_path, "tiny/b")
+    for one in (run, other):
+        evaluate(one, 8.0)
+    run.write_eval("cached-int8row", run.evals()["full"] | {"cache": "int8row"})
+    problems: list[str] = []
+    found = report.read([run, other], None, problems)
+    assert [row.name for row in found] == ["a", "b"]
+    (problem,) = problems
+    assert problem.startswith("a, int8row: unknown cache format 'int8row'")
+    assert problem.endswith("this evaluation is left out")
 
 
 @pytest.mark.parametrize("width", [4.6, 8.4])

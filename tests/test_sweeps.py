@@ -217,7 +217,8 @@ def all_tuned(monkeypatch):
             monkeypatch.setitem(module.RATES, row.__name__, 1e-3)
 
 
-def test_every_sweep_is_documented_and_plans(tmp_path, all_tuned):
+@pytest.mark.usefixtures("all_tuned")
+def test_every_sweep_is_documented_and_plans(tmp_path):
     flags = ["--placement.runs", str(tmp_path)]
     for name, sweep in experiments.sweeps().items():
         assert sweep.__doc__, name
@@ -239,7 +240,9 @@ def test_rows_without_a_learning_rate_are_declared_but_not_launched(monkeypatch)
 
 
 def test_a_study_without_any_learning_rate_launches_nothing():
-    with pytest.raises(ValueError, match="one_gpu.main has no trial to launch: .*run one_gpu.tuning"):
+    with pytest.raises(
+        ValueError, match=r"one_gpu\.main has no trial to launch: .*run one_gpu\.tuning"
+    ):
         trials.make("one_gpu.main")
 
 

@@ -48,6 +48,7 @@ class Row:
     evaluation: Record | None  # the one that is compared
     context: int  # tokens of context that KV bytes are counted for
     altered: tuple[str, ...] = ()  # what of the run's records cannot be trusted, and is not used
+    has_checkpoints: bool = True  # a published copy has none, so it cannot be evaluated
     # Where the row stands for runs that differ in their seed alone (see `seeds`): those that count.
     seeds: tuple["Row", ...] = ()
 
@@ -120,11 +121,22 @@ def read(
     for run in runs:
         path = _absolute(run.path)
         try:
-            found += _read(run, str(path.relative_to(common) if common else path), context)
+            row, *cached = _read(run, str(path.relative_to(common) if common else path), context)
+            found.append(row)
         except ValueError as error:
             if problems is None:
                 raise
             problems.append(f"{error}: the run is left out")
+            continue
+        for one in cached:
+            try:
+                _ = one.kv_bytes  # a format may be of another version, or of another's own code
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems.append(f"{one.name}: {error}: this evaluation is left out")
+            else:
+                found.append(one)
     return found
 
 
@@ -161,6 +173,7 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
         evaluation=_newest(evals.get("full"), _made_by_training(metrics)),
         context=context or config.data.seq_len,
         altered=tuple(altered),
+        has_checkpoints=run.checkpoints.is_dir(),
     )
     # Through a dense cache a model is the same point again, to the last digits.
     stems = [stem for stem in evals if stem.startswith("cached-") and stem != "cached-dense"]
@@ -346,7 +359,9 @@ def missing(rows: Sequence[Row]) -> str:
     """One line with the command that evaluates what is not evaluated, if anything is."""
     runs = [row for row in rows if not row.cache]
     usable = [row for row in runs if row.metrics or row.evaluation or not row.altered]
-    found = [row for row in usable if not row.evaluation or row.from_training]
+    found = [
+        row for row in usable if not row.evaluation or (row.from_training and row.has_checkpoints)
+    ]
     if not found:
         return ""
     names = found[0].name if len(found) == 1 else f"{len(found)} of {len(runs)} runs"
