@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, checked when made, without jax.
 
-A `Config` has two halves. Its *identity* (model, data, optimizer, batch_size, steps, seed) says which
+A `Config` has two halves. Its *identity* (model, data, optimizer, batch_size, steps, seed, start) says which
 numbers the run computes; two runs with one identity are the same run. Its *placement* says where and
 how: mesh, microbatches, rematerialisation, backends, logging, paths. Resuming compares the identity
 only, so a run may move to half the chips.
@@ -34,8 +34,10 @@ ROPE_SCALINGS = {
 
 
 def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):  # NaN is neither
-        raise ValueError(f"{name} = {shown(value)} must be positive, and finite")
+    if not value < float("inf"):  # NaN is not
+        raise ValueError(f"{name} = {shown(value)} must be finite")
+    if value <= 0:
+        raise ValueError(f"{name} = {shown(value)} must be positive")
 
 
 # What numbers may be at most: far above any model, and below what would take hours only to count.

@@ -65,7 +65,8 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
     names = {one.casefold(): one for one in choices}
     folded = difflib.get_close_matches(value[:100].casefold(), names, n=3, cutoff=0.4)
     near = [names[name] for name in folded]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
+    known = (shown(one) if "," in one else one for one in choices)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     raise ValueError(f"unknown {what} {shown(value)}; {hint}")
 
 

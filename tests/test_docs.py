@@ -140,6 +140,6 @@ def test_the_results_in_readme_are_those_of_the_report():
         stated = stated[3:]
     assert not stated
     times, low, high = re.findall(r"\d\.\d\d", gain["gain"])
-    assert f"worth {times} times the bytes ({low} to {high})" in plain
+    assert f"need {times} times the bytes; the interval, {low} to {high}," in plain
     verdicts = {one["verdict"] for one in claims}
     assert ("all four declared claims are inconclusive" in plain) == (verdicts == {"inconclusive"})

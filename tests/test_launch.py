@@ -201,7 +201,7 @@ for line in sys.stdin.read().splitlines():
             "train smoke --data.mixture a=x:sotu",
             "data.mixture: 'a=x:sotu': the weight 'x' is not a number",
         ),
-        ("train smoke --data.seq-len 0", "data.seq_len = 0 must be positive, and finite"),
+        ("train smoke --data.seq-len 0", "data.seq_len = 0 must be positive"),
         ("compare --context x", "--context: 'x' is not a whole number"),
         ("sweep", "NAME must be given; see `python -m launch.sweep --help`"),
         ("convert exprt a b", "unknown argument 'exprt'; did you mean export?"),

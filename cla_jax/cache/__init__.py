@@ -240,7 +240,7 @@ class CacheSpec:
         return self.formats[p].shapes(self.kept, self.batch, self.entries(p), self.holds[p])
 
     def source(self, layers: Sequence[LayerCache], k: int, v: int) -> LayerCache:
-        """What layers read that find their keys in KV layer k and their values in KV layer v."""
+        """The cache entries of layers whose keys are in KV layer k and whose values are in KV layer v."""
         return layers[k] if k == v else KV(layers[k].k_BSKH, layers[v].v_BSKH)
 
     def write(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:

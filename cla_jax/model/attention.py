@@ -151,9 +151,9 @@ def _attend_to_seen(q_BTKGH: jax.Array, kv: KV, seen_BTS: jax.Array) -> jax.Arra
 def grouped_queries(q_BTKGH: jax.Array) -> tuple[jax.Array, Callable, Callable]:
     """The T positions and G query heads of a KV head as one axis N: two plain matrix products follow.
 
-    Contracting over two axes, as the gradients of keys and values do, XLA would transpose the weights
-    of attention in memory. Positions come first, which for MQA is how queries and outputs lie in memory
-    already; heads do where they are split over devices.
+    If one product contracted over two axes, as for the gradients of keys and values, XLA would transpose
+    the attention weights in memory. Positions come first: for MQA, queries and outputs have this layout in
+    memory already. Heads come first where they are split over devices.
 
     Returns q_BKNH, a function that says [B, T, ...] for N, and one that brings [B, K, N, H] back.
     """

@@ -116,7 +116,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def _reduce_scattered(self, x: jax.Array, rules: AxisRules) -> jax.Array:
-        """Back to the residual stream in parts: what devices hold a share of is added up part by part."""
+        """The residual stream, split along the sequence: a reduce-scatter of each device's partial sums."""
         spec = rules.gathered().partition(*axes("BTD"))
         inputs = axes(self.equation.split(",")[0])
         if rules.sequence in [getattr(rules, axis, None) for axis in inputs if axis]:

@@ -61,8 +61,8 @@ class ForwardOptions:
     remat: str = "none"  # none, block, attention, dots: what the backward pass recomputes
     scan_layers: bool = True
     attention: str = "xla"
-    # Latents are read as they are, the matrices that make keys and values of them being multiplied into
-    # queries and outputs; otherwise keys and values of every head are made. Through a cache always.
+    # True: attention reads latents directly; the matrices of keys and values are folded into queries and
+    # outputs. Decoding always does this. False: the keys and values of every head are computed.
     absorbed: bool = False
 
 
@@ -326,7 +326,7 @@ class Transformer(nnx.Module):
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
         reused: dict[int, KV] = {}
         for stack, groups in zip(config.sharing.stacks, self.stacks, strict=True):
-            first = stack.groups[0]  # of what a stack reads elsewhere, the source is one
+            first = stack.groups[0]  # all groups of a stack read the same earlier layers
             earlier = KV(
                 None if "k" in stack.makes else reused[first.k_source].k_BSKH,
                 None if "v" in stack.makes else reused[first.v_source].v_BSKH,
@@ -438,7 +438,7 @@ def gradients_together(arrays: Any) -> Any:
 
     For what enters a block or its MLP, with the weights and the keys and values that it reads. Its backward
     pass is then over before the one below begins: the gradients of its weights are summed over devices.
-    XLA would otherwise put such sums off, to join them, and hold all that they are made of.
+    XLA would otherwise delay these all-reduces to merge them, and keep their inputs in memory.
     """
     return arrays
 
@@ -460,11 +460,11 @@ _CUDNN = "dot_product_attention_fwd_wrapper"
 def remat(body: Callable, options: ForwardOptions, in_loop: bool) -> Callable:
     """The body, rematerialised in the backward pass as `options` say.
 
-    Forward and backward loops are two; outside of a loop, the compiler must be kept from computing once,
-    and holding, what it is told to compute twice.
+    In a scan, forward and backward pass are separate loops. Outside a loop, XLA would merge the
+    recomputation with the forward pass and keep its result; `prevent_cse` stops that.
     """
     policies = jax.checkpoint_policies
-    # cuDNN returns besides what its backward pass needs of the softmax, without a name.
+    # cuDNN also returns softmax statistics for its backward pass. They have no name: save them by primitive.
     kernels = policies.save_from_both_policies(
         policies.save_only_these_names(ATTENTION_OUTPUT), _is_one_of(_CUDNN)
     )

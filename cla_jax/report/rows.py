@@ -390,7 +390,9 @@ def points(rows: Sequence[Row]) -> list[Point]:
     numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
     found = []
     for row in rows:
-        layers = f"{row.sharing:.3g} layers per KV" if row.sharing > 1 else "1 layer per KV"
+        layers = (
+            f"{row.sharing:.3g} layers per KV layer" if row.sharing > 1 else "1 layer per KV layer"
+        )
         point = Point(
             label=row.name,
             kv_bytes=row.kv_bytes,
