@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgba
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from rich.console import Console
@@ -600,12 +601,14 @@ def test_labels_never_overlap(pairs, least, width):
 @pytest.mark.parametrize("width", [8.4, 4.6])
 @pytest.mark.parametrize("pairs", [SPREAD, STACKED], ids=("spread", "stacked"))
 def test_labels_lie_over_no_error_bar_and_no_dot_of_a_seed(pairs, width):
+    """Those of a reference: rows of several seeds are named in a legend."""
     points = [at(*pair, label=f"run {i}") for i, pair in enumerate(pairs)]
     figure = plot(
         [
             dataclasses.replace(one, seeds=tuple(one.quality + d for d in (-0.15, 0.05, 0.1)))
             for one in points
         ],
+        reference=[dataclasses.replace(one, quality=one.quality + 0.02) for one in points],
         width=width,
     )
     figure.draw_without_rendering()
@@ -885,6 +888,23 @@ def test_rows_with_the_same_bytes_stand_side_by_side(rows, width):
     # The best row is on the frontier and above its tick.
     assert place["point-0"] == pytest.approx(axes.transData.transform((512, 8.0))[0])
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["256", "512"]
+
+
+def test_points_of_several_seeds_are_named_in_a_legend_of_their_own():
+    rows = [at(2**i, 8.0 + i / 9, label=f"row {i}", colour=i, seeds=(7.9, 8.2)) for i in range(9)]
+    figure = plot(rows)
+    names, series = (one for one in figure.axes[0].get_children() if isinstance(one, Legend))
+    texts = [[text.get_text() for text in legend.get_texts()] for legend in (series, names)]
+    assert texts == [["s"], [row.label for row in rows]]
+    assert len({key.get_color() for key in names.legend_handles}) == 9
+    assert not figure.axes[0].texts
+    figure.canvas.draw()
+    above = min(text.get_window_extent().y0 for text in series.get_texts())
+    assert max(text.get_window_extent().y1 for text in names.get_texts()) < above
+    assert series.get_window_extent().y1 < figure.bbox.y1
+    # Without bars there is room for labels.
+    figure = plot([at(1, 8.0, label="a"), at(2, 7.0, label="b")])
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["a", "b"]
 
 
 def test_rows_of_one_run_stay_where_their_bytes_are():

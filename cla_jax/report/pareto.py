@@ -7,7 +7,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import style
@@ -17,8 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-# Legible on white and on a dark page alike. Eight colours and seven markers: 56 looks.
-COLOURS = ("#2f6fde", "#e8710a", "#12977f", "#a54bd1", "#d93a5e", "#8a7a12", "#d65aa6", "#1b9bd1")
+# Legible on white and on a dark page alike. Ten colours and seven markers: 70 looks.
+COLOURS = (
+    *("#2f6fde", "#e8710a", "#12977f", "#a54bd1", "#d93a5e"),
+    *("#8a7a12", "#d65aa6", "#1b9bd1", "#8f5b34", "#4c9a2a"),
+)
 _MARKERS = (("o", 92), ("s", 80), ("D", 72), ("^", 105), ("v", 105), ("P", 105), ("X", 105))
 # The neutral colours; `page` turns them into CSS variables, so that a plot follows light and dark.
 INK, MUTED, GRID, SURFACE = "#1b1f24", "#66707b", "#dfe3e8", "#ffffff"
@@ -89,17 +92,22 @@ def plot(
     `quality` names the vertical axis; the legend lists the series as they first occur in `points`. Where
     points are not `ranked`, there is no frontier. `width` is in inches; `kind` says which bytes they are.
     A point of several seeds has a bar of one standard deviation to each side, and a dot for each seed.
-    Such points with the same bytes are drawn side by side, the best one where it belongs.
+    Such points with the same bytes are drawn side by side, the best one where it belongs. Bars leave no
+    room for labels: with them, a second legend names the points.
     """
     points = [point for point in points if math.isfinite(point.quality)]
     names = list(dict.fromkeys(point.series for point in points))
     looks = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(names)}
     # A letter is about half as wide as high.
     subtitle = textwrap.fill(subtitle, int((width * 72 - 20) / (0.5 * _SUBTITLE)))
-    entries = ["reference"] * bool(reference) + names
-    columns = max(1, int(width * 72 / (40 + 5 * max(map(len, entries), default=1))))
+    keys = [_key("reference", "#9aa3ad", "o", 52)] * bool(reference)
+    keys += [_key(name, MUTED, *look) for name, look in looks.items()]
+    barred = any(len(point.seeds) > 1 for point in points)
+    named = [_key(shortened(p.label), _colour(p), *looks[p.series]) for p in points if barred]
+    columns, rows = _legend_size(keys, width)
+    more_columns, more_rows = _legend_size(named, width)
+    rows += more_rows
     lines = 1.35 * (subtitle.count("\n") + 1) * _SUBTITLE
-    rows = 15 * math.ceil(len(entries) / columns)
     height = 72 * max(5.4, 0.75 * width) + lines + rows - 28
     with styled():
         figure = Figure(figsize=(width, height / 72))
@@ -138,26 +146,42 @@ def plot(
         for point in reference:
             _draw(axes, point, "#9aa3ad", "o", 52)
         for point in points:
-            _draw(axes, point, COLOURS[point.colour % len(COLOURS)], *looks[point.series])
+            _draw(axes, point, _colour(point), *looks[point.series])
         axes.autoscale_view()
         _keep_apart(axes)
         axes.autoscale(False)
         _ticks(axes, sizes)
         line = _draw_frontier(axes, corners) if corners else []
         others = [point for point in points if point not in best]
-        left_out = _annotate(axes, [*best, *others, *reference], best, line)
+        drawn = [*best, *others, *reference]
+        labelled = list(reference) if barred else drawn
+        left_out = _annotate(axes, labelled, drawn, best, line)
         if left_out:
             plural = "labels have" if left_out > 1 else "label has"
             figure.text(
                 0.975, 5 / height, f"{left_out} {plural} no room", ha="right", size=8, color=MUTED
             )
-        keys = [_key("reference", "#9aa3ad", "o", 52)] * bool(reference)
-        keys += [_key(name, MUTED, *look) for name, look in looks.items()]
-        look = {"columnspacing": 1.3, "handletextpad": 0.2, "borderaxespad": 0.2}
-        axes.legend(
-            handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=columns, **look
-        )
+        look: dict[str, Any] = {"columnspacing": 1.3, "handletextpad": 0.2, "borderaxespad": 0.2}
+        look["loc"] = "lower left"
+        above = 1 + more_rows / (72 * axes.get_window_extent().height / figure.dpi)
+        if named:
+            first = axes.legend(
+                handles=named, ncols=more_columns, bbox_to_anchor=(-0.012, 1.0), **look
+            )
+            axes.add_artist(first)  # a second legend would replace it
+        axes.legend(handles=keys, ncols=columns, bbox_to_anchor=(-0.012, above), **look)
     return figure
+
+
+def _legend_size(keys: Sequence[Line2D], width: float) -> tuple[int, float]:
+    """How many columns of a legend fit in so many inches, and how high it then is in points."""
+    longest = max((len(str(key.get_label())) for key in keys), default=1)
+    columns = max(1, int(width * 72 / (40 + 5 * longest)))
+    return columns, 15.0 * math.ceil(len(keys) / columns)
+
+
+def _colour(point: Point) -> str:
+    return COLOURS[point.colour % len(COLOURS)]
 
 
 _SUBTITLE = 9.5  # points
@@ -307,21 +331,26 @@ _FAR = tuple(
 
 
 def _annotate(
-    axes: Axes, points: Sequence[Point], best: Sequence[Point], line: Sequence[Bbox]
+    axes: Axes,
+    points: Sequence[Point],
+    drawn: Sequence[Point],
+    best: Sequence[Point],
+    line: Sequence[Bbox],
 ) -> int:
-    """Labels the points, in order, each where it meets nothing; returns how many had no room.
+    """Labels the points, in order, each where it meets nothing drawn; returns how many had no room.
 
     Those of the frontier prefer the places in reverse: no other point can be below them.
     """
     frame, pixels = axes.get_window_extent(), axes.figure.dpi / 72
     radius = 5.5 * pixels
-    centres = axes.transData.transform([(point.kv_bytes, point.quality) for point in points])
-    taken = [*line, *(Bbox([centre - radius, centre + radius]) for centre in centres)]
-    for point in points:
-        taken += _bar_and_dots(axes, point)
+    centre_of = lambda point: axes.transData.transform((point.kv_bytes, point.quality))
+    taken = list(line)
+    for point in drawn:
+        centre = centre_of(point)
+        taken += [Bbox([centre - radius, centre + radius]), *_bar_and_dots(axes, point)]
     left_out = 0
-    for point, centre in zip(points, centres, strict=True):
-        text = shortened(point.label)
+    for point in points:
+        text, centre = shortened(point.label), centre_of(point)
         extent = np.array(_extent(axes, text, 8.5))
         near = _PLACES[::-1] if point in best else _PLACES
         for offset in (*near, *_FAR):
