@@ -499,14 +499,22 @@ def test_the_committed_results_are_made_again_byte_for_byte(tmp_path, monkeypatc
     kept = ROOT / "docs" / "results" / "small"
     shutil.copytree(kept, tmp_path / "docs" / "results" / "small")
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"python -m launch\.compare (.*)", (kept / "README.md").read_text())
-    compare.main(command.split())
-    made = Path("docs/results/small")
-    names = {file.name for file in kept.iterdir() if file.is_file()}
-    assert {"report.html", "report.md", "report.json", "results.csv", "pareto.svg"} <= names
-    for name in sorted(names):
-        if not name.endswith((".png", ".pdf")):
-            assert (made / name).read_bytes() == (kept / name).read_bytes(), name
+    commands = re.findall(r"python -m launch\.compare (.*)", (kept / "README.md").read_text())
+    formats, study = sorted(commands, key=lambda command: "--study" in command)
+    compare.main(study.split())
+    monkeypatch.chdir("docs/results/small/main")
+    compare.main(formats.split())
+    made = tmp_path / "docs" / "results" / "small"
+    for directory, least in (
+        (".", {"report.html", "report.md", "report.json", "results.csv", "pareto.svg"}),
+        ("formats", {"report.html", "results.csv", "pareto.svg"}),
+    ):
+        names = {file.name for file in (kept / directory).iterdir() if file.is_file()}
+        assert least <= names
+        for name in sorted(names):
+            if not name.endswith((".png", ".pdf")):
+                ours, committed = made / directory / name, kept / directory / name
+                assert ours.read_bytes() == committed.read_bytes(), (directory, name)
 
 
 def test_a_curve_of_two_rates_has_no_best_one():
