@@ -7,13 +7,14 @@ import itertools
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
@@ -161,15 +162,11 @@ def plot(
             figure.text(
                 0.975, 5 / height, f"{left_out} {plural} no room", ha="right", size=8, color=MUTED
             )
-        look: dict[str, Any] = {"columnspacing": 1.3, "handletextpad": 0.2, "borderaxespad": 0.2}
-        look["loc"] = "lower left"
         above = 1 + more_rows / (72 * axes.get_window_extent().height / figure.dpi)
         if named:
-            first = axes.legend(
-                handles=named, ncols=more_columns, bbox_to_anchor=(-0.012, 1.0), **look
-            )
-            axes.add_artist(first)  # a second legend would replace it
-        axes.legend(handles=keys, ncols=columns, bbox_to_anchor=(-0.012, above), **look)
+            # As an artist: the legend of the series would replace it.
+            axes.add_artist(_legend(axes, named, more_columns, 1.0))
+        _legend(axes, keys, columns, above)
     return figure
 
 
@@ -178,6 +175,19 @@ def _legend_size(keys: Sequence[Line2D], width: float) -> tuple[int, float]:
     longest = max((len(str(key.get_label())) for key in keys), default=1)
     columns = max(1, int(width * 72 / (40 + 5 * longest)))
     return columns, 15.0 * math.ceil(len(keys) / columns)
+
+
+def _legend(axes: Axes, keys: Sequence[Line2D], columns: int, bottom: float) -> Legend:
+    """A legend above the axes; `bottom` is in units of their height."""
+    return axes.legend(
+        handles=keys,
+        loc="lower left",
+        bbox_to_anchor=(-0.012, bottom),
+        ncols=columns,
+        columnspacing=1.3,
+        handletextpad=0.2,
+        borderaxespad=0.2,
+    )
 
 
 def _colour(point: Point) -> str:
