@@ -218,6 +218,7 @@ RATES: dict[str, float] = {
     "h16_mqa_cla2_keep_ends": 3.2e-3,
     "h16_mqa_cla2_dense_back": 3.4e-3,
     "h16_mqa_pizza": 3.1e-3,
+    "h16_mqa_sandwich": 3.4e-3,
     "h16_mqa_fused_lite": 2.9e-3,
 }
 
