@@ -110,6 +110,8 @@ class LatentKV:
     rank: int = 64
     # Width of the rotated (RoPE) part of queries and keys, in addition to d_head; even.
     rope_dims: int = 16
+    # RMSNorm of the latent, as in DeepSeek-V2. A model converted from heads is closer to its source without.
+    norm: bool = True
 
     def __post_init__(self):
         _positive("model.kv.rank", self.rank)
@@ -675,16 +677,19 @@ class Scratch:
     kind: Literal["scratch"] = dataclasses.field(default="scratch", init=False)
 
 
-Init = Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares"]
+Init = Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares", "svd"]
 INITS = get_args(Init)
+LATENT_INITS = ("svd", "least_squares")  # those that make a latent of heads
+HEAD_INITS = tuple(init for init in INITS if init != "svd")  # those that join heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromRun:
     """Initial weights are those of another run, converted to this model.
 
-    The two models may differ in n_kv_heads and kv_map: several KV heads become one. The other run may also be
-    the teacher. The loss is then (1 - w) cross-entropy + w T^2 KL(teacher || student).
+    The two models may differ in n_kv_heads and kv_map: several KV heads become one. Or heads become a latent.
+    The other run may also be the teacher. The loss is then (1 - w) cross-entropy +
+    w T^2 KL(teacher || student).
     """
 
     # scratch or run; each kind has its own fields.
@@ -696,7 +701,8 @@ class FromRun:
     # How several KV heads become one. own: the producer's first head; mean: their mean; renormalized: the
     # mean, scaled to the mean norm of the heads; aligned: the mean of the heads after rotations that align
     # them; fitted: the producer's first head, with the other readers fitted to it; least_squares: the best
-    # prediction of all heads. The last three run the source on training text.
+    # prediction of all heads. These three run the source on training text. A latent is made of heads by
+    # least_squares, or by svd: of their weights alone.
     init: Init = "least_squares"
     # Windows of training text for aligned, fitted and least_squares.
     calibration_windows: int = 16
@@ -941,12 +947,14 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 def identity(config: Config) -> dict[str, Any]:
     """The fields of the config that define which run it is, as nested dicts.
 
-    The fields of a mixture, `start` and `kv` are left out if the run does not use them. So runs that were
-    made before these fields existed keep their identity.
+    The fields of a mixture, `start` and `kv` are left out if the run does not use them, and `kv.norm` if it
+    is the default. So runs that were made before these fields existed keep their identity.
     """
     fields = dataclasses.asdict(config)
     if config.model.kv == HeadsKV():
         del fields["model"]["kv"]
+    elif isinstance(config.model.kv, LatentKV) and config.model.kv.norm:
+        del fields["model"]["kv"]["norm"]
     if config.start == Scratch():
         del fields["start"]
     for field in ("mixture", "stages"):

@@ -1,4 +1,4 @@
-"""How several heads of keys and values become one: the arithmetic of converting a trained model.
+"""How several heads of keys and values become one, or a latent: the arithmetic of converting a trained model.
 
 Heads that become one are its *members*: heads of one layer (fewer KV heads), heads of several layers (layers
 that share), or both. A way to join them (`JOINS`) gives the weights of the shared head, and for each member
@@ -131,17 +131,9 @@ def least_squares(members: Members) -> Shared:
     best H directions of all members together are then a singular value decomposition. For keys it is one
     direction a pair, of complex numbers.
     """
-    stream = members.inputs[0]
-    square = stream.T @ stream
-    ridge = _RIDGE * np.trace(square) / len(square) * np.eye(len(square))
-    on_stream = lambda u, w: np.linalg.solve(square + ridge, stream.T @ (u @ w))
-    expressed = lambda weights: np.stack(
-        [
-            w if u is stream else on_stream(u, w)
-            for u, w in zip(members.inputs, weights, strict=True)
-        ]
-    )
-    keys, values = pairs(expressed(members.keys)), expressed(members.values)
+    square = _square(members)
+    key_weights, values = _on_one_stream(members, square)
+    keys = pairs(key_weights)
     M, D, H = values.shape
     weight = M**-0.5  # equal members stay what they are
 
@@ -156,6 +148,31 @@ def least_squares(members: Members) -> Shared:
     best = best @ _orthogonal(best[:H].T)  # in the basis of the first member
     maps = best.T.reshape(H, M, H).transpose(1, 0, 2) / weight
     return Shared(key, side @ best * weight, turns, maps)
+
+
+def _square(members: Members) -> np.ndarray:
+    """The second moments of the producer's stream, summed over the text, [D, D]."""
+    return members.inputs[0].T @ members.inputs[0]
+
+
+def _on_one_stream(members: Members, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights that predict the keys and values of all members from the producer's stream, [M, D, H] each.
+
+    Those that read it already are unchanged; for the others it is a regression.
+    """
+    stream = members.inputs[0]
+    ridge = _RIDGE * np.trace(square) / len(square) * np.eye(len(square))
+
+    def expressed(weights: np.ndarray) -> np.ndarray:
+        pairs_of = zip(members.inputs, weights, strict=True)
+        return np.stack(
+            [
+                w if u is stream else np.linalg.solve(square + ridge, stream.T @ (u @ w))
+                for u, w in pairs_of
+            ]
+        )
+
+    return expressed(members.keys), expressed(members.values)
 
 
 def _unit(z: np.ndarray) -> np.ndarray:
@@ -183,3 +200,116 @@ CALIBRATED = ("aligned", "fitted", "least_squares")  # these look at activations
 def join(members: Members, how: str) -> Shared:
     """One head for all members. One member alone stays what it is, to the bit."""
     return own(members) if len(members) == 1 else JOINS[how](members)
+
+
+# --------------------------------------------------------------------------------- heads to a latent
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """What reads the members: the error of a conversion is measured where it has its effect."""
+
+    queries: np.ndarray  # [M, H, H], second moments of the queries before RoPE, summed over heads
+    outputs: np.ndarray  # [M, H, H], second moments of the rows of the output matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """A latent and a rotated key for all members, and what their readers compute of them."""
+
+    latent: np.ndarray  # [D, R]
+    key: np.ndarray  # [D, rope_dims]
+    keys: np.ndarray  # [M, R, H], without rotation
+    values: np.ndarray  # [M, R, H]
+    turns: (
+        np.ndarray
+    )  # [M, rope_dims / 2], complex: a pair of a member's key is the rotated pair * turn
+    root_mean_square: float  # of the elements of the latent over the text
+
+
+def latent(
+    members: Members, readers: Readers, rank: int, rope_dims: int, rotations: np.ndarray
+) -> Latent:
+    """The latent from which keys and values are predicted with the least error, summed over the text.
+
+    All members share one rotated key. A pair of it has the frequency of one pair of theirs: the direction
+    that is best for the queries of all members. What is left of their keys is read from the latent without
+    rotation, after its product with `rotations` [H / 2]: the mean rotation of each pair over the distances.
+    Then one singular value decomposition covers keys without rotation and values. It is scaled as if keys and
+    values were equally large, as in 2502.07864.
+    """
+    square = _square(members)
+    key_weights, values = _on_one_stream(members, square)
+    square = square / len(members.inputs[0])
+    return _latent(key_weights, values, square, readers, rank, rope_dims, rotations)
+
+
+def latent_of_weights(members: Members, rank: int, rope_dims: int) -> Latent:
+    """The same of the weights alone: what is left of the keys loses its rotation (2502.14837)."""
+    M, D, H = members.keys.shape
+    alike = np.broadcast_to(np.eye(H), (M, H, H))
+    none = np.ones(H // 2, complex)
+    readers = Readers(alike, alike)
+    return _latent(members.keys, members.values, np.eye(D), readers, rank, rope_dims, none)
+
+
+def _latent(
+    key_weights: np.ndarray,
+    values: np.ndarray,
+    square: np.ndarray,
+    readers: Readers,
+    rank: int,
+    rope_dims: int,
+    rotations: np.ndarray,
+) -> Latent:
+    M, D, H = values.shape
+    keys = pairs(key_weights)
+    # Of H / 2 frequencies, rope_dims / 2 are left, evenly spaced: those that RoPE gives so many pairs.
+    turned = np.arange(0, H // 2, H // rope_dims)
+    sizes = np.diagonal(readers.queries, axis1=1, axis2=2)
+    weight_MP = np.sqrt(sizes[:, : H // 2] + sizes[:, H // 2 :])[:, turned]
+    seen = keys[..., turned] * weight_MP[:, None]  # [M, D, P]
+    gram_PMM = np.einsum("mdp,de,nep->pmn", seen.conj(), square, seen, optimize=True)
+    best_PM = np.linalg.eigh(gram_PMM)[1][..., -1]
+    key = np.einsum("mdp,pm->dp", seen, best_PM)
+    turns = np.divide(
+        best_PM.T.conj(), weight_MP, out=np.zeros_like(best_PM.T), where=weight_MP > 0
+    )
+    keys[..., turned] -= key * turns[:, None]
+    left = unpaired(keys * rotations.conj())
+
+    roots = [_root(readers.queries), _root(readers.outputs)]
+    whole, *sides = (
+        (weights @ root).transpose(1, 0, 2).reshape(D, M * H)
+        for weights, (root, _) in (
+            (key_weights, roots[0]),
+            (left, roots[0]),
+            (values, roots[1]),
+        )
+    )
+    energy = lambda side: float(np.sum(side * (square @ side)))
+    scale = np.sqrt(energy(sides[1]) / energy(whole)) or 1.0
+    side = np.concatenate([sides[0] * scale, sides[1]], axis=1)
+    best = np.linalg.eigh(side.T @ square @ side)[1][:, ::-1][:, :rank]
+    best = np.pad(best, ((0, 0), (0, rank - best.shape[1])))
+    latent = side @ best
+    read = best.T.reshape(rank, 2, M, H).transpose(1, 2, 0, 3)
+    mean_square = np.sum(latent * (square @ latent)) / rank
+    return Latent(
+        latent=latent,
+        key=unpaired(key),
+        keys=read[0] @ roots[0][1] / scale,
+        values=read[1] @ roots[1][1],
+        turns=turns,
+        root_mean_square=float(np.sqrt(mean_square)),
+    )
+
+
+def _root(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The square roots of symmetric matrices [M, H, H], and their pseudo-inverses."""
+    values, vectors = np.linalg.eigh(moments)
+    size = np.sqrt(np.maximum(values, 0))
+    size = np.where(size > 1e-6 * size.max(axis=-1, keepdims=True), size, 0)
+    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    product = lambda d: (vectors * d[:, None]) @ vectors.transpose(0, 2, 1)
+    return product(size), product(inverse)

@@ -36,13 +36,19 @@ def parameters(model: ModelConfig) -> Parameters:
     kv_projections += model.n_kv_layers * (d if model.kv_norm == "own" else 0)
     if isinstance(model.kv, LatentKV):
         block += 2 * model.kv.rank * o_width
-        kv_projections += model.n_kv_layers * model.kv.rank
+        kv_projections += _latent_norms(model)
     return Parameters(
         embedding=model.vocab_size * d,
         head=0 if model.tied_embeddings else model.vocab_size * d,
         blocks=model.n_layers * block + kv_projections,
         final_norm=d,
     )
+
+
+def _latent_norms(model: ModelConfig) -> int:
+    """Parameters of the norms of latents."""
+    latent = model.kv
+    return model.n_kv_layers * latent.rank if isinstance(latent, LatentKV) and latent.norm else 0
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -118,5 +124,5 @@ def _matrices(model: ModelConfig) -> int:
     others = norms * model.d_model
     if isinstance(model.kv, LatentKV):
         made = 2 * model.n_heads * model.d_head  # of a latent, for each of its elements
-        others += model.kv.rank * (model.n_layers * made + model.n_kv_layers)
+        others += model.kv.rank * model.n_layers * made + _latent_norms(model)
     return parameters(without).blocks - others

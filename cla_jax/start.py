@@ -8,7 +8,16 @@ import random
 from collections.abc import Mapping
 
 from cla_jax import runs
-from cla_jax.config import Config, FromRun, LatentKV, ModelConfig
+from cla_jax.config import (
+    HEAD_INITS,
+    LATENT_INITS,
+    Config,
+    FromRun,
+    HeadsKV,
+    LatentKV,
+    ModelConfig,
+    Scratch,
+)
 from cla_jax.fields import difference
 from cla_jax.messages import shown
 
@@ -28,8 +37,10 @@ def source(start: FromRun) -> runs.Run:
 def check(theirs: Config, ours: Config, run: runs.Run) -> None:
     """Raises ValueError, naming both sides, unless the model of `theirs` converts into that of `ours`."""
     a, b = theirs.model, ours.model
+    to_latent = isinstance(a.kv, HeadsKV) and isinstance(b.kv, LatentKV)
+    may_differ = _MAY_DIFFER | ({"kv"} if to_latent else set())
     fields = lambda model: {
-        key: value for key, value in dataclasses.asdict(model).items() if key not in _MAY_DIFFER
+        key: value for key, value in dataclasses.asdict(model).items() if key not in may_differ
     }
     what = f"start.run = {shown(str(run.path))}"
     if differing := difference(fields(b), fields(a)):
@@ -41,6 +52,13 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         raise ValueError(
             f"{what} has model.n_kv_heads = {a.n_kv_heads}: this run's model.n_kv_heads = {b.n_kv_heads} "
             "must divide it"
+        )
+    if to_latent:
+        _check_latent(a, b, ours.start, what)
+    elif isinstance(ours.start, FromRun) and ours.start.init not in HEAD_INITS:
+        raise ValueError(
+            f"start.init = {ours.start.init} makes latents of heads, but this run has model.kv.kind = "
+            f"{b.kv.kind} and {what} has {a.kv.kind}: use one of {', '.join(HEAD_INITS)}"
         )
     if isinstance(a.kv, LatentKV) and a.sharing != b.sharing:
         raise ValueError(
@@ -67,6 +85,23 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             raise ValueError(
                 f"{what} has data.{field} = {its!r}, but this run has {mine!r}: they must be equal"
             )
+
+
+def _check_latent(
+    theirs: ModelConfig, ours: ModelConfig, start: FromRun | Scratch, what: str
+) -> None:
+    """Raises ValueError unless the heads of `theirs` can become the latents of `ours`."""
+    assert isinstance(ours.kv, LatentKV)
+    if isinstance(start, FromRun) and start.init not in LATENT_INITS:
+        raise ValueError(
+            f"start.init = {start.init} joins heads, but this run has model.kv.kind = latent: use one of "
+            f"{', '.join(LATENT_INITS)}"
+        )
+    if theirs.d_head % ours.kv.rope_dims:
+        raise ValueError(
+            f"{what} has model.d_head = {theirs.d_head}: this run's model.kv.rope_dims = "
+            f"{ours.kv.rope_dims} must divide it, so that its keys have frequencies of the source"
+        )
 
 
 def check_start(config: Config) -> None:

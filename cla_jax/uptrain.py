@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from cla_jax import checkpoint, conversion, layerwise, runs
 from cla_jax import mesh as meshes
-from cla_jax.config import Config, FromRun, MeshConfig, ModelConfig
+from cla_jax.config import Config, FromRun, LatentKV, MeshConfig, ModelConfig
 from cla_jax.data.prepare import Corpus
 from cla_jax.layerwise import Arrays, Layer, Layers
 from cla_jax.mesh import AxisRules
 from cla_jax.messages import shown
+from cla_jax.model.layers import Rope
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
 from cla_jax.start import check_start, least_damaged, map_of, source
 
@@ -73,12 +74,12 @@ def first_model(config: Config, text: "Text") -> Transformer:
     check_tokenizers(source(start), text.prepared)
     parts = load_here(start)
     model = dataclasses.replace(config.model, compute_dtype="float32")
-    inputs, joins = None, _joins(parts.config, model)
-    if joins and start.init in conversion.CALIBRATED:
+    inputs, changes = None, _changes(parts.config, model)
+    if changes and start.init in conversion.CALIBRATED:
         # One window at a time: the run's own mesh would split rows.
         with jax.set_mesh(_one_device()):
             inputs = streams(parts, text, start.calibration_windows)
-    made = converted(parts, model, start.init, inputs) if joins else parts
+    made = converted(parts, model, start.init, inputs) if changes else parts
     return layerwise.put_together(dataclasses.replace(made, config=config.model))
 
 
@@ -88,38 +89,58 @@ def first_model(config: Config, text: "Text") -> Transformer:
 def converted(
     parts: Layers, config: ModelConfig, init: str, inputs: Mapping[int, np.ndarray] | None
 ) -> Layers:
-    """The layers of a model with fewer KV heads or producers.
+    """The layers of a model with fewer KV heads or producers, or with latents.
 
-    `inputs` are the streams of the producers, for ways to join heads that ask for them (`streams`).
+    `inputs` are the streams of the layers, for the ways of conversion that ask for them (`streams`).
     """
     ours, theirs = config.resolved_kv_map, parts.config.resolved_kv_map
-    per_head = parts.config.n_kv_heads // config.n_kv_heads
+    convert = _with_latent if isinstance(config.kv, LatentKV) else _with_fewer_heads
     layers = list(parts.layers)
     for producer in sorted(set(ours)):
         readers = [layer for layer, read in enumerate(ours) if read == producer]
+        # The producer's own source is the first: its stream is what the projection reads.
         sources = list(dict.fromkeys(theirs[layer] for layer in readers))
-        joined = [
-            conversion.join(
-                _members(parts, sources, range(k * per_head, (k + 1) * per_head), inputs), init
-            )
-            for k in range(config.n_kv_heads)
-        ]
-        for layer in readers:
-            at = sources.index(theirs[layer]) * per_head
-            block = _folded(parts.layers[layer].block, joined, slice(at, at + per_head))
-            layers[layer] = Layer(block, None)
-        projection = dict(parts.layers[producer].projection or {})
-        kv = np.stack([np.stack([each.key, each.value], 1) for each in joined], 2)  # [D, C, K, H]
-        D = projection["kv.weight"].shape[0]
-        projection["kv.weight"] = kv[:D].astype(np.float32)
-        if "kv.bias" in projection:
-            projection["kv.bias"] = kv[D].astype(np.float32)
-        layers[producer] = Layer(layers[producer].block, projection)
+        for layer, made in convert(parts, config, readers, sources, init, inputs).items():
+            layers[layer] = made
     return Layers(config, tuple(layers), parts.rest)
 
 
-def _joins(theirs: ModelConfig, ours: ModelConfig) -> bool:
-    return (theirs.n_kv_heads, theirs.sharing) != (ours.n_kv_heads, ours.sharing)
+def _with_fewer_heads(
+    parts: Layers,
+    config: ModelConfig,
+    readers: Sequence[int],
+    sources: Sequence[int],
+    init: str,
+    inputs: Mapping[int, np.ndarray] | None,
+) -> dict[int, Layer]:
+    """The layers that read one producer; the first of them is the producer."""
+    theirs = parts.config.resolved_kv_map
+    per_head = parts.config.n_kv_heads // config.n_kv_heads
+    joined = [
+        conversion.join(
+            _members(parts, sources, range(k * per_head, (k + 1) * per_head), inputs), init
+        )
+        for k in range(config.n_kv_heads)
+    ]
+    layers = {}
+    for layer in readers:
+        at = sources.index(theirs[layer]) * per_head
+        block = _folded(parts.layers[layer].block, joined, slice(at, at + per_head))
+        layers[layer] = Layer(block, None)
+    projection = dict(parts.layers[readers[0]].projection or {})
+    kv = np.stack([np.stack([each.key, each.value], 1) for each in joined], 2)  # [D, C, K, H]
+    D = projection["kv.weight"].shape[0]
+    projection["kv.weight"] = kv[:D].astype(np.float32)
+    if "kv.bias" in projection:
+        projection["kv.bias"] = kv[D].astype(np.float32)
+    layers[readers[0]] = Layer(layers[readers[0]].block, projection)
+    return layers
+
+
+def _changes(theirs: ModelConfig, ours: ModelConfig) -> bool:
+    return any(
+        getattr(theirs, field) != getattr(ours, field) for field in ("n_kv_heads", "sharing", "kv")
+    )
 
 
 def _members(
@@ -136,7 +157,7 @@ def _members(
         if "kv.bias" in layer.projection:
             weight = np.concatenate([weight, layer.projection["kv.bias"][None]])
         if inputs is not None:
-            stream = inputs[producer] * scale
+            stream = inputs[producer].reshape(-1, len(scale)) * scale
             if "kv.bias" in layer.projection:
                 stream = np.concatenate([stream, np.ones((len(stream), 1))], axis=1)
             streams += [stream] * len(heads)
@@ -173,6 +194,99 @@ def _folded(block: Arrays, joined: Sequence[conversion.Shared], members: slice) 
     return block | changed
 
 
+def _with_latent(
+    parts: Layers,
+    config: ModelConfig,
+    readers: Sequence[int],
+    sources: Sequence[int],
+    init: str,
+    inputs: Mapping[int, np.ndarray] | None,
+) -> dict[int, Layer]:
+    """The layers that read one producer, its heads made a latent; the first of them is the producer."""
+    assert isinstance(config.kv, LatentKV)
+    theirs, K = parts.config.resolved_kv_map, parts.config.n_kv_heads
+    sizes = config.kv.rank, config.kv.rope_dims
+    members = _members(parts, sources, range(K), inputs)
+    of = lambda layer: slice(
+        sources.index(theirs[layer]) * K, (sources.index(theirs[layer]) + 1) * K
+    )
+    if init == "svd":
+        made = conversion.latent_of_weights(members, *sizes)
+    else:
+        assert inputs is not None
+        reading = _readers(parts, readers, of, len(members), inputs)
+        windows = np.shape(inputs[readers[0]])
+        made = conversion.latent(
+            members, reading, *sizes, _mean_rotations(windows[-2], parts.config)
+        )
+    layers = {
+        layer: Layer(_of_latent(parts.layers[layer].block, made, of(layer), config), None)
+        for layer in readers
+    }
+    producer = parts.layers[readers[0]].projection or {}
+    projection = {name: array for name, array in producer.items() if name == "norm.scale"}
+    down = np.concatenate([made.latent, made.key], axis=1)
+    projection["down.weight"] = down.astype(np.float32)
+    if config.kv.norm:
+        scale = np.full(config.kv.rank, made.root_mean_square, np.float32)
+        projection["latent_norm.scale"] = scale
+    layers[readers[0]] = Layer(layers[readers[0]].block, projection)
+    return layers
+
+
+def _readers(
+    parts: Layers,
+    readers: Sequence[int],
+    of: Callable[[int], slice],
+    members: int,
+    inputs: Mapping[int, np.ndarray],
+) -> conversion.Readers:
+    H = parts.config.d_head
+    queries, outputs = np.zeros((2, members, H, H))
+    for layer in readers:
+        block = parts.layers[layer].block
+        scale = block["attention_norm.scale"].astype(np.float64)
+        stream = inputs[layer].reshape(-1, len(scale)) * scale
+        square = stream.T @ stream / len(stream)
+        query = block["query.weight"].astype(np.float64)
+        output = block["output.weight"].astype(np.float64)
+        queries[of(layer)] += np.einsum("dkgh,de,ekgi->khi", query, square, query, optimize=True)
+        outputs[of(layer)] += np.einsum("kghd,kgid->khi", output, output)
+    return conversion.Readers(queries, outputs)
+
+
+def _mean_rotations(length: int, config: ModelConfig) -> np.ndarray:
+    """The mean of exp(i w d) over the distances d of all pairs of tokens of a window, [H / 2]."""
+    rope = Rope.at(jnp.arange(length)[None], config)
+    turns = np.asarray(rope.cos[0], np.float64) + 1j * np.asarray(rope.sin[0], np.float64)
+    pairs_at = length - np.arange(length)
+    # Queries and keys each have the factor of YaRN, which is the rotation at distance 0.
+    return pairs_at @ turns / pairs_at.sum() * turns[0].real
+
+
+def _of_latent(
+    block: Arrays, made: conversion.Latent, members: slice, config: ModelConfig
+) -> Arrays:
+    """A block that reads the latent and the rotated key instead of heads."""
+    assert isinstance(config.kv, LatentKV)
+    D, K, G, H = block["query.weight"].shape
+    turned = np.arange(0, H // 2, H // config.kv.rope_dims)
+    query = block["query.weight"].astype(np.float64)
+    rotated = conversion.pairs(query)[..., turned] * made.turns[members, None].conj()
+    widened = np.concatenate([query, conversion.unpaired(rotated)], axis=-1)
+    widened *= (widened.shape[-1] / H) ** 0.5  # attention divides by the root of the width
+    of_heads = lambda weight_KRH: np.repeat(weight_KRH[members], G, axis=0).swapaxes(
+        0, 1
+    )  # [R, G, H]
+    changed = {
+        "query.weight": widened.reshape(D, 1, K * G, -1),
+        "heads.keys": of_heads(made.keys),
+        "heads.values": of_heads(made.values),
+        "output.weight": block["output.weight"].reshape(1, K * G, H, -1),
+    }
+    return block | {name: array.astype(np.float32) for name, array in changed.items()}
+
+
 # ----------------------------------------------------------------------------------- calibration
 
 
@@ -205,19 +319,18 @@ class Text:
 
 
 def streams(parts: Layers, text: Text, windows: int) -> dict[int, np.ndarray]:
-    """What the K/V projection of each producer reads on training text, before its norm's scale: [N, D]."""
+    """The stream that each layer reads on training text, normed, before its norm's scale: [B, T, D]."""
     tokens_BT, _, starts_BT = text.windows(windows)
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in set(parts.config.resolved_kv_map)}
+    found: dict[int, list[np.ndarray]] = {}
 
     def visit(layer: int, x_BTD: jax.Array) -> None:
-        if layer in found:
-            x = np.asarray(x_BTD[0])
-            square = np.mean(x * x, axis=-1, keepdims=True)
-            found[layer].append(x / np.sqrt(square + parts.config.norm_eps))
+        x = np.asarray(x_BTD[0])
+        square = np.mean(x * x, axis=-1, keepdims=True)
+        found.setdefault(layer, []).append(x / np.sqrt(square + parts.config.norm_eps))
 
     for row in range(len(tokens_BT)):
         layerwise.run(parts, tokens_BT[row : row + 1], starts_BT[row : row + 1], visit)
-    return {layer: np.concatenate(rows) for layer, rows in found.items()}
+    return {layer: np.stack(rows) for layer, rows in found.items()}
 
 
 # -------------------------------------------------------------------- which layers can consume
@@ -230,6 +343,8 @@ def damages(
 
     It then reads the producer before it.
     """
+    if init not in conversion.JOINS:  # it makes latents; the measurement keeps the heads
+        init = "least_squares"
     inputs = streams(parts, text, windows) if init in conversion.CALIBRATED else None
     batch = text.windows(windows)
     producers = sorted(set(parts.config.resolved_kv_map))

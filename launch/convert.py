@@ -16,20 +16,20 @@ An import makes a run directory, which all other commands can read. An export ma
 transformers: `AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)`. Models without
 sharing are exported as plain Llamas and need no remote code.
 
-`uptrain` makes a run with fewer KV heads or KV layers, from the weights of another run. docs/uptraining.md
-compares the conversions.
+`uptrain` makes a run with fewer KV heads or KV layers, or with latents instead of heads, from the weights of
+another run. docs/uptraining.md compares the conversions.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from etils import epath
 
-from cla_jax.config import Config, FromRun, Init
+from cla_jax.config import Config, FromRun, Init, LatentKV, ModelConfig
 from cla_jax.fields import replaced
 from cla_jax.interop.text import Text
 from launch.cli import log_to_stderr, read, user_errors
@@ -79,7 +79,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uptrain:
-    """Make a run from another run, with fewer KV heads or KV layers; continue it with launch.train."""
+    """Make a run from another run, with fewer KV heads or KV layers, or with latents; then launch.train."""
 
     # The run directory to start from.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -90,7 +90,13 @@ class Uptrain:
     kv_map: str | None = None
     # Number of KV heads. Default: the source's.
     kv_heads: int | None = None
-    # How several heads become one; see docs/uptraining.md.
+    # Make latents of the heads (multi-head latent attention): the width of the latent. Default: keep heads.
+    latent_rank: int | None = None
+    # With --latent-rank: the width of the rotated key beside it, a divisor of d_head. Default: d_head.
+    rope_dims: int | None = None
+    # With --latent-rank: give the latent a norm, as DeepSeek-V2 has. It increases the loss at step 0.
+    latent_norm: bool = False
+    # How several heads become one, or a latent; see docs/uptraining.md.
     init: Init = "least_squares"
     # Training steps, as a fraction of the recipe's steps.
     fraction: float = 0.05
@@ -241,7 +247,13 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
         distill_weight=command.distill_weight,
         distill_temperature=command.distill_temperature,
     )
-    heads = {} if command.kv_heads is None else {"model.n_kv_heads": command.kv_heads}
+    heads: dict[str, Any] = {}
+    if command.kv_heads is not None:
+        heads["model.n_kv_heads"] = command.kv_heads
+    if command.latent_rank is not None:
+        heads |= _latent(command, theirs.model)
+    elif command.rope_dims is not None or command.latent_norm:
+        raise ValueError("--rope-dims and --latent-norm need --latent-rank")
     steps = max(round(command.fraction * recipe.steps), 1)
     # As the learning rate's schedule does, the stages of the data cover the new number of steps.
     stages = tuple(
@@ -263,6 +275,17 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
             "seed": recipe.seed,
         },
     )
+
+
+def _latent(command: Uptrain, model: ModelConfig) -> dict[str, Any]:
+    assert command.latent_rank is not None
+    if command.kv_heads not in (None, 1):
+        raise ValueError(
+            f"--kv-heads {command.kv_heads}: with --latent-rank, all query heads read one latent"
+        )
+    rope_dims = model.d_head if command.rope_dims is None else command.rope_dims
+    kv = LatentKV(rank=command.latent_rank, rope_dims=rope_dims, norm=command.latent_norm)
+    return {"model.kv": kv, "model.n_kv_heads": 1}
 
 
 def _recipe(name: str) -> Config:

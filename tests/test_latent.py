@@ -23,6 +23,7 @@ from cla_jax.config import (
     to_record,
 )
 from cla_jax.decode import decode, decoding_weights, prefill
+from cla_jax.interop import deepseek
 from cla_jax.memory import workspace_bytes
 from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import ForwardOptions, Transformer
@@ -87,10 +88,14 @@ def test_the_layer_is_that_of_the_paper():
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.fixture(scope="module", params=MAPS)
+NO_NORM = LatentKV(rank=RANK, rope_dims=TURNED, norm=False)
+
+
+@pytest.fixture(scope="module", params=[*MAPS, "no norm"])
 def of_map(request):
     """A model of each map, and its scores by full forward."""
-    config = replace(LATENT, kv_map=request.param)
+    changes = {"kv": NO_NORM} if request.param == "no norm" else {"kv_map": request.param}
+    config = replace(LATENT, **changes)
     model = random_model(config)
     return config, model, np.asarray(model.logits(some_tokens(), ForwardOptions()))
 
@@ -130,9 +135,10 @@ def test_every_byte_is_counted_twice(format):
         assert costs.kv_bytes(config, T).resident == 2 * (RANK + TURNED) * 2
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kv_map", MAPS)
-def test_parameters_and_flops_have_closed_forms(kv_map):
-    config = replace(LATENT, kv_map=kv_map)
+def test_parameters_and_flops_have_closed_forms(kv_map, norm):
+    config = replace(LATENT, kv_map=kv_map, kv=dataclasses.replace(LATENT.kv, norm=norm))
     model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
     assert costs.parameters(config).total == count
@@ -141,13 +147,14 @@ def test_parameters_and_flops_have_closed_forms(kv_map):
     assert costs.train_flops_per_token(config, 64) == 6 * count + attention
 
 
-def test_muon_has_one_moment_for_what_meets_the_residual_stream():
-    rule = OptimizerConfig(rule=Muon())
+@pytest.mark.parametrize("kv", [LATENT.kv, NO_NORM])
+def test_muon_has_one_moment_for_what_meets_the_residual_stream(kv):
+    rule, config = OptimizerConfig(rule=Muon()), replace(LATENT, kv=kv)
     moments = jax.eval_shape(
-        lambda: make_optimizer(rule, 4).init(Transformer(jax.random.key(0), LATENT))
+        lambda: make_optimizer(rule, 4).init(Transformer(jax.random.key(0), config))
     )
     held = sum(math.prod(a.shape) * 4 for a in jax.tree.leaves(moments) if a.dtype == jnp.float32)
-    assert costs.training_bytes(LATENT, rule).optimizer == held
+    assert costs.training_bytes(config, rule).optimizer == held
 
 
 def test_a_decode_step_makes_nothing_of_each_head_for_each_token():
@@ -247,6 +254,23 @@ def test_what_cannot_be_is_refused():
             choose_backend(kernel, replace(LATENT, compute_dtype="bfloat16"), 128, device)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kv_map", "cla:2"),
+        ("windows", "5"),
+        ("kv_norm", "own"),
+        ("norm_eps", 1e-5),
+        ("kv", NO_NORM),
+    ],
+)
+def test_an_export_refuses_what_a_deepseek_checkpoint_cannot_say(field, value):
+    sayable = replace(LATENT, kv_map="identity", kv_norm="block", norm_eps=1e-6)
+    assert deepseek.hf_config({}, sayable)["kv_lora_rank"] == RANK
+    with pytest.raises(ValueError, match=rf"^model\.{field}.*: a DeepSeek-V2 checkpoint only"):
+        deepseek.hf_config({}, replace(sayable, **{field: value}))
+
+
 def test_records_from_before_there_were_latents_are_read(tiny):
     config = tiny()
     record = to_record(config)
@@ -254,6 +278,10 @@ def test_records_from_before_there_were_latents_are_read(tiny):
     assert from_record(record).model.kv == HeadsKV()
     latent = dataclasses.replace(config, model=LATENT)
     assert from_record(to_record(latent)) == latent
+    # Nor has one with a norm, which all had at first, changed its identity.
+    assert "norm" not in to_record(latent)["identity"]["model"]["kv"]
+    without = dataclasses.replace(config, model=replace(LATENT, kv=NO_NORM))
+    assert from_record(to_record(without)) == without
 
 
 def test_the_workspace_of_a_step_is_that_of_what_attention_reads():

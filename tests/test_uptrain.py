@@ -11,7 +11,16 @@ import pytest
 
 from cla_jax import checkpoint, conversion, layerwise, runs, start, uptrain
 from cla_jax import mesh as meshes
-from cla_jax.config import Component, DataConfig, FromRun, MeshConfig, Stage
+from cla_jax.config import (
+    HEAD_INITS,
+    LATENT_INITS,
+    Component,
+    DataConfig,
+    FromRun,
+    LatentKV,
+    MeshConfig,
+    Stage,
+)
 from cla_jax.loss import Distill, Taught, cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer
@@ -19,6 +28,7 @@ from cla_jax.state import named
 from cla_jax.train import train
 from launch import convert
 from launch import train as launch_train
+from tests import reference
 from tests.conftest import MODEL, replace, tiny_config
 
 M, D, H, N = 3, 12, 8, 200
@@ -69,6 +79,10 @@ def test_least_squares_loses_least(members):
 
     losses = {how: lost(how) for how in conversion.JOINS}
     assert min(losses, key=losses.__getitem__) == "least_squares"
+
+
+def test_every_way_to_join_heads_has_a_name_in_the_config():
+    assert tuple(conversion.JOINS) == HEAD_INITS
 
 
 @pytest.mark.parametrize("how", conversion.JOINS)
@@ -158,6 +172,112 @@ def test_own_keeps_the_first_head_of_the_producer():
     before, after = (p.layers[2].projection["kv.weight"] for p in (parts, made))
     np.testing.assert_array_equal(after, before[:, :, :1])
     assert made.layers[3].projection is None
+
+
+# ---------------------------------------------------------------------------------------- latents
+
+
+def latent_error(parts: layerwise.Layers, kv: LatentKV, init: str, **changes) -> float:
+    """The largest change of the hidden states when the heads of a model become latents."""
+    tokens = np.random.default_rng(0).integers(0, 260, (1, 32))
+    starts, inputs = np.zeros_like(tokens), {}
+
+    def visit(layer: int, x_BTD: jax.Array) -> None:
+        square = np.mean(np.square(x_BTD), axis=-1, keepdims=True)
+        inputs[layer] = np.asarray(x_BTD) / np.sqrt(square + parts.config.norm_eps)
+
+    expected = layerwise.run(parts, tokens, starts, visit)
+    made = uptrain.converted(
+        parts, replace(parts.config, n_kv_heads=1, kv=kv, **changes), init, inputs
+    )
+    layerwise.put_together(made)  # every parameter has its shape
+    return float(jnp.abs(layerwise.run(made, tokens, starts) - expected).max())
+
+
+def latents_of(rank: int, rope_dims: int, norm: bool = False) -> LatentKV:
+    return LatentKV(rank=rank, rope_dims=rope_dims, norm=norm)
+
+
+ONE_HEAD = replace(MODEL, n_kv_heads=1, kv_map="identity", n_layers=2)
+
+
+@pytest.mark.parametrize("init", LATENT_INITS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_layers": 4, "kv_map": "0,0,2,0"},
+        {"kv_norm": "block", "rope_scaling": "yarn:4:32:1:16:1.2"},
+    ],
+)
+def test_one_head_is_a_latent_of_its_size(init, changes):
+    config = replace(ONE_HEAD, **changes)
+    parts = layerwise.taken_apart(reference.randomised(config, 0))
+    width = config.d_head
+    assert latent_error(parts, latents_of(width, width), init) < 1e-4
+    assert latent_error(parts, latents_of(width, width, norm=True), init) > 1e-2
+
+
+@pytest.mark.parametrize("init", LATENT_INITS)
+def test_heads_that_differ_by_rotations_are_one_latent(init):
+    """Each member turns the one rotated key for itself, through its queries."""
+    parts, _ = disguised(replace(ONE_HEAD, n_kv_heads=2))
+    width = parts.config.d_head
+    assert latent_error(parts, latents_of(width, width), init) < 1e-4
+
+
+def test_the_latent_of_layers_that_share_is_made_of_all_of_them():
+    """Two layers that read the same stream: the second has nothing of its own but its projection."""
+    parts = layerwise.taken_apart(reference.randomised(ONE_HEAD, 0))
+    silent = {"output.weight", "mlp.down.weight"}
+    block = {k: a * (0 if k in silent else 1) for k, a in parts.layers[0].block.items()}
+    parts = dataclasses.replace(
+        parts, layers=(layerwise.Layer(block, parts.layers[0].projection), parts.layers[1])
+    )
+    width = ONE_HEAD.d_head
+    # One rotated key for two unrelated layers loses something; two heads would not fit at all.
+    both = latent_error(parts, latents_of(2 * width, width), "least_squares", kv_map="cla:2")
+    half = latent_error(parts, latents_of(width // 2, width), "least_squares", kv_map="cla:2")
+    assert both < half
+
+
+def test_the_best_latent_loses_less_than_that_of_the_weights():
+    draw, P = np.random.default_rng(0), H // 2
+    streams = draw.normal(size=(N, D)) * np.logspace(0, -2, D)
+    members = conversion.Members(*draw.normal(size=(2, M, D, H)), [streams] * M)
+    moments = lambda: np.stack([a @ a.T for a in draw.normal(size=(M, H, H))])
+    readers = conversion.Readers(moments(), moments())
+
+    def lost(made: conversion.Latent) -> float:
+        values = np.einsum("nr,mrh->mnh", streams @ made.latent, made.values)
+        wrong = values - streams @ members.values
+        return float(np.einsum("mnh,mhi,mni->", wrong, readers.outputs, wrong))
+
+    best = [
+        lost(conversion.latent(members, readers, rank, H, np.ones(P))) for rank in (2, 4, 8, 24)
+    ]
+    assert best == sorted(best, reverse=True)
+    assert best[1] < 0.9 * lost(conversion.latent_of_weights(members, 4, H))
+    mistaken = conversion.Readers(readers.queries, readers.queries)
+    made = conversion.latent(members, mistaken, 4, H, np.ones(P))
+    assert best[1] < 0.9 * lost(made)
+    # A norm leaves the latent as large as it is over the text.
+    assert np.isclose(made.root_mean_square, np.sqrt(np.mean((streams @ made.latent) ** 2)))
+
+
+def test_a_pair_without_rotation_has_its_mean_rotation():
+    """A query's score with what is left of a key is its mean score over all distances."""
+    draw, angles = np.random.default_rng(0), 0.3 * np.arange(7)[:, None] * (1 + np.arange(H // 2))
+    members = conversion.Members(*draw.normal(size=(2, 1, D, H)), [draw.normal(size=(N, D))])
+    readers = conversion.Readers(np.eye(H)[None], np.eye(H)[None])
+    turns = np.exp(1j * angles)  # of queries that stand that much after the key
+    made = conversion.latent(members, readers, 2 * H, 2, turns.mean(axis=0))
+    query = draw.normal(size=H)
+    query[[0, H // 2]] = 0  # the rotated key has all of the first pair
+    turned = conversion.unpaired(conversion.pairs(query) * turns)
+    expected = np.mean(turned @ members.keys[0].T, axis=0)
+    np.testing.assert_allclose(made.latent @ made.keys[0] @ query, expected, atol=1e-6)
+    np.testing.assert_allclose((made.latent @ made.keys[0])[:, [0, H // 2]], 0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- maps
@@ -287,6 +407,43 @@ def test_a_converted_run_is_trained_and_taught_and_goes_on(trained, tmp_path, de
     devices(2)
     again = trained_on(dataclasses.replace(config, name="again"))
     np.testing.assert_allclose(again, losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_latents_is_made_of_one_with_heads_and_trained(trained, tmp_path, devices):
+    devices(1)
+    flags = ("--latent-rank", "16", "--rope-dims", "4", "--fraction", "0.1")
+    made = uptrained(trained, tmp_path / "latent", *flags, "--distill-weight", "0.5")
+    assert made.config().model.kv == latents_of(16, 4)
+    assert made.config().model.n_kv_heads == 1
+    (config,) = launch_train.parse([str(made.path / "config.json")])
+    assert train(config, evaluate=lambda *_: {"held_out_loss": 1.0})
+    weights = uptrained(
+        trained, tmp_path / "w", "--latent-rank", "8", "--init", "svd", "--latent-norm"
+    )
+    assert weights.config().model.kv == latents_of(8, trained.config().model.d_head, norm=True)
+
+
+def test_latents_that_cannot_be_made_are_refused_before_anything_is_read(
+    trained, tmp_path, devices, monkeypatch, capsys
+):
+    devices(1)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("weights were read"))
+
+    def refusal(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            uptrained(trained, tmp_path / "x", *flags)
+        assert not (tmp_path / "x").exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "--rope-dims and --latent-norm need --latent-rank" in refusal("--rope-dims", "4")
+    assert "--kv-heads 2: with --latent-rank" in refusal("--latent-rank", "8", "--kv-heads", "2")
+    d_head = trained.config().model.d_head
+    assert f"model.d_head = {d_head}: this run's model.kv.rope_dims = 6 must divide it" in refusal(
+        "--latent-rank", "8", "--rope-dims", "6"
+    )
+    assert "start.init = mean joins heads" in refusal("--latent-rank", "8", "--init", "mean")
+    assert "start.init = svd makes latents of heads" in refusal("--init", "svd")
 
 
 def test_a_teacher_that_could_change_is_refused(tiny):

@@ -113,6 +113,7 @@ def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
         "model.windows": (model.windows, not any(model.resolved_windows), "0"),
         "model.kv_norm": (model.kv_norm, model.kv_norm == "block", "block"),
         "model.rope_scaling": (model.rope_scaling, model.rope_scaling == "none", "none"),
+        "model.kv.norm": (model.kv.norm, model.kv.norm, True),
         "model.norm_eps": (model.norm_eps, model.norm_eps == _NORM_EPS, _NORM_EPS),
     }
     for field, (value, fits, only) in sayable.items():

@@ -103,15 +103,18 @@ class LatentProjection(nnx.Module):
         assert makes == "kv"  # both are made of one latent
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.down = Linear(key, "BTD,DL->BTL", config)
-        self.latent_norm = RMSNorm(config, "R")
+        assert isinstance(config.kv, LatentKV)
+        self.rank = config.kv.rank
+        self.latent_norm = RMSNorm(config, "R") if config.kv.norm else None
 
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
             kept_BTL = self.down(gather_sequence(norm(x_BTD), rules), rules)
-            R = self.latent_norm.scale.shape[-1]
-            latent_BTR = self.latent_norm(kept_BTL[..., :R])
-            return KV(k_BSKH=rope(kept_BTL[:, :, None, R:]), v_BSKH=latent_BTR[:, :, None])
+            latent_BTR, key_BTH = kept_BTL[..., : self.rank], kept_BTL[..., self.rank :]
+            if self.latent_norm is not None:
+                latent_BTR = self.latent_norm(latent_BTR)
+            return KV(k_BSKH=rope(key_BTH[:, :, None]), v_BSKH=latent_BTR[:, :, None])
 
 
 class LatentHeads(nnx.Module):
