@@ -124,6 +124,17 @@ def once_tuned(
     return launched
 
 
+def waiting(sweep: Callable[[], Trials], reason: str) -> Callable[[], Trials]:
+    """The sweep of a declared study that cannot be launched yet; `reason` says what it waits for."""
+
+    @functools.wraps(sweep)
+    def launched() -> Trials:
+        raise Pending(reason)
+        yield from sweep()
+
+    return launched
+
+
 # --------------------------------------------------------------------------------------- grids
 
 

@@ -7,7 +7,7 @@ import pytest
 import experiments
 from cla_jax import costs, runs
 from cla_jax.fields import replaced
-from experiments import one_gpu, small, smoke, sweeping
+from experiments import one_gpu, recovery, small, smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep
 from launch.sweeps import trials
@@ -222,10 +222,21 @@ def test_every_sweep_is_documented_and_plans(tmp_path):
     flags = ["--placement.runs", str(tmp_path)]
     for name, sweep in experiments.sweeps().items():
         assert sweep.__doc__, name
+        if name == "recovery.main" and not recovery.CHECKPOINT:
+            continue  # it waits
         plan = trials.make(name, overrides=flags, dry=True)
         assert plan.trials, name
         assert plan.directory == type(plan.directory)(tmp_path) / name.replace(".", "/")
     assert not list(tmp_path.iterdir())  # planning writes nothing
+
+
+def test_a_study_that_waits_is_declared_but_not_launched(monkeypatch):
+    waiting = sweeping.waiting(recovery.main, "train the source first")
+    monkeypatch.setattr(recovery, "SWEEPS", (recovery.source, waiting))
+    with pytest.raises(ValueError, match="has no trial to launch: train the source first"):
+        trials.make("recovery.main")
+    declared = experiments.find_study("recovery.main")
+    assert {row for row, _ in declared.trials} == recovery.MAIN.rows.keys()
 
 
 def test_rows_without_a_learning_rate_are_declared_but_not_launched(monkeypatch):
