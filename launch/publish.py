@@ -39,6 +39,10 @@ class Arguments:
 
 
 def publish(arguments: Arguments) -> None:
+    if (epath.Path(arguments.target) / "config.json").exists():
+        raise ValueError(
+            f"{arguments.target} is a run itself: name the directory in which the copies should lie"
+        )
     refused = []
     for run in runs.find_runs([arguments.source]):
         try:
@@ -77,7 +81,9 @@ def _kept(records: Sequence[dict[str, Any]], every: int) -> Iterator[dict[str, A
 
 
 def _copy(run: Run, target: epath.Path, records: Iterator[dict[str, Any]]) -> None:
-    """Raises ValueError if another run is in the place of the copy."""
+    """Raises ValueError if another run is in the place of the copy, or links that lead elsewhere."""
+    for directory in (target, target / "eval"):
+        directories.check_links(directory)
     if (target / "config.json").exists() and Run(target).id != run.id:
         raise ValueError(
             f"{target} contains another run and is not overwritten: choose another directory"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -27,8 +28,8 @@ from etils import epath
 from rich.console import Console
 
 import cla_jax.checkpoint
-from cla_jax import files, messages, report, runs, seals
-from cla_jax.config import DataConfig
+from cla_jax import files, messages, report, runs, seals, traces
+from cla_jax.config import DataConfig, LatentKV
 from cla_jax.data import prepare, sources, tokenizers
 from cla_jax.interop import foreign, gguf, hf, task_data
 from experiments import smoke
@@ -103,6 +104,18 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
             return content[:at] + some + content[at + len(some) :]
 
 
+def damage_shape(header: dict[str, Any], rng: random.Random) -> bytes:
+    """Gives a tensor another shape and, unlike `damage_value`, the bytes that it needs."""
+    tensor = header[rng.choice(sorted(header.keys() - {"__metadata__"}))]
+    shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
+    size = (end - begin) // max(math.prod(shape), 1)
+    tensor["shape"] = rng.choice(
+        ([], [0], [1], shape[::-1], shape[:1], [math.prod(shape)], [1, *shape], [*shape, 1])
+    )
+    tensor["data_offsets"] = [begin, begin + size * math.prod(tensor["shape"])]
+    return json.dumps(header).encode()
+
+
 def damage_file(file: Path, rng: random.Random) -> None:
     """Puts something else in the place of a file."""
     match rng.randrange(8):
@@ -142,7 +155,11 @@ def damage(file: Path, rng: random.Random) -> str:
                 file.write_bytes(b"\n".join(lines))
             elif file.suffix == ".safetensors":
                 length = int.from_bytes(content[:8], "little")
-                header = damage_value(content[8 : 8 + length], rng)
+                header = content[8 : 8 + length]
+                if rng.random() < 0.5:
+                    header = damage_shape(json.loads(header), rng)
+                else:
+                    header = damage_value(header, rng)
                 file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
             else:
                 file.write_bytes(damage_value(content, rng))
@@ -202,15 +219,20 @@ def _prepared(path: Path) -> None:
     windows[0]
 
 
+def _trace(path: Path) -> None:
+    traces.read_trace(path / "trace.jsonl", lambda text: list(text.encode()))
+
+
 # What a command does with a path. It raises, or returns, what it tells the user.
 READERS: dict[str, Reader] = {
     **{family: _model(hf.read) for family in ("llama", "cla", "mistral", "shards")},
-    **{family: _model(hf.read) for family in ("lckv-llama", "gpt_crosslayer")},
+    **{family: _model(hf.read) for family in ("lckv-llama", "gpt_crosslayer", "deepseek_v2")},
     "gguf": lambda path: _model(gguf.read)(path / "model.gguf"),
     "run": _run,
     "sweep": _sweep,
     "source": _source,
     "prepared": _prepared,
+    "trace": _trace,
     "tasks": lambda path: task_data.check_rows(path / "validation.jsonl"),
     "tasks-csv": lambda path: task_data.check_rows(path / "validation.csv"),
 }
@@ -308,6 +330,9 @@ def write_examples(directory: Path) -> None:
     llama = made.write_hf(directory / "llama")
     (llama / "tokenizer_config.json").write_text('{"chat_template": "x", "eos_token": "a"}')
     (llama / "generation_config.json").write_text('{"eos_token_id": [256, 1]}')
+    latent = LatentKV(rank=24, rope_dims=8)
+    deepseek = dataclasses.replace(made.MODEL, n_kv_heads=1, norm_eps=1e-6, kv=latent)
+    made.write_hf(directory / "deepseek_v2", deepseek)
     made.write_hf(directory / "mistral", model_type="mistral", sliding_window=None)
     made.write_hf(directory / "cla", model_type="cla", kv_norm="block", kv_map=[0, 1, 2, 3])
     made.write_hf(directory / "lckv-llama", model_type="lckv-llama", layer_types="0_1_2_3")
@@ -343,6 +368,11 @@ def write_examples(directory: Path) -> None:
     one.run.metrics.write_text(
         '{"step": 3, "loss": 1.5, "eta_s": 4.0}\n{"step": 4, "perplexity": 2.0}\n'
     )
+    (directory / "trace").mkdir()
+    requests = [{"arrival": 0.5 * i, "prompt": [1, 2, i], "new_tokens": 3} for i in range(4)]
+    requests += [{"arrival": 9, "prompt": "a text", "new_tokens": 1, "group": "a"}]
+    lines = map(json.dumps, requests)
+    (directory / "trace" / "trace.jsonl").write_text("\n".join(lines))
     for folder, name in (("source", "a"), ("tasks", "validation")):
         (directory / folder).mkdir()
         lines = [json.dumps({"text": f"document {i}", "n": [i]}) for i in range(5)]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.data import tokenizers
-from cla_jax.interop import names, safetensors
+from cla_jax.interop import deepseek, names, safetensors
 from cla_jax.interop.export import hf_config
 from cla_jax.interop.foreign import Foreign, import_run
 from cla_jax.interop.text import Text
@@ -81,9 +81,11 @@ def write_hf(directory: Path, config: ModelConfig = MODEL, seed: int = 0, **keys
     """A directory as Hugging Face's libraries write it, with keys of config.json replaced (None: removed)."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = names.from_model(reference.randomised(config, seed))
+    if isinstance(config.kv, LatentKV):
+        tensors = deepseek.theirs(tensors, config)
     safetensors.write(directory / "model.safetensors", tensors, "F32")
     values = hf_config(config, 64) | {"eos_token_id": 256} | keys
-    values = {key: value for key, value in values.items() if value is not None}
+    values = {key: value for key, value in values.items() if value is not None or key not in keys}
     (directory / "config.json").write_text(json.dumps(values))
     (directory / "tokenizer.json").write_text(tokenizers.byte_tokenizer(END).to_json())
     return directory

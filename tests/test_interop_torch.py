@@ -516,7 +516,7 @@ def spelled_out(config) -> dict:
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "cla"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "cla", "deepseek_v2"])
 def test_a_key_that_is_absent_or_null_means_what_the_class_says(tmp_path, family):
     """Key by key: a version of transformers that changes a default fails here."""
     import transformers
@@ -528,6 +528,7 @@ def test_a_key_that_is_absent_or_null_means_what_the_class_says(tmp_path, family
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
         "cla": ClaConfig,
+        "deepseek_v2": transformers.DeepseekV2Config,
     }[family]
     whole = {
         "model_type": family,

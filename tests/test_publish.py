@@ -60,8 +60,25 @@ def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
         publish.main([str(other.path), str(tmp_path / "copies")])
     assert "contains another run and is not overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        publish.main([str(run.path), str(tmp_path / "copies" / "a")])
+    assert "copies/a is a run itself" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         publish.main([str(run.path), str(tmp_path / "copies"), "--every", "0"])
     assert "every = 0 must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval", "metrics.jsonl"])
+def test_no_copy_is_written_where_a_link_leads(tmp_path, capsys, name):
+    run = trained(tmp_path / "runs", "x/a")
+    evaluate(run, 8.0, step=70)
+    elsewhere, copy = tmp_path / "elsewhere", tmp_path / "copies" / "a"
+    elsewhere.mkdir()
+    copy.mkdir(parents=True)
+    (copy / name).symlink_to(elsewhere)
+    with pytest.raises(SystemExit):
+        publish.main([str(run.path), str(tmp_path / "copies")])
+    assert f"{name} is a symbolic link" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())
 
 
 def test_an_altered_run_does_not_keep_the_others_from_being_copied(tmp_path, capsys):

@@ -77,9 +77,11 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
                 found[name.removesuffix("weight") + part] = Tensor(
                     (N * H, R), read, tensor.unreadable
                 )
-        elif name.endswith("self_attn.q_proj.weight") and tensor.shape[0] == N * (H + turned):
+        elif name.endswith("self_attn.q_proj.weight") and tensor.shape[:1] == (N * (H + turned),):
             found[name] = _reordered(tensor, N, turned)
-        elif name.endswith("self_attn.kv_a_proj_with_mqa.weight") and tensor.shape[0] == R + turned:
+        elif name.endswith("self_attn.kv_a_proj_with_mqa.weight") and tensor.shape[:1] == (
+            R + turned,
+        ):
             found[name] = _reordered(tensor, 1, turned)
         else:
             found[name] = tensor
