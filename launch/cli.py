@@ -90,6 +90,7 @@ _RAN_OUT = re.compile(
     )
 )
 _LONGEST = 300  # characters of a library's message
+_LONGEST_LINE = 4000  # of a log message
 _STDOUT = 1
 _INTERRUPTED = 130  # what a shell says of SIGINT
 _AGAIN_S = 0.02  # until a Ctrl-C that was lost is sent again
@@ -429,9 +430,18 @@ class _Stderr(logging.StreamHandler):
     def stream(self, _: Any) -> None: ...
 
 
+class _Printable(logging.Formatter):
+    """Messages have names of files and directories that others chose: no terminal should obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record), _LONGEST_LINE)
+
+
 def log_to_stderr(*, informed: bool = False) -> None:
     """Prints warnings of all packages, and, if `informed`, what this project has to say besides."""
-    logging.basicConfig(format="%(message)s", handlers=[_Stderr()])
+    handler = _Stderr()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     # orbax logs the traceback of every error that it raises too; a full disk is one line of ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.raiseExceptions = False  # nor does a log that cannot be written to show one

@@ -124,7 +124,7 @@ def _held_out(arguments: Arguments) -> None:
 
         compilation_cache.enable()
         for run in ready:
-            print(run.path)
+            print(printable(run.path))
             with collected(refused), progress.shown() as bar:
                 for name, record in evaluate(
                     run,
@@ -262,7 +262,7 @@ def _tasks(arguments: Arguments) -> None:
         bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
     for run in ready:
-        print(run.path)
+        print(printable(run.path))
         with collected(refused), progress.shown() as bar:
             for way, task, record in lm_eval.evaluate(
                 run,

@@ -26,11 +26,12 @@ import tyro
 
 import experiments
 from cla_jax.config import CACHE_FORMATS, ModelConfig
-from cla_jax.messages import near_choice
+from cla_jax.messages import near_choice, printable
 from launch.cli import collected, read, refuse, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 UNITS = {"": 1, "B": 1, "kB": 1000} | {
     f"{prefix}{unit}": base ** (i + 1)
@@ -221,7 +222,7 @@ def _print_ledger(lines: list[dict[str, Any]], arguments: Arguments) -> None:
         columns,
     )
     for line in lines:
-        table.add_row(line["name"], line["cache"], *(f"{line[key]:,.0f}" for key in columns))
+        table.add_row(_name(line), line["cache"], *(f"{line[key]:,.0f}" for key in columns))
     _show(table)
 
 
@@ -235,6 +236,13 @@ def _table(title: str, caption: str, columns: Sequence[str]) -> "Table":
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _name(line: dict[str, Any]) -> "Text":
+    """The name of a model as a cell of a table: it may be that of any directory."""
+    from rich.text import Text
+
+    return Text(printable(line["name"]))
 
 
 def _show(table: "Table") -> None:
@@ -266,14 +274,14 @@ def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> No
     for line in lines:
         if not line["sequences"]:
             table.add_row(
-                *(line["name"], line["cache"], *[""] * 3, "0"),
+                *(_name(line), line["cache"], *[""] * 3, "0"),
                 *[""] * len(sharing + compiled),
                 "budget",
             )
             continue
         peaks = [human_bytes(peak["total"]) for peak in line.get("compiled", {}).values()]
         table.add_row(
-            line["name"],
+            _name(line),
             line["cache"],
             *(human_bytes(line[key]) for key in ("weights", "kv", "workspace")),
             f"{line['sequences']:,}",

@@ -254,6 +254,7 @@ UNTRIED = "These figures were not measured: XLA compiled the step for a GPU that
 def _print(plan: "Plan", config: Config, mfu: float) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     gib = lambda count: f"{count / 2**30:.2f} GiB"
@@ -265,7 +266,7 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     console = Console()
     console.width = max(console.width, 100)
     console.print(
-        f"[bold]{plan.name}[/bold] on {plan.topology}: {plan.devices} devices ({plan.device_kind}) "
+        f"[bold]{escape(plan.name)}[/bold] on {plan.topology}: {plan.devices} devices ({plan.device_kind}) "
         f"as {mesh}, attention by {plan.attention}, remat {plan.remat}, {plan.rows} sequences a device "
         f"in each of {plan.accumulate} microbatches",
         soft_wrap=True,

@@ -19,6 +19,7 @@ import tyro
 from etils import epath
 
 from cla_jax import directories, names, runs, seals
+from cla_jax.messages import printable
 from cla_jax.runs import SAVED, Run
 from launch.cli import read, user_errors
 
@@ -61,10 +62,10 @@ def _publish(run: Run, target: epath.Path, every: int) -> None:
     if problems:
         raise ValueError(problems[0])
     if not _is_finished(run.config().steps, records):
-        print(f"{run.path}: skipped, because it is not finished")
+        print(f"{printable(run.path)}: skipped, because it is not finished")
         return
     _copy(run, target, _kept(records, every))
-    print(f"{run.path} -> {target}")
+    print(f"{printable(run.path)} -> {printable(target)}")
 
 
 def _is_finished(steps: int, records: Sequence[dict[str, Any]]) -> bool:

@@ -1,11 +1,17 @@
 """`cla-jax COMMAND` is `python -m launch.COMMAND`."""
 
 import importlib
+import logging
+import re
 from pathlib import Path
 
 import pytest
 
+import cla_jax.evaluate
+from cla_jax.runs import Run
 from launch import __main__ as commands
+from launch import cli, compilation_cache
+from tests.test_publish import trained
 
 LAUNCH = Path(commands.__file__).parent
 
@@ -61,3 +67,37 @@ def test_a_plot_that_cannot_be_written_is_refused_first(
         commands.main([*command, "--plot", plot])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["memory"], ["memory", "--ledger"], ["publish", "copies"], ["evaluate"]]
+)
+def test_a_directory_of_any_name_is_a_name_and_no_command_to_the_terminal(
+    command, tmp_path, capsys, monkeypatch
+):
+    """Names of runs are checked when we make them, but others may rename a directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "check_decodable", lambda *_, **__: None)
+    monkeypatch.setattr(cla_jax.evaluate, "evaluate", lambda *_, **__: [])
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
+    odd = ("[/red]x", "[bold]a\x1b[2Jb")
+    for i, name in enumerate(odd):
+        run = trained(tmp_path / "made", f"run-{i}")
+        (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        Path(run.path).rename(tmp_path / "r" / name)
+    name, *rest = command
+    commands.main([name, "r", *rest])
+    shown = capsys.readouterr().out
+    assert "\x1b[2J" not in shown
+    for name in odd:
+        assert re.search(re.escape(name.rpartition("/")[2].replace("\x1b", r"\x1b")), shown)
+
+
+def test_a_log_message_is_no_command_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    cli.log_to_stderr()
+    logging.getLogger("x").warning("removing %s\nand then %s", "runs/\x1b[2J", "b" * 9000)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == r"removing runs/\x1b[2J"
+    assert second.startswith("and then bbb")
+    assert len(second) < 5000
