@@ -229,7 +229,8 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
   border: 1px solid var(--grid); border-radius: 6px; padding: .8rem 1rem; }
 @media screen and (max-width: 40rem) { body { margin: 1.2rem auto; padding: 0 .8rem; }
   svg.wide { display: none; } svg.narrow { display: block; } table { font-size: .8rem; }
-  th, td { padding: .38rem .28rem; } td.run { min-width: 6rem; } }
+  th, td { padding: .38rem .28rem; } td.run { min-width: 6rem; }
+  table.folded th { white-space: normal; } table.folded td.left { min-width: 6.5rem; } }
 @media print { :root { color-scheme: light; --ink: #1b1f24; --muted: #66707b; --grid: #dfe3e8;
   --surface: #ffffff; --best: #eef4ff; --warn: #9a5b00; --warn-back: #fff6e5; }
   body { margin: 0; max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }

@@ -313,23 +313,28 @@ def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 
 def noise(rows: Sequence[Row], study: Study) -> list[str]:
-    """What a row with three seeds or more says about the differences that this study can see."""
-    found = []
+    """What rows with three seeds or more say about the differences that this study can see, in a note."""
     n = max((study.pairs(claim) for claim in study.claims), default=0)
+    found = []
     for row in seeds.merged(rows):
-        if len(row.seeds) < 3 or n < 2:
-            continue
-        sd = float(np.std([score(one, study.metric) for one in row.seeds], ddof=1))
-        # Without pairs in common: an upper bound for those that have them.
-        least = statistics.detectable(math.sqrt(2) * sd, n, alpha=study.alpha, alternative="less")
-        name = re.sub(r" \(\d+ seeds?\)$", "", row.name)
-        found.append(
-            f"{name}: the standard deviation over {len(row.seeds)} seeds is {sd:.4f} "
-            f"{METRICS[study.metric]}. If the two runs of a pair were independent, {n} pairs would detect a "
-            f"difference of {least:.4f} with a probability of 80 % (one claim, one-sided, level "
-            f"{study.alpha:g})."
-        )
-    return found
+        if len(row.seeds) >= 3 and n >= 2:
+            sd = float(np.std([score(one, study.metric) for one in row.seeds], ddof=1))
+            name = re.sub(r" \(\d+ seeds?\)$", "", row.name)
+            found.append((sd, f"{sd:.4f} ({name}, {len(row.seeds)} seeds)"))
+    if not found:
+        return []
+    # Without pairs in common: an upper bound for those that have them.
+    detected = [
+        statistics.detectable(math.sqrt(2) * sd, n, alpha=study.alpha, alternative="less")
+        for sd, _ in (min(found), max(found))
+    ]
+    span = lambda *ends: " to ".join(dict.fromkeys(ends))
+    return [
+        f"The standard deviation over seeds, in {METRICS[study.metric]}, is "
+        f"{span(min(found)[1], max(found)[1])}. If the two runs of a pair were independent, {n} pairs would "
+        f"detect a difference of {span(*(f'{least:.4f}' for least in detected))} with a probability of 80 % "
+        f"(one claim, one-sided, level {study.alpha:g})."
+    ]
 
 
 TABLES = ("claims", "rows", "gains")  # names of the files that `tables` are written to
