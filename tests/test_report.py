@@ -907,6 +907,20 @@ def test_points_of_several_seeds_are_named_in_a_legend_of_their_own():
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["a", "b"]
 
 
+@pytest.mark.parametrize("width", [4.6, 8.4])
+def test_legends_end_within_the_picture(width):
+    series = [f"{layers} layers per KV layer" for layers in ("1.6", "2.67", "2.4", "2.33")]
+    names = [f"h16_mqa_cla2_{end}" for end in ("dense_back", "keep_ends", "own_norm", "wide")]
+    rows = [
+        at(2**i, 8.0, label=label, series=line, seeds=(7.9, 8.2))
+        for i, (label, line) in enumerate(zip(names, series, strict=True))
+    ]
+    figure = plot(rows, width=width)
+    figure.canvas.draw()
+    for legend in (one for one in figure.axes[0].get_children() if isinstance(one, Legend)):
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_rows_of_one_run_stay_where_their_bytes_are():
     figure = plot([at(512, 8.0, number=0), at(512, 8.1, number=1)])
     found = [one.get_offsets()[0, 0] for one in figure.axes[0].collections if one.get_gid()]

@@ -118,7 +118,10 @@ def plot(
         figure.text(0.022, from_top(32), subtitle, size=_SUBTITLE, color=MUTED, va="top")
         axes = figure.add_subplot()
         figure.subplots_adjust(
-            left=58 / (72 * width), right=0.975, bottom=46 / height, top=from_top(40 + lines + rows)
+            left=_LEFT / (72 * width),
+            right=0.975,
+            bottom=46 / height,
+            top=from_top(40 + lines + rows),
         )
         few = width > 6
         axes.set_xlabel(
@@ -173,7 +176,7 @@ def plot(
 def _legend_size(keys: Sequence[Line2D], width: float) -> tuple[int, float]:
     """How many columns of a legend fit in so many inches, and how high it then is in points."""
     longest = max((len(str(key.get_label())) for key in keys), default=1)
-    columns = max(1, int(width * 72 / (40 + 5 * longest)))
+    columns = max(1, int((width * 72 - _LEFT) / (40 + 5 * longest)))
     return columns, 15.0 * math.ceil(len(keys) / columns)
 
 
@@ -195,6 +198,7 @@ def _colour(point: Point) -> str:
 
 
 _SUBTITLE = 9.5  # points
+_LEFT = 58  # points to the left of the axes, where legends begin too
 _TITLES = {
     "resident": "Accuracy against KV-cache memory",
     "read": "Accuracy against KV-cache traffic",
