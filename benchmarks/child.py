@@ -1,9 +1,9 @@
 """One contestant of a benchmark: a process that works when asked and is idle otherwise.
 
-Two frameworks in one process fight over its threads, so each lives in its own. Parent and child talk
-in lines of JSON over stdin and stdout: the child reads its specification, answers with a description
-of itself once it has compiled, and then answers each `{"burst": n}` with the seconds it took and what
-else it has to say. An exception is an answer too, the last one: `{"error": words}`.
+Two frameworks in one process fight over its threads, so each lives in its own. Parent and child talk in lines
+of JSON over stdin and stdout. The child reads its specification, and describes itself once it has compiled.
+Then it answers each `{"burst": n}` with the seconds it took and what else it has to say. An exception is an
+answer too, the last one: `{"error": words}`.
 
 Standard library only: the child may run in an environment that has one framework and not the other.
 """

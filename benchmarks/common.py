@@ -102,8 +102,8 @@ def first_and_rest(
     if context > new_tokens:
         # The difference of two long prefills would be more noise than signal.
         return {"first_token_seconds": handed_over, "decode_seconds": whole - handed_over}
-    # Ours hands the first token over while the next steps run already, so with every core at work that
-    # is seen a few milliseconds late; beside a short prompt they would count.
+    # Ours returns the first token while the next steps run already. All cores are busy then, so it is seen a
+    # few milliseconds late. That would matter after a short prompt.
     _, first = call(1)
     return {"first_token_seconds": first, "decode_seconds": whole - first}
 

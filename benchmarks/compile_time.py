@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile_time
 
-Prints the seconds to trace, lower and compile each at two depths, medians of several rounds that take
-the depths in turn, without any cache of compiled programs.
+Prints the seconds to trace, lower and compile each at two depths, without a cache of compiled programs. They
+are medians of several rounds that take the depths in turn.
 """
 
 import dataclasses

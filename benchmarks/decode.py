@@ -1,21 +1,20 @@
 """Cached decoding of this repository beside Hugging Face's `generate` under torch, on CPU.
 
-Both continue the same number of random prompts by the same number of tokens, greedily, with the same
-number of threads; no token ends a row. The models are the same decoder (MQA, SwiGLU, RoPE, tied
-embeddings, float32; equal parameter counts are asserted). Every contestant is a process of its own
-that is idle until asked. A round asks each in turn for whole calls of `generate`, in an order that
-rotates, so a machine that is slow for a while is slow for all of them. Believe the ratios; the tokens
-per second belong to the machine.
+Both continue the same number of random prompts by the same number of tokens, greedily, with the same number
+of threads. No token ends a row. The models are the same decoder (MQA, SwiGLU, RoPE, tied embeddings, float32;
+equal parameter counts are asserted). Every contestant is a process of its own that is idle until asked. In a
+round, each in turn makes whole calls of `generate`, in an order that rotates. So if a machine is slow for a
+while, it is slow for all of them. Believe the ratios; the tokens per second belong to the machine.
 
-The time to the first token goes from the call to the moment `generate` hands that token over: to
-`on_tokens` of ours, to the streamer of Hugging Face's. Decoding is what the same call does after it:
-batch * (new tokens - 1) / (time of the call - time to the first token). Where the prompt is no longer
-than what is generated, the time to the first token is that of a call of its own for one token
-(`first_and_rest` in common.py says why). All times include the tokens' way to the host, the making of
-the cache and the Python around it; the prompts are lists of ids for ours and a tensor for theirs.
+The time to the first token ends when `generate` returns that token: ours to `on_tokens`, Hugging Face's to
+its streamer. Decoding is what the same call does after it: batch * (new tokens - 1) / (time of the call -
+time to the first token). If the prompt is not longer than what is generated, the time to the first token is
+measured by a separate call for one token. `first_and_rest` in common.py says why. All times include moving
+tokens to the host, making the cache, and the Python around it. The prompts are lists of ids for ours and a
+tensor for theirs.
 
-The machine must be quiet. With another busy process about, torch's threads wait for each other at
-every parallel region and it falls to a fraction of its speed, which flatters us. The column `cores`
+The machine must be quiet. torch's threads wait for each other after every parallel region. So another busy
+process slows torch more than it slows us, which makes our ratio too good. The column `cores`
 tells: on a quiet machine it is near --threads for torch. With --threads 1 nobody waits for anybody, and
 the ratios hold on a machine with a core to spare.
 

@@ -1,10 +1,10 @@
 """How much of a device's measured memory bandwidth cached decoding reaches.
 
-A decode step reads every weight once and, for every sequence, what each layer sees in the cache.
-Those bytes (the ledger's `read`, and the weights as decoding holds them) over the time of a token are the
-bandwidth reached. What the device can do is measured in the same rounds: an array is read and
-summed, and another one read and written; the faster of the two counts. The tokens are sampled greedily
-from random prompts, the weights are random; nothing is read from disk.
+A decode step reads every weight once and, for every sequence, what each layer sees in the cache. Those bytes
+(the ledger's `read`, and the weights as decoding holds them) over the time of a token are the bandwidth
+reached. The bandwidth of the device is measured in the same rounds. An array is read and summed, and another
+one is read and written. The faster of the two counts. The tokens are sampled greedily from random prompts,
+the weights are random; nothing is read from disk.
 
     python -m benchmarks.decode_bandwidth                        the paper's 1B model; a GPU or TPU
     python -m benchmarks.decode_bandwidth demo.h16_mqa_cla2 --batch 1 8 --context 256 --probe 256MiB

@@ -1,8 +1,8 @@
 """Hugging Face's `generate` under torch, as one contestant of `benchmarks.decode`.
 
-Its settings are those that its documentation gives for speed: inference mode, attention by
-scaled_dot_product_attention, and for the static cache a decode step that `generate` itself compiles
-(of which it must be persuaded on a CPU).
+Its settings are those that its documentation recommends for speed: inference mode, and attention by
+scaled_dot_product_attention. With the static cache, `generate` itself compiles the decode step, which on a
+CPU it must be told to do.
 """
 
 import sys

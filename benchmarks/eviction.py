@@ -3,9 +3,9 @@
     python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --windows 64 --T 0.9 --T 0.98
 
 For each T of FastGen the other policies get the budget at which they hold as many bytes at the end of a
-window, positions, classes and scores included. Scores are those of the tokens after the prompt: bits per
-token above the full forward pass, with a 95 % interval over windows, KL to it, and how often the top token is
-the same.
+window. These include positions, classes and scores. Scores are those of the tokens after the prompt: bits per
+token above the full forward pass, with a 95 % interval over windows. The KL divergence to the full forward
+pass is printed too, and how often the top token is the same.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """Training tokens per second of this repository beside Hugging Face's Llama under torch, on CPU.
 
-Both train the same decoder (MQA, SwiGLU, RoPE, tied embeddings, float32; equal parameter counts are
-asserted) by the same recipe (AdamW, clipping to a global norm, a schedule), with the same number of
-threads. Every contestant is a process of its own that is idle until asked. A round asks each in turn
-for a short burst of steps, in an order that rotates, so a machine that is slow for a while is slow
-for all of them. Believe the ratios; the tokens per second belong to the machine.
+Both train the same decoder: MQA, SwiGLU, RoPE, tied embeddings, float32. Equal parameter counts are asserted.
+The recipe (AdamW, clipping to a global norm, a schedule) and the number of threads are the same too. Every
+contestant is a process of its own that is idle until asked. In a round, each in turn makes a few steps, in an
+order that rotates. So if a machine is slow for a while, it is slow for all of them. Believe the ratios; the
+tokens per second belong to the machine.
 
-The machine must be quiet. With another busy process about, torch's threads wait for each other at
-every parallel region and it falls to a fraction of its speed, which flatters us. The column `cores`
+The machine must be quiet. torch's threads wait for each other after every parallel region. So another busy
+process slows torch more than it slows us, which makes our ratio too good. The column `cores`
 tells: on a quiet machine it is near --threads for every row.
 
     python -m benchmarks.train_step                          both shapes, ours both ways and torch

@@ -89,9 +89,9 @@ def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> l
       runs: runs, run directories, or directories of runs.
       context: tokens of context for the KV bytes. Default: the training window.
 
-    Returns:
-      Rows with `name`; `kv_bytes`, the resident bytes per token, counting 16 bits for elements that are not
-      quantised; and `evaluation`, the record with `perplexity` and `bits_per_byte`, or None.
+    Returns: Rows with `name`, `kv_bytes` and `evaluation`. `kv_bytes` are resident bytes per token, with 16
+      bits for elements that are not quantised. `evaluation` is the record with `perplexity` and
+      `bits_per_byte`, or None.
 
     Raises:
       ValueError: a directory contains no run, or a config is damaged.

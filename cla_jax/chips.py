@@ -1,10 +1,11 @@
 """What an accelerator can do, by kind: figures for plans, rooflines and MFU.
 
 TPU figures are a chip's as jax sees it (one device; of a TPU v7x chip, jax sees the two halves). Sources:
-Google's system pages for FLOP/s, memory, its bandwidth, interconnect and wrap-around links; "How to Scale
-Your Model" (Austin et al., 2025), chapters 2 and 5, for the one-way bandwidths of links and of the
-data-centre network; NVIDIA's data sheets, dense, SXM. Of a GPU, the link is NVLink, one way, and the
-network is one port a GPU of what NVIDIA's DGX and HGX systems have: 200 Gb/s for A100, 400 Gb/s since.
+Google's system pages have FLOP/s, memory, its bandwidth, interconnect and wrap-around links. "How to Scale
+Your Model" (Austin et al., 2025), chapters 2 and 5, has the one-way bandwidths of links and of the
+data-centre network. GPUs are from NVIDIA's data sheets, dense, SXM. For a GPU, the link is NVLink, one way.
+The network is the one port per GPU that NVIDIA's DGX and HGX systems have: 200 Gb/s for A100, 400 Gb/s since
+then.
 """
 
 import dataclasses
@@ -140,8 +141,8 @@ _V5E = Chip(flops=197e12, memory=16 * _GIB, bandwidth=819e9, link=90e9, axes=2, 
 _V5P = Chip(flops=459e12, memory=95 * _GIB, bandwidth=2765e9, link=180e9, axes=3, network=6.25e9)
 _V6E = Chip(flops=918e12, memory=32 * _GIB, bandwidth=1640e9, link=180e9, axes=2, network=6.25e9)
 
-# By jax's device kind, whole. A card whose name is only alike has other figures: of A100 there is one with
-# 40 GB, H100 PCIe and NVL are slower than SXM, and GH200 is no H200.
+# By jax's device kind, whole. A card with a similar name has other figures. There is an A100 with 40 GB, H100
+# PCIe and NVL are slower than SXM, and GH200 is not H200.
 CHIPS = {gpu.description: gpu.chip() for gpu in GPUS.values()} | {
     "TPU v4": Chip(
         flops=275e12, memory=32 * _GIB, bandwidth=1228e9, link=90e9, axes=3, network=6.25e9

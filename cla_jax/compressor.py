@@ -5,8 +5,8 @@
     x, cache = compressor.fill(cache, {0: prompt}, new_tokens=100)
     x, cache = decode(weights, compressor.spec, cache, tokens_BT, counts_B)
 
-Shapes are static, sizes are data: the host learns what each head keeps, takes pages of the pools for it, and
-lets the pools grow to the next of a few sizes where they are too small. Programs are compiled once a size.
+Shapes are static, sizes are data. The host learns what each head keeps and takes pages of the pools for it.
+If a pool is too small, it grows to the next of a few sizes. Programs are compiled once a size.
 """
 
 import dataclasses

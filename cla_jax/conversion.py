@@ -2,14 +2,14 @@
 
 Heads that become one are its *members*: heads of one layer (fewer KV heads), heads of several layers (layers
 that share), or both. A way to join them (`JOINS`) gives the weights of the shared head, and for each member
-how its readers make up for the change: a factor for each pair of dimensions that RoPE turns, which goes into
-the queries, and a matrix for the values, which goes into the outputs.
+how its readers make up for the change. A factor for each pair of dimensions that RoPE rotates goes into the
+queries, and a matrix for the values goes into the outputs.
 
     k_member ~ s * turn     pair by pair, a pair being a complex number: this commutes with RoPE
     v_member ~ v_shared @ map
 
-Any orthogonal map would do for values, but keys are rotated by position after their projection: only what
-acts on each pair of dimensions alone, as a rotation and a factor, can be moved to the queries.
+Values allow any orthogonal map. But keys are rotated by position after their projection. So only a rotation
+and a factor of each pair of dimensions can be moved to the queries.
 """
 
 import dataclasses

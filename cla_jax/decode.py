@@ -1,8 +1,8 @@
 """One step through the KV cache: of one token in decoding, of a chunk of a prompt in prefill.
 
-Decoding uses the parameters of each layer apart, taken out of their stacks once, and an unrolled
-step; slicing stacked weights inside the loop would copy them for every token. The cache is donated and
-read block by block up to the current length.
+Decoding uses the parameters of each layer, taken out of their stacks once, and an unrolled step. Slicing
+stacked weights inside the loop would copy them for every token. The cache is donated and read block by block
+up to the current length.
 """
 
 import dataclasses
@@ -81,9 +81,9 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Appends T tokens to each row: their hidden states [B, T, D], and the cache with them in it.
 
-    Only the first counts_B tokens of a row are text; the rest, and what would go beyond the capacity, is
-    padding, neither kept nor seen, and what comes out of it means nothing. `starts_BT`, if given, is the
-    first position each token sees. Raises ValueError for them if a kernel of the cache cannot do that.
+    Only the first counts_B tokens of a row are text. The rest, and what would go beyond the capacity, is
+    padding. It is neither stored nor seen, and its outputs mean nothing. `starts_BT`, if given, is the first
+    position each token sees. Raises ValueError for them if a kernel of the cache cannot do that.
     """
     config, rules = spec.config, spec.rules
     if starts_BT is not None and not spec.sees_starts:

@@ -6,12 +6,13 @@
         print(first.completion.tokens)
 
 A row of the cache serves one request at a time. A step of the engine gives free rows to the requests that
-wait, in the order of their submission and as far as the cache has room. It puts their prompts through the
-model, and then decodes all rows in a loop that stays on the device. What a request gets does not depend on
-what else is in the batch.
+wait, in the order of their submission, if the cache has room. It puts their prompts through the model, and
+then decodes all rows in a loop that stays on the device. What a request gets does not depend on what else is
+in the batch.
 
-Four programs are compiled, once for a cache spec and a way of sampling: a chunk of a prompt for all rows,
-the same for one row, the first token, and the loop of decode steps. Requests are data of these programs.
+Four programs are compiled, once for a cache spec and a way of sampling. They are a chunk of a prompt for all
+rows, the same for one row, the first token, and the loop of decode steps. Requests are data of these
+programs.
 """
 
 import collections

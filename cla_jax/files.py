@@ -1,8 +1,8 @@
 """The one way to open files and to read JSON that others wrote, or that may be damaged.
 
-What is no ordinary file, too large, or not what it should be raises ValueError: one line that names the
-file, with no more than a short piece of its content. It takes seconds and bounded memory, whatever the
-file holds. What is not the file's fault (no descriptors left, a disk that fails) stays an OSError.
+What is not an ordinary file, too large, or not what it should be raises ValueError. The message is one line
+that names the file, with at most a short piece of its content. It takes seconds and bounded memory, whatever
+the file holds. What is not the file's fault (no descriptors left, a disk that fails) stays an OSError.
 
     record = files.read_object(run / "config.json", links=False)
     steps = files.field(record, "identity.steps", int, run / "config.json")
@@ -63,8 +63,8 @@ def opened(file: PathLike, *, links: bool = True) -> IO[bytes]:
       links: whether the file may be a symbolic link. A link in the path before it is always followed.
 
     Raises:
-      ValueError: there is none, it may not be read, or it is something else: a directory, a pipe, a
-        device, a link that is not allowed. A pipe or a device is not opened.
+      ValueError: there is no such file, or it may not be read. Or it is a directory, a pipe, a device, or a
+        link that is not allowed. A pipe or a device is not opened.
     """
     path = os.fspath(file)
     try:

@@ -86,8 +86,8 @@ def process_start() -> float:
 def earlier(records: Iterable[dict[str, Any]], step: int) -> dict[str, float]:
     """Seconds that earlier processes of a run recorded, as the run continues from `step`.
 
-    A killed process has not recorded what came after its last record; the `seconds` of its steps since
-    then are known all the same, if not what it was doing when it was killed.
+    A killed process has not recorded what came after its last record. But the `seconds` of its steps since
+    then are known. What it did when it was killed is not known.
 
     Args:
       records: the lines of the run's metrics, in the order of writing.

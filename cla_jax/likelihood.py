@@ -168,9 +168,9 @@ def through_cache(
 ) -> list[Likelihood]:
     """The likelihood of each text's targets, decoded through a cache in steps of `chunk` tokens.
 
-    A suffix starts from a copy of its prefix's cache, in the state that decoding the prefix left it in: for
-    formats that keep every token by itself that is what decoding the whole text would give. (KIVI's is
-    too, but for where its steps begin: see cache/kivi.py.)
+    A suffix starts from a copy of its prefix's cache, as decoding the prefix left it. For formats that store
+    each token separately, the result is that of decoding the whole text. (KIVI's is too, but for where its
+    steps begin: see cache/kivi.py.)
     """
     tally = _Tally(len(texts), progress)
     by_capacity: dict[int, list[PrefixGroup]] = {}

@@ -1,9 +1,9 @@
 """Cross-entropy that never holds the logits of the whole sequence.
 
-The logits of a few positions exist at once. Where gradients are wanted, they are taken in the same
-pass, while those logits are at hand: the loss is a scalar, so its gradients need only be scaled later.
-Compared with recomputing the logits in the backward pass this saves one of four matrix products;
-compared with keeping them it saves B * T * V floats.
+The logits of a few positions exist at once. Where gradients are wanted, they are taken in the same pass,
+while those logits are at hand: the loss is a scalar, so its gradients need only be scaled later. Recomputing
+the logits in the backward pass would need four matrix products; this needs three. Storing them would need B *
+T * V floats.
 """
 
 import functools
@@ -44,8 +44,8 @@ def cross_entropy(
 ) -> jax.Array:
     """Weighted sum over all tokens of the negative log-likelihood, in nats; a float32 scalar.
 
-    With a teacher a token's loss is (1 - w) of that and w T^2 of KL(teacher || student), where logits of
-    both are divided by T (1503.02531). No gradient reaches the teacher.
+    With a teacher, a token's loss is (1 - w) of that plus w T^2 of KL(teacher || student). Logits of both are
+    divided by T (1503.02531). No gradient reaches the teacher.
 
     `x_BTD` are final hidden states in the compute dtype, `head_VD` the float32 output head,
     `weights_BT` float32 (0 leaves a token out). `chunk` positions are handled at once; it divides T.

@@ -44,9 +44,10 @@ def weights_bytes(config: ModelConfig) -> int:
 def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
     """About what a step of `tokens` tokens per row needs beside weights and cache, for one row.
 
-    The keys and values of the longest block of the cache as attention reads them; the larger of an attention
-    (queries, output; scores, masked scores and weights of one block; old and new sums) and an MLP (gate,
-    up and their product); the residual stream and a norm of it; and the logits of one token with what
+    The sum has four parts. The first is the keys and values of the longest block of the cache, as attention
+    reads them. The second is the larger of an attention and an MLP. An attention has queries, output, old and
+    new sums, and the scores, masked scores and weights of one block. An MLP has gate, up and their product.
+    The third is the residual stream and a norm of it. The fourth is the logits of one token, with what
     sampling makes of them.
     """
     config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize

@@ -1,8 +1,7 @@
 """Device mesh, and which mesh axis each logical axis of an array is split over.
 
-All mesh axes are Explicit: the layout of an array is part of its type, and a layout that does not
-work is an error at trace time. The model names logical axes only; `AxisRules` turns them into a
-PartitionSpec.
+All mesh axes are Explicit. The layout of an array is part of its type, so a layout that does not work is an
+error at trace time. The model names logical axes only; `AxisRules` turns them into a PartitionSpec.
 """
 
 import dataclasses
@@ -156,10 +155,10 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 def axis_rules(model: ModelConfig, mesh: Mesh) -> AxisRules:
     """The rules for a model on a mesh.
 
-    With fewer KV heads than the model axis has devices (MQA has one), the query groups are split and
-    the keys and values replicated over that axis. A width or vocabulary that the model axis does not
-    divide stays whole, with a warning: each of its devices then does all of that work. Raises ValueError,
-    before any array exists, for an fsdp axis that does not divide d_model: every weight has that axis.
+    If there are fewer KV heads than devices on the model axis (MQA has one), the query groups are split over
+    that axis. Keys and values are then replicated. A width or vocabulary that the model axis does not divide
+    stays whole, with a warning: each of its devices then does all of that work. Raises ValueError, before any
+    array exists, for an fsdp axis that does not divide d_model: every weight has that axis.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["model"]
     if model.d_model % fsdp:

@@ -260,10 +260,10 @@ def cached_decoding(
 ) -> dict[str, Any]:
     """The same text scored through a KV cache, and the bytes of that cache at the end of a window.
 
-    `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are
-    faster. They change nothing for formats that keep every token by itself; kivi gets worse, since the
-    first tokens of a step find the step's last ones counted among the newest. Raises ValueError unless
-    the chunk divides seq_len.
+    `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
+    They change nothing for formats that store each token separately. kivi gets worse, because for the first
+    tokens of a step, later tokens of that step count among the newest. Raises ValueError unless the chunk
+    divides seq_len.
     """
     weights = decoding_weights(model, session.rules)
     spec = _spec(session, format, chunk, windows)
@@ -367,8 +367,8 @@ def agreement(
 ) -> dict[str, float]:
     """How far decoding through a cache is from the full forward, token by token.
 
-    Over the first held-out windows: the largest and the mean absolute difference of logits, how often
-    the likeliest token is the same, and the mean divergence KL(full || cached) in nats. Several formats
+    Over the first held-out windows: the largest and the mean absolute difference of logits, and the mean
+    divergence KL(full || cached) in nats. Also how often the most likely token is the same. Several formats
     are one for each KV layer.
     """
     weights, spec = decoding_weights(model, session.rules), _spec(session, format, chunk, windows)

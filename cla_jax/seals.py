@@ -1,8 +1,8 @@
 """Checksums that the records of a run carry, so that damage and edits are seen.
 
-A sealed record has a `checksum` of its content and of what it belongs to: a file that was moved to another
-run does not match. They detect accidents, not deliberate forgery. A record without a checksum is
-accepted only where the run may be older than checksums: its config.json says so (see cla_jax.runs).
+A sealed record has a `checksum` of its content and of what it belongs to. So a file that was moved to another
+run does not match. They detect accidents, not deliberate forgery. A record without a checksum is accepted
+only where the run may be older than checksums: its config.json says so (see cla_jax.runs).
 """
 
 import hashlib

@@ -93,8 +93,8 @@ def train_step(
         loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens_BT1)
         return jax.tree.map(jnp.add, carry, (loss, gradients)), None
 
-    # The first microbatch starts the sums: adding to zeros would cost a run of one microbatch, which is
-    # most runs, a pass over all gradients (a seventh of the step of a small model on the CPU).
+    # The first microbatch starts the sums. Most runs have one microbatch. Adding it to zeros would cost a
+    # pass over all gradients, a seventh of the step of a small model on the CPU.
     first = jax.value_and_grad(mean_loss)(state.model, tokens_ABT1[0])
     # One after another: else, to fill its pipelines, XLA holds the activations of two microbatches.
     first, others = jax.lax.optimization_barrier((first, tokens_ABT1[1:]))

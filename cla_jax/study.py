@@ -193,10 +193,10 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
       scores: the metric by (row, seed). A score that is not finite is of a run that diverged. A missing score
         is of a run that is not there: the claim is not tested.
 
-    Pairs in which a run diverged are left out and named, but they never help the row that diverged: a claim
-    is not supported if its `row` diverged more often than `other`, nor contradicted in the opposite case.
-    A claim is supported if the one-sided test says so, contradicted if the test of the opposite says so, both
-    at the level of the study after Holm's adjustment; otherwise it is inconclusive.
+    Pairs in which a run diverged are left out and named, but they never help the row that diverged. If `row`
+    diverged more often than `other`, the claim is not supported. In the opposite case it is not contradicted.
+    A claim is supported if the one-sided test says so, and contradicted if the test of the opposite says so.
+    Both are at the level of the study after Holm's adjustment. Otherwise the claim is inconclusive.
     """
     found: list[Verdict | None] = []
     tested: list[_Tested] = []

@@ -1,8 +1,8 @@
 """The paper's 3B models (2405.12981, section 3.3, tables 2, 5 and 6; the second set: tables 7 and 8).
 
-Both sets have the same dimensions; the second was trained on another cluster, with another software
-stack and data order, which its seed stands for here. What the paper leaves open is decided as in
-`experiments.cla_1b`; the data is read as described there.
+Both sets have the same dimensions. The second was trained on another cluster, with another software stack and
+data order. Here its seed stands for that. What the paper leaves open is decided as in `experiments.cla_1b`;
+the data is read as described there.
 """
 
 from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement

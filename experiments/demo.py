@@ -1,9 +1,9 @@
 """The paper's question on a laptop: what does half the KV cache cost?
 
-Three small models on the embedded corpus: MQA; MQA with CLA2, at half its cache; and MQA with heads half as
-wide, at that same half. Everything else is equal. The shapes are those of `experiments.small`, which asks the
-same with tuned rates, more seeds and more text. Here a model sees each byte of the corpus at most once, and
-about three bytes per parameter.
+Three small models on the embedded corpus: MQA, MQA with CLA2, and MQA with heads half as wide. The last two
+have half the cache of the first. Everything else is equal. The shapes are those of `experiments.small`, which
+asks the same with tuned rates, more seeds and more text. Here a model sees each byte of the corpus at most
+once, and about three bytes per parameter.
 """
 
 from cla_jax.config import Config, Cosine, DataConfig, ModelConfig, OptimizerConfig, Placement

@@ -37,9 +37,8 @@ def set_up() -> None:
 def _keep_freed_memory(libc: ctypes.CDLL) -> None:
     """Freed memory stays with the process, which then holds its peak until it ends.
 
-    XLA allocates a step's temporaries anew at every step. By default glibc hands them back to the
-    system in between, and faulting the pages in again takes a sixth of a step of a small model
-    (benchmarks/README.md).
+    XLA allocates a step's temporaries anew at every step. By default glibc returns them to the system in
+    between. Then page faults take a sixth of a step of a small model (benchmarks/README.md).
     """
     for parameter, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
         libc.mallopt(parameter, value)

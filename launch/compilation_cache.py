@@ -1,8 +1,8 @@
 """Compiled programs, kept on disk: a second start, or the next row of a sweep, does not compile again.
 
-A program is code that this process will run. So programs are kept in a place of the user's own, never in a
-directory that came with somebody's runs; and each is kept with a checksum of its key and its content, so that
-a damaged file, or one under another program's name, costs the time of compiling it and nothing else.
+A program is code that this process will run. So programs are stored in the user's own cache, never in a
+directory that came with somebody's runs. Each has a checksum of its key and its content. So a damaged file,
+or one under another program's name, only costs the time of compiling it.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def directory() -> Path | None:
 def enable() -> None:
     """Keeps compiled programs in `programs` of `directory`.
 
-    They are found again by their content, the compiler's version and the kind of device, so runs share them
+    They are found again by their content, the compiler's version and the kind of device. So runs share them,
     and they may be deleted at any time. JAX_COMPILATION_CACHE_DIR in the environment names another place; an
     empty one turns this off.
     """

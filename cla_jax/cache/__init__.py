@@ -208,8 +208,8 @@ class CacheSpec:
         return self.windows[p] > 0 and self.windows[p] + self.chunk - 1 < self.capacity
 
     def _tokens(self, p: int) -> int:
-        """Tokens that KV layer p must hold. A ring has room for a window and what a step writes, so that
-        the first of its queries still finds all that it may see."""
+        """Tokens that KV layer p must hold. A ring has room for a window and what a step writes. So the first
+        query of a step still finds all that it may see."""
         return self.windows[p] + self.chunk - 1 if self.is_ring(p) else self.capacity
 
     def entries(self, p: int) -> int:
@@ -360,8 +360,8 @@ def cache_spec(
         tokens.
 
     Raises:
-      ValueError: an unknown format, sizes that are not positive or do not fit the mesh, or a model that the
-        format or the kernel does not support.
+      ValueError: an unknown format, or sizes that are not positive or do not fit the mesh. Or the format or
+        the kernel does not support the model.
     """
     if isinstance(format, str) or not isinstance(format, Sequence):
         format = [format] * config.n_kv_layers

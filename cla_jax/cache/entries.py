@@ -15,9 +15,9 @@ UNIT = 128  # entries are allocated, and distributed over devices, in units
 class Entries:
     """The entries of a KV layer, as one device sees them.
 
-    On several devices that hold parts of one KV layer, units of entries are distributed in turn, so that
-    all have as much to read at any length. A ring starts over at its first entry when it is full, and
-    so holds the newest tokens only.
+    If several devices hold parts of one KV layer, units of entries are distributed in turn. So all devices
+    have equally much to read at any length. A ring starts over at its first entry when it is full, and so
+    holds the newest tokens only.
     """
 
     capacity: int  # on this device
@@ -33,8 +33,8 @@ class Entries:
         return self.capacity * self.shards
 
     def of(self, positions: jax.Array) -> jax.Array:
-        """The entry for each position. One past the end, where a write is dropped, if there is none:
-        for a position that is negative (padding), beyond the capacity, or on another device."""
+        """The entry for each position. One past the end, where a write is dropped, if there is none. That is
+        so for a position that is negative (padding), beyond the capacity, or on another device."""
         place = positions % self.total
         unit = place // self.unit
         entry = (unit // self.shards) * self.unit + place % self.unit

@@ -1,8 +1,8 @@
 """A KV cache that keeps some of the tokens, each KV head of each row those that its rule says.
 
-Every (row, KV layer, KV head) is a sequence of its own: entries in pages of one pool for each KV layer, with
-a table of pages. Softmax does not care about the order of keys, and cached keys are rotated already. So an
-entry that is evicted is marked empty, and a later token takes its place. An entry knows its position, its
+Every (row, KV layer, KV head) is a separate sequence. Its entries are in pages of one pool for each KV layer,
+with a table of pages. Softmax does not care about the order of keys, and cached keys are rotated already. So
+an entry that is evicted is marked empty, and a later token takes its place. An entry knows its position, its
 class and, where the policy ranks by attention, the attention that it has received.
 
 A step writes its tokens, lets all layers read, adds up what each entry received, and evicts last. So all

@@ -131,8 +131,8 @@ class PrefixSpec(CacheSpec):
     ) -> Pages:
         """The tables of the requests in these rows of the batch.
 
-        A row writes to its private pages only. For a row that is `writing` its prompt, these are all from the
-        end of what it matched on, though others may wait to read them.
+        A row writes to its private pages only. For a row that is `writing` its prompt, these are all pages
+        after the part that it matched. Other rows may wait to read them.
         """
         assert (tree.chunk, tree.slots) == (self.page, self.pages)
         tables = self.empty()

@@ -1,9 +1,9 @@
 """Batches as a pure function of (seed, step), and the windows of an evaluation in order.
 
-Row r of the batch of a step is element `step * batch_size + r` of an endless sequence in which
-every epoch is a fresh permutation of the windows. In a mixture every component is such a sequence,
-and a schedule (`mixture.py`) says which component an element comes from. Any number of hosts and any
-restart point give the same tokens; the only state is the step.
+Row r of the batch of a step is element `step * batch_size + r` of an endless sequence. In it, every epoch is
+a new permutation of the windows. In a mixture every component is such a sequence, and a schedule
+(`mixture.py`) says which component an element comes from. Any number of hosts and any restart point give the
+same tokens; the only state is the step.
 """
 
 import itertools
@@ -159,8 +159,8 @@ class Batches:
 def windows(split: "Windows", batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All windows of a split in order, in batches of one size B for evaluation.
 
-    Yields dicts of `tokens` int32 [B, seq_len + 1], `n_targets` int32 [B] and `n_bytes` int64 [B];
-    the last batch is filled up with rows of zeros, which have no targets.
+    Yields dicts of `tokens` int32 [B, seq_len + 1], `n_targets` int32 [B] and `n_bytes` int64 [B]. The last
+    batch is filled up with rows of zeros, which have no targets.
     """
     for first in range(0, len(split), batch_size):
         examples = split.take(range(first, min(first + batch_size, len(split))))

@@ -1,9 +1,9 @@
 """Which source of a mixture each training row comes from, in closed form.
 
-Rows are numbered from 0 over the whole run. The components of a mixture are interleaved: with the weights
-7, 2 and 1 (or 0.7, 0.2 and 0.1), each block of ten rows of a stage, counted from its first, holds seven, two
-and one. Within a block the components named first come a little earlier. A stage has weights of its own. It
-goes on in every component where the stage before stopped.
+Rows are numbered from 0 over the whole run. The components of a mixture are interleaved. With the weights 7,
+2 and 1 (or 0.7, 0.2 and 0.1), each block of ten rows has seven, two and one of them. Within a block the
+components named first come a little earlier. A stage has weights of its own. It goes on in every component
+where the stage before stopped.
 
 grain's `MapDataset.mix` interleaves alike, but rounds the weights (0.7 and 0.3 become 233 and 100) and
 cannot start in the middle of its components.

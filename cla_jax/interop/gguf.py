@@ -5,8 +5,8 @@
     tensors     name, dimensions (the fastest first), type, offset
     data        from the next multiple of general.alignment on; offsets count from here
 
-Weights become float32, exactly as stored: codes times scales. llama.cpp keeps the rows of query and key
-projections in another order, for a rotation of neighbouring dimensions; that is undone here.
+Weights become float32, exactly as stored: codes times scales. llama.cpp stores the rows of query and key
+projections in another order, because it rotates neighbouring dimensions. The reader reverses that.
 """
 
 import dataclasses

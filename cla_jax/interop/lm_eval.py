@@ -1,8 +1,8 @@
 """Downstream tasks: the lm-evaluation-harness asks, a run answers.
 
 Tasks, prompts, metrics and the splitting of text into context and continuation are the harness's own
-(github.com/EleutherAI/lm-evaluation-harness), so scores are those that its Hugging Face backend gives
-for the same weights; how the answers are computed is ours (cla_jax/likelihood.py, cla_jax/engine.py).
+(github.com/EleutherAI/lm-evaluation-harness). So scores are those that its Hugging Face backend gives for the
+same weights. Only the computation of the answers is ours (cla_jax/likelihood.py, cla_jax/engine.py).
 """
 
 import functools
@@ -105,8 +105,8 @@ class Model(TemplateLM):
     ) -> list[int]:
         if not self._begin_token or add_special_tokens is False:
             return self._tokenizer.encode(string).tolist()
-        # As the harness's own backend does where the tokenizer puts a token before every text: one that
-        # is spelled there already is not put there twice.
+        # As in the harness's own backend. If the tokenizer puts a token before every text, and the text
+        # already has it, it is not put there twice.
         tokens = self._tokenizer.encode(string.removeprefix(self._begin_token)).tolist()
         return [self._tokenizer.begin(self._begin_token), *tokens]
 
@@ -293,7 +293,7 @@ def evaluate(
     """Scores a run on tasks, each way; yields (way, task, record) as they come, and writes them.
 
     The records of a way are `eval/tasks-WAY.json`, together with those that other evaluations of the same
-    checkpoint have written there; a task that is among them, asked in the same way, is not scored again,
+    checkpoint have written there. If a task is among them, asked in the same way, it is not scored again,
     unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
     `options` are those of `open_session`. Raises ValueError for what the arguments or the run do not allow.
     """

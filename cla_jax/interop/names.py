@@ -1,9 +1,9 @@
 """Our parameters and the tensors of a Llama checkpoint: one table, read in both directions.
 
-A foreign linear layer is a matrix (out, in); ours is an einsum operand with an axis for each thing that
-has a meaning, and the layers of a stack together: [groups, size, ...]. The table says for one layer which
-tensor holds which parameter and how its axes are flattened. Query head n of the matrix is our head
-(n // G, n % G): the G heads that read one key/value head lie together, there as here.
+A foreign linear layer is a matrix (out, in); ours is an einsum operand with an axis for each thing that has a
+meaning, and the layers of a stack together: [groups, size, ...]. The table says for one layer which tensor
+holds which parameter and how its axes are flattened. Query head n of the matrix is our head (n // G, n % G).
+In both, the G heads that read one KV head are next to each other.
 """
 
 import dataclasses

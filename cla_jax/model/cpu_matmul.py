@@ -1,8 +1,8 @@
 """Matrix products for few tokens on a CPU, in the one form that reads its weights at full speed.
 
-There, XLA runs [out, in] times [in, tokens] up to twice as fast as `Linear`'s [tokens, in] times
-[in, out], whose weights it packs anew in every step; likewise for a few queries and many keys. On other
-backends nothing here is used.
+There, XLA runs [out, in] times [in, tokens] up to twice as fast as `Linear`'s [tokens, in] times [in, out].
+It packs the weights of the latter again in every step. The same is true for a few queries and many keys. On
+other backends nothing here is used.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def enabled() -> bool:
 def matmul(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x times the transposed matrix: [tokens, out], in `dtype` or that of the operands."""
     N, (out, _) = len(x_NI), weight_OI.shape
-    # XLA gives a matrix times a vector to one thread, however large; of a batch of them, each thread
+    # XLA gives a matrix times a vector to one thread, even if it is large. Of a batch of them, each thread
     # takes its own, and finds it in the cache of its core at the next step. Several tokens it spreads itself.
     P = _parts(weight_OI) if N == 1 else 1
     weight_POI = weight_OI.reshape(P, out // P, -1)
@@ -47,8 +47,8 @@ def _parts(weight_OI: jax.Array) -> int:
 def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
     """Dot products of N queries with S keys in float32, [B, K, N, S].
 
-    For few queries on a CPU the keys come first in the product: second, they would be transposed in
-    memory, which costs more than the product.
+    For few queries on a CPU the keys come first in the product. If they came second, they would be transposed
+    in memory, which costs more than the product.
     """
     if jax.default_backend() != "cpu" or 8 * q_BKNH.shape[2] > k_BSKH.shape[1]:
         return jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, k_BSKH, preferred_element_type=jnp.float32)

@@ -154,9 +154,9 @@ class Mlp(nnx.Module):
 
 def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     def on_cpu(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # In a loop, which is not fused with anything: XLA would take cosines and sines anew for every
-        # head of every layer that is unrolled, a twelfth of a small training step. A barrier does not
-        # hinder it.
+        # In a loop, which is not fused with anything. Otherwise XLA would compute cosines and sines again for
+        # every head of every unrolled layer, a twelfth of a small training step. A barrier does not hinder
+        # it.
         cos, sin = jax.lax.map(
             lambda is_sin: jnp.where(is_sin, jnp.sin(angles), jnp.cos(angles)),
             jnp.array([False, True]),

@@ -32,9 +32,9 @@ def per_token(
 ) -> jax.Array:
     """The einsum of an activation [B, T, ...] and a weight; `spec` gives the layout for axis letters.
 
-    On a CPU, B and T become one axis of tokens, N. With two, XLA transposes whole activations in memory
-    for the gradient of the weight, a tenth of the step. On a TPU the one axis costs more than it saves:
-    where a width is no multiple of 128, each reshape to or from it copies the activation.
+    On a CPU, B and T become one axis of tokens, N. With two, XLA transposes whole activations in memory for
+    the gradient of the weight, a tenth of the step. On a TPU the one axis costs more than it saves. If a
+    width is not a multiple of 128, each reshape to or from it copies the activation.
     """
     outputs = equation.split("->")[1]
     if not on_cpu():
@@ -48,8 +48,9 @@ def per_token(
 def query_block(queries: int) -> int:
     """How many consecutive queries of causal attention share one product with the keys.
 
-    On a CPU, at most eight blocks, of 64 queries or more: a block leaves out the keys after it, nearly half
-    of the work, and its scores stay in the processor's cache. Each block adds to the time of compilation.
+    On a CPU, at most eight blocks, of 64 queries or more. A block leaves out the keys after it, which is
+    nearly half of the work. Its scores stay in the processor's cache. Each block adds to the time of
+    compilation.
     """
     return max(64, -(-queries // 8)) if on_cpu() else queries
 
@@ -58,8 +59,8 @@ def query_block(queries: int) -> int:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the pairs (i, i + H/2) of the last axis of x by angles [..., H/2]; in float32.
 
-    On a TPU, halves of the last axis are moved by a product with a matrix of zeros and ones, which is
-    exact and fused with what reads it. Split and joined, each half is an array in float32 in memory.
+    On a TPU, halves of the last axis are moved by a product with a matrix of zeros and ones. It is exact, and
+    is fused with what reads it. Split and joined, each half is an array in float32 in memory.
     """
     if not on_tpu():
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,7 +1,7 @@
 """Splash attention on TPU: jax's Pallas kernel, forward and backward, one KV head at a time.
 
-The kernel works on whole tiles of 128 lanes, so a head of 46 or 90 costs what one of 128 does; it is
-padded with zeros, which is exact.
+The kernel works on whole tiles of 128 lanes. So a head of 46 or 90 costs as much as one of 128. It is padded
+with zeros, which is exact.
 """
 
 import jax

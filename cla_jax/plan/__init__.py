@@ -93,9 +93,9 @@ class Plan:
 def plan(config: Config, topology: Topology, cache: Path | None = None) -> Plan:
     """Compiles the step of a config for a topology, and says what it needs.
 
-    What the compiler said is kept in `cache`, if that is given, under the program's own text: a config that
-    changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the
-    mesh or the batch does not fit the devices; ChildProcessError if the compiler was killed.
+    If `cache` is given, the compiler's output is stored there under the program's own text. So a config that
+    changes nothing in the program is not compiled again. Raises ValueError, before compiling, where the mesh
+    or the batch does not fit the devices; ChildProcessError if the compiler was killed.
     """
     layout = plan_layout(config, topology.devices)
     kind = topology.devices[0].device_kind

@@ -24,8 +24,8 @@ _HEADS = 2  # [tokens, Q]: queries and output of the attention before it, recomp
 def estimate(layout: Layout) -> dict[str, int]:
     """Bytes of a device at the peak of a step, by what they are for, in closed form.
 
-    The peak is in the loss or in the backward pass of the last block's MLP, whichever holds more: all that
-    the forward pass left is still there. Of the state the bytes are exact. Gaps between buffers are not
+    The peak is in the loss or in the backward pass of the last block's MLP, whichever needs more. Everything
+    that the forward pass saved is still there. Of the state the bytes are exact. Gaps between buffers are not
     counted. Attention is that of a kernel: the scores of the XLA backend are added, roughly.
     """
     config, model, options = layout.config, layout.config.model, layout.options
@@ -63,9 +63,9 @@ def estimate(layout: Layout) -> dict[str, int]:
         saved += scores_of_attention * (model.n_layers if options.remat == "none" else 0)
     # Of the MLP the weights and their gradients; of attention the weights, which are read next.
     gathered = (2 * D * Q + D * KV + 2 * 3 * D * F) * width
-    # The loss holds a device's own sum of the head's gradient, float32, the head, a chunk's scores, and the
-    # hidden states before and after the norm with their gradients; the backward pass of the blocks begins
-    # when they are gone.
+    # The loss holds a device's own sum of the head's gradient in float32, the head, and a chunk's scores. It
+    # also holds the hidden states before and after the norm, with their gradients. All are freed before the
+    # backward pass of the blocks begins.
     loss = V * D * (4 + width) + chunk * V * 4 + 3 * D * tokens * width
     return {
         "parameters": parameters,

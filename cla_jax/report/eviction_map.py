@@ -8,8 +8,8 @@ from typing import Any
 def draw(records: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws the profiles of evaluations through evicting caches, one beside the other, into a file.
 
-    A cell is a KV head: its colour is the policy that most prompts chose, or the share of the prompt that is
-    kept where there is nothing to choose; the number is that share, in per cent.
+    A cell is a KV head. Its colour is the policy that most prompts chose. If there is nothing to choose, it
+    is the share of the prompt that is kept. The number is that share, in per cent.
     """
     import numpy as np
     from matplotlib.colors import ListedColormap

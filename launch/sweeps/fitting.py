@@ -65,7 +65,7 @@ def misfits(
 ) -> dict[str, str]:
     """The trials that cannot run on the plan's topology, each with the reason.
 
-    A shape is compiled once for a topology; the verdict is kept beside the compiled programs, under the
+    A shape is compiled once for a topology. The result is stored next to the compiled programs, under the
     shape, the compiler's version and the library's own text. Raises ValueError for a topology that the
     planner does not know, and if its compiler is missing.
     """

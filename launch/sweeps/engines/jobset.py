@@ -1,9 +1,9 @@
 """Engines `jobset` and `xpk`: pods of TPUs on GKE, one JobSet a trial, queued by Kueue.
 
-The exit code of the trial's runner decides: 1 fails the JobSet at once; 42 (asked to stop, or to be started
-again), 134 (jax's end of a process whose peer is dead or silent) and the codes of killed processes start all
-pods again, and count against nothing: the trial's own record has the limits. xpk's manifest restarts on the
-same codes, but counts them.
+The exit code of the trial's runner decides. Code 1 fails the JobSet at once. Three kinds of codes start all
+pods again: 42 (asked to stop, or to be started again), 134 (jax ends a process whose peer is dead or silent),
+and the codes of killed processes. They are not counted here, because the trial's own record has the limits.
+xpk's manifest restarts on the same codes, but counts them.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ _METADATA = (
 )
 
 # Runs on every worker, at every boot. The host that keeps the record gives the slice back at the end,
-# whatever the end was; one that has failed for good costs nothing more.
+# whatever the end was. So a trial that has failed for good costs nothing more.
 SCRIPT = """\
 #!/bin/bash
 export HOME=/root
