@@ -29,10 +29,15 @@ from tyro import (
 )  # the version is pinned: there is no public way to say a refusal in own words
 
 from cla_jax import extras, fields, machine
-from cla_jax.config import Component, Config, Stage
+from cla_jax.config import CACHE_FORMATS, Component, Config, Stage
 from cla_jax.messages import near_choice, printable_lines, shown
 
 PICTURES = ("png", "svg", "pdf")  # endings of --plot
+# What --cache takes, for --help.
+CACHES = (
+    f"{', '.join(CACHE_FORMATS)} (dense has the model's dtype); or a policy that evicts tokens, such as "
+    "fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md)"
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -314,17 +319,19 @@ def utf8(text: str) -> str:
 
 
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
-    """Makes a `ValueError` of this project, which is how it reports a user's mistake, an exit.
+    """Turns errors that a user can understand into one line and an exit code.
 
-    Its message goes to stderr after `error: `, without a traceback, and the exit code is 2; so does that
-    of a `ChildProcessError`, a process of ours that was killed, and of a path that is not what it was
-    given for (a file for a directory, one that may not be read, too long a name), and of more memory than
-    the device has. What the machine has run out of (space on a disk, memory, open files) is told in a line
-    too, with exit code 1: another start may succeed. So is a path at which nothing is, or can be made.
-    Ctrl-C exits with 130, a reader of stdout that has gone with 1. Every other exception, a library's
-    ValueError included, is a bug of ours and keeps its traceback.
+    The message goes to stderr after `error: `, without a traceback.
 
-    A character that the terminal's encoding lacks is printed as an escape, on stdout as on stderr.
+    - Exit code 2: a `ValueError` of this project, which is how it reports a user's mistake. A
+      `ChildProcessError`, a process of ours that was killed. A path that is not what it was given for: a file
+      instead of a directory, one that may not be read, too long a name. More memory than the device has.
+    - Exit code 1, because another start may succeed: the machine has no more space on a disk, memory or open
+      files. A path at which nothing is, or can be made. A reader of stdout that has gone.
+    - Exit code 130: Ctrl-C.
+
+    Every other exception, also a library's ValueError, is a bug of ours and keeps its traceback. A character
+    that the terminal's encoding lacks is printed as an escape, on stdout as on stderr.
     """
 
     @functools.wraps(main)

@@ -29,17 +29,20 @@ from cla_jax.config import CACHE_FORMATS, MeshConfig
 from cla_jax.eviction import is_policy
 from cla_jax.messages import near_choice, printable
 from launch import allocator
-from launch.cli import check_picture, collected, log_to_stderr, read, refuse, user_errors
+from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # Run directories, or directories of runs.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # KV cache format: dense (the model's dtype), float32, bfloat16, int8, fp8, kivi4, kivi2; or a policy
-    # that evicts tokens, such as fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md). Repeat the flag for
-    # several formats. With --tasks also `full` (no cache), the default there.
-    cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    cache: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            help=f"KV cache format: {CACHES}. Repeat the flag for several formats. With --tasks also `full` "
+            "(no cache), the default there."
+        ),
+    ] = ()
     # Tokens per decoding step; 1 decodes as generation does, more is faster. Default: 1, with --tasks 16.
     chunk: int | None = None
     # Fraction of each window that is the prompt, for caches that evict tokens.

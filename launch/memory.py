@@ -8,9 +8,10 @@
     python -m launch.memory cla_1b.h128_mha --context 2048 --shared 1024
 
 Nothing is allocated: all bytes are computed from the config. --compile adds the compiler's figures for this
-machine's backend: one prefill chunk and the decode loop, at the batch size that fits. --ledger shows bytes
-per token instead: resident, written and read. (CLA reduces the first two, not the third.) --shared N adds
-how many sequences fit if all begin with the same N tokens, which a prefix-shared cache stores once.
+machine's backend. They are for one prefill chunk and the decode loop, at the batch size that fits. --ledger
+shows bytes per token instead: resident, written and read. (CLA reduces the first two, not the third.)
+--shared N adds how many sequences fit if all begin with the same N tokens. A prefix-shared cache stores these
+once.
 """
 
 import contextlib
@@ -48,8 +49,13 @@ class Arguments:
     budget: str = "80GB"
     # Tokens of a sequence, prompt and continuation together.
     context: int = 32_768
-    # KV cache format; repeat the flag for several. Default: dense, int8, fp8, kivi4 and kivi2.
-    cache: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    cache: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            help=f"KV cache format: {', '.join(CACHE_FORMATS)}; repeat the flag for several. Default: all "
+            "except float32 and bfloat16."
+        ),
+    ] = ()
     # Prompt tokens per prefill step.
     chunk: int = 256
     # Show resident, written and read bytes per token at this context, instead of sequences that fit.

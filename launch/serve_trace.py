@@ -59,8 +59,9 @@ class Arguments:
     make: str = ""
     # The trace that --make writes.
     made: Made = Made()
-    # KV cache format.
-    cache: str = "dense"
+    cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(CACHE_FORMATS)}.")] = (
+        "dense"
+    )
     # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
     # Maximum number of requests that decode at the same time.

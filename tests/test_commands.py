@@ -3,6 +3,8 @@
 import importlib
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ def test_help_lists_every_command(argv, capsys):
     commands.main(argv)
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in commands.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "memory", "serve_trace"])
+def test_help_lists_every_cache_format(command):
+    """One that was just added too: the list is not typed by hand."""
+    code = (
+        "from cla_jax import config\nconfig.CACHE_FORMATS = (*config.CACHE_FORMATS, 'int6')\n"
+        f"from launch.{command} import main\nmain(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kivi2, int6" in " ".join(done.stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
