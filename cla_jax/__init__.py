@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cla_jax.api import compare_runs, evaluate_run, plot_runs, train_run
-    from cla_jax.config import Config, Sampling
+    from cla_jax.config import Config
     from cla_jax.decoder import Decoder
     from cla_jax.fields import replaced
     from cla_jax.runs import Run, find_run, find_runs
@@ -15,7 +15,6 @@ __all__ = [
     "Config",
     "Decoder",
     "Run",
-    "Sampling",
     "compare_runs",
     "evaluate_run",
     "find_run",
@@ -27,7 +26,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("compare_runs", "evaluate_run", "plot_runs", "train_run"),
-    "config": ("Config", "Sampling"),
+    "config": ("Config",),
     "decoder": ("Decoder",),
     "fields": ("replaced",),
     "runs": ("Run", "find_run", "find_runs"),

@@ -38,7 +38,9 @@ class Options(TypedDict, total=False):
     """Options of `Decoder.generate`; `Decoder.complete` explains them and has the defaults."""
 
     new_tokens: int
-    sampling: Sampling
+    temperature: float
+    top_k: int
+    top_p: float
     seed: int
     on_tokens: Callable[[int, list[int]], bool | None] | None
 
@@ -55,6 +57,8 @@ class Decoder:
     cache: CacheFormat | Policy
     chunk: int
     attention: str = "xla"
+    # The lengths that a warning was about: one warning is enough.
+    _warned: list[int] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -76,7 +80,7 @@ class Decoder:
             `cla_jax.model.decode_kernels`.
 
         Raises:
-          ValueError: the run or the format does not exist; the run has no intact checkpoint; or the kernel
+          ValueError: the run or the format does not exist, or the run has no intact checkpoint. Or the kernel
             does not support this model, format or hardware.
         """
         run = find_decodable(run, cache, chunk)
@@ -120,7 +124,9 @@ class Decoder:
         prompts: Sequence[str],
         *,
         new_tokens: int = 100,
-        sampling: Sampling = Sampling(),
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
         on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     ) -> list[Completion]:
@@ -129,7 +135,9 @@ class Decoder:
         Args:
           prompts: texts; an empty one starts a document.
           new_tokens: the most tokens to generate for each prompt. An end token stops a prompt earlier.
-          sampling: how tokens are drawn. Default: from the model's distribution.
+          temperature: 0 always takes the most likely token; 1 samples the model's distribution.
+          top_k: sample from the k most likely tokens only; 0 for all.
+          top_p: sample from the smallest set of tokens whose total probability is at least this.
           seed: random seed. Each prompt uses a seed derived from this one and its position.
           on_tokens: called with the number of a prompt and its new tokens, as they are generated. If it
             returns True, that prompt stops.
@@ -139,8 +147,9 @@ class Decoder:
           probabilities under the model), and `finish`, the reason why it stopped.
 
         Raises:
-          ValueError: there is no prompt, or a value of new_tokens or sampling is not valid.
+          ValueError: there is no prompt, or new_tokens, temperature, top_k or top_p is not valid.
         """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         check_new_tokens(new_tokens)
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts, not one text")
@@ -148,11 +157,7 @@ class Decoder:
         if not ids:
             raise ValueError("no prompt was given")
         reach = max(map(len, ids)) + new_tokens
-        longest = self.run.origin().get("max_length")
-        if isinstance(longest, int) and reach > longest:
-            log.warning(
-                "the model supports at most %d tokens of context, but %d are used", longest, reach
-            )
+        self._warn_of_length(reach)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return generate(
                 self.weights,
@@ -165,6 +170,19 @@ class Decoder:
                 seeds=seed,
                 on_tokens=on_tokens,
             )
+
+    def _warn_of_length(self, reach: int) -> None:
+        """Warns once if the context may become longer than the model supports, or was trained on."""
+        origin = self.run.origin()
+        longest = origin.get("max_length") if origin else self.run.config().data.seq_len
+        if self._warned or not isinstance(longest, int) or reach <= longest:
+            return
+        self._warned.append(reach)
+        log.warning(
+            "the model %s contexts of %d tokens, but prompt and new tokens may have %d together: the text "
+            "beyond %d tokens may be worse",
+            *("supports only" if origin else "was trained on", longest, reach, longest),
+        )
 
     def _spec(self, **sizes: int) -> CacheSpec:
         model = self.run.config().model

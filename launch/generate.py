@@ -14,7 +14,7 @@ import tyro
 
 from cla_jax.config import Sampling, check_new_tokens
 from launch import allocator
-from launch.cli import log_to_stderr, read, user_errors, utf8
+from launch.cli import CACHES, log_to_stderr, read, user_errors, utf8
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
@@ -38,9 +38,9 @@ class Arguments:
     top_p: float = 1.0
     # Random seed; each prompt uses a seed derived from this one and the prompt's position.
     seed: int = 0
-    # KV cache format to decode through: dense, float32, bfloat16, int8, fp8, kivi4, kivi2; or a policy that
-    # evicts tokens, such as fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md).
-    cache: str = "dense"
+    cache: Annotated[str, tyro.conf.arg(help=f"KV cache format to decode through: {CACHES}.")] = (
+        "dense"
+    )
     # Prompt tokens per prefill step.
     chunk: int = 256
     # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
@@ -55,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.generate", description=__doc__)
     log_to_stderr()
     run = _run(arguments)
-    sampling = Sampling(
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
-    )
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
     from cla_jax.decoder import Decoder
@@ -70,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options: Options = {
         "new_tokens": arguments.new_tokens,
-        "sampling": sampling,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
         "seed": arguments.seed,
     }
     if arguments.stream:
@@ -88,6 +87,7 @@ def _run(arguments: Arguments) -> "Run":
 
     run = find_decodable(arguments.run, arguments.cache, arguments.chunk)
     check_new_tokens(arguments.new_tokens)
+    Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     if arguments.stream and len(arguments.prompt) > 1:
         raise ValueError(f"stream: {len(arguments.prompt)} prompts cannot be printed at once")
     return run

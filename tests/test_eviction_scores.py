@@ -71,7 +71,7 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
     assert len(report.points(rows)) == 3
 
     text = ["document of words, and more of them", "short ones."]
-    greedy = {"new_tokens": 12, "sampling": Sampling(temperature=0)}
+    greedy = {"new_tokens": 12, "temperature": 0}
     same = Decoder.open(run, cache="fastgen:T=1").generate(text, **greedy)
     assert same == Decoder.open(run).generate(text, **greedy)
 

@@ -687,7 +687,7 @@ def test_sigterm_saves_exits_42_and_continues_bit_for_bit(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     flags = ["--placement.runs", str(tmp_path / "runs"), "--steps", "4"]
     launch_train.main(["smoke", *flags, "--placement.accumulate", "1"])
@@ -728,6 +728,14 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         found["decoder"].generate("Fellow citizens")
     assert capsys.readouterr().out == f"{first}\n{second}\n"
     assert shown == f"{[first, second]}\n"
+    for new_tokens in (126, 127, 128):  # after a begin token and "a"
+        found["decoder"].generate(["a"], new_tokens=new_tokens, temperature=0)
+    # Once, with the first of them.
+    assert re.findall(
+        r"trained on contexts of 128 tokens, .* may have (\d+) together", caplog.text
+    ) == ["129"]
+    with pytest.raises(ValueError, match="temperature = -1 must be 0"):
+        found["decoder"].generate(["a"], temperature=-1)
     with pytest.raises(SystemExit):
         launch_generate.main([run, "--prompt", "good", "--prompt", "\udcffbad"])
     assert "error: '\\udcffbad' is not UTF-8" in capsys.readouterr().err
