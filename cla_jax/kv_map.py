@@ -107,7 +107,7 @@ class Sharing:
     def groups(self) -> tuple[Group, ...]:
         """The layers, cut into runs with the same sources.
 
-        A layer that makes keys or values always starts a group: the layers after it either read the same as
+        A layer that makes keys or values always starts a group. The layers after it either read the same as
         it does, and belong to its group, or start another.
         """
         runs, first = [], 0
@@ -182,7 +182,7 @@ def _halves(keys: bool, values: bool) -> Halves:
 def validate(kv_map: KvMap, n_layers: int) -> None:
     """Raises ValueError, naming the offending layer, unless every layer reads a producer at or below it."""
     if len(kv_map) != n_layers:
-        raise ValueError(f"kv_map has {len(kv_map)} entries but model.n_layers is {n_layers}")
+        raise ValueError(f"it has {len(kv_map)} entries, but model.n_layers = {n_layers}")
     for layer, source in enumerate(kv_map):
         if not 0 <= source < n_layers:
             raise ValueError(
@@ -353,28 +353,29 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
 
     `cla:2`, `keep-ends` and `0,0,2,2` are one map for both; `k=cla:2;v=identity` names two.
 
-    Raises ValueError for an unknown form (with the nearest one), wrong arguments, or an invalid map.
+    Raises ValueError for an unknown form (with the nearest one), wrong arguments, or an invalid map. The
+    message does not repeat the text.
     """
     text = text.strip()
     if "=" in text or ";" in text:
         parts = [part.partition("=") for part in text.split(";")]
         if sorted(key.strip() for key, _, _ in parts) != ["k", "v"]:
-            raise ValueError(f"kv_map {shown(text)}: two maps must have the form k=MAP;v=MAP")
+            raise ValueError("two maps must have the form k=MAP;v=MAP")
         named = {}
         for key, _, form in parts:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:
-                raise ValueError(f"kv_map {shown(text)}: {form.strip()} already defines both maps")
+                raise ValueError(f"{shown(form.strip())} already defines both maps")
             try:
                 named[key.strip()] = _one(form.strip(), n_layers)
             except ValueError as error:
                 raise ValueError(f"{key.strip()}: {error}") from None
         if named["k"] == named["v"]:
-            raise ValueError(f"kv_map {shown(text)}: both maps are equal; write only one")
+            raise ValueError("both maps are equal; write only one")
         return named["k"], named["v"]
     name, *arguments = text.split(":")
     if name in _PAIR_BUILDERS:
         builder, usage = _PAIR_BUILDERS[name]
-        k_map, v_map = builder(n_layers, *_arguments(text, name, usage, arguments))
+        k_map, v_map = builder(n_layers, *_arguments(name, usage, arguments))
         for made in (k_map, v_map):
             validate(made, n_layers)
         return k_map, v_map
@@ -388,26 +389,24 @@ def _one(text: str, n_layers: int) -> KvMap:
         try:
             kv_map = tuple(int(entry) for entry in text.split(","))
         except ValueError:
-            raise ValueError(
-                f"kv_map {shown(text)}: the sources must be integers, such as 0,0,2,2"
-            ) from None
+            raise ValueError("the sources must be integers, such as 0,0,2,2") from None
     elif name in _BUILDERS:
         builder, usage = _BUILDERS[name]
-        kv_map = builder(n_layers, *_arguments(text, name, usage, arguments))
+        kv_map = builder(n_layers, *_arguments(name, usage, arguments))
     else:
         near = difflib.get_close_matches(name[:100], [*_BUILDERS, *_PAIR_BUILDERS], n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown kv_map {shown(text)}{hint} (known: {forms()})")
+        raise ValueError(f"there is no such map{hint} (known: {forms()})")
     validate(kv_map, n_layers)
     return kv_map
 
 
-def _arguments(text: str, name: str, usage: str, arguments: list[str]) -> list[int | str]:
+def _arguments(name: str, usage: str, arguments: list[str]) -> list[int | str]:
     """The arguments of a builder: a number, and a word where there is a second one."""
     least, most = usage.count(":") - usage.count("["), usage.count(":")
     if not least <= len(arguments) <= most:
-        raise ValueError(f"kv_map {shown(text)} must have the form {name}{usage}")
+        raise ValueError(f"the form is {name}{usage}")
     try:
         return [*map(int, arguments[:1]), *arguments[1:]]
     except ValueError:
-        raise ValueError(f"kv_map {shown(text)} must have the form {name}{usage}") from None
+        raise ValueError(f"the form is {name}{usage}") from None

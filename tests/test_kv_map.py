@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import hypothesis.strategies as st
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from cla_jax import kv_map as m
+from tests.conftest import MODEL
 
 
 @st.composite
@@ -161,7 +163,7 @@ def test_layers_that_read_values_of_one_layer_and_make_keys_are_one_stack():
         ("0,0", 3, ["2 entries", "3"]),
         ("0,7", 2, ["kv_map[1] is 7", "0 to 1"]),
         ("0,x", 2, ["integers"]),
-        ("cal:2", 4, ["'cal:2'", "'cla'"]),
+        ("cal:2", 4, ["no such map", "'cla'"]),
         ("cla", 4, ["cla:FACTOR"]),
         ("cla:two", 4, ["cla:FACTOR"]),
         ("cla:2:middle", 4, ["middle", "'first' or 'last'"]),
@@ -171,15 +173,15 @@ def test_layers_that_read_values_of_one_layer_and_make_keys_are_one_stack():
         ("keep-ends", 2, ["n_layers >= 3"]),
         ("pizza:9", 4, ["n_kv_layers is 9"]),
         ("trailing:4", 4, ["n_shared is 4", "0 to 3"]),
-        ("", 4, ["unknown kv_map"]),
+        ("", 4, ["no such map"]),
         ("k=cla:2", 4, ["k=MAP;v=MAP"]),
         ("k=cla:2;k=identity", 4, ["k=MAP;v=MAP"]),
         ("k=cla:2;v=identity;v=identity", 4, ["k=MAP;v=MAP"]),
-        ("k=cla:2;v=", 4, ["unknown kv_map"]),
-        ("k=cla:2;v=fused-lite", 4, ["fused-lite already defines both maps"]),
+        ("k=cla:2;v=", 4, ["no such map"]),
+        ("k=cla:2;v=fused-lite", 4, ["'fused-lite' already defines both maps"]),
         ("k=cla:2;v=cla:9", 4, ["factor is 9"]),
         ("k=cla:2;v=0,0,2,2", 4, ["both maps are equal"]),
-        ("k=0,0,2;v=identity", 4, ["k: kv_map has 3 entries"]),
+        ("k=0,0,2;v=identity", 4, ["k: it has 3 entries"]),
         ("fused-lite:5", 4, ["n_kv_layers is 5"]),
         ("fused-lit", 4, ["'fused-lite'"]),
     ],
@@ -189,3 +191,6 @@ def test_refusals_name_the_layer_or_the_form(text, layers, words):
         m.resolve(text, layers)
     for word in words:
         assert word in str(error.value)
+    with pytest.raises(ValueError) as of_model:
+        dataclasses.replace(MODEL, kv_map=text, n_layers=layers)
+    assert str(of_model.value) == f"model.kv_map = {text!r}: {error.value}"
