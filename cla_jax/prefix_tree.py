@@ -223,11 +223,6 @@ class PrefixTree:
         """Slots that live requests read."""
         return self.slots - len(self._free) - self._idle
 
-    @property
-    def idle_slots(self) -> int:
-        """Slots of requests that have ended."""
-        return self._idle
-
     def chunks(self, tokens: int) -> int:
         """Chunks of a path with so many tokens: the last one is not full."""
         return tokens // self.chunk + 1

@@ -180,11 +180,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def least_p(n: int, alternative: Alternative = "two-sided") -> float:
-    """The smallest p value that the sign-flip test can give with n pairs."""
-    return 2.0 ** (1 - n if alternative == "two-sided" else -n)
-
-
 # ------------------------------------------------------------------------------------------ power
 
 
@@ -361,8 +356,8 @@ def byte_gain_interval(
 ) -> tuple[float, float]:
     """A bootstrap interval for `byte_gain` over seeds: (bytes, losses by seed) points, the same seeds in all.
 
-    Where a sample's line of `theirs` does not fall with its bytes, no number of bytes reaches our loss: the
-    gain of that sample is infinite. Raises ValueError as `byte_gain` does, for the means over all seeds.
+    If a sample's line of `theirs` does not fall with its bytes, no number of bytes reaches our loss. The gain
+    of that sample is then infinite. Raises ValueError as `byte_gain` does, for the means over all seeds.
     """
     counts = {len(losses) for _, losses in itertools.chain(ours, theirs)}
     if len(counts) != 1:

@@ -75,9 +75,9 @@ class Model:
         slots += ahead
         assert len(set(slots)) == len(slots)
         assert set(slots) <= set(range(tree.slots))
-        assert len(slots) == tree.live_slots + tree.idle_slots
+        assert len(slots) == tree.live_slots + tree._idle
         assert tree.live_slots == sum(node.readers > 0 for node in nodes) + len(ahead)
-        assert tree.idle_slots <= tree.retain
+        assert tree._idle <= tree.retain
         promised = sum(self.needs(path) for path in self.texts)
         assert tree.room == tree.slots - tree.live_slots - promised >= 0
         readers = dict.fromkeys(nodes, 0)
@@ -178,10 +178,10 @@ def test_no_slot_is_lost_in_ten_thousand_operations(retain):
     model.check()
     assert model.tree.live_slots == 0
     assert model.tree.room == 60
-    assert (model.tree.idle_slots > 0) == bool(retain)
+    assert (model.tree._idle > 0) == bool(retain)
     model.insert(list(range(100, 239)), 100)  # idle chunks give way to a request of the whole pool
     model.check()
-    assert (model.tree.room == 0 and model.tree.idle_slots == 0) or retain
+    assert (model.tree.room == 0 and model.tree._idle == 0) or retain
 
 
 def test_equal_beginnings_are_matched_by_whole_chunks_but_for_the_last_token():
@@ -264,7 +264,7 @@ def test_idle_chunks_go_least_recently_used_first_and_children_before_parents():
     tree = PrefixTree(chunk=2, slots=6, retain=6)
     for prompt in ([1, 1, 2, 2, 0], [3, 3, 0]):
         tree.remove(tree.insert(prompt, new_tokens=0))
-    assert tree.idle_slots == 3
+    assert tree._idle == 3
     tree.remove(tree.insert([1, 1, 2, 2, 0], new_tokens=0))  # used again
     kept = lambda: [node.tokens for node in tree.nodes() if not node.readers]
     for prompt, expected in (

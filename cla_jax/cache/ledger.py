@@ -20,7 +20,7 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.evicting import NO_PAGE, EvictingSpec
-from cla_jax.cache.prefix_shared import TILE, Pages, PrefixSpec
+from cla_jax.cache.prefix_shared import TILE, PrefixSpec
 from cla_jax.config import ModelConfig
 from cla_jax.eviction.rule import Rule
 from cla_jax.model.attention import EMPTY, Segment
@@ -68,8 +68,8 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
 def resident_at_16_bits(config: ModelConfig, format: str, context: int) -> float:
     """Bytes per token of context, if what the format does not quantise has 16 bits: for comparisons.
 
-    What a model computes in need not be what it would be served in, and formats that quantise less would
-    otherwise look worse for a float32 model.
+    A model may compute in another dtype than it would be served in. Otherwise formats that quantise less
+    would look worse for a float32 model.
     """
     config = dataclasses.replace(config, compute_dtype="bfloat16")
     spec = cache_spec(config, format, batch=1, capacity=context)
@@ -79,8 +79,8 @@ def resident_at_16_bits(config: ModelConfig, format: str, context: int) -> float
 def counted(spec: CacheSpec, cache: Cache, step: Any) -> Ledger:
     """From a live cache whose rows are all equally long, and from a decode step through it.
 
-    Bytes are those of the arrays; the entries in use are those that the attention of the newest token
-    would find; `step(spec, cache)` is traced, not run, to see which KV layers are written and read.
+    Bytes are those of the arrays. The entries in use are those that the attention of the newest token would
+    find. `step(spec, cache)` is traced, not run, to see which KV layers are written and read.
     """
     lengths = np.asarray(jax.device_get(cache.lengths_B))
     assert (lengths == lengths[0]).all()
@@ -123,37 +123,10 @@ def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
         {half: format.bytes_per_token(spec.config, half) for half in holds}
         for format, holds in zip(formats, spec.holds, strict=True)
     ]
-    return _shared(spec, sum(spec.kv_layer_bytes), of_token, held, all_tokens, read)
+    return shared_ledger(spec, sum(spec.kv_layer_bytes), of_token, held, all_tokens, read)
 
 
-def counted_shared(spec: PrefixSpec, cache: Cache) -> SharedLedger:
-    """From the live arrays: the pools, the tables, and how long each row is."""
-    pages: Pages = jax.device_get(cache.pages)
-    lengths_B = np.asarray(jax.device_get(cache.lengths_B))
-    used: dict[int, int] = {}  # tokens in each page
-    all_tokens = read = 0
-    for row, (private, start) in enumerate(zip(pages.private_BC, pages.starts_B, strict=True)):
-        alone = max(int(lengths_B[row]) - int(start), 0)
-        for i, page in enumerate(private[: -(-alone // spec.page)]):
-            used[int(page)] = min(spec.page, alone - i * spec.page)
-        all_tokens, read = all_tokens + alone, read + alone
-    for rows_R, (first, end) in zip(
-        pages.rows_IR[: pages.items], pages.blocks_I2[: pages.items], strict=True
-    ):
-        blocks = pages.shared_NM[first:end]
-        shared = blocks[blocks < spec.pages].tolist()
-        used |= dict.fromkeys(shared, spec.page)
-        all_tokens += len(shared) * spec.page * int((rows_R < spec.batch).sum())
-        read += len(shared) * spec.page
-    tokens = spec.pages * spec.page
-    of_token = [
-        {half: nbytes(layer.only(half)) // tokens for half in holds}
-        for layer, holds in zip(cache.kv_layers, spec.holds, strict=True)
-    ]
-    return _shared(spec, nbytes(cache.kv_layers), of_token, sum(used.values()), all_tokens, read)
-
-
-def _shared(
+def shared_ledger(
     spec: PrefixSpec,
     allocated: int,
     of_token: Sequence[dict[str, int]],
