@@ -1,7 +1,7 @@
 """The paper's question on one GPU: 12 million parameters, each sweep under 40 minutes on one H100.
 
-The rows of the study `small` at forty times its size: 8 layers of 384, windows of 1,024 bytes of English
-Wikipedia, 131 million training tokens per run, about two epochs. `python -m launch.data fetch enwik8`
+The rows of the study `small` at forty times its size: 8 layers of 384, and windows of 1,024 bytes of English
+Wikipedia. A run has 131 million training tokens, about two epochs. `python -m launch.data fetch enwik8`
 downloads the text.
 
 No sweep of this study has been run yet. The 40 minutes are computed at a fifth of an H100's peak (`seconds`).
@@ -91,8 +91,7 @@ def tuning() -> Trials:
 
 def main() -> Trials:
     """Six seeds of every row, the minimum for an exact test of two claims."""
-    changes = {row: {"optimizer.peak_lr": rate} for row, rate in RATES.items()}
-    return sweeping.declared(MAIN, ROWS, **changes)
+    return sweeping.declared(MAIN, ROWS, RATES)
 
 
 SWEEPS = (tuning, sweeping.once_tuned(main, RATES, "one_gpu.tuning"))

@@ -1,8 +1,8 @@
 """The paper's question with seeds, on two CPU cores: what does sharing keys and values cost?
 
-The rows of the 1B study at a 2,300th of its size: a third of a million parameters, 8 layers, bytes of
-English Wikipedia, 14 tokens per parameter. A run takes about ten minutes of one core, so every row gets a
-learning rate of its own and the main rows get eight seeds. `python -m launch.data fetch enwik8` downloads
+The rows of the 1B study at a 2,300th of its size: a third of a million parameters and 8 layers. The text is
+bytes of English Wikipedia, 14 tokens per parameter. A run takes about ten minutes of one core. So every row
+has its own learning rate, and the main rows have eight seeds. `python -m launch.data fetch enwik8` downloads
 the text.
 
 Rows with the same bytes per token: `h8_mqa` and `h16_mqa_cla2` (256 B), `h16_mqa` and `h32_mqa_cla2` (512 B).
@@ -178,7 +178,7 @@ MAIN = Study(
     gains=(Gain(ours=("h16_mqa_cla2", "h32_mqa_cla2"), theirs=("h8_mqa", "h16_mqa")),),
 )
 
-# One study of 1.1B models found CLA2's map the weakest of five at half the cache, with one seed: if so, each
+# One study of 1.1B models found CLA2's map the weakest of five at half the cache, with one seed. If so, each
 # other map should beat it here. Another, of 1.5B models, found it worse than keys of the middle layer with
 # values of the bottom layer.
 MAPS = Study(
@@ -270,21 +270,17 @@ def pilot() -> Trials:
 
 def main() -> Trials:
     """The rows of the study at their tuned learning rates, with all seeds."""
-    return sweeping.declared(MAIN, MAIN_ROWS, **_rates(MAIN))
+    return sweeping.declared(MAIN, MAIN_ROWS, RATES)
 
 
 def maps() -> Trials:
     """Maps with half the cache, compared with eight seeds each."""
-    return sweeping.declared(MAPS, MAP_ROWS, **_rates(MAPS))
+    return sweeping.declared(MAPS, MAP_ROWS, RATES)
 
 
 def league() -> Trials:
     """Models with 512 B per token, compared with eight seeds each."""
-    return sweeping.declared(LEAGUE, LEAGUE_ROWS, **_rates(LEAGUE))
-
-
-def _rates(study: Study) -> dict[str, dict[str, float]]:
-    return {row: {"optimizer.peak_lr": rate} for row, rate in RATES.items() if row in study.rows}
+    return sweeping.declared(LEAGUE, LEAGUE_ROWS, RATES)
 
 
 SWEEPS = (

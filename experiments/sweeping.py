@@ -21,6 +21,7 @@ import itertools
 import math
 import os
 import re
+import types
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,21 +70,30 @@ Trials = Generator[tuple[str, Config], Result, Any]
 # ------------------------------------------------------------------------------------- studies
 
 
-def declared(study: Study, rows: Iterable[Callable[[], Config]], **changes: Any) -> Trials:
+def declared(
+    study: Study,
+    rows: Iterable[Callable[[], Config]],
+    rates: Mapping[str, float] = types.MappingProxyType({}),
+    **changes: Any,
+) -> Trials:
     """The trials of a declared study: `ROW.seed-N` for each of its rows and seeds.
 
     Args:
       study: the rows and their numbers of seeds; its control widens their MLPs.
       rows: the functions that make the rows; their names are the names of the rows.
-      changes: for the name of a row, fields that replace those of its function, such as a tuned learning
-        rate.
+      rates: the tuned learning rate of each row, by name. Rows of other studies may be among them.
+      changes: for the name of a row, other fields that replace those of its function.
 
     Raises ValueError for a row without a function.
     """
     made = {row.__name__: row for row in rows}
     for name in (*study.rows, *changes):
         near_choice("row", name, made)
-    configs = {name: replaced(made[name](), changes.get(name, {})) for name in study.rows}
+    tuned = {name: {"optimizer.peak_lr": rates[name]} for name in study.rows if name in rates}
+    configs = {
+        name: replaced(made[name](), tuned.get(name, {}) | changes.get(name, {}))
+        for name in study.rows
+    }
     if study.control:
         base = configs[study.base]
         configs = {name: matched(config, base, study.control) for name, config in configs.items()}
