@@ -7,7 +7,7 @@
 Needs the runtime without its packages for data and for command lines. Every measurement is a process of its
 own: one that fails, or does not fit the memory, costs the others nothing, and the allocator's peak is its
 own. Results are lines of `results-*.jsonl` in --out. What one of these files has for this device is not
-measured again, so that several short stays on machines make one set; files of earlier stays may be copied to
+measured again, so that several short stays on machines make one set. Files of earlier stays may be copied to
 --out, or named by --done. What ran out of memory is not tried again; other failures are. A measurement that
 is not over when the minutes are is ended. A later stay tries it last, and only with more time than it had.
 """
@@ -76,7 +76,7 @@ def attention(d_head: int, n_kv_heads: int, seq_len: int) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from cla_jax.config import ModelConfig
-    from cla_jax.model.attention import KV, attend, choose_backend
+    from cla_jax.model.attention import KV, causal_attention, choose_backend
 
     config = ModelConfig(
         vocab_size=64,
@@ -97,7 +97,7 @@ def attention(d_head: int, n_kv_heads: int, seq_len: int) -> dict[str, Any]:
 
     def outputs(backend: str, dtype: Any) -> list[jax.Array]:
         q, k, v, d_o = (array.astype(dtype) for array in arrays)
-        call = lambda q, k, v: attend(q, KV(k, v), backend=backend)
+        call = lambda q, k, v: causal_attention(q, KV(k, v), backend=backend)
         o, backward = jax.vjp(call, q, k, v)
         return [array.astype(jnp.float32) for array in (o, *backward(d_o))]
 

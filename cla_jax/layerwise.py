@@ -17,7 +17,7 @@ from cla_jax import kv_map as kv_maps
 from cla_jax.config import ModelConfig
 from cla_jax.loss import token_losses
 from cla_jax.mesh import AxisRules
-from cla_jax.model.attention import KV, attend, window_starts
+from cla_jax.model.attention import KV, causal_attention, window_starts
 from cla_jax.model.layers import Rope
 from cla_jax.model.transformer import ForwardOptions, Group, Transformer
 from cla_jax.state import named, with_named
@@ -191,7 +191,7 @@ def _attended(group, x_BTD, kv, window, starts_BT, *, config: ModelConfig) -> ja
         x_BTD,
         kv,
         Rope.at(positions_BT, config),
-        lambda q_BTKGH, kv: attend(q_BTKGH, kv, starts_BT=seen_from_BT),
+        lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, starts_BT=seen_from_BT),
         options,
         config,
     )

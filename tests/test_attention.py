@@ -11,8 +11,8 @@ from cla_jax.model.attention import (
     KV,
     Segment,
     StepPositions,
-    attend,
     attend_segments,
+    causal_attention,
     choose_backend,
     cudnn_refusal,
     merge,
@@ -60,7 +60,7 @@ def blockwise(q, kv, first_query, starts):
 def test_block_by_block_equals_the_whole(starts):
     q, kv = inputs()
     starts = jnp.broadcast_to(jnp.array(starts)[:, None], (B, T))
-    whole = attend(q, KV(*(a[:, :T] for a in kv)), starts_BT=starts)
+    whole = causal_attention(q, KV(*(a[:, :T] for a in kv)), starts_BT=starts)
     blocks = blockwise(q, kv, 0, starts)
     # A query before its start sees nothing and gives zeros.
     seen = (jnp.arange(T) >= starts)[:, :, None, None, None]
@@ -83,7 +83,7 @@ def test_queries_in_blocks_give_the_same_output_and_gradients(monkeypatch, mask)
 
     def outputs(block):
         monkeypatch.setattr(attention, "query_block", lambda queries: block)
-        loss = lambda q, kv: (attend(q, kv, **masks[mask]) * weight).sum()
+        loss = lambda q, kv: (causal_attention(q, kv, **masks[mask]) * weight).sum()
         return jax.tree.leaves(jax.value_and_grad(loss, (0, 1))(q, kv))
 
     for whole, blocks in zip(outputs(T), outputs(5), strict=True):
@@ -93,7 +93,7 @@ def test_queries_in_blocks_give_the_same_output_and_gradients(monkeypatch, mask)
 def test_a_block_of_queries_has_no_scores_of_later_keys(monkeypatch):
     q, kv = inputs()
     monkeypatch.setattr(attention, "query_block", lambda queries: 5)
-    program = str(jax.make_jaxpr(attend)(q, KV(*(a[:, :T] for a in kv))))
+    program = str(jax.make_jaxpr(causal_attention)(q, KV(*(a[:, :T] for a in kv))))
     for queries, keys in ((5, 5), (5, 10), (3, 13)):
         assert f"f32[{B},{K},{queries * G},{keys}]" in program
     assert f"f32[{B},{K},{5 * G},{T}]" not in program
@@ -189,14 +189,14 @@ def test_a_window_is_the_newest_tokens(window):
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     zeros = jnp.zeros((B, T), jnp.int32)
     starts = window_starts(positions, window, zeros)
-    windowed = attend(q, kv, starts_BT=starts)
+    windowed = causal_attention(q, kv, starts_BT=starts)
     for t in (0, 5, T - 1):
         first = max(t + 1 - window, 0)
-        alone = attend(q[:, t : t + 1], KV(*(a[:, t : t + 1] for a in kv)))
+        alone = causal_attention(q[:, t : t + 1], KV(*(a[:, t : t + 1] for a in kv)))
         if window == 1:
             assert jnp.abs(windowed[:, t] - alone[:, 0]).max() < 1e-6
         shown = KV(*(jnp.where(jnp.arange(T)[:, None, None] >= first, a, 7.0) for a in kv))
-        again = attend(q, shown, starts_BT=starts)
+        again = causal_attention(q, shown, starts_BT=starts)
         assert jnp.abs(windowed[:, t] - again[:, t]).max() == 0
     assert (window_starts(positions, 0, zeros) == 0).all()
 
@@ -277,6 +277,6 @@ def test_cudnn_gets_the_heads_and_mask_that_xla_uses(monkeypatch):
     starts = jnp.broadcast_to(jnp.array([0, 5])[:, None], (B, T))
     seen = jnp.minimum(starts, jnp.arange(T))
     for given, (q, kv) in ((None, wide), (seen, jax.tree.map(narrow, wide))):
-        xla = attend(q, kv, starts_BT=given)
-        cudnn = attend(q, kv, starts_BT=given, backend="cudnn")
+        xla = causal_attention(q, kv, starts_BT=given)
+        cudnn = causal_attention(q, kv, starts_BT=given, backend="cudnn")
         assert jnp.abs(xla - cudnn).max() < 1e-5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cla_jax.model import splash, transformer
-from cla_jax.model.attention import KV, attend, choose_backend
+from cla_jax.model.attention import KV, causal_attention, choose_backend
 from cla_jax.model.transformer import ForwardOptions
 from tests.conftest import MODEL, replace
 
@@ -33,7 +33,7 @@ def test_splash_is_attention_forward_and_backward(K, G, H, documents):
         value, pullback = jax.vjp(function, q, k, v)
         return value, *pullback(o)
 
-    expected = value_and_gradients(lambda q, k, v: attend(q, KV(k, v), starts_BT=starts))
+    expected = value_and_gradients(lambda q, k, v: causal_attention(q, KV(k, v), starts_BT=starts))
     got = value_and_gradients(lambda q, k, v: splash.attend(q, k, v, starts, interpret=True))
     for name, a, b in zip(("output", "dq", "dk", "dv"), expected, got, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * jnp.abs(a).max(), err_msg=name)

@@ -14,11 +14,11 @@ def carrier(dtype: str) -> jnp.dtype:
     return jnp.dtype(dtype) if width == 4 else jnp.dtype(f"uint{8 * width}")
 
 
-def kept(x: jax.Array, dtype: str) -> jax.Array:
+def stored(x: jax.Array, dtype: str) -> jax.Array:
     """x rounded to dtype, as its carrier."""
     return jax.lax.bitcast_convert_type(x.astype(dtype), carrier(dtype))
 
 
 def restored(bits: jax.Array, dtype: str) -> jax.Array:
-    """The inverse of `kept`."""
+    """The inverse of `stored`."""
     return jax.lax.bitcast_convert_type(bits, dtype)

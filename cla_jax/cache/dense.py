@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.bits import carrier, kept, restored
+from cla_jax.cache.bits import carrier, restored, stored
 from cla_jax.cache.per_token import PerToken, Shape
 from cla_jax.model.attention import KV, Kept
 
@@ -20,10 +20,10 @@ class Dense(PerToken):
         return Shape("BEKH", (*heads, width), carrier(self.held))
 
     def encode_half(self, x_BTKH: jax.Array) -> jax.Array:
-        return kept(x_BTKH, self.held)
+        return stored(x_BTKH, self.held)
 
-    def decode_half(self, kept: jax.Array) -> jax.Array:
-        return restored(kept, self.held).astype(self.dtype)
+    def decode_half(self, half: jax.Array) -> jax.Array:
+        return restored(half, self.held).astype(self.dtype)
 
     def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
         return Kept(*layer.each(lambda bits: restored(bits, self.held)), positions_BE)

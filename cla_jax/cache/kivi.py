@@ -1,15 +1,16 @@
 """KIVI-style 4 and 2 bits (2402.02750, section 3): keys by channel, values by token.
 
-Keys have channels that are large in every token, so each channel of a group of 32 tokens has a scale
-and a zero of its own; values have none, so each token has them, for every 32 channels. A group of keys
-must be whole before it can be quantised: the newest tokens, 128 at least and 159 at most, stay in full
-precision until the oldest 32 of them are due. Scales and zeros are float16: a group whose range they
+Keys have channels that are large in every token. So each channel of a group of 32 tokens has its own scale
+and zero. Values have no such channels, so each token has a scale and a zero for every 32 channels. A group of
+keys must be whole before it can be quantised. So the newest tokens, at least 128 and at most 159, stay in
+full precision until the oldest 32 of them are due. Scales and zeros are float16: a group whose range they
 cannot hold (numbers that are not finite, or beyond 65,504) reads back as NaN.
 
 A step reads what it has written, back from the cache. So a step of one token, as in decoding, finds the
-newest 128 in full precision; of a step of many tokens, the first find those after them counted among
-the newest, and their own quantised if the step is longer than 128. That is worse than the paper's
-prefill, which attends in full precision; chunks of up to 32 tokens stay close to single steps.
+newest 128 in full precision. In a step of many tokens, later tokens of the step count among the newest. So
+the first tokens of the step find fewer earlier tokens in full precision. If the step is longer than 128, even
+their own keys are quantised. That is worse than the paper's prefill, which attends in full precision; chunks
+of up to 32 tokens stay close to single steps.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.bits import carrier, kept, restored
+from cla_jax.cache.bits import carrier, restored, stored
 from cla_jax.cache.entries import Entries, put
 from cla_jax.cache.per_token import Shape
 from cla_jax.config import ModelConfig
@@ -27,8 +28,8 @@ from cla_jax.model.attention import EMPTY, KV, Segment
 
 GROUP = 32  # tokens of a key group, channels of a value group
 NEWEST = 128  # tokens that are never quantised
-# Entries that keep them and up to 31 more. One group beyond that, so that what a step makes due can be
-# read after the step is written: read before, XLA would copy the ring.
+# Entries that keep them and up to 31 more. One group beyond that, so that what a step makes due can be read
+# after the step is written. If it were read before, XLA would copy the ring.
 RING = NEWEST + 2 * GROUP
 META_BYTES = 4  # a float16 scale and zero
 
@@ -95,7 +96,9 @@ class Kivi:
         """Writes up to 32 tokens per row; first quantises the group that they make due, if they do."""
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
         place_BT = jnp.where(positions_BT >= 0, positions_BT % RING, RING)
-        newest = layer.each(lambda half, new: put(half.newest, place_BT, kept(new, self.dtype)), kv)
+        newest = layer.each(
+            lambda half, new: put(half.newest, place_BT, stored(new, self.dtype)), kv
+        )
         if entries.capacity == 0:  # too short for anything to be quantised
             return layer.each(lambda half, ring: half._replace(newest=ring), newest)
         count_B = jnp.sum(positions_BT >= 0, axis=1)
@@ -194,14 +197,14 @@ class Kivi:
         x = x.astype(jnp.float32)
         low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
         # Through their bits: XLA may leave out a rounding that is undone at once.
-        scale, zero = (kept(a, "float16") for a in ((high - low) / (2**self.bits - 1), low))
+        scale, zero = (stored(a, "float16") for a in ((high - low) / (2**self.bits - 1), low))
         step, start = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))
         # The numbers themselves too: XLA's CPU compiler takes the maximum of NaN and 1 for 1.
         held = jnp.all(jnp.isfinite(x), axis, keepdims=True)
         held &= jnp.isfinite(step) & jnp.isfinite(start)
         codes = jnp.where(held, jnp.round((x - start) / jnp.where(step > 0, step, 1)), 0)
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
-        nan = kept(jnp.full_like(step, jnp.nan), "float16")
+        nan = stored(jnp.full_like(step, jnp.nan), "float16")
         return codes, jnp.where(held, scale, nan), jnp.where(held, zero, 0)
 
     def _restored(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ class PerToken(abc.ABC):
         """The stored form of keys, or of values, [B, T, K, H]: a pytree of [B, T, K, ...] arrays."""
 
     @abc.abstractmethod
-    def decode_half(self, kept: Any) -> jax.Array:
+    def decode_half(self, half: Any) -> jax.Array:
         """The inverse of `encode_half`, in `dtype`, up to the error of the format: [B, T, K, H]."""
 
     @abc.abstractmethod

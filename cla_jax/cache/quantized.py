@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.bits import kept, restored
+from cla_jax.cache.bits import restored, stored
 from cla_jax.cache.per_token import PerToken, Shape
 from cla_jax.model.attention import KV, Kept
 
@@ -48,16 +48,16 @@ class _EightBit(PerToken):
         # All that shares the scale reads back as NaN. The scale itself does not tell: XLA's CPU compiler
         # takes the maximum of NaN and 1 for 1.
         scale = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), scale, jnp.nan)
-        bits = kept(scale * (1 + 2.0**-8), "bfloat16")
+        bits = stored(scale * (1 + 2.0**-8), "bfloat16")
         scale = restored(bits, "bfloat16").astype(jnp.float32)
         # A head of zeros has scale 0 and codes 0; so has one without a scale.
         has_scale = (scale > 0)[..., None]
         x = jnp.where(has_scale, x / jnp.where(scale > 0, scale, 1)[..., None], 0)
         return Scaled(self._codes(x), bits)
 
-    def decode_half(self, kept: Scaled) -> jax.Array:
-        scale = restored(kept.scales, "bfloat16").astype(jnp.float32)[..., None]
-        return (self._values(kept.codes) * scale).astype(self.dtype)
+    def decode_half(self, half: Scaled) -> jax.Array:
+        scale = restored(half.scales, "bfloat16").astype(jnp.float32)[..., None]
+        return (self._values(half.codes) * scale).astype(self.dtype)
 
     def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
         codes = layer.each(lambda half: half.codes)
@@ -90,7 +90,7 @@ class Fp8(_EightBit):
     largest: float = 448.0
 
     def _codes(self, x: jax.Array) -> jax.Array:
-        return kept(x, "float8_e4m3fn")
+        return stored(x, "float8_e4m3fn")
 
     def _values(self, codes: jax.Array) -> jax.Array:
         return restored(codes, "float8_e4m3fn").astype(jnp.float32)

@@ -102,10 +102,10 @@ class Tokenizer:
     def encode_with_bytes(self, text: str) -> Encoded:
         """The ids of a text and the UTF-8 bytes each stands for, both int32 and of one length.
 
-        The bytes are those of the text as given and sum to `len(text.encode())`, whatever the
-        normaliser does to it. Text between tokens belongs to the later one, text after the last to
-        the last, and a character cut into several tokens to the first of them. A text that becomes
-        no tokens at all (a normaliser that strips white space) has no bytes either.
+        The bytes are those of the text as given and sum to `len(text.encode())`, whatever the normaliser does
+        to it. Text between tokens belongs to the later one, and text after the last token to the last one. A
+        character that is cut into several tokens belongs to the first of them. A text that becomes no tokens
+        at all (a normaliser that strips white space) has no bytes either.
         """
         return self.encode_batch_with_bytes([text])[0]
 
@@ -214,8 +214,8 @@ class _Words:
 def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
     """Whether the ids of a text are those of its words (`_WORD`), one after the other.
 
-    They are where nothing but the pre-tokeniser of GPT-2, which begins a new piece before such a space
-    whatever else stands there, and BPE, which stays within a piece, see the text, and every byte has an id.
+    They are if only the pre-tokeniser of GPT-2 and BPE see the text, and every byte has an id. The
+    pre-tokeniser always begins a new piece before such a space, and BPE stays within a piece.
     """
     pieces = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
     expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -243,9 +243,9 @@ class _Streamable:
 class TextStream:
     """The text of ids, piece by piece. A piece is given out when no later id can change it.
 
-    Half a character waits for its other half. Where single bytes are tokens of their own (byte
-    fallback), a run of them waits for its end: one bad byte changes how all of them are decoded. For a
-    decoder whose rules are not known here, the whole text comes at the end.
+    Half a character waits for its other half. With byte fallback, single bytes are tokens. Then several in a
+    row wait for their end, because one bad byte changes how all of them are decoded. For a decoder whose
+    rules are not known here, the whole text comes at the end.
     """
 
     def __init__(self, tokenizer: Tokenizer, rule: _Streamable):
@@ -497,9 +497,9 @@ def _sample(config: DataConfig) -> Iterator[str]:
 def _byte_level(end_token: str) -> tokenizers.Tokenizer:
     # The byte-level alphabet names printable bytes by themselves and the others, in order, by the
     # characters from U+0100 on.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
-    names = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    names = [chr(byte if byte in plain else next(others)) for byte in range(256)]
     inner = tokenizers.Tokenizer(
         models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[])
     )

@@ -1,9 +1,9 @@
 """Directories of Hugging Face models: config.json, safetensors, tokenizer.json.
 
-Llama and Mistral, and the public formats in which layers share keys and values: `gpt_crosslayer` of
-dolomite-engine (`sharing_pattern`), `lckv-llama` of LCKV (`layer_types`), and `cla`, which
-`cla_jax.interop.export` writes; and `deepseek_v2`, latents without experts. What the model here cannot
-express is refused, naming the key.
+Llama, Mistral, and `deepseek_v2` (latents without experts). Also the public formats in which layers share
+keys and values: `gpt_crosslayer` of dolomite-engine (`sharing_pattern`), `lckv-llama` of LCKV
+(`layer_types`), and `cla`, which `cla_jax.interop.export` writes. What the model here cannot express is
+refused, naming the key.
 """
 
 import dataclasses
@@ -72,17 +72,17 @@ def _read(directory: Path, tokenizer_json: str | None) -> Foreign:
     if zeros:
         notes.append(f"the {zeros} has no biases, unlike the other part: they were set to zero")
     if dropped:
-        shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
-        notes.append(f"{len(dropped)} unused tensors were dropped: {shown}")
+        first = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if dropped[4:] else "")
+        notes.append(f"{len(dropped)} unused tensors were dropped: {first}")
     before, after = tokenizers.added_tokens(tokenizer_json)
     explicit = [said["tokenizer_config.json"].get(f"add_{k}_token") for k in ("bos", "eos")]
     if explicit != [None, None]:  # it replaces what tokenizer.json says
         before = [begin] if explicit[0] and begin else []
         after = named[:1] if explicit[1] else []
     if before[1:] or after:
-        shown = " ".join([*before[1:], "TEXT", *after])
+        whole = " ".join([*before[1:], "TEXT", *after])
         notes.append(
-            f"its tokenizer also adds special tokens around a text, {shown}; this is not supported"
+            f"its tokenizer also adds special tokens around a text, {whole}; this is not supported"
         )
     origin = {"format": "hf", "path": str(directory), "model_type": family, "begin_token": begin}
     return Foreign(
@@ -176,8 +176,8 @@ def _check_tied(tensors: Mapping[str, Tensor]) -> None:
 
 def _said_of_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     """What the files beside config.json hold, as far as they are there."""
-    names = ("generation_config.json", "tokenizer_config.json")
-    return {f: _json(directory / f) if files.exists(directory / f) else {} for f in names}
+    beside = ("generation_config.json", "tokenizer_config.json")
+    return {f: _json(directory / f) if files.exists(directory / f) else {} for f in beside}
 
 
 def _ids(

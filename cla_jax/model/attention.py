@@ -1,9 +1,9 @@
 """Attention over shared keys and values, one function for every head layout and kv_map.
 
-Query heads are two axes, (K, G): MHA is G = 1, MQA is K = 1, and nothing is repeated or branched on.
-What a query may see is a range of positions: keys `starts_BT <= s <= position`.
-`starts` is 0 for plain causal attention, and the first position of a document (or of a row's text,
-after its padding) where attention must not reach further back.
+Query heads are two axes, (K, G): MHA is G = 1, MQA is K = 1, and nothing is repeated or branched on. What a
+query may see is a range of positions: keys `starts_BT <= s <= position`. `starts` is 0 for plain causal
+attention. Where attention must not reach further back, it is the first position of a document, or of a row's
+text after its padding.
 """
 
 import functools
@@ -101,7 +101,7 @@ def window_starts(
     return jnp.maximum(from_BT, starts_BT)
 
 
-def attend(
+def causal_attention(
     q_BTKGH: jax.Array,
     kv: KV,
     *,
@@ -346,13 +346,13 @@ def partial_attention(
         return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak)
 
     zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
-    # Zeros that depend on the queries (no position is less than -1): XLA's CPU compiler would make plain
-    # ones for all layers at the start of a step, and hold them until their turn.
+    # Zeros that depend on the queries (no position is less than -1). XLA's CPU compiler would make constant
+    # zeros for all layers at the start of a step, and hold them until they are used.
     sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
     part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
     for segment in segments:
-        # A loop even where one block is all: outside of one, XLA fuses the write to a KV layer into
-        # its readers, and then copies the KV layer.
+        # A loop even if there is only one block. Outside a loop, XLA fuses the write to a KV layer into its
+        # readers, and then copies the KV layer.
         body = functools.partial(step, segment)
         part = jax.lax.fori_loop(segment.first, segment.end, body, part)
     return part
@@ -403,7 +403,7 @@ def attend_segments(
     """Attention of T queries per row over a cache, their own keys among it. [B, T, K, G, H]
 
     Values are as wide as the queries, or `width` if that is less. Scores are scaled by `scale`, by default
-    for the width of the queries. A `kernel`, if given, reads the cache instead of the segments: it is called
+    for the width of the queries. A `kernel`, if given, reads the cache instead of the segments. It is called
     with the queries, their positions, and the first positions that they see.
 
     With `axis`, a mesh axis of a surrounding shard_map, the devices along it hold parts of one cache.

@@ -1,17 +1,16 @@
 """A transformer whose layers share keys and values, as the kv_map says.
 
-The group is the unit of structure. A producing group projects its keys and values once from the
-residual stream that enters it; every block of the group attends to that same value:
+The group is the unit of structure. A producing group projects its keys and values once from the residual
+stream that enters it. Every block of the group attends to the same value:
 
     kv = projection(x)
     for block in blocks:
         x = block(x, kv)
 
-A consuming group has no projection and is handed the `kv` of an earlier group. That is all there is
-to cross-layer attention (CLA, 2405.12981 section 3.1). Where keys and values are shared differently, a group
-may make one of them and read the other. Shared keys and values are an ordinary value, so
-gradients and rematerialisation need no care; whether `kv` holds arrays or is a part of a cache, a block
-cannot tell.
+A consuming group has no projection and is handed the `kv` of an earlier group. That is all there is to
+cross-layer attention (CLA, 2405.12981 section 3.1). Where keys and values are shared differently, a group may
+make one of them and read the other. Shared keys and values are an ordinary value, so gradients and
+rematerialisation need no special code. A block does not know whether `kv` is arrays or a part of a cache.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from cla_jax.model.attention import (
     ATTENTION_OUTPUT,
     KV,
     PrefixMask,
-    attend,
+    causal_attention,
     joined,
     window_starts,
 )
@@ -317,12 +316,12 @@ class Transformer(nnx.Module):
         def attend_within(window: jax.Array | None) -> Attend:
             if mask is not None:
                 seen_BTS = mask.visible(window)
-                return lambda q_BTKGH, kv: attend(q_BTKGH, read(kv), seen_BTS=seen_BTS)
+                return lambda q_BTKGH, kv: causal_attention(q_BTKGH, read(kv), seen_BTS=seen_BTS)
             seen_from_BT = starts_BT
             if window is not None:
                 any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
                 seen_from_BT = window_starts(positions_BT, window, any_BT)
-            return lambda q_BTKGH, kv: attend(
+            return lambda q_BTKGH, kv: causal_attention(
                 q_BTKGH, read(kv), starts_BT=seen_from_BT, backend=options.attention, rules=rules
             )
 

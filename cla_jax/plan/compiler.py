@@ -23,7 +23,7 @@ from cla_jax import chips, files, hlo, machine
 from cla_jax.config import Config
 from cla_jax.messages import printable
 from cla_jax.plan import topologies
-from cla_jax.plan.topologies import CUDA, HERE, Topology, asked_of, topology
+from cla_jax.plan.topologies import CUDA, HERE, Topology, asked_of
 from cla_jax.session import Layout, plan_layout
 from cla_jax.state import named
 from cla_jax.step import make_step, option_errors
@@ -93,7 +93,7 @@ def _lower(layout: Layout) -> Any:
 
 def _compilers() -> list[importlib.metadata.Distribution]:
     found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu", *CUDA))
-    return [distribution for named in found for distribution in named]
+    return [distribution for several in found for distribution in several]
 
 
 _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
@@ -106,8 +106,8 @@ _LAST_OF_GPU = ".debug_options"
 
 
 def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int, bool]:
-    """`_compile`, for devices elsewhere, as far as a plan needs it: in a process that is ended where code
-    generation begins, which takes four fifths of the time."""
+    """`_compile`, for devices elsewhere, as far as a plan needs it. It runs in a process that is ended when
+    code generation begins, because that takes four fifths of the time."""
     last = _LAST_OF_GPU if topology.per_host else _LAST_OF_TPU
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit jax's threads, dead
     ours, theirs = spawn.Pipe(duplex=False)
@@ -142,7 +142,7 @@ def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: An
     """The process of `_compile_apart`: hands over (peak, fits), or what was raised."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        layout = plan_layout(config, topology(name, slices).devices)
+        layout = plan_layout(config, topologies.topology(name, slices).devices)
         found = _compile(_lower(layout), dump, config.placement.compiler_options)
     except ValueError as error:
         found = error

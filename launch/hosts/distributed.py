@@ -3,11 +3,12 @@
 If a process dies or hangs, the others end with a message, in one of three ways. P is `--peer-timeout`
 (default 100 s), S is `--step-timeout` (default 1 h):
 
-- A collective fails, because the connections of the dead process are closed: a traceback and exit code 1,
-  within P + 10 s, usually within 10 s.
-- Process 0, which counts heartbeats, reports a dead or stopped process, or process 0 itself does not respond:
-  "Terminating process because the JAX distributed service detected fatal errors" within P + 10 s, and SIGABRT
-  (-6 in Python, 134 in a shell). A stopped process that resumes too late ends in the same way.
+- A collective fails, because the connections of the dead process are closed. The process prints a traceback
+  and exits with code 1, within P + 10 s, usually within 10 s.
+- Process 0 counts heartbeats and reports a dead or stopped process, or process 0 itself does not respond. The
+  others print "Terminating process because the JAX distributed service detected fatal errors", within P + 10
+  s. They end by SIGABRT (-6 in Python, 134 in a shell). A stopped process that resumes too late ends in the
+  same way.
 - A step takes longer than S, because a process is alive but makes no progress: "Timeout", the stack of every
   thread, and exit code 1. The others end in the same way, or because this process ended.
 
@@ -279,9 +280,9 @@ def _differences(said: list[dict[str, Any]]) -> list[str]:
 
 
 def _processes(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
+    first = ", ".join(map(str, numbers[:8]))
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-    return f"process{'es' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"process{'es' if len(numbers) > 1 else ''} {first}{more}"
 
 
 def stop_on_signal() -> Callable[[int], bool]:
@@ -384,9 +385,9 @@ def watched(
 ) -> Iterator[Callable[[int], bool]]:
     """`should_stop`, and the end of one of several processes that stops asking it.
 
-    Heartbeats do not see a process whose Python waits for ever, say for storage; then all others wait for
-    it, alive too. From the first step until the with statement is left, a process that has not asked for
-    `step_timeout` seconds prints the stacks of its threads and exits with code 1.
+    Heartbeats do not see a process whose Python waits for ever, say for storage; then all others wait for it,
+    alive too. This counts from the first step until the with statement is left. If a process has not asked
+    for `step_timeout` seconds, it prints the stacks of its threads and exits with code 1.
     """
     _stepping.clear()  # another run of the same process starts up too
     if jax.process_count() == 1:

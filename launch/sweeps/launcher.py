@@ -362,17 +362,17 @@ class Launcher:
     def _submit(self, plan: LaunchPlan) -> None:
         """Hands trials over; what fails is reported, the others go on."""
         numbers = self._numbers(plan)
-        files = plan.directory / ".sweep" / "jobs"
-        if not is_local(files):
-            files = epath.Path(tempfile.mkdtemp(prefix="cla_jax-jobs-"))
-        files.mkdir(parents=True, exist_ok=True)
+        folder = plan.directory / ".sweep" / "jobs"
+        if not is_local(folder):
+            folder = epath.Path(tempfile.mkdtemp(prefix="cla_jax-jobs-"))
+        folder.mkdir(parents=True, exist_ok=True)
         for job in self.engine.jobs(plan, numbers):
             for name, text in job.files.items():
-                (files / name).write_bytes(text.encode())
+                (folder / name).write_bytes(text.encode())
             # Before too: a launcher that is killed meanwhile must find what it asked for.
             self._note(plan, job, numbers, "")
             try:
-                printed = self._hand_over(plan, job, files)
+                printed = self._hand_over(plan, job, folder)
             except ValueError as error:
                 self.stuck |= dict.fromkeys(job.jobs, str(error))
                 continue
@@ -393,9 +393,11 @@ class Launcher:
             )
             record.write_submission(submission)
 
-    def _hand_over(self, plan: LaunchPlan, job: engines.Job, files: epath.Path) -> str:
+    def _hand_over(self, plan: LaunchPlan, job: engines.Job, folder: epath.Path) -> str:
         if self.pool is None:
-            return engines.call([word.replace("{files}", os.fspath(files)) for word in job.command])
+            return engines.call(
+                [word.replace("{files}", os.fspath(folder)) for word in job.command]
+            )
         (name,) = job.jobs
         trial = next(trial for trial in plan.trials if trial.name == name)
         log = _record(plan, name).path / "runner.log"
@@ -466,8 +468,8 @@ def _print_together(lines: Sequence[tuple[str, str, str]]) -> None:
         print(printable_lines(f"{those[0]}{more}  {state}{why}"), flush=True)
 
 
-def _shell(job: engines.Job, files: Path) -> str:
-    return shlex.join(word.replace("{files}", str(files)) for word in job.command)
+def _shell(job: engines.Job, folder: Path) -> str:
+    return shlex.join(word.replace("{files}", str(folder)) for word in job.command)
 
 
 def _progress(said: str) -> None:
