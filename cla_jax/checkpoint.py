@@ -4,10 +4,10 @@
     checkpoints/00000100.json    manifest: step, number and identity of the run, sizes and SHA-256 of its
                                  files, shapes of its arrays
 
-Orbax restores a flipped byte without a word, so a checkpoint counts from the moment its manifest,
-written after the commit, is there; and every load verifies it: its files, and that it is of this step and of
-this run. One that is not is set aside under another name, never deleted. A directory without a manifest was
-interrupted and is ignored. It is removed, as older checkpoints are, only after a newer manifest is written.
+Orbax restores a flipped byte without an error. So a checkpoint counts only if it has a manifest, which is
+written after the commit. Every load verifies its files, its step and its run. One that is not is set aside
+under another name, never deleted. A directory without a manifest was interrupted and is ignored. It is
+removed, as older checkpoints are, only after a newer manifest is written.
 """
 
 import concurrent.futures
@@ -112,14 +112,13 @@ class Checkpointer:
         saving.result()
         if jax.process_index() != 0:
             return
-        files = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
-        if not any(
-            name.endswith("/manifest.ocdbt") for name in files
-        ):  # what orbax lists arrays in
+        checksums = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
+        # Orbax lists the arrays in this file.
+        if not any(name.endswith("/manifest.ocdbt") for name in checksums):
             raise ValueError(
                 f"{path} contains no arrays: the checkpoint was written to another place"
             )
-        manifest = {"step": int(path.name), "files": files, "arrays": arrays}
+        manifest = {"step": int(path.name), "files": checksums, "arrays": arrays}
         if self.owner is not None:
             manifest |= {"run": self.owner.run, "identity": self.owner.identity}
         manifest["checksum"] = digest(manifest)
@@ -139,20 +138,20 @@ class Checkpointer:
             left.rmtree()
 
 
-def set_losses_aside(run: Run) -> None:
-    """Tells what is missing of a run, and keeps the files of a checkpoint whose manifest is missing.
+def report_missing_records(run: Run) -> None:
+    """Warns of records that a run no longer has; renames a checkpoint whose manifest is missing.
 
-    Raises ValueError if no checkpoint is left of those that were saved: it is not for us to begin anew.
+    Raises ValueError if no checkpoint is left of those that were saved: only the user may begin again.
     """
-    losses = run.losses()
-    if losses.checkpoint is not None and not steps(run.checkpoints):
+    missing = run.missing_records()
+    if missing.checkpoint is not None and not steps(run.checkpoints):
         raise ValueError(
-            f"{'; '.join(losses.problems)}: restore it, or remove {run.path} to train from the beginning"
+            f"{'; '.join(missing.problems)}: restore it, or remove {run.path} to train from the beginning"
         )
-    for problem in losses.problems:
+    for problem in missing.problems:
         log.warning("%s", problem)
-    if losses.checkpoint is not None and jax.process_index() == 0:
-        _set_aside(run.checkpoints / f"{losses.checkpoint:08d}")
+    if missing.checkpoint is not None and jax.process_index() == 0:
+        _set_aside(run.checkpoints / f"{missing.checkpoint:08d}")
 
 
 def restore_latest(
@@ -176,7 +175,7 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
     checkpoint that can be trusted.
     """
     run.check_saved()
-    for problem in run.losses().problems:
+    for problem in run.missing_records().problems:
         log.warning("%s", problem)
     owner, config = run.owner, run.config().model
     shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
@@ -222,7 +221,10 @@ def _restore(
         damaged[path] = problem
         log.warning("%s; trying an earlier checkpoint", problem)
     if damaged:
-        raise ValueError("no intact checkpoint is left: " + "; ".join(damaged.values()))
+        raise ValueError(
+            f"no intact checkpoint is left: {'; '.join(damaged.values())}. Restore one from a copy; or "
+            f"remove {directory.parent} and train the run again"
+        )
     return None
 
 
@@ -375,9 +377,9 @@ def _files(path: epath.Path) -> list[epath.Path]:
 
 
 def _checksum(file: epath.Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
+    hashed, size = hashlib.sha256(), 0
     with files.opened(file, links=False) as stream:
         while chunk := stream.read(1 << 22):
-            digest.update(chunk)
+            hashed.update(chunk)
             size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, "sha256": hashed.hexdigest()}

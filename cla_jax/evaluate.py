@@ -65,11 +65,11 @@ def open_session(
 ) -> Session:
     """What a finished or running run becomes on the devices at hand, whatever mesh it was trained on.
 
-    `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many
-    windows are evaluated at once, if not as many. Raises ValueError if the held-out text or the
-    tokenizer are not those the run was trained with; nothing is prepared then. A run may be somebody
-    else's: places outside the current directory that it names are used only if they are given here
-    too, in `data_dir` and `data_sources` (`runs.check_places`).
+    `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many windows are
+    evaluated at once, if not as many. Raises ValueError if the held-out text or the tokenizer are not those
+    the run was trained with; nothing is prepared then. A run may be somebody else's. So it may name places
+    outside the current directory. They are used only if they are given here too, in `data_dir` and
+    `data_sources` (`runs.check_places`).
     """
     check_places(run, data_dir, data_sources)
     config = run.config()
@@ -88,7 +88,10 @@ def open_session(
     tokenizer_json = run.tokenizer_json() if from_file else None
     found = prepare.fingerprint(config.data, here.data_dir, tokenizer_json)
     if found != run.record().get("data_fingerprint"):
-        run.check_data(found, run.tokenizer_json())
+        changes = lambda earlier: prepare.changes(
+            config.data, here.data_dir, earlier, tokenizer_json
+        )
+        run.check_data(found, run.tokenizer_json(), changes)
     session = prepare_session(config, tokenizer_json)
     run.check_data(session.prepared.fingerprint, session.prepared.tokenizer.to_json())
     if split_cache:
@@ -113,12 +116,12 @@ def evaluate(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Evaluates a run by full forward and through each cache format; yields and writes the records.
 
-    What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what
-    was interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing
-    is written: a part of the held-out split is no result of the run. A record of a later step is kept.
-    For a cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error
-    of each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
-    arguments or the run do not allow, and at the end the OSError of a record that could not be written.
+    What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what was
+    interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing is
+    written: a part of the held-out split is no result of the run. A record of a later step is kept. For a
+    cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of
+    each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
+    arguments or the run do not allow. If a record could not be written, raises its OSError at the end.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")

@@ -30,7 +30,7 @@ def check(config: Config, *, leads: bool = True) -> None:
         _check_neighbours(config, Path(run.path))
     begun = (run.path / "config.json").exists() and run.has_begun
     if begun:
-        runs.check_identity(run, config, {})
+        runs.check_identity(run, config)
     # A run that has begun no longer needs the other one, unless that teaches it.
     if isinstance(config.start, FromRun) and (config.start.distill_weight or not begun):
         start.check_start(config)

@@ -112,7 +112,7 @@ def is_complete(run: Run, config: Config) -> bool:
 
 def evaluated_steps(run: Run) -> list[int]:
     """The steps that were evaluated, with their file: the hosts have to agree on what is missing."""
-    lost = run.losses().evaluation
+    lost = run.missing_records().evaluation
     return [
         record["step"]
         for record in run.read_metrics()

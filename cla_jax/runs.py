@@ -19,7 +19,7 @@ there stays there.
 
 The `format` in config.json says what a run has had from its beginning. Without it, or with 1: its first
 records may have no checksum. With 2: every record has one, and metrics, checkpoints and the last evaluation
-tell of each other what is missing at their ends (see `Run.losses`).
+tell of each other what is missing at their ends (see `Run.missing_records`).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import os
 import re
 import shlex
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -60,8 +60,9 @@ _LONGER = (
     " The learning rate is planned over all steps, so a run cannot be made longer: with another --name it "
     "is trained from the beginning."
 )
-# Notes in the metrics, each a step: the newest checkpoint that is known to be whole, and the newest
-# evaluation of training that is a file too.
+_RESTORE = "Undo the change, or restore the file from a copy: until then the run is not used"
+# Notes in the metrics, each a step. SAVED is the newest checkpoint that is known to be complete. RECORDED is
+# the newest evaluation of training that is a file too.
 SAVED, RECORDED = "saved", "recorded"
 TRAINING = "training"  # the name of that file, and the method of its evaluation
 # Fields of evaluations that had other names: what they were, and what they are.
@@ -70,6 +71,7 @@ _RENAMED = {
     "readers_per_slot": "readers_per_kv_layer",
     "slot": "kv_layer",
 }
+_MOST_NAMED = 5  # changed files that a message names
 _FORMAT = 2  # of the runs that are begun here
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "cla_jax")
 
@@ -164,21 +166,44 @@ class Run:
             with contextlib.suppress(ValueError, KeyError):
                 saved = read_json(self.checkpoints / f"{step:08d}.json")
                 if found := Owner(record.get("run", ""), record["identity"]).difference(saved):
-                    return f"{file} was altered: {found}. Restore it"
-        return f"{file} was altered: its checksum does not match. Restore it"
+                    return f"{file} was altered: {found}. {_RESTORE}"
+        return f"{file} was altered: its checksum does not match. {_RESTORE}"
 
-    def check_data(self, fingerprint: str, tokenizer_json: str) -> None:
-        """Raises ValueError unless data and tokenizer are those that the run was trained with."""
+    def check_data(
+        self,
+        fingerprint: str,
+        tokenizer_json: str,
+        changes: Callable[[str], Sequence[str]] = lambda earlier: (),
+    ) -> None:
+        """Raises ValueError unless data and tokenizer are those that the run was trained with.
+
+        `changes` says which files changed since the data of a fingerprint was prepared.
+        """
         theirs = self.record().get("data_fingerprint")
         if theirs != fingerprint:
-            raise ValueError(
-                f"{self.path} was trained on data {theirs!r}, but the data here is {fingerprint!r}"
-            )
+            found = changes(theirs) if isinstance(theirs, str) else ()
+            raise ValueError(self._other_data(f"{theirs!r}", f"{fingerprint!r}", found))
         if self.tokenizer_json() != tokenizer_json:
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
                 "with; restore it, or choose another run directory with --name"
             )
+
+    def _other_data(self, before: str, now: str, changes: Sequence[str]) -> str:
+        """What to say if the run was trained on the data `before`, but there is the data `now`."""
+        data = self.config().data
+        names = f"{self.path} was trained on data {before}, but the data here is {now}"
+        inputs = [source for source in data.sources if not source.startswith("sotu")]
+        inputs += [data.tokenizer] if data.tokenizer.endswith(".json") else []
+        if not inputs:
+            return f"{names}: choose another run directory with --name"
+        first = [*changes[:_MOST_NAMED]]
+        first += [f"{n} more"] if (n := len(changes) - _MOST_NAMED) > 0 else []
+        which = f" ({', '.join(first)})" if first else ""
+        return (
+            f"files of {', '.join(inputs)} changed after {self.path} was trained on them{which}. Restore "
+            f"them, or train on the new text as another run, with --name. {names}"
+        )
 
     def origin(self) -> dict[str, Any]:
         """Where an imported model is from; empty for one that was trained here."""
@@ -192,8 +217,8 @@ class Run:
     def check_saved(self) -> None:
         """Raises ValueError for a run without checkpoints, and tells of one that it had."""
         if not saved_steps(self.checkpoints):
-            if (losses := self.losses()).checkpoint is not None:
-                raise ValueError("; ".join(losses.problems))
+            if (missing := self.missing_records()).checkpoint is not None:
+                raise ValueError("; ".join(missing.problems))
             raise ValueError(f"{self.path} has no checkpoint yet: train it first")
 
     def check_decodable(
@@ -228,7 +253,7 @@ class Run:
         expected = self.record().get("tokenizer")
         if expected not in (None, _text_digest(text)):
             raise Altered(
-                f"{file} was altered: its checksum is not the one in config.json. Restore it"
+                f"{file} was altered: its checksum is not the one in config.json. {_RESTORE}"
             )
         return text
 
@@ -328,14 +353,14 @@ class Run:
                 records[record["step"]] = records.get(record["step"], {}) | record
         return [records[step] for step in sorted(records)]
 
-    def losses(self) -> "Losses":
+    def missing_records(self) -> "MissingRecords":
         """What metrics, checkpoints and the evaluation of training say of each other that is no longer there.
 
         The metrics of a step are written before its checkpoint. A note follows as soon as the checkpoint is
         whole. Of an evaluation the file is written first, then its line in the metrics.
         """
         if not self.is_sealed or "origin" in self._own():
-            return Losses()
+            return MissingRecords()
         # The metrics in the middle: while the run trains, neither seems to be behind the other.
         before = max(saved_steps(self.checkpoints), default=0)
         noted = self._training_evaluation()
@@ -372,7 +397,7 @@ class Run:
                 f"{file} of step {recorded:,} is missing, but the metrics have that evaluation; start the "
                 "run again to repair it"
             )
-        return Losses(
+        return MissingRecords(
             tuple(problems),
             metrics=last < before,
             checkpoint=saved if newest < saved else None,
@@ -390,7 +415,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Losses:
+class MissingRecords:
     """Records that a run had and no longer has."""
 
     problems: tuple[str, ...] = ()  # in words, naming the files
@@ -454,22 +479,27 @@ def run_path(config: Config) -> epath.Path:
 
 
 def open_run(
-    config: Config, *, data_fingerprint: str, tokenizer_json: str, write: bool = True
+    config: Config,
+    *,
+    data_fingerprint: str,
+    tokenizer_json: str,
+    write: bool = True,
+    changes: Callable[[str], Sequence[str]] = lambda earlier: (),
 ) -> Run:
     """The directory for a config: made if new, continued if the same run; `write` off only checks.
 
-    Raises ValueError, showing the difference, if the directory belongs to a run with another identity,
-    other data or another tokenizer, or if nothing says whose its checkpoints are. A different placement
+    Raises ValueError, showing the difference, if the directory belongs to a run with another identity, other
+    data or another tokenizer. Also if nothing says to which run its checkpoints belong. A different placement
     just continues. A run that was stopped before its first step is begun anew, whatever it was.
     """
     run = Run(run_path(config))
     if write:
         forget_unless_begun(run)
     if (run.path / "config.json").exists() and run.has_begun:
-        check_identity(run, config, {"data_fingerprint": data_fingerprint})
+        check_identity(run, config)
         file = run.path / "tokenizer.json"
         if file.exists():
-            run.check_data(data_fingerprint, tokenizer_json)
+            run.check_data(data_fingerprint, tokenizer_json, changes)
         elif run.record().get("tokenizer") not in (None, _text_digest(tokenizer_json)):
             raise ValueError(
                 f"{file} is missing, and the data was prepared with another tokenizer; restore the "
@@ -553,9 +583,9 @@ def new_run(
 ) -> Iterator[Run]:
     """Makes a run directory whole or not at all, for a model that was not trained here.
 
-    Yields it under another name, with its config, for checkpoints to be written; it gets its own name when
-    the block ends, and is removed if that raises. `origin` says where the model is from. Raises ValueError if
-    there is something in its place.
+    Yields it under another name, with its config, so that checkpoints can be written. It gets its own name
+    when the block ends, and is removed if the block raises. `origin` says where the model is from. Raises
+    ValueError if there is something in its place.
     """
     path = run_path(config)
     if not is_local(path):
@@ -564,8 +594,8 @@ def new_run(
         raise ValueError(f"{path} exists already: remove it, or choose another directory")
     partial = path.parent / f".{path.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    with open_plain(partial / ".lock", "a") as lock:
-        if not try_lock(lock):
+    with open_plain(partial / ".lock", "a") as file:
+        if not try_lock(file):
             raise ValueError(f"{path} is being written by another process")
         for left in partial.iterdir():  # of a process that was killed
             if left.name != ".lock":
@@ -589,15 +619,10 @@ def new_run(
             raise
 
 
-def check_identity(run: Run, config: Config, further: Mapping[str, Any]) -> None:
-    """Raises ValueError, showing the difference, if a run directory belongs to another run.
-
-    `further`: what else of its config.json must be the same.
-    """
-    record = run.record()
+def check_identity(run: Run, config: Config) -> None:
+    """Raises ValueError, showing the difference, if a run directory belongs to another run."""
     # By way of a Config: a field that is younger than the run has its default there.
-    theirs = configs.identity(run.config()) | {key: record.get(key) for key in further}
-    difference = fields.difference(configs.identity(config) | dict(further), theirs)
+    difference = fields.difference(configs.identity(config), configs.identity(run.config()))
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(
@@ -686,23 +711,34 @@ def saved_steps(checkpoints: epath.Path) -> list[int]:
     )
 
 
-def find_runs(paths: Iterable[str | os.PathLike]) -> list[Run]:
+def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = None) -> list[Run]:
     """The runs at or below the paths, each once. A path is a run directory or a directory of runs.
 
-    Raises ValueError if a path does not exist or contains no run.
+    A directory with checkpoints or metrics but no config.json is left out. `problems` is told about it, or a
+    warning says so. Raises ValueError if a path does not exist or contains no run.
     """
     runs: list[Run] = []
+    broken: list[epath.Path] = []
     for path in map(epath.Path, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        found = _runs_below(path)
+        found = _runs_below(path, broken)
         if not found:
+            if broken:
+                raise ValueError(_without_config(broken[0]))
             raise ValueError(
                 f"{path} is not a run directory and contains none: there is no config.json"
             )
         known = {_real(run.path) for run in runs}
         runs += [run for run in found if _real(run.path) not in known]
+    for path in dict.fromkeys(broken):
+        words = f"{_without_config(path)}; it is left out"
+        log.warning("%s", words) if problems is None else problems.append(words)
     return runs
+
+
+def _without_config(path: epath.Path) -> str:
+    return f"{path} has checkpoints or metrics, but no config.json: restore it"
 
 
 def find_run(path: str | os.PathLike) -> Run:
@@ -730,14 +766,19 @@ def find_decodable(run: "str | os.PathLike | Run", cache: str, chunk: int) -> Ru
     return run
 
 
-def _runs_below(directory: epath.Path) -> list[Run]:
-    """Each run once. A link counts if it leads to a run; what is below a link is not searched."""
+def _runs_below(directory: epath.Path, broken: list[epath.Path]) -> list[Run]:
+    """Each run once. A link counts if it leads to a run; what is below a link is not searched.
+
+    `broken` gets the run directories without a config.json.
+    """
     runs: dict[str, Run] = {}
     ahead = [directory]
     while ahead:
         path = ahead.pop()
         if (path / "config.json").exists():
             runs.setdefault(_real(path), Run(path))
+        elif (path / "checkpoints").exists() or (path / "metrics.jsonl").exists():
+            broken.append(path)
         elif path == directory or not _is_link(path):
             children = sorted(child for child in path.iterdir() if child.name[0] != ".")
             ahead += reversed([child for child in children if child.is_dir()])

@@ -13,7 +13,7 @@ import jax
 
 from cla_jax import checkpoint, goodput, machine, profiler, runs, start, uptrain
 from cla_jax.config import Config, FromRun
-from cla_jax.data.prepare import Corpus
+from cla_jax.data.prepare import Corpus, changes
 from cla_jax.logger import Diverged, log_data, log_start, logging_to
 from cla_jax.model.transformer import Transformer
 from cla_jax.recorder import (
@@ -50,7 +50,7 @@ def train(
       should_stop: asked after every step with its number; on all hosts it must answer alike.
       stop_waiting: asked while a batch is waited for; true only if no other host waits for this one.
       clock: books the time of this process; by default one that starts now.
-      agree: told, before the hosts compute together, what must be the same on all of them; raises
+      agree: called before the hosts compute together, with what must be the same on all of them. It raises
         ValueError on all of them if it is not.
 
     Returns:
@@ -151,7 +151,7 @@ def data_record(prepared: Corpus) -> dict[str, Any]:
 
 def restore_or_init(session: Session, run: Run) -> State:
     """The state of the newest checkpoint, or a first one; a model alone gets fresh moments."""
-    checkpoint.set_losses_aside(run)
+    checkpoint.report_missing_records(run)
     state = checkpoint.restore_latest(run.checkpoints, session.state, run.owner)
     if state is not None and state.moments:
         return state
@@ -196,12 +196,15 @@ def opened(session: Session) -> Iterator[Run]:
     """The run's directory, kept from other processes; the log is copied into it."""
     # One process holds the lock for all hosts, and it alone writes; before that, nothing is written.
     path, writes = runs.run_path(session.config), jax.process_index() == 0
+    data, data_dir = session.config.data, session.config.placement.data_dir
+    tokenizer_json = session.prepared.tokenizer.to_json()
     with runs.locked(path) if writes else contextlib.nullcontext():
         run = runs.open_run(
             session.config,
             write=writes,
             data_fingerprint=session.prepared.fingerprint,
-            tokenizer_json=session.prepared.tokenizer.to_json(),
+            tokenizer_json=tokenizer_json,
+            changes=lambda earlier: changes(data, data_dir, earlier, tokenizer_json),
         )
         try:
             with logging_to(run):

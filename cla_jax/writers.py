@@ -42,7 +42,7 @@ class JsonlWriter:
         self.lines: list[str] = []
         self.number = seals.last_record(run.metric_lines(), self.id).get("line", 0)
         # Lines that are missing at the end keep a number, so that readers go on to see that they are.
-        self.number += run.losses().metrics
+        self.number += run.missing_records().metrics
         if run.is_local:
             run.path.mkdir(parents=True, exist_ok=True)
             self.file = directories.open_plain(run.metrics, "a+b", buffering=0)

@@ -46,10 +46,10 @@ def compare(
 ) -> None:
     """Compare runs: accuracy against KV-cache memory, in tables and plots.
 
-    Prints the table, and the scores of downstream tasks if there are any. Writes report.html (one file with
-    tables, plots, learning curves, two runs side by side, and details), plots as PNG, SVG and PDF, and tables
-    as CSV and LaTeX. Runs that differ only in their seed form one row. The command reads the run directories
-    only; it evaluates nothing.
+    Prints the table, and the scores of downstream tasks if there are any. Writes report.html, one file with
+    tables, plots, learning curves, two runs side by side, and details. Also writes plots as PNG, SVG and PDF,
+    and tables as CSV and LaTeX. Runs that differ only in their seed form one row. The command reads the run
+    directories only; it evaluates nothing.
 
     The runs of a sweep, or two runs of different studies:
         python -m launch.compare runs/tiny
@@ -96,8 +96,8 @@ def compare(
         raise ValueError(
             "the paths have no common parent directory: give the output directory with --out DIR"
         )
-    found = runs.find_runs(paths)
     problems: list[str] = []
+    found = runs.find_runs(paths, problems)
     rows = report.read(found, context, problems)
     if not rows:
         raise ValueError("; ".join(problems))

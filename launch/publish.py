@@ -3,10 +3,10 @@
     python -m launch.publish runs/small/main docs/results/small/main
     python -m launch.publish runs/small/main docs/results/small/main --every 64
 
-A copy has the files that reports read: the config, the tokenizer, all evaluations with the scores of each
-document, and every 32nd step of the metrics, with new line numbers and checksums. It has no checkpoints, so
-it can be reported but not continued. Unfinished runs are skipped. If a run's records were altered, it is not
-copied and the command fails.
+A copy has the files that reports read: the config, the tokenizer, and all evaluations with the scores of each
+document. It also has every 32nd step of the metrics, with new line numbers and checksums. It has no
+checkpoints, so it can be reported but not continued. Unfinished runs are skipped. If a run's records were
+altered, it is not copied and the command fails.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def _publish(run: Run, target: epath.Path, every: int) -> None:
     """Raises ValueError if the run was altered, or another run is in the place of the copy."""
     problems: list[str] = []
     records = list(run.read_records(problems))
-    problems += run.losses().problems
+    problems += run.missing_records().problems
     if problems:
         raise ValueError(problems[0])
     if not _is_finished(run.config().steps, records):

@@ -22,8 +22,9 @@ from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_places, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sensitivity
 from cla_jax.session import prepare_session
-from cla_jax.train import train
+from cla_jax.train import opened, train
 from tests import reference
+from tests.sealed import write_metrics
 
 pytestmark = pytest.mark.usefixtures("above_all_runs")
 
@@ -285,6 +286,43 @@ def test_an_untrained_run_and_changed_data_are_refused(tiny, devices, tmp_path):
         del older[field]
     (run.path / "config.json").write_text(json.dumps(older))
     with pytest.raises(ValueError, match=r"trained on data 'sotu-7.*here is 'sotu-4"):
+        open_session(run)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_changed_text_is_named_by_its_files(tiny, devices, tmp_path, monkeypatch, mixed):
+    """In evaluation and when training continues."""
+    devices(1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            (tmp_path / name / f"{i:02d}.txt").write_text(f"document {i} of {name} " * 9)
+    mixture = tuple(Component.parse(f"{name}=1:text:{name}/*.txt") for name in ("a", "b"))
+    config = tiny(
+        **{"placement.data_dir": "data", "placement.eval_batch_size": 8, "data.seq_len": 32}
+        | ({"data.mixture": mixture} if mixed else {"data.source": "text:b/*.txt"})
+    )
+    session = prepare_session(config)
+    with opened(session) as run:
+        write_metrics(run, [{"step": 1, "loss": 5.0}])
+    (tmp_path / "b" / "07.txt").write_text("another text " * 9)
+    (tmp_path / "b" / "08.txt").unlink()
+    (tmp_path / "b" / "new.txt").write_text("one more " * 9)
+    words = (
+        r"files of .*text:b/\*\.txt changed after .* was trained on them \(07.txt changed, 08.txt is "
+        r"missing, new.txt is new\)\. Restore them, or train on the new text as another run, with --name"
+    )
+    with pytest.raises(ValueError, match=words):
+        open_session(run)
+    with pytest.raises(ValueError, match=words), opened(prepare_session(config)):
+        pass
+    for file in (tmp_path / "b").glob("*.txt"):
+        file.write_text("changed again " * 9)
+    with pytest.raises(ValueError, match=r"04.txt changed, 26 more\)"):
+        open_session(run)
+    shutil.rmtree("data")  # then nothing says what the files were
+    with pytest.raises(ValueError, match=r"was trained on them\. Restore"):
         open_session(run)
 
 

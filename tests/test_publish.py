@@ -37,7 +37,7 @@ def test_a_copy_is_reported_as_the_run_is(tmp_path, capsys):
         copy = Run(epath.Path(copies / name))
         problems: list[str] = []
         steps = [record["step"] for record in copy.read_metrics(problems)]
-        assert (steps, problems, copy.losses().problems) == ([1, 32, 64, 70], [], ())
+        assert (steps, problems, copy.missing_records().problems) == ([1, 32, 64, 70], [], ())
         (ours,), (theirs,) = rows(copy), rows(Run(epath.Path(runs_ / "x" / name)))
         assert ours.evaluation == theirs.evaluation
         assert not ours.altered

@@ -311,7 +311,7 @@ def test_a_context_too_short_for_a_cache_format_is_told(tmp_path):
     assert "With 32,768 tokens of context, more tokens are quantised" in measured
 
 
-def test_altered_results_are_named_and_not_ranked(tmp_path):
+def test_altered_results_are_named_and_not_ranked(tmp_path, caplog):
     runs = [make(tmp_path, f"tiny/{name}") for name in "abcd"]
     for run, perplexity in zip(runs, (10.0, 9.0, 8.0, 7.0), strict=True):
         evaluate(run, perplexity, cached=False)
@@ -330,6 +330,7 @@ def test_altered_results_are_named_and_not_ranked(tmp_path):
     assert [cells(found, name)[""] for name in "abcd"] == ["", "", "", "●"]
     assert [cells(found, name)["perplexity"] for name in "abcd"] == ["—", "—", "—", "7.000"]
     assert "was altered" in page.html(found, "x")
+    assert not caplog.records  # nothing says that an edited config is used: it is not
 
 
 def test_a_report_is_replaced_whole_and_not_written_through_a_link(tmp_path, monkeypatch):
@@ -802,18 +803,22 @@ def test_help_teaches(capsys):
     assert "python -m launch.compare runs/tiny" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("harm", ["pipe", "brackets"])
+@pytest.mark.parametrize("harm", ["pipe", "brackets", "missing"])
 def test_one_hostile_run_does_not_stop_the_comparison_of_the_others(tmp_path, capsys, harm):
     """Its config says nothing: it has no line, and the table, the page and the terminal say why."""
     found = [make(tmp_path, f"tiny/{name}") for name in "abc"]
     for run in found:
         evaluate(run, 10.0)
         log(run)
-    spoil(found[1].path / "config.json", harm)
+    words = str(found[1].path / "config.json")
+    if harm == "missing":
+        (found[1].path / "config.json").unlink()
+        words = f"{found[1].path} has checkpoints or metrics, but no config.json"
+    else:
+        spoil(found[1].path / "config.json", harm)
     compare.main([str(tmp_path / "tiny")])
     out = capsys.readouterr().out
     assert out.count("10.000") == 2
-    words = str(found[1].path / "config.json")
     for told in (out, (tmp_path / "tiny" / "report.html").read_text()):
         assert escape(words) in told
     with pytest.raises(SystemExit):  # alone, there is nothing to compare

@@ -56,6 +56,24 @@ def test_more_steps_of_the_same_run_say_how_to_go_on(tiny):
     assert "made longer" not in str(error.value)
 
 
+def test_a_directory_without_a_config_is_named_and_left_out(tiny, caplog):
+    run, broken, other = (begun(tiny(name=f"study/{name}")) for name in ("a", "b", "c"))
+    (broken.path / "config.json").unlink()
+    other.checkpoints.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (other.path / name).unlink()
+    problems: list[str] = []
+    assert runs.find_runs([run.path.parent, broken.path.parent], problems) == [run]
+    assert problems == [
+        f"{one.path} has checkpoints or metrics, but no config.json: restore it; it is left out"
+        for one in (broken, other)
+    ]
+    assert runs.find_runs([run.path.parent]) == [run]
+    assert [record.message for record in caplog.records] == problems
+    with pytest.raises(ValueError, match=r"study/b has .* but no config.json: restore it$"):
+        runs.find_runs([broken.path])
+
+
 def test_a_file_system_without_locks_is_named(tiny, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -72,7 +90,9 @@ def test_a_file_system_without_locks_is_named(tiny, monkeypatch):
 
 def test_other_data_or_tokenizer_is_refused(tiny):
     begun(tiny())
-    with pytest.raises(ValueError, match="data_fingerprint: 'data-1' there"):
+    with pytest.raises(
+        ValueError, match="trained on data 'data-1', but the data here is 'data-2': choose"
+    ):
         opened(tiny(), fingerprint="data-2")
     with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer"):
         opened(tiny(), tokenizer='{"other": 1}')
@@ -318,7 +338,7 @@ def test_an_edited_config_is_no_config(tiny, where):
     }[where]
     altered(file, before, after)
     for read in (run.config, run.record, lambda: opened(tiny())):
-        with pytest.raises(runs.Altered, match=r"config\.json was altered.*Restore it"):
+        with pytest.raises(runs.Altered, match=r"config\.json was altered.*Undo the change"):
             read()
 
 
@@ -579,31 +599,31 @@ def test_a_run_that_is_older_than_checksums_stays_so(tiny):
 
 def test_what_metrics_and_checkpoints_say_of_each_other_is_missed(tiny):
     run = opened(tiny())
-    assert not run.losses().problems
+    assert not run.missing_records().problems
     run.checkpoints.mkdir()
     for step in (2, 4):
         (run.checkpoints / f"{step:08d}.json").write_text("{}")
     records = [{"step": step, "loss": 1.0} for step in range(1, 6)]
     write_metrics(run, [*records, {"step": 5, "goodput": 1.0, runs.SAVED: 4}])
-    assert run.losses() == runs.Losses()
+    assert run.missing_records() == runs.MissingRecords()
     (run.checkpoints / "00000004.json").unlink()
-    (problem,) = run.losses().problems
+    (problem,) = run.missing_records().problems
     assert "00000004.json is missing: that checkpoint was saved" in problem
-    assert run.losses().checkpoint == 4
+    assert run.missing_records().checkpoint == 4
     (run.checkpoints / "00000004.json").write_text("{}")
     write_metrics(run, records[:3])
-    (problem,) = run.losses().problems
+    (problem,) = run.missing_records().problems
     assert "its last step is 3, but there is a checkpoint of step 4" in problem
     # What is written afterwards does not hide the gap.
     writer = JsonlWriter(run)
     writer.write(5, {"loss": 1.0})
     writer.close()
-    assert not run.losses().problems
+    assert not run.missing_records().problems
     problems = []
     run.read_metrics(problems)
     assert "1 lines before line 4 are missing" in problems[0]
     run.metrics.unlink()
-    assert run.losses().metrics
+    assert run.missing_records().metrics
 
 
 def test_an_evaluation_of_training_that_is_gone_is_missed(tiny):
@@ -612,9 +632,9 @@ def test_an_evaluation_of_training_that_is_gone_is_missed(tiny):
     score = {"step": 2, "held_out_loss": 1.0, runs.RECORDED: 2}
     run.write_eval(runs.TRAINING, {"step": 2})
     write_metrics(run, [*steps, score])
-    assert run.losses() == runs.Losses()
+    assert run.missing_records() == runs.MissingRecords()
     write_metrics(run, steps)  # the last line was cut away
-    (problem,) = run.losses().problems
+    (problem,) = run.missing_records().problems
     assert "metrics.jsonl: the end is missing: it has no evaluation of step 2" in problem
     write_metrics(run, [*steps, score])
     file = run.path / "eval" / "training.json"
@@ -622,12 +642,12 @@ def test_an_evaluation_of_training_that_is_gone_is_missed(tiny):
         file.unlink(missing_ok=True)
         if earlier:
             run.write_eval(runs.TRAINING, earlier)
-        (problem,) = run.losses().problems
+        (problem,) = run.missing_records().problems
         assert "training.json of step 2 is missing" in problem
-        assert run.losses().evaluation == 2
+        assert run.missing_records().evaluation == 2
     # An evaluation without a file, of an evaluator of one's own, misses none.
     write_metrics(run, [*steps, {"step": 2, "held_out_loss": 1.0}])
-    assert run.losses() == runs.Losses()
+    assert run.missing_records() == runs.MissingRecords()
 
 
 def test_a_run_that_lost_all_its_checkpoints_says_so_to_readers(tiny):

@@ -176,7 +176,7 @@ def test_that_a_checkpoint_is_whole_is_known_before_the_evaluation_after_it(tiny
         while '"saved": 4' not in run.metrics.read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
         manifest.unlink()
-        assert run.losses().checkpoint == 4
+        assert run.missing_records().checkpoint == 4
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

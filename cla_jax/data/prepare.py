@@ -1,7 +1,7 @@
 """Documents to windows of tokens on disk, once for each source, tokenizer and window length.
 
-The documents of a split are one stream: an end token, then each document and an end token after it,
-so every token of the text is a target exactly once. Preparing again finds what was prepared.
+The documents of a split are one stream: an end token, then each document with an end token after it. So every
+token of the text is a target exactly once. Preparing again finds what was prepared.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from cla_jax.config import DataConfig
 from cla_jax.data import manifest, shards, sources, tokenizers
 from cla_jax.data.workers import Workers
 from cla_jax.files import is_a
+from cla_jax.messages import printable
 
 if TYPE_CHECKING:
     from cla_jax.data.records import Windows
@@ -38,6 +39,8 @@ _ALONE = 8
 # Beside the windows: what each held-out document has of tokens and of bytes.
 _DOCUMENTS = "held_out.json"
 _DOCUMENTS_BYTES = 1 << 28
+# Earlier data is looked for among so many directories of a name, and so many combinations of them.
+_ALIKE, _COMBINATIONS = 100, 10_000
 
 Progress = Callable[[int], None]
 
@@ -65,9 +68,9 @@ class Prepared:
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, the end token included, and UTF-8 bytes of each held-out document; int64 [D] each.
 
-        Data that an older version prepared do not have them listed: there documents are what lies between
-        end tokens, and their bytes are those of the decoded text. Raises ValueError where these do not add
-        up to the bytes of the split, because the tokenizer changes the text.
+        Data that an older version prepared has no list of them. Then documents are what lies between end
+        tokens, and their bytes are those of the decoded text. Raises ValueError where these do not add up to
+        the bytes of the split, because the tokenizer changes the text.
         """
         totals = self.totals["held_out"]
         file = self.path / _DOCUMENTS
@@ -143,8 +146,8 @@ def prepare(
         make does not depend on their number.
 
     Raises:
-      ValueError: the source or the tokenizer is at fault or changes while it is read, a split would
-        be empty, or the prepared data have been damaged.
+      ValueError: the source or the tokenizer is wrong or changes while it is read, a split would be empty, or
+        the prepared data was damaged.
       ChildProcessError: one of the processes was killed.
     """
     assert not config.mixture, config.mixture
@@ -190,6 +193,56 @@ def fingerprint(
     return _fingerprint(
         {name: prepared_path(part, data_dir, tokenizer_json) for name, part in parts.items()}
     )
+
+
+def changes(
+    config: DataConfig,
+    data_dir: str | os.PathLike[str],
+    earlier: str,
+    tokenizer_json: str | None = None,
+) -> list[str]:
+    """Which files changed since data was prepared, each as a few words; empty if that is unknown.
+
+    It is known if the earlier data is still there.
+
+    Args:
+      config: what the data is prepared from.
+      data_dir: the directory of all prepared data.
+      earlier: the fingerprint of the earlier data.
+      tokenizer_json: the tokenizer, if its file need not be there.
+    """
+    parts = _parts(config)
+    now = {name: prepared_path(part, data_dir, tokenizer_json) for name, part in parts.items()}
+    stems = [path.name.rpartition("-")[0] for path in now.values()]
+    alike = [
+        [path for path in Path(data_dir).glob("*") if path.name.rpartition("-")[0] == stem][:_ALIKE]
+        for stem in stems
+    ]
+    for combination in itertools.islice(itertools.product(*alike), _COMBINATIONS):
+        before = dict(zip(now, combination, strict=True))
+        if _fingerprint(before) == earlier:
+            pairs = (
+                (before[name], parts[name].source) for name in now if before[name] != now[name]
+            )
+            return [words for path, source in pairs for words in _changed_files(path, source)]
+    return []
+
+
+def _changed_files(directory: Path, source: str) -> list[str]:
+    """Which files of a source changed since a directory was prepared."""
+    try:
+        then, now = manifest.read(directory).get("inputs"), sources.inputs(source)
+        if then is None or now is None:
+            return []
+        before, after = (files.field(listed, "files", dict, directory) for listed in (then, now))
+    except ValueError:  # the earlier data was altered
+        return []
+    same = then.get("hashed_whole") == now["hashed_whole"]
+    changed = [name for name in after if name in before and after[name] != before[name] and same]
+    found = [(name, "changed") for name in changed]
+    found += [(name, "is missing") for name in before if name not in after]
+    found += [(name, "is new") for name in after if name not in before]
+    return [f"{printable(name)} {what}" for name, what in found]
 
 
 def _fingerprint(paths: Mapping[str, Path]) -> str:
@@ -431,7 +484,8 @@ def _make(
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     documents = json.dumps(streams["held_out"].documents, separators=(",", ":"))
     (partial / _DOCUMENTS).write_text(documents, encoding="utf-8")
-    manifest.write(partial, _identity(config) | {"totals": totals})
+    content = {"totals": totals, "inputs": sources.inputs(config.source)}
+    manifest.write(partial, _identity(config) | content)
     now = prepared_path(config, path.parent, tokenizer_json)
     if now != path or sources.stamp(config.source) != before:
         raise _changed(config)

@@ -28,6 +28,7 @@ SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.
 _HASHED_WHOLE = 1 << 26
 _HASHED_END = 1 << 20
+_MOST_LISTED = 1000  # files of a source that are listed one by one
 # Bytes of a document, unpacked: the memory holds one at a time.
 _LONGEST_LINE, _LONGEST_TEXT = 1 << 26, 1 << 30
 # The standard library's module from Python 3.14 on; before, it is a package.
@@ -39,15 +40,15 @@ def documents(source: str) -> Iterator[str]:
     """The non-empty documents of a source, in a fixed order.
 
     Args:
-      source: `sotu` or `sotu:N` (the embedded corpus or its first N addresses); `text:GLOB`, a file
-        is a document; `jsonl:GLOB`, a line is an object with the field `text`; `tfds:NAME[/CONFIG]`
-        or `tfds:DIRECTORY` (of a prepared dataset), the feature `text` of the split `train`.
-        `jsonl.FIELD:` and `tfds.FIELD:` read another field. Files come in the order of their paths
-        and may be .gz, .xz, .bz2 or .zst.
+      source: `sotu` is the embedded corpus, `sotu:N` its first N addresses. `text:GLOB`: each file is a
+        document. `jsonl:GLOB`: each line is an object with the field `text`. `tfds:NAME[/CONFIG]`, or
+        `tfds:DIRECTORY` of a prepared dataset: the feature `text` of the split `train`. `jsonl.FIELD:` and
+        `tfds.FIELD:` read another field. Files come in the order of their paths and may be .gz, .xz, .bz2 or
+        .zst.
 
     Raises:
-      ValueError: no file matches, or a file is damaged, is not UTF-8, or has a line that is not an
-        object with a text; names the file and the line. Raised when the document is reached.
+      ValueError: no file matches, or a file is damaged, is not UTF-8, or has a line that is not an object
+        with a text. The message names the file and the line. Raised when the document is reached.
     """
     kind, field, argument = split_source(source)
     if kind == "sotu":
@@ -75,12 +76,23 @@ def fingerprint(source: str) -> str:
         identity += [builder.info.full_name, str(builder.info.dataset_size), lengths]
     else:
         paths = _files(source, argument)
-        whole = sum(path.stat().st_size for path in paths) <= _HASHED_WHOLE
+        whole = _hashed_whole(paths)
         for path in paths:
             identity.append(_file_identity(path, whole))
             if kind == "text" and _begins_with_mark(path):
                 identity.append("without its byte order mark")
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def inputs(source: str) -> dict[str, Any] | None:
+    """The digest of each file of a source by its path; None for other sources, and for too many files."""
+    kind, _, argument = split_source(source)
+    paths = _files(source, argument) if kind in ("text", "jsonl") else []
+    if not 0 < len(paths) <= _MOST_LISTED:
+        return None
+    root, whole = os.path.commonpath([path.parent for path in paths]), _hashed_whole(paths)
+    digests = {os.path.relpath(path, root): _file_identity(path, whole)[1:] for path in paths}
+    return {"hashed_whole": whole, "files": digests}
 
 
 def stamp(source: str) -> list[tuple[str, int, int, int]]:
@@ -148,6 +160,10 @@ def _matching(source: str, pattern: str) -> list[str]:
             f"{files.name(as_written[0])} as a plain name: write [[] for a bracket in the name"
         )
     return as_choice or as_written
+
+
+def _hashed_whole(paths: list[Path]) -> bool:
+    return sum(path.stat().st_size for path in paths) <= _HASHED_WHOLE
 
 
 def _file_identity(path: Path, whole: bool) -> list[Any]:

@@ -14,13 +14,14 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
+from cla_jax import config as configs
 from cla_jax import costs, files
 from cla_jax.config import Config, ModelConfig
 from cla_jax.directories import is_local
 from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
-from cla_jax.runs import TRAINING, Run, find_runs, read_config, read_json
+from cla_jax.runs import TRAINING, Run, find_runs, read_json
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -158,7 +159,7 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
     metrics: list[Record] = []
     try:
         metrics = run.read_metrics(altered)
-        altered += run.losses().problems
+        altered += run.missing_records().problems
     except ValueError as error:
         altered.append(str(error))
     name = printable(name)  # of a directory, which may be anyone's
@@ -189,12 +190,15 @@ def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
 
     Raises ValueError if its config does not say even that.
     """
-    config = read_config(run.path / "config.json")
+    file = run.path / "config.json"
+    record = read_json(file)
+    with files.about(file):
+        config = configs.from_record(record)
     return Row(
         name=name,
         path=str(run.path),
         config=config,
-        record=read_json(run.path / "config.json"),
+        record=record,
         evals={},
         metrics=[],
         tokenizer="",
@@ -379,7 +383,7 @@ def _arguments(missing: Sequence[Row], compared: Sequence[Row]) -> list[str]:
         by_parent.setdefault(str(epath.Path(row.path).parent), []).append(row.path)
     found = []
     for parent, paths in by_parent.items():
-        whole = len(paths) > 1 and {str(run.path) for run in find_runs([parent])} <= known
+        whole = len(paths) > 1 and {str(run.path) for run in find_runs([parent], [])} <= known
         found += [parent] if whole else paths
     return found
 
@@ -447,8 +451,8 @@ def _range(numbers: Sequence[int]) -> str:
 def _words(texts: Iterable[str]) -> str:
     """Up to three different texts, and how many there are beyond them."""
     values = list(dict.fromkeys(texts))
-    shown = " and ".join(values[:3])
-    return shown if len(values) <= 3 else f"{shown} and {len(values) - 3} more"
+    first = " and ".join(values[:3])
+    return first if len(values) <= 3 else f"{first} and {len(values) - 3} more"
 
 
 # -------------------------------------------------------------------------------------- table
@@ -613,13 +617,13 @@ def table(rows: Sequence[Row], width: int | None = None, arranged: Arrangement =
     found = lines(rows, arranged)
     headings = dict(enumerate(columns(rows, arranged).items()))
     settings = [column.heading for column in arranged.shown if column.name != "difference"]
-    shown = [
+    widths = [
         _width(heading, [cells[i] for _, cells in found]) for i, (heading, _) in headings.items()
     ]
     hidden: set[str] = set()
     for name in (*settings[::-1], *_DISPENSABLE):
-        kept = [shown[i] + 3 for i, (heading, _) in headings.items() if heading not in hidden]
-        if width is None or sum(kept) + 1 <= width:
+        here = [widths[i] + 3 for i, (heading, _) in headings.items() if heading not in hidden]
+        if width is None or sum(here) + 1 <= width:
             break
         hidden.add(name)
     words = caption(rows, arranged)
@@ -635,8 +639,8 @@ def table(rows: Sequence[Row], width: int | None = None, arranged: Arrangement =
         texts = [Text(cell) for cell in cells]
         if row.progress:
             texts[1].append(f"  {row.progress}", style="yellow")
-        kept = [texts[i] for i, (heading, _) in headings.items() if heading not in hidden]
-        made.add_row(*kept, style="bold" if cells[0] else "")
+        shown_cells = [texts[i] for i, (heading, _) in headings.items() if heading not in hidden]
+        made.add_row(*shown_cells, style="bold" if cells[0] else "")
     return made
 
 

@@ -292,7 +292,7 @@ def misplaced(config: Config, record: Record) -> str:
         for read in (record.state, record.submission, lambda: records.last_records(record.run)):
             read()  # damaged, they are this trial's trouble alone
         if (record.run.path / "config.json").exists():
-            runs.check_identity(record.run, config, {})
+            runs.check_identity(record.run, config)
     except ValueError as error:
         return str(error)
     return ""
