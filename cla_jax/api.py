@@ -60,7 +60,7 @@ def evaluate_run(
 
     Args:
       run: the run, or its directory.
-      caches: formats of the KV cache to decode through: keys of `cla_jax.cache.FORMATS`, or eviction
+      caches: formats of the KV cache to decode through: keys of `cla_jax.formats.FORMATS`, or eviction
         policies such as "h2o:keep=0.5".
       chunk: tokens per decoding step. Generation has 1; more is faster.
       windows: score only this many windows of text, and write nothing. Default: all.

@@ -19,8 +19,6 @@ from cla_jax.fields import from_dict
 from cla_jax.messages import choice, near_choice, shown
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
-# The KV-cache formats of cla_jax.cache. Their names are here so that a wrong one is refused without jax.
-CACHE_FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8", "kivi4", "kivi2")
 # The forms of model.rope_scaling, with the names of their numbers.
 ROPE_SCALINGS = {
     "none": (),

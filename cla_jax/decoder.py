@@ -73,8 +73,8 @@ class Decoder:
 
         Args:
           run: the run, or its directory.
-          cache: the format of the KV cache, a key of `cla_jax.cache.FORMATS`; or an eviction policy, such as
-            "h2o:keep=0.5".
+          cache: the format of the KV cache, a key of `cla_jax.formats.FORMATS`; or an eviction policy, such
+            as "h2o:keep=0.5".
           chunk: prompt tokens per prefill step.
           attention: what reads the cache in decode steps: `xla`, or a kernel of
             `cla_jax.model.decode_kernels`.

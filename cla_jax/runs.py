@@ -39,7 +39,7 @@ from etils import epath
 
 from cla_jax import config as configs
 from cla_jax import eviction, fields, files, goodput, seals
-from cla_jax.config import CACHE_FORMATS, Config, check_chunk
+from cla_jax.config import Config, check_chunk
 from cla_jax.directories import (
     check_links,
     is_local,
@@ -52,6 +52,7 @@ from cla_jax.directories import (
     write_atomically,
 )
 from cla_jax.files import is_a
+from cla_jax.formats import FORMATS
 from cla_jax.seals import Altered
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class Run:
         With `prompt`, the share of a window that is its prompt, also where that does not fit a policy.
         """
         for name in formats:
-            eviction.check_cache(name, CACHE_FORMATS)
+            eviction.check_cache(name, FORMATS)
             if not eviction.is_policy(name):
                 continue
             policy, seq_len = eviction.parse(name), self.config().data.seq_len

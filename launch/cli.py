@@ -29,13 +29,14 @@ from tyro import (
 )  # the version is pinned: there is no public way to say a refusal in own words
 
 from cla_jax import extras, fields, machine
-from cla_jax.config import CACHE_FORMATS, Component, Config, Stage
+from cla_jax.config import Component, Config, Stage
+from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable_lines, shown
 
 PICTURES = ("png", "svg", "pdf")  # endings of --plot
 # What --cache takes, for --help.
 CACHES = (
-    f"{', '.join(CACHE_FORMATS)} (dense has the model's dtype); or a policy that evicts tokens, such as "
+    f"{', '.join(FORMATS)} (dense has the model's dtype); or a policy that evicts tokens, such as "
     "fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md)"
 )
 

@@ -25,8 +25,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from cla_jax.config import CACHE_FORMATS, MeshConfig
+from cla_jax.config import MeshConfig
 from cla_jax.eviction import is_policy
+from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable
 from launch import allocator
 from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
@@ -245,7 +246,7 @@ def _tasks(arguments: Arguments) -> None:
                 f"cache = {name}: tasks cannot be scored through caches that evict tokens; remove --tasks or "
                 "choose another cache format"
             )
-        near_choice("cache format", name, ("full", *CACHE_FORMATS))
+        near_choice("cache format", name, ("full", *FORMATS))
     from cla_jax.runs import check_places
 
     ready: list[Any] = []

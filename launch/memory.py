@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax.config import CACHE_FORMATS, ModelConfig
+from cla_jax.config import ModelConfig
+from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable
 from launch.cli import collected, read, refuse, user_errors
 
@@ -52,7 +53,7 @@ class Arguments:
     cache: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(
-            help=f"KV cache format: {', '.join(CACHE_FORMATS)}; repeat the flag for several. Default: all "
+            help=f"KV cache format: {', '.join(FORMATS)}; repeat the flag for several. Default: all "
             "except float32 and bfloat16."
         ),
     ] = ()
@@ -121,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--ledger shows the bytes of a token; leave it or --compile out")
     # In the model's own dtype `dense` says it all.
     formats = tuple(dict.fromkeys(arguments.cache)) or tuple(
-        n for n in CACHE_FORMATS if n not in ("float32", "bfloat16")
+        n for n in FORMATS if n not in ("float32", "bfloat16")
     )
     for name in formats:
-        near_choice("cache format", name, CACHE_FORMATS)
+        near_choice("cache format", name, FORMATS)
     if not arguments.names:
         raise ValueError(
             "give at least one experiment, study or run: python -m launch.memory cla_1b"

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax.config import CACHE_FORMATS, near_choice
+from cla_jax.config import near_choice
+from cla_jax.formats import FORMATS
 from launch import allocator
 from launch.cli import check_picture, log_to_stderr, read, user_errors
 
@@ -59,9 +60,7 @@ class Arguments:
     make: str = ""
     # The trace that --make writes.
     made: Made = Made()
-    cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(CACHE_FORMATS)}.")] = (
-        "dense"
-    )
+    cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(FORMATS)}.")] = "dense"
     # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
     # Maximum number of requests that decode at the same time.
@@ -88,7 +87,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.serve_trace", description=__doc__)
     log_to_stderr()
-    near_choice("cache format", arguments.cache, CACHE_FORMATS)
+    near_choice("cache format", arguments.cache, FORMATS)
     if arguments.plot:
         check_picture(arguments.plot)
     for name in ("rows", "page", "chunk", "every"):

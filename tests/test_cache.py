@@ -8,12 +8,14 @@ import pytest
 
 from cla_jax import cache as caches
 from cla_jax.batch import _Choice, _loop, _Rows
-from cla_jax.cache import FORMATS, cache_spec, ledger, make_format
+from cla_jax.cache import cache_spec, ledger, make_format
 from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import Entries
 from cla_jax.cache.kivi import quantized_tokens
+from cla_jax.cache.per_token import PerToken
 from cla_jax.config import MeshConfig, ModelConfig, Sampling
 from cla_jax.decode import decode, decoding_weights, prefill
+from cla_jax.formats import FORMATS
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh, split_cache
 from cla_jax.model.attention import EMPTY, KV, StepPositions
 from cla_jax.model.transformer import ForwardOptions, project
@@ -57,6 +59,11 @@ def test_no_block_is_read_that_holds_nothing_seen(shards):
             # A shard that holds none of them reads at most one block, for all shards read alike.
             assert held <= set(range(begin, end))
             assert end - begin <= len(held) + (shards > 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_registry_says_which_formats_store_each_token_separately(name):
+    assert isinstance(make_format(name, "float32"), PerToken) == FORMATS[name].per_token
 
 
 @pytest.mark.parametrize("name", FORMATS)

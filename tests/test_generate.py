@@ -7,10 +7,11 @@ import pytest
 
 from cla_jax import batch as batches
 from cla_jax import decode as decoding
-from cla_jax.cache import FORMATS, cache_spec
+from cla_jax.cache import cache_spec
 from cla_jax.config import MeshConfig, Sampling
 from cla_jax.decode import decoding_weights
 from cla_jax.engine import Engine
+from cla_jax.formats import FORMATS
 from cla_jax.generate import generate
 from cla_jax.mesh import axis_rules, make_mesh, split_cache
 from cla_jax.model.transformer import ForwardOptions

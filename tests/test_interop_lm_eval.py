@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cla_jax import checkpoint, report, seals
-from cla_jax.cache import FORMATS
 from cla_jax.evaluate import open_session
+from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks
 from cla_jax.report import tasks as scores
 from cla_jax.runs import find_runs

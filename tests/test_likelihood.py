@@ -8,9 +8,10 @@ import pytest
 
 from cla_jax import likelihood
 from cla_jax import mesh as meshes
-from cla_jax.cache import FORMATS, cache_spec
+from cla_jax.cache import cache_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
+from cla_jax.formats import FORMATS
 from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.prefix_groups import PrefixGroup, pack, prefix_groups, text
 from cla_jax.state import layout

@@ -14,19 +14,18 @@ arrays that a decode step takes and returns.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.dense import Dense
 from cla_jax.cache.entries import UNIT, Entries
-from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.per_token import LayerCache, PerToken, Shape
-from cla_jax.cache.quantized import Fp8, Int8
-from cla_jax.config import CACHE_FORMATS, LatentKV, ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.formats import FORMATS
 from cla_jax.kv_map import Halves
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
@@ -104,19 +103,6 @@ class CacheFormat(Protocol):
 
 LONGEST_BLOCK = 512
 
-# Each is made for the dtype that attention computes in.
-FORMATS: dict[str, Callable[[str], CacheFormat]] = {
-    "dense": lambda dtype: Dense(name="dense", dtype=dtype, held=dtype),
-    "float32": lambda dtype: Dense(name="float32", dtype=dtype, held="float32"),
-    "bfloat16": lambda dtype: Dense(name="bfloat16", dtype=dtype, held="bfloat16"),
-    "int8": lambda dtype: Int8(name="int8", dtype=dtype),
-    "fp8": lambda dtype: Fp8(name="fp8", dtype=dtype),
-    "kivi4": lambda dtype: Kivi(name="kivi4", dtype=dtype, bits=4),
-    "kivi2": lambda dtype: Kivi(name="kivi2", dtype=dtype, bits=2, longest_block=128),
-}
-
-assert tuple(FORMATS) == CACHE_FORMATS
-
 
 def make_format(name: str, dtype: str) -> CacheFormat:
     """The format with this name; attention computes in `dtype`.
@@ -124,7 +110,9 @@ def make_format(name: str, dtype: str) -> CacheFormat:
     Raises ValueError for an unknown name, with the nearest ones.
     """
     near_choice("cache format", name, FORMATS)
-    return FORMATS[name](dtype)
+    entry = FORMATS[name]
+    made = getattr(importlib.import_module(f"cla_jax.cache.{entry.module}"), entry.name)
+    return made(name=name, dtype=dtype, **entry.settings)
 
 
 @jax.tree_util.register_dataclass

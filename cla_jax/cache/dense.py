@@ -14,7 +14,10 @@ from cla_jax.model.attention import KV, Kept
 class Dense(PerToken):
     """An array [B, E, K, H] of keys, one of values; those of a latent have widths of their own."""
 
-    held: str  # the dtype of the cache
+    held: str = ""  # the dtype of the cache; empty: that of attention
+
+    def __post_init__(self):
+        object.__setattr__(self, "held", self.held or self.dtype)
 
     def half_shapes(self, heads: tuple[int, ...], width: int) -> Shape:
         return Shape("BEKH", (*heads, width), carrier(self.held))

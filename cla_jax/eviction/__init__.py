@@ -19,13 +19,12 @@ from cla_jax.eviction.random_keep import Random
 from cla_jax.eviction.rule import LONGEST
 from cla_jax.eviction.snapkv import AdaKV, SnapKV
 from cla_jax.eviction.window import Window
+from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 
 POLICIES: dict[str, type[Policy]] = {
     policy.kind: policy for policy in (FastGen, Window, H2O, SnapKV, AdaKV, Random)
 }
-# Formats that store each token separately, so that another token can overwrite an entry.
-ENTRY_FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
 
 
 def is_policy(name: str) -> bool:
@@ -53,12 +52,12 @@ def parse(text: str) -> Policy:
             needed = types[name].__name__
             raise ValueError(f"{kind}: {name} = {shown(value)} must be {needed}") from None
     policy = cls(**settings)  # type: ignore[arg-type]
-    if policy.format.startswith("kivi"):
+    near_choice("format of evicting caches", policy.format, FORMATS)
+    if not FORMATS[policy.format].per_token:
         raise ValueError(
             f"{kind}: format = {policy.format} quantises tokens in groups, so single tokens cannot be "
-            f"replaced; use one of {', '.join(ENTRY_FORMATS)}"
+            f"replaced; use one of {', '.join(name for name in FORMATS if FORMATS[name].per_token)}"
         )
-    near_choice("format of evicting caches", policy.format, ENTRY_FORMATS)
     return policy
 
 

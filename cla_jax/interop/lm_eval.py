@@ -17,11 +17,12 @@ from typing import Any
 import jax
 
 from cla_jax import checkpoint, likelihood, runs
-from cla_jax.cache import FORMATS, cache_spec
+from cla_jax.cache import cache_spec
 from cla_jax.config import Sampling
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.engine import Engine, Request
 from cla_jax.evaluate import open_session
+from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.messages import near_choice
