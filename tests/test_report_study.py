@@ -338,6 +338,7 @@ def test_a_row_without_any_run_is_missing_and_not_zero(mine, capsys):
     with open("runs/mine/rows.csv") as file:
         (line,) = [line for line in csv.DictReader(file) if line["row"] == "wide"]
     assert (line["bits per byte"], line["state"]) == ("missing", "missing")
+    assert line["learning rate"] == "—"
     assert "wide" in Path("runs/mine/report.md").read_text()
 
 

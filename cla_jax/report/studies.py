@@ -303,7 +303,8 @@ def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
                 row,
                 f"{kv_bytes(config):,.0f}",
                 human(costs.parameters(config.model).total),
-                f"{config.optimizer.peak_lr:.3g}",
+                # Of a row without runs, the rate may still be that of its function.
+                f"{config.optimizer.peak_lr:.3g}" if found else "—",
                 f"{np.mean(found):.4f}" if found else "missing",
                 f"{np.std(found, ddof=1):.4f}" if len(found) > 1 else "—",
                 outcome.state(row),
