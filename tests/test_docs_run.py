@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import experiments
 from cla_jax.cache.quantized import Int8
 from cla_jax.fields import replaced
 from cla_jax.model.attention import KV
@@ -42,6 +43,7 @@ PARSED = {
     "pods": "compilers for TPUs and GPUs",
     "prefix": "a replay of minutes; its tests replay short traces",
     "sharing": "three trainings; tests train and decode models with such maps",
+    "studies": "trainings of hours; tests make reports of studies from written runs",
     "tasks": "data of tasks from a network",
     "training": "several devices, several hosts, and data of the user's",
     "uptraining": "a second training; its tests convert small runs",
@@ -177,6 +179,15 @@ def test_the_example_of_the_page_on_sharing_runs(capsys):
     (example,) = blocks(page, "python")
     exec(compile(example, page.name, "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1] == "3 kv 5 1"  # of whose keys five layers read
+
+
+def test_the_study_of_the_page_on_studies_can_be_run(tmp_path):
+    (page,) = (page for page in PAGES if page.stem == "studies")
+    (example,) = blocks(page, "python")
+    (tmp_path / "mine.py").write_text(example)
+    declared = experiments.find_study(f"{tmp_path / 'mine.py'}:main")
+    assert len(declared.trials) == 12
+    assert declared.study.needed <= 6
 
 
 def test_the_format_that_the_page_on_extending_adds_works():
