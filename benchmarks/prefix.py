@@ -106,13 +106,13 @@ def contestants(
     dense = cache_spec(config, batch=batch, capacity=capacity)
     pages = shared // options.page + batch * (capacity // options.page + 2)
     paged = prefix_spec(config, batch=batch, page=options.page, pages=pages, capacity=capacity)
-    tree = PrefixTree(chunk=options.page, slots=pages)
+    tree = PrefixTree(chunk=options.page, pages=pages)
     prompts = [[*range(shared), *[10_000 + row] * options.alone] for row in range(batch)]
     paths = {row: tree.insert(prompt, new_tokens=1) for row, prompt in enumerate(prompts)}
     two_phase = paged.tables(paths, tree)
     alone = paged.empty()
     for row, path in paths.items():
-        private = [node.slot for node in tree.path(path)]
+        private = [node.page for node in tree.path(path)]
         alone.private_BC[row, : len(private)] = private
     return {
         "dense": (dense, noise(dense.allocate(), length)),

@@ -205,11 +205,11 @@ class ModelConfig:
         named = {"keys": sharing.k_map, "values": sharing.v_map}
         for what, sources in named.items():
             for layer, source in enumerate(sources):
-                ours, theirs = self.resolved_windows[layer], self.resolved_windows[source]
-                if ours != theirs:
+                own, read = self.resolved_windows[layer], self.resolved_windows[source]
+                if own != read:
                     raise ValueError(
-                        f"model.windows = {shown(self.windows)}: layer {layer} has window {ours}, but it "
-                        f"reads the {what} of layer {source}, which has window {theirs}; they must be equal"
+                        f"model.windows = {shown(self.windows)}: layer {layer} has window {own}, but it "
+                        f"reads the {what} of layer {source}, which has window {read}; they must be equal"
                     )
         if sharing.is_split and isinstance(self.kv, LatentKV):
             raise ValueError(

@@ -218,12 +218,12 @@ def check_weights(weights: Weights, spec: CacheSpec) -> None:
     """Raises ValueError for the weights of a model that the cache is not made for."""
     config = spec.config
     blocks: Any = [group.blocks for group in weights.groups]
-    theirs = weights.embedding.shape, list(map(len, blocks))
-    ours = (config.vocab_size, config.d_model), [group.size for group in config.sharing.groups]
-    if theirs != ours:
+    of_weights = weights.embedding.shape, list(map(len, blocks))
+    of_config = (config.vocab_size, config.d_model), [group.size for group in config.sharing.groups]
+    if of_weights != of_config:
         raise ValueError(
             "the weights do not belong to the cache's model: embedding and layers of each group are "
-            f"{theirs}, in the cache's config {ours}"
+            f"{of_weights}, in the cache's config {of_config}"
         )
 
 

@@ -33,11 +33,11 @@ def lock(file: epath.Path, *, patience: float = 0.0) -> Iterator[tuple[int, ...]
         with open_plain(file, "a") as opened:
             until = time.monotonic() + patience
             # A network file system may not be able to lock a directory.
-            while not (ours := try_lock(opened) and try_lock(directory, required=False)):
+            while not (held := try_lock(opened) and try_lock(directory, required=False)):
                 if time.monotonic() >= until:
                     break
                 time.sleep(0.05)
-            yield (opened.fileno(), directory) if ours else ()
+            yield (opened.fileno(), directory) if held else ()
     finally:
         os.close(directory)
 

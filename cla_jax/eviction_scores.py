@@ -53,11 +53,11 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
         tokens_Bt, starts_Bt, targets_Bt, full_BtD = given
         counts_B = jnp.full_like(cache.lengths_B, spec.chunk)
         x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
-        ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
+        cached_BtV, full_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
         found = (
-            *_nats(ours_BtV, theirs_BtV, targets_Bt),
-            ours_BtV.argmax(-1) == theirs_BtV.argmax(-1),
-            jnp.abs(ours_BtV - theirs_BtV).max(-1),
+            *_nats(cached_BtV, full_BtV, targets_Bt),
+            cached_BtV.argmax(-1) == full_BtV.argmax(-1),
+            jnp.abs(cached_BtV - full_BtV).max(-1),
         )
         return cache, jnp.stack([one.astype(jnp.float32) for one in found])
 
@@ -68,12 +68,12 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
 
 
 def _nats(
-    ours_BTV: jax.Array, theirs_BTV: jax.Array, targets_BT: jax.Array
+    cached_BTV: jax.Array, full_BTV: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Nats of the targets through the cache and by full forward, and KL(full forward || cache). [B, T]"""
-    ours, theirs = jax.nn.log_softmax(ours_BTV), jax.nn.log_softmax(theirs_BTV)
-    kl_BT = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-    return losses(ours_BTV, targets_BT)[0], losses(theirs_BTV, targets_BT)[0], kl_BT
+    cached, full = jax.nn.log_softmax(cached_BTV), jax.nn.log_softmax(full_BTV)
+    kl_BT = jnp.sum(jnp.exp(full) * (full - cached), axis=-1)
+    return losses(cached_BTV, targets_BT)[0], losses(full_BTV, targets_BT)[0], kl_BT
 
 
 def evicting_decoding(

@@ -148,7 +148,7 @@ class SharedPlaces(Places):
 
     def __init__(self, spec: PrefixSpec):
         super().__init__(spec)
-        self.tree = PrefixTree(chunk=spec.page, slots=spec.pages, retain=spec.retain)
+        self.tree = PrefixTree(chunk=spec.page, pages=spec.pages, retain=spec.retain)
         self._paths: dict[int, Path] = {}
         self._twins: dict[int, int] = {}
         # Of the rows that have joined since the last prefill: their prompts and turns, and the turns in
@@ -236,7 +236,7 @@ class SharedPlaces(Places):
 
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
         one, other = self._paths[source], self._paths[target]
-        cache = self.spec.copy_page(cache, one.leaf.slot, other.leaf.slot)
+        cache = self.spec.copy_page(cache, one.leaf.page, other.leaf.page)
         lengths_B = put_row(cache.lengths_B, np.array([self._prompts[target]], np.int32), target)
         return dataclasses.replace(cache, lengths_B=lengths_B)
 
@@ -258,7 +258,7 @@ class SharedPlaces(Places):
         return any(n.readers > 1 for n in self.tree.path(path)[path.matched // self.spec.page :])
 
     def _note_peak(self) -> None:
-        self.counts.peak_pages = max(self.counts.peak_pages, self.tree.live_slots)
+        self.counts.peak_pages = max(self.counts.peak_pages, self.tree.live_pages)
 
 
 class EvictingPlaces(Places):

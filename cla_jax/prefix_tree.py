@@ -1,12 +1,12 @@
 """Which chunks of a pool hold the keys and values of which requests, equal beginnings once.
 
 The prefix-aware KV cache of ChunkAttention (2402.15220, section 3.1), on the host. A node of the tree is a
-chunk: up to `chunk` tokens, and a slot of a pool that has their keys and values in every KV layer. The path
+chunk: up to `chunk` tokens, and a page of a pool that has their keys and values in every KV layer. The path
 from the root to a leaf is one request. Requests with equal beginnings share the nodes of that beginning.
 
-    tree = PrefixTree(chunk=64, slots=1000)
+    tree = PrefixTree(chunk=64, pages=1000)
     first = tree.insert(prompt, new_tokens=100)     # first.matched tokens need no prefill
-    tree.append(first, token)                       # in slot first.leaf.slot
+    tree.append(first, token)                       # in page first.leaf.page
     tree.remove(first)
 
 Rules that the paper leaves to its code:
@@ -17,8 +17,8 @@ Rules that the paper leaves to its code:
 - The last token of a prompt is never matched: its hidden state gives the first new token.
 - `fork` copies the leaf alone.
 
-A request reserves the slots that its longest continuation may need when it is inserted. So it never waits for
-a slot while it decodes, and requests cannot block one another.
+A request reserves the pages that its longest continuation may need when it is inserted. So it never waits for
+a page while it decodes, and requests cannot block one another.
 
 Rows of a batch are numbered depth first (`rows`). So the requests that read a node are neighbours.
 """
@@ -38,7 +38,7 @@ class Node:
     """A chunk."""
 
     tokens: list[int]
-    slot: int
+    page: int
     parent: "Node | None"
     readers: int = 0  # live requests whose path passes through
     used: int = 0  # when a request last came or went
@@ -53,7 +53,7 @@ class Path:
     leaf: Node
     matched: int  # tokens of the prompt that were in the pool before
     length: int  # tokens
-    reserved: int  # slots that it may still take
+    reserved: int  # pages that it may still take
     # Slots that it has taken for tokens to come, in order.
     ahead: list[int] = dataclasses.field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Path:
 class Run:
     """A chunk that several neighbouring rows read: `first` to `end`, the end not included."""
 
-    slot: int
+    page: int
     position: int  # of its first token
     first: int
     end: int
@@ -76,30 +76,30 @@ class Layout:
     shared: tuple[Run, ...]
     private: tuple[
         tuple[int, ...], ...
-    ]  # slots that only this row reads, in order; those ahead too
+    ]  # pages that only this row reads, in order; those ahead too
     starts: tuple[int, ...]  # position of the first token in them
 
 
 class PrefixTree:
-    """The tree, and which slots of its pool are free.
+    """The tree, and which pages of its pool are free.
 
     Args:
       chunk: tokens in a chunk.
-      slots: chunks in the pool.
-      retain: full chunks of requests that have ended stay until their slots are needed, so many at most; the
+      pages: chunks in the pool.
+      retain: full chunks of requests that have ended stay until their pages are needed, so many at most; the
         least recently used go first.
     """
 
-    def __init__(self, *, chunk: int, slots: int, retain: int = 0):
-        for name, value in (("chunk", chunk), ("slots", slots)):
+    def __init__(self, *, chunk: int, pages: int, retain: int = 0):
+        for name, value in (("chunk", chunk), ("pages", pages)):
             if value < 1:
                 raise ValueError(f"prefix tree: {name} = {value} must be positive")
         if retain < 0:
             raise ValueError(f"prefix tree: retain = {retain} must not be negative")
-        self.chunk, self.slots, self.retain = chunk, slots, retain
+        self.chunk, self.pages, self.retain = chunk, pages, retain
         self.version = 0  # changes whenever `layout` does
         self._root = Node([], -1, None)
-        self._free = list(reversed(range(slots)))
+        self._free = list(reversed(range(pages)))
         self._paths: dict[Node, Path] = {}  # live requests by their leaves
         self._reserved = 0
         self._idle = 0  # chunks that no live request reads
@@ -121,10 +121,10 @@ class PrefixTree:
         if not len(prompt):
             raise ValueError("prefix tree: an empty prompt")
         total = self.chunks(len(prompt) + new_tokens)
-        if total > self.slots:
+        if total > self.pages:
             raise ValueError(
                 f"a request of {len(prompt)} tokens and {new_tokens} new tokens needs {total} chunks of "
-                f"{self.chunk} tokens, but the pool has only {self.slots}"
+                f"{self.chunk} tokens, but the pool has only {self.pages}"
             )
         node, matched = self._match(prompt)
         shared = matched // self.chunk
@@ -161,7 +161,7 @@ class PrefixTree:
             self._put(path, self._grow(leaf, []))
 
     def prepare(self, path: Path, tokens: int) -> None:
-        """Takes the slots for so many more tokens of a request, in advance.
+        """Takes the pages for so many more tokens of a request, in advance.
 
         A loop on the device can then write them all before the host looks again. Appending them changes the
         tree, but not its layout.
@@ -192,7 +192,7 @@ class PrefixTree:
         return self._put(twin, self._grow(leaf.parent, list(leaf.tokens)))
 
     def remove(self, path: Path) -> None:
-        """Ends a request. Its slots are free, or idle if they are retained."""
+        """Ends a request. Its pages are free, or idle if they are retained."""
         assert self._paths.pop(path.leaf) is path
         self._reserve(path, 0)
         self._free += reversed(path.ahead)
@@ -205,7 +205,7 @@ class PrefixTree:
                 self._idle -= 1
                 self._drop(node)
             elif not node.children:
-                heapq.heappush(self._evictable, (node.used, node.slot, node))
+                heapq.heappush(self._evictable, (node.used, node.page, node))
             node = above
         while self._idle > self.retain:
             self._evict()
@@ -219,9 +219,9 @@ class PrefixTree:
         return len(self._free) + self._idle - self._reserved
 
     @property
-    def live_slots(self) -> int:
+    def live_pages(self) -> int:
         """Slots that live requests read."""
-        return self.slots - len(self._free) - self._idle
+        return self.pages - len(self._free) - self._idle
 
     def chunks(self, tokens: int) -> int:
         """Chunks of a path with so many tokens: the last one is not full."""
@@ -257,18 +257,18 @@ class PrefixTree:
             positions[node] = positions[node.parent] + len(node.parent.tokens)
             if node.readers > 1:
                 end = len(rows) + node.readers
-                shared.append(Run(node.slot, positions[node], len(rows), end))
+                shared.append(Run(node.page, positions[node], len(rows), end))
             if node in self._paths:
                 rows.append(self._paths[node])
         alone = [[node for node in self.path(row) if node.readers == 1] for row in rows]
-        slots = [
-            (*(node.slot for node in nodes), *row.ahead)
+        pages = [
+            (*(node.page for node in nodes), *row.ahead)
             for row, nodes in zip(rows, alone, strict=True)
         ]
         return Layout(
             rows=tuple(rows),
             shared=tuple(shared),
-            private=tuple(slots),
+            private=tuple(pages),
             starts=tuple(positions[nodes[0]] for nodes in alone),  # a leaf is read by one
         )
 
@@ -302,13 +302,13 @@ class PrefixTree:
         return self._add(parent, tokens, self._take())
 
     def _take(self) -> int:
-        """A free slot; there is one, or an idle one."""
+        """A free page; there is one, or an idle one."""
         if not self._free:
             self._evict()
         return self._free.pop()
 
-    def _add(self, parent: Node, tokens: list[int], slot: int) -> Node:
-        node = Node(tokens, slot, parent, readers=1, used=next(self._clock))
+    def _add(self, parent: Node, tokens: list[int], page: int) -> Node:
+        node = Node(tokens, page, parent, readers=1, used=next(self._clock))
         parent.children.append(node)
         if len(tokens) == self.chunk:
             parent.full.setdefault(tuple(tokens), node)
@@ -321,14 +321,14 @@ class PrefixTree:
         self.version += 1
         return path
 
-    def _reserve(self, path: Path, slots: int) -> None:
+    def _reserve(self, path: Path, pages: int) -> None:
         """Slots that a request may still take."""
-        self._reserved += slots - path.reserved
-        path.reserved = slots
+        self._reserved += pages - path.reserved
+        path.reserved = pages
 
     def _evict(self) -> None:
         """Frees the idle chunk without children that was used least recently."""
-        while True:  # there is one: whoever takes a slot has made sure of it
+        while True:  # there is one: whoever takes a page has made sure of it
             used, _, node = heapq.heappop(self._evictable)
             parent = node.parent
             unchanged = node.used == used and not node.readers and not node.children
@@ -337,10 +337,10 @@ class PrefixTree:
         self._idle -= 1
         self._drop(node)
         if parent.parent is not None and not parent.readers and not parent.children:
-            heapq.heappush(self._evictable, (parent.used, parent.slot, parent))
+            heapq.heappush(self._evictable, (parent.used, parent.page, parent))
 
     def _drop(self, node: Node) -> None:
-        """Takes a chunk out of the tree; its slot is free."""
+        """Takes a chunk out of the tree; its page is free."""
         assert node.parent is not None
         assert not node.children
         parent, key = node.parent, tuple(node.tokens)
@@ -351,5 +351,5 @@ class PrefixTree:
                 if other.tokens == node.tokens:
                     parent.full[key] = other
                     break
-        self._free.append(node.slot)
+        self._free.append(node.page)
         node.parent = None

@@ -180,10 +180,10 @@ class Run:
 
         `changes` says which files changed since the data of a fingerprint was prepared.
         """
-        theirs = self.record().get("data_fingerprint")
-        if theirs != fingerprint:
-            found = changes(theirs) if isinstance(theirs, str) else ()
-            raise ValueError(self._other_data(f"{theirs!r}", f"{fingerprint!r}", found))
+        trained_on = self.record().get("data_fingerprint")
+        if trained_on != fingerprint:
+            found = changes(trained_on) if isinstance(trained_on, str) else ()
+            raise ValueError(self._other_data(f"{trained_on!r}", f"{fingerprint!r}", found))
         if self.tokenizer_json() != tokenizer_json:
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
@@ -313,8 +313,8 @@ class Run:
         record = seals.unseal(read_json(file), file.stem, required=self.is_sealed)
         if record is None:
             raise Altered(f"{file} was altered, so it is not used")
-        theirs, ours = record.pop("run", ""), self.id
-        if theirs and ours and theirs != ours:
+        recorded, own = record.pop("run", ""), self.id
+        if recorded and own and recorded != own:
             raise Altered(f"{file} belongs to another run, so it is not used")
         record = _with_todays_names(record)
         for name in ("per_kv_layer", "profile"):
@@ -467,10 +467,12 @@ class Owner:
             {"name": "saved", "identity": identity, "placement": {}}
         )
         # By way of a Config: a field that is younger than a record has its default there.
-        ours, theirs = (configs.identity(as_config(i)) for i in (self.identity, saved["identity"]))
+        expected, recorded = (
+            configs.identity(as_config(i)) for i in (self.identity, saved["identity"])
+        )
         return "; ".join(
             f"{key} is {a!r}, and what was saved has {b!r}"
-            for key, (a, b) in fields.difference(ours, theirs).items()
+            for key, (a, b) in fields.difference(expected, recorded).items()
         )
 
 
@@ -667,17 +669,17 @@ def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None
       sources: the sources of text that the user named.
     """
     config = run.config()
-    theirs = config.placement.data_dir
-    if data_dir is None and _leads_away(theirs, run):
+    stated = config.placement.data_dir
+    if data_dir is None and _leads_away(stated, run):
         raise ValueError(
-            f"{run.path} has its prepared data in {theirs!r}, outside the current directory: confirm it with "
-            f"--data-dir {theirs}, or give another directory"
+            f"{run.path} has its prepared data in {stated!r}, outside the current directory: confirm it with "
+            f"--data-dir {stated}, or give another directory"
         )
     name = run.record().get("data_fingerprint")
     prepared = (
         name
         and os.path.basename(name) == name
-        and os.path.isdir(os.path.join(data_dir or theirs, name))
+        and os.path.isdir(os.path.join(data_dir or stated, name))
     )
     if prepared:
         return

@@ -335,15 +335,15 @@ def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, options, 
     full_BTD = model(inputs_of(inputs_BT, begins), options, starts_BT)
 
     def visit(carry, x_BtD, _, weights_Bt, full_BtD):
-        ours_BtV, theirs_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
+        cached_BtV, full_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
         if (whole := spec.rules.spec("batch", None, None)) is not None:
-            ours_BtV, theirs_BtV = jax.reshard((ours_BtV, theirs_BtV), whole)
-        apart_BtV = jnp.abs(ours_BtV - theirs_BtV)
-        ours, theirs = jax.nn.log_softmax(ours_BtV), jax.nn.log_softmax(theirs_BtV)
+            cached_BtV, full_BtV = jax.reshard((cached_BtV, full_BtV), whole)
+        apart_BtV = jnp.abs(cached_BtV - full_BtV)
+        cached, full = jax.nn.log_softmax(cached_BtV), jax.nn.log_softmax(full_BtV)
         sums = {
             "mean_logit_difference": apart_BtV.mean(-1),
-            "top1_agreement": ours_BtV.argmax(-1) == theirs_BtV.argmax(-1),
-            "kl": jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),
+            "top1_agreement": cached_BtV.argmax(-1) == full_BtV.argmax(-1),
+            "kl": jnp.sum(jnp.exp(full) * (full - cached), axis=-1),
         }
         peak = jnp.max(apart_BtV * weights_Bt[:, :, None])
         new = {name: carry[name] + jnp.sum(value * weights_Bt) for name, value in sums.items()}

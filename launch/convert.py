@@ -230,11 +230,11 @@ def _uptrain(command: Uptrain) -> None:
 
 def _uptrained(command: Uptrain, source: "Run") -> Config:
     """The config of the run to make, with the source's kv_map."""
-    theirs, path = source.config(), Path(command.made)
-    recipe = theirs
+    before, path = source.config(), Path(command.made)
+    recipe = before
     if command.recipe is not None:
         recipe = _recipe(command.recipe)
-    elif source.origin() and not isinstance(theirs.start, FromRun):
+    elif source.origin() and not isinstance(before.start, FromRun):
         raise ValueError(
             f"{source.path} was imported, so its training recipe is unknown: give one with --recipe"
         )
@@ -257,11 +257,11 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
     steps = max(round(command.fraction * recipe.steps), 1)
     # As the learning rate's schedule does, the stages of the data cover the new number of steps.
     stages = tuple(
-        dataclasses.replace(stage, step=max(round(stage.step * steps / theirs.steps), 1))
-        for stage in theirs.data.stages
+        dataclasses.replace(stage, step=max(round(stage.step * steps / before.steps), 1))
+        for stage in before.data.stages
     )
     return replaced(
-        theirs,
+        before,
         heads
         | {
             "name": path.name,

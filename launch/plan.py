@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = argv[cut + 1 :]
     configs = _configs(arguments, overrides)
     planning = planner()  # after the checks: mistakes should not wait for jax
-    plans, misfits = [], []
+    plans, refusals = [], []
     for topology in arguments.topology:
         for config in configs:
             devices = planning.topologies.topology(topology, config.placement.mesh.slice)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 else:
                     plan = planning.plan(config, devices, cache)
             except planning.search.DoesNotFit as error:  # the other rows may
-                misfits.append(str(error))
+                refusals.append(str(error))
                 continue
             plans.append((plan, config))
             if not arguments.json:
@@ -150,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             [_as_dict(plan, config, arguments.mfu) for plan, config in plans], sys.stdout, indent=1
         )
         print()
-    if misfits:
-        raise ValueError("\n".join(misfits))
+    if refusals:
+        raise ValueError("\n".join(refusals))
 
 
 def _cache() -> Path | None:

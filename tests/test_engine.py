@@ -258,8 +258,8 @@ def assert_as_unshared(request, seed):
 def assert_nothing_is_left(engine):
     assert engine.idle
     tree = engine.places.tree
-    assert tree.live_slots == 0
-    assert tree.room == tree.slots
+    assert tree.live_pages == 0
+    assert tree.room == tree.pages
 
 
 @pytest.mark.slow

@@ -527,16 +527,16 @@ def test_a_shape_is_compiled_once_and_remembered(monkeypatch, tmp_path):
         return "too large" if config.model.kv_map == "identity" else ""
 
     monkeypatch.setattr(fitting, "_ask", ask)
-    refused = fitting.misfits(plan)
+    refused = fitting.check(plan)
     assert asked == [("identity", "v5e:16x16", 1), ("cla:2", "v5e:16x16", 1)]
     assert len(plan.trials) == 200
     assert refused == {t.name: "too large" for t in plan.trials if "identity" in t.name}
-    assert fitting.misfits(plan) == refused  # from the files
+    assert fitting.check(plan) == refused  # from the files
     assert len(asked) == 2
-    fitting.misfits(planned("smoke.wide_sweep", runs=str(tmp_path), topology="v5e:4x4"))
+    fitting.check(planned("smoke.wide_sweep", runs=str(tmp_path), topology="v5e:4x4"))
     assert len(asked) == 4
     monkeypatch.setattr(fitting, "_library", lambda: "another")
-    fitting.misfits(plan)
+    fitting.check(plan)
     assert len(asked) == 6
 
 

@@ -28,7 +28,7 @@ class Requests:
         self.spec = prefix_spec(
             config, format, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY, chunk=CHUNK
         )
-        self.tree = PrefixTree(chunk=PAGE, slots=PAGES)
+        self.tree = PrefixTree(chunk=PAGE, pages=PAGES)
         self.cache = self.spec.allocate()
         self.rows, self.texts, self.version, self.uploads = {}, {}, -1, 0
         # A function of its own, so that its programs can be counted.
@@ -72,7 +72,7 @@ class Requests:
     def fork(self, row, to, new_tokens):
         path = self.rows[row]
         twin = self.tree.fork(path, new_tokens=new_tokens)
-        self.cache = self.spec.copy_page(self.cache, path.leaf.slot, twin.leaf.slot)
+        self.cache = self.spec.copy_page(self.cache, path.leaf.page, twin.leaf.page)
         lengths = self.cache.lengths_B.at[to].set(path.length)
         self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
         self.rows[to], self.texts[to] = twin, list(self.texts[row])

@@ -12,8 +12,8 @@ ALPHABET = 2  # tokens: few, so that texts often begin alike
 class Model:
     """The same requests as plain lists, and what must hold of the tree."""
 
-    def __init__(self, chunk: int, slots: int, retain: int):
-        self.tree = PrefixTree(chunk=chunk, slots=slots, retain=retain)
+    def __init__(self, chunk: int, pages: int, retain: int):
+        self.tree = PrefixTree(chunk=chunk, pages=pages, retain=retain)
         self.texts: dict = {}  # path -> tokens
         self.left: dict = {}  # path -> tokens that it may still add
 
@@ -22,9 +22,9 @@ class Model:
         try:
             path = tree.insert(prompt, new_tokens=new)
         except PoolFull:
-            # Only if the slots that live requests have or may need are too many.
+            # Only if the pages that live requests have or may need are too many.
             needed = {path: self.needs(path) for path in self.texts}
-            assert self.live_chunks() + sum(needed.values()) + self.chunks(prompt, new) > tree.slots
+            assert self.live_chunks() + sum(needed.values()) + self.chunks(prompt, new) > tree.pages
             return
         assert path.matched % tree.chunk == 0
         assert path.matched < len(prompt)
@@ -39,7 +39,7 @@ class Model:
         return total - len(path.ahead)
 
     def live_chunks(self):
-        return self.tree.live_slots
+        return self.tree.live_pages
 
     def append(self, path, token):
         if self.left[path]:
@@ -69,17 +69,17 @@ class Model:
     def check(self):
         tree, chunk = self.tree, self.tree.chunk
         nodes = list(tree.nodes())
-        # Every slot is free or has one chunk; none is lost.
-        slots = [node.slot for node in nodes]
-        ahead = [slot for path in self.texts for slot in path.ahead]
-        slots += ahead
-        assert len(set(slots)) == len(slots)
-        assert set(slots) <= set(range(tree.slots))
-        assert len(slots) == tree.live_slots + tree._idle
-        assert tree.live_slots == sum(node.readers > 0 for node in nodes) + len(ahead)
+        # Every page is free or has one chunk; none is lost.
+        pages = [node.page for node in nodes]
+        ahead = [page for path in self.texts for page in path.ahead]
+        pages += ahead
+        assert len(set(pages)) == len(pages)
+        assert set(pages) <= set(range(tree.pages))
+        assert len(pages) == tree.live_pages + tree._idle
+        assert tree.live_pages == sum(node.readers > 0 for node in nodes) + len(ahead)
         assert tree._idle <= tree.retain
         promised = sum(self.needs(path) for path in self.texts)
-        assert tree.room == tree.slots - tree.live_slots - promised >= 0
+        assert tree.room == tree.pages - tree.live_pages - promised >= 0
         readers = dict.fromkeys(nodes, 0)
         for path, text in self.texts.items():
             assert tree.tokens(path) == text
@@ -98,9 +98,9 @@ class Model:
                 assert child.readers <= node.readers
             if not node.readers:
                 assert len(node.tokens) == chunk  # what is retained can be matched
-        self.check_layout({node.slot: node for node in nodes})
+        self.check_layout({node.page: node for node in nodes})
 
-    def check_layout(self, by_slot):
+    def check_layout(self, by_page):
         layout = self.tree.layout()
         assert set(layout.rows) == set(self.texts)
         assert len(layout.rows) == len(self.texts)
@@ -111,15 +111,15 @@ class Model:
             text = []
             for run in read:
                 assert run.position == position
-                assert run.end - run.first == by_slot[run.slot].readers > 1
-                text += by_slot[run.slot].tokens
+                assert run.end - run.first == by_page[run.page].readers > 1
+                text += by_page[run.page].tokens
                 position = len(text)
             assert layout.starts[row] == position
             own = layout.private[row][: len(layout.private[row]) - len(path.ahead)]
             assert [*own, *path.ahead] == list(layout.private[row])
-            for slot in own:
-                assert by_slot[slot].readers == 1
-                text += by_slot[slot].tokens
+            for page in own:
+                assert by_page[page].readers == 1
+                text += by_page[page].tokens
             assert text == self.texts[path]
 
 
@@ -140,11 +140,11 @@ operations = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(operations, st.integers(1, 4), st.integers(16, 24), st.sampled_from([0, 3, 24]))
-def test_the_tree_holds_what_lists_hold(operations, chunk, slots, retain):
-    model = Model(chunk, slots, retain)
+def test_the_tree_holds_what_lists_hold(operations, chunk, pages, retain):
+    model = Model(chunk, pages, retain)
     for what, *values in operations:
         if what == "insert":
-            if model.chunks(*values) <= slots:
+            if model.chunks(*values) <= pages:
                 model.insert(*values)
         elif model.texts:
             paths = list(model.texts)
@@ -153,8 +153,8 @@ def test_the_tree_holds_what_lists_hold(operations, chunk, slots, retain):
 
 
 @pytest.mark.parametrize("retain", [0, 60])
-def test_no_slot_is_lost_in_ten_thousand_operations(retain):
-    draw, model = random.Random(0), Model(chunk=4, slots=60, retain=retain)
+def test_no_page_is_lost_in_ten_thousand_operations(retain):
+    draw, model = random.Random(0), Model(chunk=4, pages=60, retain=retain)
     bases = [[draw.randrange(50) for _ in range(24)] for _ in range(3)]
     kinds = ("insert", "append", "append", "append", "prepare", "fork", "remove")
     done = dict.fromkeys(kinds, 0)
@@ -176,7 +176,7 @@ def test_no_slot_is_lost_in_ten_thousand_operations(retain):
     for path in list(model.texts):
         model.remove(path)
     model.check()
-    assert model.tree.live_slots == 0
+    assert model.tree.live_pages == 0
     assert model.tree.room == 60
     assert (model.tree._idle > 0) == bool(retain)
     model.insert(list(range(100, 239)), 100)  # idle chunks give way to a request of the whole pool
@@ -185,7 +185,7 @@ def test_no_slot_is_lost_in_ten_thousand_operations(retain):
 
 
 def test_equal_beginnings_are_matched_by_whole_chunks_but_for_the_last_token():
-    tree = PrefixTree(chunk=4, slots=20)
+    tree = PrefixTree(chunk=4, pages=20)
     tree.insert(range(8), new_tokens=0)
     for prompt, matched in (
         (range(8), 4),  # its last token's hidden state is wanted
@@ -201,7 +201,7 @@ def test_equal_beginnings_are_matched_by_whole_chunks_but_for_the_last_token():
 
 
 def test_a_leaf_is_never_shared_and_never_full():
-    tree = PrefixTree(chunk=4, slots=20)
+    tree = PrefixTree(chunk=4, pages=20)
     a = tree.insert([1, 2, 3], new_tokens=9)
     b = tree.insert([1, 2, 3], new_tokens=9)
     assert (a.matched, b.matched) == (0, 0)
@@ -220,19 +220,19 @@ def test_a_leaf_is_never_shared_and_never_full():
 
 
 def test_a_fork_copies_the_leaf_alone():
-    tree = PrefixTree(chunk=4, slots=20)
+    tree = PrefixTree(chunk=4, pages=20)
     path = tree.insert(range(10), new_tokens=0)
     twin = tree.fork(path, new_tokens=5)
     assert tree.path(twin)[:2] == tree.path(path)[:2]
     assert twin.leaf is not path.leaf
     assert twin.leaf.tokens == path.leaf.tokens == [8, 9]
-    assert tree.live_slots == 4
+    assert tree.live_pages == 4
     tree.append(twin, 99)
     assert tree.tokens(path) == list(range(10))
 
 
 def test_rows_that_share_are_neighbours_whatever_the_order_they_come_in():
-    tree = PrefixTree(chunk=2, slots=40)
+    tree = PrefixTree(chunk=2, pages=40)
     x = [tree.insert([0, 0, 1, 1, i], new_tokens=0) for i in range(2)]
     y = tree.insert([5, 5, 5], new_tokens=0)
     x.append(tree.insert([0, 0, 2], new_tokens=0))
@@ -245,8 +245,8 @@ def test_rows_that_share_are_neighbours_whatever_the_order_they_come_in():
     assert layout.starts == (4, 4, 2, 0)
 
 
-def test_a_request_waits_for_the_slots_of_its_longest_continuation():
-    tree = PrefixTree(chunk=4, slots=6)
+def test_a_request_waits_for_the_pages_of_its_longest_continuation():
+    tree = PrefixTree(chunk=4, pages=6)
     a = tree.insert(range(6), new_tokens=8)  # 2 chunks now, 4 in the end
     before = tree.layout()
     with pytest.raises(PoolFull, match="3 chunks are needed, 2 are free"):
@@ -261,7 +261,7 @@ def test_a_request_waits_for_the_slots_of_its_longest_continuation():
 
 
 def test_idle_chunks_go_least_recently_used_first_and_children_before_parents():
-    tree = PrefixTree(chunk=2, slots=6, retain=6)
+    tree = PrefixTree(chunk=2, pages=6, retain=6)
     for prompt in ([1, 1, 2, 2, 0], [3, 3, 0]):
         tree.remove(tree.insert(prompt, new_tokens=0))
     assert tree._idle == 3
@@ -277,14 +277,14 @@ def test_idle_chunks_go_least_recently_used_first_and_children_before_parents():
         tree.insert([1, 1, 0, 0], new_tokens=0)
 
 
-@pytest.mark.parametrize("name", ["chunk", "slots"])
+@pytest.mark.parametrize("name", ["chunk", "pages"])
 def test_sizes_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} = 0 must be positive"):
-        PrefixTree(chunk=4 * (name != "chunk"), slots=4 * (name != "slots"))
+        PrefixTree(chunk=4 * (name != "chunk"), pages=4 * (name != "pages"))
 
 
 def test_a_request_that_never_fits_is_refused_and_not_kept_waiting():
-    tree = PrefixTree(chunk=4, slots=3)
+    tree = PrefixTree(chunk=4, pages=3)
     with pytest.raises(
         ValueError, match=r"10 tokens and 2 new tokens needs 4 chunks .* the pool has only 3"
     ):
@@ -293,8 +293,8 @@ def test_a_request_that_never_fits_is_refused_and_not_kept_waiting():
         tree.insert([], new_tokens=2)
 
 
-def test_slots_taken_in_advance_keep_the_layout_while_tokens_come():
-    tree = PrefixTree(chunk=4, slots=20)
+def test_pages_taken_in_advance_keep_the_layout_while_tokens_come():
+    tree = PrefixTree(chunk=4, pages=20)
     path = tree.insert([1, 2, 3], new_tokens=12)
     tree.prepare(path, 9)  # 12 tokens: three full chunks and an empty leaf
     version, layout = tree.version, tree.layout()
@@ -306,4 +306,4 @@ def test_slots_taken_in_advance_keep_the_layout_while_tokens_come():
     assert tree.insert([1, 2, 3, 0, 9], new_tokens=0).matched == 4  # as if appended one by one
     tree.prepare(path, 3)
     tree.remove(path)
-    assert tree.live_slots == 2
+    assert tree.live_pages == 2

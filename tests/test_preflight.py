@@ -123,7 +123,7 @@ def test_a_dry_run_for_a_cloud_needs_no_package_of_it(monkeypatch, capsys):
     from launch.sweeps import fitting
 
     monkeypatch.setattr(extras, "there", lambda _: False)
-    monkeypatch.setattr(fitting, "misfits", lambda *_: {})
+    monkeypatch.setattr(fitting, "check", lambda *_: {})
     argv = ["smoke.grid", "--engine", "jobset", "--topology", "v5e:4x4", "--jobset.image", "i"]
     argv += ["--dry-run", "--", "--placement.runs", "gs://bucket/runs"]
     sweep.main(argv)

@@ -5,7 +5,7 @@ prefix read the same chunks (section 3.1). `PrefixTree` says on the host who rea
 takes the chunks that several rows read, each once for all of its rows, and then what a row has alone
 (section 3.2). Both are parts of one softmax.
 
-    tree = PrefixTree(chunk=64, slots=1000)
+    tree = PrefixTree(chunk=64, pages=1000)
     spec = prefix_spec(config, "dense", batch=32, page=64, pages=1000, capacity=4096)
     cache = spec.allocate()
     cache = dataclasses.replace(cache, pages=spec.tables({0: first, 5: second}, tree))
@@ -134,7 +134,7 @@ class PrefixSpec(CacheSpec):
         A row writes to its private pages only. For a row that is `writing` its prompt, these are all pages
         after the part that it matched. Other rows may wait to read them.
         """
-        assert (tree.chunk, tree.slots) == (self.page, self.pages)
+        assert (tree.chunk, tree.pages) == (self.page, self.pages)
         tables = self.empty()
         layout = tree.layout()
         row_of = {path.leaf: row for row, path in rows.items()}
@@ -146,7 +146,7 @@ class PrefixSpec(CacheSpec):
         for row, path, end in zip(order, layout.rows, ends, strict=True):
             if row < self.batch:
                 nodes = tree.path(path)[end // self.page :]
-                private = [*(node.slot for node in nodes), *path.ahead]
+                private = [*(node.page for node in nodes), *path.ahead]
                 tables.private_BC[row, : len(private)] = private
                 tables.starts_B[row] = end
 
@@ -155,7 +155,7 @@ class PrefixSpec(CacheSpec):
             return tuple(order[i] for i in here if order[i] < self.batch and run.position < ends[i])
 
         blocks = items = 0
-        for span in _spans([(run.slot, run.position, readers(run)) for run in layout.shared]):
+        for span in _spans([(run.page, run.position, readers(run)) for run in layout.shared]):
             first = blocks
             for i in range(0, len(span.pages), self.pages_at_once):
                 some = span.pages[i : i + self.pages_at_once]

@@ -110,8 +110,8 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
     code generation begins, because that takes four fifths of the time."""
     last = _LAST_OF_GPU if topology.per_host else _LAST_OF_TPU
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit jax's threads, dead
-    ours, theirs = spawn.Pipe(duplex=False)
-    arguments = (config, topology.name, topology.slices, dump, theirs)
+    receiver, sender = spawn.Pipe(duplex=False)
+    arguments = (config, topology.name, topology.slices, dump, sender)
     compiler = spawn.Process(target=_compile_for, args=arguments, daemon=True)
     with tempfile.TemporaryFile() as said, contextlib.ExitStack() as ended:
         # Compilers complain, past Python, that the accelerator is not here.
@@ -119,12 +119,12 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
             compiler.start()
         ended.callback(compiler.join)
         ended.callback(compiler.kill)
-        theirs.close()  # its end is then the end of the pipe
-        while not ours.poll(0.1):
+        sender.close()  # its end is then the end of the pipe
+        while not receiver.poll(0.1):
             if hlo.find(dump, last) and hlo.find(dump, _REPORT):
                 return hlo.allocated_bytes(hlo.find(dump, _REPORT)), True
         try:
-            outcome = ours.recv()
+            outcome = receiver.recv()
         except EOFError:
             compiler.join()
             said.seek(0)

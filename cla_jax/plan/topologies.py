@@ -102,15 +102,15 @@ def asked_of(devices: Sequence[Any]) -> Iterator[None]:
         yield
         return
     numbers = lambda text: tuple(map(int, text.split(".")))
-    ours = {
+    replaced = {
         "check_compute_capability": lambda least: numbers(capability) >= numbers(least),
         "is_cuda_compute_capability_equal": lambda exact: numbers(capability) == numbers(exact),
     }
-    theirs = {name: getattr(cudnn, name) for name in ours}
+    original = {name: getattr(cudnn, name) for name in replaced}
     try:
-        for name, check in ours.items():
+        for name, check in replaced.items():
             setattr(cudnn, name, check)
         yield
     finally:
-        for name, check in theirs.items():
+        for name, check in original.items():
             setattr(cudnn, name, check)

@@ -147,8 +147,8 @@ def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Co
 def _difference(row: Row, base: Row, over: Sequence[str]) -> tuple[float | None, float | None]:
     if not row.evaluation or not base.evaluation:
         return None, None
-    ours, theirs = (_by_seed(one, over) for one in (row, base))
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    scores, baseline = (_by_seed(one, over) for one in (row, base))
+    pairs = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
     if not pairs:
         return row.evaluation["bits_per_byte"] - base.evaluation["bits_per_byte"], None
     return math.fsum(pairs) / len(pairs), statistics.stdev(pairs) if len(pairs) > 1 else None

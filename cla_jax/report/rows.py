@@ -416,7 +416,7 @@ def setting(rows: Sequence[Row]) -> str:
     rows = [seed for row in rows for seed in row.seeds or (row,)]
     if not rows:
         return "No run counts yet."
-    configs = [row.config for row in rows]
+    of_rows = [row.config for row in rows]
     trained = [(row.config, steps) for row in rows if (steps := row.trained_steps) is not None]
     parts = []
     if trained:
@@ -428,7 +428,7 @@ def setting(rows: Sequence[Row]) -> str:
         )
     if len(trained) < len(rows):
         parts.append(f"{len(rows) - len(trained)} imported.")
-    data = [config.data for config in configs]
+    data = [config.data for config in of_rows]
     scored = [tokens for row in rows if (tokens := (row.evaluation or {}).get("tokens"))]
     held_out = " and ".join(dict.fromkeys(f"{100 * one.held_out:.3g} %" for one in data))
     parts.append(

@@ -60,9 +60,7 @@ def shape(config: Config) -> Config:
     )
 
 
-def misfits(
-    plan: LaunchPlan, progress: Callable[[str], None] = lambda said: None
-) -> dict[str, str]:
+def check(plan: LaunchPlan, progress: Callable[[str], None] = lambda said: None) -> dict[str, str]:
     """The trials that cannot run on the plan's topology, each with the reason.
 
     A shape is compiled once for a topology. The result is stored next to the compiled programs, under the

@@ -144,8 +144,8 @@ class Launcher:
         plan = self.plan(dry=True)
         if plan.unread:
             print(f"# {plan.unread}; all trials are shown as not started")
-            misfits = fitting.misfits(plan, _progress)
-            wrong = {trial.name: misfits.get(trial.name, "") for trial in plan.trials}
+            refusals = fitting.check(plan, _progress)
+            wrong = {trial.name: refusals.get(trial.name, "") for trial in plan.trials}
             states = {name: ("refused" if why else "todo", why) for name, why in wrong.items()}
         else:
             states = self.states(plan)
@@ -282,10 +282,10 @@ class Launcher:
         """What is to be done about each trial: todo, or why nothing is: (state, reason)."""
         new = [trial for trial in plan.trials if trial.name not in self.checked]
         if new:
-            misfits = fitting.misfits(dataclasses.replace(plan, trials=tuple(new)), _progress)
+            refusals = fitting.check(dataclasses.replace(plan, trials=tuple(new)), _progress)
             for trial in new:
                 wrong = trials.misplaced(trial.config, _record(plan, trial.name))
-                self.checked[trial.name] = wrong or misfits.get(trial.name, "")
+                self.checked[trial.name] = wrong or refusals.get(trial.name, "")
         sound = [trial.name for trial in plan.trials if not self.checked[trial.name]]
         alive = self._alive(_only(plan, sound))
         state = lambda trial: self._state(trial, plan, alive)
@@ -310,11 +310,11 @@ class Launcher:
             return "cancelled", ""
         if state.status == "failed":
             return "failed", state.error
-        ours = self.pool is not None and trial.name in self.pool.running
+        runs_here = self.pool is not None and trial.name in self.pool.running
         # Without locks, by its signs of life.
         unlocked = not self.engine.here or not record.is_local
         heard = unlocked and state.status == "running" and not state.silent
-        if ours or record.is_locked or heard:
+        if runs_here or record.is_locked or heard:
             return "running", ""
         submission = record.submission()
         if submission and submission.job in alive:
@@ -338,10 +338,10 @@ class Launcher:
             if submission and trial.config.name not in self.results.known:
                 by_engine.setdefault(submission.engine, []).append(submission)
         found = set()
-        for name, theirs in by_engine.items():
+        for name, jobs in by_engine.items():
             engine = engine_of(name)
             engines.check_tools(engine)
-            found |= engine.alive(theirs)
+            found |= engine.alive(jobs)
         return found
 
     def _numbers(self, plan: LaunchPlan) -> dict[str, int]:
