@@ -943,7 +943,7 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 # ------------------------------------------------------------------------- identity, dict form
 
 
-def identity(config: Config) -> dict[str, Any]:
+def run_identity(config: Config) -> dict[str, Any]:
     """The fields of the config that define which run it is, as nested dicts.
 
     The fields of a mixture, `start` and `kv` are left out if the run does not use them, and `kv.norm` if it
@@ -965,7 +965,7 @@ def identity(config: Config) -> dict[str, Any]:
 def to_record(config: Config) -> dict[str, Any]:
     """A config as the files of a run hold it: name, identity and placement."""
     placement = dataclasses.asdict(config.placement)
-    return {"name": config.name, "identity": identity(config), "placement": placement}
+    return {"name": config.name, "identity": run_identity(config), "placement": placement}
 
 
 def from_record(record: dict[str, Any]) -> Config:

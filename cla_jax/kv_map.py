@@ -203,7 +203,7 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
 # ------------------------------------------------------------------------------------- builders
 
 
-def identity(n_layers: int) -> KvMap:
+def no_sharing(n_layers: int) -> KvMap:
     """Every layer is a producer: an ordinary transformer, CLA1 in the paper's words."""
     return tuple(range(n_layers))
 
@@ -323,7 +323,7 @@ def _at_least(name: str, n_layers: int, least: int) -> None:
 # ----------------------------------------------------------------------------------- text form
 
 _BUILDERS: dict[str, tuple[Callable[..., KvMap], str]] = {
-    "identity": (identity, ""),
+    "identity": (no_sharing, ""),
     "cla": (cla, ":FACTOR[:first|last]"),
     "keep-ends": (keep_ends, ""),
     "dense-front": (dense_front, ""),

@@ -468,7 +468,7 @@ class Owner:
         )
         # By way of a Config: a field that is younger than a record has its default there.
         expected, recorded = (
-            configs.identity(as_config(i)) for i in (self.identity, saved["identity"])
+            configs.run_identity(as_config(i)) for i in (self.identity, saved["identity"])
         )
         return "; ".join(
             f"{key} is {a!r}, and what was saved has {b!r}"
@@ -625,7 +625,7 @@ def new_run(
 def check_identity(run: Run, config: Config) -> None:
     """Raises ValueError, showing the difference, if a run directory belongs to another run."""
     # By way of a Config: a field that is younger than the run has its default there.
-    difference = fields.difference(configs.identity(config), configs.identity(run.config()))
+    difference = fields.difference(configs.run_identity(config), configs.run_identity(run.config()))
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(

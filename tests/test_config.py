@@ -27,9 +27,9 @@ def test_round_trip_through_json(tiny):
 
 def test_identity_leaves_out_name_and_placement(tiny):
     a, b = tiny(), tiny(name="other", **{"placement.remat": "block"})
-    assert configs.identity(a) == configs.identity(b)
+    assert configs.run_identity(a) == configs.run_identity(b)
     c = tiny(**{"optimizer.peak_lr": 0.5, "model.d_head": 6})
-    assert difference(configs.identity(a), configs.identity(c)) == {
+    assert difference(configs.run_identity(a), configs.run_identity(c)) == {
         "model.d_head": (8, 6),
         "optimizer.peak_lr": (0.01, 0.5),
     }

@@ -227,14 +227,14 @@ def test_a_learned_tokenizer_reads_the_training_documents_of_all_components(mixe
 
 def test_runs_without_a_mixture_are_what_they_were(tiny):
     config = tiny()
-    assert "mixture" not in configs.identity(config)["data"]
-    assert "stages" not in configs.identity(config)["data"]
+    assert "mixture" not in configs.run_identity(config)["data"]
+    assert "stages" not in configs.run_identity(config)["data"]
     assert configs.from_record(configs.to_record(config)) == config
 
 
 def test_what_two_mixtures_differ_in_is_named(mixed):
-    ours = configs.identity(mixed((0.5, 0.5, 0), stage(5, web=1)))
-    theirs = configs.identity(mixed((0.5, 0.25, 0), stage(5, code=1)))
+    ours = configs.run_identity(mixed((0.5, 0.5, 0), stage(5, web=1)))
+    theirs = configs.run_identity(mixed((0.5, 0.25, 0), stage(5, code=1)))
     assert difference(ours, theirs) == {
         "data.mixture.code.weight": (0.5, 0.25),
         "data.stages.0.weights": ((("web", 1),), (("code", 1),)),

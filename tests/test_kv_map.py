@@ -145,7 +145,7 @@ def test_groups_stacks_and_kv_layers_of_any_maps(pair):
 def test_cla_is_one_stack_and_identity_has_groups_of_one():
     (stack,) = of_one(m.cla(32, 2)).stacks
     assert (len(stack.groups), stack.size) == (16, 2)
-    (stack,) = of_one(m.identity(32)).stacks
+    (stack,) = of_one(m.no_sharing(32)).stacks
     assert (len(stack.groups), stack.size) == (32, 1)
 
 

@@ -22,7 +22,7 @@ from cla_jax.statistics import Optimum
 
 def settings(row: Row) -> dict[str, Any]:
     """The fields of a config that say which run it is, by their dotted names."""
-    return flatten(configs.identity(row.config))
+    return flatten(configs.run_identity(row.config))
 
 
 def values_of(row: Row, fields: Sequence[str]) -> tuple[str, ...]:

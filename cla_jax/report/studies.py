@@ -123,7 +123,7 @@ def _excuse(row: Row, declared: Config) -> str:
     """Why a run does not count; empty for one that does."""
     if row.altered:
         return row.altered[0]
-    theirs, ours = configs.identity(row.config), configs.identity(declared)
+    theirs, ours = configs.run_identity(row.config), configs.run_identity(declared)
     if apart := fields.difference(theirs, ours):
         differing = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
         return "; ".join(differing[:3]) + ("; and others" if len(differing) > 3 else "")
