@@ -154,6 +154,8 @@ class ModelConfig:
     # The norm before a K/V projection. `own` is a separate norm, as in the paper's CLA models. `block` is the
     # attention norm of the group's first block, as in Llama.
     kv_norm: Literal["own", "block"] = "own"
+    # Whether each query and key head is normalised (RMSNorm) before it is rotated.
+    qk_norm: bool = False
     # Whether the output head is the transposed embedding table.
     tied_embeddings: bool = True
     # Biases on every linear layer of the blocks.
@@ -194,6 +196,8 @@ class ModelConfig:
                     f"model.n_kv_heads = {self.n_kv_heads} must be 1 with model.kv.kind = latent: all query "
                     "heads read the same latent"
                 )
+            if self.qk_norm:
+                raise ValueError("model.qk_norm must be False with model.kv.kind = latent")
             if self.bias:
                 raise ValueError("model.bias must be False with model.kv.kind = latent")
         choice("model.kv_norm", self.kv_norm, ("own", "block"))
@@ -946,14 +950,16 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 def run_identity(config: Config) -> dict[str, Any]:
     """The fields of the config that define which run it is, as nested dicts.
 
-    The fields of a mixture, `start` and `kv` are left out if the run does not use them, and `kv.norm` if it
-    is the default. So runs that were made before these fields existed keep their identity.
+    The fields of a mixture, `start`, `kv` and `qk_norm` are left out if the run does not use them, and
+    `kv.norm` if it is the default. So runs that were made before these fields existed keep their identity.
     """
     fields = dataclasses.asdict(config)
     if config.model.kv == HeadsKV():
         del fields["model"]["kv"]
     elif isinstance(config.model.kv, LatentKV) and config.model.kv.norm:
         del fields["model"]["kv"]["norm"]
+    if not config.model.qk_norm:
+        del fields["model"]["qk_norm"]
     if config.start == Scratch():
         del fields["start"]
     for field in ("mixture", "stages"):

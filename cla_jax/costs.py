@@ -34,6 +34,9 @@ def parameters(model: ModelConfig) -> Parameters:
     block = query + output + mlp + 2 * d
     kv_projections = (d + bias) * model.kv_elements
     kv_projections += model.n_kv_layers * (d if model.kv_norm == "own" else 0)
+    if model.qk_norm:
+        block += model.d_head
+        kv_projections += model.sharing.count("k") * model.d_head
     if isinstance(model.kv, LatentKV):
         block += 2 * model.kv.rank * o_width
         kv_projections += _latent_norms(model)

@@ -65,6 +65,11 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent "
             "cannot be converted"
         )
+    if a.qk_norm and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
+        raise ValueError(
+            f"{what} has kv_map {a.kv_map} and n_kv_heads {a.n_kv_heads}, this run has {b.kv_map} and "
+            f"{b.n_kv_heads}: models with model.qk_norm = True cannot be converted"
+        )
     is_split = a.sharing.is_split or b.sharing.is_split
     if is_split and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
         raise ValueError(

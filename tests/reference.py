@@ -102,12 +102,17 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
             kv = kv + bias("projection.kv")
             made = [half for half in maps if maps[half][i] == i]  # keys first
             for half, part in zip(made, np.moveaxis(kv, 1, 0), strict=True):
+                if "projection.k_norm.scale" in p and half == "k":
+                    part = norm(part, p["projection.k_norm.scale"], eps)
                 shared[half, i] = rotate(part, config) if half == "k" else part
         k, v = (shared[half, sources[i]] for half, sources in maps.items())
         # Query head n reads key/value head n // G.
         k, v = (np.repeat(a, config.q_groups, axis=1) for a in (k, v))
         q = np.einsum("td,dkgh->tkgh", h, p["query.weight"]) + bias("query")
-        q = rotate(q.reshape(T, config.n_heads, H), config)
+        q = q.reshape(T, config.n_heads, H)
+        if "q_norm.scale" in p:
+            q = norm(q, p["q_norm.scale"], eps)
+        q = rotate(q, config)
         scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H)
         window = config.resolved_windows[i] or T
         seen = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)

@@ -42,6 +42,7 @@ IDENTITY = {
     "model.kv.rank": 8,
     "model.kv.rope_dims": 6,
     "model.kv_norm": "block",
+    "model.qk_norm": True,
     "model.tied_embeddings": False,
     "model.bias": True,
     "model.rope_theta": 500.0,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cla_jax import costs
 from cla_jax.config import MeshConfig
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh
 from cla_jax.model.layers import is_param
@@ -103,6 +104,20 @@ def test_rope_scaling_equals_an_independent_plain_transformer(scaling):
     theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
     assert np.abs(logits(model) - theirs).max() <= 1e-6 * np.abs(theirs).max()
     assert np.abs(theirs - logits(make(replace(config, rope_scaling="none")))).max() > 1e-3
+
+
+@pytest.mark.parametrize("kv_map", ["identity", "k=cla:2;v=pizza:3"])
+def test_norms_of_queries_and_keys_equal_an_independent_plain_transformer(kv_map):
+    config = model_config(kv_map, heads="gqa", qk_norm=True)
+    model = make(config)
+    theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
+    assert np.abs(logits(model) - theirs).max() <= 2e-6 * np.abs(theirs).max()
+    arrays = named(model)
+    assert sum(a.size for a in arrays.values()) == costs.parameters(config).total
+    scales = [arrays[name].size for name in arrays if "k_norm" in name]
+    assert (
+        sum(scales) == config.sharing.count("k") * config.d_head
+    )  # shared: of the layers that make keys
 
 
 def test_a_pattern_of_windows_does_not_break_a_stack():

@@ -487,6 +487,9 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
     assert "different maps for keys and values cannot be converted" in refusal(
         **{"model.kv_map": "k=cla:2;v=identity"}
     )
+    normed = replace(given, **{"model.qk_norm": True})
+    with pytest.raises(ValueError, match=r"models with model\.qk_norm = True cannot be converted"):
+        start.check(normed, replace(normed, **{"model.n_kv_heads": 1}), trained)
     assert "start.run is empty" in refusal(start=FromRun())
     with pytest.raises(ValueError, match=r"layer 1 is a producer in .*identity.*cla:2"):
         start.check(replace(given, **{"model.kv_map": "cla:2"}), given, trained)

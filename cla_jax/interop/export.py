@@ -106,6 +106,10 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
     }
+    if model.qk_norm:
+        raise ValueError(
+            "model.qk_norm = True: a model with norms of queries and keys cannot be exported"
+        )
     kv_map = list(model.resolved_kv_map)  # raises if keys and values have maps of their own
     if isinstance(model.kv, LatentKV):
         return deepseek.hf_config(fields, model)

@@ -74,6 +74,7 @@ class KVProjection(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, makes: kv_maps.Halves):
         self.makes = makes
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
+        self.k_norm = RMSNorm(config, "H") if config.qk_norm and "k" in makes else None
         self.kv = Linear(key, "BTD,DCKH->BTCKH", config)
         if makes != "kv":  # half of it: the initial values of a tensor are the same under every map
             i = "kv".index(makes)
@@ -89,6 +90,8 @@ class KVProjection(nnx.Module):
         with jax.named_scope("kv_projection"):
             kv_BTCKH = self.kv(gather_sequence(norm(x_BTD), rules), rules)
             made = {half: kv_BTCKH[:, :, i] for i, half in enumerate(self.makes)}
+            if self.k_norm is not None:
+                made["k"] = self.k_norm(made["k"])
             return KV(rope(made["k"]) if "k" in made else None, made.get("v"))
 
 
@@ -174,6 +177,7 @@ class Block(nnx.Module):
         query, output, mlp = jax.random.split(key, 3)
         self.attention_norm = RMSNorm(config)
         self.query = Linear(query, "BTD,DKGW->BTKGW", config)
+        self.q_norm = RMSNorm(config, "H") if config.qk_norm else None
         latent = isinstance(config.kv, LatentKV)
         self.heads = LatentHeads(jax.random.fold_in(key, 3), config) if latent else None
         self.output = Linear(output, "BTKGH,KGHD->BTD", config)
@@ -193,6 +197,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         with jax.named_scope("attention"):
             q_BTKGW = self.query(gather_sequence(self.attention_norm(x_BTD), rules), rules)
+            if self.q_norm is not None:
+                q_BTKGW = self.q_norm(q_BTKGW)
             if self.heads is None:
                 o_BTKGH = attend(rope(q_BTKGW), kv)
             else:
