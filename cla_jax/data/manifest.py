@@ -36,7 +36,7 @@ def read(directory: Path) -> dict[str, Any]:
       ValueError: a file or the manifest is missing, truncated or altered; names it. Files that the
         manifest does not list are ignored.
     """
-    content = _read(directory)
+    content = described(directory)
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda item: _verify(directory, *item), content["files"].items()))
     return content
@@ -48,7 +48,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(cast(Any, opened), "sha256").hexdigest()
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def described(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory; its files are not compared. Raises ValueError as `read` does."""
     file = directory / _NAME
     if not file.is_file():
         raise _damaged(directory, file, "is missing")

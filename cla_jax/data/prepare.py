@@ -231,7 +231,7 @@ def changes(
 def _changed_files(directory: Path, source: str) -> list[str]:
     """Which files of a source changed since a directory was prepared."""
     try:
-        then, now = manifest.read(directory).get("inputs"), sources.inputs(source)
+        then, now = manifest.described(directory).get("inputs"), sources.inputs(source)
         if then is None or now is None:
             return []
         before, after = (files.field(listed, "files", dict, directory) for listed in (then, now))
