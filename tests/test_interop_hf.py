@@ -963,6 +963,12 @@ def test_chat_templates_by_name_are_kept(tmp_path):
     assert hf.read(directory).origin["chat_template"] == named
 
 
+def test_a_model_with_norms_of_queries_and_keys_is_not_exported():
+    """transformers' Llama and the code that is exported have no such norms."""
+    with pytest.raises(ValueError, match=r"model\.qk_norm = True: .* cannot be exported"):
+        hf_config(dataclasses.replace(made.MODEL, qk_norm=True), 64)
+
+
 def test_a_longer_context_than_the_model_s_is_warned_of(tmp_path, caplog, devices):
     devices(1)
     run = import_run(interop.read(made.write_hf(tmp_path / "hf")), tmp_path / "run")
