@@ -251,7 +251,7 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
     if command.kv_heads is not None:
         heads["model.n_kv_heads"] = command.kv_heads
     if command.latent_rank is not None:
-        heads |= _latent(command, theirs.model)
+        heads |= _latent(command, before.model)
     elif command.rope_dims is not None or command.latent_norm:
         raise ValueError("--rope-dims and --latent-norm need --latent-rank")
     steps = max(round(command.fraction * recipe.steps), 1)
