@@ -950,7 +950,7 @@ def check_chunk(chunk: int, seq_len: int) -> None:
 def run_identity(config: Config) -> dict[str, Any]:
     """The fields of the config that define which run it is, as nested dicts.
 
-    The fields of a mixture, `start`, `kv` and `qk_norm` are left out if the run does not use them, and
+    The fields of a mixture, `start`, `kv` and `qk_norm` are left out if the run does not use them. So is
     `kv.norm` if it is the default. So runs that were made before these fields existed keep their identity.
     """
     fields = dataclasses.asdict(config)

@@ -16,8 +16,8 @@ An import makes a run directory, which all other commands can read. An export ma
 transformers: `AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)`. Models without
 sharing are exported as plain Llamas and need no remote code.
 
-`uptrain` makes a run with fewer KV heads or KV layers, or with latents instead of heads, from the weights of
-another run. docs/uptraining.md compares the conversions.
+`uptrain` makes a run from the weights of another run, with fewer KV heads or KV layers, or with latents
+instead of heads. docs/uptraining.md compares the conversions.
 """
 
 import dataclasses
