@@ -4,6 +4,8 @@ The papers of MQA (1911.02150) and GQA (2305.13245) order them so: MHA is best, 
 better than MHA whose heads are shrunk until its cache is as small. Fewer or smaller heads also save
 parameters. As in the first of these papers, a wider MLP makes up for that: all rows have the parameters of
 MHA. The models are those of the study `small`, and train on its text.
+
+No sweep of this study has been run yet.
 """
 
 from cla_jax.config import Config
@@ -48,13 +50,26 @@ ORDER = Study(
     rows={row.__name__: 8 for row in ROWS},
     claims=(Claim("mha", "gqa2"), Claim("gqa2", "mqa"), Claim("mqa", "mha_small_heads")),
     guardrails=("perplexity",),
+    control="parameters",
+    base="mha",
 )
 STUDIES = {"order": ORDER}
+# The best learning rate of each row, from the report of `tuning`. A row that is missing here is declared but
+# not launched.
+RATES: dict[str, float] = {}
+
+
+def tuning() -> Trials:
+    """Three learning rates for every row, with a separate seed."""
+    for row in ROWS:
+        for rate in small.TUNING_RATES:
+            changes = {"optimizer.peak_lr": rate, "seed": small.TUNING_SEED}
+            yield f"{row.__name__}.lr-{rate:g}", replaced(row(), changes)
 
 
 def order() -> Trials:
     """Eight seeds of each row: is the order the same as in the papers?"""
-    return sweeping.declared(ORDER, ROWS)
+    return sweeping.declared(ORDER, ROWS, RATES)
 
 
-SWEEPS = (order,)
+SWEEPS = (tuning, sweeping.once_tuned(order, RATES, "heads.tuning"))

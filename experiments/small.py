@@ -147,7 +147,10 @@ MAIN_ROWS = (
 # CLA2, and trailing:4 is pizza:4.
 MAP_ROWS = (h16_mqa_cla2, h16_mqa_pizza, h16_mqa_sandwich, h16_mqa_fused_lite)
 # Ways to spend 512 B.
-LEAGUE_ROWS = (h16_mqa, h8_gqa2, h32_mqa_cla2, h32_mqa_fused_lite, latent24, latent48_cla2)
+LEAGUE_ROWS = (
+    *(h16_mqa, h16_mqa_own_norm, h8_gqa2, h32_mqa_cla2, h32_mqa_fused_lite),
+    *(latent24, latent48_cla2),
+)
 ROWS = tuple(dict.fromkeys((*MAIN_ROWS, *MAP_ROWS, *LEAGUE_ROWS)))
 
 # Half of what halving the heads costs in `tuning`: 2.2565 against 2.2256 bits per byte at the fitted optima.
@@ -193,7 +196,7 @@ MAPS = Study(
 # At equal bytes, does a latent beat heads, does sharing it beat keeping one per layer, and do keys and values
 # shared differently beat CLA2?
 LEAGUE = Study(
-    rows={row.__name__: 8 for row in LEAGUE_ROWS},
+    rows={row.__name__: 8 for row in LEAGUE_ROWS} | {"h16_mqa_own_norm": 3},
     claims=(
         Claim("latent24", "h16_mqa"),
         Claim("latent24", "h32_mqa_cla2"),

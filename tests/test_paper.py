@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import experiments
 from cla_jax import costs
+from cla_jax.model.transformer import Transformer
 from experiments import cla_1b, cla_1b_tuned, cla_3b, one_gpu, paper, paper_docs
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,22 @@ def test_our_rows_have_the_printed_bytes_and_rates(line):
     assert costs.kv_bytes(config.model, config.data.seq_len).resident == line.kv_bytes
     assert config.optimizer.peak_lr == line.peak_lr
     assert len(line.tasks) in (0, len(paper.TASKS))
+
+
+@pytest.mark.parametrize("line", paper.PRINTED.values(), ids=lambda line: line.row)
+def test_our_rows_have_the_parameters_of_their_dimensions(line):
+    """Counted by hand, in closed form, and as arrays."""
+    (config,) = experiments.find(line.row)
+    model = config.model
+    D, heads = model.d_model, model.n_heads * model.d_head
+    block = 2 * D * heads + 3 * D * model.d_ff + 2 * D  # queries, outputs, MLP, two norms
+    made = 2 * D * model.n_kv_heads * model.d_head + D  # keys, values, their norm
+    layers = line.kv_bytes // (2 * 2 * model.n_kv_heads * model.d_head)  # 16 bits
+    counted = model.n_layers * block + layers * made + D
+    count = costs.parameters(model)
+    assert (count.non_embedding, count.total) == (counted, counted + model.vocab_size * D)
+    live = jax.eval_shape(lambda: Transformer(jax.random.key(0), model))
+    assert count.total == sum(leaf.size for leaf in jax.tree.leaves(live))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +83,7 @@ def test_every_sweep_of_one_gpu_takes_less_than_forty_minutes():
         for config in configs:
             assert 10e6 < costs.parameters(config.model).total < 60e6
     sizes = [costs.kv_bytes(row().model, 1024).resident for row in one_gpu.ROWS]
-    assert sizes == [2048, 1024, 1024, 2048]
+    assert sizes == [2048, 2048, 1024, 1024, 2048]
 
 
 @pytest.mark.parametrize("name", ["small.main", "small.maps", "heads.order", "one_gpu.main"])

@@ -7,7 +7,7 @@ import pytest
 import experiments
 from cla_jax import costs, runs
 from cla_jax.fields import replaced
-from experiments import one_gpu, recovery, small, smoke, sweeping
+from experiments import heads, one_gpu, recovery, small, smoke, sweeping
 from experiments.sweeping import Pending, Result
 from launch import sweep as launch_sweep
 from launch.sweeps import trials
@@ -212,7 +212,7 @@ def test_a_trial_that_a_killed_launcher_did_not_finish_asking_for_is_passed_over
 @pytest.fixture
 def all_tuned(monkeypatch):
     """As if each row of the studies had a learning rate."""
-    for module in (small, one_gpu):
+    for module in (small, heads, one_gpu):
         for row in module.ROWS:
             monkeypatch.setitem(module.RATES, row.__name__, 1e-3)
 
@@ -255,6 +255,23 @@ def test_a_study_without_any_learning_rate_launches_nothing():
         ValueError, match=r"one_gpu\.main has no trial to launch: .*run one_gpu\.tuning"
     ):
         trials.make("one_gpu.main")
+
+
+@pytest.mark.parametrize("module", [small, heads, one_gpu])
+def test_every_study_is_tuned_and_its_baseline_has_both_norms(module, monkeypatch):
+    """Rows that share have a norm of their own before keys and values: so has a control."""
+    for row in list(module.RATES):
+        monkeypatch.delitem(module.RATES, row)
+    for key in module.STUDIES:
+        name = f"{module.__name__.rpartition('.')[2]}.{key}"
+        with pytest.raises(ValueError, match="no learning rate yet"):
+            trials.make(name)
+        declared = experiments.find_study(name)
+        models = [declared.config(row).model for row in declared.study.rows]
+        whole = [model for model in models if model.kv_map == "identity"]
+        baselines = [model for model in whole if model.kv_norm == "block"]
+        if baselines and len(whole) < len(models):
+            assert any(replaced(one, {"kv_norm": "own"}) in models for one in baselines), name
 
 
 def test_a_study_is_the_sweep_of_its_rows():
