@@ -130,7 +130,8 @@ class Study:
             if n < self.needed:
                 raise ValueError(
                     f"the claim {str(claim)!r} has {n} paired seeds; the {self.test} test needs "
-                    f"{self.needed} to decide {len(self.claims)} claims at level {self.alpha:g}"
+                    f"{self.needed} to decide {len(self.claims)} claim{'s' * (len(self.claims) > 1)} at "
+                    f"level {self.alpha:g}"
                 )
 
     def seeds(self, claim: Claim) -> Sequence[int]:
@@ -148,7 +149,7 @@ class Study:
         """The fewest pairs with which a claim can be supported, whatever the effect."""
         if self.test == "t":
             return 2
-        return math.ceil(math.log2(max(len(self.claims), 1) / self.alpha))
+        return statistics.pairs_needed(len(self.claims), self.alpha)
 
     @property
     def digest(self) -> str:

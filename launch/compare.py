@@ -102,7 +102,6 @@ def compare(
     if not rows:
         raise ValueError("; ".join(problems))
     together = report.arrangement.merged(rows, view)
-    arranged = report.arrangement.arrange(together, view)
     diverged, failed = _bad_ends(found)
     beside = paper.tables(rows, *_printed())
     outcome = made = None
@@ -120,7 +119,8 @@ def compare(
         noise = []
     ends = [f"{row.name} failed: {failed[row.path]}" for row in rows if row.path in failed]
     ends += [f"{row.name} diverged" for row in rows if row.path in diverged]
-    further = [*(() if declared else ends), *noise]
+    further = () if declared else ends
+    arranged = report.arrangement.arrange(together, view, studies.counting(outcome))
     # First: whatever becomes of the table, the report is there.
     written = report.write(
         rows,
@@ -130,6 +130,7 @@ def compare(
         made=made,
         beside=beside,
         further=further,
+        remarks=noise,
         diverged=diverged,
         view=view,
     )
@@ -140,6 +141,8 @@ def compare(
         print(note)
     if outcome:
         _print_verdicts(outcome)
+    for note in noise:
+        print(note)
     for file in written:
         print(f"wrote {os.fspath(file)}")
 
@@ -193,14 +196,22 @@ def _bad_ends(found: Sequence[Run]) -> tuple[frozenset[str], dict[str, str]]:
 
 def _printed() -> tuple[dict[str, paper.Line], list[paper.Stated]]:
     """What the paper prints, for the rows that are the paper's."""
-    lines = {
-        name: paper.Line(kv_bytes=line.kv_bytes, perplexity=line.perplexity)
-        for name, line in printed.PRINTED.items()
-    }
+    wikitext = ("wikitext", "word_perplexity")
+    lines = {}
+    for name, line in printed.PRINTED.items():
+        pairs = zip(printed.TASKS, line.tasks, strict=False)  # rows of table 1 have none
+        scores = {(task, "acc"): percent / 100 for task, percent in pairs}
+        if line.wikitext is not None:
+            scores = {wikitext: line.wikitext} | scores
+        lines[name] = paper.Line(kv_bytes=line.kv_bytes, perplexity=line.perplexity, scores=scores)
     stated = [
-        paper.Stated(row=one.row, other=one.other, value=one.value)
+        paper.Stated(
+            row=one.row,
+            other=one.other,
+            value=one.value,
+            score=wikitext if one.measure == "wikitext" else None,
+        )
         for one in printed.DIFFERENCES
-        if one.measure == "perplexity"
     ]
     return lines, stated
 

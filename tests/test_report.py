@@ -926,6 +926,11 @@ def test_legends_end_within_the_picture(width):
         assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_a_dot_of_a_seed_keeps_no_pointer_from_its_point():
+    assert re.search(r"\.pareto \{ pointer-events: none; \}", page._CSS)
+    assert re.search(r"\.point \{[^}]*pointer-events: auto;", page._CSS)
+
+
 def test_rows_of_one_run_stay_where_their_bytes_are():
     figure = plot([at(512, 8.0, number=0), at(512, 8.1, number=1)])
     found = [one.get_offsets()[0, 0] for one in figure.axes[0].collections if one.get_gid()]

@@ -14,6 +14,7 @@ import experiments
 from cla_jax import documents, report, runs
 from cla_jax.fields import replaced
 from cla_jax.report import page, paper, pareto, seeds, studies, tables
+from cla_jax.report.rows import caption
 from cla_jax.study import Claim, Gain, Study
 from experiments import smoke, sweeping
 from launch import compare
@@ -454,6 +455,59 @@ def test_a_pilot_says_what_the_study_can_see():
     assert at_most / most == pytest.approx(detected / least, rel=0.1)
 
 
+@pytest.mark.usefixtures("blank")
+def test_a_page_says_what_would_mislead_then_the_claims_then_the_rest(mine, capsys):
+    late = next(config for config, _ in trials() if config.name.endswith("cla2.seed-5"))
+    run_all(but=("cla2.seed-5",))
+    write_run(late, 1.0, step=2, evaluated=False)
+    out = decide(mine, capsys)
+    for text in (Path("runs/mine/report.html").read_text(), out):
+        claims, noise = "cla2 is better than half", "The standard deviation over seeds, in"
+        assert text.index("cla2.seed-5 does not count") < text.index(claims) < text.index(noise)
+
+
+@pytest.mark.usefixtures("mine", "blank")
+def test_only_the_rows_of_a_study_are_on_its_frontier(mine, capsys):
+    """Not the luckiest of the runs that tuned it, of which each has one seed."""
+    run_all()
+    write_run(replaced(mqa(), {"name": "mine/tuning/mqa.lr-1", "optimizer.peak_lr": 1.0}), 1.5)
+    out = decide(mine, capsys)
+    best = {line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│ ●")}
+    assert best == {"main/half (6 seeds)", "main/cla2 (6 seeds)", "main/wide (3 seeds)"}
+    assert "● on the Pareto frontier of the rows that the study declares." in out
+    compare.main(["runs/mine"])
+    assert re.search(r"│ ● │ tuning/mqa.lr-1 ", capsys.readouterr().out)
+
+
+def test_a_guardrail_that_no_run_was_scored_on_is_named(mine):
+    run_all()
+    declared = experiments.find_study(f"{mine}:main")
+    study = dataclasses.replace(STUDY, guardrails=("perplexity", "bits_per_byte/cod"))
+    declared = dataclasses.replace(declared, study=study)
+    told = "the guardrail bits_per_byte/cod is in no evaluation: the runs were scored on "
+    rows = report.read(runs.find_runs(["runs"]))
+    assert report.examine(declared, rows).notes == (f"{told}no components",)
+    for config, score in trials():
+        write_run(config, score, **{"bits_per_byte/code": 2.5, "perplexity/code": 9.0})
+    rows = report.read(runs.find_runs(["runs"]))
+    assert report.examine(declared, rows).notes == (f"{told}code",)
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_comparison_with_few_seeds_says_what_it_cannot_show():
+    run_all()
+    read = lambda *names: seeds.merged(
+        report.read([runs.Run(Path("runs/mine/main") / name) for name in names])
+    )
+    told = caption(read("cla2.seed-0", "cla2.seed-1", "mqa.seed-0"))
+    assert re.search(r"2 seeds per row and [\d.]+ to [\d.]+ training tokens per parameter", told)
+    assert "a test needs at least 5 paired seeds" in told
+    assert "seed per row" in caption(read("cla2.seed-0", "mqa.seed-0"))
+    enough = [f"{row}.seed-{seed}" for row in ("cla2", "mqa") for seed in range(5)]
+    for names in (enough, ["cla2.seed-0"]):
+        assert "paired seeds" not in caption(read(*names))
+
+
 # ------------------------------------------------------------------------------------ the paper
 
 
@@ -473,6 +527,31 @@ def test_ours_stand_beside_the_papers():
     ]
     assert differences == [["cla_1b.h128_mqa_cla2 - cla_1b.h128_mqa", "+0.10", "+0.06", "+0.04"]]
     assert paper.tables(rows, {}, stated) == []
+
+
+@pytest.mark.usefixtures("mine")
+def test_scores_of_tasks_stand_beside_the_papers():
+    """Means over seeds, by task, and the differences in Wikitext perplexity that the paper states."""
+    for name, model, perplexity in (("h128_mqa_cla2", cla2(), 20.0), ("h64_mqa", half(), 20.5)):
+        for seed in range(2):
+            config = replaced(model, {"name": f"cla_1b_tuned/{name}.seed-{seed}", "seed": seed})
+            run = write_run(config, 2.0)
+            if (name, seed) != ("h64_mqa", 1):
+                metrics = {"wikitext": {"word_perplexity": perplexity + seed / 200}}
+                metrics["boolq"] = {"acc": 0.5, "acc_norm": 0.9}
+                tasks = {task: {"metrics": values} for task, values in metrics.items()}
+                run.write_eval("tasks-full", {"step": config.steps, "tasks": tasks})
+    rows = report.read(runs.find_runs(["runs"]))
+    made = paper.tables(rows, *compare._printed())
+    (_, _, differences, _), (title, _, found, _) = made[1:]
+    wanted = "cla_1b_tuned.h128_mqa_cla2 - cla_1b_tuned.h64_mqa, wikitext"
+    assert differences[-1] == [wanted, "-0.50", "-0.71", "+0.21"]
+    assert title == "Tasks compared with the paper"
+    ours = [cells[1:] for cells in found if cells[0] == "cla_1b_tuned.h128_mqa_cla2"]
+    assert ours[0][2:] == ["20.00", "19.29", "+0.71"]
+    assert ["boolq", "acc", "0.5000", "0.5321", "-0.0321"] in ours
+    assert ["piqa", "acc", "missing", "0.6915", "missing"] in ours
+    assert len(found) == 2 * 8
 
 
 # -------------------------------------------------------------------------------------- files

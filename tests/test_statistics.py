@@ -166,6 +166,32 @@ def test_the_best_rate_is_the_vertex_of_the_parabola():
         statistics.best_rate([1, 2, 3], [1, math.nan, 2])
 
 
+def test_the_interval_of_the_byte_gain_counts_every_resample():
+    """An interval of 2,000 drawn resamples moved by a tenth of itself with the seed of the drawing."""
+    draw = np.random.default_rng(4)
+    make = lambda *points: [(b, list(loss + draw.normal(0, 0.02, 4))) for b, loss in points]
+    ours, theirs = make((256, 2.2), (512, 2.1)), make((256, 2.25), (512, 2.15))
+    gains = []
+    for chosen in itertools.product(range(4), repeat=4):
+        mean = lambda family, chosen=chosen: [
+            (b, float(np.mean([losses[i] for i in chosen]))) for b, losses in family
+        ]
+        try:
+            gains.append(statistics.byte_gain(mean(ours), mean(theirs)))
+        except ValueError:
+            gains.append(math.inf)
+    for level in (0.9, 0.95):
+        low, high = statistics.byte_gain_interval(ours, theirs, level=level)
+        tail = (1 - level) / 2
+        expected = np.quantile(gains, [tail, 1 - tail], method="inverted_cdf")
+        assert (low, high) == pytest.approx(tuple(expected), rel=1e-9)
+    for n in (1, 3, 8, 11):
+        shares, chances = statistics._resamples(n)
+        assert chances.sum() == pytest.approx(1)
+        assert shares.sum(1) == pytest.approx(1)
+        assert chances @ shares == pytest.approx(np.full(n, 1 / n), abs=2e-3)
+
+
 def test_the_byte_gain_is_the_horizontal_distance():
     theirs = [(256, 2.3), (512, 2.2), (1024, 2.1)]
     ours = [(b / 1.7, loss) for b, loss in theirs]
@@ -177,7 +203,7 @@ def test_the_byte_gain_is_the_horizontal_distance():
         statistics.byte_gain(ours, [(256, 2.1), (512, 2.2)])
     draw = np.random.default_rng(6)
     seeds = lambda points: [(b, loss + draw.normal(0, 0.005, 8)) for b, loss in points]
-    low, high = statistics.byte_gain_interval(seeds(ours), seeds(theirs), samples=100)
+    low, high = statistics.byte_gain_interval(seeds(ours), seeds(theirs))
     assert 1.5 < low < 1.7 < high < 1.9
     with pytest.raises(ValueError, match="theirs does not decrease"):
         statistics.byte_gain_interval(seeds(ours), [*seeds(theirs)[::-1][:1], (2048, [3.0] * 8)])

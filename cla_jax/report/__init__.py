@@ -58,6 +58,7 @@ def write(
     made: Mapping[str, Any] | None = None,
     beside: Sequence[page.Table] = (),
     further: Sequence[str] = (),
+    remarks: Sequence[str] = (),
     diverged: frozenset[str] = frozenset(),
     view: View = page.DEFAULT,
 ) -> list[epath.Path]:
@@ -70,7 +71,8 @@ def write(
       outcome: of a declared study; then report.md, report.json and tables of its claims are written too.
       made: of a study: what its report was made of (see `record`).
       beside: tables of our results beside others.
-      further: notes for the page.
+      further: notes that stand before the results.
+      remarks: notes that stand after them.
       diverged: paths of runs whose loss was not finite.
       view: which runs are one row, the baseline and the order.
     """
@@ -78,13 +80,10 @@ def write(
     title = outcome.declared.name if outcome else directory.name or "Comparison"
     together = arrangement.merged(rows, view)
     drawn = page.shown_rows(together, outcome, diverged)
-    noted: list[str] = [
-        *(record.words(made) if made else ()),
-        *(outcome.notes if outcome else ()),
-        *further,
-    ]
+    noted: list[str] = [*(outcome.notes if outcome else ()), *further]
+    remarks = [*(record.words(made) if made else ()), *remarks]
     more = {"outcome": outcome, "beside": beside, "notes": noted, "diverged": diverged}
-    more["view"] = view
+    more |= {"view": view, "remarks": remarks}
     text = page.html(rows, title, reference, problems, **more)
     contents = {"report.html": text.encode()}
     figures = {"pareto": page.plot(drawn, reference), "read_bytes": page.plot(drawn, kind="read")}
@@ -104,7 +103,7 @@ def write(
         ):
             contents |= _tables(name, headings, cells)
         assert made is not None
-        contents["report.md"] = _markdown(outcome, title, noted, beside)
+        contents["report.md"] = _markdown(outcome, title, [*noted, *remarks], beside)
         contents["report.json"] = record.dump(made)
     directories.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]

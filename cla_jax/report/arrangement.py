@@ -35,8 +35,12 @@ def merged(rows: Sequence[Row], view: View) -> list[Row]:
     return seeds.merged(rows, view.group_by, view.over)
 
 
-def arrange(rows: Sequence[Row], view: View) -> Arrangement:
-    """Columns and order of merged rows. Raises ValueError for an unknown run or field."""
+def arrange(rows: Sequence[Row], view: View, among: frozenset[str] | None = None) -> Arrangement:
+    """Columns and order of merged rows. Raises ValueError for an unknown run or field.
+
+    Args:
+      among: paths of the runs that are ranked, if not all are.
+    """
     flat = [seeds.settings(row) for row in rows]
     columns = [_setting(name, flat) for name in _differing(flat, view)]
     words = ""
@@ -59,7 +63,7 @@ def arrange(rows: Sequence[Row], view: View) -> Arrangement:
         near_choice("field of --sort", view.sort, known)
         values = known[view.sort]
         order = tuple(sorted(range(len(rows)), key=lambda i: (_key(values[i]), rows[i].name)))
-    return Arrangement(columns=tuple(columns), order=order, words=words)
+    return Arrangement(columns=tuple(columns), order=order, words=words, among=among)
 
 
 def _orders(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, list[Any]]:

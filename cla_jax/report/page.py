@@ -209,6 +209,7 @@ svg.narrow { display: none; }
 .legend { display: flex; flex-wrap: wrap; gap: .15rem 1.2rem; font-size: .85rem; padding: 0;
   list-style: none; overflow-wrap: anywhere; }
 .legend i { display: inline-block; width: 1.6rem; margin-right: .4rem; vertical-align: middle; }
+.remarks { padding-left: 1.2rem; font-size: .85rem; max-width: 60rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; min-width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--grid); white-space: pre; }
@@ -219,7 +220,9 @@ td.center { color: #2f6fde; } .step { color: var(--warn); font-weight: 400; marg
 .note { background: var(--warn-back); color: var(--warn); padding: .55rem .9rem; margin: .5rem 0;
   border-radius: 6px; overflow-wrap: anywhere; }
 table.folded td { white-space: normal; } table.folded td.left { min-width: 14rem; overflow-wrap: anywhere; }
-.point { cursor: pointer; } .point:focus { outline: 2px solid var(--muted); }
+/* A seed's dot over a point does not keep the pointer from it. */
+.pareto { pointer-events: none; } .point { cursor: pointer; pointer-events: auto; }
+.point:focus { outline: 2px solid var(--muted); }
 select { font: inherit; max-width: 100%; color: inherit; background: var(--surface);
   border: 1px solid var(--grid); border-radius: 6px; padding: .25rem .5rem; }
 #shown table, #pair table { margin: .5rem 0; min-width: 0; } #shown td, #pair td { white-space: normal;
@@ -252,10 +255,13 @@ def html(
     outcome: studies.Outcome | None = None,
     beside: Sequence[Table] = (),
     notes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
     diverged: frozenset[str] = frozenset(),
     view: View = DEFAULT,
 ) -> str:
     """Claims, pictures, tables, learning curves and run details; every text of a run is escaped.
+
+    What would mislead a reader comes first, then results, then further notes.
 
     Args:
       rows: one a run and a cache; runs that differ in their seed alone become one row.
@@ -263,12 +269,13 @@ def html(
       problems: what could not be read.
       outcome: of a declared study; then only the runs that count in it are drawn.
       beside: tables of our results beside others, such as a paper's.
-      notes: further things to know.
+      notes: further things to know before reading the results.
+      remarks: things to know after them.
       diverged: paths of runs whose loss was not finite.
     """
     runs = [row for row in rows if not row.cache]
     together = arrangement.merged(rows, view)
-    arranged = arrangement.arrange(together, view)
+    arranged = arrangement.arrange(together, view, studies.counting(outcome))
     drawn = shown_rows(together, outcome, diverged)
     compared = [row for row in drawn if not row.cache]
     known = [
@@ -297,7 +304,7 @@ def html(
 {noted}{_claims(outcome)}{pictures["resident"]}
 <p class="muted screen">Click a point, or reach it with the tab key, to see its config.</p>
 <div id="shown" class="muted" aria-live="polite"></div>
-<h2>Results</h2>
+{_remarks(remarks)}<h2>Results</h2>
 {_results(together, arranged)}
 <p class="muted">{escape(caption(together, arranged))}</p>
 {"".join(map(_table, beside))}{_scores(rows)}<h2>Bytes that a decode step reads</h2>
@@ -358,6 +365,12 @@ def _table(table: Table) -> str:
         f"<thead>{line('th', headings)}</thead>\n{body}</table></div>\n"
         f'<p class="muted">{escape(below)}</p>\n'
     )
+
+
+def _remarks(found: Sequence[str]) -> str:
+    """The section of notes that are read after the results; empty where there are none."""
+    listed = "".join(f"<li>{escape(printable(one, 4000))}</li>\n" for one in found)
+    return f'<h2>Notes</h2>\n<ul class="remarks">\n{listed}</ul>\n' if found else ""
 
 
 def _claims(outcome: studies.Outcome | None) -> str:

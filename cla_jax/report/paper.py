@@ -1,6 +1,7 @@
 """Our results compared with those that a paper prints, row by row, and difference by difference."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from cla_jax.report import seeds
@@ -15,6 +16,8 @@ class Line:
 
     kv_bytes: float
     perplexity: float | None
+    # By (task, metric), as evaluations name them: a perplexity, or an accuracy as a fraction.
+    scores: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,9 @@ class Stated:
     row: str
     other: str
     value: float
+    score: tuple[str, str] | None = (
+        None  # the perplexity of a task; None: that of the held-out text
+    )
 
 
 def tables(
@@ -59,13 +65,19 @@ def tables(
                 number(apart, "{:+.2f}"),
             ]
         )
+    scored = {name: _scores(row) for name, row in found.items()}
     differences = []
     for one in stated:
         if one.row in found and one.other in found:
-            both = one.row in ours and one.other in ours
-            here = ours[one.row] - ours[one.other] if both else None
+            score = one.score
+            known = (
+                ours if score is None else {n: s[score] for n, s in scored.items() if score in s}
+            )
+            both = one.row in known and one.other in known
+            here = known[one.row] - known[one.other] if both else None
             apart = None if here is None else here - one.value
-            cells = [f"{one.row} - {one.other}", number(here, "{:+.2f}"), f"{one.value:+.2f}"]
+            of = "" if score is None else f", {score[0]}"
+            cells = [f"{one.row} - {one.other}{of}", number(here, "{:+.2f}"), f"{one.value:+.2f}"]
             differences.append([*cells, number(apart, "{:+.2f}")])
     headings = ["row", "KV bytes, ours", "the paper's", "perplexity, ours", "the paper's"]
     headings.append("ours minus the paper's")
@@ -76,4 +88,38 @@ def tables(
     if differences:
         headings = ["difference in perplexity", "ours", "the paper's", "ours minus the paper's"]
         made.append(("Differences compared with the paper's", headings, differences, below))
+    if tasks := _task_lines(printed, scored):
+        headings = ["row", "task", "metric", "ours", "the paper's", "ours minus the paper's"]
+        below = "Accuracies are fractions. The means are over the seeds that were scored."
+        made.append(("Tasks compared with the paper", headings, tasks, below))
+    return made
+
+
+def _scores(row: Row) -> dict[tuple[str, str], float]:
+    """Mean over seeds of each task's metrics, by full forward of the last checkpoint."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for seed in row.seeds or (row,):
+        record = seed.evals.get("tasks-full")
+        if record is None or seed.altered or record["step"] < seed.config.steps:
+            continue
+        for task, score in record["tasks"].items():
+            for metric, value in score["metrics"].items():
+                found.setdefault((task, metric), []).append(value)
+    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def _task_lines(
+    printed: Mapping[str, Line], scored: Mapping[str, Mapping[tuple[str, str], float]]
+) -> list[list[str]]:
+    """A line for each score that a paper prints of a row that was scored on tasks."""
+    made = []
+    for name, line in printed.items():
+        if not scored.get(name):
+            continue
+        for (task, metric), theirs in line.scores.items():
+            digits = 2 if "perplexity" in metric else 4
+            here = scored[name].get((task, metric))
+            ours = "missing" if here is None else f"{here:.{digits}f}"
+            apart = "missing" if here is None else f"{here - theirs:+.{digits}f}"
+            made.append([name, task, metric, ours, f"{theirs:.{digits}f}", apart])
     return made

@@ -22,6 +22,7 @@ from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import TRAINING, Run, find_runs, read_json
+from cla_jax.statistics import pairs_needed
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -491,6 +492,12 @@ class Arrangement:
     columns: tuple[Column, ...] = ()
     order: tuple[int, ...] | None = None  # of the rows; None: by KV bytes, then quality
     words: str = ""  # for the caption
+    # Paths of the runs of a study: other rows are shown, but are on no frontier. None: all are ranked.
+    among: frozenset[str] | None = None
+
+    def ranks(self, row: Row) -> bool:
+        """Whether a row may be on the frontier."""
+        return self.among is None or (not row.cache and row.path in self.among)
 
     @property
     def shown(self) -> list[Column]:
@@ -523,7 +530,8 @@ def caption(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> str:
     contexts = [row.context for row in rows]
     parts = []
     if comparison(rows).ranked:
-        parts.append("● on the Pareto frontier.")
+        whose = "" if arranged.among is None else " of the rows that the study declares"
+        parts.append(f"● on the Pareto frontier{whose}.")
     parts.append(
         f"KV bytes are resident bytes per token at {_range(contexts)} tokens of context, with 16 bits for "
         "elements that are not quantised."
@@ -538,7 +546,27 @@ def caption(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> str:
         parts.append("±: one standard deviation over seeds.")
     if arranged.words:
         parts.append(printable(arranged.words, 4000))
-    return " ".join((*parts, setting(rows)))
+    return " ".join(filter(None, (*parts, setting(rows), limits(rows))))
+
+
+def limits(rows: Sequence[Row]) -> str:
+    """What a comparison with few seeds can and cannot show; empty with enough of them, or of one row."""
+    trained = [row for row in rows if row.evaluation and not row.cache]
+    most = max((len(row.seeds) or 1 for row in trained), default=0)
+    needed = pairs_needed()
+    if len(trained) < 2 or most >= needed or any(row.trained_steps is None for row in trained):
+        return ""
+    shares = [
+        (row.trained_steps or 0)
+        * row.config.tokens_per_step
+        / costs.parameters(row.config.model).total
+        for row in trained
+    ]
+    span = " to ".join(dict.fromkeys(f"{share:.2g}" for share in (min(shares), max(shares))))
+    return (
+        f"{most} seed{'s' * (most > 1)} per row and {span} training tokens per parameter show how these runs "
+        f"differ, but not which row is better in general: a test needs at least {needed} paired seeds."
+    )
 
 
 def lines(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[tuple[Row, list[str]]]:
@@ -547,7 +575,11 @@ def lines(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[tuple[Row,
     The first cell is empty for what is not on the frontier, and for all where rows are not ranked.
     """
     found = points(rows)
-    best = frontier(found) if comparison(rows).ranked else []
+    ranked = [
+        point if arranged.ranks(row) else dataclasses.replace(point, quality=math.inf)
+        for row, point in zip(rows, found, strict=True)
+    ]
+    best = frontier(ranked) if comparison(rows).ranked else []
     order = arranged.order
     if order is None:
         order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))

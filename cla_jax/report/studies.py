@@ -15,7 +15,7 @@ from cla_jax.config import Config
 from cla_jax.documents import Documents
 from cla_jax.messages import printable
 from cla_jax.report import seeds
-from cla_jax.report.rows import Row, human
+from cla_jax.report.rows import Row, components, human
 from cla_jax.runs import TRAINING
 from cla_jax.study import Declared, Gain, Study, Verdict, decide
 
@@ -87,6 +87,7 @@ def examine(
         else:
             found[key] = row
     notes += _of_other_data(found)
+    notes += _unknown_guardrails(study, found)
     metric = study.metric
     scores = {key: score(row, metric) for key, row in found.items()} | dict.fromkeys(lost, math.inf)
     verdicts = decide(study, scores)
@@ -100,6 +101,11 @@ def examine(
         notes=tuple(notes),
         diverged=frozenset(lost),
     )
+
+
+def counting(outcome: Outcome | None) -> frozenset[str] | None:
+    """Paths of the runs that count in a study; None without a study."""
+    return None if outcome is None else frozenset(row.path for row in outcome.runs.values())
 
 
 def score(row: Row, metric: str) -> float:
@@ -153,6 +159,17 @@ def _of_other_data(found: dict[tuple[str, int], Row]) -> list[str]:
                 f"{found.pop(key).name} does not count: its {what} are {here}, others have {others}"
             )
     return notes
+
+
+def _unknown_guardrails(study: Study, found: Mapping[tuple[str, int], Row]) -> list[str]:
+    """The guardrails of components that no run was scored on."""
+    known = components(list(found.values()))
+    return [
+        f"the guardrail {name} is in no evaluation: the runs were scored on "
+        f"{printable(', '.join(known)) if known else 'no components'}"
+        for name in study.guardrails
+        if (part := name.partition("/")[2]) and part not in known and found
+    ]
 
 
 def _pairs(study: Study, verdict: Verdict, found: Mapping[tuple[str, int], Row]):
@@ -249,7 +266,7 @@ def sentence(outcome: Outcome, number: int) -> str:
         f"{verdict.claim}: {verdict.status} {where}.",
         f"The mean difference over {verdict.n} paired seeds is {verdict.mean:+.4f} {unit}, {level} interval "
         f"{verdict.low:+.4f} to {verdict.high:+.4f}.",
-        f"The {study.test} test gives p = {verdict.p:.4f}, by Holm's method over {len(study.claims)} claims.",
+        f"The {study.test} test gives p = {verdict.p:.4f}, by Holm's method over {_claims(study)}.",
     ]
     if crossed := outcome.crossed[number]:
         low, high = crossed
@@ -262,6 +279,11 @@ def sentence(outcome: Outcome, number: int) -> str:
         seeds_out = ", ".join(map(str, verdict.excluded))
         parts.append(f"Seeds left out because a loss was not finite: {seeds_out}.")
     return " ".join(parts)
+
+
+def _claims(study: Study) -> str:
+    n = len(study.claims)
+    return f"{n} claim{'s' * (n != 1)}"
 
 
 HEADINGS = ("claim", "verdict", "difference", "interval", "seeds and documents", "p", "pairs")
@@ -353,7 +375,7 @@ def tables(outcome: Outcome) -> list[tuple[str, list[str], list[list[str]], str]
         f"Differences are in {METRICS[study.metric]}; lower is better. Scale: {scale(declared)}. The "
         f"{1 - study.alpha:.0%} intervals are a t interval over paired seeds, and a bootstrap over seeds and "
         f"documents together. Test: {study.test}, one-sided, level {study.alpha:g} for the whole study by "
-        f"Holm's method over {len(study.claims)} claims. Control: {control}. A run is left out only if its "
+        f"Holm's method over {_claims(study)}. Control: {control}. A run is left out only if its "
         f"loss is not finite. Declaration {study.digest}."
     )
     headings, claims = lines(outcome)
