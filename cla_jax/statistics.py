@@ -369,8 +369,9 @@ def byte_gain_interval(
 ) -> tuple[float, float]:
     """A bootstrap interval for `byte_gain` over seeds: (bytes, losses by seed) points, the same seeds in all.
 
-    If the line of `theirs` does not fall with its bytes in a resample, no number of bytes reaches our loss. The
-    gain of that resample is then infinite. Raises ValueError as `byte_gain` does, for the means over all seeds.
+    If the line of `theirs` does not fall with its bytes in a resample, no number of bytes reaches our loss.
+    The gain of that resample is then infinite. Raises ValueError as `byte_gain` does, for the means over all
+    seeds.
     """
     counts = {len(losses) for _, losses in itertools.chain(ours, theirs)}
     if len(counts) != 1:
