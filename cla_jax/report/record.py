@@ -92,8 +92,8 @@ def words(made: Mapping[str, Any]) -> list[str]:
     return [
         *made["changes"],
         f"Study {made['study']}, declaration {made['digest']}, results first reported at commit {commit}. "
-        f"Finished runs: {made['runs']}; {made['hours']} hours of training in total. Command: "
-        f"{made['command']}",
+        f"{made['runs']} run directories have results, also those that no claim uses; {made['hours']} hours "
+        f"of training in total. Command: {made['command']}",
     ]
 
 
