@@ -41,6 +41,7 @@ IDENTITY = {
     "model.kv": LatentKV(rank=12, rope_dims=4),
     "model.kv.rank": 8,
     "model.kv.rope_dims": 6,
+    "model.kv.norm": False,
     "model.kv_norm": "block",
     "model.qk_norm": True,
     "model.tied_embeddings": False,

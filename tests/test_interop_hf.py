@@ -77,7 +77,7 @@ ROWS = {name: row().model for name, row in experiments.rows().items()}
 
 @pytest.mark.parametrize("name", [name for name, model in ROWS.items() if not can_be_said(model)])
 def test_experiments_that_a_checkpoint_cannot_say_are_refused(name):
-    with pytest.raises(ValueError, match=r"model\.(kv_map|kv_norm) = "):
+    with pytest.raises(ValueError, match=r"model\.(kv_map|kv_norm|kv\.norm) = "):
         hf_config(ROWS[name], 64)
 
 

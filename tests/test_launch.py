@@ -61,7 +61,7 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.kv-map", "0,0,1"], "kv_map has 3 entries but model.n_layers is 8"),
+        (["--model.kv-map", "0,0,1"], "it has 3 entries, but model.n_layers = 8"),
         (["--model.n-heads", "3", "--model.n-kv-heads", "2"], "model.n_heads = 3 is not divisible"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--optimizer.peak-lr", "high"], "'high' is not a number"),
