@@ -29,8 +29,12 @@ def source(start: FromRun) -> runs.Run:
     """The run that another starts from. Raises ValueError if there is none with a checkpoint."""
     if not start.run:
         raise ValueError("start.run is empty: give the directory of the run to start from")
-    run = runs.find_run(start.run)
-    run.check_saved()
+    try:
+        run = runs.find_run(start.run)
+        run.check_saved()
+    except ValueError as error:
+        needed = ", the teacher of this run" if start.distill_weight else ""
+        raise ValueError(f"start.run = {shown(start.run)}{needed}: {error}") from None
     return run
 
 

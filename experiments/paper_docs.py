@@ -47,7 +47,7 @@ The seven tasks and the Wikitext perplexity of tables 4, 6, 7 and 8 come from `l
 not among the experiments here yet; [uptraining.md](uptraining.md) has the conversion of a trained model.
 
 Only small models were trained here: [results/small](results/small/report.md) asks the paper's \
-question at a 2,300th of its size. `experiments/one_gpu.py` asks it at 12 million parameters, for \
+question at a 2,400th of its size. `experiments/one_gpu.py` asks it at 12 million parameters, for \
 one GPU; it has not been run.
 
 `python -m experiments.paper_docs` makes this page.

@@ -1,6 +1,6 @@
 """The paper's question with seeds, on two CPU cores: what does sharing keys and values cost?
 
-The rows of the 1B study at a 2,300th of its size: a third of a million parameters and 8 layers. The text is
+The rows of the 1B study at a 2,400th of its size: a third of a million parameters and 8 layers. The text is
 bytes of English Wikipedia, 14 tokens per parameter. A run takes about ten minutes of one core. So every row
 has its own learning rate, and the main rows have eight seeds. `python -m launch.data fetch enwik8` downloads
 the text.

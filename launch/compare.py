@@ -155,7 +155,8 @@ def _print_tables(
     if console.is_terminal:
         width = console.width
     else:
-        console = Console(width=200)  # a file or a pipe has no width that a table should fit
+        # A file or a pipe has no width that a table should fit: no column may be squeezed.
+        console = Console(width=10_000)
     console.print(report.table(together, width, arranged))
     if (scores := report.tasks.table(rows)) is not None:
         console.print(scores)

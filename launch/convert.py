@@ -21,6 +21,7 @@ instead of heads. docs/uptraining.md compares the conversions.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,9 +223,12 @@ def _uptrain(command: Uptrain) -> None:
             saver.save_model(0, uptrain.first_model(config, text))
         finally:
             saver.close()
+    before, after = (2 * model.kv_elements for model in (source.config().model, config.model))
+    file = shlex.quote(f"{command.made}/config.json")
     print(
-        f"{command.made}: {config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens; train "
-        f"it with python -m launch.train {command.made}/config.json"
+        f"{command.made}: {after:,} KV bytes per token at 16 bits, {before:,} before; {config.steps:,} "
+        f"steps, {config.steps * config.tokens_per_step:,} tokens; train it with "
+        f"python -m launch.train {file}"
     )
 
 

@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from rich.console import Console
 
 from cla_jax import costs, report, runs
-from cla_jax.config import Config, DataConfig, ModelConfig, Placement
+from cla_jax.config import Config, DataConfig, FromRun, ModelConfig, Placement
 from cla_jax.report import Point, page, pareto, tasks
 from cla_jax.report import rows as reading
 from launch import compare
@@ -766,6 +766,21 @@ def test_the_command_writes_into_the_study_and_prints_the_table(tmp_path, capsys
     assert (tmp_path / "tiny/pareto.png").stat().st_size > 30_000
     svg = (tmp_path / "tiny/pareto.svg").read_text()
     assert svg.count("<path") > 30
+
+
+def test_a_file_gets_every_column_whole(tmp_path, capsys):
+    """Many columns of differing fields left names no width."""
+    evaluate(make(tmp_path, "tiny/a"), 10.0)
+    numbers = dict.fromkeys(("rope_theta", "norm_eps", "init_std"), 0.25)
+    start = FromRun(run="runs/a-run-with-a-long-name-that-takes-its-room/of-several-words")
+    other = make(
+        tmp_path, "tiny/b", kv_norm="block", rope_scaling="linear:2", start=start, **numbers
+    )
+    evaluate(other, 11.0)
+    compare.main([str(tmp_path / "tiny")])
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in lines if "11.000" in line)
+    assert re.search(r"│ b .*│ linear:2 ", row)
 
 
 def test_several_paths_write_into_their_common_parent_or_out(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -491,6 +492,10 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
     with pytest.raises(ValueError, match=r"models with model\.qk_norm = True cannot be converted"):
         start.check(normed, replace(normed, **{"model.n_kv_heads": 1}), trained)
     assert "start.run is empty" in refusal(start=FromRun())
+    missing = FromRun(run=str(tmp_path / "moved"), distill_weight=0.5)
+    assert re.search(
+        r"start\.run = '.*moved', the teacher of this run: .*does not exist", refusal(start=missing)
+    )
     with pytest.raises(ValueError, match=r"layer 1 is a producer in .*identity.*cla:2"):
         start.check(replace(given, **{"model.kv_map": "cla:2"}), given, trained)
     with pytest.raises(SystemExit):
