@@ -221,9 +221,8 @@ class Latent:
     key: np.ndarray  # [D, rope_dims]
     keys: np.ndarray  # [M, R, H], without rotation
     values: np.ndarray  # [M, R, H]
-    turns: (
-        np.ndarray
-    )  # [M, rope_dims / 2], complex: a pair of a member's key is the rotated pair * turn
+    # [M, rope_dims / 2], complex: a pair of a member's key is the pair of the rotated key times this.
+    turns: np.ndarray
     root_mean_square: float  # of the elements of the latent over the text
 
 
@@ -264,7 +263,7 @@ def _latent(
 ) -> Latent:
     M, D, H = values.shape
     keys = pairs(key_weights)
-    # Of H / 2 frequencies, rope_dims / 2 are left, evenly spaced: those that RoPE gives so many pairs.
+    # Evenly spaced pairs: RoPE over `rope_dims` dimensions has exactly their frequencies.
     turned = np.arange(0, H // 2, H // rope_dims)
     sizes = np.diagonal(readers.queries, axis1=1, axis2=2)
     weight_MP = np.sqrt(sizes[:, : H // 2] + sizes[:, H // 2 :])[:, turned]
@@ -288,7 +287,9 @@ def _latent(
         )
     )
     energy = lambda side: float(np.sum(side * (square @ side)))
-    scale = np.sqrt(energy(sides[1]) / energy(whole)) or 1.0
+    key_energy, value_energy = energy(whole), energy(sides[1])
+    # One of them may be zero: a layer whose queries or outputs are all zero.
+    scale = np.sqrt(value_energy / key_energy) if min(key_energy, value_energy) > 0 else 1.0
     side = np.concatenate([sides[0] * scale, sides[1]], axis=1)
     best = np.linalg.eigh(side.T @ square @ side)[1][:, ::-1][:, :rank]
     best = np.pad(best, ((0, 0), (0, rank - best.shape[1])))

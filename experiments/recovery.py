@@ -170,9 +170,7 @@ def source() -> Trials:
 
 def main() -> Trials:
     """Every conversion with three orders of the training text."""
-    for row in CONVERTED:
-        for seed in range(MAIN.rows[row.__name__]):
-            yield f"{row.__name__}.seed-{seed}", replaced(row(), {"seed": seed})
+    return sweeping.declared(MAIN, CONVERTED)
 
 
 _UNTRAINED = "run recovery.source, then write its checksum to CHECKPOINT in experiments/recovery.py"

@@ -227,6 +227,16 @@ def test_heads_that_differ_by_rotations_are_one_latent(init):
     assert latent_error(parts, latents_of(width, width), init) < 1e-4
 
 
+@pytest.mark.parametrize("zero", ["query.weight", "output.weight"])
+def test_a_layer_without_queries_or_outputs_becomes_a_latent(zero):
+    parts = layerwise.taken_apart(reference.randomised(ONE_HEAD, 0))
+    first, second = parts.layers
+    dead = layerwise.Layer(first.block | {zero: 0 * first.block[zero]}, first.projection)
+    parts = dataclasses.replace(parts, layers=(dead, second))
+    width = ONE_HEAD.d_head
+    assert latent_error(parts, latents_of(width, width), "least_squares") < 1e-4
+
+
 def test_the_latent_of_layers_that_share_is_made_of_all_of_them():
     """Two layers that read the same stream: the second has nothing of its own but its projection."""
     parts = layerwise.taken_apart(reference.randomised(ONE_HEAD, 0))

@@ -27,9 +27,8 @@ class Stated:
     row: str
     other: str
     value: float
-    score: tuple[str, str] | None = (
-        None  # the perplexity of a task; None: that of the held-out text
-    )
+    # (task, metric) of a score; None: the perplexity of the held-out text.
+    score: tuple[str, str] | None = None
 
 
 def tables(
