@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from rich.console import Console
 
 from cla_jax import costs, report, runs
-from cla_jax.config import Config, DataConfig, FromRun, ModelConfig, Placement
+from cla_jax.config import Config, DataConfig, FromRun, LatentKV, ModelConfig, Placement
 from cla_jax.report import Point, page, pareto, tasks
 from cla_jax.report import rows as reading
 from launch import compare
@@ -150,6 +150,17 @@ def test_the_columns_of_a_finished_run(tmp_path):
         "perplexity\ncached": "12.501",
     }
     assert "step 30/30" not in printed(rows(run))
+
+
+def test_a_latent_does_not_look_like_the_heads_that_it_was_made_of(tmp_path):
+    heads = make(tmp_path, "tiny/heads")
+    latent = make(tmp_path, "tiny/latent", kv=LatentKV(rank=24, rope_dims=8))
+    both = rows(heads, latent)
+    assert cells(both, "heads")["heads\nq/kv"] == "4/1"
+    assert cells(both, "latent")["heads\nq/kv"] == "4/24+8"
+    words = "width of the latent"
+    assert words in reading.caption(both)
+    assert words not in reading.caption(rows(heads))
 
 
 @pytest.mark.parametrize(

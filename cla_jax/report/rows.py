@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cla_jax import config as configs
 from cla_jax import costs, files
-from cla_jax.config import Config, ModelConfig
+from cla_jax.config import Config, LatentKV, ModelConfig
 from cla_jax.directories import is_local
 from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
@@ -540,6 +540,10 @@ def caption(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> str:
         "Perplexity and bits per byte are those of the held-out split, by a full forward pass or through the "
         "cache that the row names."
     )
+    if any(isinstance(row.config.model.kv, LatentKV) for row in rows):
+        parts.append(
+            "q/kv of a latent: query heads / width of the latent + width of the rotated key."
+        )
     if any(row.from_training for row in rows):
         parts.append("*: measured during training.")
     if any(len(row.seeds) > 1 for row in rows):
@@ -611,12 +615,18 @@ def _cells(row: Row, on_frontier: bool) -> list[str]:
         f"{scored['perplexity']:,.3f}{mark}" if scored else "—",
         f"{scored['bits_per_byte']:.4f}{_spread(row)}{mark}" if scored else "—",
         f"{cached['perplexity']:,.3f}" if cached else "—",
-        same(row, lambda one: f"{one.n_heads}/{one.n_kv_heads}") or "several",
+        same(row, _heads) or "several",
         same(row, lambda one: str(one.d_head)) or "several",
         same(row, lambda one: one.kv_map) or "several",
         same(row, lambda one: human(costs.parameters(one).non_embedding)) or "several",
         same(row, lambda one: human(costs.parameters(one).total)) or "several",
     ]
+
+
+def _heads(model: ModelConfig) -> str:
+    """Query heads and KV heads, `4/1`; of a latent its width and that of the rotated key, `4/64+16`."""
+    kept = f"{model.kv.rank}+{model.kv.rope_dims}" if isinstance(model.kv, LatentKV) else None
+    return f"{model.n_heads}/{kept or model.n_kv_heads}"
 
 
 def same(row: Row, of: Callable[[ModelConfig], T]) -> T | None:
