@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from benchmarks.child import Contestant, serve
-from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
-from cla_jax.fields import from_dict
+from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.session import plan_layout
 from cla_jax.state import initial_state
 from cla_jax.step import make_step
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
+    settings = spec["optimizer"]
     config = Config(
         name="benchmark",
         model=ModelConfig(
@@ -32,7 +32,11 @@ def contestant(spec: dict[str, Any]) -> Contestant:
             compute_dtype="float32",
         ),
         data=DataConfig(seq_len=spec["seq_len"]),
-        optimizer=from_dict(OptimizerConfig, spec["optimizer"]),
+        optimizer=OptimizerConfig(
+            peak_lr=settings["peak_lr"],
+            clip_norm=settings["clip_norm"],
+            rule=AdamW(**{key: settings[key] for key in ("b1", "b2", "eps", "weight_decay")}),
+        ),
         batch_size=spec["batch_size"],
         steps=spec["total_steps"],
         placement=Placement(**spec["placement"]),

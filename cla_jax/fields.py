@@ -101,8 +101,6 @@ def from_dict(cls: type, fields: dict[str, Any], prefix: str = "", kind: str = "
       kind: which one of a union this is.
     """
     hints = typing.get_type_hints(cls)
-    if hasattr(cls, "upgrade"):  # how a record of an earlier version is read
-        fields = cls.upgrade(fields)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     whole = f"{prefix[:-1] or 'the config'}{f' ({kind})' if kind else ''}"
     for key in fields:

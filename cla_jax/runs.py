@@ -37,9 +37,9 @@ from typing import Any
 
 from etils import epath
 
-from cla_jax import config as configs
 from cla_jax import eviction, fields, files, goodput, seals
 from cla_jax.config import Config, check_chunk
+from cla_jax.config.record import from_record, run_identity, to_record
 from cla_jax.directories import (
     check_links,
     is_local,
@@ -463,12 +463,12 @@ class Owner:
             return "it does not name its run" if self.sealed else ""
         if self.run and saved["run"] != self.run:
             return f"it belongs to run {saved['run']}, not to {self.run}"
-        as_config = lambda identity: configs.from_record(
+        as_config = lambda identity: from_record(
             {"name": "saved", "identity": identity, "placement": {}}
         )
         # By way of a Config: a field that is younger than a record has its default there.
         expected, recorded = (
-            configs.run_identity(as_config(i)) for i in (self.identity, saved["identity"])
+            run_identity(as_config(i)) for i in (self.identity, saved["identity"])
         )
         return "; ".join(
             f"{key} is {a!r}, and what was saved has {b!r}"
@@ -541,7 +541,7 @@ def _record(
     config: Config, data_fingerprint: str, tokenizer_json: str, run: str = "", **further: Any
 ) -> dict[str, Any]:
     """config.json of a run, new unless its number is given."""
-    record = configs.to_record(config) | {
+    record = to_record(config) | {
         "data_fingerprint": data_fingerprint,
         "tokenizer": _text_digest(tokenizer_json),
         "versions": versions(),
@@ -625,7 +625,7 @@ def new_run(
 def check_identity(run: Run, config: Config) -> None:
     """Raises ValueError, showing the difference, if a run directory belongs to another run."""
     # By way of a Config: a field that is younger than the run has its default there.
-    difference = fields.difference(configs.run_identity(config), configs.run_identity(run.config()))
+    difference = fields.difference(run_identity(config), run_identity(run.config()))
     if difference:
         lines = [f"  {key}: {b!r} there, {a!r} asked for" for key, (a, b) in difference.items()]
         raise ValueError(
@@ -809,7 +809,7 @@ def read_config(file: epath.Path) -> Config:
 
 def _as_config(record: dict[str, Any], file: epath.Path) -> Config:
     with files.about(file):
-        return configs.from_record(record)
+        return from_record(record)
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cla_jax import files
-from cla_jax.config import near_choice
 from cla_jax.engine import Engine, Request
-from cla_jax.messages import shown
+from cla_jax.messages import near_choice, shown
 from cla_jax.places import Counts
 
 FIELDS = ("arrival", "prompt", "new_tokens", "group")

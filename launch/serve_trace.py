@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax.config import near_choice
 from cla_jax.formats import FORMATS
+from cla_jax.messages import near_choice
 from launch import allocator
 from launch.cli import check_picture, log_to_stderr, read, user_errors
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cla_jax import config as configs
 from cla_jax.config import Component, Config, DataConfig, Stage
+from cla_jax.config.record import from_record, run_identity, to_record
 from cla_jax.data import loader, mixture, prepare, tokenizers
 from cla_jax.fields import difference, replaced
 from cla_jax.session import batch_stream, prepare_session
@@ -227,14 +227,14 @@ def test_a_learned_tokenizer_reads_the_training_documents_of_all_components(mixe
 
 def test_runs_without_a_mixture_are_what_they_were(tiny):
     config = tiny()
-    assert "mixture" not in configs.run_identity(config)["data"]
-    assert "stages" not in configs.run_identity(config)["data"]
-    assert configs.from_record(configs.to_record(config)) == config
+    assert "mixture" not in run_identity(config)["data"]
+    assert "stages" not in run_identity(config)["data"]
+    assert from_record(to_record(config)) == config
 
 
 def test_what_two_mixtures_differ_in_is_named(mixed):
-    ours = configs.run_identity(mixed((0.5, 0.5, 0), stage(5, web=1)))
-    theirs = configs.run_identity(mixed((0.5, 0.25, 0), stage(5, code=1)))
+    ours = run_identity(mixed((0.5, 0.5, 0), stage(5, web=1)))
+    theirs = run_identity(mixed((0.5, 0.25, 0), stage(5, code=1)))
     assert difference(ours, theirs) == {
         "data.mixture.code.weight": (0.5, 0.25),
         "data.stages.0.weights": ((("web", 1),), (("code", 1),)),
@@ -251,8 +251,8 @@ def test_a_mixture_as_text_and_as_json(mixed, tiny):
     read = read_config(tiny(steps=60, **{"data.held_out": 0.3}), words)
     assert read == config
     assert read.data.source == ""
-    record = configs.to_record(config)
-    assert configs.from_record(record) == config
+    record = to_record(config)
+    assert from_record(record) == config
     assert hash(config) == hash(read)
     # As a sweep puts it into every trial.
     change = trials._changes(words)
@@ -298,7 +298,7 @@ def test_a_stage_after_the_last_step_is_refused(mixed):
 
 def test_a_tokenizer_beside_a_config_file_is_found(tiny, tmp_path):
     config = replaced(tiny(), {"data.tokenizer": "tokenizer.json"})
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_record(config)))
+    (tmp_path / "config.json").write_text(json.dumps(to_record(config)))
     (read,) = train.parse([str(tmp_path / "config.json")])
     assert read.data.tokenizer == "tokenizer.json"  # there is none
     (tmp_path / "tokenizer.json").write_text("{}")

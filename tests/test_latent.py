@@ -19,9 +19,8 @@ from cla_jax.config import (
     ModelConfig,
     Muon,
     OptimizerConfig,
-    from_record,
-    to_record,
 )
+from cla_jax.config.record import from_record, to_record
 from cla_jax.decode import decode, decoding_weights, prefill
 from cla_jax.interop import deepseek
 from cla_jax.memory import workspace_bytes

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from cla_jax import runs
 from cla_jax import train as training
-from cla_jax.config import to_record
+from cla_jax.config.record import to_record
 from cla_jax.fields import replaced
 from cla_jax.runs import Run
 from cla_jax.writers import ConsoleWriter

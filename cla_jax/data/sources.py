@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cla_jax import extras, files
-from cla_jax.config import split_source
+from cla_jax.config.data import split_source
 from cla_jax.messages import near_choice, shown
 
 SOTU_DOCUMENTS = 233

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cla_jax import config as configs
 from cla_jax import costs
+from cla_jax.config.record import run_identity
 from cla_jax.fields import flatten
 from cla_jax.messages import printable
 from cla_jax.report import arrangement, pareto, seeds, studies, tasks
@@ -408,7 +408,7 @@ def _data(drawn: Sequence[Row], runs: Sequence[Row]) -> str:
     """What the script reads: the config of each point, and of each run its config and loss curve."""
 
     def flat(row: Row) -> dict[str, Any]:
-        settings = flatten(configs.run_identity(row.config))
+        settings = flatten(run_identity(row.config))
         return {key: value if value is None else str(value) for key, value in settings.items()}
 
     def entry(row: Row, *, curves: bool) -> dict[str, Any]:
@@ -481,7 +481,7 @@ def _scores(rows: Sequence[Row]) -> str:
 
 def _details(rows: Sequence[Row]) -> str:
     """A line a run with the settings in which the runs differ; it opens to all but the metrics."""
-    flat = [flatten(configs.run_identity(row.config)) for row in rows]
+    flat = [flatten(run_identity(row.config)) for row in rows]
     fields = dict.fromkeys(key for settings in flat for key in settings)
     differing = [key for key in fields if len({settings.get(key) for settings in flat}) > 1]
     made = ""

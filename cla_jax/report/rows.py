@@ -14,9 +14,9 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from cla_jax import config as configs
 from cla_jax import costs, files
 from cla_jax.config import Config, LatentKV, ModelConfig
+from cla_jax.config.record import from_record
 from cla_jax.directories import is_local
 from cla_jax.eviction import is_policy
 from cla_jax.messages import printable, shown
@@ -194,7 +194,7 @@ def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
     file = run.path / "config.json"
     record = read_json(file)
     with files.about(file):
-        config = configs.from_record(record)
+        config = from_record(record)
     return Row(
         name=name,
         path=str(run.path),

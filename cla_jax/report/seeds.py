@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from cla_jax import config as configs
 from cla_jax import statistics
+from cla_jax.config.record import run_identity
 from cla_jax.eviction import is_policy
 from cla_jax.fields import flatten
 from cla_jax.messages import printable
@@ -22,7 +22,7 @@ from cla_jax.statistics import Optimum
 
 def settings(row: Row) -> dict[str, Any]:
     """The fields of a config that say which run it is, by their dotted names."""
-    return flatten(configs.run_identity(row.config))
+    return flatten(run_identity(row.config))
 
 
 def values_of(row: Row, fields: Sequence[str]) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cla_jax import config as configs
 from cla_jax import costs, documents, fields, statistics
 from cla_jax.config import Config
+from cla_jax.config.record import run_identity
 from cla_jax.documents import Documents
 from cla_jax.messages import printable
 from cla_jax.report import seeds
@@ -129,7 +129,7 @@ def _excuse(row: Row, declared: Config) -> str:
     """Why a run does not count; empty for one that does."""
     if row.altered:
         return row.altered[0]
-    theirs, ours = configs.run_identity(row.config), configs.run_identity(declared)
+    theirs, ours = run_identity(row.config), run_identity(declared)
     if apart := fields.difference(theirs, ours):
         differing = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
         return "; ".join(differing[:3]) + ("; and others" if len(differing) > 3 else "")

@@ -26,9 +26,9 @@ from typing import Any, Literal, TypeVar
 
 from etils import epath
 
-from cla_jax import config as configs
 from cla_jax import directories, files, goodput, runs, seals
 from cla_jax.config import Config
+from cla_jax.config.record import to_record
 from cla_jax.directories import is_local, write_atomically
 from cla_jax.fields import from_dict
 from cla_jax.runs import Run
@@ -115,7 +115,7 @@ class Record:
         return _read(self.path / "submission.json", Submission)
 
     def write_trial(self, config: Config, further: dict[str, Any]) -> None:
-        write(self.trial, configs.to_record(config) | further)
+        write(self.trial, to_record(config) | further)
 
     def write_state(self, state: State) -> None:
         write(self.path / "state.json", dataclasses.asdict(state))

@@ -1,0 +1,67 @@
+"""A config as the files of a run have it, and back. Records of earlier versions are read too."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from cla_jax.config import AdamW, Config, Cosine, HeadsKV, Scratch
+from cla_jax.fields import from_dict
+from cla_jax.messages import shown
+
+# Fields that some runs are older than, with the values that these runs have. They are left out of an identity
+# at these values, so that those runs keep theirs.
+_LEFT_OUT: dict[str, Any] = {
+    "model.kv": dataclasses.asdict(HeadsKV()),
+    "model.kv.norm": True,
+    "model.qk_norm": False,
+    "data.mixture": (),
+    "data.stages": (),
+    "start": dataclasses.asdict(Scratch()),
+}
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """The fields of the config that define which run it is, as nested dicts."""
+    fields = dataclasses.asdict(config)
+    for name, value in _LEFT_OUT.items():
+        *outer, field = name.split(".")
+        inner = functools.reduce(lambda record, key: record.get(key, {}), outer, fields)
+        if inner.get(field) == value:
+            del inner[field]
+    return {key: fields[key] for key in fields if key not in ("name", "placement")}
+
+
+def to_record(config: Config) -> dict[str, Any]:
+    """A config as the files of a run hold it: name, identity and placement."""
+    placement = dataclasses.asdict(config.placement)
+    return {"name": config.name, "identity": run_identity(config), "placement": placement}
+
+
+def from_record(record: dict[str, Any]) -> Config:
+    """The inverse of `to_record`; other keys are left alone. Raises ValueError for what is no config."""
+    try:
+        fields = {"name": record["name"], "placement": record["placement"]}
+        if not isinstance(record["identity"], dict):
+            raise ValueError(f"identity = {shown(record['identity'])} is not a record of fields")
+        return from_dict(Config, fields | _upgraded(record["identity"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a run's config: {error}") from None
+
+
+def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity in the form of this version: what is a union now may have had another form."""
+    upgraded = dict(identity)
+    if isinstance(optimizer := identity.get("optimizer"), dict):
+        upgraded["optimizer"] = _optimizer(optimizer)
+    return upgraded
+
+
+def _optimizer(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a run from when all runs had AdamW, or also the cosine: their fields were the optimizer's."""
+    fields = dict(fields)
+    for union, first in (("schedule", Cosine()), ("rule", AdamW())):
+        its_fields = {field.name for field in dataclasses.fields(first) if field.init}
+        if union not in fields and its_fields & fields.keys():
+            own = {name: fields.pop(name) for name in its_fields & fields.keys()}
+            fields[union] = {"kind": first.kind} | own
+    return fields
