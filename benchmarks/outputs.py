@@ -53,7 +53,16 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int, int, int]]] =
     ),
     "dots": ({"model.n_layers": 4, "placement.remat": "dots"}, ("dense",), (1, 1, 1)),
     "untied": ({"model.tied_embeddings": False, "model.bias": True}, ("dense",), (1, 1, 1)),
-    "yarn": ({"model.rope_scaling": "yarn:4:32:1:32:1.1"}, ("dense",), (1, 1, 1)),
+    "yarn": (
+        {
+            "model.rope_scaling.kind": "yarn",
+            "model.rope_scaling.factor": 4.0,
+            "model.rope_scaling.original_max_position_embeddings": 32,
+            "model.rope_scaling.attention_factor": 1.1,
+        },
+        ("dense",),
+        (1, 1, 1),
+    ),
     "bfloat16": ({"model.compute_dtype": "bfloat16", "model.n_layers": 4}, ("dense",), (1, 1, 1)),
     "data": ({"model.n_layers": 4}, ("dense",), (4, 1, 1)),
     "fsdp-model": ({"model.n_layers": 4}, ("dense", "int8"), (1, 2, 2)),

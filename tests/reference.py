@@ -3,6 +3,8 @@
 It takes a model's parameters by name and shares nothing else with it.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +51,7 @@ def norm(x, scale, eps):
 def turning(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians a position of each pair, one after another, and what rotated vectors are multiplied by."""
     H, theta = config.d_head, config.rope_theta
-    kind, *rest = config.rope_scaling.split(":")
-    numbers = [float(number) for number in rest]
+    kind, *numbers = dataclasses.astuple(config.rope_scaling)
     found = []
     for pair in range(H // 2):
         speed = theta ** (-2 * pair / H)

@@ -10,8 +10,12 @@ from cla_jax.config import (
     Cosine,
     DataConfig,
     LatentKV,
+    LinearScaling,
+    Llama3Scaling,
     MeshConfig,
+    NoScaling,
     Placement,
+    YarnScaling,
 )
 from cla_jax.config.record import from_record, run_identity, to_record
 from cla_jax.fields import difference, from_dict, replaced
@@ -43,10 +47,14 @@ def test_identity_leaves_out_name_and_placement(tiny):
         ({"model.n_layers": 0}, ["model.n_layers = 0"]),
         ({"model.init_std": 0.0}, ["model.init_std"]),
         ({"model.rope_theta": 0.0}, ["model.rope_theta = 0.0"]),
-        ({"model.rope_scaling": "lama3:8"}, ["model.rope_scaling 'lama3'", "llama3"]),
-        ({"model.rope_scaling": "linear"}, ["model.rope_scaling = 'linear'", "linear:FACTOR"]),
-        ({"model.rope_scaling": "linear:-2"}, ["linear:FACTOR, with positive"]),
-        ({"model.rope_scaling": "llama3:8:4:1:64"}, ["LOW must be below HIGH"]),
+        (
+            {"model.rope_scaling": LinearScaling(), "model.rope_scaling.factor": -2.0},
+            ["model.rope_scaling.factor = -2.0 must be positive"],
+        ),
+        (
+            {"model.rope_scaling": Llama3Scaling(), "model.rope_scaling.low_freq_factor": 4.0},
+            ["low_freq_factor = 4.0 must be below", "high_freq_factor = 4.0"],
+        ),
         ({"model.norm_eps": 0.0}, ["model.norm_eps = 0.0"]),
         ({"model.kv_map": "0,0"}, ["2 entries", "4"]),
         ({"model.windows": "8,0"}, ["layer 1 has window 0", "layer 0", "has window 8"]),
@@ -153,6 +161,43 @@ def test_records_from_before_there_were_schedules_are_read(tiny):
     assert from_record(record) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "scaling"),
+    [
+        ("none", NoScaling()),
+        ("linear:2.5", LinearScaling(factor=2.5)),
+        (
+            "llama3:8:1:4:64.0",
+            Llama3Scaling(factor=8.0, original_max_position_embeddings=64),
+        ),
+        (
+            "yarn:4:16:2:64:1.1",
+            YarnScaling(
+                factor=4.0,
+                beta_fast=16.0,
+                beta_slow=2.0,
+                original_max_position_embeddings=64,
+                attention_factor=1.1,
+            ),
+        ),
+    ],
+)
+def test_records_from_when_rope_scaling_was_a_text_are_read(tiny, text, scaling):
+    record = to_record(tiny(**{"model.rope_scaling": scaling}))
+    record["identity"]["model"]["rope_scaling"] = text
+    read = from_record(record)
+    assert read == tiny(**{"model.rope_scaling": scaling})
+    assert run_identity(read) == run_identity(from_record(json.loads(json.dumps(to_record(read)))))
+
+
+@pytest.mark.parametrize("text", ["lama3:8", "linear", "linear:x", "yarn:4", "llama3:8:1:4:64.5"])
+def test_another_text_of_rope_scaling_is_refused(tiny, text):
+    record = to_record(tiny())
+    record["identity"]["model"]["rope_scaling"] = text
+    with pytest.raises(ValueError, match=r"model\.rope_scaling"):
+        from_record(record)
+
+
 def test_a_change_of_kind_keeps_what_both_have(tiny):
     config = tiny(**{"optimizer.schedule.warmup_fraction": 0.2})
     changes = {"optimizer.schedule.kind": "wsd", "optimizer.schedule.decay_fraction": 0.3}
@@ -167,6 +212,7 @@ def test_a_change_of_kind_keeps_what_both_have(tiny):
     [
         ("model.kv_map", (0, 0), r"model\.kv_map = \(0, 0\) is not of type str"),
         ("optimizer.schedule", "wsd", "with a kind of cosine, wsd"),
+        ("model.rope_scaling", "linear:2", "with a kind of none, linear, llama3, yarn"),
         ("optimizer.schedule.decay_fraction", 0.2, "unknown field of optimizer.schedule"),
         ("optimizer.schedule.warmup_fraction", "0.2", "is not of type float"),
         ("optimizer.schedule.kind.x", 1, r"optimizer\.schedule\.kind = 'cosine' has no fields"),
@@ -284,6 +330,7 @@ def test_numbers_are_finite(tiny, field, value):
         ("model.kv_map", "cla:" + "9" * 5000),
         ("model.kv_map", "x" * 10**6),
         ("model.rope_scaling", "x" * 10**6),
+        ("model.rope_scaling.kind", "x" * 10**6),
         ("data.tokenizer", "bpe:" + "9" * 5000),
         ("data.source", "sotu:²"),
         ("placement.profile", "9" * 5000 + ":1"),

@@ -16,7 +16,17 @@ import pytest
 from cla_jax import checkpoint, fields, runs
 from cla_jax import config as configs
 from cla_jax import mesh as meshes
-from cla_jax.config import WSD, Component, FromRun, LatentKV, Muon, Stage
+from cla_jax.config import (
+    WSD,
+    Component,
+    FromRun,
+    LatentKV,
+    LinearScaling,
+    Llama3Scaling,
+    Muon,
+    Stage,
+    YarnScaling,
+)
 from cla_jax.evaluate import during_training
 from cla_jax.fields import flatten
 from cla_jax.model.transformer import Transformer
@@ -47,7 +57,14 @@ IDENTITY = {
     "model.tied_embeddings": False,
     "model.bias": True,
     "model.rope_theta": 500.0,
-    "model.rope_scaling": "linear:2",
+    "model.rope_scaling": LinearScaling(),
+    "model.rope_scaling.factor": 2.0,
+    "model.rope_scaling.low_freq_factor": 2.0,
+    "model.rope_scaling.high_freq_factor": 8.0,
+    "model.rope_scaling.beta_fast": 2.0,
+    "model.rope_scaling.beta_slow": 8.0,
+    "model.rope_scaling.original_max_position_embeddings": 64,
+    "model.rope_scaling.attention_factor": 1.5,
     "model.norm_eps": 1e-2,
     "model.init_std": 0.2,
     "model.compute_dtype": "bfloat16",
@@ -88,6 +105,13 @@ IDENTITY = {
 OF_LAYERS = ("model.n_layers", "model.windows", "model.kv_map", "model.kv_norm")
 # Fields that only one kind of a union has.
 OF_KINDS = {
+    "model.rope_scaling.factor": {"model.rope_scaling": LinearScaling()},
+    "model.rope_scaling.low_freq_factor": {"model.rope_scaling": Llama3Scaling()},
+    "model.rope_scaling.high_freq_factor": {"model.rope_scaling": Llama3Scaling()},
+    "model.rope_scaling.original_max_position_embeddings": {"model.rope_scaling": Llama3Scaling()},
+    "model.rope_scaling.beta_fast": {"model.rope_scaling": YarnScaling()},
+    "model.rope_scaling.beta_slow": {"model.rope_scaling": YarnScaling()},
+    "model.rope_scaling.attention_factor": {"model.rope_scaling": YarnScaling()},
     "optimizer.schedule.decay_fraction": {"optimizer.schedule": WSD()},
     "optimizer.rule.momentum": {"optimizer.rule": Muon()},
     "optimizer.rule.iterations": {"optimizer.rule": Muon()},

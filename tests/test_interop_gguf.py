@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cla_jax import interop
+from cla_jax.config import Llama3Scaling, NoScaling
 from cla_jax.data import tokenizers
 from cla_jax.interop import fetch, gguf, names
 from cla_jax.interop.foreign import import_run
@@ -209,10 +210,10 @@ def test_the_rotation_of_llama_3_is_read_from_its_divisors(tmp_path):
     assert len(set(divisors)) > 2
     write(tmp_path / "m.gguf", freqs=divisors, llama__rope__freq_base=theta)
     found = interop.read(tmp_path / "m.gguf")
-    assert found.config.rope_scaling == "llama3:32.0:1.0:4.0:8192"
+    assert found.config.rope_scaling == Llama3Scaling(factor=32.0)
     names.check(found.tensors, found.config)
     write(tmp_path / "m.gguf", freqs=np.ones(8))
-    assert interop.read(tmp_path / "m.gguf").config.rope_scaling == "none"
+    assert interop.read(tmp_path / "m.gguf").config.rope_scaling == NoScaling()
 
 
 def test_a_big_endian_file_is_called_that(tmp_path, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cla_jax.cache import cache_spec
-from cla_jax.config import LatentKV, Sampling
+from cla_jax.config import LatentKV, LinearScaling, Llama3Scaling, Sampling, YarnScaling
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.generate import generate
@@ -224,9 +224,17 @@ EXPORTED = {
     "keep-ends": {"kv_map": "keep-ends", "n_layers": 6, "kv_norm": "own", "n_kv_heads": 4},
     "reused": {"kv_map": "0,0,2,0,2,5", "n_layers": 6, "kv_norm": "own"},
     "windows": {"kv_map": "cla:2", "windows": "5,5,0,0"},
-    "llama3": {"kv_map": "cla:2", "rope_scaling": "llama3:8:1:4:16"},
-    "yarn": {"kv_map": "cla:2", "rope_scaling": "yarn:4:32:1:16:1.1"},
-    "linear-identity": {"kv_norm": "own", "rope_scaling": "linear:2"},
+    "llama3": {
+        "kv_map": "cla:2",
+        "rope_scaling": Llama3Scaling(original_max_position_embeddings=16),
+    },
+    "yarn": {
+        "kv_map": "cla:2",
+        "rope_scaling": YarnScaling(
+            factor=4.0, original_max_position_embeddings=16, attention_factor=1.1
+        ),
+    },
+    "linear-identity": {"kv_norm": "own", "rope_scaling": LinearScaling(factor=2.0)},
     "llama": {"d_head": 12},
 }
 

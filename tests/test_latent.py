@@ -15,6 +15,7 @@ from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import (
     HeadsKV,
     LatentKV,
+    LinearScaling,
     MeshConfig,
     ModelConfig,
     Muon,
@@ -260,6 +261,7 @@ def test_what_cannot_be_is_refused():
         ("windows", "5"),
         ("kv_norm", "own"),
         ("norm_eps", 1e-5),
+        ("rope_scaling", LinearScaling()),
         ("kv", NO_NORM),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cla_jax import costs
-from cla_jax.config import MeshConfig
+from cla_jax.config import LinearScaling, Llama3Scaling, MeshConfig, NoScaling, YarnScaling
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh
 from cla_jax.model.layers import is_param
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts
@@ -96,14 +96,24 @@ def test_windows_equal_an_independent_plain_transformer(kv_map, windows):
     assert np.abs(ours - logits(make(model_config(config.kv_map)))).max() > 1e-3
 
 
-@pytest.mark.parametrize("scaling", ["linear:2", "llama3:8:1:4:16", "yarn:4:4:1:16:1.2"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearScaling(factor=2.0),
+        Llama3Scaling(original_max_position_embeddings=16),
+        YarnScaling(
+            factor=4.0, beta_fast=4.0, original_max_position_embeddings=16, attention_factor=1.2
+        ),
+    ],
+    ids=lambda scaling: scaling.kind,
+)
 def test_rope_scaling_equals_an_independent_plain_transformer(scaling):
     """Every pair kept, slowed and between is among the eight of a head."""
     config = model_config("cla:2", rope_scaling=scaling, rope_theta=50.0, d_head=16)
     model = make(config)
     theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
     assert np.abs(logits(model) - theirs).max() <= 1e-6 * np.abs(theirs).max()
-    assert np.abs(theirs - logits(make(replace(config, rope_scaling="none")))).max() > 1e-3
+    assert np.abs(theirs - logits(make(replace(config, rope_scaling=NoScaling())))).max() > 1e-3
 
 
 @pytest.mark.parametrize("kv_map", ["identity", "k=cla:2;v=pizza:3"])

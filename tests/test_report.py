@@ -24,7 +24,15 @@ from matplotlib.transforms import Bbox
 from rich.console import Console
 
 from cla_jax import costs, report, runs
-from cla_jax.config import Config, DataConfig, FromRun, LatentKV, ModelConfig, Placement
+from cla_jax.config import (
+    Config,
+    DataConfig,
+    FromRun,
+    LatentKV,
+    LinearScaling,
+    ModelConfig,
+    Placement,
+)
 from cla_jax.report import Point, page, pareto, tasks
 from cla_jax.report import rows as reading
 from launch import compare
@@ -785,7 +793,12 @@ def test_a_file_gets_every_column_whole(tmp_path, capsys):
     numbers = dict.fromkeys(("rope_theta", "norm_eps", "init_std"), 0.25)
     start = FromRun(run="runs/a-run-with-a-long-name-that-takes-its-room/of-several-words")
     other = make(
-        tmp_path, "tiny/b", kv_norm="block", rope_scaling="linear:2", start=start, **numbers
+        tmp_path,
+        "tiny/b",
+        kv_norm="block",
+        rope_scaling=LinearScaling(factor=2.0),
+        start=start,
+        **numbers,
     )
     evaluate(other, 11.0)
     compare.main([str(tmp_path / "tiny")])

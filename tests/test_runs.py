@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from cla_jax import directories, runs
+from cla_jax.config import LinearScaling
 from cla_jax.runs import find_runs, open_run
 from cla_jax.writers import JsonlWriter
 from tests.sealed import make_older, write_metrics
@@ -125,8 +126,8 @@ def test_a_run_older_than_a_field_goes_on(tiny):
     del record["identity"]["model"]["rope_scaling"]
     (run.path / "config.json").write_text(json.dumps(record))
     assert opened(tiny()).path == run.path
-    with pytest.raises(ValueError, match=r"model.rope_scaling: 'none' there, 'linear:2' asked for"):
-        opened(tiny(**{"model.rope_scaling": "linear:2"}))
+    with pytest.raises(ValueError, match=r"rope_scaling\.kind: 'none' there, 'linear' asked for"):
+        opened(tiny(**{"model.rope_scaling": LinearScaling()}))
 
 
 def test_find_runs_takes_runs_and_studies(tiny, tmp_path):

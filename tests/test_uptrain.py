@@ -21,6 +21,7 @@ from cla_jax.config import (
     LatentKV,
     MeshConfig,
     Stage,
+    YarnScaling,
 )
 from cla_jax.loss import Distill, Taught, cross_entropy
 from cla_jax.mesh import AxisRules
@@ -208,7 +209,12 @@ ONE_HEAD = replace(MODEL, n_kv_heads=1, kv_map="identity", n_layers=2)
     [
         {},
         {"n_layers": 4, "kv_map": "0,0,2,0"},
-        {"kv_norm": "block", "rope_scaling": "yarn:4:32:1:16:1.2"},
+        {
+            "kv_norm": "block",
+            "rope_scaling": YarnScaling(
+                factor=4.0, original_max_position_embeddings=16, attention_factor=1.2
+            ),
+        },
     ],
 )
 def test_one_head_is_a_latent_of_its_size(init, changes):

@@ -12,7 +12,16 @@ from cla_jax import names
 from cla_jax.config.checks import bounded, positive
 from cla_jax.config.data import Component, DataConfig, Stage
 from cla_jax.config.decoding import Sampling, check_chunk, check_new_tokens
-from cla_jax.config.model import HeadsKV, LatentKV, ModelConfig
+from cla_jax.config.model import (
+    HeadsKV,
+    LatentKV,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    NoScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from cla_jax.config.placement import MeshConfig, Placement
 from cla_jax.config.training import (
     HEAD_INITS,
@@ -45,14 +54,19 @@ __all__ = [
     "HeadsKV",
     "Init",
     "LatentKV",
+    "LinearScaling",
+    "Llama3Scaling",
     "MeshConfig",
     "ModelConfig",
     "Muon",
+    "NoScaling",
     "OptimizerConfig",
     "Placement",
+    "RopeScaling",
     "Sampling",
     "Scratch",
     "Stage",
+    "YarnScaling",
     "check_chunk",
     "check_new_tokens",
     "check_vocabulary",

@@ -20,6 +20,7 @@ _MOST = {
     **dict.fromkeys(("d_model", "d_ff"), 2**24),
     **dict.fromkeys(("vocab_size", "seq_len", "batch_size", "eval_batch_size"), 2**31 - 1),
     **dict.fromkeys(("accumulate", "loss_chunk", "keep"), 2**31 - 1),
+    "original_max_position_embeddings": 2**31 - 1,
     **dict.fromkeys(("steps", "log_every", "save_every", "eval_every"), 2**40),
 }
 

@@ -6,15 +6,7 @@ from typing import Literal
 
 from cla_jax import kv_map as kv_maps
 from cla_jax.config.checks import bounded, is_digits, positive
-from cla_jax.messages import choice, near_choice, shown
-
-# The forms of model.rope_scaling, with the names of their numbers.
-ROPE_SCALINGS = {
-    "none": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low", "high", "original"),
-    "yarn": ("factor", "fast", "slow", "original", "attention"),
-}
+from cla_jax.messages import choice, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +40,85 @@ class LatentKV:
             raise ValueError(
                 f"model.kv.rope_dims = {self.rope_dims} must be even: RoPE turns pairs of dimensions"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoScaling:
+    """RoPE as in pretraining."""
+
+    # none, linear, llama3 or yarn; each kind has its own fields.
+    kind: Literal["none"] = dataclasses.field(default="none", init=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All frequencies are divided by the factor (2306.15595)."""
+
+    # none, linear, llama3 or yarn; each kind has its own fields.
+    kind: Literal["linear"] = dataclasses.field(default="linear", init=False)
+    # How many times longer than in pretraining the context is.
+    factor: float = 8.0
+
+    def __post_init__(self):
+        _check_scaling(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Low frequencies are divided by the factor, high ones are kept, as in Llama 3.1.
+
+    A frequency is low or high by how often it turns within the context of pretraining.
+    """
+
+    # none, linear, llama3 or yarn; each kind has its own fields.
+    kind: Literal["llama3"] = dataclasses.field(default="llama3", init=False)
+    # How many times longer than in pretraining the context is.
+    factor: float = 8.0
+    # Frequencies with fewer turns than this are divided by the factor.
+    low_freq_factor: float = 1.0
+    # Frequencies with more turns than this are kept; those between are blended.
+    high_freq_factor: float = 4.0
+    # The context length of pretraining, in tokens.
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        _check_scaling(self)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor = {self.low_freq_factor} must be below "
+                f"model.rope_scaling.high_freq_factor = {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """As Llama3Scaling, but blended by the index of a pair; rotated vectors are longer (2309.00071)."""
+
+    # none, linear, llama3 or yarn; each kind has its own fields.
+    kind: Literal["yarn"] = dataclasses.field(default="yarn", init=False)
+    # How many times longer than in pretraining the context is.
+    factor: float = 8.0
+    # Pairs with more turns than this within the context of pretraining keep their frequency.
+    beta_fast: float = 32.0
+    # Pairs with fewer turns than this have their frequency divided by the factor.
+    beta_slow: float = 1.0
+    # The context length of pretraining, in tokens.
+    original_max_position_embeddings: int = 8192
+    # The rotated vectors are multiplied by this. The paper recommends 0.1 ln(factor) + 1.
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        _check_scaling(self)
+
+
+RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling
+
+
+def _check_scaling(scaling: RopeScaling) -> None:
+    bounded(scaling, "model.rope_scaling.")
+    for field in dataclasses.fields(scaling):
+        if field.init:
+            positive(f"model.rope_scaling.{field.name}", getattr(scaling, field.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,10 +164,8 @@ class ModelConfig:
     bias: bool = False
     # Base of the RoPE frequencies.
     rope_theta: float = 10_000.0
-    # RoPE scaling, for contexts longer than in pretraining: none, linear:FACTOR,
-    # llama3:FACTOR:LOW:HIGH:ORIGINAL, or yarn:FACTOR:FAST:SLOW:ORIGINAL:ATTENTION. ORIGINAL is the context
-    # length of pretraining in tokens; the rotated vectors are multiplied by ATTENTION.
-    rope_scaling: str = "none"
+    # RoPE scaling, for contexts longer than in pretraining.
+    rope_scaling: RopeScaling = NoScaling()
     # Added to the mean square in RMSNorm.
     norm_eps: float = 1e-5
     # Standard deviation of the initial weights (2405.12981, appendix B: 0.01275 everywhere).
@@ -135,7 +204,6 @@ class ModelConfig:
         choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
             positive(f"model.{field}", getattr(self, field))
-        self.resolved_rope_scaling  # noqa: B018  raises for what is none of its forms
         sharing = self.sharing  # raises for a map that does not fit the depth
         named = {"keys": sharing.k_map, "values": sharing.v_map}
         for what, sources in named.items():
@@ -193,29 +261,6 @@ class ModelConfig:
                 f"model.windows = {shown(self.windows)}: a window must be below 2**30; 0 means no window"
             )
         return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layers))
-
-    @functools.cached_property
-    def resolved_rope_scaling(self) -> tuple[str, dict[str, float]]:
-        """`rope_scaling` as its kind and numbers: `("linear", {"factor": 4.0})`."""
-        kind, *texts = self.rope_scaling.split(":")
-        near_choice("model.rope_scaling", kind, ROPE_SCALINGS)
-        parts = ROPE_SCALINGS[kind]
-        form = ":".join((kind, *map(str.upper, parts)))
-        try:
-            numbers = [float(text) for text in texts]
-        except ValueError:
-            numbers = []
-        if len(numbers) != len(parts) or not all(0 < number < float("inf") for number in numbers):
-            raise ValueError(
-                f"model.rope_scaling = {shown(self.rope_scaling)} must have the form {form}"
-                + (", with positive numbers" if parts else "")
-            )
-        values = dict(zip(parts, numbers, strict=True))
-        if kind == "llama3" and not values["low"] < values["high"]:
-            raise ValueError(
-                f"model.rope_scaling = {shown(self.rope_scaling)}: LOW must be below HIGH"
-            )
-        return kind, values
 
     @property
     def q_groups(self) -> int:

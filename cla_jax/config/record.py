@@ -4,8 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from cla_jax.config import AdamW, Config, Cosine, HeadsKV, Scratch
-from cla_jax.fields import from_dict
+from cla_jax.config import AdamW, Config, Cosine, HeadsKV, RopeScaling, Scratch
+from cla_jax.fields import from_dict, variants
 from cla_jax.messages import shown
 
 # Fields that some runs are older than, with the values that these runs have. They are left out of an identity
@@ -51,9 +51,26 @@ def from_record(record: dict[str, Any]) -> Config:
 def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity in the form of this version: what is a union now may have had another form."""
     upgraded = dict(identity)
+    if isinstance(model := identity.get("model"), dict):
+        upgraded["model"] = _model(model)
     if isinstance(optimizer := identity.get("optimizer"), dict):
         upgraded["optimizer"] = _optimizer(optimizer)
     return upgraded
+
+
+def _model(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a run from when RoPE scaling was a text, `linear:4`: a kind, and its numbers in order."""
+    if not isinstance(text := fields.get("rope_scaling"), str):
+        return fields
+    kind, *numbers = text.split(":")
+    try:
+        own = [field for field in dataclasses.fields(variants(RopeScaling)[kind]) if field.init]
+        values = {field.name: float(number) for field, number in zip(own, numbers, strict=True)}
+    except (KeyError, ValueError):
+        return fields  # refused as any other text
+    whole = {field.name for field in own if field.type is int}
+    values = {key: int(x) if key in whole and x.is_integer() else x for key, x in values.items()}
+    return fields | {"rope_scaling": {"kind": kind} | values}
 
 
 def _optimizer(fields: dict[str, Any]) -> dict[str, Any]:

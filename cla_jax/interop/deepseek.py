@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.config import LatentKV, ModelConfig, NoScaling
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
 
@@ -47,8 +47,8 @@ def config(keys: Keys, llama: Callable[[Keys], ModelConfig]) -> ModelConfig:
         rank=keys.take("kv_lora_rank", kind=int), rope_dims=keys.take("qk_rope_head_dim", kind=int)
     )
     made = llama(keys)
-    if made.rope_scaling != "none":
-        raise ValueError(f"key rope_parameters: {made.rope_scaling} is not supported with latents")
+    if (scaling := made.rope_scaling) != NoScaling():
+        raise ValueError(f"key rope_parameters: {scaling.kind} is not supported with latents")
     if made.norm_eps != _NORM_EPS:
         raise ValueError(
             f"key rms_norm_eps = {made.norm_eps} must be {_NORM_EPS}, as in the norm of the latent"
@@ -110,11 +110,12 @@ def theirs(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
 def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A config.json with the `fields` that all models have. Raises ValueError for what it cannot say."""
     assert isinstance(model.kv, LatentKV)
+    scaling = model.rope_scaling.kind
     sayable = {
         "model.kv_map": (model.kv_map, model.n_kv_layers == model.n_layers, "identity"),
         "model.windows": (model.windows, not any(model.resolved_windows), "0"),
         "model.kv_norm": (model.kv_norm, model.kv_norm == "block", "block"),
-        "model.rope_scaling": (model.rope_scaling, model.rope_scaling == "none", "none"),
+        "model.rope_scaling.kind": (scaling, scaling == "none", "none"),
         "model.kv.norm": (model.kv.norm, model.kv.norm, True),
         "model.norm_eps": (model.norm_eps, model.norm_eps == _NORM_EPS, _NORM_EPS),
     }

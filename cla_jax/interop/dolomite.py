@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config import ModelConfig
+from cla_jax.config import ModelConfig, RopeScaling
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
 from cla_jax.messages import shown
@@ -19,7 +19,7 @@ from cla_jax.messages import shown
 _ATTENTION, _MLP = ("attn", "sequence_mixer"), ("mlp", "mlp_block")
 
 
-def config(keys: Keys, rope_theta: float, rope_scaling: str) -> ModelConfig:
+def config(keys: Keys, rope_theta: float, rope_scaling: RopeScaling) -> ModelConfig:
     """The model of such a config.json."""
     for key, only in (("position_embedding_type", "rope"), ("normalization_function", "rmsnorm")):
         if (given := keys.take(key, None)) != only:

@@ -5,6 +5,7 @@ and values are latents. Any other comes with modeling_cla.py, one
 PyTorch file, and is opened with `trust_remote_code=True`.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -141,19 +142,8 @@ def is_llama(model: ModelConfig) -> bool:
 
 
 def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    kind, number = model.resolved_rope_scaling
-    theirs = {
-        "factor": "factor",
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-        "fast": "beta_fast",
-        "slow": "beta_slow",
-        "original": "original_max_position_embeddings",
-        "attention": "attention_factor",
-    }
-    fields = {theirs[name]: value for name, value in number.items()}
-    if "original" in number:
-        fields["original_max_position_embeddings"] = int(number["original"])
+    fields = dataclasses.asdict(model.rope_scaling)
+    kind = fields.pop("kind")
     return {
         "rope_type": "default" if kind == "none" else kind,
         "rope_theta": model.rope_theta,

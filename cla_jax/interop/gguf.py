@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax import files
-from cla_jax.config import ModelConfig
+from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, RopeScaling
 from cla_jax.interop import gguf_tokenizer, names
 from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
@@ -341,7 +341,7 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     factor = keys.take("rope.scaling.factor", 1.0, float)
     linear = keys.take("rope.scaling.type", "linear") == "linear" and factor != 1
     theta = keys.take("rope.freq_base", 10_000.0, float)
-    scaling = f"linear:{factor!r}" if linear else "none"
+    scaling = LinearScaling(factor=factor) if linear else NoScaling()
     if _ROPE_FREQS in tensors:
         if linear:
             raise ValueError(f"tensor {_ROPE_FREQS} together with linear scaling is not supported")
@@ -370,7 +370,7 @@ def _config(keys: Keys, tensors: dict[str, Tensor]) -> ModelConfig:
     )
 
 
-def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
+def _llama3_scaling(slower_by: np.ndarray, theta: float) -> RopeScaling:
     """The rope_scaling that divides the frequencies of a head as a file of Llama 3.1 or later says.
 
     Such files hold the divisors and not what they follow from. Raises ValueError for other divisors.
@@ -379,16 +379,18 @@ def _llama3_scaling(slower_by: np.ndarray, theta: float) -> str:
     if slower_by.ndim != 1 or not np.isfinite(slower_by).all() or slower_by.min() <= 0:
         raise ValueError(f"tensor {_ROPE_FREQS} is not a list of positive numbers")
     if np.allclose(slower_by, 1):
-        return "none"
-    factor, low, high, original = float(slower_by.max()), 1.0, 4.0, 8192
+        return NoScaling()
+    scaling = Llama3Scaling(factor=float(slower_by.max()))  # with the other numbers of Llama 3
+    factor, low, high = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor
     turning = theta ** (-np.arange(pairs) / pairs)
-    kept = np.clip((original * turning / (2 * np.pi) - low) / (high - low), 0, 1)
+    turns = scaling.original_max_position_embeddings * turning / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
     if not np.allclose(slower_by, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
         raise ValueError(
             f"tensor {_ROPE_FREQS} scales the rotation by up to {factor:g}, but not as Llama 3 does: this is "
             "not supported"
         )
-    return f"llama3:{factor!r}:{low!r}:{high!r}:{original}"
+    return scaling
 
 
 def _unpermuted(tensor: Tensor, heads: int) -> Tensor:

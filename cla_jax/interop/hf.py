@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cla_jax import files
-from cla_jax.config import ModelConfig
+from cla_jax.config import (
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    NoScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from cla_jax.data import tokenizers
 from cla_jax.interop import deepseek, dolomite, names, safetensors
 from cla_jax.interop.foreign import Foreign
@@ -315,7 +322,7 @@ def _lckv(keys: Keys) -> ModelConfig:
         raise ValueError(f"key layer_types = {shown('_'.join(types))}: {error}") from None
 
 
-def rope(keys: Keys) -> tuple[float, str]:
+def rope(keys: Keys) -> tuple[float, RopeScaling]:
     """(rope_theta, rope_scaling) from rope_parameters of transformers 5, or the two keys before it."""
     top = keys.take("rope_theta", 10_000.0, float)
     inner = keys.inner("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
@@ -325,26 +332,31 @@ def rope(keys: Keys) -> tuple[float, str]:
     theta = inner.take("rope_theta", top, float)
     kind = inner.take("rope_type", inner.take("type", "default"))
     longest = keys.take("max_position_embeddings", 2048, int)
-    original = inner.take("original_max_position_embeddings", longest)
+    factor = lambda: inner.take("factor", kind=float)
+    original = inner.take("original_max_position_embeddings", longest, int)
     match kind:
         case "default":
-            numbers = ("none",)
+            return theta, NoScaling()
         case "linear":
-            numbers = ("linear", inner.take("factor", kind=float))
+            return theta, LinearScaling(factor=factor())
         case "llama3":
-            low, high = inner.take("low_freq_factor"), inner.take("high_freq_factor")
-            numbers = ("llama3", inner.take("factor", kind=float), low, high, original)
+            return theta, Llama3Scaling(
+                factor=factor(),
+                low_freq_factor=inner.take("low_freq_factor", kind=float),
+                high_freq_factor=inner.take("high_freq_factor", kind=float),
+                original_max_position_embeddings=original,
+            )
         case "yarn":
             inner.only("truncate", True)
-            fast, slow = inner.take("beta_fast", 32.0), inner.take("beta_slow", 1.0)
-            factor = inner.take("factor", kind=float)
-            numbers = ("yarn", factor, fast, slow, original, _yarn_attention(inner, factor))
-        case _:
-            known = "default, linear, llama3 and yarn"
-            raise ValueError(f"key rope_type = {shown(kind)} is not supported, only {known}")
-    return theta, ":".join(
-        number if isinstance(number, str) else repr(number) for number in numbers
-    )
+            return theta, YarnScaling(
+                factor=factor(),
+                beta_fast=inner.take("beta_fast", 32.0, float),
+                beta_slow=inner.take("beta_slow", 1.0, float),
+                original_max_position_embeddings=original,
+                attention_factor=_yarn_attention(inner, factor()),
+            )
+    known = "default, linear, llama3 and yarn"
+    raise ValueError(f"key rope_type = {shown(kind)} is not supported, only {known}")
 
 
 def _yarn_attention(inner: Keys, factor: float) -> float:

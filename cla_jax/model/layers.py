@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cla_jax.config import ModelConfig
+from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, YarnScaling
 from cla_jax.mesh import AxisRules
 from cla_jax.model.platform import per_token, rotate
 
@@ -173,25 +173,26 @@ def _frequencies(config: ModelConfig) -> jax.Array:
     """Radians a position by which each pair of dimensions turns, [H/2]."""
     half = config.rotary_width // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    kind, number = config.resolved_rope_scaling
-    if kind == "none":
+    scaling = config.rope_scaling
+    if isinstance(scaling, NoScaling):
         return frequencies
-    slowed = frequencies / number["factor"]
-    if kind == "linear":
+    slowed = frequencies / scaling.factor
+    if isinstance(scaling, LinearScaling):
         return slowed
     # Pairs that turn often within the original context keep their speed, those that turn seldom are
     # slowed, and those between get a blend.
-    if kind == "llama3":
-        turns = number["original"] * frequencies / (2 * math.pi)
-        kept = (turns - number["low"]) / (number["high"] - number["low"])
+    original = scaling.original_max_position_embeddings
+    if isinstance(scaling, Llama3Scaling):
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = (original * frequencies / (2 * math.pi) - low) / (high - low)
     else:  # yarn blends by the index of a pair instead, between those that turn fast and slow times
 
         def pair(turns: float) -> float:
-            wavelength = number["original"] / (2 * math.pi * turns)
+            wavelength = original / (2 * math.pi * turns)
             return half * math.log(wavelength) / math.log(config.rope_theta)
 
-        first = max(math.floor(pair(number["fast"])), 0)
-        last = min(math.ceil(pair(number["slow"])), config.rotary_width - 1)
+        first = max(math.floor(pair(scaling.beta_fast)), 0)
+        last = min(math.ceil(pair(scaling.beta_slow)), config.rotary_width - 1)
         kept = 1 - (jnp.arange(half) - first) / (last - first or 1e-3)
     kept = jnp.clip(kept, 0, 1)
     return kept * frequencies + (1 - kept) * slowed
@@ -209,9 +210,9 @@ class Rope:
     def at(cls, positions_BT: jax.Array, config: ModelConfig) -> "Rope":
         angles = positions_BT[..., None].astype(jnp.float32) * _frequencies(config)
         cos, sin = _cos_and_sin(angles)
-        kind, number = config.resolved_rope_scaling
-        if kind == "yarn":
-            cos, sin = cos * number["attention"], sin * number["attention"]
+        if isinstance(config.rope_scaling, YarnScaling):
+            factor = config.rope_scaling.attention_factor
+            cos, sin = cos * factor, sin * factor
         return cls(cos, sin)
 
     def __call__(self, x: jax.Array) -> jax.Array:
