@@ -121,7 +121,8 @@ def evaluate(
     written: a part of the held-out split is no result of the run. A record of a later step is kept. For a
     cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of
     each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
-    arguments or the run do not allow. If a record could not be written, raises its OSError at the end.
+    arguments or the run do not allow, and for a run that cannot be written to, before anything is computed.
+    If a record could not be written later, raises its OSError at the end.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
@@ -153,6 +154,8 @@ def evaluate(
                 log.warning("%s is already recorded (--again evaluates it again)", written_as)
                 yield written_as, known
                 continue
+            if windows is None:
+                run.check_recordable()
             if note := notes.get(name):
                 log.warning(note)
             work = f"{name} cache" if name else "full forward"

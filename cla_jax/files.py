@@ -38,7 +38,7 @@ _DEPTH = 64  # objects and arrays within each other
 _CONTAINERS = 2_000_000  # objects and arrays of one text: in memory they take 20 times their length
 _MESSAGE = 400  # characters
 _DIGITS = 308  # of an integer: what a float can hold
-_PROBE_BYTES = 1 << 16  # what `write_fault` tries to write
+_PROBE_BYTES = 1 << 16  # what `try_writing` tries to write
 
 # Errors of open and read that are about the path, not about the machine.
 _OF_THE_PATH = {
@@ -179,12 +179,20 @@ def write_fault(directory: PathLike) -> str:
     A full disk often swallows the message of the process that failed on it. This asks again.
     """
     try:
+        try_writing(directory)
+    except OSError as error:
+        return f"{name(directory)} is not writable: {error.strerror}"
+    return ""
+
+
+def try_writing(directory: PathLike) -> None:
+    """Raises the OSError that would end a write into a local directory. Leaves nothing there."""
+    try:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))
             _flush(file)
     except OSError as error:
-        return f"{name(directory)} is not writable: {error.strerror}"
-    return ""
+        raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
 
 
 def lock(file: IO | int, operation: int, directory: str) -> None:

@@ -24,6 +24,7 @@ tell of each other what is missing at their ends (see `Run.missing_records`).
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -257,6 +258,24 @@ class Run:
                 f"{file} was altered: its checksum is not the one in config.json. {_RESTORE}"
             )
         return text
+
+    def check_recordable(self) -> None:
+        """Raises ValueError if an evaluation could not be written; call it before one is computed.
+
+        If the disk is full, raises its OSError: another start may succeed.
+        """
+        directory = self.path / "eval"
+        if not self.is_local:
+            return
+        try:
+            files.try_writing(directory if files.exists(directory) else self.path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(
+                f"an evaluation cannot be written to {error.filename}: {error.strerror}. Copy the run, or "
+                "use --windows N (of tasks --limit N): such a result is printed and not recorded"
+            ) from None
 
     def write_eval(self, name: str, record: dict[str, Any]) -> None:
         """Keeps an evaluation, unless there is one of a later step: its checkpoint may be damaged by now.

@@ -255,6 +255,27 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
         list(evaluate(run, **same | {"formats": ("dense", "dense")} | more))
     assert done == [(), ("dense",), ("dense",), (), ("dense",)]
 
+    def refused(number, message):
+        def temporary_file(**_: object) -> None:
+            raise OSError(number, message)
+
+        return SimpleNamespace(TemporaryFile=temporary_file)
+
+    # Told before anything is computed, unless nothing has to be written.
+    list(evaluate(run, **same))
+    done.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.files, "tempfile", refused(errno.EROFS, "Read-only file system"))
+        assert dict(evaluate(run, **same)) == run.evals()
+        with pytest.raises(ValueError, match=r"written to .*/eval: Read-only .* --windows N"):
+            list(evaluate(run, **same, again=True))
+        assert done == []
+        list(evaluate(run, **same, windows=1))
+        assert done == [(), ("dense",), ("int8",)]
+        patched.setattr(runs.files, "tempfile", refused(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match="No space left"):
+            list(evaluate(run, **same, again=True))
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

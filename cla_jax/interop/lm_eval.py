@@ -327,6 +327,8 @@ def evaluate(
                     log.warning("%s is already recorded (--again scores it again)", title)
                     records = recorded
                 else:
+                    if limit is None:
+                        run.check_recordable()
                     records = _scored(answers, loaded, limit, asked)
                     if limit is None:
                         _write(run, way, origin, known | records)
