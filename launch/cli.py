@@ -7,6 +7,7 @@ import difflib
 import errno
 import functools
 import io
+import itertools
 import logging
 import operator
 import os
@@ -181,6 +182,8 @@ def read(
     Raises:
       ValueError: one line with the flag, the value and the nearest match, for what is refused.
     """
+    argv = options.get("args")
+    argv = sys.argv[1:] if argv is None else argv
     known = lambda: [*also, *_known(kind, options)]
 
     def misplaced() -> dict[str, str]:
@@ -192,7 +195,7 @@ def read(
         after = dict.fromkeys(fields_of_runs, "is a config field: put it after a separate `--`")
         return after | dict(elsewhere)
 
-    with _errors.on_parse_error(functools.partial(_refuse, known, misplaced)):
+    with _errors.on_parse_error(functools.partial(_refuse, argv, known, misplaced)):
         return tyro.cli(kind, registry=_FORMS, **options)
 
 
@@ -236,6 +239,7 @@ def _flag(field: str) -> str:
 
 
 def _refuse(
+    argv: Sequence[str],
     known: Callable[[], list[str]],
     misplaced: Callable[[], Mapping[str, str]],
     event: _errors.ParseErrorEvent,
@@ -244,8 +248,10 @@ def _refuse(
     see = f"see `{event.prog} --help`"
     match event:
         case _errors.UnrecognizedArgs(tokens=words) if words:
+            _refuse_value_of_switch(argv, words, known())
             _refuse_words(words, known(), misplaced(), see)
         case _errors.MissingArgs(unrecognized_tokens=words) if words:
+            _refuse_value_of_switch(argv, words, known())
             _refuse_words(words, known(), misplaced(), see)
         case _errors.MissingArgs(missing_arguments=missing):
             names = " and ".join(_name(one.arg) for one in missing)
@@ -269,6 +275,19 @@ def _refuse(
 def _name(argument: Any) -> str:
     """How the help calls a flag or a word."""
     return argument.lowered.metavar if argument.is_positional() else argument.display_name()
+
+
+def _refuse_value_of_switch(
+    argv: Sequence[str], words: Sequence[str], known: Sequence[str]
+) -> None:
+    """Raises ValueError if one of the words was given to a flag that is only on or off."""
+    for flag, word in itertools.pairwise(part for one in argv for part in one.split("=", 1)):
+        on = re.sub(r"(^--|\.)no-(?=[^.]*$)", r"\1", flag.replace("_", "-"))
+        off = re.sub(r"(^--|\.)(?=[^.]*$)", r"\1no-", on)
+        if word in words and {on, off} <= {*known}:
+            raise ValueError(
+                f"{flag} takes no value, but {shown(word)} follows it: use {on} or {off}"
+            )
 
 
 def _refuse_words(

@@ -66,6 +66,13 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
         (["--steps", "many"], "'many' is not a whole number"),
         (["--optimizer.peak-lr", "high"], "'high' is not a number"),
         (["--name", "a" * 300], "has 300 bytes; the limit is 200"),
+        (
+            ["--model.qk-norm", "True"],
+            "'True' follows it: use --model.qk-norm or --model.no-qk-norm",
+        ),
+        (["--model.no_qk_norm=1"], "'1' follows it: use --model.qk-norm or --model.no-qk-norm"),
+        (["--model.qk-norm", "--model.no-bias", "x"], "--model.no-bias takes no value, but 'x'"),
+        (["--seed", "1", "True"], "unknown argument 'True'"),
     ],
 )
 def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, words):
