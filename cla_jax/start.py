@@ -47,6 +47,15 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
         key: value for key, value in dataclasses.asdict(model).items() if key not in may_differ
     }
     what = f"start.run = {shown(str(run.path))}"
+    if isinstance(a.kv, LatentKV) and (a.kv, a.n_kv_heads, a.sharing) != (
+        b.kv,
+        b.n_kv_heads,
+        b.sharing,
+    ):
+        raise ValueError(
+            f"{what} has {_words(a)}, this run has {_words(b)}: a model with latents can only be trained "
+            "further as it is; it cannot be converted"
+        )
     if differing := difference(fields(b), fields(a)):
         key, (mine, its) = next(iter(differing.items()))
         raise ValueError(
@@ -64,22 +73,15 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             f"start.init = {ours.start.init} makes latents of heads, but this run has model.kv.kind = "
             f"{b.kv.kind} and {what} has {a.kv.kind}: use one of {', '.join(HEAD_INITS)}"
         )
-    if isinstance(a.kv, LatentKV) and a.sharing != b.sharing:
-        raise ValueError(
-            f"{what} has kv_map {a.kv_map}, this run has {b.kv_map}: models with model.kv.kind = latent "
-            "cannot be converted"
-        )
-    if a.qk_norm and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
-        raise ValueError(
-            f"{what} has kv_map {a.kv_map} and n_kv_heads {a.n_kv_heads}, this run has {b.kv_map} and "
-            f"{b.n_kv_heads}: models with model.qk_norm = True cannot be converted"
-        )
-    is_split = a.sharing.is_split or b.sharing.is_split
-    if is_split and (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads):
-        raise ValueError(
-            f"{what} has kv_map {a.kv_map} and n_kv_heads {a.n_kv_heads}, this run has {b.kv_map} and "
-            f"{b.n_kv_heads}: models with different maps for keys and values cannot be converted"
-        )
+    changed = (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads)
+    for unsupported, kind in (
+        (a.qk_norm, "model.qk_norm = True"),
+        (a.sharing.is_split or b.sharing.is_split, "different maps for keys and values"),
+    ):
+        if changed and unsupported:
+            raise ValueError(
+                f"{what} has {_words(a)}, this run has {_words(b)}: models with {kind} cannot be converted"
+            )
     producers = {kv.layer for kv in a.sharing.kv_layers}
     for kv in b.sharing.kv_layers:
         if kv.layer not in producers:
@@ -94,6 +96,14 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             raise ValueError(
                 f"{what} has data.{field} = {its!r}, but this run has {mine!r}: they must be equal"
             )
+
+
+def _words(model: ModelConfig) -> str:
+    """What a conversion could change of a model."""
+    heads = f"{model.n_kv_heads} KV head{'s' * (model.n_kv_heads > 1)}"
+    if isinstance(model.kv, LatentKV):
+        heads = f"latents of rank {model.kv.rank} with {model.kv.rope_dims} rotated dimensions"
+    return f"{heads} and kv_map {model.kv_map}"
 
 
 def _check_latent(

@@ -191,12 +191,15 @@ def _uptrain(command: Uptrain) -> None:
     if Path(command.made).exists():
         raise ValueError(f"{command.made} exists already: remove it, or choose another directory")
     config, form = _uptrained(command, source), None
-    if command.kv_map is not None:
-        form = start.resolved_map(command.kv_map, source.config().model)
-        kv_map = command.kv_map
-        if form:  # of the damage the measurement is still to come: any map of as many producers
-            kv_map = start.random_map(source.config().model, *form[1:])
-        config = replaced(config, {"model.kv_map": kv_map})
+    with _asked(command):
+        config = replaced(config, _shape(command, source.config().model))
+        if command.kv_map is not None:
+            form = start.resolved_map(command.kv_map, source.config().model)
+            kv_map = command.kv_map
+            if form:  # of the damage the measurement is still to come: any map of as many producers
+                kv_map = start.random_map(source.config().model, *form[1:])
+            config = replaced(config, {"model.kv_map": kv_map})
+        start.check_start(config)
     preflight.check(config)
 
     from cla_jax import uptrain
@@ -233,7 +236,7 @@ def _uptrain(command: Uptrain) -> None:
 
 
 def _uptrained(command: Uptrain, source: "Run") -> Config:
-    """The config of the run to make, with the source's kv_map."""
+    """The config of the run to make, with the source's heads and kv_map."""
     before, path = source.config(), Path(command.made)
     recipe = before
     if command.recipe is not None:
@@ -251,13 +254,6 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
         distill_weight=command.distill_weight,
         distill_temperature=command.distill_temperature,
     )
-    heads: dict[str, Any] = {}
-    if command.kv_heads is not None:
-        heads["model.n_kv_heads"] = command.kv_heads
-    if command.latent_rank is not None:
-        heads |= _latent(command, before.model)
-    elif command.rope_dims is not None or command.latent_norm:
-        raise ValueError("--rope-dims and --latent-norm need --latent-rank")
     steps = max(round(command.fraction * recipe.steps), 1)
     # As the learning rate's schedule does, the stages of the data cover the new number of steps.
     stages = tuple(
@@ -266,8 +262,7 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
     )
     return replaced(
         before,
-        heads
-        | {
+        {
             "name": path.name,
             "placement.runs": str(path.parent),
             "start": start,
@@ -281,12 +276,40 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
     )
 
 
+@contextmanager
+def _asked(command: Uptrain) -> Iterator[None]:
+    """A conversion that is refused names the run and the flags that asked for it."""
+    asked = {
+        "--kv-map": command.kv_map,
+        "--kv-heads": command.kv_heads,
+        "--latent-rank": command.latent_rank,
+        "--rope-dims": command.rope_dims,
+        "--init": command.init,
+    }
+    try:
+        yield
+    except ValueError as error:
+        flags = " ".join(f"{flag} {value}" for flag, value in asked.items() if value is not None)
+        raise ValueError(f"{command.run} with {flags}: {error}") from None
+
+
+def _shape(command: Uptrain, model: ModelConfig) -> dict[str, Any]:
+    """The fields of the model that the flags for heads and latents change."""
+    if command.latent_rank is not None:
+        return _latent(command, model)
+    if command.rope_dims is not None or command.latent_norm:
+        raise ValueError("--rope-dims and --latent-norm need --latent-rank")
+    return {} if command.kv_heads is None else {"model.n_kv_heads": command.kv_heads}
+
+
 def _latent(command: Uptrain, model: ModelConfig) -> dict[str, Any]:
     assert command.latent_rank is not None
     if command.kv_heads not in (None, 1):
         raise ValueError(
             f"--kv-heads {command.kv_heads}: with --latent-rank, all query heads read one latent"
         )
+    if model.qk_norm:
+        raise ValueError("models with model.qk_norm = True cannot be converted")
     rope_dims = model.d_head if command.rope_dims is None else command.rope_dims
     kv = LatentKV(rank=command.latent_rank, rope_dims=rope_dims, norm=command.latent_norm)
     return {"model.kv": kv, "model.n_kv_heads": 1}

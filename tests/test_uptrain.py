@@ -463,6 +463,38 @@ def test_latents_that_cannot_be_made_are_refused_before_anything_is_read(
     assert "start.init = svd makes latents of heads" in refusal("--init", "svd")
 
 
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"model.qk_norm": True}, "--kv-heads 1", "models with model.qk_norm = True cannot"),
+        ({"model.qk_norm": True}, "--kv-map cla:2", "models with model.qk_norm = True cannot"),
+        ({"model.qk_norm": True}, "--latent-rank 8", "models with model.qk_norm = True cannot"),
+        ({"model.kv": latents_of(8, 4)}, "--kv-map cla:2", "rank 8 with 4 rotated dimensions and"),
+        ({"model.kv": latents_of(8, 4)}, "--kv-heads 2", "must be 1 with model.kv.kind = latent"),
+        ({"model.kv": latents_of(8, 4)}, "--latent-rank 4", "it cannot be converted"),
+        ({"model.kv_map": "k=cla:2;v=identity"}, "--kv-map random:1", "different maps for keys"),
+    ],
+)
+def test_a_source_that_cannot_be_converted_is_named_with_the_flags(
+    tmp_path, data_dir, capsys, changes, flags, words
+):
+    heads = 1 if "model.kv" in changes else 2
+    config = tiny_config(
+        str(tmp_path),
+        data_dir,
+        name="source",
+        **{"model.kv_map": "identity", "model.n_kv_heads": heads} | changes,
+    )
+    source = runs.open_run(config, data_fingerprint="sotu", tokenizer_json="{}")
+    source.checkpoints.mkdir()
+    (source.checkpoints / "00000004.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        uptrained(source, tmp_path / "x", *flags.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {source.path} with {flags} ")
+    assert words in line
+
+
 def test_a_teacher_that_could_change_is_refused(tiny):
     taught = replace(tiny(), start=FromRun(run="runs/x", distill_weight=0.5))
     with pytest.raises(ValueError, match=r"start\.checkpoint is empty.*launch\.convert uptrain"):
