@@ -28,6 +28,7 @@ from cla_jax.eviction import Policy
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.generate import generate
 from cla_jax.mesh import AxisRules
+from cla_jax.messages import near_choice
 from cla_jax.model import decode_kernels
 from cla_jax.runs import Run, find_decodable
 
@@ -204,6 +205,8 @@ class Decoder:
 
     def generate(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
         """Each prompt followed by its generated text. Options and errors are those of `complete`."""
+        for name in options:
+            near_choice("option of Decoder.generate", name, Options.__annotations__)
         completions = self.complete(prompts, **options)
         # Together: some tokenizers join words.
         return [

@@ -33,9 +33,13 @@ def test_a_config_is_changed_without_jax():
         (lambda: cla_jax.compare_runs("runs/x"), "must be a list"),
         (lambda: cla_jax.compare_runs([]), "runs is empty"),
         (lambda: cla_jax.train_run("smoke.tiny"), "'smoke.tiny' is not a config"),
+        (
+            lambda: object.__new__(cla_jax.Decoder).generate(["x"], max_tokens=8),
+            "unknown option of Decoder.generate 'max_tokens'; did you mean .*new_tokens",
+        ),
     ],
 )
-def test_what_is_no_list_or_config_is_refused(call, words):
+def test_arguments_that_cannot_be_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
