@@ -146,7 +146,8 @@ def report_missing_records(run: Run) -> None:
     missing = run.missing_records()
     if missing.checkpoint is not None and not steps(run.checkpoints):
         raise ValueError(
-            f"{'; '.join(missing.problems)}: restore it, or remove {run.path} to train from the beginning"
+            f"{'; '.join(missing.problems)}: restore it from a copy, or remove {run.path} to train from the "
+            "beginning"
         )
     for problem in missing.problems:
         log.warning("%s", problem)

@@ -188,7 +188,7 @@ class Run:
         if self.tokenizer_json() != tokenizer_json:
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
-                "with; restore it, or choose another run directory with --name"
+                "with; restore the file from a copy, or choose another run directory with --name"
             )
 
     def _other_data(self, before: str, now: str, changes: Sequence[str]) -> str:
@@ -525,14 +525,14 @@ def open_run(
         elif run.record().get("tokenizer") not in (None, _text_digest(tokenizer_json)):
             raise ValueError(
                 f"{file} is missing, and the data was prepared with another tokenizer; restore the "
-                "file, or choose another run directory with --name"
+                "file from a copy, or choose another run directory with --name"
             )
         elif write:
             log.warning("%s was missing; it is written again from the prepared data", file)
     elif saved_steps(run.checkpoints):
         raise ValueError(
             f"{run.path / 'config.json'} is missing, so the run of the checkpoints in this directory is "
-            "unknown: restore it, or choose another run directory with --name"
+            "unknown: restore the file from a copy, or choose another run directory with --name"
         )
     if write:
         remove_partial(run.path)
@@ -760,7 +760,7 @@ def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = N
 
 
 def _without_config(path: epath.Path) -> str:
-    return f"{path} has checkpoints or metrics, but no config.json: restore it"
+    return f"{path} has checkpoints or metrics, but no config.json: restore it from a copy"
 
 
 def find_run(path: str | os.PathLike) -> Run:

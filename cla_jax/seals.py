@@ -12,6 +12,7 @@ from typing import Any
 
 from cla_jax import files
 
+_BEGINNING = b'{"'  # of every record
 _MARK = ', "seal": "'
 _DIGITS = 16  # of the checksum of a line
 
@@ -55,8 +56,8 @@ def read_lines(
 ) -> Iterator[dict[str, Any]]:
     """The whole records of a log in the order of writing, without numbers and checksums.
 
-    What is left out: lines that a crash tore, and those that were altered, repeated or moved. `problems`
-    gets a line for each that was altered, and for each gap.
+    What is left out: lines that a crash tore, and those that are damaged, altered, repeated or moved.
+    `problems` gets a line for each that a crash did not tear, and for each gap.
 
     Args:
       lines: of the log, without the ends of lines.
@@ -72,6 +73,8 @@ def read_lines(
         except ValueError:  # torn by a crash, or damaged: then there is a gap
             if torn and torn == i - 1:  # a crash tears only one
                 problems.append(f"line {i} is damaged, like the line before")
+            elif not line.startswith(_BEGINNING[: len(line)]):
+                problems.append(f"line {i} is damaged: it is not the beginning of a record")
             torn = i
             continue
         text, mark, end = line.decode().rpartition(_MARK)

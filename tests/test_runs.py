@@ -66,12 +66,14 @@ def test_a_directory_without_a_config_is_named_and_left_out(tiny, caplog):
     problems: list[str] = []
     assert runs.find_runs([run.path.parent, broken.path.parent], problems) == [run]
     assert problems == [
-        f"{one.path} has checkpoints or metrics, but no config.json: restore it; it is left out"
+        f"{one.path} has checkpoints or metrics, but no config.json: restore it from a copy; it is left out"
         for one in (broken, other)
     ]
     assert runs.find_runs([run.path.parent]) == [run]
     assert [record.message for record in caplog.records] == problems
-    with pytest.raises(ValueError, match=r"study/b has .* but no config.json: restore it$"):
+    with pytest.raises(
+        ValueError, match=r"study/b has .* but no config.json: restore it from a copy$"
+    ):
         runs.find_runs([broken.path])
 
 
@@ -222,7 +224,7 @@ def test_checkpoints_without_a_config_belong_to_nobody(tiny):
     run = opened(tiny())
     directories.write_atomically(run.checkpoints / "00000004.json", "{}")
     (run.path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is missing.*restore it"):
+    with pytest.raises(ValueError, match=r"config\.json is missing.*restore the file from a copy"):
         opened(tiny(seed=7))
     assert not (run.path / "config.json").exists()
 
@@ -453,7 +455,15 @@ def test_altered_lines_of_the_metrics_are_named_and_not_used(tiny):
         [2, 3, 4, 5, 6, 7],
         ["line 2 was altered: it has no checksum"],
     )
+    # What no crash leaves is told, also where nothing is missing.
+    for garbage in ("garbage\n", "\0\0\n", "[1]\n", "\xff{\n"):
+        assert read(first, *lines[:3], garbage, *lines[3:]) == (
+            [1, 2, 3, 4, 5, 6, 7],
+            ["line 5 is damaged: it is not the beginning of a record"],
+        )
+    assert read(first, "\n", '{"st\n', *lines)[1] == ["line 3 is damaged, like the line before"]
     assert read("half", "\nof", "\nsomething else\n")[1] == [
+        "line 1 is damaged: it is not the beginning of a record",
         "line 2 is damaged, like the line before",
         "line 3 is damaged, like the line before",
     ]
