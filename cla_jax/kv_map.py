@@ -203,6 +203,12 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
 # ------------------------------------------------------------------------------------- builders
 
 
+# What their numbers count, in messages.
+_FACTOR = "FACTOR (layers per group)"
+_KV_LAYERS = "KV_LAYERS (how many layers make keys and values)"
+_SHARED_LAYERS = "SHARED_LAYERS (how many layers read those of a layer below)"
+
+
 def no_sharing(n_layers: int) -> KvMap:
     """Every layer is a producer: an ordinary transformer, CLA1 in the paper's words."""
     return tuple(range(n_layers))
@@ -214,7 +220,7 @@ def cla(n_layers: int, factor: int, short_group: Literal["first", "last"] = "fir
     Where `factor` does not divide `n_layers`, one group is shorter. The paper's picture of ten layers
     under CLA3 has producers 0, 1, 4, 7, the short group first; Hunyuan-like code puts it last.
     """
-    _positive("cla", "factor", factor, n_layers)
+    _positive("cla", _FACTOR, factor, n_layers)
     if short_group not in ("first", "last"):
         raise ValueError(f"cla: short_group = {shown(short_group)} must be 'first' or 'last'")
     offset = n_layers % factor if short_group == "first" else 0
@@ -256,7 +262,7 @@ def dense_back(n_layers: int) -> KvMap:
 
 def pizza(n_layers: int, n_kv_layers: int) -> KvMap:
     """Pizza-bottom (2410.14442): `n_kv_layers - 1` layers read their own K/V, all later ones the next K/V."""
-    _positive("pizza", "n_kv_layers", n_kv_layers, n_layers)
+    _positive("pizza", _KV_LAYERS, n_kv_layers, n_layers)
     return (*range(n_kv_layers - 1), *[n_kv_layers - 1] * (n_layers - n_kv_layers + 1))
 
 
@@ -265,7 +271,7 @@ def sandwich(n_layers: int, n_kv_layers: int) -> KvMap:
 
     Of the `n_kv_layers - 1` layers that alone read their K/V, the larger half is at the bottom.
     """
-    _positive("sandwich", "n_kv_layers", n_kv_layers, n_layers)
+    _positive("sandwich", _KV_LAYERS, n_kv_layers, n_layers)
     top = (n_kv_layers - 1) // 2
     bottom = n_kv_layers - 1 - top
     return (
@@ -281,7 +287,7 @@ def lasagna(n_layers: int, n_kv_layers: int) -> KvMap:
     Producers are floor(p * n_layers / n_kv_layers), as in MLKV (2406.09297). With `n_kv_layers`
     dividing `n_layers` this is CLA.
     """
-    _positive("lasagna", "n_kv_layers", n_kv_layers, n_layers)
+    _positive("lasagna", _KV_LAYERS, n_kv_layers, n_layers)
     producers = [p * n_layers // n_kv_layers for p in range(n_kv_layers)]
     return tuple(producers[bisect.bisect(producers, layer) - 1] for layer in range(n_layers))
 
@@ -290,7 +296,7 @@ def trailing(n_layers: int, n_shared: int) -> KvMap:
     """The last `n_shared` layers read the K/V of the layer before them (Gemma 3n, one layer type)."""
     if not 0 <= n_shared < n_layers:
         raise ValueError(
-            f"trailing: n_shared is {shown(n_shared)}; it must lie in 0 to {n_layers - 1}"
+            f"trailing: {_SHARED_LAYERS} is {shown(n_shared)}; it must lie in 0 to {n_layers - 1}"
         )
     own = n_layers - n_shared
     return (*range(own), *[own - 1] * n_shared)
@@ -303,15 +309,15 @@ def fused_lite(n_layers: int, n_kv_layers: int | None = None) -> tuple[KvMap, Kv
     K map and the V map.
     """
     own = -(-n_layers // 2) if n_kv_layers is None else n_kv_layers
-    _positive("fused-lite", "n_kv_layers", own, n_layers)
+    _positive("fused-lite", _KV_LAYERS, own, n_layers)
     k_map, v_map = ((*range(own), *[source] * (n_layers - own)) for source in (own - 1, 0))
     return k_map, v_map
 
 
-def _positive(name: str, field: str, value: int, n_layers: int) -> None:
+def _positive(name: str, number: str, value: int, n_layers: int) -> None:
     if not 1 <= value <= n_layers:
         raise ValueError(
-            f"{name}: {field} is {shown(value)}; it must lie in 1 to n_layers = {n_layers}"
+            f"{name}: {number} is {shown(value)}; it must lie in 1 to n_layers = {n_layers}"
         )
 
 
@@ -404,9 +410,12 @@ def _one(text: str, n_layers: int) -> KvMap:
 def _arguments(name: str, usage: str, arguments: list[str]) -> list[int | str]:
     """The arguments of a builder: a number, and a word where there is a second one."""
     least, most = usage.count(":") - usage.count("["), usage.count(":")
+    numbers = (_FACTOR, _KV_LAYERS, _SHARED_LAYERS)
+    counts = [number for number in numbers if f":{number.split()[0]}" in usage]
+    refusal = "; ".join([f"the form is {name}{usage}", *counts])
     if not least <= len(arguments) <= most:
-        raise ValueError(f"the form is {name}{usage}")
+        raise ValueError(refusal)
     try:
         return [*map(int, arguments[:1]), *arguments[1:]]
     except ValueError:
-        raise ValueError(f"the form is {name}{usage}") from None
+        raise ValueError(refusal) from None

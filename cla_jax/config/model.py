@@ -145,9 +145,9 @@ class ModelConfig:
     # What a K/V projection computes and the cache stores.
     kv: HeadsKV | LatentKV = HeadsKV()
     # Which layer's keys and values each layer reads. Forms: identity, cla:2, cla:3:last, keep-ends,
-    # dense-front, dense-back, pizza:N, sandwich:N, lasagna:N, trailing:N; or a list of source layers such as
-    # 0,0,2,2. Keys and values may have different maps: k=cla:2;v=identity (any two of these forms), or
-    # fused-lite.
+    # dense-front, dense-back; pizza:4, sandwich:4 or lasagna:4, where four layers make keys and values;
+    # trailing:4, where the last four layers make none; or a list of source layers such as 0,0,2,2. Keys and
+    # values may have different maps: k=cla:2;v=identity (any two of these forms), or fused-lite.
     kv_map: str = "identity"
     # Sliding windows: how many tokens a layer attends to, the current one included; 0 means all. Give one
     # number for all layers, or a pattern that repeats over the layers, such as 1024,1024,1024,0. Layers that
