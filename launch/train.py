@@ -17,6 +17,7 @@ On several hosts, start the same command on each. Only --placement.data-dir may 
 launch/hosts/distributed.py explains what happens when a host fails.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def parse(argv: Sequence[str]) -> list[Config]:
         )
         for config in _found(name)
     ]
+    if name.endswith(".json") and not any(word.partition("=")[0] == "--name" for word in overrides):
+        _check_place(Path(name), configs[0])
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -66,6 +69,23 @@ def _found(name: str) -> list[Config]:
     if not name.endswith(".json"):
         return experiments.find(name)
     return [runs.read_config(epath.Path(name))]
+
+
+def _check_place(file: Path, config: Config) -> None:
+    """Raises ValueError if a config.json lies in a copied or renamed run: another would be trained."""
+    place = Path(runs.run_path(config))
+    here = file.parent
+    if not (here / "checkpoints").is_dir() or here.resolve() == place.resolve():
+        return
+    all_runs = Path(config.placement.runs).resolve()
+    is_below = here.resolve().is_relative_to(all_runs)
+    own = here.resolve().relative_to(all_runs) if is_below else here.resolve().name
+    flags = ["--name", str(own)] + ([] if is_below else ["--placement.runs", str(here.parent)])
+    raise ValueError(
+        f"{file} lies in {here}, but it is the config of the run {config.name!r} in {place}: the directory "
+        f"was copied or renamed. To train on in {here}, add {shlex.join(flags)}; to train on in {place}, add "
+        f"{shlex.join(['--name', config.name])}"
+    )
 
 
 def _with_tokenizer(name: str, config: Config) -> Config:

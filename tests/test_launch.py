@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,28 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
             launch_train.parse([str(file)])
+
+
+def test_a_copied_run_is_not_trained_under_the_name_inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (config,) = launch_train.parse(["demo.h16_mqa", "--name", "study/a"])
+    original = Path("runs/study/a")
+    (original / "checkpoints").mkdir(parents=True)
+    (original / "config.json").write_text(json.dumps(to_record(config) | {"versions": {}}))
+    assert launch_train.parse([str(original / "config.json")]) == [config]
+    Path("linked").symlink_to(original.absolute())
+    assert launch_train.parse(["linked/config.json"]) == [config]
+    for copy, flags in (
+        ("runs/study/b", ["--name", "study/b"]),
+        ("else where/b", ["--name", "b", "--placement.runs", "else where"]),
+    ):
+        file = str(Path(shutil.copytree(original, copy)) / "config.json")
+        with pytest.raises(ValueError, match="run 'study/a' in runs/study/a") as refused:
+            launch_train.parse([file])
+        assert f"To train on in {copy}, add {shlex.join(flags)}; " in str(refused.value)
+        (chosen,) = launch_train.parse([file, *flags])
+        assert Path(runs.run_path(chosen)) == Path(copy)
+        assert launch_train.parse([file, "--name=study/a"]) == [config]
 
 
 @pytest.mark.parametrize(
