@@ -30,7 +30,8 @@ def parameters(model: ModelConfig) -> Parameters:
     q_width, o_width = model.n_heads * model.query_width, model.n_heads * model.d_head
     query = d * q_width + bias * q_width
     output = o_width * d + bias * d
-    mlp = 3 * d * f + bias * (2 * f + d)
+    n_inner = model.mlp.n_matrices - 1
+    mlp = (n_inner + 1) * d * f + bias * (n_inner * f + d)
     block = query + output + mlp + 2 * d
     kv_projections = (d + bias) * model.kv_elements
     kv_projections += model.n_kv_layers * (d if model.kv_norm == "own" else 0)

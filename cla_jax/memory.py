@@ -46,15 +46,15 @@ def workspace_bytes(spec: CacheSpec, tokens: int) -> int:
 
     The sum has four parts. The first is the keys and values of the longest block of the cache, as attention
     reads them. The second is the larger of an attention and an MLP. An attention has queries, output, old and
-    new sums, and the scores, masked scores and weights of one block. An MLP has gate, up and their product.
-    The third is the residual stream and a norm of it. The fourth is the logits of one token, with what
-    sampling makes of them.
+    new sums, and the scores, masked scores and weights of one block. An MLP has the products of its matrices
+    of d_ff columns, and one array that it makes of them. The third is the residual stream and a norm of it.
+    The fourth is the logits of one token, with what sampling makes of them.
     """
     config, width = spec.config, jnp.dtype(spec.config.compute_dtype).itemsize
     heads, (keys, values) = config.n_heads, config.read_widths
     block = max(max(spec.block(p), format.in_full) for p, format in enumerate(spec.formats))
     attention = heads * ((keys + values) * width + 3 * block * 4 + 2 * values * 4)
-    mlp = 3 * config.d_ff * width
+    mlp = config.mlp.n_matrices * config.d_ff * width
     decoded = block * config.n_kv_heads * (keys + values) * width
     per_token = 2 * config.d_model * width + max(attention, mlp)
     return decoded + tokens * per_token + 4 * config.vocab_size * 4

@@ -123,9 +123,13 @@ def logits(model, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
         o = np.einsum("nts,snh->tnh", weights, v).reshape(T, config.n_heads * H)
         x = x + o @ p["output.weight"].reshape(-1, config.d_model) + bias("output")
         h = norm(x, p["mlp_norm.scale"], eps)
-        gate = h @ p["mlp.gate.weight"] + bias("mlp.gate")
         up = h @ p["mlp.up.weight"] + bias("mlp.up")
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp.down.weight"] + bias("mlp.down")
+        if "mlp.gate.weight" in p:
+            gate = h @ p["mlp.gate.weight"] + bias("mlp.gate")
+            hidden = gate / (1 + np.exp(-gate)) * up
+        else:
+            hidden = np.maximum(up, 0) ** 2
+        x = x + hidden @ p["mlp.down.weight"] + bias("mlp.down")
     x = norm(x, arrays["norm.scale"], eps)
     return x @ arrays.get("head", arrays["embedding"]).T
 

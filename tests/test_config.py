@@ -15,6 +15,7 @@ from cla_jax.config import (
     MeshConfig,
     NoScaling,
     Placement,
+    SquaredReLU,
     YarnScaling,
 )
 from cla_jax.config.record import from_record, run_identity, to_record
@@ -159,6 +160,14 @@ def test_records_from_before_there_were_schedules_are_read(tiny):
     del schedule["kind"]
     record["identity"]["optimizer"] |= schedule
     assert from_record(record) == config
+
+
+def test_a_field_that_runs_are_older_than_is_left_out_at_its_default(tiny):
+    identity = run_identity(tiny())
+    assert not identity["model"].keys() & {"kv", "mlp", "qk_norm"}
+    changed = tiny(**{"model.mlp": SquaredReLU()})
+    assert run_identity(changed)["model"].pop("mlp") == {"kind": "relu2"}
+    assert from_record(to_record(changed)) == changed
 
 
 @pytest.mark.parametrize(

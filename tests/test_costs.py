@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import experiments
 from cla_jax import chips, costs
-from cla_jax.config import AdamW, ModelConfig, Muon
+from cla_jax.config import AdamW, ModelConfig, Muon, SquaredReLU, SwiGLU
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import abstract_state, initial_state
@@ -30,6 +30,7 @@ def models(draw):
         kv_norm=draw(st.sampled_from(["own", "block"])),
         tied_embeddings=draw(st.booleans()),
         bias=draw(st.booleans()),
+        mlp=draw(st.sampled_from([SwiGLU(), SquaredReLU()])),
         compute_dtype="float32",
     )
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from cla_jax.cache import CacheSpec, cache_spec
-from cla_jax.config import ModelConfig
+from cla_jax.config import ModelConfig, SquaredReLU, SwiGLU
 from cla_jax.decode import _group, decode, decoding_weights, prefill
 from cla_jax.model.transformer import ForwardOptions, document_starts, project
 from tests import reference
@@ -117,6 +117,7 @@ def models(draw):
         kv_map=text,
         windows=",".join(str(window[layer]) for layer in alike),
         kv_norm=draw(st.sampled_from(["own", "block"])),
+        mlp=draw(st.sampled_from([SwiGLU(), SquaredReLU()])),
         compute_dtype="float32",
     )
 

@@ -24,6 +24,7 @@ from cla_jax.config import (
     LinearScaling,
     Llama3Scaling,
     Muon,
+    SquaredReLU,
     Stage,
     YarnScaling,
 )
@@ -53,6 +54,7 @@ IDENTITY = {
     "model.kv.rope_dims": 6,
     "model.kv.norm": False,
     "model.kv_norm": "block",
+    "model.mlp": SquaredReLU(),
     "model.qk_norm": True,
     "model.tied_embeddings": False,
     "model.bias": True,

@@ -14,7 +14,14 @@ import experiments
 from cla_jax import checkpoint, interop, scoring
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec
-from cla_jax.config import LatentKV, LinearScaling, Llama3Scaling, MeshConfig, YarnScaling
+from cla_jax.config import (
+    LatentKV,
+    LinearScaling,
+    Llama3Scaling,
+    MeshConfig,
+    SquaredReLU,
+    YarnScaling,
+)
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.evaluate import evaluate
@@ -964,10 +971,17 @@ def test_chat_templates_by_name_are_kept(tmp_path):
     assert hf.read(directory).origin["chat_template"] == named
 
 
-def test_a_model_with_norms_of_queries_and_keys_is_not_exported():
-    """transformers' Llama and the code that is exported have no such norms."""
-    with pytest.raises(ValueError, match=r"model\.qk_norm = True: .* cannot be exported"):
-        hf_config(dataclasses.replace(made.MODEL, qk_norm=True), 64)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qk_norm": True}, r"model\.qk_norm = True: .* cannot be exported"),
+        ({"mlp": SquaredReLU()}, r"model\.mlp\.kind = relu2: only .* swiglu can be exported"),
+    ],
+)
+def test_what_transformers_cannot_hold_is_not_exported(changes, words):
+    """Neither its Llama nor the code that is exported."""
+    with pytest.raises(ValueError, match=words):
+        hf_config(dataclasses.replace(made.MODEL, **changes), 64)
 
 
 def test_a_longer_context_than_the_model_s_is_warned_of(tmp_path, caplog, devices):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from cla_jax import costs
-from cla_jax.config import LinearScaling, Llama3Scaling, MeshConfig, NoScaling, YarnScaling
+from cla_jax.config import (
+    LinearScaling,
+    Llama3Scaling,
+    MeshConfig,
+    NoScaling,
+    SquaredReLU,
+    YarnScaling,
+)
 from cla_jax.mesh import AxisRules, axis_rules, make_mesh
 from cla_jax.model.layers import is_param
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts
@@ -114,6 +121,15 @@ def test_rope_scaling_equals_an_independent_plain_transformer(scaling):
     theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
     assert np.abs(logits(model) - theirs).max() <= 1e-6 * np.abs(theirs).max()
     assert np.abs(theirs - logits(make(replace(config, rope_scaling=NoScaling())))).max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_squared_relu_equals_an_independent_plain_transformer(bias):
+    config = model_config("cla:2", mlp=SquaredReLU(), bias=bias)
+    model = make(config)
+    theirs = np.stack([reference.logits(model, config, row) for row in np.asarray(TOKENS)])
+    assert np.abs(logits(model) - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert not [name for name in named(model) if "gate" in name]
 
 
 @pytest.mark.parametrize("kv_map", ["identity", "k=cla:2;v=pizza:3"])

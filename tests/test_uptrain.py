@@ -20,6 +20,7 @@ from cla_jax.config import (
     FromRun,
     LatentKV,
     MeshConfig,
+    SquaredReLU,
     Stage,
     YarnScaling,
 )
@@ -527,6 +528,9 @@ def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, 
         return str(refused.value)
 
     assert "model.n_layers = 2, but this run has 3" in refusal(**{"model.n_layers": 3})
+    assert "model.mlp.kind = swiglu, but this run has relu2" in refusal(
+        **{"model.mlp": SquaredReLU()}
+    )
     assert "n_kv_heads = 2: this run's model.n_kv_heads = 4 must divide it" in refusal(
         **{"model.n_kv_heads": 4}
     )

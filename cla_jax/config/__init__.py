@@ -20,6 +20,8 @@ from cla_jax.config.model import (
     ModelConfig,
     NoScaling,
     RopeScaling,
+    SquaredReLU,
+    SwiGLU,
     YarnScaling,
 )
 from cla_jax.config.placement import MeshConfig, Placement
@@ -65,7 +67,9 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Scratch",
+    "SquaredReLU",
     "Stage",
+    "SwiGLU",
     "YarnScaling",
     "check_chunk",
     "check_new_tokens",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
 from cla_jax.config.checks import bounded, is_digits, positive
@@ -40,6 +40,24 @@ class LatentKV:
             raise ValueError(
                 f"model.kv.rope_dims = {self.rope_dims} must be even: RoPE turns pairs of dimensions"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGLU:
+    """Two matrices in, of which one goes through SiLU and is multiplied with the other (2002.05202)."""
+
+    # swiglu or relu2; each kind has its own fields.
+    kind: Literal["swiglu"] = dataclasses.field(default="swiglu", init=False)
+    n_matrices: ClassVar[int] = 3  # all of d_model times d_ff; the last one goes back
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquaredReLU:
+    """One matrix in, and the square of its ReLU (2109.08668)."""
+
+    # swiglu or relu2; each kind has its own fields.
+    kind: Literal["relu2"] = dataclasses.field(default="relu2", init=False)
+    n_matrices: ClassVar[int] = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +152,7 @@ class ModelConfig:
     n_layers: int
     # Width of the residual stream.
     d_model: int
-    # Width of the SwiGLU hidden layer.
+    # Width of the MLP's hidden layer.
     d_ff: int
     # Query heads. n_heads * d_head need not equal d_model.
     n_heads: int
@@ -144,6 +162,8 @@ class ModelConfig:
     d_head: int
     # What a K/V projection computes and the cache stores.
     kv: HeadsKV | LatentKV = HeadsKV()
+    # The MLP of a block.
+    mlp: SwiGLU | SquaredReLU = SwiGLU()
     # Which layer's keys and values each layer reads. Forms: identity, cla:2, cla:3:last, keep-ends,
     # dense-front, dense-back; pizza:4, sandwich:4 or lasagna:4, where four layers make keys and values;
     # trailing:4, where the last four layers make none; or a list of source layers such as 0,0,2,2. Keys and

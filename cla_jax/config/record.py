@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from cla_jax.config import AdamW, Config, Cosine, HeadsKV, RopeScaling, Scratch
+from cla_jax.config import AdamW, Config, Cosine, HeadsKV, RopeScaling, Scratch, SwiGLU
 from cla_jax.fields import from_dict, variants
 from cla_jax.messages import shown
 
@@ -13,6 +13,7 @@ from cla_jax.messages import shown
 _LEFT_OUT: dict[str, Any] = {
     "model.kv": dataclasses.asdict(HeadsKV()),
     "model.kv.norm": True,
+    "model.mlp": dataclasses.asdict(SwiGLU()),
     "model.qk_norm": False,
     "data.mixture": (),
     "data.stages": (),

@@ -17,7 +17,7 @@ import jax
 
 from cla_jax import checkpoint
 from cla_jax import mesh as meshes
-from cla_jax.config import LatentKV, MeshConfig, ModelConfig
+from cla_jax.config import LatentKV, MeshConfig, ModelConfig, SwiGLU
 from cla_jax.data import tokenizers
 from cla_jax.interop import deepseek, names, safetensors
 from cla_jax.messages import near_choice
@@ -107,6 +107,10 @@ def hf_config(model: ModelConfig, max_length: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
     }
+    if not isinstance(model.mlp, SwiGLU):
+        raise ValueError(
+            f"model.mlp.kind = {model.mlp.kind}: only models with swiglu can be exported"
+        )
     if model.qk_norm:
         raise ValueError(
             "model.qk_norm = True: a model with norms of queries and keys cannot be exported"

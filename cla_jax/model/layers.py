@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, YarnScaling
+from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, SwiGLU, YarnScaling
 from cla_jax.mesh import AxisRules
 from cla_jax.model.platform import per_token, rotate
 
@@ -139,16 +139,20 @@ class RMSNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU."""
+    """SwiGLU; or the square of a ReLU, which has no gate."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         gate, up, down = jax.random.split(key, 3)
-        self.gate = Linear(gate, "BTD,DF->BTF", config)
+        gated = isinstance(config.mlp, SwiGLU)
+        self.gate = Linear(gate, "BTD,DF->BTF", config) if gated else None
         self.up = Linear(up, "BTD,DF->BTF", config)
         self.down = Linear(down, "BTF,FD->BTD", config)
 
     def __call__(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
-        hidden_BTF = jax.nn.silu(self.gate(x_BTD, rules)) * self.up(x_BTD, rules)
+        if self.gate is None:
+            hidden_BTF = jnp.square(jax.nn.relu(self.up(x_BTD, rules)))
+        else:
+            hidden_BTF = jax.nn.silu(self.gate(x_BTD, rules)) * self.up(x_BTD, rules)
         return self.down(hidden_BTF, rules)
 
 

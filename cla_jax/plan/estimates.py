@@ -13,8 +13,9 @@ from cla_jax.model import splash
 from cla_jax.session import Layout
 from cla_jax.state import named
 
-# Arrays of the compute dtype that the backward pass of an MLP holds at once:
-_FF = 4  # [tokens, F]: activated and not, the gradients of gate and up
+# Arrays of the compute dtype that the backward pass of an MLP holds at once, beside the gradients of the
+# products of its matrices of F columns:
+_FF = 2  # [tokens, F]: activated and not
 _EMBED = (
     3  # [tokens, D]: the residual stream before the MLP, the gradients behind it and of its input
 )
@@ -46,15 +47,16 @@ def estimate(layout: Layout) -> dict[str, int]:
 
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
     # products give; and attention. On a CPU everything, of which norms and SwiGLU are in float32.
+    n_inner = model.mlp.n_matrices - 1  # products of F columns
     entry = D // tensor if layout.training.rules.sequence else D
     left = {
         "block": entry,
         "attention": entry + Q,
-        "dots": 2 * D + Q + 2 * F,
-        "none": 4 * D + 4 * Q + 10 * F if on_cpu else 2 * D + 2 * Q + 2 * F,
+        "dots": 2 * D + Q + n_inner * F,
+        "none": 4 * D + 4 * Q + 5 * n_inner * F if on_cpu else 2 * D + 2 * Q + n_inner * F,
     }[options.remat]
     saved = (model.n_layers * left + made) * tokens * width
-    block = (_FF * F + _EMBED * D + _HEADS * Q) * tokens * width
+    block = ((_FF + n_inner) * F + _EMBED * D + _HEADS * Q) * tokens * width
     if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4
     if options.attention == "xla":
@@ -62,7 +64,7 @@ def estimate(layout: Layout) -> dict[str, int]:
         block += scores_of_attention
         saved += scores_of_attention * (model.n_layers if options.remat == "none" else 0)
     # Of the MLP the weights and their gradients; of attention the weights, which are read next.
-    gathered = (2 * D * Q + D * KV + 2 * 3 * D * F) * width
+    gathered = (2 * D * Q + D * KV + 2 * (n_inner + 1) * D * F) * width
     # The loss holds a device's own sum of the head's gradient in float32, the head, and a chunk's scores. It
     # also holds the hidden states before and after the norm, with their gradients. All are freed before the
     # backward pass of the blocks begins.
