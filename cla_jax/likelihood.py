@@ -5,6 +5,8 @@ of each text. The prefix goes through the model once,
 
     by full forward       prefix and suffixes side by side in a row, kept apart by what a token may see
     through a KV cache    the prefix's cache is copied for each suffix, which then decodes on
+    through one that      the context's tokens except the last are the prompt, which the policy sees; what
+    evicts tokens         it keeps is copied for each continuation, which then decodes on
 
 and a token's scores over the vocabulary exist only where a continuation is predicted.
 """
@@ -20,8 +22,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, round_up
+from cla_jax.cache.evicting import evicting_spec
+from cla_jax.compressor import Compressor
 from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decode
+from cla_jax.eviction import Policy
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import PrefixMask
 from cla_jax.model.transformer import ForwardOptions, Transformer, project
@@ -204,19 +209,33 @@ def _decode_groups(
         rows = np.zeros(spec.batch, np.int32)
         rows[: len(some)] = [r for r, _ in some]
         copies = _gather_rows(cache, jax.device_put(rows, spec.rules.spec("batch")))
-        places = [
-            _Place(i, row, texts[i].given - found[r].prefix + t, target)
-            for row, (r, i) in enumerate(some)
-            for t, target in enumerate(texts[i].targets)
-        ]
-        rest = [texts[i].tokens[found[r].prefix :] for r, i in some]
+        here = [(i, found[r].prefix) for r, i in some]
+        _decode_suffixes(weights, spec, copies, texts, here, tally)
 
-        def score(first: int, x_BTD: jax.Array, places: list[_Place] = places) -> None:
-            here = [p for p in places if first <= p.column < first + spec.chunk]
-            moved = [p._replace(column=p.column - first) for p in here]
-            tally.add(_scores(weights.head, x_BTD, moved, spec.rules), moved)
 
-        _feed(weights, spec, copies, rest, score)
+def _decode_suffixes(
+    weights: Weights,
+    spec: CacheSpec,
+    cache: Cache,
+    texts: Sequence[Text],
+    rows: Sequence[tuple[int, int] | None],
+    tally: "_Tally",
+) -> None:
+    """Decodes and scores (a text, from which token on) in each row; None is no text."""
+    places = [
+        _Place(row[0], r, texts[row[0]].given - row[1] + t, target)
+        for r, row in enumerate(rows)
+        if row is not None
+        for t, target in enumerate(texts[row[0]].targets)
+    ]
+
+    def score(first: int, x_BTD: jax.Array) -> None:
+        here = [p for p in places if first <= p.column < first + spec.chunk]
+        moved = [p._replace(column=p.column - first) for p in here]
+        tally.add(_scores(weights.head, x_BTD, moved, spec.rules), moved)
+
+    rest = [() if row is None else texts[row[0]].tokens[row[1] :] for row in rows]
+    _feed(weights, spec, cache, rest, score)
 
 
 def _feed(
@@ -242,6 +261,72 @@ def _feed(
         x_BTD, cache = _chunk(weights, cache, *arrays, spec=spec)
         visit(first, x_BTD)
     return cache
+
+
+# --------------------------------------------------------------- through a cache that evicts tokens
+
+
+def through_policy(
+    weights: Weights,
+    config: ModelConfig,
+    policy: Policy,
+    classes: bytes,
+    texts: Sequence[Text],
+    *,
+    chunk: int,
+    progress: Progress = lambda done, total: None,
+) -> list[Likelihood]:
+    """The likelihood of each text's targets, decoded through what a policy keeps of its context.
+
+    The prompt is the context without its last token, so all targets are predicted by tokens that are decoded.
+    (Of a context of one token, the prompt is that token.) It is encoded whole, once for all texts that have
+    it. `weights` are on one device; `classes` are those of `evicting_spec`. Raises ValueError for prompts
+    that the policy does not take, and as `evicting_spec` does.
+    """
+    tally = _Tally(len(texts), progress)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(texts):
+        members.setdefault(one.tokens[: max(one.given, 1)], []).append(i)
+    policy.check([len(prompt) for prompt in members])
+    by_capacity: dict[int, list[tuple[int, ...]]] = {}
+    for prompt, some in members.items():
+        longest = max(len(texts[i].tokens) for i in some)
+        by_capacity.setdefault(doubled(SHORTEST, longest), []).append(prompt)
+    for capacity, prompts in sorted(by_capacity.items()):
+        batch = min(max(CACHED // capacity, 1), len(prompts))
+        spec = evicting_spec(
+            config, policy, classes=classes, batch=batch, capacity=capacity, chunk=chunk
+        )
+        compressor, cache = Compressor(weights, spec), spec.allocate()
+        prompts.sort(key=len)
+        for begin in range(0, len(prompts), batch):
+            some = prompts[begin : begin + batch]
+            # Always the same number of prompts: programs are compiled for it.
+            filled = dict(enumerate(some + some[-1:] * (batch - len(some))))
+            most = {
+                row: max(len(texts[i].tokens) for i in members[prompt]) - len(prompt)
+                for row, prompt in filled.items()
+            }
+            x_BTD, cache = compressor.fill(cache, filled, most)
+            # What the prompt itself predicts: of a context of one token, the first target.
+            places = [
+                _Place(i, row, texts[i].given + t, target)
+                for row, prompt in enumerate(some)
+                for i in members[prompt]
+                for t, target in enumerate(texts[i].targets[: len(prompt) - texts[i].given])
+            ]
+            tally.add(_scores(weights.head, x_BTD, places, compressor.spec.rules), places)
+            texts_of = [
+                sorted(members[prompt], key=lambda i: len(texts[i].tokens)) for prompt in some
+            ]
+            for turn in range(max(map(len, texts_of))):
+                here = [
+                    (of[turn], len(prompt)) if turn < len(of) else None
+                    for of, prompt in zip(texts_of, some, strict=True)
+                ]
+                copies = jax.tree.map(jnp.copy, cache)
+                _decode_suffixes(weights, compressor.spec, copies, texts, here, tally)
+    return tally.result()
 
 
 # ---------------------------------------------------------------------------------------- scores

@@ -26,9 +26,9 @@ from typing import Annotated, Any
 import tyro
 
 from cla_jax.config import MeshConfig
-from cla_jax.eviction import is_policy
+from cla_jax.eviction import check_cache, is_policy, parse, refusal
 from cla_jax.formats import FORMATS
-from cla_jax.messages import near_choice, printable
+from cla_jax.messages import printable
 from launch import allocator
 from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
 
@@ -241,12 +241,7 @@ def _tasks(arguments: Arguments) -> None:
     if not names:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     for name in arguments.cache:
-        if is_policy(name):
-            raise ValueError(
-                f"cache = {name}: tasks cannot be scored through caches that evict tokens; remove --tasks or "
-                "choose another cache format"
-            )
-        near_choice("cache format", name, ("full", *FORMATS))
+        check_cache(name, ("full", *FORMATS))
     from cla_jax.runs import check_places
 
     ready: list[Any] = []
@@ -254,6 +249,11 @@ def _tasks(arguments: Arguments) -> None:
     for run in _runs(arguments):
         with collected(refused):
             check_places(run, arguments.data_dir, arguments.data_source)
+            for policy in map(parse, filter(is_policy, arguments.cache)):
+                config = run.config()
+                reach = arguments.context or config.data.seq_len
+                if words := refusal(config.model, policy, reach):
+                    raise ValueError(f"{run.path}: {words}")
             ready.append(run)
     if not ready:
         refuse(refused)
@@ -290,6 +290,11 @@ def _tasks(arguments: Arguments) -> None:
                     f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
                 )
                 print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+                for depth, part in record.get("depths", {}).items():
+                    values = "   ".join(
+                        f"{name} {value:.4f}" for name, value in part["metrics"].items()
+                    )
+                    print(f"  {'':16s}answer at depth {depth}   {values}   {part['n']:,} examples")
     refuse(refused)
 
 

@@ -11,6 +11,7 @@ from cla_jax import checkpoint, report, seals
 from cla_jax.evaluate import open_session
 from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks
+from cla_jax.recall_tasks import write_tasks
 from cla_jax.report import tasks as scores
 from cla_jax.runs import find_runs
 from cla_jax.train import train
@@ -207,7 +208,8 @@ def test_every_cache_answers_every_kind_of_task(run, school):
 
     index, data = school
     tasks = Tasks(["quiz", "essay", "dictation"], data=data, index=index)
-    ways = ("full", *FORMATS)
+    everything = "fastgen:T=1"
+    ways = ("full", *FORMATS, everything)
     found = {(way, task): record for way, task, record in evaluate(run, tasks, ways=ways)}
     assert len(found) == 3 * len(ways)
     for way in ways:
@@ -217,6 +219,36 @@ def test_every_cache_answers_every_kind_of_task(run, school):
         for task, metric in (("essay", "bits_per_byte"), ("quiz", "acc")):
             exact = found["full", task]["metrics"][metric]
             assert found[way, task]["metrics"][metric] == pytest.approx(exact, rel=close, abs=0.25)
+    # A policy that evicts nothing has the scores of a dense cache: those of tasks that count are equal.
+    for task in ("essay", "quiz", "dictation"):
+        kept, dense = (found[way, task]["metrics"] for way in (everything, "dense"))
+        assert kept == pytest.approx(dense, rel=1e-5)
+    assert found[everything, "quiz"]["metrics"]["acc"] == found["dense", "quiz"]["metrics"]["acc"]
+
+
+@pytest.mark.slow
+def test_what_a_policy_forgets_shows_by_depth(run, tmp_path):
+    from cla_jax.interop.lm_eval import Model, _asked, _scored
+
+    write_tasks(tmp_path, count=12, length=150)
+    tasks = Tasks(["recall_needle"], data=str(tmp_path))
+    session = open_session(run)
+    wild = reference.randomised(session.config.model)
+    found = {}
+    for way in ("full", "fastgen:T=1", "window:tokens=16,recent=4"):
+        answers = Model(session, wild, way=way, context=256)
+        ((name, loaded),) = tasks.loaded.items()
+        found[way] = _scored(answers, loaded, None, _asked(answers, loaded))[name]
+    full, everything, some = found.values()
+    assert full["n"] == sum(part["n"] for part in full["depths"].values()) == 12
+    assert len(full["depths"]) > 3
+    for depth, part in full["depths"].items():
+        same, other = (one["depths"][depth]["metrics"]["perplexity"] for one in (everything, some))
+        assert same == pytest.approx(part["metrics"]["perplexity"], rel=1e-4)
+        assert other != pytest.approx(part["metrics"]["perplexity"], rel=1e-2)
+    # The metric of a task is that of all its depths.
+    means = [np.log(part["metrics"]["perplexity"]) * part["n"] for part in some["depths"].values()]
+    assert np.exp(sum(means) / 12) == pytest.approx(some["metrics"]["perplexity"], rel=1e-6)
 
 
 def test_every_way_is_asked_with_the_same_solved_examples(run, school, monkeypatch):

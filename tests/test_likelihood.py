@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from cla_jax import likelihood
+from cla_jax import eviction, likelihood
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec
+from cla_jax.cache.evicting import evicting_spec
+from cla_jax.compressor import Compressor
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.formats import FORMATS
@@ -17,6 +19,7 @@ from cla_jax.prefix_groups import PrefixGroup, pack, prefix_groups, text
 from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL
+from tests.test_evicting import CLASSES
 
 LOSSLESS = ("dense", "float32")
 LONGEST = 40  # tokens that the model is given
@@ -139,6 +142,45 @@ def test_a_cache_that_quantises_old_tokens_is_copied_whole():
     assert_same(found, alone, tolerance=1e-5)
     exact = by_itself(model, texts)
     assert max(abs(f.logprob - p) for f, (p, _) in zip(found, exact, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("policy", ["fastgen:T=1", "window:keep=1"])
+def test_a_policy_that_keeps_everything_gives_what_a_dense_cache_gives(policy):
+    model = reference.randomised(MODEL)
+    weights, texts = decoding_weights(model), questions()
+    found = likelihood.through_policy(
+        weights, MODEL, eviction.parse(policy), CLASSES.tobytes(), texts, chunk=5
+    )
+    dense = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=5)
+    assert_same(found, dense, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["window:tokens=8,sinks=2,recent=3", "h2o:tokens=9,recent=4"])
+def test_a_policy_answers_as_each_text_alone_does(policy):
+    """The context without its last token is the prompt, and all that follows is decoded."""
+    policy = eviction.parse(policy)
+    model = reference.randomised(MODEL)
+    weights = decoding_weights(model)
+    texts = questions()[:14]
+    found = likelihood.through_policy(weights, MODEL, policy, CLASSES.tobytes(), texts, chunk=1)
+    expected, kept = [], []
+    for tokens, targets in texts:
+        prompt = tokens[: max(len(tokens) - len(targets), 1)]
+        spec = evicting_spec(MODEL, policy, classes=CLASSES.tobytes(), batch=1, capacity=128)
+        compressor = Compressor(weights, spec)
+        x, cache = compressor.fill(spec.allocate(), {0: prompt}, len(tokens) - len(prompt))
+        kept.append(compressor.chosen[0].kept_BKS.sum() / len(prompt))
+        hidden = [x[:, len(prompt) - 1]]
+        for token in tokens[len(prompt) :]:
+            x, cache = decode(weights, compressor.spec, cache, np.array([[token]]), np.array([1]))
+            hidden.append(x[:, 0])
+        scored = np.concatenate(hidden)[-len(targets) :]
+        logits = np.asarray(project(scored[None], weights.head, spec.rules)[0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        logprob = log_p[np.arange(len(targets)), list(targets)].sum()
+        expected.append((logprob, bool((logits.argmax(-1) == targets).all())))
+    assert min(kept) < 0.6  # something was evicted
+    assert_same(found, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=4, fsdp=1, model=2), MeshConfig(fsdp=8)])

@@ -5,6 +5,7 @@ Tasks, prompts, metrics and the splitting of text into context and continuation 
 same weights. Only the computation of the answers is ours (cla_jax/likelihood.py, cla_jax/engine.py).
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,16 +17,18 @@ from typing import Any
 
 import jax
 
-from cla_jax import checkpoint, likelihood, runs
-from cla_jax.cache import cache_spec
+from cla_jax import checkpoint, eviction, likelihood, runs
+from cla_jax.cache import CacheSpec, cache_spec
+from cla_jax.cache.evicting import evicting_spec
 from cla_jax.config import Sampling
-from cla_jax.decode import Weights, decoding_weights
+from cla_jax.decode import Weights, decoding_weights, on_one_device
 from cla_jax.engine import Engine, Request
 from cla_jax.evaluate import open_session
+from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
-from cla_jax.messages import near_choice
+from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
@@ -54,8 +57,8 @@ class Model(TemplateLM):
     Args:
       session: the tokenizer, the mesh's rules and how a full forward pass runs.
       model: the weights.
-      way: a cache format, or `full` for full forward passes; what is generated then goes through a
-        dense cache.
+      way: a cache format, an eviction policy, or `full` for full forward passes; what is generated then
+        goes through a dense cache. For a policy no mesh is set: its cache is on one device.
       chunk: tokens a cached decoding step.
       context: tokens that the model reads at most; what is longer loses its beginning.
       prefix: the token that a text without context begins with; by default the begin token of texts, or
@@ -77,7 +80,7 @@ class Model(TemplateLM):
         ends: Sequence[int] = (),
     ):
         super().__init__()
-        near_choice("cache format", way, WAYS)
+        eviction.check_cache(way, WAYS)
         self.max_length: int = context or session.config.data.seq_len
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
         self._session, self._model, self.way, self.chunk = session, model, way, chunk
@@ -87,9 +90,19 @@ class Model(TemplateLM):
         self._prefix = begin if prefix is None else prefix
         self._ends = list(dict.fromkeys([self._tokenizer.end, *ends]))
 
+    @property
+    def _rules(self) -> AxisRules:
+        return AxisRules() if eviction.is_policy(self.way) else self._session.rules
+
     @functools.cached_property
     def _weights(self) -> Weights:
-        return decoding_weights(self._model, self._session.rules)
+        if eviction.is_policy(self.way):
+            return decoding_weights(on_one_device(self._model))
+        return decoding_weights(self._model, self._rules)
+
+    @functools.cached_property
+    def _classes(self) -> bytes:
+        return classes_of_tokenizer(self._tokenizer, self._begin_token)
 
     # --------------------------------------------------------------------------------- tokens
 
@@ -146,9 +159,19 @@ class Model(TemplateLM):
         """The likelihood of each (context, continuation); what is asked twice is computed once."""
         distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         texts = [text(context, rest, self.max_length) for context, rest in distinct]
-        rules, progress = self._session.rules, self.progress("log-likelihoods")
+        progress = self.progress("log-likelihoods")
         if self.way == FULL:
             found = likelihood.by_forward(self._model, self._session.options, texts, progress)
+        elif eviction.is_policy(self.way):
+            found = likelihood.through_policy(
+                self._weights,
+                self._model.config,
+                eviction.parse(self.way),
+                self._classes,
+                texts,
+                chunk=self.chunk,
+                progress=progress,
+            )
         else:
             found = likelihood.through_cache(
                 self._weights,
@@ -156,7 +179,7 @@ class Model(TemplateLM):
                 self.way,
                 texts,
                 chunk=self.chunk,
-                rules=rules,
+                rules=self._rules,
                 progress=progress,
             )
         return [found[distinct[pair]] for pair in pairs]
@@ -201,14 +224,9 @@ class Model(TemplateLM):
                 f"a task generates {new_tokens} tokens, which leaves no room for the prompt in the context "
                 f"of {self.max_length} tokens: raise --context"
             )
-        rows_of = likelihood.rows_of(self._session.rules)
-        spec = cache_spec(
-            self._model.config,
-            "dense" if self.way == FULL else self.way,
-            batch=min(rows_of(CACHED // capacity), rows_of(len(prompts))),
-            capacity=capacity,
-            chunk=self.chunk,
-            rules=self._session.rules,
+        rows_of = likelihood.rows_of(self._rules)
+        spec = self._spec(
+            batch=min(rows_of(CACHED // capacity), rows_of(len(prompts))), capacity=capacity
         )
         engine = Engine(
             self._weights,
@@ -237,6 +255,16 @@ class Model(TemplateLM):
         return [
             min((words.split(stop)[0] for stop in until), key=len, default=words) for words in found
         ]
+
+    def _spec(self, *, batch: int, capacity: int) -> CacheSpec:
+        """Of the cache that generations go through."""
+        config = self._model.config
+        sizes: dict[str, Any] = {"batch": batch, "capacity": capacity, "chunk": self.chunk}
+        if eviction.is_policy(self.way):
+            policy = eviction.parse(self.way)
+            return evicting_spec(config, policy, classes=self._classes, **sizes)
+        way = "dense" if self.way == FULL else self.way
+        return cache_spec(config, way, rules=self._rules, **sizes)
 
 
 # Values with which an option changes nothing, as transformers' generate() understands them.
@@ -302,7 +330,8 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be positive")
     for way in ways:
-        near_choice("cache format", way, WAYS)
+        eviction.check_cache(way, WAYS)
+    ways = tuple(dict.fromkeys(map(eviction.canonical, ways)))
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
@@ -313,8 +342,8 @@ def evaluate(
         log.warning(
             "the model supports at most %d tokens of context, but %d are used", longest, read
         )
-    with jax.set_mesh(session.mesh):
-        for way in ways:
+    for way in ways:
+        with contextlib.nullcontext() if eviction.is_policy(way) else jax.set_mesh(session.mesh):
             answers = Model(session, model, way=way, chunk=chunk, context=context, ends=ends)
             tasks.draw_alike()
             for name, loaded in tasks.loaded.items():
@@ -360,9 +389,14 @@ def _asked(answers: Model, loaded: Any) -> dict[str, dict[str, Any]]:
 def _scored(
     answers: Model, loaded: Any, limit: int | None, asked: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The records of one or several tasks, by their names, as plain numbers."""
+    """The records of one or several tasks, by their names, as plain numbers.
+
+    If the examples of a task say at which depth of the context their answer is, from 0 to 1, its record has
+    the metrics of each tenth too (`depths`).
+    """
     clock = time.monotonic()
-    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=False)
+    deep = {name for name, task in loaded["tasks"].items() if "depth" in task.eval_docs[0]}
+    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
     seconds = round(time.monotonic() - clock, 3)
     records: dict[str, dict[str, Any]] = {}
     for name, results in found["results"].items():
@@ -374,7 +408,26 @@ def _scored(
         records[name] = {"metrics": metrics, **asked.get(name, {}), "seconds": seconds}
         if name in loaded["tasks"]:
             records[name]["n"] = found["n-samples"][name]["effective"]
+        if name in deep:
+            records[name]["depths"] = _by_depth(loaded["tasks"][name], found["samples"][name])
     return records
+
+
+def _by_depth(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    tenths: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        tenths.setdefault(min(int(sample["doc"]["depth"] * 10), 9), []).append(sample)
+    return {
+        f"{tenth / 10:.1f}": {
+            "n": len(some),
+            "metrics": {
+                name: float(aggregate([sample[name] for sample in some]))
+                for name, aggregate in task.aggregation().items()
+                if name in some[0]
+            },
+        }
+        for tenth, some in sorted(tenths.items())
+    }
 
 
 def _known(run: Run, way: str, origin: dict[str, Any]) -> dict[str, Any]:
