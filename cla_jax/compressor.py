@@ -71,9 +71,12 @@ class Compressor:
 
     def __init__(self, weights: Weights, spec: EvictingSpec):
         self.weights, self.spec = weights, spec
-        layers = range(len(spec.pages))
-        self._taken: list[dict[int, list[int]]] = [{} for _ in layers]  # pages of each row
-        self._free: list[list[int]] = [list(range(n)) for n in spec.pages]
+        # Of each KV layer: the pages of each row, and the free ones. KV layers that are read together have
+        # the same pages of their pools, and here the same objects.
+        taken: list[dict[int, list[int]]] = [{} for _ in spec.pages]
+        free = [list(range(n)) for n in spec.pages]
+        self._taken = [taken[first] for first in spec.together]
+        self._free = [free[first] for first in spec.together]
         self._left: set[int] = set()  # rows whose tables still name pages that are free
         self.chosen: tuple[Chosen, ...] = ()  # by the last fill, for each KV layer
         self.seconds = Seconds()
@@ -118,10 +121,12 @@ class Compressor:
         classes_BS = np.where(
             np.arange(tokens_BT.shape[1]) < counts_B[:, None], self.spec.classes_V[tokens_BT], 0
         ).astype(np.uint8)
-        layers = range(len(encoded.kv_layers))
-        chosen = tuple(
-            self._choose(scratch, p, encoded, tokens_BT, counts_B, classes_BS) for p in layers
-        )
+        together = self.spec.together
+        of_first = {
+            p: self._choose(scratch, p, encoded, tokens_BT, counts_B, classes_BS)
+            for p in sorted(set(together))
+        }
+        chosen = tuple(of_first[first] for first in together)
         self.seconds.profile += time.monotonic() - clock
         return Profiled(x_BTD=x_BTD, encoded=encoded, chosen=chosen, classes_BS=classes_BS)
 
@@ -155,17 +160,26 @@ class Compressor:
         self, scratch: ScratchSpec, p: int, encoded: Cache,
         tokens_BS: np.ndarray, counts_B: np.ndarray, classes_BS: np.ndarray,
     ) -> Chosen:  # fmt: skip
+        """For the KV layers that are read together, of which p is the first."""
         notes: Notes = encoded.pages
-        of = (scratch.representative(p), encoded.kv_layers[p], notes.queries[p], notes[1:])
+        # Of each that is read for its keys.
+        readers = [
+            (scratch.representative(q), encoded.kv_layers[q], notes.queries[q], notes[1:])
+            for q, first in enumerate(self.spec.together)
+            if first == p and notes.queries[q]
+        ]
         policy, K = self.spec.policy, self.spec.config.n_kv_heads
         received_BKS = observed_BKS = np.zeros((len(counts_B), K, classes_BS.shape[1]), np.float32)
         if policy.profiles:
-            received_BKS, observed_BKS = map(
-                np.asarray, scratch.received(*of, observation=policy.observation)
+            received = [scratch.received(*of, observation=policy.observation) for of in readers]
+            received_BKS, observed_BKS = (
+                functools.reduce(np.add, map(np.asarray, each))
+                for each in zip(*received, strict=True)
             )
 
         def lost(dropped_CBKS: np.ndarray, bands_CB: np.ndarray) -> Lost:
-            return Lost(*map(np.asarray, scratch.lost(*of, dropped_CBKS, bands_CB)))
+            found = [scratch.lost(*of, dropped_CBKS, bands_CB) for of in readers]
+            return Lost(*(np.concatenate(each, axis=1) for each in zip(*found, strict=True)))
 
         seen = Seen(
             layer=p,
@@ -217,9 +231,13 @@ class Compressor:
         left = [row for row in self._left if row not in rows]
         rows_B = np.full(B, B, np.int32)  # past the batch: none
         rows_B[: len(rows) + len(left)] = rows + left
+        taken = {
+            p: self._take(p, rows, -(-rooms[p] // spec.page))
+            for p in sorted(set(self.spec.together))
+        }
         for p, (layer, one, room_BK) in enumerate(zip(cache.kv_layers, chosen, rooms, strict=True)):
             tables = np.full((B, K, self.spec.widths[p]), NO_PAGE, np.int32)
-            tables[: len(rows)] = self._take(p, rows, -(-room_BK // spec.page))
+            tables[: len(rows)] = taken[self.spec.together[p]]
             plan = _plan(self.spec, p, one, tables[: len(rows)], classes_of(one.choice, classes_BS))
             of_rows = lambda a_BK: np.concatenate([a_BK, np.zeros((B - len(a_BK), K))]).astype(
                 np.int32
@@ -243,13 +261,15 @@ class Compressor:
         """The cache with pools and tables large enough for so many pages more, of each head."""
         spec = self.spec
         sizes, widths = list(spec.pages), list(spec.widths)
-        for p, pages_BK in enumerate(pages):
+        for p in set(spec.together):
+            pages_BK = pages[p]
             missing = int(pages_BK.sum()) - len(self._free[p])
             if missing > 0:
                 sizes[p] = size_of(spec.pages[p] + missing)
                 self._free[p] += range(spec.pages[p], sizes[p])
             if pages_BK.max() > widths[p]:
                 widths[p] = rounded(size_of(int(pages_BK.max())), spec.page)
+        sizes, widths = ([of[first] for first in spec.together] for of in (sizes, widths))
         if (tuple(sizes), tuple(widths)) == (spec.pages, spec.widths):
             return cache
         self.spec = dataclasses.replace(spec, pages=tuple(sizes), widths=tuple(widths))

@@ -165,6 +165,18 @@ class Sharing:
         return self._index_of[group.k_source], self._index_of[group.v_source]
 
     @functools.cached_property
+    def together(self) -> tuple[int, ...]:
+        """Of each KV layer, the first KV layer that it is read together with: itself, if with none before.
+
+        A layer that reads the keys of one KV layer and the values of another reads the two together.
+        """
+        found = list(range(len(self.kv_layers)))
+        for group in self.groups:
+            low, high = sorted(found[p] for p in self.read_by(group))
+            found = [low if p == high else p for p in found]
+        return tuple(found)
+
+    @functools.cached_property
     def _index_of(self) -> dict[int, int]:
         return {kv.layer: p for p, kv in enumerate(self.kv_layers)}
 

@@ -27,6 +27,7 @@ class Masked(NamedTuple):
 class MaskedSpec(CacheSpec):
     reads_tokens = True
     policy: Any
+    mates: tuple[int, ...]  # KV layers with the same number are read together
 
     def write(self, p, layer: Masked, kv, step):
         inner = super().write(p, layer.inner, kv, step)
@@ -35,7 +36,7 @@ class MaskedSpec(CacheSpec):
         put = lambda held, new: held.at[rows, :, at].set(new, mode="drop")
         heads = jnp.arange(self.config.n_kv_heads, dtype=jnp.uint32)
         positions, tokens = (a.astype(jnp.uint32)[..., None] for a in (at, step.tokens_BT))
-        scores = self.policy.first_scores(positions, tokens, heads, p)
+        scores = self.policy.first_scores(positions, tokens, heads, self.mates[p])
         return Masked(
             inner,
             put(layer.kept_BKE, True),
@@ -43,6 +44,10 @@ class MaskedSpec(CacheSpec):
             put(layer.classes_BKE, step.pages[step.tokens_BT][..., None]),
             layer.rule,
         )
+
+    def source(self, layers, k, v):
+        inner = super().source([layer.inner for layer in layers], k, v)
+        return layers[k]._replace(inner=inner)
 
     def observed(self, p, layer: Masked, q_BTKGH, step):
         kv = self.formats[p].decode(layer.inner)
@@ -57,10 +62,11 @@ class MaskedSpec(CacheSpec):
 
     def settled(self, cache, notes, step):
         layers = []
-        for layer, seen in zip(cache.kv_layers, notes, strict=True):
+        for p, layer in enumerate(cache.kv_layers):
             scores = layer.scores_BKE
             if self.policy.scoring == "attention":
-                scores = scores + sum(seen)
+                alike = [q for q in range(len(notes)) if self.mates[q] == self.mates[p]]
+                scores = scores + sum(note for q in alike for note in notes[q])
             rule, n = layer.rule, step.lengths_B[:, None]
             E = scores.shape[-1]
             at = jnp.arange(E)
@@ -81,6 +87,19 @@ class MaskedSpec(CacheSpec):
         return dataclasses.replace(cache, kv_layers=tuple(layers))
 
 
+def mates(config) -> tuple[int, ...]:
+    """For each KV layer the lowest that it is read together with, by following readers to and fro."""
+    sharing = config.sharing
+    pairs = [sharing.read_by(group) for group in sharing.groups]
+    found = []
+    for p in range(len(sharing.kv_layers)):
+        seen = {p}
+        while more := {q for pair in pairs if seen & set(pair) for q in pair} - seen:
+            seen |= more
+        found.append(min(seen))
+    return tuple(found)
+
+
 def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[MaskedSpec, Cache]:
     """What `compressor` last chose for the prompts, as a mask over a cache of all their tokens."""
     config, policy = compressor.spec.config, compressor.spec.policy
@@ -92,7 +111,7 @@ def masked_cache(compressor: Compressor, prompts, capacity: int) -> tuple[Masked
     lengths = np.array(list(map(len, prompts)))
     plain = cache_spec(config, scratch.formats, batch=B, capacity=capacity, chunk=capacity)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    spec = MaskedSpec(**fields, policy=policy)
+    spec = MaskedSpec(**fields, policy=policy, mates=mates(config))
     _, cache = jax.jit(decode, static_argnums=1)(
         compressor.weights, plain, plain.allocate(), tokens, lengths
     )

@@ -90,6 +90,9 @@ POLICIES = (
     "adakv:keep=0.5,window=6,sinks=2,recent=2,floor=0.2",
     "random:tokens=11,sinks=1,recent=4,seed=7",
 )
+# The keys of layer 1 are read with the values of layer 0; layer 3 reads only its own.
+SPLIT = "k=0,1,1,3;v=0,0,0,3"
+MAPS = ((2, "0,1"), (2, "0,0"), (3, "0,1,0"), (4, SPLIT), (4, "fused-lite"), (3, "k=0,1,1;v=0,0,2"))
 SHARED = replace(MODEL, n_layers=2, n_kv_heads=2)  # one KV layer
 
 
@@ -97,10 +100,10 @@ SHARED = replace(MODEL, n_layers=2, n_kv_heads=2)  # one KV layer
 @settings(max_examples=2, deadline=None)
 @given(st.data())
 def test_real_storage_equals_a_mask(data):
-    kv_map = data.draw(st.sampled_from(["0,1", "0,0", "0,1,0"]))
+    n_layers, kv_map = data.draw(st.sampled_from(MAPS))
     config = replace(
         MODEL,
-        n_layers=len(kv_map.split(",")),
+        n_layers=n_layers,
         kv_map=kv_map,
         n_kv_heads=data.draw(st.sampled_from([1, 2, 4])),
     )
@@ -112,6 +115,33 @@ def test_real_storage_equals_a_mask(data):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_on_shared_layers_and_ragged_rows(policy):
     assert_storage_equals_mask(SHARED, policy, [45, 33], 1)
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[5]])
+def test_keys_and_values_of_different_layers_are_kept_together(policy):
+    config = replace(MODEL, n_layers=4, kv_map=SPLIT, n_kv_heads=2)
+    cache = assert_storage_equals_mask(config, policy, [45, 33], 1)
+    first, second, third = kept_of(cache)
+    assert first == second != third
+    assert cache.kv_layers[1].kept.v_BSKH is None  # made by no layer, and stored by none
+
+
+def test_bytes_of_keys_and_values_of_different_layers():
+    config = replace(MODEL, n_layers=4, kv_map=SPLIT, n_kv_heads=2)
+    prompts = [TOKENS[0, :45].tolist(), TOKENS[1, :33].tolist()]
+    compressor, _, cache = filled(config, "h2o:keep=0.4,sinks=2,recent=3", prompts, capacity=64)
+    entries = [int(one.kept_BKS.sum()) for one in compressor.chosen]
+    predicted = ledger.predicted_evicting(compressor.spec, entries)
+    counted = ledger.counted_evicting(compressor.spec, cache)
+    assert dataclasses.replace(counted, pages=0) == predicted
+    kept, half = (
+        2 * 18 + 2 * 14,
+        8 * 4,
+    )  # 0.4 of 45 and of 33, rounded up; bytes of a head in float32
+    assert entries == [kept] * 3
+    assert counted.resident == kept * half * (2 + 1 + 2)
+    # Keys of layers 0, 1 and 3 have 1, 2 and 1 readers; values of layers 0 and 3 have 3 and 1.
+    assert counted.read == kept * half * (1 + 2 + 1 + 3 + 1)
 
 
 def assert_storage_equals_mask(config, policy, lengths, chunk):
@@ -139,6 +169,7 @@ def assert_storage_equals_mask(config, policy, lengths, chunk):
     total = sum(len(head) for layer in expected for row in layer for head in row)
     everything = sum(lengths) + 48 - chunk
     assert total < everything * config.n_kv_heads * config.n_kv_layers  # something was evicted
+    return cache
 
 
 def test_full_keeps_everything_and_gives_the_tokens_of_a_dense_cache():
@@ -246,11 +277,6 @@ def test_the_profile_is_that_of_whole_attention():
             "window:keep=0.5",
             {"kv": LatentKV(rank=8, rope_dims=4)},
             "does not support model.kv.kind = latent",
-        ),
-        (
-            "window:keep=0.5",
-            {"kv_map": "fused-lite"},
-            "kv_map = fused-lite has different maps",
         ),
         ("fastgen", {}, "no punctuation tokens"),
     ],

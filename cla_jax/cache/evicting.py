@@ -5,12 +5,16 @@ with a table of pages. Softmax does not care about the order of keys, and cached
 an entry that is evicted is marked empty, and a later token takes its place. An entry knows its position, its
 class and, where the policy ranks by attention, the attention that it has received.
 
+Where layers read the keys of one KV layer and the values of another, these KV layers keep the same tokens in
+the same entries: their readers are counted together.
+
 A step writes its tokens, lets all layers read, adds up what each entry received, and evicts last. So all
 readers of a step see the same entries, and a token always sees itself.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,19 +85,27 @@ class EvictingSpec(CacheSpec):
         return dataclasses.replace(self.config, n_kv_heads=1)
 
     @property
+    def together(self) -> tuple[int, ...]:
+        return self.config.sharing.together
+
+    @property
     def ranks(self) -> bool:
         return self.policy.scoring != "none"
 
+    def half_bytes(self, p: int, half: str) -> int:
+        """Bytes of the keys, `k`, or the values, `v`, of an entry."""
+        return self._format(p).bytes_per_token(self.one_head, half)
+
     def entry_bytes(self, p: int) -> tuple[int, int]:
         """Bytes of an entry: keys and values; position, class and score."""
-        return self._format(p).bytes_per_token(self.one_head), 5 + 4 * self.ranks
+        return self.half_bytes(p, self.holds[p]), 5 + 4 * self.ranks
 
     def representative(self, p: int) -> int:
         size = lambda layer: (self.pages[layer], self.widths[layer])
         return next(layer for layer in range(p + 1) if size(layer) == size(p))
 
     def shapes(self, p: int) -> Pool:
-        kept = self.formats[p].shapes(self.one_head, self.pages[p], self.page)
+        kept = self.formats[p].shapes(self.one_head, self.pages[p], self.page, self.holds[p])
         of = lambda dtype: Shape("BE", (self.pages[p], self.page), jnp.dtype(dtype))
         heads = self.batch, self.config.n_kv_heads
         count = Shape("BK", heads, jnp.dtype("int32"))
@@ -131,6 +143,10 @@ class EvictingSpec(CacheSpec):
 
     # ------------------------------------------------------------------------------- a step
 
+    def source(self, layers: Sequence[Pool], k: int, v: int) -> Pool:
+        """The entries of layers that read these keys and values, which lie in the same entries."""
+        return layers[k]._replace(kept=super().source([layer.kept for layer in layers], k, v))
+
     def write(self, p: int, layer: Pool, kv: KV, step: StepPositions) -> Pool:
         """The new tokens of a row take the first empty entries of each head."""
         T, table, classes_V = step.positions_BT.shape[1], layer.table, step.pages
@@ -160,7 +176,9 @@ class EvictingSpec(CacheSpec):
             kept=jax.tree.map(each, layer.kept, encoded),
             positions=put(layer.positions, step.positions_BT[:, None]),
             classes=put(layer.classes, classes_BT[:, None]),
-            scores=put(layer.scores, self._first_scores(p, step)) if self.ranks else None,
+            scores=put(layer.scores, self._first_scores(self.together[p], step))
+            if self.ranks
+            else None,
         )
 
     def _first_scores(self, p: int, step: StepPositions) -> jax.Array:
@@ -203,7 +221,9 @@ class EvictingSpec(CacheSpec):
         layers = []
         for p, layer in enumerate(cache.kv_layers):
             if self.policy.scoring == "attention":
-                scores_BKE = self._gathered(layer.scores, layer.table, 0) + sum(notes[p])
+                readers = (of for q, of in enumerate(notes) if self.together[q] == self.together[p])
+                received = sum(itertools.chain.from_iterable(readers))
+                scores_BKE = self._gathered(layer.scores, layer.table, 0) + received
                 layer = layer._replace(
                     scores=self._scattered(layer.scores, layer.table, scores_BKE)
                 )

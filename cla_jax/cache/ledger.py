@@ -175,7 +175,11 @@ def predicted_evicting(spec: EvictingSpec, entries: Sequence[int]) -> EvictingLe
         tables=4 * B * K * sum(numbers),
         resident=sum(entries[p] * sizes[p][0] for p in layers),
         notes=sum(entries[p] * sizes[p][1] for p in layers),
-        read=sum(entries[p] * sizes[p][0] * spec.readers[p] for p in layers),
+        read=sum(
+            entries[p] * spec.half_bytes(p, half) * readers
+            for p in layers
+            for half, readers in spec.readers_of[p].items()
+        ),
         entries=tuple(entries),
     )
 
@@ -193,7 +197,10 @@ def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> Evic
         noted = nbytes((pool.positions, pool.classes, pool.scores)) // positions.size
         pages += given.size * spec.page * (each + noted)
         resident, notes = resident + held * each, notes + held * noted
-        read += held * each * spec.readers[p]
+        read += held * sum(
+            nbytes(pool.kept.only(half)) // positions.size * readers
+            for half, readers in spec.readers_of[p].items()
+        )
         entries.append(held)
     arrays = [(pool.kept, pool.positions, pool.classes, pool.scores) for pool in cache.kv_layers]
     return EvictingLedger(

@@ -67,11 +67,6 @@ def refusal(model: typing.Any, policy: Policy, capacity: int) -> str | None:
         return f"{policy.name}: an evicting cache does not support sliding windows: model.windows must be 0"
     if model.kv.kind == "latent":
         return f"{policy.name}: an evicting cache does not support model.kv.kind = latent"
-    if model.sharing.is_split:
-        return (
-            f"{policy.name}: an evicting cache needs one map for keys and values, but model.kv_map = "
-            f"{model.kv_map} has different maps"
-        )
     if capacity > LONGEST:
         return f"{policy.name}: an evicting cache has at most {LONGEST:,} tokens per row, not {capacity:,}"
     return None
