@@ -144,7 +144,12 @@ def attention(_weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]
     @jax.jit
     def call(cache: Cache, q_BTKGH: jax.Array) -> jax.Array:
         newest_BT = cache.lengths_B[:, None] - 1
-        here = StepPositions(newest_BT, jnp.zeros_like(newest_BT), cache.lengths_B, cache.pages)
+        here = StepPositions(
+            positions_BT=newest_BT,
+            starts_BT=jnp.zeros_like(newest_BT),
+            lengths_B=cache.lengths_B,
+            pages=cache.pages,
+        )
         return spec.attend(0, cache.kv_layers[0], q_BTKGH, here)
 
     return lambda: jax.block_until_ready(call(cache, q_BTKGH))

@@ -56,12 +56,12 @@ def _latent_norms(model: ModelConfig) -> int:
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token of a window of `seq_len`: 6 N + 6 L n_heads d_head T.
+    """FLOPs of forward and backward for one token of a window of `seq_len`.
 
-    With a latent, a query head is wider than its values: d_head stands for the mean of both.
-
-    N counts the parameters with the output head and without the embedding table. Attention is halved for
-    causality; a layer with a window W < T counts W (2 - W / T) instead of T. Rematerialisation is left out.
+    They are 6 * parameters + 6 * n_layers * n_heads * d_head * seq_len. The parameters include the output
+    head, but not the embedding table. Attention is halved for causality. A layer with a shorter window counts
+    window * (2 - window / seq_len) instead of seq_len. With a latent, a query head is wider than its values:
+    d_head stands for the mean of both. Rematerialisation is left out.
     """
     count = parameters(model)
     head = model.vocab_size * model.d_model if model.tied_embeddings else count.head

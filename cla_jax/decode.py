@@ -101,16 +101,22 @@ def decode(
     rope = Rope.at(positions_BT, config)
     any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
     known_BT = tokens_BT if spec.reads_tokens else None
-    step = StepPositions(positions_BT, any_BT, lengths_B, cache.pages, known_BT)
+    step = StepPositions(
+        positions_BT=positions_BT,
+        starts_BT=any_BT,
+        lengths_B=lengths_B,
+        pages=cache.pages,
+        tokens_BT=known_BT,
+    )
     layers = list(cache.kv_layers)
     notes: list[list[Any]] = [[] for _ in layers]
     spec_BTD = rules.gathered().spec(*axes("BTD"))
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
     for group, blocks in zip(config.sharing.groups, weights.groups, strict=True):
         k, v = config.sharing.read_by(group)
-        if group.makes:
+        if group.projects:
             kv = blocks.keys_and_values(x_BTD, rope, rules, config)
-            p = k if "k" in group.makes else v
+            p = k if "k" in group.projects else v
             layers[p] = spec.write(p, layers[p], kv, step)
         here = step.within(spec.windows[k])
         alike = spec.representative(k)

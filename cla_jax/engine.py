@@ -233,7 +233,7 @@ class Engine:
         return True
 
     def _collect(self, but: int = 0) -> None:
-        """Looks at what the device has emitted, except for the newest `but` emissions."""
+        """Looks at what the device has emitted, except for the newest `but` outputs."""
         while len(self._in_flight) > but:
             requests, emitted = self._in_flight.popleft()
             tokens_BN, logprobs_BN, done_B, stopped_B = map(np.asarray, emitted)

@@ -16,7 +16,7 @@ from cla_jax.data import prepare
 from cla_jax.data.mixture import of_component
 from cla_jax.eviction_scores import evicting_decoding
 from cla_jax.model.transformer import Transformer
-from cla_jax.runs import TRAINING, Run, check_places
+from cla_jax.runs import TRAINING, Run, check_paths
 from cla_jax.scoring import (
     Progress,
     agreement,
@@ -69,9 +69,9 @@ def open_session(
     evaluated at once, if not as many. Raises ValueError if the held-out text or the tokenizer are not those
     the run was trained with; nothing is prepared then. A run may be somebody else's. So it may name places
     outside the current directory. They are used only if they are given here too, in `data_dir` and
-    `data_sources` (`runs.check_places`).
+    `data_sources` (`runs.check_paths`).
     """
-    check_places(run, data_dir, data_sources)
+    check_paths(run, data_dir, data_sources)
     config = run.config()
     here = dataclasses.replace(
         config.placement,

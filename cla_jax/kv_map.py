@@ -36,7 +36,7 @@ from cla_jax.messages import shown
 
 KvMap = tuple[int, ...]
 # Keys, values, both, or neither.
-Halves = Literal["", "k", "v", "kv"]
+KVParts = Literal["", "k", "v", "kv"]
 
 
 # ------------------------------------------------------------------------------------ structure
@@ -50,12 +50,12 @@ class Group:
     size: int  # number of layers
     k_source: int  # the layer whose keys all of them read; `first` if they are its own
     v_source: int  # likewise for values
-    reused: Halves  # what later groups read of this one
+    reused: KVParts  # what later groups read of this one
 
     @property
-    def makes(self) -> Halves:
+    def projects(self) -> KVParts:
         """What it projects itself."""
-        return _halves(self.k_source == self.first, self.v_source == self.first)
+        return _kv_parts(self.k_source == self.first, self.v_source == self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class Stack:
         return self.groups[0].size
 
     @property
-    def makes(self) -> Halves:
-        return self.groups[0].makes
+    def projects(self) -> KVParts:
+        return self.groups[0].projects
 
     @property
-    def reused(self) -> Halves:
+    def reused(self) -> KVParts:
         return self.groups[0].reused
 
 
@@ -83,7 +83,7 @@ class KVLayer:
     """A layer that makes keys or values. A KV cache stores them."""
 
     layer: int
-    holds: Halves
+    holds: KVParts
     k_readers: int  # layers that read its keys, itself included
     v_readers: int
     readers: int  # layers that read its keys, its values, or both
@@ -123,7 +123,7 @@ class Sharing:
                 size=size,
                 k_source=k,
                 v_source=v,
-                reused=_halves(first == k and k in later_k, first == v and v in later_v),
+                reused=_kv_parts(first == k and k in later_k, first == v and v in later_v),
             )
             for first, size, k, v in runs
         )
@@ -133,11 +133,11 @@ class Sharing:
         """Consecutive groups that make and read the same, of equal size; a consuming group stands alone."""
 
         def shape(group: Group) -> tuple:
-            if not group.makes:
+            if not group.projects:
                 return (group.first,)
             # What is read of an earlier group is one array for the whole stack.
             elsewhere = [s for s in (group.k_source, group.v_source) if s != group.first]
-            return (group.size, group.makes, group.reused, *elsewhere)
+            return (group.size, group.projects, group.reused, *elsewhere)
 
         return tuple(
             Stack(groups=tuple(run)) for _, run in itertools.groupby(self.groups, key=shape)
@@ -150,14 +150,14 @@ class Sharing:
         return tuple(
             KVLayer(
                 layer=group.first,
-                holds=group.makes,
+                holds=group.projects,
                 k_readers=self.k_map.count(group.first),
                 v_readers=self.v_map.count(group.first),
                 readers=sum(group.first in pair for pair in sources),
                 window=self.windows[group.first],
             )
             for group in self.groups
-            if group.makes
+            if group.projects
         )
 
     def read_by(self, group: Group) -> tuple[int, int]:
@@ -185,7 +185,7 @@ class Sharing:
         return sum(half in kv.holds for kv in self.kv_layers)
 
 
-def _halves(keys: bool, values: bool) -> Halves:
+def _kv_parts(keys: bool, values: bool) -> KVParts:
     if keys:
         return "kv" if values else "k"
     return "v" if values else ""

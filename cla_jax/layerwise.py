@@ -60,7 +60,7 @@ def put_together(parts: Layers) -> Transformer:
     stacks: dict[str, list[list[np.ndarray]]] = {}
     for prefix, g, group in _groups(parts.config):
         members = parts.layers[group.first : group.first + group.size]
-        for name, array in (members[0].projection or {} if group.makes else {}).items():
+        for name, array in (members[0].projection or {} if group.projects else {}).items():
             stacks.setdefault(f"{prefix}.projection.{name}", []).append([array])
         for layer in members:
             for name, array in layer.block.items():

@@ -677,7 +677,7 @@ def locked(path: epath.Path) -> Iterator[None]:
         yield
 
 
-def check_places(run: Run, data_dir: str | None, sources: Sequence[str]) -> None:
+def check_paths(run: Run, data_dir: str | None, sources: Sequence[str]) -> None:
     """Raises ValueError if evaluating a run would use a place that only its config.json names.
 
     A run may be somebody else's. What it names is used if the user named it too, or if it lies below the

@@ -103,7 +103,7 @@ def _held_out(arguments: Arguments) -> None:
         raise ValueError(f"windows = {arguments.windows} must be positive")
     if arguments.plot:
         check_picture(arguments.plot)
-    from cla_jax.runs import check_places
+    from cla_jax.runs import check_paths
 
     formats = arguments.cache or ("dense",)
     chunk = 1 if arguments.chunk is None else arguments.chunk
@@ -118,7 +118,7 @@ def _held_out(arguments: Arguments) -> None:
     for run in found:
         with collected(refused):
             run.check_decodable(formats, chunk, arguments.prompt)
-            check_places(run, arguments.data_dir, arguments.data_source)
+            check_paths(run, arguments.data_dir, arguments.data_source)
             ready.append(run)
     if ready:
         # Not before: mistakes should not wait for jax.
@@ -242,13 +242,13 @@ def _tasks(arguments: Arguments) -> None:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     for name in arguments.cache:
         check_cache(name, ("full", *FORMATS))
-    from cla_jax.runs import check_places
+    from cla_jax.runs import check_paths
 
     ready: list[Any] = []
     refused: list[str] = []
     for run in _runs(arguments):
         with collected(refused):
-            check_places(run, arguments.data_dir, arguments.data_source)
+            check_paths(run, arguments.data_dir, arguments.data_source)
             for policy in map(parse, filter(is_policy, arguments.cache)):
                 config = run.config()
                 reach = arguments.context or config.data.seq_len

@@ -19,7 +19,7 @@ from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import during_training, evaluate, open_session
 from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.report import rows as report
-from cla_jax.runs import Run, check_places, find_runs
+from cla_jax.runs import Run, check_paths, find_runs
 from cla_jax.scoring import agreement, cached_decoding, full_forward, score, sensitivity
 from cla_jax.session import prepare_session
 from cla_jax.train import opened, train
@@ -355,11 +355,11 @@ def test_a_place_that_only_the_run_names_is_not_used(tiny, tmp_path, monkeypatch
     with pytest.raises(
         ValueError, match=f"outside the current directory: confirm it with --data-dir {place}"
     ):
-        check_places(run, None, ())
-    check_places(run, "mine", ())
+        check_paths(run, None, ())
+    check_paths(run, "mine", ())
     for ours in ("data", "a/b/../data", str(tmp_path / "data")):
         config = tiny(name="ours", **{"placement.data_dir": ours})
-        check_places(runs.open_run(config, data_fingerprint="", tokenizer_json="{}"), None, ())
+        check_paths(runs.open_run(config, data_fingerprint="", tokenizer_json="{}"), None, ())
 
 
 @pytest.mark.parametrize("source", ["text:/home/me/*.txt", "jsonl:../mine.jsonl", "tfds:/srv/set"])
@@ -368,10 +368,10 @@ def test_text_that_only_the_run_names_is_not_read(tiny, tmp_path, monkeypatch, s
     config = tiny(**{"data.source": source, "placement.data_dir": "data"})
     run = runs.open_run(config, data_fingerprint="prepared-1", tokenizer_json="{}")
     with pytest.raises(ValueError, match=r"is not prepared: .* --data-source"):
-        check_places(run, None, ())
-    check_places(run, None, (source,))
+        check_paths(run, None, ())
+    check_paths(run, None, (source,))
     (tmp_path / "data" / "prepared-1").mkdir(parents=True)  # the user prepared it before
-    check_places(run, None, ())
+    check_paths(run, None, ())
 
 
 def test_every_component_of_a_mixture_is_named(tiny, tmp_path, monkeypatch):
@@ -380,19 +380,19 @@ def test_every_component_of_a_mixture_is_named(tiny, tmp_path, monkeypatch):
     config = tiny(**{"data.mixture": mixture, "placement.data_dir": "data"})
     run = runs.open_run(config, data_fingerprint="mixture-1", tokenizer_json="{}")
     with pytest.raises(ValueError, match=r"text:/home/b/\*.txt.*--data-source"):
-        check_places(run, None, ("text:/home/a/*.txt",))
-    check_places(run, None, ("text:/home/a/*.txt", "text:/home/b/*.txt"))
+        check_paths(run, None, ("text:/home/a/*.txt",))
+    check_paths(run, None, ("text:/home/a/*.txt", "text:/home/b/*.txt"))
 
 
 def test_links_below_a_run_do_not_make_a_place_the_users(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny(**{"placement.runs": "runs", "placement.data_dir": "runs/tiny/profile/x/data"})
     run = runs.open_run(config, data_fingerprint="", tokenizer_json="{}")
-    check_places(run, None, ())
+    check_paths(run, None, ())
     run.profile.mkdir()
     os.symlink("/", run.profile / "x")
     with pytest.raises(ValueError, match="outside the current directory"):
-        check_places(run, None, ())
+        check_paths(run, None, ())
 
 
 def test_data_of_another_fingerprint_is_not_prepared(tiny, devices, tmp_path):

@@ -14,7 +14,7 @@ DESIGN = ROOT / "docs/design.md"
 # From the lowest: a module imports only from layers before its own, or from its own.
 LAYERS = [
     set(names.split(", "))
-    for names in re.findall(r'^ +L\d+\["(.+)"\]$', DESIGN.read_text(), flags=re.MULTILINE)
+    for names in re.findall(r'^ +level\d+\["(.+)"\]$', DESIGN.read_text(), flags=re.MULTILINE)
 ]
 ORDER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -119,9 +119,9 @@ def test_groups_stacks_and_kv_layers_of_any_maps(pair):
     assert [g for stack in stacks for g in stack.groups] == list(groups)
     for group in groups:
         here, end = group.first, group.first + group.size
-        makes = "k" * (k_map[here] == here) + "v" * (v_map[here] == here)
+        projects = "k" * (k_map[here] == here) + "v" * (v_map[here] == here)
         reused = "k" * (here in k_map[end:]) + "v" * (here in v_map[end:])
-        assert (group.makes, group.reused) == (makes, reused)
+        assert (group.projects, group.reused) == (projects, reused)
         k, v = sharing.read_by(group)
         assert (kv_layers[k].layer, kv_layers[v].layer) == (group.k_source, group.v_source)
     made = {i for i in range(len(k_map)) if i in (k_map[i], v_map[i])}
@@ -134,12 +134,12 @@ def test_groups_stacks_and_kv_layers_of_any_maps(pair):
     assert sharing.count("k") == len(set(k_map))
     assert sharing.count("v") == len(set(v_map))
     elsewhere = lambda g: {s for s in (g.k_source, g.v_source) if s != g.first}
-    shape = lambda g: (g.size, g.makes, g.reused, *elsewhere(g))
+    shape = lambda g: (g.size, g.projects, g.reused, *elsewhere(g))
     for stack in stacks:
         assert len(set(map(shape, stack.groups))) == 1
-        assert stack.makes or len(stack.groups) == 1
+        assert stack.projects or len(stack.groups) == 1
     for a, b in itertools.pairwise(stacks):
-        assert not (a.makes and b.makes) or shape(a.groups[0]) != shape(b.groups[0])
+        assert not (a.projects and b.projects) or shape(a.groups[0]) != shape(b.groups[0])
 
 
 def test_cla_is_one_stack_and_identity_has_groups_of_one():
@@ -152,7 +152,7 @@ def test_cla_is_one_stack_and_identity_has_groups_of_one():
 def test_layers_that_read_values_of_one_layer_and_make_keys_are_one_stack():
     k_map, v_map = m.resolve("k=identity;v=pizza:1", 32)
     first, others = m.Sharing(k_map, v_map, (0,) * 32).stacks
-    assert (first.makes, others.makes, len(others.groups)) == ("kv", "k", 31)
+    assert (first.projects, others.projects, len(others.groups)) == ("kv", "k", 31)
 
 
 @pytest.mark.parametrize(

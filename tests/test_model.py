@@ -259,7 +259,7 @@ def test_gradients_flow_through_shared_keys_and_values(kv_map):
     loss = jax.jit(jax.value_and_grad(lambda m: (m.logits(TOKENS, OPTIONS) ** 2).mean()))
     _, gradients = loss(model)
     for stack, group in zip(config.sharing.stacks, gradients.stacks, strict=True):
-        if stack.makes:
+        if stack.projects:
             weight = group.projection.kv.weight[...]
             assert (jnp.abs(weight).sum(axis=(1, 2, 3, 4)) > 0).all()
         else:

@@ -26,7 +26,7 @@ from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.per_token import LayerCache, PerToken, Shape
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.formats import FORMATS
-from cla_jax.kv_map import Halves
+from cla_jax.kv_map import KVParts
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
 from cla_jax.model import decode_kernels
@@ -183,7 +183,7 @@ class CacheSpec:
         return tuple({half: readers[half] for half in holds} for holds, readers in each)
 
     @functools.cached_property
-    def holds(self) -> tuple[Halves, ...]:
+    def holds(self) -> tuple[KVParts, ...]:
         """What each KV layer holds: keys, values, or both."""
         return tuple(kv.holds for kv in self.config.sharing.kv_layers)
 

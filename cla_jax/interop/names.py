@@ -68,7 +68,7 @@ _BLOCK = (
 _KEYS_AND_VALUES = (  # of the layer that produces them
     _Entry("norm.scale", "D", ("self_attn.kv_norm.weight",), "D"),
     _Entry("kv.weight", "DCKH", ("self_attn.k_proj.weight", "self_attn.v_proj.weight"), "KH,D"),
-    _Entry("down.weight", "DL", ("self_attn.kv_a_proj_with_mqa.weight",), "L,D"),
+    _Entry("down.weight", "DJ", ("self_attn.kv_a_proj_with_mqa.weight",), "J,D"),
     _Entry("latent_norm.scale", "R", ("self_attn.kv_a_layernorm.weight",), "R"),
     _Entry("kv.bias", "CKH", ("self_attn.k_proj.bias", "self_attn.v_proj.bias"), "KH"),
 )

@@ -4,7 +4,7 @@ Shape letters, here and in the rest of the model:
     B batch, T query positions, S key positions, D d_model, F d_ff, V vocabulary,
     K key/value heads, G query heads per key/value head, H d_head, C key and value (2),
     E entries of a cache, W width of a query head, which is H but for latents, R the rank of a latent,
-    L what is kept of a token with a latent: the latent and a rotated key.
+    J the joint projection that a latent and a rotated key are parts of.
 Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
@@ -51,7 +51,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.d_head,
         "W": config.query_width,
         "R": config.kept_widths[1],
-        "L": sum(config.kept_widths),
+        "J": sum(config.kept_widths),
         "C": 2,
     }
 

@@ -71,13 +71,15 @@ class KVProjection(nnx.Module):
     The keys are rotated here, once, before anyone shares them.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, makes: kv_maps.Halves):
-        self.makes = makes
+    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
+        self.projects = projects
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
-        self.k_norm = RMSNorm(config, "H") if config.qk_norm and "k" in makes else None
+        self.k_norm = RMSNorm(config, "H") if config.qk_norm and "k" in projects else None
         self.kv = Linear(key, "BTD,DCKH->BTCKH", config)
-        if makes != "kv":  # half of it: the initial values of a tensor are the same under every map
-            i = "kv".index(makes)
+        if (
+            projects != "kv"
+        ):  # half of it: the initial values of a tensor are the same under every map
+            i = "kv".index(projects)
             cut = lambda whole: nnx.Param(
                 jax.lax.slice_in_dim(whole[...], i, i + 1, axis=whole.axes.index("kv_heads") - 1),
                 axes=whole.axes,
@@ -89,7 +91,7 @@ class KVProjection(nnx.Module):
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
             kv_BTCKH = self.kv(gather_sequence(norm(x_BTD), rules), rules)
-            made = {half: kv_BTCKH[:, :, i] for i, half in enumerate(self.makes)}
+            made = {half: kv_BTCKH[:, :, i] for i, half in enumerate(self.projects)}
             if self.k_norm is not None:
                 made["k"] = self.k_norm(made["k"])
             return KV(rope(made["k"]) if "k" in made else None, made.get("v"))
@@ -101,10 +103,10 @@ class LatentProjection(nnx.Module):
     They are kept as the values and keys of one head.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, makes: kv_maps.Halves):
-        assert makes == "kv"  # both are made of one latent
+    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
+        assert projects == "kv"  # both are made of one latent
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
-        self.down = Linear(key, "BTD,DL->BTL", config)
+        self.down = Linear(key, "BTD,DJ->BTJ", config)
         assert isinstance(config.kv, LatentKV)
         self.rank = config.kv.rank
         self.latent_norm = RMSNorm(config, "R") if config.kv.norm else None
@@ -112,8 +114,8 @@ class LatentProjection(nnx.Module):
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
         with jax.named_scope("kv_projection"):
-            kept_BTL = self.down(gather_sequence(norm(x_BTD), rules), rules)
-            latent_BTR, key_BTH = kept_BTL[..., : self.rank], kept_BTL[..., self.rank :]
+            joint_BTJ = self.down(gather_sequence(norm(x_BTD), rules), rules)
+            latent_BTR, key_BTH = joint_BTJ[..., : self.rank], joint_BTJ[..., self.rank :]
             if self.latent_norm is not None:
                 latent_BTR = self.latent_norm(latent_BTR)
             return KV(k_BSKH=rope(key_BTH[:, :, None]), v_BSKH=latent_BTR[:, :, None])
@@ -220,13 +222,13 @@ class Group(nnx.Module):
         first: jax.Array | int,
         size: int,
         config: ModelConfig,
-        makes: kv_maps.Halves,
+        projects: kv_maps.KVParts,
     ):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
         projections, blocks = jax.vmap(jax.random.split, out_axes=1)(layers)
         make = LatentProjection if isinstance(config.kv, LatentKV) else KVProjection
-        self.projection = make(projections[0], config, makes) if makes else None
+        self.projection = make(projections[0], config, projects) if projects else None
         self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
     def keys_and_values(
@@ -284,7 +286,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = normal(embedding, "VD", config)
         self.stacks = nnx.List(
-            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.makes))(
+            jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.projects))(
                 jnp.array([group.first for group in stack.groups])
             )
             for stack in config.sharing.stacks
@@ -336,15 +338,15 @@ class Transformer(nnx.Module):
         for stack, groups in zip(config.sharing.stacks, self.stacks, strict=True):
             first = stack.groups[0]  # all groups of a stack read the same earlier layers
             earlier = KV(
-                None if "k" in stack.makes else reused[first.k_source].k_BSKH,
-                None if "v" in stack.makes else reused[first.v_source].v_BSKH,
+                None if "k" in stack.projects else reused[first.k_source].k_BSKH,
+                None if "v" in stack.projects else reused[first.v_source].v_BSKH,
             )
             windows = [config.resolved_windows[group.first] for group in stack.groups]
 
             def body(x_BTD: jax.Array, item: dict[str, Any], stack=stack, kv=earlier):
                 group: Group = item["group"]
                 looped = options.scan_layers and len(stack.groups) > 1
-                if stack.makes:
+                if stack.projects:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
                     kv = remat(produce, options, looped)(x_BTD).or_else(kv)
                 attend = attend_within(item["window"])
