@@ -286,10 +286,10 @@ def _print(plan: "Plan", config: Config, mfu: float) -> None:
     for column in ("bytes", "shape", "what"):
         buffers.add_column(column, justify="right" if column == "bytes" else "left")
     for buffer in plan.buffers:
-        buffers.add_row(gib(buffer.bytes), buffer.shape, buffer.where)
+        buffers.add_row(*map(escape, (gib(buffer.bytes), buffer.shape, buffer.where)))
     console.print(buffers)
     if not plan.fits:
-        console.print(f"To make it fit: {plan.advice}", highlight=False)
+        console.print(f"To make it fit: {escape(plan.advice)}", highlight=False)
     by_kind = lambda sizes: ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in sizes.items())
     links = f" over {plan.links}" if plan.links != "interconnect" and plan.collective_bytes else ""
     received = f"{by_kind(plan.collective_bytes) or 'nothing'}{links}"

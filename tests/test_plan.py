@@ -8,6 +8,7 @@ import os
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -240,6 +241,17 @@ def bought(**changes):
         "compile_seconds": 1.0,
     }
     return plan.Plan(**fields | changes)
+
+
+def test_a_plan_prints_names_and_not_the_markup_in_them(capsys):
+    (config,) = experiments.find("cla_1b.h128_mqa")
+    where = "layers[bold]0[/bold]/transpose[axes]"
+    buffer = SimpleNamespace(bytes=2**30, shape="bf16[8,2048]", where=where)
+    found = bought(name="mine[/red]", fits=False, buffers=(buffer,), advice="set x[0]")
+    launch_plan._print(found, config, 0.4)
+    out = capsys.readouterr().out
+    for words in ("mine[/red] on v5e:16x16", "bf16[8,2048]", where, "To make it fit: set x[0]"):
+        assert words in out
 
 
 def test_a_plan_says_what_a_run_costs():

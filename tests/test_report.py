@@ -965,6 +965,28 @@ def test_legends_end_within_the_picture(width):
         assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_tables_of_a_study_fold_on_a_phone(tmp_path):
+    """Else they show two columns there: no cell of them keeps its line whole, and names get narrow."""
+    (made,) = re.findall(r"<table[^>]*>", page._table(("title", ("claim", "verdict"), [], "")))
+    assert made == '<table class="folded">'
+    phone = page._CSS[page._CSS.index("@media screen") : page._CSS.index("@media print")]
+    everywhere = page._CSS[: page._CSS.index("@media screen")]
+
+    def declared(css, selector):
+        found = re.findall(rf"(?:^|[}}\s]){re.escape(selector)} {{ ([^}}]*) }}", css)
+        return dict(one.split(": ") for one in (found or [""])[-1].rstrip(";").split("; ") if one)
+
+    assert declared(everywhere, "th, td")["white-space"] == "pre"  # what has to be undone
+    assert declared(everywhere, "table.folded td")["white-space"] == "normal"
+    assert declared(phone, "table.folded th")["white-space"] == "normal"
+    wide, narrow = (declared(css, "table.folded td.left") for css in (everywhere, phone))
+    assert wide["overflow-wrap"] == "anywhere"
+    assert float(narrow["min-width"].removesuffix("rem")) < float(
+        wide["min-width"].removesuffix("rem")
+    )
+    assert '<meta name="viewport" content="width=device-width' in html(two(tmp_path))
+
+
 def test_a_dot_of_a_seed_keeps_no_pointer_from_its_point():
     assert re.search(r"\.pareto \{ pointer-events: none; \}", page._CSS)
     assert re.search(r"\.point \{[^}]*pointer-events: auto;", page._CSS)
