@@ -88,16 +88,10 @@ def fit(
             raise ValueError(f"shared = {shared} must lie in 0 to context - 1 = {context - 1}")
         full = shared // page
         alone = context // page + 1 - full  # the last page is never full
-        prefix, kv = (
-            sum(
-                prefix_spec(
-                    config, format, batch=1, page=page, pages=pages, capacity=context
-                ).kv_layer_bytes
-            )
-            if pages
-            else 0
-            for pages in (full, alone)
+        paged = prefix_spec(
+            config, format, batch=1, page=page, pages=alone, capacity=context, chunk=chunk
         )
+        prefix, kv = full * paged.page_bytes, paged.allocated_bytes
     workspace = workspace_bytes(spec, spec.chunk)
     sequences = max(budget - weights - prefix, 0) // (kv + workspace)
     if sequences < 1:

@@ -21,6 +21,7 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec, ledger
 from cla_jax.cache.evicting import EvictingSpec
+from cla_jax.cache.pages import Leaf
 from cla_jax.cache.prefix_shared import Pages, PrefixSpec
 from cla_jax.compressor import Compressor
 from cla_jax.decode import Weights, prefill
@@ -235,14 +236,15 @@ class SharedPlaces(Places):
         return dataclasses.replace(cache, pages=self._uploaded(tables))
 
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
-        one, other = self._paths[source], self._paths[target]
-        cache = self.spec.copy_page(cache, one.leaf.page, other.leaf.page)
+        leaf = lambda row: Leaf(self._paths[row].leaf.page, row)
+        cache = self.spec.copy_leaf(cache, leaf(source), leaf(target))
         lengths_B = put_row(cache.lengths_B, np.array([self._prompts[target]], np.int32), target)
         return dataclasses.replace(cache, lengths_B=lengths_B)
 
     def take_row(self, cache: Cache, row: int) -> Cache:
         one = dataclasses.replace(self.spec, batch=1)
         tables = one.tables({0: self._paths[row]}, self.tree, writing=[0])
+        tables = tables._replace(rows_B=np.array([row], np.int32))
         return Cache(cache.kv_layers, jnp.zeros(1, jnp.int32), self._uploaded(tables))
 
     def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:

@@ -212,7 +212,7 @@ def _sharing(
     from cla_jax import memory
     from cla_jax.cache.prefix_shared import refusal
 
-    if refusal(config, format):
+    if refusal(config, format, arguments.page):
         return None
     sizes = {name: getattr(arguments, name) for name in ("context", "chunk", "shared", "page")}
     try:

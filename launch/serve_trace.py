@@ -146,7 +146,7 @@ def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Li
         pages = arguments.pages or arguments.rows * (longest // page + 1)
         sizes |= {"page": page, "pages": pages, "skip_matched": not arguments.whole_prefill}
         spec = prefix_spec(config, arguments.cache, **sizes)
-        retain = parse_bytes(arguments.retain, "retain") // (sum(spec.kv_layer_bytes) // pages)
+        retain = parse_bytes(arguments.retain, "retain") // spec.page_bytes
         spec = dataclasses.replace(spec, retain=min(retain, pages))
     return Engine(weights, spec, every=arguments.every)
 

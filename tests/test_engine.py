@@ -336,11 +336,12 @@ def counted_shared(spec, cache):
         read += len(shared) * spec.page
     tokens = spec.pages * spec.page
     of_token = [
-        {half: ledger.nbytes(layer.only(half)) // tokens for half in holds}
+        {half: (ledger.nbytes(layer.only(half)) // tokens,) * 2 for half in holds}
         for layer, holds in zip(cache.kv_layers, spec.holds, strict=True)
     ]
-    allocated, held = ledger.nbytes(cache.kv_layers), sum(used.values())
-    return ledger.shared_ledger(spec, allocated, of_token, held, all_tokens, read)
+    # Every token is kept by itself: it has the same bytes wherever it is.
+    counts = [ledger.Tokens(n, 0) for n in (sum(used.values()), all_tokens, read)]
+    return ledger.shared_ledger(spec, ledger.nbytes(cache.kv_layers), of_token, *counts)
 
 
 def test_bytes_of_shared_chunks_from_the_tree_and_from_live_arrays():
@@ -371,6 +372,38 @@ def test_tables_are_sent_only_when_the_tree_has_changed():
     assert len(request.completion.tokens) == MOST
     # For its prompt, for the first steps, and for each later page that it grows into.
     assert engine.places.counts.uploads <= 1 + (21 + MOST) // 4 - 21 // 4 < steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["dense", "int8", "kivi4"])
+def test_bytes_of_pages_and_rows_are_those_of_the_arrays(format):
+    """So they are whatever is kept in pages, and beside them; and so are those of a tree."""
+    page = 32
+    sizes = {"batch": 12, "page": page, "pages": 30, "capacity": 100, "chunk": 40}
+    cached = prefix_spec(SHARED, format, **sizes)
+    assert ledger.nbytes(cached.allocate().kv_layers) == cached.allocated_bytes
+    engine = Engine(weights(SHARED), cached, **OPTIONS)
+    prompt = [7 * i % 64 for i in range(70)]
+    requests = [engine.submit([*prompt, i], new_tokens=MOST, seed=0) for i in range(3)]
+    same = engine.submit([*prompt, 0], new_tokens=MOST, seed=0)
+    engine.step()
+    engine._collect()
+    assert engine.places.counts.copied == 1
+    full = cached.page_bytes // page
+    ring = 96  # entries that hold 40 tokens and the page before them
+    newest = cached.row_bytes // ring if format == "kivi4" else full
+    alone = sum(71 + len(r.completion.tokens) - 1 - 64 for r in (*requests, same))
+    predicted = ledger.predicted_shared(cached, engine.places.tree)
+    assert predicted.resident == 64 * full + alone * newest
+    engine.run()
+    assert same.completion.tokens == requests[0].completion.tokens
+    for request in requests:  # alone in a cache like theirs
+        one = Engine(weights(SHARED), cached, **OPTIONS)
+        expected = one.submit(request.prompt, new_tokens=MOST, seed=0)
+        one.run()
+        assert request.completion.tokens == expected.completion.tokens
+        assert request.completion.logprobs == pytest.approx(expected.completion.logprobs, abs=1e-4)
+    assert_nothing_is_left(engine)
 
 
 def test_requests_wait_for_a_full_pool_and_that_is_said_once(caplog):

@@ -9,26 +9,30 @@ import numpy as np
 import pytest
 
 from cla_jax.cache import prefix_shared
+from cla_jax.cache.kivi import Kivi
+from cla_jax.cache.pages import Leaf
 from cla_jax.cache.prefix_shared import _spans, prefix_spec
+from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.prefix_tree import PrefixTree
 from tests.conftest import MODEL, replace
 
 PAGE, PAGES, BATCH, CAPACITY, CHUNK = 4, 64, 5, 44, 8
+LATENT = {"n_kv_heads": 1, "kv": LatentKV(rank=12, rope_dims=4)}
 PREFIXES = [[7] * 3, list(range(10, 19)), list(range(10, 30))]  # the second begins the third
 
 
 class Requests:
     """Requests in the rows of one prefix-shared cache, and their tokens, to be computed alone."""
 
-    def __init__(self, config, format):
+    def __init__(self, config, format, page=PAGE, pages=PAGES, capacity=CAPACITY, chunk=CHUNK):
         self.model = Transformer(jax.random.key(1), config)
         self.weights = decoding_weights(self.model)
         self.spec = prefix_spec(
-            config, format, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY, chunk=CHUNK
+            config, format, batch=BATCH, page=page, pages=pages, capacity=capacity, chunk=chunk
         )
-        self.tree = PrefixTree(chunk=PAGE, pages=PAGES)
+        self.tree = PrefixTree(chunk=page, pages=pages)
         self.cache = self.spec.allocate()
         self.rows, self.texts, self.version, self.uploads = {}, {}, -1, 0
         # A function of its own, so that its programs can be counted.
@@ -44,7 +48,7 @@ class Requests:
     def feed(self, tokens):
         """Tokens to their rows; the logits after the last one of each."""
         self.upload()
-        T = CHUNK if max(map(len, tokens.values())) > 1 else 1  # two programs
+        T = self.spec.chunk if max(map(len, tokens.values())) > 1 else 1  # two programs
         fed, counts = np.zeros((BATCH, T), np.int32), np.zeros(BATCH, np.int32)
         for row, some in tokens.items():
             fed[row, : len(some)], counts[row] = some, len(some)
@@ -57,9 +61,10 @@ class Requests:
         self.rows[row], self.texts[row] = path, list(prompt)
         lengths = self.cache.lengths_B.at[row].set(path.matched)
         self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
-        for start in range(path.matched, len(prompt), CHUNK):
-            found = self.feed({row: prompt[start : start + CHUNK]})
+        for start in range(path.matched, len(prompt), self.spec.chunk):
+            found = self.feed({row: prompt[start : start + self.spec.chunk]})
         self.check(found)
+        self.last = found[row]  # logits after the prompt
         return path.matched
 
     def append(self, tokens):
@@ -72,7 +77,8 @@ class Requests:
     def fork(self, row, to, new_tokens):
         path = self.rows[row]
         twin = self.tree.fork(path, new_tokens=new_tokens)
-        self.cache = self.spec.copy_page(self.cache, path.leaf.page, twin.leaf.page)
+        source, target = Leaf(path.leaf.page, row), Leaf(twin.leaf.page, to)
+        self.cache = self.spec.copy_leaf(self.cache, source, target)
         lengths = self.cache.lengths_B.at[to].set(path.length)
         self.cache = dataclasses.replace(self.cache, lengths_B=lengths)
         self.rows[to], self.texts[to] = twin, list(self.texts[row])
@@ -100,6 +106,7 @@ class Requests:
         ({"n_kv_heads": 2, "n_heads": 4, "kv_map": "cla:2"}, 1, 2, 8),  # GQA; blocks of two pages
         ({"n_kv_heads": 1, "kv_map": "cla:3"}, 2, 2, 1),  # MQA; blocks of one page
         ({"n_kv_heads": 1, "kv_map": "k=0,1,0,1;v=0,0,2,0"}, 3, 3, 12),
+        (LATENT | {"kv_map": "cla:2"}, 4, 2, 8),
     ],
 )
 def test_requests_that_share_chunks_get_what_they_get_alone(
@@ -133,23 +140,57 @@ def test_requests_that_share_chunks_get_what_they_get_alone(
     assert requests.decode._cache_size() == 2
 
 
+class Unshared:
+    """The same requests, each alone in a cache like theirs, in steps of another length."""
+
+    def __init__(self, config, format, **sizes):
+        self.requests = Requests(config, format, **sizes)
+        self.requests.check = lambda _: None
+
+    def logits(self, text):
+        assert self.requests.insert(0, text, 1) == 0  # nothing is left of the one before
+        self.requests.remove(0)
+        return self.requests.last
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_shared_chunks_may_be_quantised(format):
-    """Every token is kept by itself, so sharing changes nothing: equal to the same requests unshared."""
-    config = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, vocab_size=64, kv_map="cla:2")
-    shared, apart = (Requests(config, format) for _ in range(2))
-    apart.decode = shared.decode  # one program for both
-    shared.check = apart.check = lambda *_: None
-    prompts = {row: [*PREFIXES[2], row, row + 1] for row in range(3)}
-    for row, prompt in prompts.items():
-        shared.insert(row, prompt, 5)
-    found = shared.feed({row: [5] for row in range(3)})
-    for row, prompt in prompts.items():
-        assert apart.insert(0, prompt, 5) == 0  # nothing is left of the one before
-        (expected,) = apart.feed({0: [5]}).values()
-        apart.remove(0)
-        assert jnp.abs(found[row] - expected).max() < 1e-5 * jnp.abs(expected).max()
+@pytest.mark.parametrize(
+    ("format", "page", "kv_map", "error"),
+    [
+        ("int8", 4, "cla:2", None),
+        ("fp8", 4, "identity", None),
+        (Kivi(bits=8, dtype="float32", name="kivi8"), 32, "cla:2", 0.02),
+        ("kivi2", 64, "k=0,0;v=0,1", None),
+    ],
+)
+def test_shared_chunks_may_be_quantised(format, page, kv_map, error):
+    """Sharing changes nothing, nor does the length of a step: what is kept depends on positions alone."""
+    config = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, vocab_size=64, kv_map=kv_map)
+    sizes = {"page": page, "pages": 800 // page, "capacity": 150}
+    shared = Requests(config, format, chunk=24, **sizes)
+    unshared = Unshared(config, format, chunk=100, **sizes)
+
+    def check(found):
+        for row, logits in found.items():
+            alone = unshared.logits(shared.texts[row])
+            assert jnp.abs(logits - alone).max() < 1e-5 * jnp.abs(alone).max(), row
+
+    shared.check = check
+    prefix = [7 * i % 64 for i in range(65)]
+    for row in range(3):
+        matched = shared.insert(row, [*prefix, *range(row, 26)], 40)
+        assert matched == (64 if row else 0)
+    shared.fork(2, 4, 40)
+    shared.check = lambda _: None
+    for token in range(38):  # every row fills a page
+        shared.append({row: (token + row) % 64 for row in (0, 1, 2, 4)})
+    shared.check = check
+    shared.append({row: row for row in (0, 1, 2, 4)})
+    # It reads what another has written while decoding.
+    assert shared.insert(3, [*shared.texts[1], 9], 10) == 128
+    if error is not None:
+        exact = Unshared(config, "dense", chunk=100, **sizes).logits(shared.texts[3])
+        assert 1e-4 < jnp.abs(shared.last - exact).max() / jnp.abs(exact).max() < error
 
 
 def test_a_block_that_all_rows_read_is_one_item_a_tile():
@@ -182,7 +223,8 @@ def test_spans_join_chunks_with_equal_readers():
     ("changes", "format", "sizes", "words"),
     [
         ({"windows": "8,8,8,8"}, "dense", {}, "not support sliding windows"),
-        ({}, "kivi4", {}, "quantises tokens in groups"),
+        ({}, "kivi4", {"page": 48}, "page = 48 must be a multiple of 32"),
+        (LATENT, "kivi4", {"page": 32}, "does not support latents"),
         ({}, "dense", {"page": 0}, "page = 0 must be a positive integer"),
         ({}, "dense", {"batch": 0}, "batch = 0 must be a positive integer"),
     ],

@@ -14,7 +14,7 @@ of up to 32 tokens stay close to single steps.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -62,16 +62,21 @@ class Kivi:
         return 8 // self.bits
 
     def shapes(self, config: ModelConfig, batch: int, entries: int, holds: str = "kv") -> KV:
-        K, H, groups = config.n_kv_heads, config.d_head, entries // GROUP
+        heads = (batch, RING, config.n_kv_heads, config.d_head)
+        newest = Shape("BRKH", heads, carrier(self.dtype))
+        packed = self.packed_shapes(config, batch, entries // GROUP)
+        return packed.only(holds).each(lambda half: Half(half, newest))
+
+    def packed_shapes(self, config: ModelConfig, batch: int, groups: int) -> KV:
+        """The shapes of `Packed` keys and values: so many groups in each of `batch` rows."""
+        K, H = config.n_kv_heads, config.d_head
         head_bytes, head_groups = -(-H // self.per_byte), -(-H // GROUP)
         codes, meta = jnp.dtype("uint8"), jnp.dtype("uint16")
         k_meta = Shape("BEKH", (batch, groups, K, H), meta)
         v_meta = Shape("BETKH", (batch, groups, GROUP, K, head_groups), meta)
         k_codes = Shape("BETKH", (batch, groups, GROUP // self.per_byte, K, H), codes)
         v_codes = Shape("BETKH", (batch, groups, GROUP, K, head_bytes), codes)
-        packed = KV(Packed(k_codes, k_meta, k_meta), Packed(v_codes, v_meta, v_meta))
-        newest = Shape("BRKH", (batch, RING, K, H), carrier(self.dtype))
-        return packed.only(holds).each(lambda half: Half(half, newest))
+        return KV(Packed(k_codes, k_meta, k_meta), Packed(v_codes, v_meta, v_meta))
 
     # ------------------------------------------------------------------------ writing and reading
 
@@ -109,11 +114,7 @@ class Kivi:
         group_B1 = entries.of(jnp.where(due_B, oldest_B, -1))[:, None] // GROUP
 
         def quantize(newest: KV) -> KV:
-            k, v = newest.each(lambda a: restored(a[rows_B1, ring_BT], self.dtype))
-            return KV(
-                None if k is None else self._pack_keys(k),
-                None if v is None else self._pack_values(v),
-            )
+            return self.packed(newest.each(lambda a: restored(a[rows_B1, ring_BT], self.dtype)))
 
         def nothing(newest: KV) -> KV:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(quantize, newest))
@@ -122,7 +123,7 @@ class Kivi:
         packed = jax.lax.cond(jnp.any(due_B), quantize, nothing, newest)
 
         def with_group(half: Half, new: Packed, newest: jax.Array) -> Half:
-            groups = (put(a, group_B1, b[:, None]) for a, b in zip(half.packed, new, strict=True))
+            groups = (put(a, group_B1, b) for a, b in zip(half.packed, new, strict=True))
             return Half(Packed(*groups), newest)
 
         return layer.each(with_group, packed, newest)
@@ -136,9 +137,7 @@ class Kivi:
             start, size = entries.start(i) // GROUP, entries.block // GROUP
             cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, 1)
             packed = jax.tree.map(cut, layer.each(lambda half: half.packed))
-            k = self._unpack_keys(packed.k_BSKH)
-            v = self._unpack_values(packed.v_BSKH, layer.v_BSKH.newest.shape[-1])
-            return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
+            return self.unpacked(packed, layer.v_BSKH.newest.shape[-1])
 
         def positions(i: jax.Array) -> jax.Array:
             return entries.block_positions(i, quantized_B)
@@ -163,6 +162,26 @@ class Kivi:
         return [quantized, newest]
 
     # ---------------------------------------------------------------------------- codes of a group
+
+    def packed(self, kv: KV) -> KV:
+        """`Packed` keys and values of whole groups of tokens, [B, 32 * E, K, H]."""
+
+        def by_group(
+            pack: Callable[[jax.Array], Packed], x_BTKH: jax.Array | None
+        ) -> Packed | None:
+            if x_BTKH is None:
+                return None
+            B = x_BTKH.shape[0]
+            packed = pack(x_BTKH.reshape(-1, GROUP, *x_BTKH.shape[2:]))
+            return jax.tree.map(lambda a: a.reshape(B, -1, *a.shape[1:]), packed)
+
+        return KV(by_group(self._pack_keys, kv.k_BSKH), by_group(self._pack_values, kv.v_BSKH))
+
+    def unpacked(self, packed: KV, width: int) -> KV:
+        """The inverse, up to the error of the format. Values are `width` wide."""
+        k = self._unpack_keys(packed.k_BSKH)
+        v = self._unpack_values(packed.v_BSKH, width)
+        return KV(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (k, v)))
 
     def _pack_keys(self, k_BTKH: jax.Array) -> Packed:
         codes, scale, zero = self._codes(k_BTKH, axis=1)
@@ -230,20 +249,20 @@ class Kivi:
         return max(tokens - NEWEST, 0)
 
     def kv_layer_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
-        packed, full = self._packed_bytes(config, holds), self._full_bytes(config, holds)
+        packed, full = self.packed_bytes(config, holds), self.full_bytes(config, holds)
         return entries * packed + RING * full
 
     def held_bytes(self, config: ModelConfig, first: int, tokens: int, holds: str = "kv") -> float:
         quantized = max(tokens - NEWEST, 0) // GROUP * GROUP
-        packed = max(quantized - first, 0) * self._packed_bytes(config, holds)
-        return packed + (tokens - max(quantized, first)) * self._full_bytes(config, holds)
+        packed = max(quantized - first, 0) * self.packed_bytes(config, holds)
+        return packed + (tokens - max(quantized, first)) * self.full_bytes(config, holds)
 
     def written_bytes(self, config: ModelConfig, entries: int, holds: str = "kv") -> float:
         """Twice: in full, and again when its group is due."""
-        packed = self._packed_bytes(config, holds) if entries else 0
-        return self._full_bytes(config, holds) + packed
+        packed = self.packed_bytes(config, holds) if entries else 0
+        return self.full_bytes(config, holds) + packed
 
-    def _packed_bytes(self, config: ModelConfig, holds: str) -> float:
+    def packed_bytes(self, config: ModelConfig, holds: str) -> float:
         """Of a quantised token, its share of its group's scales and zeros included."""
         H = config.d_head
         of = {
@@ -252,7 +271,7 @@ class Kivi:
         }
         return config.n_kv_heads * sum(of[half] for half in holds)
 
-    def _full_bytes(self, config: ModelConfig, holds: str) -> int:
+    def full_bytes(self, config: ModelConfig, holds: str) -> int:
         return len(holds) * config.n_kv_heads * config.d_head * jnp.dtype(self.dtype).itemsize
 
 

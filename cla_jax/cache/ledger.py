@@ -11,8 +11,8 @@ CLA divides the first three, not the last. Requests that share a prefix are coun
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from cla_jax.cache.prefix_shared import TILE, PrefixSpec
 from cla_jax.config import ModelConfig
 from cla_jax.eviction.rule import Rule
 from cla_jax.model.attention import EMPTY, Segment
-from cla_jax.prefix_tree import PrefixTree
+from cla_jax.prefix_tree import Node, PrefixTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,40 +113,60 @@ class SharedLedger:
     unshared_read: int  # without sharing
 
 
+class Tokens(NamedTuple):
+    """Numbers of tokens in full pages, and of the newest tokens of rows."""
+
+    in_pages: int
+    newest: int
+
+
 def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
     """From the requests in the tree alone."""
-    held = sum(len(node.tokens) for node in tree.nodes() if node.readers)
-    all_tokens = sum(len(node.tokens) * node.readers for node in tree.nodes())
-    read = sum(len(node.tokens) * -(-node.readers // TILE) for node in tree.nodes())
-    formats = map(spec.format_of, range(len(spec.holds)))
-    of_token = [
-        {half: format.bytes_per_token(spec.config, half) for half in holds}
-        for format, holds in zip(formats, spec.holds, strict=True)
-    ]
-    return shared_ledger(spec, sum(spec.kv_layer_bytes), of_token, held, all_tokens, read)
+
+    def tokens(times: Callable[[Node], int]) -> Tokens:
+        """Those of all chunks that requests read, each chunk counted so often."""
+        counts = [0, 0]
+        for node in tree.nodes():
+            counts[len(node.tokens) < spec.page] += len(node.tokens) * times(node)
+        return Tokens(*counts)
+
+    return shared_ledger(
+        spec,
+        spec.allocated_bytes,
+        spec.token_bytes,
+        held=tokens(lambda node: min(node.readers, 1)),
+        all_tokens=tokens(lambda node: node.readers),
+        read=tokens(lambda node: -(-node.readers // TILE)),
+    )
 
 
 def shared_ledger(
     spec: PrefixSpec,
     allocated: int,
-    of_token: Sequence[dict[str, int]],
-    held: int,
-    all_tokens: int,
-    read: int,
+    token_bytes: Sequence[dict[str, tuple[float, float]]],
+    held: Tokens,
+    all_tokens: Tokens,
+    read: Tokens,
 ) -> SharedLedger:
     """From numbers of tokens, and the bytes of the keys and the values of a token in each KV layer."""
-    once = sum(sum(halves.values()) for halves in of_token)
-    by_every_layer = sum(
-        size * readers[half]
-        for halves, readers in zip(of_token, spec.readers_of, strict=True)
-        for half, size in halves.items()
-    )
+
+    def total(tokens: Tokens, times: Sequence[dict[str, int]]) -> int:
+        return int(
+            sum(
+                times[p][half] * count * size
+                for p, halves in enumerate(token_bytes)
+                for half, sizes in halves.items()
+                for count, size in zip(tokens, sizes, strict=True)
+            )
+        )
+
+    once = [dict.fromkeys(halves, 1) for halves in token_bytes]
     return SharedLedger(
         allocated=allocated,
-        resident=held * once,
-        unshared=all_tokens * once,
-        read=read * by_every_layer,
-        unshared_read=all_tokens * by_every_layer,
+        resident=total(held, once),
+        unshared=total(all_tokens, once),
+        read=total(read, spec.readers_of),
+        unshared_read=total(all_tokens, spec.readers_of),
     )
 
 

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cla_jax.cache import Cache, CacheSpec, cache_spec, make_format
-from cla_jax.cache.per_token import LayerCache, PerToken, Shape
-from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, make_format
+from cla_jax.cache.pages import GroupPages, Leaf, TokenPages, make_pages, page_refusal
+from cla_jax.cache.per_token import LayerCache, Shape
+from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import (
     EMPTY,
@@ -58,6 +59,9 @@ class Pages(NamedTuple):
     rows_IR: Any  # the rows of each work item
     blocks_I2: Any  # its blocks: from, to
     items: Any  # work items, a scalar
+    rows_B: (
+        Any  # the row of the cache that each row is: another number if it is taken out of a batch
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +85,13 @@ class PrefixSpec(CacheSpec):
     def pages_at_once(self) -> int:
         return max(1, BLOCK // self.page)
 
-    def shapes(self, p: int) -> Any:
-        """The pool of KV layer p: pages, and in each of them heads before tokens.
+    def layer_pages(self, p: int) -> TokenPages | GroupPages:
+        """How the pages of KV layer p keep their tokens."""
+        return make_pages(self.formats[p], self.page, self.chunk)
 
-        So attention reads a page as it lies: no product needs keys or values transposed.
-        """
-        shapes = self.formats[p].shapes(self.config, self.pages, self.page, self.holds[p])
-        swapped = lambda a: (a[0], a[2], a[1], *a[3:])
-        heads_first = lambda s: Shape("".join(swapped(s.letters)), swapped(s.shape), s.dtype)
-        return jax.tree.map(heads_first, shapes, is_leaf=lambda x: isinstance(x, Shape))
+    def shapes(self, p: int) -> Any:
+        """The pool of KV layer p, and what its rows keep beside it."""
+        return self.layer_pages(p).shapes(self.config, self.pages, self.batch, self.holds[p])
 
     @functools.partial(jax.jit, static_argnums=0)
     def allocate(self) -> Cache:
@@ -103,13 +105,31 @@ class PrefixSpec(CacheSpec):
         return Cache(layers, jnp.zeros(self.batch, jnp.int32), pages)
 
     @functools.cached_property
-    def kv_layer_bytes(self) -> tuple[int, ...]:
-        """Bytes of the pool of each KV layer."""
-        tokens = self.pages * self.page
+    def token_bytes(self) -> tuple[dict[str, tuple[float, float]], ...]:
+        """Bytes of the keys and the values of a token in each KV layer: in a full page, and among the newest
+        tokens of a row."""
         return tuple(
-            int(format.kv_layer_bytes(self.config, tokens, holds))
-            for format, holds in zip(self.formats, self.holds, strict=True)
+            {half: self.layer_pages(p).bytes_per_token(self.config, half) for half in holds}
+            for p, holds in enumerate(self.holds)
         )
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of a page, over all KV layers."""
+        return int(
+            self.page * sum(full for layer in self.token_bytes for full, _ in layer.values())
+        )
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """Bytes that a row has beside its pages, over all KV layers."""
+        of_layer = [sum(newest for _, newest in layer.values()) for layer in self.token_bytes]
+        return int(sum(self.layer_pages(p).ring * each for p, each in enumerate(of_layer)))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all pools and rows."""
+        return self.pages * self.page_bytes + self.batch * self.row_bytes
 
     # ------------------------------------------------------------------------------- tables
 
@@ -124,6 +144,7 @@ class PrefixSpec(CacheSpec):
             rows_IR=full(self.pages * tiles, min(TILE, self.batch), value=self.batch),
             blocks_I2=full(self.pages * tiles, 2, value=0),
             items=np.int32(0),
+            rows_B=np.arange(self.batch, dtype=np.int32),
         )
 
     def tables(
@@ -170,9 +191,12 @@ class PrefixSpec(CacheSpec):
         return tables._replace(items=np.int32(items))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-    def copy_page(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-        """One page into another, in every KV layer: the leaf of a fork. The cache is donated."""
-        layers = jax.tree.map(lambda held: held.at[target].set(held[source]), cache.kv_layers)
+    def copy_leaf(self, cache: Cache, source: Leaf, target: Leaf) -> Cache:
+        """The newest tokens of one request for its fork, in every KV layer. The cache is donated."""
+        layers = tuple(
+            self.layer_pages(p).copy(layer, source, target)
+            for p, layer in enumerate(cache.kv_layers)
+        )
         return dataclasses.replace(cache, kv_layers=layers)
 
     # ------------------------------------------------------------------------------- a step
@@ -181,13 +205,14 @@ class PrefixSpec(CacheSpec):
         """The new tokens of a row go into its own pages."""
         assert step.positions_BT.shape[1] <= self.chunk
         pages: Pages = step.pages
-        offset_BT = step.positions_BT - pages.starts_B[:, None]
-        index_BT = jnp.clip(offset_BT // self.page, 0, self.pages_of_row - 1)
-        page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
-        page_BT = jnp.where((step.positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
-        entry_BT = offset_BT % self.page
-        put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
-        return jax.tree.map(put, layer, self.format_of(p).encode(kv))
+
+        def page_of(positions_BT: jax.Array) -> jax.Array:
+            offset_BT = positions_BT - pages.starts_B[:, None]
+            index_BT = jnp.clip(offset_BT // self.page, 0, self.pages_of_row - 1)
+            page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
+            return jnp.where((positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
+
+        return self.layer_pages(p).write(layer, kv, step, page_of, pages.rows_B)
 
     def attend(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
@@ -195,14 +220,28 @@ class PrefixSpec(CacheSpec):
         """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
         q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
         positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
-        shared = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN)
-        alone = partial_attention(
+        last_BN = self.layer_pages(p).last_in_pages(positions_BN)
+        part = merge(
+            self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN),
+            self._alone(q_BKNH, self._private(p, layer, step), last_BN, starts_BN),
+        )
+        newest = self.layer_pages(p).newest(layer, step.pages.rows_B, step.lengths_B)
+        if newest is not None:
+            starts_BN = jnp.maximum(starts_BN, last_BN + 1)
+            part = merge(part, self._alone(q_BKNH, newest, positions_BN, starts_BN))
+        return restore(normalized(part)).astype(q_BTKGH.dtype)
+
+    def _alone(
+        self, q_BKNH: jax.Array, segment: Segment, positions_BN: jax.Array, starts_BN: jax.Array
+    ) -> Partial:
+        """Attention of each row to what it reads alone."""
+        return partial_attention(
             q_BKNH,
-            [self._private(p, layer, step)],
+            [segment],
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
+            width=self.config.read_widths[1],
         )
-        return restore(normalized(merge(shared, alone))).astype(q_BTKGH.dtype)
 
     def _private(self, p: int, layer: LayerCache, step: StepPositions) -> Segment:
         """What rows read alone, block by block."""
@@ -222,7 +261,8 @@ class PrefixSpec(CacheSpec):
             seen_BS = (at_BS < step.lengths_B[:, None]) & (offset_S >= i * M * self.page)
             return jnp.where(seen_BS, at_BS, EMPTY)
 
-        held_B = jnp.maximum(step.lengths_B - pages.starts_B, 0)
+        last_B = self.layer_pages(p).last_in_pages(step.lengths_B - 1)
+        held_B = jnp.maximum(last_B + 1 - pages.starts_B, 0)
         end = -(-jnp.max(held_B) // (M * self.page))
         return Segment(read, positions, 0, end, tuple(jax.tree.leaves(layer)))
 
@@ -236,7 +276,8 @@ class PrefixSpec(CacheSpec):
         starts_BN: jax.Array,
     ) -> Partial:
         """What several rows read: each block of pages is one matrix product for all rows of an item."""
-        B, K, N, H = q_BKNH.shape
+        B, K, N, _ = q_BKNH.shape
+        width = self.config.read_widths[1]
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
 
         def read(i: Any) -> KV:
@@ -257,6 +298,7 @@ class PrefixSpec(CacheSpec):
                 [segment],
                 positions_B1N1=of(positions_BN, -1).reshape(1, 1, R * N, 1),
                 starts_B1N1=of(starts_BN, 0).reshape(1, 1, R * N, 1),
+                width=width,
             )
             apart = lambda a: a.reshape(K, R, N, -1).swapaxes(0, 1)
             before = Partial(*(of(a, 0) for a in found))
@@ -266,38 +308,14 @@ class PrefixSpec(CacheSpec):
             )
 
         zeros_BKN1 = jnp.zeros((B, K, N, 1))
-        none = Partial(jnp.zeros((B, K, N, H)), zeros_BKN1, zeros_BKN1 + MASKED)
+        none = Partial(jnp.zeros((B, K, N, width)), zeros_BKN1, zeros_BKN1 + MASKED)
         return jax.lax.fori_loop(0, pages.items, body, none)
 
     def _read(self, p: int, layer: LayerCache, pages_BM: jax.Array) -> KV:
         """The tokens of M pages a row, one after the other: [B, M * page, K, H]."""
-        B, M = pages_BM.shape
         # What is read instead of no page is never seen, but it must be the row's own.
         pages_BM = jnp.where(pages_BM < self.pages, pages_BM, pages_BM[:, :1])
-
-        def gathered(held: jax.Array) -> jax.Array:
-            _, K, page, *H = held.shape
-            numbers = jax.lax.GatherDimensionNumbers(
-                offset_dims=(1, *range(3, held.ndim + 1)),  # B, K, M, page, H
-                collapsed_slice_dims=(0,),
-                start_index_map=(0,),
-            )
-            taken = jax.lax.gather(
-                held,
-                pages_BM[..., None],
-                numbers,
-                slice_sizes=(1, *held.shape[1:]),
-                mode="clip",
-            )
-            return taken.reshape(B, K, M * page, *H)
-
-        kv = self.format_of(p).decode(jax.tree.map(gathered, layer))
-        return KV(*(x.swapaxes(1, 2) for x in kv))
-
-    def format_of(self, p: int) -> PerToken:
-        format = self.formats[p]
-        assert isinstance(format, PerToken)
-        return format
+        return self.layer_pages(p).read(layer, pages_BM)
 
 
 class _Span(NamedTuple):
@@ -322,20 +340,17 @@ def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
     return found
 
 
-def refusal(config: ModelConfig, format: str) -> str | None:
+def refusal(config: ModelConfig, format: str | CacheFormat, page: int) -> str | None:
     """Why no prefix-shared cache can be made; None if it can."""
     if any(config.resolved_windows):
         return "a prefix-shared cache does not support sliding windows: model.windows must be 0"
-    if isinstance(config.kv, LatentKV):
-        return "a prefix-shared cache does not support model.kv.kind = latent"
-    if not isinstance(make_format(format, config.compute_dtype), PerToken):
-        return f"format {format} quantises tokens in groups, so its pages cannot be shared"
-    return None
+    made = make_format(format, config.compute_dtype) if isinstance(format, str) else format
+    return page_refusal(made, page)
 
 
 def prefix_spec(
     config: ModelConfig,
-    format: str = "dense",
+    format: str | CacheFormat = "dense",
     *,
     batch: int,
     page: int,
@@ -348,7 +363,7 @@ def prefix_spec(
     """The spec of a prefix-shared cache on one device.
 
     Args:
-      format: how a token is kept; only formats that keep every token by itself can be shared.
+      format: how tokens are kept. KIVI quantises a page when it is full.
       batch: rows that decode at once.
       page: tokens of a page, the chunk of the tree.
       pages: pages of the pool, of each KV layer.
@@ -358,14 +373,14 @@ def prefix_spec(
       skip_matched: whether the prefill leaves out what is in the cache already.
 
     Raises:
-      ValueError: sizes that are not positive, sliding windows, or a format that groups tokens.
+      ValueError: sizes that are not positive, sliding windows, or a page that the format cannot quantise.
     """
     for name, value in (("page", page), ("pages", pages)):
         if value < 1:
             raise ValueError(f"prefix-shared cache: {name} = {value} must be a positive integer")
     if not 0 <= retain <= pages:
         raise ValueError(f"prefix-shared cache: retain = {retain} must lie in 0 to pages = {pages}")
-    if words := refusal(config, format):
+    if words := refusal(config, format, page):
         raise ValueError(words)
     spec = cache_spec(
         config, format, batch=batch, capacity=capacity, chunk=chunk, rules=AxisRules()
