@@ -107,6 +107,7 @@ class Requests:
         ({"n_kv_heads": 1, "kv_map": "cla:3"}, 2, 2, 1),  # MQA; blocks of one page
         ({"n_kv_heads": 1, "kv_map": "k=0,1,0,1;v=0,0,2,0"}, 3, 3, 12),
         (LATENT | {"kv_map": "cla:2"}, 4, 2, 8),
+        ({"n_kv_heads": 1, "kv_map": "cla:2", "windows": "7,7,0,0"}, 5, 2, 8),
     ],
 )
 def test_requests_that_share_chunks_get_what_they_get_alone(
@@ -222,7 +223,6 @@ def test_spans_join_chunks_with_equal_readers():
 @pytest.mark.parametrize(
     ("changes", "format", "sizes", "words"),
     [
-        ({"windows": "8,8,8,8"}, "dense", {}, "not support sliding windows"),
         ({}, "kivi4", {"page": 48}, "page = 48 must be a multiple of 32"),
         (LATENT, "kivi4", {"page": 32}, "does not support latents"),
         ({}, "dense", {"page": 0}, "page = 0 must be a positive integer"),

@@ -263,8 +263,11 @@ class PrefixSpec(CacheSpec):
 
         last_B = self.layer_pages(p).last_in_pages(step.lengths_B - 1)
         held_B = jnp.maximum(last_B + 1 - pages.starts_B, 0)
+        # With a sliding window, the first blocks may be out of sight of all rows.
+        first_BT = jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity)
+        begin = jnp.maximum(jnp.min(first_BT.min(1) - pages.starts_B), 0) // (M * self.page)
         end = -(-jnp.max(held_B) // (M * self.page))
-        return Segment(read, positions, 0, end, tuple(jax.tree.leaves(layer)))
+        return Segment(read, positions, begin, end, tuple(jax.tree.leaves(layer)))
 
     def _shared(
         self,
@@ -342,8 +345,6 @@ def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
 
 def refusal(config: ModelConfig, format: str | CacheFormat, page: int) -> str | None:
     """Why no prefix-shared cache can be made; None if it can."""
-    if any(config.resolved_windows):
-        return "a prefix-shared cache does not support sliding windows: model.windows must be 0"
     made = make_format(format, config.compute_dtype) if isinstance(format, str) else format
     return page_refusal(made, page)
 
@@ -373,7 +374,7 @@ def prefix_spec(
       skip_matched: whether the prefill leaves out what is in the cache already.
 
     Raises:
-      ValueError: sizes that are not positive, sliding windows, or a page that the format cannot quantise.
+      ValueError: sizes that are not positive, or a page that the format cannot quantise.
     """
     for name, value in (("page", page), ("pages", pages)):
         if value < 1:
