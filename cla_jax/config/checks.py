@@ -1,8 +1,11 @@
 """What the fields of several dataclasses are checked for."""
 
 import dataclasses
+import functools
+import typing
 from typing import Any
 
+from cla_jax.fields import variants
 from cla_jax.messages import shown
 
 
@@ -30,6 +33,20 @@ def bounded(config: Any, prefix: str = "") -> None:
     for name in _MOST.keys() & {field.name for field in dataclasses.fields(config)}:
         if (value := getattr(config, name)) > _MOST[name]:
             raise ValueError(f"{prefix}{name} = {shown(value)} must be at most {_MOST[name]:,}")
+
+
+def check_unions(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for a union of dataclasses that has another value, such as a text."""
+    for name, kinds in _unions(type(config)).items():
+        if not isinstance(value := getattr(config, name), kinds):
+            known = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{prefix}{name} = {shown(value)} must be one of {known}")
+
+
+@functools.cache
+def _unions(cls: type) -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(cls)
+    return {name: tuple(kinds.values()) for name in hints if (kinds := variants(hints[name]))}
 
 
 def is_digits(text: str, most: int = 18) -> bool:

@@ -5,7 +5,7 @@ import functools
 from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config.checks import bounded, is_digits, positive
+from cla_jax.config.checks import bounded, check_unions, is_digits, positive
 from cla_jax.messages import choice, shown
 
 
@@ -197,6 +197,7 @@ class ModelConfig:
         for field in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads"):
             positive(f"model.{field}", getattr(self, field))
         bounded(self, "model.")
+        check_unions(self, "model.")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not divisible by "

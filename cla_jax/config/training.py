@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from cla_jax import names
-from cla_jax.config.checks import positive
+from cla_jax.config.checks import check_unions, positive
 from cla_jax.messages import choice
 
 
@@ -145,6 +145,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        check_unions(self, "optimizer.")
         for field in ("peak_lr", "clip_norm"):
             positive(f"optimizer.{field}", getattr(self, field))
 
