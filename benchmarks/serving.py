@@ -2,15 +2,19 @@
 
     python -m benchmarks.serving
     python -m benchmarks.serving --made.shared 2048 --made.requests 64 --rounds 5
+    python -m benchmarks.serving --model runs/smollm2-135m --only unshared shared torch-reuse
 
-Contestants, of one model with random weights, all on one trace of which all requests come at once:
+Contestants, all on one trace of which all requests come at once:
 
     unshared         every request has a cache row of its own
     whole-prefill    the prefix-shared cache, but every prompt goes through the model whole
     shared           the prefix-shared cache
+    torch            Hugging Face's `generate` under torch, all requests in one batch
+    torch-reuse      the same; the common prefix goes through the model once
 
-Rounds take turns. The table has medians of tokens per second, and bytes of the live cache arrays beside the
-closed form.
+The model has random weights, or is a run. The torch rows have a model of the same shape with random weights,
+and need one common prefix and requests of equal length. Rounds take turns. The table has medians of tokens
+per second, and bytes of the live cache arrays beside the closed form.
 """
 # ruff: noqa: E402 - the allocator is set up before jax is imported
 
@@ -21,6 +25,7 @@ allocator.set_up()
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +34,28 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, machine
+from benchmarks.common import HERE, SHAPES, CommonOptions, machine, start
 from cla_jax import costs, traces
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import ModelConfig
-from cla_jax.decode import decoding_weights
+from cla_jax.decode import Weights, decoding_weights
+from cla_jax.decoder import Decoder
 from cla_jax.engine import Engine
 from cla_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(CommonOptions):
     # The trace: see `launch.serve_trace`.
     kind: str = "shared-prompt"
     made: traces.Shape = dataclasses.field(default_factory=lambda: traces.Shape(requests=32))
     # Requests that decode at once.
     rows: int = 32
     page: int = 64
-    # Query heads, KV heads and head size of the model, whose width is their product.
+    # A run, instead of a model with random weights.
+    model: Path | None = None
+    # Otherwise: query heads, KV heads and head size of the model, whose width is their product.
     heads: tuple[int, int, int] = (4, 4, 64)
     layers: int = 8
     kv_map: str = "identity"
@@ -60,6 +68,49 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    config, weights = model(options)
+    lines = traces.make_trace(options.kind, options.made)
+    specs = contestants(config, options)
+    peers = {
+        name: start(name, torch_spec(config, options, lines, name == "torch-reuse"), options)
+        for name in options.only
+        if name not in specs
+    }
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    about: dict[str, dict[str, Any]] = {name: child.about for name, child in peers.items()}
+    order = list(options.only)
+    for _ in range(options.rounds):
+        for name in order:
+            if name in peers:
+                rounds[name].append(peers[name].run(1))
+                continue
+            engine = Engine(weights, specs[name], every=16)
+            traces.warm_up(engine)
+            rounds[name].append(traces.replay(engine, lines).summary())
+            about[name] = dataclasses.asdict(engine.places.counts) | {
+                "allocated": ledger.nbytes(engine.cache.kv_layers)
+            }
+        order = order[1:] + order[:1]
+    for child in peers.values():
+        child.close()
+    forms = closed_form(config, options)
+    show(rounds, about, forms)
+    record = {
+        "options": dataclasses.asdict(options) | {"output": ""},
+        "parameters": costs.parameters(config).total,
+        "machine": machine(options.threads),
+        "rounds": rounds,
+        "about": about,
+        "closed_form": forms,
+    }
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def model(options: Options) -> tuple[ModelConfig, Weights]:
+    if options.model is not None:
+        decoder = Decoder.open(options.model)
+        return decoder.run.config().model, decoder.weights
     n_heads, n_kv_heads, d_head = options.heads
     config = ModelConfig(
         vocab_size=4096,
@@ -72,33 +123,23 @@ def main() -> None:
         kv_map=options.kv_map,
         compute_dtype="float32",
     )
-    weights = decoding_weights(Transformer(jax.random.key(0), config))
-    lines = traces.make_trace(options.kind, options.made)
-    specs = {name: contestants(config, options)[name] for name in options.only}
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
-    about: dict[str, dict[str, Any]] = {}
-    order = list(specs)
-    for _ in range(options.rounds):
-        for name in order:
-            engine = Engine(weights, specs[name], every=16)
-            traces.warm_up(engine)
-            rounds[name].append(traces.replay(engine, lines).summary())
-            about[name] = dataclasses.asdict(engine.places.counts) | {
-                "allocated": ledger.nbytes(engine.cache.kv_layers)
-            }
-        order = order[1:] + order[:1]
-    forms = closed_form(config, options)
-    show(rounds, about, forms)
-    record = {
-        "options": dataclasses.asdict(options) | {"output": ""},
-        "parameters": costs.parameters(config).total,
-        "machine": machine(0),
-        "rounds": rounds,
-        "about": about,
-        "closed_form": forms,
+    return config, decoding_weights(Transformer(jax.random.key(0), config))
+
+
+def torch_spec(
+    config: ModelConfig, options: Options, lines: Sequence[traces.Line], reuse: bool
+) -> dict[str, Any]:
+    """What the torch rows need: a Llama of this shape, and the requests."""
+    if options.kind != "shared-prompt" or options.made.mixes != 1:
+        raise SystemExit("the torch rows need one common prefix: --kind shared-prompt")
+    return {
+        "script": "serving_torch.py",
+        "shape": {name: getattr(config, name) for name in SHAPES["7m"]},
+        "prompts": [line.prompt for line in lines],
+        "new_tokens": options.made.new_tokens,
+        "shared": options.made.shared,
+        "reuse": reuse,
     }
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
 def tokens_of(options: Options) -> int:
@@ -140,14 +181,13 @@ def show(rounds: dict[str, Any], about: dict[str, Any], forms: dict[str, float])
     median = lambda name, key: statistics.median(one[key] for one in rounds[name])
     for name in rounds:
         speed = median(name, "tokens_per_second")
-        table.add_row(
-            name,
-            f"{speed:.1f}",
-            f"{speed / median('unshared', 'tokens_per_second'):.2f}x",
-            f"{median(name, 'first_token_p50'):.2f}",
-            f"{about[name]['allocated']:,} B",
-            f"{median(name, 'resident_peak_bytes'):,.0f} B",
-        )
+        cells = [f"{speed:.1f}", f"{speed / median('unshared', 'tokens_per_second'):.2f}x"]
+        if name.startswith("torch"):
+            cells += ["", "", f"{median(name, 'kv_bytes'):,.0f} B"]
+        else:
+            cells += [f"{median(name, 'first_token_p50'):.2f}", f"{about[name]['allocated']:,} B"]
+            cells += [f"{median(name, 'resident_peak_bytes'):,.0f} B"]
+        table.add_row(name, *cells)
     Console().print(table)
     Console().print(f"closed form: {forms['unshared']:,} B unshared, {forms['shared']:,} B shared")
 
