@@ -22,6 +22,7 @@ from launch import allocator
 
 allocator.set_up()
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -42,6 +43,7 @@ from cla_jax.config import ModelConfig
 from cla_jax.decode import Weights, decoding_weights
 from cla_jax.decoder import Decoder
 from cla_jax.engine import Engine
+from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import Transformer
 
 
@@ -68,9 +70,14 @@ class Options(CommonOptions):
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    config, weights = model(options)
+    config, weights, rules, mesh = model(options)
+    with mesh:
+        run(options, config, weights, rules)
+
+
+def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRules) -> None:
     lines = traces.make_trace(options.kind, options.made)
-    specs = contestants(config, options)
+    specs = contestants(config, options, rules)
     peers = {
         name: start(name, torch_spec(config, options, lines, name == "torch-reuse"), options)
         for name in options.only
@@ -107,10 +114,13 @@ def main() -> None:
     options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
-def model(options: Options) -> tuple[ModelConfig, Weights]:
+def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, Any]:
+    """The model, and the rules and the mesh that its weights are laid out by."""
     if options.model is not None:
         decoder = Decoder.open(options.model)
-        return decoder.run.config().model, decoder.weights
+        assert decoder.mesh is not None  # only caches that evict have none
+        config, mesh = decoder.run.config().model, jax.set_mesh(decoder.mesh)
+        return config, decoder.weights, decoder.rules, mesh
     n_heads, n_kv_heads, d_head = options.heads
     config = ModelConfig(
         vocab_size=4096,
@@ -123,7 +133,8 @@ def model(options: Options) -> tuple[ModelConfig, Weights]:
         kv_map=options.kv_map,
         compute_dtype="float32",
     )
-    return config, decoding_weights(Transformer(jax.random.key(0), config))
+    weights = decoding_weights(Transformer(jax.random.key(0), config))
+    return config, weights, AxisRules(), contextlib.nullcontext()
 
 
 def torch_spec(
@@ -154,8 +165,9 @@ def pages_of(options: Options) -> int:
     )
 
 
-def contestants(config: ModelConfig, options: Options) -> dict[str, CacheSpec]:
+def contestants(config: ModelConfig, options: Options, rules: AxisRules) -> dict[str, CacheSpec]:
     sizes: Any = {"batch": options.rows, "capacity": tokens_of(options), "chunk": 256}
+    sizes |= {"rules": rules}
     pool: Any = {"page": options.page, "pages": pages_of(options)}
     return {
         "unshared": cache_spec(config, **sizes),
@@ -188,8 +200,10 @@ def show(rounds: dict[str, Any], about: dict[str, Any], forms: dict[str, float])
             cells += [f"{median(name, 'first_token_p50'):.2f}", f"{about[name]['allocated']:,} B"]
             cells += [f"{median(name, 'resident_peak_bytes'):,.0f} B"]
         table.add_row(name, *cells)
-    Console().print(table)
-    Console().print(f"closed form: {forms['unshared']:,} B unshared, {forms['shared']:,} B shared")
+    Console(width=120).print(table)
+    Console(width=120).print(
+        f"closed form: {forms['unshared']:,} B unshared, {forms['shared']:,} B shared"
+    )
 
 
 if __name__ == "__main__":

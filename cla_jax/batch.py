@@ -17,7 +17,7 @@ from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling
 from cla_jax.decode import Weights, decode
 from cla_jax.model.layers import axes
-from cla_jax.places import Places, put_row
+from cla_jax.places import Places, copy_row
 from cla_jax.sampling import sample
 
 # A seed, or a seed with a number: the seed's independent sequence of draws with that number.
@@ -193,7 +193,7 @@ class Batch:
             )
             for row, twin in twins.items():
                 self.cache = self.places.copy(self.cache, twin, row)
-                self.last_BD = put_row(self.last_BD, self.last_BD[twin : twin + 1], row)
+                self.last_BD = copy_row(self.last_BD, twin, row)
 
     def first(self, rows: Sequence[int]) -> _Emitted:
         joins_B = jax.device_put(np.isin(np.arange(self.spec.batch), rows), self.split_B)

@@ -238,14 +238,17 @@ class SharedPlaces(Places):
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
         leaf = lambda row: Leaf(self._paths[row].leaf.page, row)
         cache = self.spec.copy_leaf(cache, leaf(source), leaf(target))
-        lengths_B = put_row(cache.lengths_B, np.array([self._prompts[target]], np.int32), target)
+        length_B = np.array([self._prompts[target]], np.int32)
+        length_B = jax.device_put(length_B, self.spec.rules.spec("batch"))
+        lengths_B = put_row(cache.lengths_B, length_B, target)
         return dataclasses.replace(cache, lengths_B=lengths_B)
 
     def take_row(self, cache: Cache, row: int) -> Cache:
         one = dataclasses.replace(self.spec, batch=1)
         tables = one.tables({0: self._paths[row]}, self.tree, writing=[0])
         tables = tables._replace(rows_B=np.array([row], np.int32))
-        return Cache(cache.kv_layers, jnp.zeros(1, jnp.int32), self._uploaded(tables))
+        none_B = jnp.zeros(1, jnp.int32, out_sharding=self.spec.rules.spec("batch"))
+        return Cache(cache.kv_layers, none_B, self._uploaded(tables))
 
     def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
         return Cache(one.kv_layers, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
@@ -253,7 +256,7 @@ class SharedPlaces(Places):
     def _uploaded(self, tables: Pages) -> Pages:
         self.counts.uploads += 1
         self.counts.uploaded_bytes += sum(table.nbytes for table in tables)
-        return jax.tree.map(jnp.asarray, tables)
+        return self.spec.upload(tables)
 
     def _is_awaited(self, path: Path) -> bool:
         """Whether others read what this request is about to write."""
@@ -327,3 +330,10 @@ def put_row(whole: Any, one: Any, row: jax.Array | int) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0)
 
     return jax.tree.map(put, whole, one)
+
+
+@functools.partial(jax.jit, donate_argnames="whole")
+def copy_row(whole: jax.Array, source: jax.Array | int, target: jax.Array | int) -> jax.Array:
+    """An array of rows in which one row has become equal to another. The array is donated."""
+    part = jax.lax.dynamic_slice_in_dim(whole, source, 1, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, target, axis=0)

@@ -12,10 +12,11 @@ model is a run, or an experiment with random weights. A trace has one request pe
 --make writes a trace first: shared-prompt, few-shot, parallel-sampling or no-sharing.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,10 @@ from launch import allocator
 from launch.cli import check_picture, log_to_stderr, read, user_errors
 
 if TYPE_CHECKING:
+    from cla_jax.config import ModelConfig
+    from cla_jax.decode import Weights
     from cla_jax.engine import Engine
+    from cla_jax.mesh import AxisRules
     from cla_jax.traces import Line, Replay
 
 
@@ -99,20 +103,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch import compilation_cache
 
     compilation_cache.enable()
-    config, weights, encode = _model(arguments.model)
+    model = _model(arguments.model)
     if arguments.make:
         made = dataclasses.asdict(arguments.made)
-        shape = traces.Shape(vocabulary=min(config.vocab_size, 256), **made)
+        shape = traces.Shape(vocabulary=min(model.config.vocab_size, 256), **made)
         traces.write_trace(arguments.trace, traces.make_trace(arguments.make, shape))
-    lines = traces.read_trace(arguments.trace, encode)
-    engine = _engine(arguments, config, weights, lines)
-    traces.check(engine, lines, arguments.trace)
-    traces.warm_up(engine)
-    _show(engine, lines, traces.replay(engine, lines), arguments)
+    lines = traces.read_trace(arguments.trace, model.encode)
+    with model.mesh:
+        engine = _engine(arguments, model, lines)
+        traces.check(engine, lines, arguments.trace)
+        traces.warm_up(engine)
+        _show(engine, lines, traces.replay(engine, lines), arguments)
 
 
-def _model(name: str) -> tuple[Any, Any, Any]:
-    """The config, the weights, and what makes token ids of a text: None without a tokenizer."""
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What serves a trace."""
+
+    config: "ModelConfig"
+    weights: "Weights"
+    # Makes token ids of a text; None without a tokenizer.
+    encode: Callable[[str], list[int]] | None = None
+    rules: "AxisRules | None" = None
+    mesh: contextlib.AbstractContextManager[Any] = dataclasses.field(
+        default_factory=contextlib.nullcontext
+    )
+
+
+def _model(name: str) -> _Model:
+    """A row of an experiment with random weights, or a run."""
     import jax
 
     from cla_jax.decode import decoding_weights
@@ -124,14 +143,17 @@ def _model(name: str) -> tuple[Any, Any, Any]:
             raise ValueError(
                 f"model = {name!r} is a study: give one of its rows, such as {config.name}"
             )
-        return config.model, decoding_weights(Transformer(jax.random.key(0), config.model)), None
+        weights = decoding_weights(Transformer(jax.random.key(0), config.model))
+        return _Model(config.model, weights)
     from cla_jax.decoder import Decoder
 
     decoder = Decoder.open(name)
-    return decoder.run.config().model, decoder.weights, decoder.tokens
+    assert decoder.mesh is not None  # only caches that evict have none
+    config, mesh = decoder.run.config().model, jax.set_mesh(decoder.mesh)
+    return _Model(config, decoder.weights, decoder.tokens, decoder.rules, mesh)
 
 
-def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Line]") -> "Engine":
+def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "Engine":
     from cla_jax.cache import cache_spec
     from cla_jax.cache.prefix_shared import prefix_spec
     from cla_jax.engine import Engine
@@ -139,16 +161,18 @@ def _engine(arguments: Arguments, config: Any, weights: Any, lines: "Sequence[Li
 
     longest = max(len(line.prompt) + line.new_tokens for line in lines)
     sizes: Any = {"batch": arguments.rows, "capacity": longest, "chunk": arguments.chunk}
+    if model.rules is not None:
+        sizes |= {"rules": model.rules}
     if arguments.unshared:
-        spec = cache_spec(config, arguments.cache, **sizes)
+        spec = cache_spec(model.config, arguments.cache, **sizes)
     else:
         page = arguments.page
         pages = arguments.pages or arguments.rows * (longest // page + 1)
         sizes |= {"page": page, "pages": pages, "skip_matched": not arguments.whole_prefill}
-        spec = prefix_spec(config, arguments.cache, **sizes)
+        spec = prefix_spec(model.config, arguments.cache, **sizes)
         retain = parse_bytes(arguments.retain, "retain") // spec.page_bytes
         spec = dataclasses.replace(spec, retain=min(retain, pages))
-    return Engine(weights, spec, every=arguments.every)
+    return Engine(model.weights, spec, every=arguments.every)
 
 
 def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments: Arguments) -> None:

@@ -12,8 +12,11 @@ from cla_jax import decode as decoding
 from cla_jax import places
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
+from cla_jax.config import MeshConfig
 from cla_jax.decode import decoding_weights
 from cla_jax.engine import Engine
+from cla_jax.mesh import AxisRules, axis_rules, make_mesh, split_cache
+from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL, replace
 
@@ -372,6 +375,49 @@ def test_tables_are_sent_only_when_the_tree_has_changed():
     assert len(request.completion.tokens) == MOST
     # For its prompt, for the first steps, and for each later page that it grows into.
     assert engine.places.counts.uploads <= 1 + (21 + MOST) // 4 - 21 // 4 < steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kv_heads", "format", "page"), [(2, "dense", 4), (1, "dense", 4), (2, "kivi4", 32)]
+)
+def test_heads_of_shared_chunks_may_be_split_over_devices(kv_heads, format, page):
+    config = replace(SHARED, n_kv_heads=kv_heads)
+    model = reference.randomised(config)
+    sizes = {"batch": 12, "page": page, "pages": 60, "capacity": 64, "chunk": 16}
+    prompts = [[*PREFIX, *PREFIX, i % 3] for i in range(5)]  # two pairs of equal ones
+
+    def replies(weights, rules=AxisRules()):
+        engine = Engine(weights, prefix_spec(config, format, **sizes, rules=rules), **OPTIONS)
+        requests = [engine.submit(prompt, new_tokens=MOST, seed=2) for prompt in prompts]
+        engine.run()
+        assert_nothing_is_left(engine)
+        return engine, [request.completion for request in requests]
+
+    _, expected = replies(decoding_weights(model))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, model=2), jax.devices()[:2])
+    rules = axis_rules(config, mesh)
+    with jax.set_mesh(mesh):
+        weights = decoding_weights(jax.device_put(model, layout(model, rules, mesh)), rules)
+        engine, found = replies(weights, rules)
+        pool = jax.tree.leaves(engine.cache.kv_layers[0])[0]
+        assert pool.sharding.is_fully_replicated == (kv_heads == 1)
+        assert engine.places.counts.matched > 0
+        assert engine.places.counts.copied == 2
+    for a, b in zip(expected, found, strict=True):
+        assert a.tokens == b.tokens
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_rows_and_entries_of_shared_chunks_are_not_split():
+    sizes = {"batch": 4, "page": 4, "pages": 24, "capacity": 64}
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, model=2), jax.devices()[:4])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="x fsdp = 2 of the mesh must be 1"):
+        prefix_spec(SHARED, **sizes)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, model=2), jax.devices()[:2])
+    rules = split_cache(axis_rules(replace(SHARED, n_kv_heads=1), mesh), mesh)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="cannot split the entries"):
+        prefix_spec(replace(SHARED, n_kv_heads=1), **sizes, rules=rules)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 
 from cla_jax import traces
 from cla_jax.traces import Line, Replay, Shape, make_trace, read_trace, write_trace
+from cla_jax.train import train
 from launch import serve_trace
 
 GOOD = {"arrival": 0.5, "prompt": [1, 2], "new_tokens": 3}
@@ -139,12 +140,27 @@ def test_a_made_trace_is_served(tmp_path, capsys):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--unshared"], ["--cache", "int8"]])
+def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
+    config = tiny(steps=2)
+    train(config, evaluate=lambda *_: {})
+    texts = [f"The union is strong, and {word}" for word in ("so", "we")]
+    path = written(tmp_path, *(GOOD | {"prompt": text, "arrival": 0.0} for text in texts))
+    sizes = ["--rows", "2", "--page", "4", "--chunk", "16"]
+    run = f"{config.placement.runs}/{config.name}"
+    serve_trace.main([str(path), "--model", run, *sizes, *more, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 2 * GOOD["new_tokens"]
+    assert (found["hit_rate"] > 0) == (more != ["--unshared"])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--pages", "1"], "trace.jsonl, request 1 by arrival"),
         (["--page", "0"], "page = 0 must be positive"),
-        (["--cache", "kivi4"], "kivi4 quantises tokens in groups"),
+        (["--cache", "kivi4"], "page = 4 must be a multiple of 32"),
         (["--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["--model", "smoke.tine"], "unknown experiment"),
     ],

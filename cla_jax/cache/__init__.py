@@ -15,7 +15,7 @@ arrays that a decode step takes and returns.
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Protocol
 
@@ -233,19 +233,21 @@ class CacheSpec:
 
     def write(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
         """KV layer p with the KV of new tokens at their positions; negative positions are padding."""
-        positions_BT = step.positions_BT
-        T = positions_BT.shape[1]
+        T = step.positions_BT.shape[1]
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
+        return self.on_devices(functools.partial(self.write_here, p), layer, kv, step)
 
-        def local(layer: LayerCache, kv: KV, positions_BT: jax.Array) -> LayerCache:
-            kv = kv.each(self._padded)
-            return self.formats[p].write(layer, kv, positions_BT, self._here(p))
+    def write_here(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
+        """The same on one device, for its part of the KV layer."""
+        kv = kv.each(self._padded)
+        return self.formats[p].write(layer, kv, step.positions_BT, self._here(p))
 
+    def on_devices(self, change: Callable[..., LayerCache], layer: LayerCache, *args: Any) -> Any:
+        """`change(layer, *args)` on every device, for its part of a KV layer."""
         if jax.sharding.get_abstract_mesh().empty:
-            return local(layer, kv, positions_BT)
+            return change(layer, *args)
         layouts = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, layer)
-        written = jax.shard_map(local, out_specs=layouts, check_vma=False)
-        return written(layer, kv, positions_BT)
+        return jax.shard_map(change, out_specs=layouts, check_vma=False)(layer, *args)
 
     def attend(
         self,
@@ -255,34 +257,44 @@ class CacheSpec:
         step: StepPositions,
     ) -> jax.Array:
         """Attention of the new tokens of a step over KV layer p, or a source kept like it. [B, T, K, G, H]"""
-        axis = self.rules.cache_entries if self.shards > 1 else None
-        assert axis is None or isinstance(axis, str)
-
-        def local(layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> jax.Array:
-            # Padding sees nothing, and must not make others read from the beginning.
-            first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
-            segments = self.formats[p].segments(layer, step.lengths_B, first, self._here(p))
-            kernel = self._kernel(p, layer, q_BTKGH, step)
-            o_BTKGH = attend_segments(
-                self._padded(q_BTKGH),
-                segments,
-                step,
-                axis,
-                self.kept.read_widths[1],
-                scale=q_BTKGH.shape[-1] ** -0.5,
-                kernel=kernel,
-            )
-            return o_BTKGH[..., : self.config.read_widths[1]]
-
+        local = functools.partial(self.attend_here, p)
         if jax.sharding.get_abstract_mesh().empty:
             return local(layer, q_BTKGH, step)
         letters, whole = axes("BTKGH"), self.rules
-        if axis is not None:  # every device reads its entries for all query heads
+        if self._split_over is not None:  # every device reads its entries for all query heads
             whole = dataclasses.replace(self.rules, q_groups=None)
             q_BTKGH = jax.reshard(q_BTKGH, whole.partition(*letters))
         sharded = jax.shard_map(local, out_specs=whole.partition(*letters), check_vma=False)
         o_BTKGH = sharded(layer, q_BTKGH, step)
-        return o_BTKGH if axis is None else jax.reshard(o_BTKGH, self.rules.partition(*letters))
+        if self._split_over is None:
+            return o_BTKGH
+        return jax.reshard(o_BTKGH, self.rules.partition(*letters))
+
+    def attend_here(
+        self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
+    ) -> jax.Array:
+        """The same on one device, over its part of the KV layer."""
+        # Padding sees nothing, and must not make others read from the beginning.
+        first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
+        segments = self.formats[p].segments(layer, step.lengths_B, first, self._here(p))
+        kernel = self._kernel(p, layer, q_BTKGH, step)
+        o_BTKGH = attend_segments(
+            self._padded(q_BTKGH),
+            segments,
+            step,
+            self._split_over,
+            self.kept.read_widths[1],
+            scale=q_BTKGH.shape[-1] ** -0.5,
+            kernel=kernel,
+        )
+        return o_BTKGH[..., : self.config.read_widths[1]]
+
+    @property
+    def _split_over(self) -> str | None:
+        """The mesh axis whose devices hold parts of the entries of one KV layer."""
+        axis = self.rules.cache_entries if self.shards > 1 else None
+        assert axis is None or isinstance(axis, str)
+        return axis
 
     def _kernel(self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> Any:
         """The kernel over KV layer p, if there is one and it takes so many queries; else None."""

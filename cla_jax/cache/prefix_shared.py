@@ -25,9 +25,9 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, make_format
 from cla_jax.cache.pages import GroupPages, Leaf, TokenPages, make_pages, page_refusal
-from cla_jax.cache.per_token import LayerCache, Shape
+from cla_jax.cache.per_token import LayerCache
 from cla_jax.config import ModelConfig
-from cla_jax.mesh import AxisRules
+from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import (
     EMPTY,
     KV,
@@ -93,16 +93,14 @@ class PrefixSpec(CacheSpec):
         """The pool of KV layer p, and what its rows keep beside it."""
         return self.layer_pages(p).shapes(self.config, self.pages, self.batch, self.holds[p])
 
-    @functools.partial(jax.jit, static_argnums=0)
     def allocate(self) -> Cache:
         """An empty pool for each KV layer, and tables in which no row has a page."""
-        zeros = lambda shape: jnp.zeros(shape.shape, shape.dtype)
-        layers = tuple(
-            jax.tree.map(zeros, self.shapes(p), is_leaf=lambda x: isinstance(x, Shape))
-            for p in range(len(self.formats))
-        )
-        pages = jax.tree.map(jnp.asarray, self.empty())
-        return Cache(layers, jnp.zeros(self.batch, jnp.int32), pages)
+        return dataclasses.replace(super().allocate(), pages=self.upload(self.empty()))
+
+    def upload(self, tables: Pages) -> Pages:
+        """Tables as arrays of the device, or of each device."""
+        whole = lambda a: self.rules.spec(*[None] * np.ndim(a))
+        return jax.tree.map(lambda a: jax.device_put(jnp.asarray(a), whole(a)), tables)
 
     @functools.cached_property
     def token_bytes(self) -> tuple[dict[str, tuple[float, float]], ...]:
@@ -194,16 +192,15 @@ class PrefixSpec(CacheSpec):
     def copy_leaf(self, cache: Cache, source: Leaf, target: Leaf) -> Cache:
         """The newest tokens of one request for its fork, in every KV layer. The cache is donated."""
         layers = tuple(
-            self.layer_pages(p).copy(layer, source, target)
+            self.on_devices(self.layer_pages(p).copy, layer, source, target)
             for p, layer in enumerate(cache.kv_layers)
         )
         return dataclasses.replace(cache, kv_layers=layers)
 
     # ------------------------------------------------------------------------------- a step
 
-    def write(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
+    def write_here(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
         """The new tokens of a row go into its own pages."""
-        assert step.positions_BT.shape[1] <= self.chunk
         pages: Pages = step.pages
 
         def page_of(positions_BT: jax.Array) -> jax.Array:
@@ -214,7 +211,7 @@ class PrefixSpec(CacheSpec):
 
         return self.layer_pages(p).write(layer, kv, step, page_of, pages.rows_B)
 
-    def attend(
+    def attend_here(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> jax.Array:
         """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
@@ -360,8 +357,9 @@ def prefix_spec(
     chunk: int = 1,
     retain: int = 0,
     skip_matched: bool = True,
+    rules: AxisRules = AxisRules(),
 ) -> PrefixSpec:
-    """The spec of a prefix-shared cache on one device.
+    """The spec of a prefix-shared cache.
 
     Args:
       format: how tokens are kept. KIVI quantises a page when it is full.
@@ -372,9 +370,12 @@ def prefix_spec(
       chunk: tokens that a step writes at most.
       retain: pages of requests that have ended that are kept, at most, until others need them.
       skip_matched: whether the prefill leaves out what is in the cache already.
+      rules: layout on the mesh, which must be set. They may split heads over devices, but neither rows nor
+        entries, because every row may read every page.
 
     Raises:
-      ValueError: sizes that are not positive, or a page that the format cannot quantise.
+      ValueError: sizes that are not positive, a page that the format cannot quantise, or a mesh that splits
+        rows or entries.
     """
     for name, value in (("page", page), ("pages", pages)):
         if value < 1:
@@ -383,8 +384,16 @@ def prefix_spec(
         raise ValueError(f"prefix-shared cache: retain = {retain} must lie in 0 to pages = {pages}")
     if words := refusal(config, format, page):
         raise ValueError(words)
-    spec = cache_spec(
-        config, format, batch=batch, capacity=capacity, chunk=chunk, rules=AxisRules()
-    )
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and (rows := row_shards(mesh)) > 1:
+        raise ValueError(
+            "a prefix-shared cache cannot split its rows over devices, because they share pages: "
+            f"slice x data x fsdp = {rows} of the mesh must be 1"
+        )
+    if rules.cache_entries is not None:
+        raise ValueError(
+            "a prefix-shared cache cannot split the entries of a KV layer over devices"
+        )
+    spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return PrefixSpec(**fields, page=page, pages=pages, retain=retain, skip_matched=skip_matched)
