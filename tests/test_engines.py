@@ -751,6 +751,15 @@ if order == "finish":
     line = {{"step": 40, "perplexity": 7.0}}
     (sweep / name / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
     time.sleep(1.2)  # done, and not yet ended
+elif order == "fail once":
+    while not pathlib.Path({log!r} + ".running").exists():
+        time.sleep(0.05)
+    state = {{"status": "stopped", "failures": 1, "failed_in_a_row": 1, "error": "no space\\nleft"}}
+    (sweep / ".sweep" / name / "state.json").write_text(json.dumps(state))
+    while not pathlib.Path({log!r} + ".told").exists():
+        time.sleep(0.05)
+    (sweep / name).mkdir(parents=True, exist_ok=True)
+    (sweep / name / "metrics.jsonl").write_text('{{"step": 40, "perplexity": 7.0}}\\n')
 elif order == "call it done":
     (sweep / ".sweep" / name / "state.json").write_text('{{"status": "done", "attempts": 1}}')
 elif order == "crash":
@@ -797,6 +806,26 @@ def test_a_broken_runner_is_not_started_for_ever(pool):
     assert f"{broken}  stuck: exit code 1: Traceback: the runner is broken" in said
     assert "5 done" in said
     assert "1 stuck" in said
+
+
+def test_a_trial_that_failed_and_is_started_again_is_told_once(pool, tmp_path, monkeypatch):
+    """A pipe has no live table: without this line nothing was said until the end."""
+    monkeypatch.setattr(launcher, "_POOL_SECONDS", 0.1)
+    failing = "peak_lr=0.001,seed=1"
+    printed, rounds = launcher._print_together, iter(range(600))
+
+    def noted(lines):
+        printed(lines)
+        for name, state, reason in lines:
+            if name == failing and state == "running":
+                (tmp_path / ("log.told" if "failed" in reason else "log.running")).touch()
+        assert next(rounds, None) is not None, "it is never told"
+
+    monkeypatch.setattr(launcher, "_print_together", noted)
+    code, said, _ = pool({failing: "fail once"}, "--local.workers", "2", "--local.cores", "1")
+    assert code == 0
+    words = f"{failing}  running: failed once and is started again: no space\n"
+    assert said.count(words) == said.count("started again") == 1
 
 
 def test_a_runner_that_sees_another_result_is_not_started_for_ever(pool):

@@ -109,6 +109,7 @@ class Launcher:
         self.checked: dict[str, str] = {}  # trials asked about, with why they are refused or ""
         self.stuck: dict[str, str] = {}  # trials that this launcher gives up, with the reason
         self.said: dict[str, str] = {}
+        self.told: dict[str, str] = {}  # the reasons that were printed with these states
         self.written: set[str] = set()  # trials whose records this launcher has written
         self.stopping = False
         self.pool = Pool(self.engine) if isinstance(self.engine, Local) else None
@@ -315,7 +316,7 @@ class Launcher:
         unlocked = not self.engine.here or not record.is_local
         heard = unlocked and state.status == "running" and not state.silent
         if runs_here or record.is_locked or heard:
-            return "running", ""
+            return "running", _failures(state)
         submission = record.submission()
         if submission and submission.job in alive:
             return "queued", ""
@@ -411,17 +412,23 @@ class Launcher:
         done = sum(state == "done" for state, _ in states.values())
         changed = []
         for name, (state, reason) in states.items():
-            if state == "todo" or self.said.get(name) == state:
+            if state == "todo" or (
+                self.said.get(name) == state and not self._is_news(name, reason)
+            ):
                 continue
             if (self.said.get(name), state) == ("submitted", "queued"):
                 self.said[name] = state
                 continue
-            self.said[name] = state
+            self.said[name], self.told[name] = state, reason
             if state == "done":
                 known = self.results.known[f"{trials.sweep_name(plan.sweep)}/{name}"]
                 reason = f"perplexity {known.perplexity:.4f} ({done} of {len(states)})"
             changed.append((name, state, reason))
         _print_together(changed)
+
+    def _is_news(self, name: str, reason: str) -> bool:
+        """Whether a running trial has failed since it was last spoken of."""
+        return bool(reason) and self.told.get(name) != reason
 
     def _conclude(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> int:
         reported = {name for name, (state, _) in states.items() if state == "stuck"}
@@ -445,6 +452,15 @@ class Launcher:
             return STOPPED
         bad = {"failed", "refused", "stuck"} & set(words.values())
         return 1 if bad else 0
+
+
+def _failures(state: records.State) -> str:
+    """What to say of a running trial that has failed before; empty if it has not."""
+    if not state.failed_in_a_row:
+        return ""
+    first = state.error.partition("\n")[0]
+    times = "once" if state.failed_in_a_row == 1 else f"{state.failed_in_a_row} times"
+    return f"failed {times} and is started again: {first}"
 
 
 def _record(plan: LaunchPlan, name: str) -> records.Record:
