@@ -1,4 +1,4 @@
-"""The blocks of README and of getting started are run as they stand, with small budgets."""
+"""The commands of README and docs are run as they stand, with small budgets; what is not run has a reason."""
 
 import dataclasses
 import importlib
@@ -11,13 +11,18 @@ import pytest
 from matplotlib.figure import Figure
 
 import experiments
+from cla_jax import runs
 from cla_jax.cache.quantized import Int8
 from cla_jax.fields import replaced
 from cla_jax.model.attention import KV
 from experiments import demo, smoke
 from tests.test_docs import PAGES, README, ROOT
+from tests.test_report import FINGERPRINT, evaluate, log
 
-RUN = ("README", "index")
+# Pages whose commands are run: those of VERBATIM with the runs that they train
+# themselves, those of WRITTEN beside runs whose records were written without training.
+VERBATIM = ("README", "index")
+WRITTEN = ("evaluation", "launch", "memory", "prefix", "tasks", "training")
 # What is not run, by how a command begins, and why.
 NOT_RUN = {
     "make": "an environment of its own; its targets are checked below",
@@ -31,21 +36,30 @@ NOT_RUN = {
     "python -m launch.tasks fetch": "a network",
     "python -m launch.evaluate runs/smollm2-135m": "the model of 93 MB",
 }
+# What of WRITTEN is not run either.
+NOT_THERE = {
+    "python -m launch.evaluate": "needs trained weights; README's commands evaluate them",
+    "python -m launch.generate": "needs trained weights; README's commands generate with them",
+    "python -m launch.train smoke": "README's commands train it",
+    "python -m launch.train demo ": "README's sweep trains its rows",
+    "python -m launch.train demo.h16_mqa --optimizer": "compiles a step; tests of optimizers do",
+    "python -m launch.train NAME": "several devices, several hosts, or text of the user's",
+    "python -m launch.sweep smoke.grid": "six trainings in processes of their own; README's sweep runs",
+    "python -m launch.status smoke.grid": "belongs to that sweep",
+    "python -m launch.cancel smoke.grid": "belongs to that sweep",
+    "python -m launch.compare runs/smoke/grid": "belongs to that sweep",
+    "python -m launch.serve_trace": "a replay of minutes; its tests replay short traces",
+    "python -m benchmarks": "minutes of measurements",
+}
 # Pages whose commands are only parsed, and why.
 PARSED = {
     "data": "two sources and a training; tests of mixtures train such runs",
-    "evaluation": "the evaluations of README again, in further forms that have tests of their own",
     "eviction": "minutes of compilation; tests of evaluation use each policy",
     "interop": "a foreign model of the user's; its tests import and export small ones",
-    "launch": "SLURM, clouds and clusters",
-    "memory": "a table of 1B models, and minutes of decoding",
     "paper": "pretraining of 1B and 3B models",
     "pods": "compilers for TPUs and GPUs",
-    "prefix": "a replay of minutes; its tests replay short traces",
     "sharing": "three trainings; tests train and decode models with such maps",
     "studies": "trainings of hours; tests make reports of studies from written runs",
-    "tasks": "data of tasks from a network",
-    "training": "several devices, several hosts, and data of the user's",
     "uptraining": "a second training; its tests convert small runs",
     "benchmarks": "minutes of measurements beside peers",
     "design": "",
@@ -67,13 +81,14 @@ def commands(page):
     return found
 
 
-def reason(command):
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+def reason(command, reasons=NOT_RUN):
+    found = (why for start, why in reasons.items() if f"{command} ".startswith(start))
+    return next(found, None)
 
 
 def test_every_page_is_run_or_says_why_not():
     names = {page.stem for page in (README, *PAGES)}
-    assert names == {*RUN, *PARSED}
+    assert names == {*VERBATIM, *WRITTEN, *PARSED}
     for page in PAGES:
         if page.stem in PARSED and commands(page):
             assert PARSED[page.stem], page.stem
@@ -131,10 +146,7 @@ def clone(tmp_path_factory):
         patched.setattr(jax, "devices", lambda *_: first)
         patched.setattr(jax, "device_count", lambda *_: 1)
         patched.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # of the trials
-        # Other tests draw pictures.
-        patched.setattr("cla_jax.report._figures", lambda _: {})
-        patched.setattr("cla_jax.report.pareto.plot", lambda *_, **__: Figure())
-        patched.setattr("cla_jax.report.page._inline", lambda *_: "")
+        draw_nothing(patched)
         patched.chdir(directory)
         patched.setattr(demo, "h16_mqa", h16_mqa)
         patched.setattr(demo, "ROWS", (h16_mqa, demo.h16_mqa_cla2))
@@ -144,6 +156,13 @@ def clone(tmp_path_factory):
         smoke.tiny.__name__ = "tiny"
         run("python -m launch.train demo.h16_mqa_cla2 --name demo/seeds/h16_mqa_cla2.seed-0")
         yield directory
+
+
+def draw_nothing(patched):
+    """Other tests draw pictures."""
+    patched.setattr("cla_jax.report._figures", lambda _: {})
+    patched.setattr("cla_jax.report.pareto.plot", lambda *_, **__: Figure())
+    patched.setattr("cla_jax.report.page._inline", lambda *_: "")
 
 
 def run(command):
@@ -157,7 +176,7 @@ def run(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "text", [p for p in (README, *PAGES) if p.stem in RUN], ids=lambda p: p.stem
+    "text", [p for p in (README, *PAGES) if p.stem in VERBATIM], ids=lambda p: p.stem
 )
 def test_the_blocks_of_a_page_run_verbatim(clone, text):
     ran = [command for command in commands(text) if reason(command) is None]
@@ -172,6 +191,42 @@ def test_the_blocks_of_a_page_run_verbatim(clone, text):
         assert (clone / "runs/mine/books/metrics.jsonl").exists()
         assert (clone / "runs/demo/seeds/report.html").exists()
         assert (clone / "exported/config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def beside_runs(tmp_path_factory):
+    """A directory with the runs of `make demo` as a comparison reads them: their records, no weights."""
+    directory = tmp_path_factory.mktemp("beside")
+    with pytest.MonkeyPatch.context() as patched:
+        draw_nothing(patched)
+        # Whether trials fit is asked of compilers for TPUs and GPUs, which are not installed.
+        patched.setattr("launch.sweeps.fitting.check", lambda *_: {})
+        patched.chdir(directory)
+        for i, (trial, config) in enumerate(demo.seeds()):
+            small = replaced(config, {"name": f"demo/seeds/{trial}", "steps": 30})
+            made = runs.open_run(small, data_fingerprint=FINGERPRINT, tokenizer_json="{}")
+            log(made)
+            evaluate(made, 8.0 + i / 10)
+            made.write_eval("cached-int8", made.eval("full") | {"cache": "int8"})
+        yield directory
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem in WRITTEN], ids=lambda p: p.stem)
+def test_the_commands_of_a_page_run_beside_written_runs(beside_runs, page, capsys):
+    """Those for clusters and clouds as far as they can without one: until something would be submitted."""
+    ran = [c for c in commands(page) if reason(c) is None and reason(c, NOT_THERE) is None]
+    assert ran
+    for command in ran:
+        run(as_dry_run(command) if " --engine " in command else command)
+        assert capsys.readouterr().out, command
+    if page.stem == "tasks":
+        assert list((beside_runs / "data/recall").iterdir())
+
+
+def as_dry_run(command):
+    words = [word for word in shlex.split(command) if word != "…"]
+    end = words.index("--") if "--" in words else len(words)
+    return shlex.join([*words[:end], "--dry-run", *words[end:]])
 
 
 def test_the_example_of_the_page_on_sharing_runs(capsys):
