@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -23,6 +24,13 @@ from tests.test_report import FINGERPRINT, evaluate, log
 # themselves, those of WRITTEN beside runs whose records were written without training.
 VERBATIM = ("README", "index")
 WRITTEN = ("evaluation", "launch", "memory", "prefix", "tasks", "training")
+# Pages whose commands train or convert: each in a directory with the trained runs and these sizes and names.
+TRAINED = {
+    "data": {"--data.stages 20:": "--data.stages 1:"},
+    "interop": {" PATH ": " foreign ", "runs/NAME": "runs/imported", " DIR": " exported"},
+    "sharing": {},
+    "uptraining": {"--rope-dims 16": "--rope-dims 4"},
+}
 # What is not run, by how a command begins, and why.
 NOT_RUN = {
     "make": "an environment of its own; its targets are checked below",
@@ -36,6 +44,7 @@ NOT_RUN = {
     "python -m launch.tasks fetch": "a network",
     "python -m launch.evaluate runs/smollm2-135m": "the model of 93 MB",
 }
+BENCHMARKS = {"python -m benchmarks": "minutes of measurements"}
 # What of WRITTEN is not run either.
 NOT_THERE = {
     "python -m launch.evaluate": "needs trained weights; README's commands evaluate them",
@@ -49,22 +58,17 @@ NOT_THERE = {
     "python -m launch.cancel smoke.grid": "belongs to that sweep",
     "python -m launch.compare runs/smoke/grid": "belongs to that sweep",
     "python -m launch.serve_trace": "a replay of minutes; its tests replay short traces",
-    "python -m benchmarks": "minutes of measurements",
-}
+} | BENCHMARKS
 # Pages whose commands are only parsed, and why.
 PARSED = {
-    "data": "two sources and a training; tests of mixtures train such runs",
     "eviction": "minutes of compilation; tests of evaluation use each policy",
-    "interop": "a foreign model of the user's; its tests import and export small ones",
+    "latent": "models wider than the small ones of this test; its tests train others",
     "paper": "pretraining of 1B and 3B models",
     "pods": "compilers for TPUs and GPUs",
-    "sharing": "three trainings; tests train and decode models with such maps",
     "studies": "trainings of hours; tests make reports of studies from written runs",
-    "uptraining": "a second training; its tests convert small runs",
     "benchmarks": "minutes of measurements beside peers",
     "design": "",
     "extending": "",
-    "latent": "a training; its tests train small models",
 }
 
 
@@ -88,7 +92,7 @@ def reason(command, reasons=NOT_RUN):
 
 def test_every_page_is_run_or_says_why_not():
     names = {page.stem for page in (README, *PAGES)}
-    assert names == {*VERBATIM, *WRITTEN, *PARSED}
+    assert names == {*VERBATIM, *WRITTEN, *TRAINED, *PARSED}
     for page in PAGES:
         if page.stem in PARSED and commands(page):
             assert PARSED[page.stem], page.stem
@@ -191,6 +195,31 @@ def test_the_blocks_of_a_page_run_verbatim(clone, text):
         assert (clone / "runs/mine/books/metrics.jsonl").exists()
         assert (clone / "runs/demo/seeds/report.html").exists()
         assert (clone / "exported/config.json").exists()
+
+
+SEEDS = ("runs/demo/seeds/h16_mqa.seed-0", "runs/demo/seeds/h16_mqa_cla2.seed-0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem in TRAINED], ids=lambda p: p.stem)
+def test_the_commands_of_a_page_train_and_convert(clone, page, tmp_path, monkeypatch):
+    if not (clone / SEEDS[0]).exists():
+        run("python -m launch.train demo.h16_mqa --name demo/seeds/h16_mqa.seed-0")
+    for trained in SEEDS:
+        shutil.copytree(clone / trained, tmp_path / trained)
+    shutil.copytree(clone / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cla_jax").mkdir()
+    for i in range(20):
+        (tmp_path / f"cla_jax/{i}.py").write_text(f"# A module, number {i}.\n" + "pass\n" * 40)
+    if page.stem == "interop":
+        run(f"python -m launch.convert export {SEEDS[0]} foreign")
+    ran = [c for c in commands(page) if reason(c) is None and reason(c, BENCHMARKS) is None]
+    assert ran
+    for command in ran:
+        for words, ours in TRAINED[page.stem].items():
+            command = command.replace(words, ours)
+        run(command)
 
 
 @pytest.fixture(scope="module")
