@@ -1,24 +1,30 @@
 """Evaluating a run through caches that evict tokens, and continuing texts through them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cla_jax.cache.evicting import evicting_spec
-from cla_jax.config import Sampling
+from cla_jax.compressor import Compressor
+from cla_jax.config import ModelConfig, Sampling
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.decoder import Decoder
 from cla_jax.evaluate import evaluate
 from cla_jax.eviction import parse
+from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
 from cla_jax.eviction_scores import recall_scores
 from cla_jax.generate import generate
+from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
 from cla_jax.report import eviction_map
 from cla_jax.report import rows as report
 from cla_jax.runs import find_runs
+from cla_jax.state import named, with_named
 from cla_jax.train import train
 from tests import reference
-from tests.test_evicting import CLASSES, SHARED, TOKENS
+from tests.test_evicting import CLASSES, SHARED, TOKENS, step
 
 pytestmark = pytest.mark.usefixtures("above_all_runs")
 POLICY = "window:tokens=14,recent=4"
@@ -140,3 +146,92 @@ def test_requests_that_join_later_get_what_they_would_get_alone():
     spec = evicting_spec(SHARED, parse("h2o:keep=0.25"), classes=b"", batch=1, capacity=96)
     with pytest.raises(ValueError, match=r"prompt 0: h2o: keep = 0\.25 of a prompt of 20"):
         generate(weights, spec, prompts, new_tokens=2)
+
+
+# ------------------------------------------------------------------------------ recency and sinks
+
+BEGIN, WRONG, WORDS = 0, 15, 14  # the first token, a wrong answer, and tokens 1 to 14
+FOLLOWING = np.array([0, *range(2, WORDS + 1), 1, WRONG])  # the word after each word
+
+
+def sinking() -> Transformer:
+    """A model that predicts the word after the token before the newest, and has an attention sink.
+
+    One head attends to the token before. The other attends to the first token, from which it gets nothing.
+    Without it, the head attends to words, and its output drowns the other's. Trained models have such heads.
+    """
+    config = ModelConfig(
+        vocab_size=16, n_layers=1, d_model=64, d_ff=8, n_heads=2, n_kv_heads=1, d_head=32,
+        rope_theta=1e8, tied_embeddings=False, compute_dtype="float32",
+    )  # fmt: skip
+    model = Transformer(jax.random.key(0), config)
+    made = {name: np.array(array) for name, array in named(model).items()}
+    for name, array in made.items():
+        array[...] = 1 if name.endswith("scale") else 0
+    token, constant, answer = 0, 16, 32  # where the dimensions of each begin
+    normed = np.sqrt(64 / 2)  # what the norm makes of a 1
+    made["embedding"][:, token : token + 16] = np.eye(16)
+    made["embedding"][:, constant] = 1
+    query, kv = (
+        made["stacks.0.blocks.query.weight"][0, 0, :, 0],
+        made["stacks.0.projection.kv.weight"][0],
+    )
+    output = made["stacks.0.blocks.output.weight"][0, 0, 0]
+    (key, value), sink, before = (kv[:, i, 0] for i in (0, 1)), 0, 1
+    scale = 32**0.5 / normed**2  # of a product of a query and a key
+    # Pairs 0 to 7 turn with the position: they tell the token before. Pair 15 does not turn.
+    speeds = 1e8 ** (-np.arange(8) / 16)
+    key[constant, :8] = 1
+    query[constant, before, :8] = 28 * scale * np.cos(speeds)
+    query[constant, before, 16:24] = -28 * scale * np.sin(speeds)
+    key[token + BEGIN, 15] = 1
+    query[constant, sink, 15] = 14 * scale
+    words = np.arange(1, WORDS + 1)
+    value[token + words, words] = 1 / normed
+    value[token + words, 16] = 1 / normed
+    output[before, words, answer + words] = 1
+    output[sink, 16, answer + WRONG] = 30
+    made["head"][FOLLOWING[words], answer + words] = 1
+    made["head"][WRONG, answer + WRONG] = 1
+    return with_named(model, {name: jnp.asarray(array) for name, array in made.items()})
+
+
+SMALL = (
+    "fastgen:T=0.9", "window:keep=0.25", "h2o:keep=0.25", "snapkv:keep=0.4", "adakv:keep=0.4",
+    "random:keep=0.25",
+)  # fmt: skip
+
+
+def recency(policy: str) -> tuple[float, float]:
+    """The share of right predictions after a prompt, and the share of the prompt that is kept."""
+    model = sinking()
+    classes = np.zeros(16, np.uint8)
+    classes[[BEGIN, 1]] = SPECIAL, PUNCTUATION
+    tokens = np.random.default_rng(1).integers(1, WORDS + 1, (2, 160)).astype(np.int32)
+    tokens[:, 0] = BEGIN
+    spec = evicting_spec(
+        model.config, parse(policy), classes=classes.tobytes(), batch=2, capacity=160
+    )
+    compressor = Compressor(decoding_weights(model), spec)
+    _, cache = compressor.fill(spec.allocate(), dict(enumerate(tokens[:, :96].tolist())), 64)
+    right = []
+    for t in range(96, 160):
+        given = tokens[:, t : t + 1], np.ones(2, np.int32)
+        logits, cache = step(compressor.weights, cache, *given, spec=compressor.spec)
+        right.append(logits[:, 0].argmax(-1) == FOLLOWING[tokens[:, t - 1]])
+    return float(np.mean(right)), compressor.chosen[0].kept_BKS.sum() / (2 * 96)
+
+
+@pytest.mark.parametrize("policy", SMALL)
+def test_recent_tokens_are_found_under_every_policy(policy):
+    """Caches that evict the first tokens pass tests of exactness, and then get every task wrong."""
+    score, kept = recency(policy)
+    assert kept < 0.5
+    assert score == 1
+
+
+@pytest.mark.parametrize("policy", ["window:keep=0.25", "random:keep=0.25"])
+def test_without_the_first_tokens_nothing_is_right(policy):
+    """So the test above can fail. (The other policies find the first token by its attention or class.)"""
+    score, _ = recency(f"{policy},sinks=0")
+    assert score == 0
