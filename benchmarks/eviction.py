@@ -1,27 +1,32 @@
 """Quality of held-out text through caches that evict tokens, policies beside each other at equal live bytes.
 
-    python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --windows 64 --T 0.9 --T 0.98
+    python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --T 0.9 --T 0.98 --output X.jsonl
+    python -m benchmarks.eviction_pareto X.jsonl --plot X.svg
 
 For each T of FastGen the other policies get the budget at which they hold as many bytes at the end of a
-window. These include positions, classes and scores. Scores are those of the tokens after the prompt: bits per
-token above the full forward pass, with a 95 % interval over windows. The KL divergence to the full forward
-pass is printed too, and how often the top token is the same.
+window. These include positions, classes and scores. Scores are those of the tokens after the prompt: nats per
+token above the full forward pass, the KL divergence to it, both with a 95 % interval over windows, and how
+often the top token is the same. A line of JSON is printed for each policy, and appended to `--output`. What
+is there already is not measured again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from cla_jax import checkpoint, runs
+from cla_jax import checkpoint, costs, runs
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
 from cla_jax.decode import decoding_weights, on_one_device
 from cla_jax.evaluate import open_session
-from cla_jax.eviction import Policy, parse
+from cla_jax.eviction import Policy, parse, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
@@ -40,6 +45,8 @@ class Arguments:
     settings: str = ""
     # The other policies, by default all of them; of tasks the policies, with their settings.
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # Seeds of the policy random.
+    draws: int = 3
     # Tasks of cla_jax/recall_tasks.py to score instead of held-out text, with contexts of so many characters.
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     length: int = 200
@@ -48,14 +55,20 @@ class Arguments:
     kept_only: bool = False
     windows: int = 64
     prompt: float = 0.5
+    # Tokens of a decode step. A step evicts after its last token.
+    chunk: int = 1
+    # Windows at once, if not as many as in training.
+    batch_size: int | None = None
+    data_dir: str | None = None
+    output: Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     for path in arguments.runs:
         run = runs.find_run(path)
-        session = open_session(run)
-        _, model = checkpoint.load_model(run, session.rules, session.mesh)
+        session = open_session(run, arguments.data_dir, batch_size=arguments.batch_size)
+        step, model = checkpoint.load_model(run, session.rules, session.mesh)
 
         for kind in arguments.task:
             examples = make_examples(kind, count=arguments.count, length=arguments.length)
@@ -68,40 +81,84 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
         if arguments.kept_only:
             for threshold in arguments.T or (0.95,):
-                for over in ("min", "mean"):
-                    policy = parse(f"fastgen:T={threshold:g},over={over}")
-                    found = kept_of_prompts(session, model, policy, arguments)
-                    print(
-                        json.dumps({"run": run.path.name, "policy": policy.name} | found),
-                        flush=True,
-                    )
+                policy = parse(fastgen(threshold, arguments.settings))
+                found = kept_of_prompts(session, model, policy, arguments)
+                print(json.dumps({"run": run.path.name, "policy": policy.name} | found), flush=True)
         if arguments.task or arguments.kept_only:
             continue
+        asked = {
+            "run": run.path.name,
+            "checkpoint": checkpoint.fingerprint(run, step),
+            "context": session.config.data.seq_len,
+            "windows": arguments.windows,
+            "prompt": arguments.prompt,
+            "chunk": arguments.chunk,
+        }
 
-        def measured(name: str, session=session, model=model, run=run) -> dict[str, Any]:
+        def measured(name: str, T: float, session=session, model=model, asked=asked):
+            cell: dict[str, Any] = asked | {"policy": parse(name).name}
+            if (known := recorded(arguments.output, cell)) is not None:
+                return known
             record = evicting_decoding(
-                session, model, parse(name), prompt=arguments.prompt, windows=arguments.windows
+                *(session, model, parse(name)),
+                chunk=arguments.chunk,
+                prompt=arguments.prompt,
+                windows=arguments.windows,
             )
-            print(json.dumps({"run": run.path.name, "policy": name} | line(record)), flush=True)
-            return record
+            # The T whose bytes this policy has.
+            cell |= {"T": T} | line(record, session)
+            print(json.dumps(cell), flush=True)
+            if arguments.output:
+                # On a line of its own, also after a line that a stop has cut short.
+                cut = arguments.output.exists() and not read_lines(arguments.output)[1]
+                with arguments.output.open("a") as file:
+                    file.write("\n" * cut + json.dumps(cell) + "\n")
+            return cell
 
-        data = session.config.data
-        after = 1 - arguments.prompt
         for threshold in arguments.T or (0.95,):
-            settings = ",".join(filter(None, [f"T={threshold:g}", arguments.settings]))
-            record = measured(f"fastgen:{settings}")
-            entry = session.config.model.d_head * 4  # bytes at 16 bits
-            for other in arguments.policy or OTHERS:
-                noted = 9 if parse(f"{other}:keep=1").scoring != "none" else 5
-                share = record["kept_share"] * (entry + 9) / (entry + noted)
-                if other in ("snapkv", "adakv"):  # their budget is the prompt's
-                    share = (share - after) / arguments.prompt
-                budget = math.floor(share * 10_000) / 10_000
-                least = 36 if other in ("snapkv", "adakv") else 12
-                if budget * arguments.prompt * data.seq_len < least:
-                    print(json.dumps({"run": run.path.name, "policy": other, "budget": share}))
-                    continue
-                measured(f"{other}:keep={min(budget, 1):g}")
+            first = measured(fastgen(threshold, arguments.settings), threshold)
+            for name in at_equal_bytes(session, first["kept"], arguments):
+                measured(name, threshold)
+
+
+def fastgen(threshold: float, settings: str) -> str:
+    return "fastgen:" + ",".join(filter(None, [f"T={threshold:g}", settings]))
+
+
+def read_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The cells of a file without those that a stop has cut short, and whether the last line is whole."""
+    text, found = file.read_text(), []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found, not text or text.endswith("\n")
+
+
+def recorded(output: Path | None, cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The cell of a file that has all of this, if there is one."""
+    if output is None or not output.exists():
+        return None
+    return next((one for one in read_lines(output)[0] if cell.items() <= one.items()), None)
+
+
+def at_equal_bytes(session: Session, kept: float, arguments: Arguments) -> Iterator[str]:
+    """The other policies, with the budget at which they hold the bytes of FastGen with this share."""
+    entry = session.config.model.d_head * 4  # bytes at 16 bits
+    tokens = prompt_tokens(arguments.prompt, session.config.data.seq_len, arguments.chunk)
+    for other in arguments.policy or OTHERS:
+        policy = parse(f"{other}:keep=1")
+        noted = 9 if policy.scoring != "none" else 5
+        share = kept * (entry + 9) / (entry + noted)
+        if other in ("snapkv", "adakv"):  # their budget is the prompt's
+            share = (share - (1 - arguments.prompt)) / arguments.prompt
+        budget = min(math.floor(share * 10_000) / 10_000, 1)
+        least = 36 if other in ("snapkv", "adakv") else 12
+        if budget * tokens < least:
+            print(f"{other}: a budget of {budget:g} is less than what is always kept", flush=True)
+        elif other == "random":
+            yield from (f"random:keep={budget:g},seed={seed}" for seed in range(arguments.draws))
+        else:
+            yield f"{other}:keep={budget:g}"
 
 
 def kept_of_prompts(
@@ -128,31 +185,32 @@ def kept_of_prompts(
     }
 
 
-def line(record: dict[str, Any]) -> dict[str, Any]:
-    after = record["after_prompt"]
-    worse = (after["nll"] - after["nll_by_full_forward"]) / after["tokens"] / math.log(2)
+def line(record: dict[str, Any], session: Session) -> dict[str, Any]:
+    """What a cell of the file has; losses in nats per token, bytes at 16 bits per token of context."""
+    after, profile = record["after_prompt"], record["profile"]
+    full = costs.kv_bytes(session.config.model, session.config.data.seq_len).resident
+    heads = sum(len(layer["kept"]) for layer in profile)
     return {
         "kept": round(record["kept_share"], 4),
         "kept_of_prompt": round(
-            sum(sum(layer["kept"]) / len(layer["kept"]) for layer in record["profile"])
-            / len(record["profile"]),
-            4,
+            statistics.mean(sum(layer["kept"]) / len(layer["kept"]) for layer in profile), 4
         ),
         "live_bytes_share": round(record["resident_share"], 4),
-        "bits_worse": round(worse, 5),
-        "interval": round(record["after_prompt"]["worse_interval"] / math.log(2), 5),
-        "perplexity": round(after["perplexity"] / after["perplexity_by_full_forward"] - 1, 5),
-        "kl": round(after["kl"], 5),
+        "live_bytes": round(record["resident_share"] * full, 2),
+        "tokens": after["tokens"],
+        "perplexity": round(after["perplexity"], 4),
+        "perplexity_by_full_forward": round(after["perplexity_by_full_forward"], 4),
+        "worse": round((after["nll"] - after["nll_by_full_forward"]) / after["tokens"], 6),
+        "worse_interval": round(after["worse_interval"], 6),
+        "kl": round(after["kl"], 6),
+        "kl_interval": round(after["kl_interval"], 6),
         "top1": round(after["top1_agreement"], 4),
+        "by_window": after["windows"],
         "policies": {
-            name: round(
-                sum(sum(layer["policies"][name]["share"]) for layer in record["profile"])
-                / sum(len(layer["kept"]) for layer in record["profile"]),
-                3,
-            )
-            for name in record["profile"][0].get("policies", {})
+            name: round(sum(sum(layer["policies"][name]["share"]) for layer in profile) / heads, 3)
+            for name in profile[0].get("policies", {})
         },
-        "seconds": record["prefill_seconds"],
+        "seconds": record["prefill_seconds"] | {"all": record["seconds"]},
     }
 
 

@@ -115,7 +115,8 @@ def evicting_decoding(
     counts: list[ledger.EvictingLedger] = []
     chosen: list[tuple[Chosen, ...]] = []
     texts, furthest = 0, 0.0
-    worse: list[float] = []  # nats a token above the full forward pass, of each window
+    # Of each window, a token: nats above the full forward pass, and KL.
+    each: dict[str, list[float]] = {"worse": [], "kl": []}
 
     def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
         nonlocal cache, after, texts, furthest
@@ -138,7 +139,8 @@ def evicting_decoding(
         sums = found_5BT[:4].sum((1, 2))
         tokens_B = scored_BT.sum(1)
         some_B = tokens_B > 0
-        worse.extend(((found_5BT[0] - found_5BT[1]).sum(1)[some_B] / tokens_B[some_B]).tolist())
+        for name, nats_BT in (("worse", found_5BT[0] - found_5BT[1]), ("kl", found_5BT[2])):
+            each[name] += (nats_BT.sum(1)[some_B] / tokens_B[some_B]).round(7).tolist()
         after += [*sums, scored_BT.sum()]
         whole = np.flatnonzero(scored_BT.all(axis=1))
         counts.append(ledger.counted_evicting(compressor.spec, cache, whole))
@@ -154,7 +156,9 @@ def evicting_decoding(
         "prompt": prompt,
         "chunk": chunk,
         **scored,
-        "after_prompt": _after(after) | {"worse_interval": 1.96 * _standard_error(worse)},
+        "after_prompt": _after(after)
+        | {f"{name}_interval": 1.96 * _standard_error(values) for name, values in each.items()}
+        | {"windows": each},
         "agreement": {
             "kl": after[2] / after[4],
             "top1_agreement": after[3] / after[4],

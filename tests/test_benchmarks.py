@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator
+from benchmarks import accelerator, eviction, eviction_pareto
 from cla_jax import costs
 from experiments import smoke
 
@@ -56,7 +56,7 @@ WITHOUT_PACKAGES = """
 import sys
 for name in ("tensorflow_datasets", "grain", "array_record", "tyro"):
     sys.modules[name] = None  # cannot be imported
-from benchmarks import accelerator
+from benchmarks import accelerator, eviction, eviction_pareto
 accelerator.main(sys.argv[1:])
 """
 
@@ -187,3 +187,41 @@ def test_a_benchmark_that_fails_leaves_no_empty_file(decode_bandwidth, tmp_path,
             decode_bandwidth.main(options)
         assert "did you mean int8" in capsys.readouterr().err
         assert (output.read_text() if output.exists() else None) == before
+
+
+def eviction_line(policy: str, worse: list[float], T: float = 0.9) -> dict:
+    asked = {"run": "x", "context": 64, "prompt": 0.5, "chunk": 8, "windows": 3}
+    scores = {"kept": 0.5, "live_bytes_share": 0.6, "tokens": 96, "perplexity_by_full_forward": 4.0}
+    by_window = {"worse": worse, "kl": [0.01, 0.02, 0.03]}
+    return asked | scores | {"policy": policy, "T": T, "top1": 0.9, "by_window": by_window}
+
+
+def test_policies_at_equal_bytes_are_compared_window_by_window(tmp_path):
+    lines = [
+        eviction_line("fastgen:T=0.9", [0.003, 0.004, 0.008]),
+        eviction_line("random:keep=0.5", [0.005, 0.007, 0.012]),
+        eviction_line("random:keep=0.5,seed=1", [0.007, 0.007, 0.008]),
+        eviction_line("random:keep=0.7", [0.001, 0.001, 0.001], T=0.98),
+    ]
+    fastgen, random, alone = eviction_pareto.cells(lines)
+    assert random.worse_DN.shape == (2, 3)
+    # Draws are averaged within a window: 6, 7 and 10 thousandths; the difference is -3, -3 and -2.
+    rows = eviction_pareto.table([fastgen, random, alone]).splitlines()
+    assert len(rows) == 2 + 3
+    (row,) = [row for row in rows if "2 draws" in row]
+    assert "2 draws: 7.3 to 8.0" in row
+    assert "| 7.7 ± 5.2 |" in row  # sd 2.08, times 4.30 / sqrt(3)
+    assert row.endswith("| -2.7 ± 1.4 |")
+    assert rows[2].endswith("|  |")  # nothing at the same bytes
+    for name in ("plot.svg", "plot.png"):
+        eviction_pareto.draw([fastgen, random, alone], tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_measured_policy_is_not_measured_again(tmp_path):
+    line, file = eviction_line("window:keep=0.5", [0.1, 0.2, 0.3]), tmp_path / "cells.jsonl"
+    assert eviction.recorded(file, {"policy": "window:keep=0.5"}) is None
+    file.write_text(json.dumps(line) + "\n" + '{"run": "x", "pol')
+    assert eviction.recorded(file, {"policy": "window:keep=0.5", "windows": 3}) == line
+    assert eviction.recorded(file, {"policy": "window:keep=0.5", "windows": 4}) is None
+    assert eviction.read_lines(file) == ([line], False)

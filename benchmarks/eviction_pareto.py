@@ -1,0 +1,166 @@
+"""The table and the picture of what `benchmarks.eviction` has measured, from its file alone.
+
+    python -m benchmarks.eviction_pareto benchmarks/results/eviction.jsonl --plot docs/eviction.svg
+
+Intervals are 95 % t intervals over windows. The draws of random tokens are averaged within a window first;
+the range of their means is printed beside. The last column compares FastGen with a policy at the same bytes,
+window by window: a negative number means that FastGen loses less.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks.eviction import read_lines
+from cla_jax.statistics import Paired, paired
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    file: Annotated[Path, tyro.conf.Positional]
+    plot: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One policy at the bytes of one threshold of FastGen."""
+
+    run: str
+    T: float
+    kind: str
+    name: str
+    kept: float
+    share: float  # live bytes, of a cache that keeps everything at 16 bits
+    windows: int
+    tokens: int
+    full: float  # perplexity by full forward, after the prompts
+    worse_DN: np.ndarray  # nats a token above the full forward pass, of each draw and window
+    kl_DN: np.ndarray
+    top1: float
+
+    def interval(self, what: str = "worse") -> Paired:
+        return paired(getattr(self, f"{what}_DN").mean(0))
+
+
+def cells(lines: Sequence[dict[str, Any]]) -> list[Cell]:
+    """The lines of a file; those that differ only by the seed of random tokens are one cell."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for line in lines:
+        name = line["policy"].partition(",seed=")[0]
+        key = tuple(line[k] for k in ("run", "context", "prompt", "chunk", "windows", "T"))
+        groups.setdefault((*key, name), []).append(line)
+    found = []
+    for (*_, name), alike in groups.items():
+        first, mean = alike[0], lambda k, alike=alike: float(np.mean([line[k] for line in alike]))
+        of = lambda k, alike=alike: np.array([line["by_window"][k] for line in alike])
+        found.append(
+            Cell(
+                run=first["run"],
+                T=first["T"],
+                kind=name.partition(":")[0],
+                name=name,
+                kept=mean("kept"),
+                share=mean("live_bytes_share"),
+                windows=first["windows"],
+                tokens=first["tokens"],
+                full=first["perplexity_by_full_forward"],
+                worse_DN=of("worse"),
+                kl_DN=of("kl"),
+                top1=mean("top1"),
+            )
+        )
+    return found
+
+
+def table(found: Sequence[Cell]) -> str:
+    """In Markdown, most bytes first; losses in thousandths of a nat per token."""
+    rows = [
+        "| model | policy | kept | live bytes | nats worse, 1/1000 | perplexity | KL, 1/1000 nat "
+        "| same top token | FastGen minus this, 1/1000 nat |",
+        "|---" * 9 + "|",
+    ]
+    place = {cell.run: i for i, cell in reversed(list(enumerate(found)))}
+    for cell in sorted(found, key=lambda c: (place[c.run], -c.T)):
+        worse, kl = cell.interval(), cell.interval("kl")
+        name = f"`{cell.name}`"
+        if len(cell.worse_DN) > 1:
+            draws = 1000 * cell.worse_DN.mean(1)
+            name += f", {len(draws)} draws: {draws.min():.1f} to {draws.max():.1f}"
+        beside = ""
+        if cell.kind != "fastgen" and (other := _fastgen(found, cell)) is not None:
+            beside = _shown(paired(other.worse_DN.mean(0) - cell.worse_DN.mean(0)))
+        rows.append(
+            f"| `{cell.run}` | {name} | {cell.kept:.1%} | {cell.share:.1%} | {_shown(worse)} "
+            f"| {np.expm1(worse.mean):+.2%} | {_shown(kl)} | {cell.top1:.1%} | {beside} |"
+        )
+    return "\n".join(rows)
+
+
+def _shown(one: Paired) -> str:
+    return f"{1000 * one.mean:.1f} ± {500 * (one.high - one.low):.1f}"
+
+
+def _fastgen(found: Sequence[Cell], cell: Cell) -> Cell | None:
+    alike = (c for c in found if (c.run, c.T, c.kind) == (cell.run, cell.T, "fastgen"))
+    return next((c for c in alike if c.worse_DN.shape[1] == cell.worse_DN.shape[1]), None)
+
+
+def draw(found: Sequence[Cell], path: Path) -> None:
+    """Loss over live bytes: a column for each model, nats above, KL below."""
+    from matplotlib.figure import Figure
+
+    from cla_jax.report.pareto import COLOURS, saved, styled
+
+    models = list(dict.fromkeys(cell.run for cell in found))
+    kinds = list(dict.fromkeys(cell.kind for cell in found))
+    with styled():
+        figure = Figure(figsize=(4.2 * len(models), 6.2), layout="constrained")
+        panels = figure.subplots(2, len(models), squeeze=False, sharex="col")
+        for column, model in enumerate(models):
+            for row, what in enumerate(("worse", "kl")):
+                axes = panels[row, column]
+                for i, kind in enumerate(kinds):
+                    some = [c for c in found if (c.run, c.kind) == (model, kind)]
+                    some.sort(key=lambda cell: cell.share)
+                    values = [cell.interval(what) for cell in some]
+                    bars = [(one.high - one.low) / 2 for one in values]
+                    axes.errorbar(
+                        # Side by side, so that bars at equal bytes do not cover each other.
+                        [100 * cell.share + 0.5 * (i - len(kinds) / 2) for cell in some],
+                        [one.mean for one in values],
+                        bars,
+                        color=COLOURS[i],
+                        marker="osD^vPX"[i],
+                        markersize=5,
+                        linewidth=1.8 if kind == "fastgen" else 0.9,
+                        capsize=2,
+                        label=kind,
+                    )
+                axes.axhline(0, color="#66707b", linewidth=0.8)
+            one = next(cell for cell in found if cell.run == model)
+            panels[0, column].set_title(
+                f"{model}\n{one.windows} windows, {one.tokens:,} tokens", size=10
+            )
+            panels[0, column].set_xlim(0, 100)
+            panels[1, column].set_xlabel("live bytes, % of a cache that keeps everything")
+        panels[0, 0].set_ylabel("nats per token worse than full")
+        panels[1, 0].set_ylabel("KL to full, nats per token")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(kinds))
+        path.write_bytes(saved(figure, path.suffix.removeprefix(".")))  # pyright: ignore
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    found = cells(read_lines(arguments.file)[0])
+    print(table(found))
+    if arguments.plot:
+        draw(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
