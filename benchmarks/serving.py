@@ -103,7 +103,7 @@ def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRule
     forms = closed_form(config, options)
     show(rounds, about, forms)
     record = {
-        "options": dataclasses.asdict(options) | {"output": ""},
+        "options": dataclasses.asdict(options) | {"output": "", "peer_python": ""},
         "parameters": costs.parameters(config).total,
         "machine": machine(options.threads),
         "rounds": rounds,
