@@ -47,6 +47,7 @@ NOT_RUN = {
 BENCHMARKS = {"python -m benchmarks": "minutes of measurements"}
 # What of WRITTEN is not run either.
 NOT_THERE = {
+    "python -m launch.evaluate runs/demo/seeds --task-data": "the harness, in an environment of its own",
     "python -m launch.evaluate": "needs trained weights; README's commands evaluate them",
     "python -m launch.generate": "needs trained weights; README's commands generate with them",
     "python -m launch.train smoke": "README's commands train it",
