@@ -47,6 +47,31 @@ def _replaced(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     return dataclasses.replace(config, **here)
 
 
+def with_kind(config: Any, path: str, kind: str, prefix: str = "") -> Any:
+    """A copy of a config in which a field is another of several dataclasses. The copy is not checked.
+
+    Other fields may have to change with the kind before the config is valid. So this is only a beginning for
+    who sets those.
+
+    Raises:
+      ValueError: an unknown kind; `prefix` is before the name of the field.
+    """
+    field, _, rest = path.partition(".")
+    value = getattr(config, field)
+    if rest:
+        value = with_kind(value, rest, kind, f"{prefix}{field}.")
+    else:
+        kinds = variants(typing.get_type_hints(type(config))[field])
+        choice(f"{prefix}{path}.kind", kind, kinds)
+        value = _as_kind(value, kinds[kind])
+    made = object.__new__(type(config))  # without __init__, which checks
+    for one in dataclasses.fields(config):
+        object.__setattr__(
+            made, one.name, value if one.name == field else getattr(config, one.name)
+        )
+    return made
+
+
 def _as_kind(value: Any, kind: type) -> Any:
     """Another dataclass, with the values of the fields that both have."""
     shared = {f.name for f in dataclasses.fields(kind) if f.init} & {

@@ -212,7 +212,7 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
             kind = kind if equals else next(words, "")
             if not kind or kind.startswith("--"):
                 raise ValueError(f"{flag} needs a value; see `{options.get('prog', '')} --help`")
-            config = fields.replaced(config, {f"{flags[flag]}.kind": kind})
+            config = fields.with_kind(config, flags[flag], kind)
         else:
             rest.append(word)
     elsewhere = {

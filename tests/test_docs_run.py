@@ -28,6 +28,7 @@ WRITTEN = ("evaluation", "launch", "memory", "prefix", "tasks", "training")
 TRAINED = {
     "data": {"--data.stages 20:": "--data.stages 1:"},
     "interop": {" PATH ": " foreign ", "runs/NAME": "runs/imported", " DIR": " exported"},
+    "latent": {"--model.kv.rank 24": "--model.kv.rank 8"},
     "sharing": {},
     "uptraining": {"--rope-dims 16": "--rope-dims 4"},
 }
@@ -63,7 +64,6 @@ NOT_THERE = {
 # Pages whose commands are only parsed, and why.
 PARSED = {
     "eviction": "minutes of compilation; tests of evaluation use each policy",
-    "latent": "models wider than the small ones of this test; its tests train others",
     "paper": "pretraining of 1B and 3B models",
     "pods": "compilers for TPUs and GPUs",
     "studies": "trainings of hours; tests make reports of studies from written runs",

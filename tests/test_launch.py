@@ -22,6 +22,7 @@ from rich.console import Console
 
 from cla_jax import runs
 from cla_jax import train as training
+from cla_jax.config import LatentKV
 from cla_jax.config.record import to_record
 from cla_jax.fields import replaced
 from cla_jax.runs import Run
@@ -57,6 +58,21 @@ def test_a_run_is_trained_again_from_its_config(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
             launch_train.parse([str(file)])
+
+
+def test_a_kind_and_the_fields_that_it_needs_are_set_together():
+    """The default rank is more than this width, and a latent needs one KV head."""
+    small = ["--model.d-model", "32", "--model.d-head", "8", "--model.n-kv-heads"]
+    latent = ["--model.kv.kind", "latent", "--model.kv.rank", "16"]
+    (config,) = launch_train.parse(["demo.h16_mqa", *small, "1", *latent])
+    assert config.model.kv == LatentKV(rank=16)
+    for flags, words in (
+        ([*small, "1", *latent[:2]], "model.kv.rank = 64 must be at most model.d_model = 32"),
+        ([*small, "2", *latent], "model.n_kv_heads = 2 must be 1 with model.kv.kind = latent"),
+        (["--model.kv.kind", "latents"], "model.kv.kind = 'latents' must be one of heads, latent"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            launch_train.parse(["demo.h16_mqa", *flags])
 
 
 def test_a_copied_run_is_not_trained_under_the_name_inside(tmp_path, monkeypatch):
