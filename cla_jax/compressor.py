@@ -313,7 +313,11 @@ def _encoded(weights: Weights, cache: Cache, tokens_BT, counts_B, starts_BT, *, 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What goes into each entry of the new pages, [pages of the pool, page]; pages past the pool are none."""
+    """What goes into the new pages of a pool, and what is known of the entries of the rows' heads.
+
+    `source` is of each entry of the pages, [pages of the pool, page]; pages past the pool are none.
+    Positions, classes and scores are [B, K, entries].
+    """
 
     pages_N: np.ndarray
     source: tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and head in the scratch cache
@@ -334,19 +338,20 @@ def _plan(
     b, k, s = np.nonzero(one.kept_BKS)
     entry = (np.cumsum(one.kept_BKS, axis=-1) - 1)[b, k, s]
     at = place[tables[b, k, entry // page]], entry % page
-    filled = lambda value, dtype: np.full((N, page), value, dtype)
+    heads = spec.batch, tables.shape[1], spec.widths[p] * page
+    none = lambda: np.zeros((N, page), np.int32)
     plan = _Plan(
         pages_N=pages_N,
-        source=(filled(0, np.int32), filled(0, np.int32), filled(0, np.int32)),
-        positions=filled(EMPTY, np.int32),
-        classes=filled(0, np.uint8),
-        scores=filled(0, np.float32),
+        source=(none(), none(), none()),
+        positions=np.full(heads, EMPTY, np.int32),
+        classes=np.zeros(heads, np.uint8),
+        scores=np.zeros(heads, np.float32),
     )
     for array, index in zip(plan.source, (b, s, k), strict=True):
         array[at] = index
-    plan.positions[at] = s
-    plan.classes[at] = classes_BKS[b, k, s]
-    plan.scores[at] = one.choice.scores_BKS[b, k, s]
+    plan.positions[b, k, entry] = s
+    plan.classes[b, k, entry] = classes_BKS[b, k, s]
+    plan.scores[b, k, entry] = one.choice.scores_BKS[b, k, s]
     return plan
 
 
@@ -366,9 +371,9 @@ def _put(pool: Pool, scratch: Any, plan: _Plan, rows, tables, rooms, rule) -> Po
             pool.kept,
             scratch,
         ),
-        positions=put(pool.positions, plan.positions),
-        classes=put(pool.classes, plan.classes),
-        scores=None if pool.scores is None else put(pool.scores, plan.scores),
+        positions=of_rows(pool.positions, plan.positions),
+        classes=of_rows(pool.classes, plan.classes),
+        scores=None if pool.scores is None else of_rows(pool.scores, plan.scores),
         table=of_rows(pool.table, tables),
         room=of_rows(pool.room, rooms),
         rule=jax.tree.map(of_rows, pool.rule, rule),
@@ -381,10 +386,11 @@ def _padded_pool(pool: Pool, pages: int, width: int) -> Pool:
         pads = [(0, size - a.shape[i] if i == axis else 0) for i in range(a.ndim)]
         return jnp.pad(a, pads, constant_values=fill)
 
-    longer = functools.partial(more, size=pages, axis=0, fill=0)
+    page = pool.positions.shape[2] // pool.table.shape[2]
+    longer = functools.partial(more, size=width * page, axis=2, fill=0)
     return pool._replace(
-        kept=jax.tree.map(longer, pool.kept),
-        positions=more(pool.positions, pages, 0, EMPTY),
+        kept=jax.tree.map(functools.partial(more, size=pages, axis=0, fill=0), pool.kept),
+        positions=more(pool.positions, width * page, 2, EMPTY),
         classes=longer(pool.classes),
         scores=None if pool.scores is None else longer(pool.scores),
         table=more(pool.table, width, 2, NO_PAGE),

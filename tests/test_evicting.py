@@ -61,24 +61,17 @@ def kept_of(cache):
     """The positions in each head's entries, of each KV layer."""
     found = []
     for pool in cache.kv_layers:
-        table, positions = np.asarray(pool.table), np.asarray(pool.positions)
-        found.append(
-            [
-                [sorted(x for x in positions[[t for t in head if t < len(positions)]].ravel() if x < EMPTY)
-                 for head in row]
-                for row in table
-            ]
-        )  # fmt: skip
+        positions = np.asarray(pool.positions)
+        found.append([[sorted(head[head < EMPTY].tolist()) for head in row] for row in positions])
     return found
 
 
 def scores_of(pool, shape):
     """The score of each position that a head holds, [B, K, positions]; NaN elsewhere."""
     found = np.full(shape, np.nan)
-    positions, scores, table = map(np.asarray, (pool.positions, pool.scores, pool.table))
-    for b, k, c in np.argwhere(table < len(positions)):
-        at = positions[table[b, k, c]]
-        found[b, k, at[at < EMPTY]] = scores[table[b, k, c]][at < EMPTY]
+    positions, scores = np.asarray(pool.positions), np.asarray(pool.scores)
+    b, k, e = np.nonzero(positions < EMPTY)
+    found[b, k, positions[b, k, e]] = scores[b, k, e]
     return found
 
 
@@ -210,7 +203,7 @@ def test_bytes_are_those_of_what_is_kept(format):
     assert counted.read == 2 * counted.resident  # two layers read the one KV layer
     # Pools hold the pages that heads were given, and no more than the next size of a pool.
     assert counted.pages <= counted.allocated
-    assert compressor.spec.pages[0] == size_of(counted.pages // (4 * (of_entry + 9)))
+    assert compressor.spec.pages[0] == size_of(counted.pages // (4 * of_entry))
     whole = 2 * 64 * 2 * of_entry  # without positions, classes and scores
     assert counted.allocated < 0.7 * whole
 

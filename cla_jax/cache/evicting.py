@@ -53,9 +53,15 @@ NO_PAGE = 1 << 29  # in a table: past every pool, however it grows
 
 
 class Pool(NamedTuple):
-    """The entries of one KV layer, [pages, page, ...], and what each head of each row has of them."""
+    """The entries of one KV layer, and what each head of each row has of them.
 
-    kept: Any  # keys and values in the cache's format, each entry of one KV head
+    Keys and values are in pages. What is known of an entry is in arrays by head, [B, K, entries], which a
+    step reads and changes as a whole. They have room for the head with most pages.
+    """
+
+    kept: (
+        Any  # keys and values in the cache's format, [pages, page, ...]: each entry of one KV head
+    )
     positions: Any  # int32; EMPTY where there is no token
     classes: Any  # uint8
     scores: Any  # float32; None where nothing is ranked
@@ -106,8 +112,8 @@ class EvictingSpec(CacheSpec):
 
     def shapes(self, p: int) -> Pool:
         kept = self.formats[p].shapes(self.one_head, self.pages[p], self.page, self.holds[p])
-        of = lambda dtype: Shape("BE", (self.pages[p], self.page), jnp.dtype(dtype))
         heads = self.batch, self.config.n_kv_heads
+        of = lambda dtype: Shape("BKE", (*heads, self.widths[p] * self.page), jnp.dtype(dtype))
         count = Shape("BK", heads, jnp.dtype("int32"))
         return Pool(
             kept=kept,
@@ -151,14 +157,17 @@ class EvictingSpec(CacheSpec):
         """The new tokens of a row take the first empty entries of each head."""
         T, table, classes_V = step.positions_BT.shape[1], layer.table, step.pages
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
-        positions_BKE = self._gathered(layer.positions, table, EMPTY)
-        E = positions_BKE.shape[-1]
-        is_free_BKE = (positions_BKE == EMPTY) & (jnp.arange(E) < layer.room[..., None])
-        order_BKE = jnp.where(is_free_BKE, -jnp.arange(E), -E)
-        entry_BKT = -jax.lax.top_k(order_BKE, min(T, E))[0]
-        if entry_BKT.shape[-1] < T:
-            entry_BKT = jnp.pad(entry_BKT, [(0, 0), (0, 0), (0, T - E)], constant_values=E)
+        E = layer.positions.shape[-1]
+        is_free_BKE = (layer.positions == EMPTY) & (jnp.arange(E) < layer.room[..., None])
+        free_BKE = jnp.where(is_free_BKE, jnp.arange(E), E)
+
+        def next_free(last_BK1: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+            entry_BK1 = jnp.where(free_BKE > last_BK1, free_BKE, E).min(-1, keepdims=True)
+            return entry_BK1, entry_BK1[..., 0]
+
         # Text comes before padding in a step, so the t-th token takes the t-th free entry.
+        first = jnp.full_like(layer.room, -1)[..., None]
+        entry_BKT = jnp.moveaxis(jax.lax.scan(next_free, first, length=T)[1], 0, -1)
         is_put_BKT = (entry_BKT < E) & (step.positions_BT >= 0)[:, None]
         index_BKT = jnp.minimum(entry_BKT // self.page, self.widths[p] - 1)
         page_BKT = jnp.take_along_axis(table, index_BKT, axis=2)
@@ -169,14 +178,21 @@ class EvictingSpec(CacheSpec):
             new_BKT = jnp.broadcast_to(new_BKT, (*at[0].shape, *new_BKT.shape[3:]))
             return held.at[at].set(new_BKT.astype(held.dtype), mode="drop")
 
+        row_B1, head_1K = jnp.indices(layer.room.shape, sparse=True)
+        noted = row_B1[..., None], head_1K[..., None], jnp.where(is_put_BKT, entry_BKT, E)
+
+        def note(held: jax.Array, new_BKT: jax.Array) -> jax.Array:
+            new_BKT = jnp.broadcast_to(new_BKT, entry_BKT.shape).astype(held.dtype)
+            return held.at[noted].set(new_BKT, mode="drop")
+
         encoded = self._format(p).encode(kv)
         each = lambda held, new: put(held, jnp.expand_dims(new.swapaxes(1, 2), 3))
         classes_BT = classes_V.at[step.tokens_BT].get(mode="clip")
         return layer._replace(
             kept=jax.tree.map(each, layer.kept, encoded),
-            positions=put(layer.positions, step.positions_BT[:, None]),
-            classes=put(layer.classes, classes_BT[:, None]),
-            scores=put(layer.scores, self._first_scores(self.together[p], step))
+            positions=note(layer.positions, step.positions_BT[:, None]),
+            classes=note(layer.classes, classes_BT[:, None]),
+            scores=note(layer.scores, self._first_scores(self.together[p], step))
             if self.ranks
             else None,
         )
@@ -207,13 +223,14 @@ class EvictingSpec(CacheSpec):
             "positions_B1N1": over_heads(step.positions_BT),
             "starts_B1N1": over_heads(step.starts_BT),
         }
-        part = partial_attention(apart(q_BKNH), [segment], **sees)
-        o_BTKGH = restore(normalized(part).reshape(q_BKNH.shape)).astype(q_BTKGH.dtype)
         if self.policy.scoring != "attention":
-            return o_BTKGH, None
-        E = self.widths[p] * self.page
-        received = attention_received(apart(q_BKNH), segment, part, entries=E, **sees)
-        return o_BTKGH, received.reshape(B, K, E)
+            part, received_BKE = partial_attention(apart(q_BKNH), [segment], **sees), None
+        else:
+            E = layer.positions.shape[-1]
+            part, received = attention_received(apart(q_BKNH), segment, entries=E, **sees)
+            received_BKE = received.reshape(B, K, E)
+        o_BTKGH = restore(normalized(part).reshape(q_BKNH.shape)).astype(q_BTKGH.dtype)
+        return o_BTKGH, received_BKE
 
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:
         """The cache after the last reader of a step: scores are added up, and heads evict."""
@@ -223,24 +240,19 @@ class EvictingSpec(CacheSpec):
             if self.policy.scoring == "attention":
                 readers = (of for q, of in enumerate(notes) if self.together[q] == self.together[p])
                 received = sum(itertools.chain.from_iterable(readers))
-                scores_BKE = self._gathered(layer.scores, layer.table, 0) + received
-                layer = layer._replace(
-                    scores=self._scattered(layer.scores, layer.table, scores_BKE)
-                )
+                layer = layer._replace(scores=layer.scores + received)
             layers.append(self._evicted(layer, step.lengths_B, T))
         return dataclasses.replace(cache, kv_layers=tuple(layers))
 
     def _evicted(self, layer: Pool, lengths_B: jax.Array, T: int) -> Pool:
         """At most T entries of a head: a step of T tokens makes no more of them superfluous."""
-        table, rule = layer.table, layer.rule
-        of = lambda held, fill: self._gathered(held, table, fill)
-        before_BKE, classes_BKE = of(layer.positions, EMPTY), of(layer.classes, 0)
+        rule, before_BKE = layer.rule, layer.positions
         lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
         always_BKE = kept_whatever_its_score(
-            rule, before_BKE, classes_BKE, lengths_BK, self.policy.sinks, self.policy.recent
+            rule, before_BKE, layer.classes, lengths_BK, self.policy.sinks, self.policy.recent
         )
         may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
-        scores_BKE = of(layer.scores, 0) if self.ranks else jnp.zeros(before_BKE.shape)
+        scores_BKE = layer.scores if self.ranks else jnp.zeros(before_BKE.shape)
         allowed_BK = hitters_of(rule, lengths_BK, self.policy.recent)
 
         def evict_one(_: Any, positions_BKE: jax.Array) -> jax.Array:
@@ -252,8 +264,7 @@ class EvictingSpec(CacheSpec):
             goes_BKE = too_many_BK1 & among_BKE & (positions_BKE == oldest_BK1)
             return jnp.where(goes_BKE, EMPTY, positions_BKE)
 
-        positions_BKE = jax.lax.fori_loop(0, T, evict_one, before_BKE)
-        return layer._replace(positions=self._scattered(layer.positions, table, positions_BKE))
+        return layer._replace(positions=jax.lax.fori_loop(0, T, evict_one, before_BKE))
 
     # ------------------------------------------------------------------------------- pages
 
@@ -261,8 +272,7 @@ class EvictingSpec(CacheSpec):
         table_BKC = layer.table
         B, K, C = table_BKC.shape
         M = pages_at_once(self.page, C)
-        positions_BKE = self._gathered(layer.positions, table_BKC, EMPTY)
-        positions_NE = positions_BKE.reshape(B * K, -1)
+        positions_NE = layer.positions.reshape(B * K, -1)
         S = M * self.page
 
         def read(i: Any) -> KV:
@@ -279,16 +289,6 @@ class EvictingSpec(CacheSpec):
 
         used = jnp.where(positions_NE != EMPTY, jnp.arange(positions_NE.shape[1]) + 1, 0).max()
         return Segment(read, positions, 0, -(-used // S), tuple(jax.tree.leaves(layer.kept)))
-
-    def _gathered(self, held: jax.Array, table_BKC: jax.Array, fill: Any) -> jax.Array:
-        """[pages, page] as [B, K, E]."""
-        B, K, C = table_BKC.shape
-        taken = held.at[table_BKC].get(mode="fill", fill_value=fill)
-        return taken.reshape(B, K, C * self.page)
-
-    def _scattered(self, held: jax.Array, table_BKC: jax.Array, new_BKE: jax.Array) -> jax.Array:
-        B, K, C = table_BKC.shape
-        return held.at[table_BKC].set(new_BKE.reshape(B, K, C, self.page), mode="drop")
 
     def _format(self, p: int) -> PerToken:
         format = self.formats[p]

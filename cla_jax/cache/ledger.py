@@ -174,8 +174,8 @@ def shared_ledger(
 class EvictingLedger:
     """Bytes of all rows of an evicting cache together, and of what its heads hold now."""
 
-    allocated: int  # of the pools, with the position, class and score of each entry
-    pages: int  # of the pages that heads have been given, likewise
+    allocated: int  # of the pools, and of positions, classes and scores
+    pages: int  # keys and values of the pages that heads have been given
     tables: int  # of tables of pages, and rules
     resident: int  # keys and values of the tokens that are kept
     notes: int  # their positions, classes and scores
@@ -190,7 +190,8 @@ def predicted_evicting(spec: EvictingSpec, entries: Sequence[int]) -> EvictingLe
     sizes = [spec.entry_bytes(p) for p in layers]
     numbers = [width + 1 + len(Rule._fields) for width in spec.widths]  # table, room, rule
     return EvictingLedger(
-        allocated=sum(spec.pages[p] * spec.page * sum(sizes[p]) for p in layers),
+        allocated=spec.page
+        * sum(spec.pages[p] * sizes[p][0] + B * K * spec.widths[p] * sizes[p][1] for p in layers),
         pages=0,
         tables=4 * B * K * sum(numbers),
         resident=sum(entries[p] * sizes[p][0] for p in layers),
@@ -210,15 +211,14 @@ def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> Evic
     pages = resident = notes = read = 0
     entries = []
     for p, pool in enumerate(cache.kv_layers):
-        table, positions = np.asarray(pool.table)[those], np.asarray(pool.positions)
-        given = table[table != NO_PAGE]
-        held = int((positions[given] != EMPTY).sum())
-        each = nbytes(pool.kept) // positions.size
-        noted = nbytes((pool.positions, pool.classes, pool.scores)) // positions.size
-        pages += given.size * spec.page * (each + noted)
+        table, positions = np.asarray(pool.table)[those], np.asarray(pool.positions)[those]
+        held, room = int((positions != EMPTY).sum()), spec.pages[p] * spec.page
+        each = nbytes(pool.kept) // room
+        noted = nbytes((pool.positions, pool.classes, pool.scores)) // pool.positions.size
+        pages += int((table != NO_PAGE).sum()) * spec.page * each
         resident, notes = resident + held * each, notes + held * noted
         read += held * sum(
-            nbytes(pool.kept.only(half)) // positions.size * readers
+            nbytes(pool.kept.only(half)) // room * readers
             for half, readers in spec.readers_of[p].items()
         )
         entries.append(held)

@@ -324,36 +324,14 @@ def partial_attention(
     `starts <= s <= positions`. Queries are scaled already. The softmax is accumulated online, so neither
     the scores nor a copy of the cache ever exist whole.
     """
-
-    def step(segment: Segment, i, part: Partial) -> Partial:
-        # A segment of one block does not depend on i: its scores would be taken out of the loop.
-        queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, part.peak_BKN1))
-        kv, keys = segment.read(i), segment.positions(i)
-        keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
-        s_BKNS = _scores(queries_BKNH, kv)
-        s_BKNS = jnp.where((keys <= positions_B1N1) & (keys >= starts_B1N1), s_BKNS, MASKED)
-        # What a query sums up before its first visible key shrinks to nothing when that key comes.
-        new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
-        p_BKNS = jnp.exp(s_BKNS - new_peak)
-        shrink_BKN1 = jnp.exp(peak_BKN1 - new_peak)
-        values_BKNH = jnp.einsum(
-            "BKNS,BSKH->BKNH",
-            p_BKNS.astype(kv.v_BSKH.dtype),
-            kv.v_BSKH,
-            preferred_element_type=jnp.float32,
-        )
-        total_BKN1 = part.total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
-        return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak)
-
-    zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
-    # Zeros that depend on the queries (no position is less than -1). XLA's CPU compiler would make constant
-    # zeros for all layers at the start of a step, and hold them until they are used.
-    sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
-    part = Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
+    part = _nothing(q_BKNH, positions_B1N1, width)
+    sees = positions_B1N1, starts_B1N1
     for segment in segments:
         # A loop even if there is only one block. Outside a loop, XLA fuses the write to a KV layer into its
         # readers, and then copies the KV layer.
-        body = functools.partial(step, segment)
+        def body(i: Any, part: Partial, segment: Segment = segment) -> Partial:
+            return _with_block(q_BKNH, segment, i, part, *sees)[0]
+
         part = jax.lax.fori_loop(segment.first, segment.end, body, part)
     return part
 
@@ -361,33 +339,66 @@ def partial_attention(
 def attention_received(
     q_BKNH: jax.Array,
     segment: Segment,
-    part: Partial,
     *,
     entries: int,
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
-) -> jax.Array:
-    """The attention that each entry of a segment received, summed over the N queries: [B, K, entries].
+) -> tuple[Partial, jax.Array]:
+    """The same of one segment, and the attention that each entry received, of all N queries: [B, K, entries].
 
-    `part` is the whole attention of the queries. Keys are read a second time, block by block; blocks are of
-    equal size and do not overlap. Entries of blocks that are not read received nothing.
+    Blocks are of equal size and do not overlap. Entries of blocks that are not read received nothing. The
+    scores of all entries are kept, so that keys are read once: N / H of the size of the keys.
     """
+
+    def body(i: Any, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
+        part, all_BKNE = carry
+        part, s_BKNS = _with_block(q_BKNH, segment, i, part, positions_B1N1, starts_B1N1)
+        at = i * s_BKNS.shape[-1]
+        return part, jax.lax.dynamic_update_slice_in_dim(all_BKNE, s_BKNS, at, axis=3)
+
+    part = _nothing(q_BKNH, positions_B1N1, None)
+    none_BKNE = jnp.broadcast_to(part.peak_BKN1, (*q_BKNH.shape[:3], entries))
+    part, s_BKNE = jax.lax.fori_loop(segment.first, segment.end, body, (part, none_BKNE))
     log_sum_BKN1 = jnp.where(part.peak_BKN1 <= MASKED, 0, part.peak_BKN1 + jnp.log(part.total_BKN1))
+    return part, jnp.exp(s_BKNE - log_sum_BKN1).sum(axis=2)
 
-    def step(i, received_BKS: jax.Array) -> jax.Array:
-        queries_BKNH = jax.lax.optimization_barrier(q_BKNH)
-        k_BSKH, keys = segment.read(i).k_BSKH, segment.positions(i)
-        keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
-        s_BKNS = scores(queries_BKNH, k_BSKH)
-        p_BKNS = jnp.exp(s_BKNS - log_sum_BKN1)
-        seen_BKNS = (keys <= positions_B1N1) & (keys >= starts_B1N1)
-        block_BKS = jnp.where(seen_BKNS, p_BKNS, 0).sum(axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(
-            received_BKS, block_BKS, i * block_BKS.shape[-1], axis=2
-        )
 
-    received_BKS = jnp.zeros((*q_BKNH.shape[:2], entries))
-    return jax.lax.fori_loop(segment.first, segment.end, step, received_BKS)
+def _nothing(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
+    """Of queries that have seen no key."""
+    zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
+    # Zeros that depend on the queries (no position is less than -1). XLA's CPU compiler would make constant
+    # zeros for all layers at the start of a step, and hold them until they are used.
+    sum_BKNH = jnp.where(positions_B1N1 < -1, q_BKNH[..., :width], 0).astype(jnp.float32)
+    return Partial(sum_BKNH, zeros_BKN1, zeros_BKN1 + MASKED)
+
+
+def _with_block(
+    q_BKNH: jax.Array,
+    segment: Segment,
+    i: Any,
+    part: Partial,
+    positions_B1N1: jax.Array,
+    starts_B1N1: jax.Array,
+) -> tuple[Partial, jax.Array]:
+    """The attention with block i of a segment, and the scores of the block."""
+    # A segment of one block does not depend on i: its scores would be taken out of the loop.
+    queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, part.peak_BKN1))
+    kv, keys = segment.read(i), segment.positions(i)
+    keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
+    s_BKNS = _scores(queries_BKNH, kv)
+    s_BKNS = jnp.where((keys <= positions_B1N1) & (keys >= starts_B1N1), s_BKNS, MASKED)
+    # What a query sums up before its first visible key shrinks to nothing when that key comes.
+    new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
+    p_BKNS = jnp.exp(s_BKNS - new_peak)
+    shrink_BKN1 = jnp.exp(peak_BKN1 - new_peak)
+    values_BKNH = jnp.einsum(
+        "BKNS,BSKH->BKNH",
+        p_BKNS.astype(kv.v_BSKH.dtype),
+        kv.v_BSKH,
+        preferred_element_type=jnp.float32,
+    )
+    total_BKN1 = part.total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
+    return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak), s_BKNS
 
 
 def attend_segments(
