@@ -120,17 +120,10 @@ class ScratchSpec(CacheSpec):
             total, worst, last = found
             p_BKGTS, at_BT = self._attention(p, layer, reader, positions_BT, starts_BT, i)
             age_BTS = at_BT[:, :, None] - jnp.arange(T)
-            lost_CBKGT = jnp.stack(
-                [
-                    jnp.einsum(
-                        "BKGTS,BKS,BTS->BKGT",
-                        p_BKGTS,
-                        dropped.astype(jnp.float32),
-                        (age_BTS >= band[:, None, None]).astype(jnp.float32),
-                    )
-                    for dropped, band in zip(dropped_CBKS, bands_CB, strict=True)
-                ]
-            )
+            # A product for all candidates at once: one each would go through the weights again.
+            old_CBTS = age_BTS >= bands_CB[:, :, None, None]
+            gone_CBKTS = old_CBTS[:, :, None] & dropped_CBKS[:, :, :, None]
+            lost_CBKGT = jnp.einsum("BKGTS,CBKTS->CBKGT", p_BKGTS, gone_CBKTS.astype(jnp.float32))
             is_last_BT = (at_BT >= lengths_B1 - LAST) & (at_BT >= 0)
             over = lambda which_BT: jnp.einsum(
                 "CBKGT,BT->CBKG", lost_CBKGT, which_BT.astype(jnp.float32)
