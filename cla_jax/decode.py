@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,41 @@ import numpy as np
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
-from cla_jax.model.attention import StepPositions
-from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather
-from cla_jax.model.transformer import ForwardOptions, Group, Transformer, project
+from cla_jax.model.attention import KV, StepPositions
+from cla_jax.model.layers import RMSNorm, Rope, axes, gather, with_linear_maps
+from cla_jax.model.transformer import (
+    Block,
+    Context,
+    KVProjection,
+    LatentProjection,
+    Transformer,
+    at,
+    project,
+)
+
+M = TypeVar("M")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingGroup:
+    """Consecutive blocks that attend to the same keys and values, each with arrays of its own.
+
+    The linear maps are those that multiply few tokens fastest on the backend at hand.
+    """
+
+    projection: KVProjection | LatentProjection | None  # of a producing group
+    blocks: tuple[Block, ...]
+
+    def keys_and_values(self, x_BTD: jax.Array, rope: Rope, rules: AxisRules) -> KV:
+        """What the group makes; None for keys or values that it does not make."""
+        assert self.projection is not None  # only a producing group is asked
+        return self.projection(x_BTD, self.blocks[0].attention_norm, rope, rules)
+
+    def __call__(self, x_BTD: jax.Array, kv: Any, context: Context) -> jax.Array:
+        for block in self.blocks:
+            x_BTD = block(x_BTD, kv, context)
+        return x_BTD
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +61,7 @@ class Weights:
     """A model's parameters as decoding wants them: in the compute dtype, layer by layer."""
 
     embedding: jax.Array  # [V, D]
-    groups: tuple[Group, ...]
+    groups: tuple[DecodingGroup, ...]
     norm: RMSNorm
     own_head: jax.Array | None  # None if tied: one table serves both ends
 
@@ -57,18 +89,26 @@ def on_one_device(model: Transformer) -> Transformer:
 def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weights:
     """The weights for `decode`, laid out for the backend at hand."""
     dtype = jnp.dtype(model.config.compute_dtype)
-
-    def laid_out(module: Any) -> Any:
-        fits = isinstance(module, Linear) and cpu_matmul.enabled()
-        return cpu_matmul.CpuLinear.of(module) if fits else module
-
-    groups = model.unstacked(ForwardOptions(rules=rules))
+    groups = []
+    for stack, stacked in zip(model.config.sharing.stacks, model.stacks, strict=True):
+        gathered = gather(stacked, rules, dtype)
+        for i in range(len(stack.groups)):
+            group = at(gathered, i)
+            blocks = tuple(_laid_out(at(group.blocks, j)) for j in range(stack.size))
+            groups.append(DecodingGroup(projection=_laid_out(group.projection), blocks=blocks))
     return Weights(
         embedding=gather(model.embedding, rules, dtype)[...],
-        groups=jax.tree.map(laid_out, groups, is_leaf=lambda x: isinstance(x, Linear)),
+        groups=tuple(groups),
         norm=model.norm,
         own_head=None if model.head is None else gather(model.head, rules, dtype)[...],
     )
+
+
+def _laid_out(module: M) -> M:
+    """A module whose linear maps have the form that is fastest here."""
+    if not cpu_matmul.enabled():
+        return module
+    return with_linear_maps(module, cpu_matmul.CpuLinear.of)
 
 
 def decode(
@@ -115,7 +155,7 @@ def decode(
     for group, blocks in zip(config.sharing.groups, weights.groups, strict=True):
         k, v = config.sharing.read_by(group)
         if group.projects:
-            kv = blocks.keys_and_values(x_BTD, rope, rules, config)
+            kv = blocks.keys_and_values(x_BTD, rope, rules)
             p = k if "k" in group.projects else v
             layers[p] = spec.write(p, layers[p], kv, step)
         here = step.within(spec.windows[k])
@@ -131,7 +171,7 @@ def decode(
 # Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.
 @functools.partial(jax.jit, static_argnames=("spec", "p"))
 def _group(
-    blocks: Group,
+    blocks: DecodingGroup,
     x_BTD: jax.Array,
     source: Any,
     rope: Rope,
@@ -147,9 +187,8 @@ def _group(
         notes.append(note)
         return o_BTKGH
 
-    options = ForwardOptions(rules=spec.rules, absorbed=True)
-    x_BTD = blocks(x_BTD, source, rope, attend, options, spec.config)
-    return x_BTD, notes
+    context = Context(rope=rope, attend=attend, rules=spec.rules, absorbed=True)
+    return blocks(x_BTD, source, context), notes
 
 
 # -------------------------------------------------------------------------------------- prefill
@@ -223,8 +262,7 @@ def prefill(
 def check_weights(weights: Weights, spec: CacheSpec) -> None:
     """Raises ValueError for the weights of a model that the cache is not made for."""
     config = spec.config
-    blocks: Any = [group.blocks for group in weights.groups]
-    of_weights = weights.embedding.shape, list(map(len, blocks))
+    of_weights = weights.embedding.shape, [len(group.blocks) for group in weights.groups]
     of_config = (config.vocab_size, config.d_model), [group.size for group in config.sharing.groups]
     if of_weights != of_config:
         raise ValueError(

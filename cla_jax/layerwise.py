@@ -19,7 +19,7 @@ from cla_jax.loss import token_losses
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import KV, causal_attention, window_starts
 from cla_jax.model.layers import Rope
-from cla_jax.model.transformer import ForwardOptions, Group, Transformer
+from cla_jax.model.transformer import Context, ForwardOptions, Group, Transformer
 from cla_jax.state import named, with_named
 
 Arrays = dict[str, np.ndarray]
@@ -167,7 +167,7 @@ def _keys_and_values(group: Group, x_BTD: jax.Array, config: ModelConfig) -> KV:
 @functools.partial(jax.jit, static_argnames="config")
 def _projected(group: Group, x_BTD: jax.Array, *, config: ModelConfig) -> KV:
     rope = Rope.at(jnp.arange(x_BTD.shape[1])[None], config)
-    return group.keys_and_values(x_BTD, rope, AxisRules(), config)
+    return group.keys_and_values(x_BTD, rope, AxisRules())
 
 
 def _blocks(
@@ -186,15 +186,12 @@ def _blocks(
 def _attended(group, x_BTD, kv, window, starts_BT, *, config: ModelConfig) -> jax.Array:
     positions_BT = jnp.arange(x_BTD.shape[1])[None]
     seen_from_BT = window_starts(positions_BT, window, starts_BT)
-    options = ForwardOptions(scan_layers=False)
-    return group(
-        x_BTD,
-        kv,
-        Rope.at(positions_BT, config),
-        lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, starts_BT=seen_from_BT),
-        options,
-        config,
+    context = Context(
+        rope=Rope.at(positions_BT, config),
+        attend=lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, starts_BT=seen_from_BT),
+        rules=AxisRules(),
     )
+    return group(x_BTD, kv, context, ForwardOptions(scan_layers=False))
 
 
 @functools.partial(jax.jit, static_argnames="eps")

@@ -11,6 +11,7 @@ dimensions (`axes`); leading dimensions, if any, are those of a stack.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -74,8 +75,6 @@ def gather(module: M, rules: AxisRules, dtype: jnp.dtype) -> M:
     """
 
     def use(param: Any) -> Any:
-        if not is_param(param):  # weights in another form, made ready before
-            return param
         value = param[...]
         if len(param.axes) > 1:
             value = value.astype(dtype)
@@ -127,6 +126,17 @@ class Linear(nnx.Module):
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(y_BTD.dtype)
 
 
+# A linear map of a module: `Linear`, or another form of the same (`with_linear_maps`).
+LinearMap = Callable[[jax.Array, AxisRules], jax.Array]
+
+
+def with_linear_maps(module: M, form: Callable[[Linear], LinearMap]) -> M:
+    """A copy of a module that has its linear maps in another form."""
+    is_linear = lambda part: isinstance(part, Linear)
+    change = lambda part: form(part) if is_linear(part) else part
+    return jax.tree.map(change, module, is_leaf=is_linear)
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, config: ModelConfig, letter: str = "D"):
         self.eps = config.norm_eps
@@ -144,9 +154,9 @@ class Mlp(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         gate, up, down = jax.random.split(key, 3)
         gated = isinstance(config.mlp, SwiGLU)
-        self.gate = Linear(gate, "BTD,DF->BTF", config) if gated else None
-        self.up = Linear(up, "BTD,DF->BTF", config)
-        self.down = Linear(down, "BTF,FD->BTD", config)
+        self.gate: LinearMap | None = Linear(gate, "BTD,DF->BTF", config) if gated else None
+        self.up: LinearMap = Linear(up, "BTD,DF->BTF", config)
+        self.down: LinearMap = Linear(down, "BTF,FD->BTD", config)
 
     def __call__(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
         if self.gate is None:

@@ -34,6 +34,7 @@ from cla_jax.model.attention import (
 )
 from cla_jax.model.layers import (
     Linear,
+    LinearMap,
     Mlp,
     RMSNorm,
     Rope,
@@ -65,6 +66,16 @@ class ForwardOptions:
     absorbed: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the blocks of a group share, besides their keys and values."""
+
+    rope: Rope  # at the positions of the queries
+    attend: Attend
+    rules: AxisRules
+    absorbed: bool = False  # as in `ForwardOptions`
+
+
 class KVProjection(nnx.Module):
     """Keys and values for a group, from the residual stream that enters it.
 
@@ -75,7 +86,7 @@ class KVProjection(nnx.Module):
         self.projects = projects
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.k_norm = RMSNorm(config, "H") if config.qk_norm and "k" in projects else None
-        self.kv = Linear(key, "BTD,DCKH->BTCKH", config)
+        kv = Linear(key, "BTD,DCKH->BTCKH", config)
         if (
             projects != "kv"
         ):  # half of it: the initial values of a tensor are the same under every map
@@ -84,8 +95,9 @@ class KVProjection(nnx.Module):
                 jax.lax.slice_in_dim(whole[...], i, i + 1, axis=whole.axes.index("kv_heads") - 1),
                 axes=whole.axes,
             )
-            self.kv.weight = cut(self.kv.weight)
-            self.kv.bias = None if self.kv.bias is None else cut(self.kv.bias)
+            kv.weight = cut(kv.weight)
+            kv.bias = None if kv.bias is None else cut(kv.bias)
+        self.kv: LinearMap = kv
 
     def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
         norm = block_norm if self.norm is None else self.norm
@@ -106,7 +118,7 @@ class LatentProjection(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
         assert projects == "kv"  # both are made of one latent
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
-        self.down = Linear(key, "BTD,DJ->BTJ", config)
+        self.down: LinearMap = Linear(key, "BTD,DJ->BTJ", config)
         assert isinstance(config.kv, LatentKV)
         self.rank = config.kv.rank
         self.latent_norm = RMSNorm(config, "R") if config.kv.norm else None
@@ -129,20 +141,13 @@ class LatentHeads(nnx.Module):
         self.keys = normal(keys, "RGH", config)
         self.values = normal(values, "RGH", config)
 
-    def __call__(
-        self,
-        q_BTKGW: jax.Array,
-        kv: Any,
-        rope: Rope,
-        attend: Attend,
-        absorbed: bool,
-        rules: AxisRules,
-    ) -> jax.Array:
+    def __call__(self, q_BTKGW: jax.Array, kv: Any, context: Context) -> jax.Array:
         """Attention of heads, [B, T, K, G, H]; K is 1."""
         H = self.keys.shape[-1]
-        q_BTKGH, rotated = q_BTKGW[..., :H], rope(q_BTKGW[..., H:])
-        run = self._absorbed if absorbed else self._expanded
-        return run(q_BTKGH, rotated, kv, attend, lambda x: rules.gathered().spec(*axes(x)))
+        q_BTKGH, rotated = q_BTKGW[..., :H], context.rope(q_BTKGW[..., H:])
+        run = self._absorbed if context.absorbed else self._expanded
+        rules = context.rules.gathered()
+        return run(q_BTKGH, rotated, kv, context.attend, lambda x: rules.spec(*axes(x)))
 
     def _expanded(self, q_BTKGH, rotated, kv: KV, attend: Attend, spec) -> jax.Array:
         """Keys and values of every head are made: less work where there are many queries."""
@@ -178,33 +183,30 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         query, output, mlp = jax.random.split(key, 3)
         self.attention_norm = RMSNorm(config)
-        self.query = Linear(query, "BTD,DKGW->BTKGW", config)
+        self.query: LinearMap = Linear(query, "BTD,DKGW->BTKGW", config)
         self.q_norm = RMSNorm(config, "H") if config.qk_norm else None
         latent = isinstance(config.kv, LatentKV)
         self.heads = LatentHeads(jax.random.fold_in(key, 3), config) if latent else None
-        self.output = Linear(output, "BTKGH,KGHD->BTD", config)
+        self.output: LinearMap = Linear(output, "BTKGH,KGHD->BTD", config)
         self.mlp_norm = RMSNorm(config)
         self.mlp = Mlp(mlp, config)
 
-    # Its two parts are called apart: `Group` keeps their backward passes apart.
+    def __call__(self, x_BTD: jax.Array, kv: Any, context: Context) -> jax.Array:
+        x_BTD = self.attention(x_BTD, kv, context)
+        return feed_forward(x_BTD, self.mlp_norm, self.mlp, context.rules)
 
-    def attention(
-        self,
-        x_BTD: jax.Array,
-        kv: Any,
-        rope: Rope,
-        attend: Attend,
-        rules: AxisRules,
-        absorbed: bool = False,
-    ) -> jax.Array:
+    # In training, `Group` calls the two parts: it keeps their backward passes apart.
+
+    def attention(self, x_BTD: jax.Array, kv: Any, context: Context) -> jax.Array:
+        rules = context.rules
         with jax.named_scope("attention"):
             q_BTKGW = self.query(gather_sequence(self.attention_norm(x_BTD), rules), rules)
             if self.q_norm is not None:
                 q_BTKGW = self.q_norm(q_BTKGW)
             if self.heads is None:
-                o_BTKGH = attend(rope(q_BTKGW), kv)
+                o_BTKGH = context.attend(context.rope(q_BTKGW), kv)
             else:
-                o_BTKGH = self.heads(q_BTKGW, kv, rope, attend, absorbed, rules)
+                o_BTKGH = self.heads(q_BTKGW, kv, context)
             return x_BTD + self.output(o_BTKGH, rules)
 
 
@@ -214,7 +216,7 @@ def feed_forward(x_BTD: jax.Array, norm: RMSNorm, mlp: Mlp, rules: AxisRules) ->
 
 
 class Group(nnx.Module):
-    """Consecutive blocks that attend to the same keys and values."""
+    """Consecutive blocks that attend to the same keys and values, as one stack of parameters."""
 
     def __init__(
         self,
@@ -231,23 +233,18 @@ class Group(nnx.Module):
         self.projection = make(projections[0], config, projects) if projects else None
         self.blocks = jax.vmap(lambda block: Block(block, config))(blocks)
 
-    def keys_and_values(
-        self, x_BTD: jax.Array, rope: Rope, rules: AxisRules, config: ModelConfig
-    ) -> KV:
+    def keys_and_values(self, x_BTD: jax.Array, rope: Rope, rules: AxisRules) -> KV:
         """What the group makes; None for keys or values that it does not make."""
-        first = self.blocks[0] if isinstance(self.blocks, tuple) else at(self.blocks, 0)
         assert self.projection is not None  # only a producing group is asked
-        projection = gather(self.projection, rules, jnp.dtype(config.compute_dtype))
-        return projection(x_BTD, first.attention_norm, rope, rules)
+        projection = gather(self.projection, rules, x_BTD.dtype)
+        return projection(x_BTD, at(self.blocks, 0).attention_norm, rope, rules)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        kv: Any,
-        rope: Rope,
-        attend: Attend,
+        kv: KV,
+        context: Context,
         options: ForwardOptions,
-        config: ModelConfig,
         in_loop: bool = False,
     ) -> jax.Array:
         """Runs the blocks; `in_loop` if the group is one turn of a loop over several."""
@@ -260,15 +257,15 @@ class Group(nnx.Module):
         several = options.remat != "none" and not scan and size > 1
 
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            use = lambda module: gather(module, options.rules, jnp.dtype(config.compute_dtype))
+            use = lambda module: gather(module, context.rules, x_BTD.dtype)
             read = kv
             if several:
                 x_BTD, block, read = gradients_together((x_BTD, block, kv))
-            x_BTD = use(block).attention(x_BTD, read, rope, attend, options.rules, options.absorbed)
+            x_BTD = use(block).attention(x_BTD, read, context)
             norm, mlp = block.mlp_norm, block.mlp
             if options.remat != "none":
                 x_BTD, norm, mlp = gradients_together((x_BTD, norm, mlp))
-            return feed_forward(x_BTD, use(norm), use(mlp), options.rules), None
+            return feed_forward(x_BTD, use(norm), use(mlp), context.rules), None
 
         looped = in_loop or (scan and size > 1)
         return fold(remat(body, options, looped), x_BTD, self.blocks, scan=scan)[0]
@@ -347,10 +344,11 @@ class Transformer(nnx.Module):
                 group: Group = item["group"]
                 looped = options.scan_layers and len(stack.groups) > 1
                 if stack.projects:
-                    produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules, config)
+                    produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules)
                     kv = remat(produce, options, looped)(x_BTD).or_else(kv)
                 attend = attend_within(item["window"])
-                x_BTD = group(x_BTD, kv, rope, attend, options, config, looped)
+                context = Context(rope=rope, attend=attend, rules=rules, absorbed=options.absorbed)
+                x_BTD = group(x_BTD, kv, context, options, looped)
                 return x_BTD, kv.only(stack.reused)
 
             # A window is data of the scan: a pattern of them does not break a stack.
@@ -364,19 +362,6 @@ class Transformer(nnx.Module):
     def logits(self, tokens_BT: jax.Array, options: ForwardOptions, starts_BT=None) -> jax.Array:
         """Scores of the next token in float32, [B, T, V]. For short inputs: training never holds them."""
         return project(self(tokens_BT, options, starts_BT), self.head_VD, options.rules)
-
-    def unstacked(self, options: ForwardOptions) -> tuple[Group, ...]:
-        """The groups one by one, their blocks in a tuple: the layout decoding wants.
-
-        Scanning or slicing stacked weights inside a decode loop would copy them for every token.
-        """
-        groups = []
-        for stack, stacked in zip(self.config.sharing.stacks, self.stacks, strict=True):
-            for i in range(len(stack.groups)):
-                group = at(gather(stacked, options.rules, jnp.dtype(self.config.compute_dtype)), i)
-                group.blocks = tuple(at(group.blocks, j) for j in range(stack.size))
-                groups.append(group)
-        return tuple(groups)
 
 
 def project(x_BTD: jax.Array, head_VD: jax.Array, rules: AxisRules) -> jax.Array:
@@ -424,17 +409,13 @@ def at(tree: Any, i: int) -> Any:
 def fold(body: Callable, x: Any, stacked: Any, *, scan: bool) -> tuple[Any, Any]:
     """Applies `body(x, item) -> (x, y)` over the items of a stack; returns the last x and stacked ys.
 
-    Scanned, compile time does not grow with the number of items. A tuple is a stack taken apart, and
-    is always unrolled.
+    Scanned, compile time does not grow with the number of items.
     """
-    if isinstance(stacked, tuple):
-        items = list(stacked)
-    elif scan:
+    if scan:
         return jax.lax.scan(body, x, stacked)
-    else:
-        leaves, treedef = jax.tree.flatten(stacked)
-        # unstack, not indexing: its gradient is one stack instead of a padded sum per item.
-        items = [treedef.unflatten(item) for item in zip(*map(jnp.unstack, leaves), strict=True)]
+    leaves, treedef = jax.tree.flatten(stacked)
+    # unstack, not indexing: its gradient is one stack instead of a padded sum per item.
+    items = [treedef.unflatten(item) for item in zip(*map(jnp.unstack, leaves), strict=True)]
     ys = []
     for item in items:
         x, y = body(x, item)
