@@ -31,7 +31,7 @@ from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
-from cla_jax.session import Session
+from cla_jax.session import EvaluationSession
 
 OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kind in arguments.task:
             examples = make_examples(kind, count=arguments.count, length=arguments.length)
             for name in arguments.policy:
-                tokenizer = session.prepared.tokenizer
+                tokenizer = session.tokenizer
                 found = recall_scores(model, tokenizer, parse(name), examples)
                 print(
                     json.dumps({"run": run.path.name, "task": kind, "policy": name} | found),
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = {
             "run": run.path.name,
             "checkpoint": checkpoint.fingerprint(run, step),
-            "context": session.config.data.seq_len,
+            "context": session.data.seq_len,
             "windows": arguments.windows,
             "prompt": arguments.prompt,
             "chunk": arguments.chunk,
@@ -141,10 +141,10 @@ def recorded(output: Path | None, cell: dict[str, Any]) -> dict[str, Any] | None
     return next((one for one in read_lines(output)[0] if cell.items() <= one.items()), None)
 
 
-def at_equal_bytes(session: Session, kept: float, arguments: Arguments) -> Iterator[str]:
+def at_equal_bytes(session: EvaluationSession, kept: float, arguments: Arguments) -> Iterator[str]:
     """The other policies, with the budget at which they hold the bytes of FastGen with this share."""
-    entry = session.config.model.d_head * 4  # bytes at 16 bits
-    tokens = prompt_tokens(arguments.prompt, session.config.data.seq_len, arguments.chunk)
+    entry = session.model.d_head * 4  # bytes at 16 bits
+    tokens = prompt_tokens(arguments.prompt, session.data.seq_len, arguments.chunk)
     for other in arguments.policy or OTHERS:
         policy = parse(f"{other}:keep=1")
         noted = 9 if policy.scoring != "none" else 5
@@ -162,17 +162,17 @@ def at_equal_bytes(session: Session, kept: float, arguments: Arguments) -> Itera
 
 
 def kept_of_prompts(
-    session: Session, model: Transformer, policy: Policy, arguments: Arguments
+    session: EvaluationSession, model: Transformer, policy: Policy, arguments: Arguments
 ) -> dict[str, Any]:
     """The share of the prompts that is kept, over all and of each KV layer, and what policies heads have."""
-    data, tokenizer = session.config.data, session.prepared.tokenizer
+    data, tokenizer = session.data, session.tokenizer
     classes = classes_of_tokenizer(tokenizer, data.begin_token)
     split = next(iter(session.prepared.parts.values())).split("held_out")
     S = math.ceil(arguments.prompt * data.seq_len)
     size = min(arguments.windows, len(split))
     prompts = {i: split[i]["tokens"][:S].tolist() for i in range(size)}
     spec = evicting_spec(
-        session.config.model, policy, classes=classes, batch=size, capacity=data.seq_len
+        session.model, policy, classes=classes, batch=size, capacity=data.seq_len
     )
     compressor = Compressor(decoding_weights(on_one_device(model)), spec)
     chosen = compressor.profiled(prompts).chosen
@@ -185,10 +185,10 @@ def kept_of_prompts(
     }
 
 
-def line(record: dict[str, Any], session: Session) -> dict[str, Any]:
+def line(record: dict[str, Any], session: EvaluationSession) -> dict[str, Any]:
     """What a cell of the file has; losses in nats per token, bytes at 16 bits per token of context."""
     after, profile = record["after_prompt"], record["profile"]
-    full = costs.kv_bytes(session.config.model, session.config.data.seq_len).resident
+    full = costs.kv_bytes(session.model, session.data.seq_len).resident
     heads = sum(len(layer["kept"]) for layer in profile)
     return {
         "kept": round(record["kept_share"], 4),

@@ -24,7 +24,7 @@ from cla_jax.scoring import (
     full_forward,
     sensitivity,
 )
-from cla_jax.session import Session, prepare_session
+from cla_jax.session import EvaluationSession, Session, prepare_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def during_training(session: Session, model: Transformer) -> dict[str, Any]:
     Of a mixture it has those of all held-out text, and `perplexity/NAME` and so on of each component.
     The record has the scores of each document too.
     """
-    record = full_forward(session, model)
+    record = full_forward(session.evaluation, model)
     metrics = _metrics(record)
     for name, scored in record.get("components", {}).items():
         metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
@@ -62,7 +62,7 @@ def open_session(
     mesh: MeshConfig = MeshConfig(),
     split_cache: bool = False,
     batch_size: int | None = None,
-) -> Session:
+) -> EvaluationSession:
     """What a finished or running run becomes on the devices at hand, whatever mesh it was trained on.
 
     `data_dir` says where prepared data is, if not where it was in training; `batch_size` how many windows are
@@ -73,27 +73,27 @@ def open_session(
     """
     check_paths(run, data_dir, data_sources)
     config = run.config()
-    here = dataclasses.replace(
-        config.placement,
-        mesh=mesh,
-        accumulate=1,
-        attention="auto",
-        data_dir=data_dir or config.placement.data_dir,
-        eval_batch_size=batch_size or config.placement.eval_batch_size,
-    )
-    # The batch of training need not divide over these devices.
-    config = dataclasses.replace(config, batch_size=jax.device_count(), placement=here)
+    data, placement = config.data, config.placement
+    data_dir = data_dir or placement.data_dir
     # The run has a copy of a tokenizer that was a file, which may be gone, or that a mixture learned.
-    from_file = config.data.tokenizer.endswith(".json") or bool(config.data.mixture)
+    from_file = data.tokenizer.endswith(".json") or bool(data.mixture)
     tokenizer_json = run.tokenizer_json() if from_file else None
-    found = prepare.fingerprint(config.data, here.data_dir, tokenizer_json)
-    if found != run.record().get("data_fingerprint"):
-        changes = lambda earlier: prepare.changes(
-            config.data, here.data_dir, earlier, tokenizer_json
-        )
-        run.check_data(found, run.tokenizer_json(), changes)
-    session = prepare_session(config, tokenizer_json)
-    run.check_data(session.prepared.fingerprint, session.prepared.tokenizer.to_json())
+    fingerprint = prepare.fingerprint(data, data_dir, tokenizer_json)
+    if fingerprint != run.record().get("data_fingerprint"):
+        changes = lambda earlier: prepare.changes(data, data_dir, earlier, tokenizer_json)
+        run.check_data(fingerprint, run.tokenizer_json(), changes)
+    session = prepare_evaluation(
+        config.model,
+        data,
+        data_dir=data_dir,
+        mesh=mesh,
+        scan_layers=placement.scan_layers,
+        remat=placement.remat,
+        batch_size=batch_size or placement.eval_batch_size,
+        loss_chunk=placement.loss_chunk,
+        tokenizer_json=tokenizer_json,
+    )
+    run.check_data(session.prepared.fingerprint, session.tokenizer.to_json())
     if split_cache:
         rules = meshes.split_cache(session.rules, session.mesh)
         session = dataclasses.replace(
@@ -188,13 +188,11 @@ def evaluate(
         raise unwritten
 
 
-def _pointless(session: Session, name: str) -> str | None:
+def _pointless(session: EvaluationSession, name: str) -> str | None:
     """What to say of a format that holds no less than dense does in windows as short as the run's."""
-    context = session.config.data.seq_len
+    context = session.data.seq_len
     dense, held = (
-        ledger.predicted(
-            cache_spec(session.config.model, n, batch=1, capacity=context), context
-        ).resident
+        ledger.predicted(cache_spec(session.model, n, batch=1, capacity=context), context).resident
         for n in ("dense", name)
     )
     if name == "dense" or held < dense:

@@ -29,7 +29,7 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.recall_tasks import Example
 from cla_jax.scoring import rows, score
-from cla_jax.session import Session
+from cla_jax.session import EvaluationSession
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="cache")
@@ -77,7 +77,7 @@ def _nats(
 
 
 def evicting_decoding(
-    session: Session,
+    session: EvaluationSession,
     model: Transformer,
     policy: Policy,
     *,
@@ -91,7 +91,7 @@ def evicting_decoding(
     Bytes are those at the end of a window, a mean over the windows. Raises ValueError where the policy, the
     model, the tokenizer and the length of windows do not fit.
     """
-    data = session.config.data
+    data = session.data
     S, T = prompt_tokens(prompt, data.seq_len, chunk), data.seq_len
     policy.check([S])
     # No mesh: an evicting cache is on one device.
@@ -100,10 +100,10 @@ def evicting_decoding(
     model = on_one_device(model)
     weights = decoding_weights(model)
     B = rows(session, windows)
-    tokenizer = session.prepared.tokenizer
+    tokenizer = session.tokenizer
     classes = classes_of_tokenizer(tokenizer, data.begin_token)
     spec = evicting_spec(
-        session.config.model,
+        session.model,
         policy,
         classes=classes,
         batch=B,
@@ -167,7 +167,7 @@ def evicting_decoding(
         },
         **_bytes(compressor, counts, max(texts, 1), T),
         "readers_per_kv_layer": list(spec.readers),
-        "profile": profile(session.config.model, policy, chosen),
+        "profile": profile(session.model, policy, chosen),
         **({"token_classes": described(tokenizer, classes)} if policy.needs_classes else {}),
         "prefill_seconds": {
             name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()

@@ -105,35 +105,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def choose_mesh(config: Config, devices: Sequence[Any]) -> tuple[MeshConfig, str]:
-    """The mesh that `placement.mesh.auto` stands for, and why.
+def choose_mesh(
+    mesh: MeshConfig, model: ModelConfig, rows: int, seq_len: int, devices: Sequence[Any]
+) -> tuple[MeshConfig, str]:
+    """The mesh that `placement.mesh.auto` stands for, and why; `rows` are those of a microbatch.
 
     Splitting weights over all chips (FSDP) costs nothing as long as a chip computes longer on its tokens
     than the weights take to arrive: tokens per chip >= FLOP/s / interconnect bandwidth. Below that, and where
     a batch has fewer rows than there are chips, heads and widths are split too (tensor parallelism), as
     little as possible. ("How to Scale Your Model", chapter 5.)
     """
-    model, slices = config.model, config.placement.mesh.slice
+    slices = mesh.slice
     count = len(devices) // slices
     if count * slices != len(devices) or count == 0:
         raise ValueError(
             f"placement.mesh.slice = {slices} does not divide the {len(devices)} devices"
         )
-    rows = config.batch_size // (config.placement.accumulate * slices)
+    rows //= slices
     chip = chips.find(devices[0].device_kind)
     critical = chip.flops / chip.interconnect if chip and chip.axes else 0.0
     limit = model.d_ff / critical if critical else 1.0  # of devices that a layer's width hides
-    tensor, chips_with_rows, fsdp, tokens = count, 1, 1, rows * config.data.seq_len
+    tensor, chips_with_rows, fsdp, tokens = count, 1, 1, rows * seq_len
     for tensor in (t for t in range(1, count + 1) if count % t == 0 and rows % (count // t) == 0):
         chips_with_rows = count // tensor
         # What FSDP cannot split evenly, copies of the parameters take.
         fsdp = math.gcd(chips_with_rows, model.d_model)
         # A chip holds 1 / tensor of the weights it gathers, and does as little of the work on them.
-        tokens = rows // chips_with_rows * config.data.seq_len
+        tokens = rows // chips_with_rows * seq_len
         if tokens >= critical or tensor == count or tensor * 2 > limit:
             break
     chosen = dataclasses.replace(
-        config.placement.mesh, auto=False, data=chips_with_rows // fsdp, fsdp=fsdp, model=tensor
+        mesh, auto=False, data=chips_with_rows // fsdp, fsdp=fsdp, model=tensor
     )
     why = f"{tokens:,} tokens per device and microbatch"
     if critical:

@@ -26,7 +26,7 @@ from cla_jax.documents import Documents
 from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
-from cla_jax.session import Session
+from cla_jax.session import EvaluationSession
 
 if TYPE_CHECKING:
     from cla_jax.data.prepare import Prepared
@@ -67,7 +67,7 @@ class Score:
 
 
 def score(
-    session: Session,
+    session: EvaluationSession,
     batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     windows: int | None = None,
@@ -112,20 +112,20 @@ def score(
     return total
 
 
-def rows(session: Session, windows: int | None = None) -> int:
+def rows(session: EvaluationSession, windows: int | None = None) -> int:
     """Windows that are scored at once: as many as asked for, or as there are, in batches of like size.
 
     The devices share them evenly. Of a mixture, the component with most windows decides.
     """
     held = max(part.totals["held_out"]["windows"] for part in session.prepared.parts.values())
     scored = held if windows is None else min(windows, held)
-    batches = -(-scored // session.eval_batch)
+    batches = -(-scored // session.rows)
     shards = row_shards(session.mesh)
     return -(-scored // (batches * shards)) * shards
 
 
 def _score_split(
-    session: Session,
+    session: EvaluationSession,
     batch_nll: Callable[[jax.Array, jax.Array], jax.Array],
     split: "Windows",
     size: int,
@@ -191,13 +191,13 @@ def _whole(a_BT: jax.Array, rules: AxisRules) -> jax.Array:
     return a_BT if spec is None else jax.reshard(a_BT, spec)
 
 
-def full_forward(session: Session, model: Transformer, **limits: Any) -> dict[str, Any]:
+def full_forward(session: EvaluationSession, model: Transformer, **limits: Any) -> dict[str, Any]:
     """Perplexity and bits per byte with the whole window in one pass, as in training."""
     static = {
         "options": session.options,
         "end": session.end,
         "begins": session.begins,
-        "loss_chunk": session.config.placement.loss_chunk,
+        "loss_chunk": session.loss_chunk,
     }
 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ def _cached_nll(weights, cache, tokens_BT1, *, spec, end, begins):
 
 
 def cached_decoding(
-    session: Session,
+    session: EvaluationSession,
     model: Transformer,
     format: str | CacheFormat,
     *,
@@ -276,7 +276,7 @@ def cached_decoding(
         return nll_BT
 
     scored = score(session, nll, windows=windows, **how).record()
-    context = session.config.data.seq_len
+    context = session.data.seq_len
     predicted = ledger.predicted(spec, context).per_token(context)
     counted = ledger.counted(spec, cache, _one_step(weights)).per_token(context)
     return {
@@ -294,16 +294,16 @@ def cached_decoding(
 
 
 def _spec(
-    session: Session,
+    session: EvaluationSession,
     format: str | CacheFormat | Sequence[CacheFormat],
     chunk: int,
     windows: int | None,
 ) -> caches.CacheSpec:
     """A cache for the windows of the held-out split."""
-    seq_len = session.config.data.seq_len
+    seq_len = session.data.seq_len
     check_chunk(chunk, seq_len)
     return caches.cache_spec(
-        session.config.model,
+        session.model,
         format,
         batch=rows(session, windows),
         capacity=seq_len,
@@ -357,7 +357,7 @@ def _agreement(model, weights, cache, tokens_BT1, weights_BT, *, spec, options, 
 
 
 def agreement(
-    session: Session,
+    session: EvaluationSession,
     model: Transformer,
     format: str | CacheFormat | Sequence[CacheFormat],
     *,
@@ -399,7 +399,7 @@ def agreement(
 
 
 def sensitivity(
-    session: Session,
+    session: EvaluationSession,
     model: Transformer,
     name: str,
     *,
@@ -411,7 +411,7 @@ def sensitivity(
 
     An error in a shared KV layer is felt by every layer that reads it (`readers`).
     """
-    config = session.config.model
+    config = session.model
     dense, lossy = (caches.make_format(n, config.compute_dtype) for n in ("dense", name))
     if config.sharing.is_split:
         raise ValueError(

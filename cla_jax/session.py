@@ -1,4 +1,7 @@
-"""What a config becomes on given devices: layouts, how the model runs, and the prepared data."""
+"""What a config becomes on given devices: layouts, how the model runs, and the prepared data.
+
+Training has a `Session`, evaluation an `EvaluationSession`.
+"""
 
 import dataclasses
 import functools
@@ -13,10 +16,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cla_jax import mesh as meshes
 from cla_jax import start
-from cla_jax.config import Config, FromRun, ModelConfig, check_vocabulary
+from cla_jax.config import (
+    Config,
+    DataConfig,
+    FromRun,
+    MeshConfig,
+    ModelConfig,
+    check_vocabulary,
+)
 from cla_jax.data import mixture
 from cla_jax.data.loader import Batches
 from cla_jax.data.prepare import Corpus, corpus
+from cla_jax.data.tokenizers import Tokenizer
 from cla_jax.loss import Distill
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import choose_backend
@@ -105,11 +116,44 @@ class Layout:
         spec = PartitionSpec(None, *self.rules.partition("batch", None))
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSession:
+    """What the evaluation of a model needs besides its weights: the text, and how the model runs here."""
+
+    model: ModelConfig
+    data: DataConfig
+    prepared: Corpus
+    mesh: Mesh
+    options: ForwardOptions
+    # Windows that are scored at once, at least.
+    batch_size: int
+    # Tokens of a window whose logits exist at once.
+    loss_chunk: int
+
     @property
-    def eval_batch(self) -> int:
-        """Rows evaluated at once: as many as asked for, or as the devices can share evenly."""
+    def rules(self) -> AxisRules:
+        return self.options.rules
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prepared.tokenizer
+
+    @property
+    def end(self) -> int | None:
+        """As in `Layout`."""
+        return _end(self.data, self.tokenizer)
+
+    @property
+    def begins(self) -> tuple[int, int] | None:
+        """As in `Layout`."""
+        return _begins(self.data, self.tokenizer)
+
+    @property
+    def rows(self) -> int:
+        """Windows that are scored at once: as many as asked for, or as the devices can share evenly."""
         shards = meshes.row_shards(self.mesh)
-        return -(-self.config.placement.eval_batch_size // shards) * shards
+        return -(-self.batch_size // shards) * shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +161,20 @@ class Session(Layout):
     """A layout on the devices at hand, and the data."""
 
     prepared: Corpus
+
+    @property
+    def evaluation(self) -> EvaluationSession:
+        """How the model is evaluated while it is trained."""
+        placement = self.config.placement
+        return EvaluationSession(
+            model=self.config.model,
+            data=self.config.data,
+            prepared=self.prepared,
+            mesh=self.mesh,
+            options=self.options,
+            batch_size=placement.eval_batch_size,
+            loss_chunk=placement.loss_chunk,
+        )
 
     @functools.cached_property
     def schedule(self) -> mixture.Schedule:
@@ -140,19 +198,15 @@ def plan_layout(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     but for those constants. Raises ValueError where the mesh, the batch or a backend does not fit them.
     """
     placement, devices = config.placement, jax.devices() if devices is None else devices
-    mesh_config = placement.mesh
-    if mesh_config.auto:
-        mesh_config, why = meshes.choose_mesh(config, devices)
-        log.info("placement.mesh.auto: %s", why)
-    mesh = meshes.make_mesh(mesh_config, devices)
+    rows, seq_len = config.batch_size // placement.accumulate, config.data.seq_len
+    mesh = _mesh(placement.mesh, config.model, rows, seq_len, devices)
     rules = meshes.axis_rules(config.model, mesh)
     meshes.check_batch(config, mesh)
-    attention = choose_backend(placement.attention, config.model, config.data.seq_len, devices[0])
     options = ForwardOptions(
         rules=rules,
         remat=placement.remat,
         scan_layers=placement.scan_layers,
-        attention=attention,
+        attention=choose_backend(placement.attention, config.model, seq_len, devices[0]),
     )
     end = None if config.data.attend_across_documents else 0
     begins = (0, 0) if config.data.begin_token else None
@@ -165,19 +219,76 @@ def prepare_session(config: Config, tokenizer_json: str | None = None) -> Sessio
     `tokenizer_json`, if given, stands for the file that `data.tokenizer` names.
     """
     layout = plan_layout(config)  # before the data, which take long
-    prepared = corpus(config.data, config.placement.data_dir, tokenizer_json=tokenizer_json)
-    check_vocabulary(prepared.tokenizer.size, config.model, config.data.tokenizer)
-    tokenizer = prepared.tokenizer
-    end = None if layout.end is None else tokenizer.end
-    begins = layout.begins and (tokenizer.end, tokenizer.begin(config.data.begin_token))
+    prepared = _corpus(config.model, config.data, config.placement.data_dir, tokenizer_json)
     return Session(
         config=config,
         mesh=layout.mesh,
         options=layout.options,
-        end=end,
-        begins=begins,
+        end=_end(config.data, prepared.tokenizer),
+        begins=_begins(config.data, prepared.tokenizer),
         prepared=prepared,
     )
+
+
+def prepare_evaluation(
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    data_dir: str,
+    mesh: MeshConfig,
+    scan_layers: bool,
+    remat: str,
+    batch_size: int,
+    loss_chunk: int,
+    tokenizer_json: str | None = None,
+) -> EvaluationSession:
+    """Checks a model against the devices at hand and the data; prepares the data if need be.
+
+    `tokenizer_json`, if given, stands for the file that `data.tokenizer` names. Evaluation needs no `remat`;
+    with that of training, both compile to the same program.
+    """
+    devices = jax.devices()
+    mesh_ = _mesh(mesh, model, len(devices), data.seq_len, devices)
+    options = ForwardOptions(
+        rules=meshes.axis_rules(model, mesh_),
+        remat=remat,
+        scan_layers=scan_layers,
+        attention=choose_backend("auto", model, data.seq_len, devices[0]),
+    )
+    return EvaluationSession(
+        model=model,
+        data=data,
+        prepared=_corpus(model, data, data_dir, tokenizer_json),
+        mesh=mesh_,
+        options=options,
+        batch_size=batch_size,
+        loss_chunk=loss_chunk,
+    )
+
+
+def _mesh(
+    asked: MeshConfig, model: ModelConfig, rows: int, seq_len: int, devices: Sequence[Any]
+) -> Mesh:
+    if asked.auto:
+        asked, why = meshes.choose_mesh(asked, model, rows, seq_len, devices)
+        log.info("placement.mesh.auto: %s", why)
+    return meshes.make_mesh(asked, devices)
+
+
+def _corpus(
+    model: ModelConfig, data: DataConfig, data_dir: str, tokenizer_json: str | None
+) -> Corpus:
+    prepared = corpus(data, data_dir, tokenizer_json=tokenizer_json)
+    check_vocabulary(prepared.tokenizer.size, model, data.tokenizer)
+    return prepared
+
+
+def _end(data: DataConfig, tokenizer: Tokenizer) -> int | None:
+    return None if data.attend_across_documents else tokenizer.end
+
+
+def _begins(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    return (tokenizer.end, tokenizer.begin(data.begin_token)) if data.begin_token else None
 
 
 def batch_stream(

@@ -33,12 +33,13 @@ pytestmark = pytest.mark.usefixtures("above_all_runs")
 def session(tiny, devices):
     devices(1)
     # Not bytes: tokens and bytes must not be the same number.
-    return prepare_session(tiny(**{"placement.eval_batch_size": 8, "data.tokenizer": "bpe:260"}))
+    changes = {"placement.eval_batch_size": 8, "data.tokenizer": "bpe:260"}
+    return prepare_session(tiny(**changes)).evaluation
 
 
 def test_full_forward_is_perplexity_as_defined(session):
     """Against numbers put together by hand: every held-out token once, in windows of seq_len."""
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     split = session.prepared.parts[""].split("held_out")
     limit = 10
     with jax.set_mesh(session.mesh):
@@ -47,7 +48,7 @@ def test_full_forward_is_perplexity_as_defined(session):
     for i in range(limit):
         window = split[i]
         inputs, targets = window["tokens"][:-1], window["tokens"][1:].astype(int)
-        logits = reference.logits(model, session.config.model, inputs.astype(int))
+        logits = reference.logits(model, session.model, inputs.astype(int))
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         n = int(window["n_targets"])
         nll -= log_p[np.arange(n), targets[:n]].sum()
@@ -82,7 +83,7 @@ def test_a_batch_is_no_larger_than_what_is_scored(session, windows, expected):
 
 
 def test_the_whole_split_is_scored_once(session):
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         record = full_forward(session, model)
     totals = session.prepared.totals["held_out"]
@@ -95,10 +96,10 @@ def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_
     devices(1)
     changes = {"data.source": short_documents, "placement.eval_batch_size": 8}
     session, other = (
-        prepare_session(tiny(**changes, **{"data.attend_across_documents": a}))
+        prepare_session(tiny(**changes, **{"data.attend_across_documents": a})).evaluation
         for a in (across, not across)
     )
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     # The last window too: it is padded, and its batch is filled up.
     with jax.set_mesh(session.mesh):
         full = full_forward(session, model)
@@ -119,8 +120,8 @@ def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_
 @pytest.mark.slow
 def test_agreement_is_what_its_names_say(session):
     """Against logits compared by hand, for a format that really differs, padding at the end included."""
-    model = reference.randomised(session.config.model)
-    config, T = session.config.model, session.config.data.seq_len
+    model = reference.randomised(session.model)
+    config, T = session.model, session.data.seq_len
     coarse = dataclasses.replace(caches.make_format("int8", "float32"), largest=2.0)
     with jax.set_mesh(session.mesh):
         found = agreement(session, model, coarse, chunk=T, windows=10_000)
@@ -153,7 +154,7 @@ def test_agreement_is_what_its_names_say(session):
 
 
 def test_the_error_of_one_kv_layer_is_felt_by_its_readers_only(session):
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         layers = sensitivity(session, model, "fp8", chunk=16, windows=8)
         whole = agreement(session, model, "fp8", chunk=16, windows=8)
@@ -162,10 +163,10 @@ def test_the_error_of_one_kv_layer_is_felt_by_its_readers_only(session):
 
 
 def test_ledger_counts_what_the_closed_form_predicts(session):
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         record = cached_decoding(session, model, "dense", chunk=16, windows=1)
-    predicted = costs.kv_bytes(session.config.model, 32, bytes_per_element=4)
+    predicted = costs.kv_bytes(session.model, 32, bytes_per_element=4)
     for counts in record["kv_bytes"].values():
         assert counts["predicted"] == counts["counted"]
     for name in ("resident", "written", "read"):
@@ -176,7 +177,7 @@ def test_ledger_counts_what_the_closed_form_predicts(session):
 
 
 def test_a_chunk_must_divide_the_window(session):
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     with pytest.raises(ValueError, match=r"chunk = 5 does not divide data.seq_len = 32"):
         cached_decoding(session, model, "dense", chunk=5)
 
@@ -206,7 +207,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
 
 
 def test_kv_layers_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
-    session = SimpleNamespace(config=tiny(**{"model.kv_map": "k=cla:2;v=identity"}))
+    session = SimpleNamespace(model=tiny(**{"model.kv_map": "k=cla:2;v=identity"}).model)
     with pytest.raises(
         ValueError, match=r"per_kv_layer: .* read keys and values in different formats"
     ):
@@ -425,16 +426,16 @@ def test_who_calls_from_python_names_the_places_of_a_run_too(tiny, tmp_path, mon
 
 def by_hand(session, model):
     """Each document's nats, tokens and bytes, from the text and an independent forward pass."""
-    texts = list(sources.documents(session.config.data.source))
-    texts = [text for text in texts if sources.is_held_out(text, session.config.data.held_out)]
+    texts = list(sources.documents(session.data.source))
+    texts = [text for text in texts if sources.is_held_out(text, session.data.held_out)]
     ids = [
         [*session.prepared.tokenizer.encode(text), session.prepared.tokenizer.end] for text in texts
     ]
-    losses, T = [], session.config.data.seq_len
+    losses, T = [], session.data.seq_len
     split = session.prepared.parts[""].split("held_out")
     for window in (split[i] for i in range(len(split))):
         n, tokens = int(window["n_targets"]), window["tokens"].astype(int)
-        logits = reference.logits(model, session.config.model, tokens[:T])
+        logits = reference.logits(model, session.model, tokens[:T])
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         losses += list(-log_p[np.arange(n), tokens[1 : 1 + n]])
     ends = np.cumsum([len(document) for document in ids])
@@ -448,12 +449,14 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
     records = []
     for batch, count in ((8, 1), (24, 8)):
         devices(count)
-        session = prepare_session(tiny(**changes, **{"placement.eval_batch_size": batch}))
-        model = reference.randomised(session.config.model)
+        session = prepare_session(
+            tiny(**changes, **{"placement.eval_batch_size": batch})
+        ).evaluation
+        model = reference.randomised(session.model)
         with jax.set_mesh(session.mesh):
             records.append(full_forward(session, model))
     devices(1)
-    session = prepare_session(tiny(**changes, **{"placement.eval_batch_size": 8}))
+    session = prepare_session(tiny(**changes, **{"placement.eval_batch_size": 8})).evaluation
     nll, tokens, n_bytes = by_hand(session, model)
     with jax.set_mesh(session.mesh):
         records.append(cached_decoding(session, model, "dense", chunk=16))
@@ -477,14 +480,14 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
 
 
 def test_documents_that_do_not_add_up_are_not_scored_but_told(tiny, caplog, short_documents):
-    session = prepare_session(tiny(**{"data.source": short_documents}))
+    session = prepare_session(tiny(**{"data.source": short_documents})).evaluation
     part = session.prepared.parts[""]
     totals = {"held_out": part.totals["held_out"] | {"bytes": 7}}
     wrong = dataclasses.replace(part, totals=totals)
     with pytest.raises(ValueError, match=r"the held-out split has 7 and"):
         wrong.documents()
     corpus = dataclasses.replace(session.prepared, parts={"": wrong})
-    model = reference.randomised(session.config.model)
+    model = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         record = full_forward(dataclasses.replace(session, prepared=corpus), model)
     assert "documents" not in record

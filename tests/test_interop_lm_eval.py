@@ -110,7 +110,7 @@ def model(run):
     from cla_jax.interop.lm_eval import Model
 
     session = open_session(run)
-    wild = reference.randomised(session.config.model)
+    wild = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         yield lambda **options: Model(session, wild, **{"context": CONTEXT} | options)
 

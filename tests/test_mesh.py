@@ -5,9 +5,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import experiments
+from cla_jax import mesh as meshes
 from cla_jax.config import MeshConfig
-from cla_jax.mesh import AxisRules, axis_rules, check_batch, choose_mesh, make_mesh
-from cla_jax.session import plan_layout
+from cla_jax.mesh import AxisRules, axis_rules, check_batch, make_mesh
+from cla_jax.session import EvaluationSession, plan_layout
 from tests.conftest import MODEL, replace
 
 
@@ -54,6 +55,12 @@ def test_what_the_model_axis_does_not_divide_stays_whole(changes, axis, words, c
     assert getattr(rules, axis) is None
     assert all(getattr(rules, other) == "model" for other in others)
     assert f"SLOW: placement.mesh.model = 2 does not divide {words}" in caplog.text
+
+
+def choose_mesh(config, devices):
+    rows = config.batch_size // config.placement.accumulate
+    asked = config.placement.mesh
+    return meshes.choose_mesh(asked, config.model, rows, config.data.seq_len, devices)
 
 
 def chips(n: int, kind: str, slices: int = 1):
@@ -121,9 +128,19 @@ def test_batch_must_divide(tiny):
         check_batch(tiny(**{"placement.accumulate": 2}), mesh())
 
 
-def test_an_evaluation_takes_as_many_rows_as_the_devices_can_share(tiny):
-    assert plan_layout(tiny(**{"placement.eval_batch_size": 12})).eval_batch == 16
-    assert plan_layout(tiny(**{"placement.eval_batch_size": 8})).eval_batch == 8
+@pytest.mark.parametrize(("asked", "rows"), [(12, 16), (8, 8)])
+def test_an_evaluation_takes_as_many_rows_as_the_devices_can_share(tiny, asked, rows):
+    layout = plan_layout(tiny())
+    session = EvaluationSession(
+        model=layout.config.model,
+        data=layout.config.data,
+        prepared=None,
+        mesh=layout.mesh,
+        options=layout.options,
+        batch_size=asked,
+        loss_chunk=64,
+    )
+    assert session.rows == rows
 
 
 def test_specs():

@@ -33,7 +33,7 @@ from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
 from cla_jax.scoring import Progress
-from cla_jax.session import Session
+from cla_jax.session import EvaluationSession
 
 try:
     import lm_eval.utils as harness
@@ -70,7 +70,7 @@ class Model(TemplateLM):
 
     def __init__(
         self,
-        session: Session,
+        session: EvaluationSession,
         model: Transformer,
         *,
         way: str = FULL,
@@ -81,11 +81,11 @@ class Model(TemplateLM):
     ):
         super().__init__()
         eviction.check_cache(way, WAYS)
-        self.max_length: int = context or session.config.data.seq_len
+        self.max_length: int = context or session.data.seq_len
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
         self._session, self._model, self.way, self.chunk = session, model, way, chunk
-        self._tokenizer = session.prepared.tokenizer
-        self._begin_token = session.config.data.begin_token
+        self._tokenizer = session.tokenizer
+        self._begin_token = session.data.begin_token
         begin = self._tokenizer.begin(self._begin_token)
         self._prefix = begin if prefix is None else prefix
         self._ends = list(dict.fromkeys([self._tokenizer.end, *ends]))
@@ -335,9 +335,9 @@ def evaluate(
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
-    tokenizer = session.prepared.tokenizer
+    tokenizer = session.tokenizer
     ends = run.end_ids(tokenizer.end, tokenizer.size)
-    longest, read = run.origin().get("max_length"), context or session.config.data.seq_len
+    longest, read = run.origin().get("max_length"), context or session.data.seq_len
     if isinstance(longest, int) and read > longest:
         log.warning(
             "the model supports at most %d tokens of context, but %d are used", longest, read
