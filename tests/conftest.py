@@ -3,18 +3,18 @@
 import os
 import tempfile
 
-# Tests compile much and run little: the compiler is told to hurry.
-_FLAGS = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_parallel_codegen_split_count=1"
-)
-# Here even more: the newer emitters of fusions alone take two thirds of the time of compiling a step. With
-# the older ones programs cannot be kept, though: writing one crashes now and then, in jaxlib.
-os.environ["XLA_FLAGS"] = (
-    _FLAGS + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
+_FLAGS = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_OWN = ""
+# Tests compile much and run little: the compiler is told to hurry. `test_user_flags` runs some without.
+if not os.environ.pop("TESTS_COMPILE_AS_USERS", ""):
+    _FLAGS += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
+    # Here even more: the newer emitters of fusions alone take two thirds of the time of compiling a step.
+    # With the older ones programs cannot be kept, though: writing one crashes now and then, in jaxlib.
+    _OWN = " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+os.environ["XLA_FLAGS"] = _FLAGS + _OWN
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Where in the source an operation is from: a fifteenth of the time, and nobody reads it here.
