@@ -38,9 +38,9 @@ def source(start: FromRun) -> runs.Run:
     return run
 
 
-def check(theirs: Config, ours: Config, run: runs.Run) -> None:
-    """Raises ValueError, naming both sides, unless the model of `theirs` converts into that of `ours`."""
-    a, b = theirs.model, ours.model
+def check(source_config: Config, config: Config, run: runs.Run) -> None:
+    """Raises ValueError, naming both sides, unless the source's model converts into that of `config`."""
+    a, b = source_config.model, config.model
     to_latent = isinstance(a.kv, HeadsKV) and isinstance(b.kv, LatentKV)
     may_differ = _MAY_DIFFER | ({"kv"} if to_latent else set())
     fields = lambda model: {
@@ -57,9 +57,9 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             "further as it is; it cannot be converted"
         )
     if differing := difference(fields(b), fields(a)):
-        key, (mine, its) = next(iter(differing.items()))
+        key, (own, other) = next(iter(differing.items()))
         raise ValueError(
-            f"{what} has model.{key} = {its}, but this run has {mine}: they must be equal"
+            f"{what} has model.{key} = {other}, but this run has {own}: they must be equal"
         )
     if a.n_kv_heads % b.n_kv_heads:
         raise ValueError(
@@ -67,10 +67,10 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
             "must divide it"
         )
     if to_latent:
-        _check_latent(a, b, ours.start, what)
-    elif isinstance(ours.start, FromRun) and ours.start.init not in HEAD_INITS:
+        _check_latent(a, b, config.start, what)
+    elif isinstance(config.start, FromRun) and config.start.init not in HEAD_INITS:
         raise ValueError(
-            f"start.init = {ours.start.init} makes latents of heads, but this run has model.kv.kind = "
+            f"start.init = {config.start.init} makes latents of heads, but this run has model.kv.kind = "
             f"{b.kv.kind} and {what} has {a.kv.kind}: use one of {', '.join(HEAD_INITS)}"
         )
     changed = (a.sharing, a.n_kv_heads) != (b.sharing, b.n_kv_heads)
@@ -90,11 +90,11 @@ def check(theirs: Config, ours: Config, run: runs.Run) -> None:
                 f"{a.kv_map}): a conversion can remove producers, not add them"
             )
     for field in ("tokenizer", "end_token", "begin_token"):
-        mine, its = getattr(ours.data, field), getattr(theirs.data, field)
+        own, other = getattr(config.data, field), getattr(source_config.data, field)
         # Files are compared by their content, when the data is there.
-        if mine != its and not (str(mine).endswith(".json") and str(its).endswith(".json")):
+        if own != other and not (str(own).endswith(".json") and str(other).endswith(".json")):
             raise ValueError(
-                f"{what} has data.{field} = {its!r}, but this run has {mine!r}: they must be equal"
+                f"{what} has data.{field} = {other!r}, but this run has {own!r}: they must be equal"
             )
 
 
@@ -107,19 +107,19 @@ def _words(model: ModelConfig) -> str:
 
 
 def _check_latent(
-    theirs: ModelConfig, ours: ModelConfig, start: FromRun | Scratch, what: str
+    source_model: ModelConfig, model: ModelConfig, start: FromRun | Scratch, what: str
 ) -> None:
-    """Raises ValueError unless the heads of `theirs` can become the latents of `ours`."""
-    assert isinstance(ours.kv, LatentKV)
+    """Raises ValueError unless the heads of the source can become the latents of `model`."""
+    assert isinstance(model.kv, LatentKV)
     if isinstance(start, FromRun) and start.init not in LATENT_INITS:
         raise ValueError(
             f"start.init = {start.init} joins heads, but this run has model.kv.kind = latent: use one of "
             f"{', '.join(LATENT_INITS)}"
         )
-    if theirs.d_head % ours.kv.rope_dims:
+    if source_model.d_head % model.kv.rope_dims:
         raise ValueError(
-            f"{what} has model.d_head = {theirs.d_head}: this run's model.kv.rope_dims = "
-            f"{ours.kv.rope_dims} must divide it, so that its keys have frequencies of the source"
+            f"{what} has model.d_head = {source_model.d_head}: this run's model.kv.rope_dims = "
+            f"{model.kv.rope_dims} must divide it, so that its keys have frequencies of the source"
         )
 
 
@@ -135,16 +135,16 @@ def check_start(config: Config) -> None:
 
 def random_map(parts: ModelConfig, producers: int, seed: int) -> str:
     """A kv_map of so many producers, drawn among those of a model; the first stays."""
-    theirs = sorted(set(parts.resolved_kv_map))
-    kept = random.Random(seed).sample(theirs[1:], producers - 1)
-    return map_of(parts, {theirs[0], *kept})
+    known = sorted(set(parts.resolved_kv_map))
+    kept = random.Random(seed).sample(known[1:], producers - 1)
+    return map_of(parts, {known[0], *kept})
 
 
 def least_damaged(config: ModelConfig, damage: Mapping[int, float], producers: int) -> str:
     """The kv_map of so many producers whose consumers do the least damage one by one."""
-    theirs = sorted(set(config.resolved_kv_map))
+    known = sorted(set(config.resolved_kv_map))
     costly = sorted(damage, key=lambda layer: -damage[layer])
-    return map_of(config, {theirs[0], *costly[: producers - 1]})
+    return map_of(config, {known[0], *costly[: producers - 1]})
 
 
 def map_of(config: ModelConfig, producers: set[int]) -> str:

@@ -93,13 +93,13 @@ def converted(
 
     `inputs` are the streams of the layers, for the ways of conversion that ask for them (`streams`).
     """
-    ours, theirs = config.resolved_kv_map, parts.config.resolved_kv_map
+    kv_map, source_map = config.resolved_kv_map, parts.config.resolved_kv_map
     convert = _with_latent if isinstance(config.kv, LatentKV) else _with_fewer_heads
     layers = list(parts.layers)
-    for producer in sorted(set(ours)):
-        readers = [layer for layer, read in enumerate(ours) if read == producer]
+    for producer in sorted(set(kv_map)):
+        readers = [layer for layer, read in enumerate(kv_map) if read == producer]
         # The producer's own source is the first: its stream is what the projection reads.
-        sources = list(dict.fromkeys(theirs[layer] for layer in readers))
+        sources = list(dict.fromkeys(source_map[layer] for layer in readers))
         for layer, made in convert(parts, config, readers, sources, init, inputs).items():
             layers[layer] = made
     return Layers(config, tuple(layers), parts.rest)
@@ -114,7 +114,7 @@ def _with_fewer_heads(
     inputs: Mapping[int, np.ndarray] | None,
 ) -> dict[int, Layer]:
     """The layers that read one producer; the first of them is the producer."""
-    theirs = parts.config.resolved_kv_map
+    source_map = parts.config.resolved_kv_map
     per_head = parts.config.n_kv_heads // config.n_kv_heads
     joined = [
         conversion.join(
@@ -124,7 +124,7 @@ def _with_fewer_heads(
     ]
     layers = {}
     for layer in readers:
-        at = sources.index(theirs[layer]) * per_head
+        at = sources.index(source_map[layer]) * per_head
         block = _folded(parts.layers[layer].block, joined, slice(at, at + per_head))
         layers[layer] = Layer(block, None)
     projection = dict(parts.layers[readers[0]].projection or {})
@@ -137,9 +137,9 @@ def _with_fewer_heads(
     return layers
 
 
-def _changes(theirs: ModelConfig, ours: ModelConfig) -> bool:
+def _changes(source: ModelConfig, model: ModelConfig) -> bool:
     return any(
-        getattr(theirs, field) != getattr(ours, field) for field in ("n_kv_heads", "sharing", "kv")
+        getattr(source, field) != getattr(model, field) for field in ("n_kv_heads", "sharing", "kv")
     )
 
 
@@ -204,11 +204,11 @@ def _with_latent(
 ) -> dict[int, Layer]:
     """The layers that read one producer, its heads made a latent; the first of them is the producer."""
     assert isinstance(config.kv, LatentKV)
-    theirs, K = parts.config.resolved_kv_map, parts.config.n_kv_heads
+    source_map, K = parts.config.resolved_kv_map, parts.config.n_kv_heads
     sizes = config.kv.rank, config.kv.rope_dims
     members = _members(parts, sources, range(K), inputs)
     of = lambda layer: slice(
-        sources.index(theirs[layer]) * K, (sources.index(theirs[layer]) + 1) * K
+        sources.index(source_map[layer]) * K, (sources.index(source_map[layer]) + 1) * K
     )
     if init == "svd":
         made = conversion.latent_of_weights(members, *sizes)

@@ -82,7 +82,7 @@ def write_hf(directory: Path, config: ModelConfig = MODEL, seed: int = 0, **keys
     directory.mkdir(parents=True, exist_ok=True)
     tensors = names.from_model(reference.randomised(config, seed))
     if isinstance(config.kv, LatentKV):
-        tensors = deepseek.theirs(tensors, config)
+        tensors = deepseek.foreign_tensors(tensors, config)
     safetensors.write(directory / "model.safetensors", tensors, "F32")
     values = hf_config(config, 64) | {"eos_token_id": 256} | keys
     values = {key: value for key, value in values.items() if value is not None or key not in keys}

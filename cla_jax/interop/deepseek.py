@@ -88,7 +88,7 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     return found
 
 
-def theirs(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def foreign_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `renamed`."""
     assert isinstance(config.kv, LatentKV)
     N, H, R, turned = config.n_heads, config.d_head, config.kv.rank, config.kv.rope_dims

@@ -71,7 +71,7 @@ def export(
     try:
         tensors = names.from_model(model)
         if isinstance(config.model.kv, LatentKV):
-            tensors = deepseek.theirs(tensors, config.model)
+            tensors = deepseek.foreign_tensors(tensors, config.model)
         safetensors.write(partial / "model.safetensors", tensors, _DTYPES[dtype], progress)
         _write(partial / "config.json", written | ends)
         _write(partial / "generation_config.json", ends)

@@ -42,10 +42,10 @@ def check_apart(file: Path, spans: list[tuple[int, int, str]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    ours: str  # the parameter, within its block, projection or model
+    parameter: str  # within its block, projection or model
     letters: str  # its axes
-    theirs: tuple[str, ...]  # the tensor, within its layer; one for keys and one for values
-    form: str  # the tensor's axes, of which each flattens some of ours
+    tensors: tuple[str, ...]  # within its layer; one for keys and one for values
+    form: str  # the tensor's axes, of which each flattens some of the letters
 
 
 _BLOCK = (
@@ -92,15 +92,17 @@ class _Place:
 @functools.cache
 def _places(config: ModelConfig) -> list[_Place]:
     """All places of a model of this config: none for a head if it is tied, say."""
-    found = [_Place(entry.ours, (), entry, entry.theirs) for entry in _MODEL]
+    found = [_Place(entry.parameter, (), entry, entry.tensors) for entry in _MODEL]
     for s, stack in enumerate(config.sharing.stacks):
         for g, group in enumerate(stack.groups):
             parts = [("projection", (g,), group.first, _KEYS_AND_VALUES)]
             parts += [("blocks", (g, i), group.first + i, _BLOCK) for i in range(group.size)]
             for part, index, layer, entries in parts:
                 for entry in entries:
-                    tensors = tuple(f"model.layers.{layer}.{name}" for name in entry.theirs)
-                    found.append(_Place(f"stacks.{s}.{part}.{entry.ours}", index, entry, tensors))
+                    tensors = tuple(f"model.layers.{layer}.{name}" for name in entry.tensors)
+                    found.append(
+                        _Place(f"stacks.{s}.{part}.{entry.parameter}", index, entry, tensors)
+                    )
     known = named(_abstract(config))
     found = [place for place in found if place.array in known]
     if homeless := sorted(known.keys() - {place.array for place in found}):
@@ -197,8 +199,8 @@ def to_model(
             parts.append(tensor.reshape([size[letter] for letter in flat]))
         array = arrays[place.array][place.index]
         for part, target in zip(parts, _by_tensor(array, entry), strict=True):
-            ours = entry.letters.replace("C", "")
-            target[...] = part.transpose([flat.index(letter) for letter in ours])
+            letters = entry.letters.replace("C", "")
+            target[...] = part.transpose([flat.index(one) for one in letters])
         progress(done + 1, len(places))
     return with_named(abstract, arrays)
 
@@ -209,9 +211,9 @@ def from_model(model: Transformer) -> dict[str, Tensor]:
 
     def read(place: _Place, c: int) -> np.ndarray:
         entry, array = place.entry, np.asarray(arrays[place.array])
-        ours, flat = entry.letters.replace("C", ""), entry.form.replace(",", "")
+        letters, flat = entry.letters.replace("C", ""), entry.form.replace(",", "")
         part = _by_tensor(array[place.index], entry)[c]
-        part = part.transpose([ours.index(letter) for letter in flat])
+        part = part.transpose([letters.index(one) for one in flat])
         return np.ascontiguousarray(part.reshape(_shape(entry, config)))
 
     return {
