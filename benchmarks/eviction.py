@@ -26,6 +26,7 @@ from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
 from cla_jax.decode import decoding_weights, on_one_device
 from cla_jax.evaluate import open_session
+from cla_jax.evaluation import EvictingScores
 from cla_jax.eviction import Policy, parse, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
@@ -99,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             cell: dict[str, Any] = asked | {"policy": parse(name).name}
             if (known := recorded(arguments.output, cell)) is not None:
                 return known
-            record = evicting_decoding(
+            scores = evicting_decoding(
                 *(session, model, parse(name)),
                 chunk=arguments.chunk,
                 prompt=arguments.prompt,
                 windows=arguments.windows,
             )
             # The T whose bytes this policy has.
-            cell |= {"T": T} | line(record, session)
+            cell |= {"T": T} | line(scores, session)
             print(json.dumps(cell), flush=True)
             if arguments.output:
                 # On a line of its own, also after a line that a stop has cut short.
@@ -171,9 +172,7 @@ def kept_of_prompts(
     S = math.ceil(arguments.prompt * data.seq_len)
     size = min(arguments.windows, len(split))
     prompts = {i: split[i]["tokens"][:S].tolist() for i in range(size)}
-    spec = evicting_spec(
-        session.model, policy, classes=classes, batch=size, capacity=data.seq_len
-    )
+    spec = evicting_spec(session.model, policy, classes=classes, batch=size, capacity=data.seq_len)
     compressor = Compressor(decoding_weights(on_one_device(model)), spec)
     chosen = compressor.profiled(prompts).chosen
     kept_P = [float((one.kept_BKS.sum(-1) / one.lengths_B[:, None]).mean()) for one in chosen]
@@ -185,32 +184,33 @@ def kept_of_prompts(
     }
 
 
-def line(record: dict[str, Any], session: EvaluationSession) -> dict[str, Any]:
+def line(scores: EvictingScores, session: EvaluationSession) -> dict[str, Any]:
     """What a cell of the file has; losses in nats per token, bytes at 16 bits per token of context."""
-    after, profile = record["after_prompt"], record["profile"]
+    after, profile = scores.after_prompt, scores.profile
+    assert after is not None
     full = costs.kv_bytes(session.model, session.data.seq_len).resident
-    heads = sum(len(layer["kept"]) for layer in profile)
+    heads = sum(len(layer.kept) for layer in profile)
     return {
-        "kept": round(record["kept_share"], 4),
+        "kept": round(scores.kept_share, 4),
         "kept_of_prompt": round(
-            statistics.mean(sum(layer["kept"]) / len(layer["kept"]) for layer in profile), 4
+            statistics.mean(sum(layer.kept) / len(layer.kept) for layer in profile), 4
         ),
-        "live_bytes_share": round(record["resident_share"], 4),
-        "live_bytes": round(record["resident_share"] * full, 2),
-        "tokens": after["tokens"],
-        "perplexity": round(after["perplexity"], 4),
-        "perplexity_by_full_forward": round(after["perplexity_by_full_forward"], 4),
-        "worse": round((after["nll"] - after["nll_by_full_forward"]) / after["tokens"], 6),
-        "worse_interval": round(after["worse_interval"], 6),
-        "kl": round(after["kl"], 6),
-        "kl_interval": round(after["kl_interval"], 6),
-        "top1": round(after["top1_agreement"], 4),
-        "by_window": after["windows"],
+        "live_bytes_share": round(scores.resident_share, 4),
+        "live_bytes": round(scores.resident_share * full, 2),
+        "tokens": after.tokens,
+        "perplexity": round(after.perplexity, 4),
+        "perplexity_by_full_forward": round(after.perplexity_by_full_forward, 4),
+        "worse": round((after.nll - after.nll_by_full_forward) / after.tokens, 6),
+        "worse_interval": round(after.worse_interval, 6),
+        "kl": round(after.kl, 6),
+        "kl_interval": round(after.kl_interval, 6),
+        "top1": round(after.top1_agreement, 4),
+        "by_window": after.windows,
         "policies": {
-            name: round(sum(sum(layer["policies"][name]["share"]) for layer in profile) / heads, 3)
-            for name in profile[0].get("policies", {})
+            name: round(sum(sum(layer.policies[name].share) for layer in profile) / heads, 3)
+            for name in profile[0].policies
         },
-        "seconds": record["prefill_seconds"] | {"all": record["seconds"]},
+        "seconds": {**scores.prefill_seconds, "all": scores.seconds},
     }
 
 

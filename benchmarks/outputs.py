@@ -150,11 +150,14 @@ def digests(case: str) -> dict[str, str]:
             for line in run.read_metrics()
         ]
         found = {"losses": steps, "parameters": parameters(run)}
-        for name, record in evaluate(
+        for name, evaluated in evaluate(
             run, formats=formats, chunk=16, windows=8, data_dir=f"{directory}/data"
         ):
-            keys = ("perplexity", "bits_per_byte", "nats", "kl", "same_top_token")
-            found[f"scores, {name or 'full'}"] = {k: record[k] for k in keys if k in record}
+            scores = evaluated.scores
+            found[f"scores, {name}"] = {
+                "perplexity": scores.perplexity,
+                "bits_per_byte": scores.bits_per_byte,
+            }
         found |= {f"tokens, {name}": generated(run, name) for name in formats}
     return {
         what: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

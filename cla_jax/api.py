@@ -5,14 +5,14 @@ import experiments
 
 (config,) = experiments.find("smoke.tiny")
 run = cla_jax.train_run(cla_jax.replaced(config, {"name": "mine", "model.kv_map": "cla:2"}))
-print(cla_jax.evaluate_run(run, caches=["int8"])["cached-int8"]["perplexity"])
+print(cla_jax.evaluate_run(run, caches=["int8"])["cached-int8"].scores.perplexity)
 print(cla_jax.Decoder.open(run).generate(["Fellow citizens"]))
 cla_jax.plot_runs([run]).savefig("pareto.png")
 """
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cla_jax.config import Config
 from cla_jax.runs import Run, find_run, find_runs, run_path
@@ -20,6 +20,7 @@ from cla_jax.runs import Run, find_run, find_runs, run_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cla_jax.evaluation import Evaluation
     from cla_jax.report import Row
 
 Path = str | os.PathLike[str]
@@ -55,7 +56,7 @@ def evaluate_run(
     chunk: int = 64,
     windows: int | None = None,
     data_dir: str | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, "Evaluation"]:
     """Scores a run on its held-out text, and writes the scores to its directory.
 
     Args:
@@ -67,9 +68,9 @@ def evaluate_run(
       data_dir: directory of the prepared data. Default: the directory that training used.
 
     Returns:
-      Records by name: "full" for the full forward pass, and "cached-FORMAT". Each has `perplexity` (per
-      token), `bits_per_byte`, `tokens` and `step`. Records of caches also have `kv_bytes`: bytes per token,
-      at a context of one window.
+      Evaluations by name: "full" for the full forward pass, and "cached-FORMAT". Each has a `step`, and
+      `scores` with `perplexity` (per token), `bits_per_byte` and `tokens`. Scores through caches also have
+      `kv_bytes`: bytes per token, at a context of one window.
 
     Raises:
       ValueError: the run, format or checkpoint does not exist, or the held-out text is not that of training.
@@ -89,9 +90,8 @@ def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> l
       runs: runs, run directories, or directories of runs.
       context: tokens of context for the KV bytes. Default: the training window.
 
-    Returns: Rows with `name`, `kv_bytes` and `evaluation`. `kv_bytes` are resident bytes per token, with 16
-      bits for elements that are not quantised. `evaluation` is the record with `perplexity` and
-      `bits_per_byte`, or None.
+    Returns: Rows with `name`, `kv_bytes` and `scores`. `kv_bytes` are resident bytes per token, with 16
+      bits for elements that are not quantised. `scores` have `perplexity` and `bits_per_byte`, or are None.
 
     Raises:
       ValueError: a directory contains no run, or a config is damaged.

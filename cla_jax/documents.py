@@ -5,6 +5,7 @@ the n-th document is the same one in every evaluation of the same data.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cla_jax.files import PathLike
 _MOST = 1 << 24  # documents of one evaluation
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Documents:
     """Each held-out document's summed negative log-likelihood, tokens and bytes; arrays of one length D."""
 
@@ -25,6 +26,10 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.nll)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether their records are equal."""
+        return isinstance(other, Documents) and self.record() == other.record()
 
     def record(self) -> dict[str, Any]:
         """As a part of an evaluation's record: a line of numbers each, nats to four decimals."""
@@ -36,37 +41,29 @@ class Documents:
         }
 
 
-def read(evaluation: dict[str, Any], file: PathLike) -> Documents | None:
-    """The documents of an evaluation's record, those of a mixture's components one after another.
+def joined(parts: Sequence[Documents]) -> Documents:
+    """The documents of several texts, one text after another."""
+    columns = [field.name for field in dataclasses.fields(Documents)]
+    together = {key: np.concatenate([getattr(part, key) for part in parts]) for key in columns}
+    return Documents(**together)
 
-    None where the record has none, because it is older or of a part of the split. Raises ValueError naming
-    `file` for what is damaged.
-    """
-    components = evaluation.get("components")
-    if isinstance(components, dict) and components:
-        parts = [read(files.as_object(part, name), file) for name, part in components.items()]
-        if None in parts:
-            return None
-        columns = ("nll", "tokens", "bytes")
-        joined = {key: np.concatenate([getattr(part, key) for part in parts]) for key in columns}
-        return Documents(**joined)
-    if "documents" not in evaluation:
-        return None
-    listed = files.field(evaluation, "documents", dict, file)
-    count = files.field(listed, "count", int, file)
+
+def read(record: dict[str, Any], file: PathLike) -> Documents:
+    """The inverse of `Documents.record`. Raises ValueError naming `file` for what is damaged."""
+    count = files.field(record, "count", int, file)
     kinds = {"nll": np.float64, "tokens": np.int64, "bytes": np.int64}
-    found = {}
+    columns = {}
     for key, kind in kinds.items():
-        text = files.field(listed, key, str, file)
+        text = files.field(record, key, str, file)
         words = text.split(" ", _MOST) if text else []
         try:
-            found[key] = np.array([kind(word) for word in words], kind)
+            columns[key] = np.array([kind(word) for word in words], kind)
         except (ValueError, OverflowError):
             raise ValueError(
                 f"{files.name(file)}: documents.{key} is not a list of numbers"
             ) from None
-        if len(found[key]) != count:
+        if len(columns[key]) != count:
             raise ValueError(
-                f"{files.name(file)}: documents.{key} has {len(found[key])} numbers for {count} documents"
+                f"{files.name(file)}: documents.{key} has {len(columns[key])} numbers for {count} documents"
             )
-    return Documents(**found)
+    return Documents(**columns)

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 
-from cla_jax import checkpoint, eviction, memory
+from cla_jax import checkpoint, evaluation, eviction, memory
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import MeshConfig
 from cla_jax.data import prepare
 from cla_jax.data.mixture import of_component
+from cla_jax.evaluation import CachedScores, Evaluation, Scores, plain
 from cla_jax.eviction_scores import evicting_decoding
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import TRAINING, Run, check_paths
@@ -35,22 +36,24 @@ def during_training(session: Session, model: Transformer) -> dict[str, Any]:
     Of a mixture it has those of all held-out text, and `perplexity/NAME` and so on of each component.
     The record has the scores of each document too.
     """
-    record = full_forward(session.evaluation, model)
-    metrics = _metrics(record)
-    for name, scored in record.get("components", {}).items():
-        metrics |= {of_component(metric, name): n for metric, n in _metrics(scored).items()}
-    record |= {"method": TRAINING, "data_fingerprint": session.prepared.fingerprint}
-    return metrics | {"record": record}
+    scores = full_forward(session.evaluation, model)
+    metrics = _metrics(scores)
+    for name, part in scores.components.items():
+        metrics |= {of_component(metric, name): n for metric, n in _metrics(part).items()}
+    whole = {"method": TRAINING, "data_fingerprint": session.prepared.fingerprint}
+    return metrics | {"record": whole | plain(scores)}
 
 
-def _metrics(record: dict[str, Any]) -> dict[str, Any]:
+def _metrics(scores: Scores) -> dict[str, Any]:
+    assert scores.nll is not None
+    assert scores.tokens
     return {
-        "held_out_loss": record["nll"] / record["tokens"],
-        "perplexity": record["perplexity"],
-        "bits_per_byte": record["bits_per_byte"],
+        "held_out_loss": scores.nll / scores.tokens,
+        "perplexity": scores.perplexity,
+        "bits_per_byte": scores.bits_per_byte,
         # What tells a comparison whether two runs were scored on the same text.
-        "held_out_tokens": record["tokens"],
-        "held_out_bytes": record["bytes"],
+        "held_out_tokens": scores.tokens,
+        "held_out_bytes": scores.bytes,
     }
 
 
@@ -113,8 +116,8 @@ def evaluate(
     again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     **options: Any,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Evaluates a run by full forward and through each cache format; yields and writes the records.
+) -> Iterator[tuple[str, Evaluation]]:
+    """Evaluates a run by full forward and through each cache format; yields and writes the evaluations.
 
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what was
     interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing is
@@ -146,11 +149,10 @@ def evaluate(
         # A cache that evicts is on one device.
         with contextlib.nullcontext() if policy else jax.set_mesh(session.mesh):
             written_as = f"cached-{name}" if name else "full"
-            known = {} if again or windows else run.eval(written_as)
             asked = origin | ({"chunk": chunk} if name else {})
             asked |= {"prompt": prompt} if policy else {}
-            has_each = "per_kv_layer" in known or not (name and per_kv_layer)
-            if has_each and asked.items() <= known.items():
+            known = None if again or windows else _recorded(run, written_as, asked)
+            if known and not (name and per_kv_layer and not _has_each_kv_layer(known)):
                 log.warning("%s is already recorded (--again evaluates it again)", written_as)
                 yield written_as, known
                 continue
@@ -161,31 +163,48 @@ def evaluate(
             work = f"{name} cache" if name else "full forward"
             limits = {"windows": windows, "progress": progress(f"{work}, windows")}
             if policy:
-                record = evicting_decoding(
+                method = "evicting decoding"
+                scores = evicting_decoding(
                     session, model, policy, chunk=chunk, prompt=prompt, **limits
                 )
             elif not name:
-                record = full_forward(session, model, **limits)
+                method, scores = "full forward", full_forward(session, model, **limits)
             else:
-                record = cached_decoding(session, model, name, chunk=chunk, **limits)
+                method = "cached decoding"
+                scores = cached_decoding(session, model, name, chunk=chunk, **limits)
                 sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
                 sampled["progress"] = progress(f"{name} beside the full forward")
-                record["agreement"] = agreement(session, model, name, **sampled)
+                close, each = agreement(session, model, name, **sampled), None
                 if per_kv_layer:
                     sampled["progress"] = progress(f"KV layers in {name}")
-                    record["per_kv_layer"] = sensitivity(session, model, name, **sampled)
-            record |= origin
+                    each = sensitivity(session, model, name, **sampled)
+                scores = dataclasses.replace(scores, agreement=close, per_kv_layer=each)
             before, peak = peak, memory.allocator_peak() or 0
-            if peak > before:  # else it is that of something else
-                record["device_peak_bytes"] = peak
-            yield written_as, record  # first: it is known even where it cannot be written
+            # A lower peak than before is that of something else.
+            own_peak = peak if peak > before else None
+            made = Evaluation(method=method, **origin, device_peak_bytes=own_peak, scores=scores)
+            yield written_as, made  # first: it is known even where it cannot be written
             if windows is None:
                 try:
-                    run.write_eval(written_as, record)
+                    run.write_eval(written_as, made.record())
                 except OSError as error:
                     unwritten = error
     if unwritten is not None:
         raise unwritten
+
+
+def _recorded(run: Run, name: str, asked: dict[str, Any]) -> Evaluation | None:
+    """The evaluation of this name, if it was asked for in this way; None too if it is damaged."""
+    record = run.eval(name)
+    if not asked.items() <= record.items():
+        return None
+    with contextlib.suppress(ValueError):
+        return evaluation.read(name, record, run.path / "eval" / f"{name}.json")
+    return None
+
+
+def _has_each_kv_layer(known: Evaluation) -> bool:
+    return isinstance(known.scores, CachedScores) and known.scores.per_kv_layer is not None
 
 
 def _pointless(session: EvaluationSession, name: str) -> str | None:

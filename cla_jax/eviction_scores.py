@@ -9,7 +9,7 @@ are also scored apart, beside the full forward pass.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,15 @@ from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Chosen, Compressor
 from cla_jax.config import ModelConfig
 from cla_jax.decode import decode, decoding_weights, on_one_device
+from cla_jax.evaluation import (
+    AfterPrompt,
+    Agreement,
+    ByteCount,
+    EvictingScores,
+    HeadPolicy,
+    LayerProfile,
+    TokenClasses,
+)
 from cla_jax.eviction import Policy, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer, described
 from cla_jax.loss import losses
@@ -85,7 +94,7 @@ def evicting_decoding(
     prompt: float = 0.5,
     windows: int | None = None,
     **how: Any,
-) -> dict[str, Any]:
+) -> EvictingScores:
     """The held-out text through an evicting cache, on the first device, and the bytes of that cache.
 
     Bytes are those at the end of a window, a mean over the windows. Raises ValueError where the policy, the
@@ -147,32 +156,31 @@ def evicting_decoding(
         texts += len(whole)
         return nll_BT
 
-    scored = score(alone, nll, windows=windows, warm_up=False, **how).record()
-    return {
-        "method": "evicting decoding",
-        "cache": policy.name,
-        "cache_dtype": spec.formats[0].dtype,
-        "context": T,
-        "prompt": prompt,
-        "chunk": chunk,
-        **scored,
-        "after_prompt": _after(after)
-        | {f"{name}_interval": 1.96 * _standard_error(values) for name, values in each.items()}
-        | {"windows": each},
-        "agreement": {
-            "kl": after[2] / after[4],
-            "top1_agreement": after[3] / after[4],
-            "max_logit_difference": furthest,
-            "tokens": int(after[4]),
-        },
+    scores = score(alone, nll, windows=windows, warm_up=False, **how).scores()
+    return EvictingScores(
+        **vars(scores),
+        cache=policy.name,
+        cache_dtype=spec.formats[0].dtype,
+        context=T,
+        prompt=prompt,
+        chunk=chunk,
+        after_prompt=_after(after, each),
+        agreement=Agreement(
+            kl=float(after[2] / after[4]),
+            top1_agreement=float(after[3] / after[4]),
+            max_logit_difference=float(furthest),
+            tokens=int(after[4]),
+        ),
         **_bytes(compressor, counts, max(texts, 1), T),
-        "readers_per_kv_layer": list(spec.readers),
-        "profile": profile(session.model, policy, chosen),
-        **({"token_classes": described(tokenizer, classes)} if policy.needs_classes else {}),
-        "prefill_seconds": {
+        readers_per_kv_layer=spec.readers,
+        profile=profile(session.model, policy, chosen),
+        token_classes=TokenClasses(**described(tokenizer, classes))
+        if policy.needs_classes
+        else None,
+        prefill_seconds={
             name: round(value, 3) for name, value in dataclasses.asdict(compressor.seconds).items()
         },
-    }
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options", "steps"), donate_argnames="cache")
@@ -285,18 +293,21 @@ def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _after(sums: np.ndarray) -> dict[str, float]:
-    """The scores of the tokens after the prompts."""
+def _after(sums: np.ndarray, windows: Mapping[str, Sequence[float]]) -> AfterPrompt:
+    """The scores of the tokens after the prompts; `windows` has means of each window."""
     nll, full, kl, same, tokens = map(float, sums)
-    return {
-        "nll": nll,
-        "nll_by_full_forward": full,
-        "tokens": int(tokens),
-        "perplexity": math.exp(min(nll / tokens, 700.0)),
-        "perplexity_by_full_forward": math.exp(min(full / tokens, 700.0)),
-        "kl": kl / tokens,
-        "top1_agreement": same / tokens,
-    }
+    return AfterPrompt(
+        nll=nll,
+        nll_by_full_forward=full,
+        tokens=int(tokens),
+        perplexity=math.exp(min(nll / tokens, 700.0)),
+        perplexity_by_full_forward=math.exp(min(full / tokens, 700.0)),
+        kl=kl / tokens,
+        top1_agreement=same / tokens,
+        worse_interval=1.96 * _standard_error(windows["worse"]),
+        kl_interval=1.96 * _standard_error(windows["kl"]),
+        windows={name: tuple(values) for name, values in windows.items()},
+    )
 
 
 def _bytes(
@@ -315,15 +326,15 @@ def _bytes(
     dense = costs.kv_bytes(config, context).resident
     return {
         "kv_bytes": {
-            "allocated": {
-                "predicted": (predicted.allocated + predicted.tables) / rows_here,
-                "counted": allocated / rows_here,
-            },
-            "resident": {
-                "predicted": (predicted.resident + predicted.notes) / tokens,
-                "counted": (of("resident") + of("notes")) / tokens,
-            },
-            "read": {"predicted": predicted.read / tokens, "counted": of("read") / tokens},
+            "allocated": ByteCount(
+                predicted=(predicted.allocated + predicted.tables) / rows_here,
+                counted=allocated / rows_here,
+            ),
+            "resident": ByteCount(
+                predicted=(predicted.resident + predicted.notes) / tokens,
+                counted=(of("resident") + of("notes")) / tokens,
+            ),
+            "read": ByteCount(predicted=predicted.read / tokens, counted=of("read") / tokens),
         },
         # Positions, classes and scores included.
         "resident_share": (held.resident + held.notes) / tokens / dense,
@@ -333,32 +344,37 @@ def _bytes(
 
 def profile(
     config: ModelConfig, policy: Policy, chosen: Sequence[tuple[Chosen, ...]]
-) -> list[dict[str, Any]]:
+) -> tuple[LayerProfile, ...]:
     """What was chosen for each KV layer, means over all prompts; of FastGen also each head's policies."""
-    found = []
+    profiles = []
     for p, of_each in enumerate(zip(*chosen, strict=True)):
         lengths = np.concatenate([one.lengths_B for one in of_each])
         kept_NK = np.concatenate([one.kept_BKS.sum(-1) for one in of_each]) / lengths[:, None]
-        layer: dict[str, Any] = {"kv_layer": p, "kept": np.round(kept_NK.mean(0), 4).tolist()}
+        policies, recovery = {}, {}
         if policy.names:
             policy_NK = np.concatenate([one.choice.policy_BK for one in of_each])
-            layer["policies"] = {
-                name: {
-                    "share": np.round((policy_NK == i).mean(0), 4).tolist(),
-                    "kept": [
+            policies = {
+                name: HeadPolicy(
+                    share=_rounded((policy_NK == i).mean(0)),
+                    kept=tuple(
                         round(float(kept_NK[policy_NK[:, k] == i, k].mean()), 4)
                         if (policy_NK[:, k] == i).any()
                         else None
                         for k in range(config.n_kv_heads)
-                    ],
-                }
+                    ),
+                )
                 for i, name in enumerate(policy.names)
             }
-            layer["recovery"] = {
-                name: np.round(
-                    np.concatenate([one.choice.recovery[name] for one in of_each]).mean(0), 4
-                ).tolist()
+            recovery = {
+                name: _rounded(
+                    np.concatenate([one.choice.recovery[name] for one in of_each]).mean(0)
+                )
                 for name in of_each[0].choice.recovery
             }
-        found.append(layer)
-    return found
+        kept = _rounded(kept_NK.mean(0))
+        profiles.append(LayerProfile(kv_layer=p, kept=kept, policies=policies, recovery=recovery))
+    return tuple(profiles)
+
+
+def _rounded(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(np.round(values, 4).tolist())

@@ -23,6 +23,7 @@ from cla_jax.config import check_chunk
 from cla_jax.data import loader
 from cla_jax.decode import Weights, decode, decoding_weights
 from cla_jax.documents import Documents
+from cla_jax.evaluation import Agreement, ByteCount, CachedScores, KVLayerAgreement, Scores
 from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
@@ -38,8 +39,8 @@ Progress = Callable[[int, int], None]  # (windows done, windows in all)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Score:
-    """What was scored so far; totals, so that batches of any size add up exactly."""
+class Totals:
+    """What was scored so far; batches of any size add up exactly."""
 
     nll: float = 0.0  # nats
     tokens: int = 0
@@ -48,22 +49,21 @@ class Score:
     # Of the whole held-out split; of a mixture its components have them.
     documents: Documents | None = None
     # Of a mixture, also those of its components.
-    components: dict[str, "Score"] = dataclasses.field(default_factory=dict)
+    components: dict[str, "Totals"] = dataclasses.field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
-        """The totals and what follows from them, as plain numbers."""
-        parts = {name: part.record() for name, part in self.components.items()}
-        return {
-            "perplexity": math.exp(min(self.nll / self.tokens, 700.0)),
-            "bits_per_byte": self.nll / math.log(2) / self.bytes,
-            "nll": self.nll,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_s": round(self.tokens / self.seconds, 1),
-            **({"documents": self.documents.record()} if self.documents else {}),
-            **({"components": parts} if parts else {}),
-        }
+    def scores(self) -> Scores:
+        """The totals and what follows from them."""
+        return Scores(
+            perplexity=math.exp(min(self.nll / self.tokens, 700.0)),
+            bits_per_byte=self.nll / math.log(2) / self.bytes,
+            nll=self.nll,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            seconds=round(self.seconds, 3),
+            tokens_per_s=round(self.tokens / self.seconds, 1),
+            documents=self.documents,
+            components={name: part.scores() for name, part in self.components.items()},
+        )
 
 
 def score(
@@ -73,7 +73,7 @@ def score(
     windows: int | None = None,
     progress: Progress = lambda done, total: None,
     warm_up: bool = True,
-) -> Score:
+) -> Totals:
     """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` gives nats [B, T].
 
     What it gives where a weight is 0 does not count. Sums are in float64 and in the order of the text, so
@@ -91,10 +91,10 @@ def score(
         name: len(split) if windows is None else min(windows, len(split))
         for name, split in splits.items()
     }
-    total, done, size = Score(), 0, rows(session, windows)
+    total, done, size = Totals(), 0, rows(session, windows)
     progress(0, sum(totals.values()))
     for name, split in splits.items():
-        part, pieces = Score(), []
+        part, pieces = Totals(), []
         for scored in _score_split(
             session, batch_nll, split, size, totals[name], part, pieces, warm_up and not done
         ):
@@ -130,7 +130,7 @@ def _score_split(
     split: "Windows",
     size: int,
     total: int,
-    result: Score,
+    result: Totals,
     pieces: list[np.ndarray],
     warm_up: bool,
 ) -> Iterator[int]:
@@ -191,7 +191,7 @@ def _whole(a_BT: jax.Array, rules: AxisRules) -> jax.Array:
     return a_BT if spec is None else jax.reshard(a_BT, spec)
 
 
-def full_forward(session: EvaluationSession, model: Transformer, **limits: Any) -> dict[str, Any]:
+def full_forward(session: EvaluationSession, model: Transformer, **limits: Any) -> Scores:
     """Perplexity and bits per byte with the whole window in one pass, as in training."""
     static = {
         "options": session.options,
@@ -203,7 +203,7 @@ def full_forward(session: EvaluationSession, model: Transformer, **limits: Any) 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
         return _full_nll(model, tokens_BT1, **static)
 
-    return {"method": "full forward"} | score(session, nll, **limits).record()
+    return score(session, nll, **limits).scores()
 
 
 def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry, *more_BT):
@@ -257,7 +257,7 @@ def cached_decoding(
     chunk: int = 1,
     windows: int | None = None,
     **how: Any,
-) -> dict[str, Any]:
+) -> CachedScores:
     """The same text scored through a KV cache, and the bytes of that cache at the end of a window.
 
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
@@ -275,22 +275,21 @@ def cached_decoding(
         nll_BT, cache = _cached_nll(weights, cache, tokens_BT1, spec=spec, **ends)
         return nll_BT
 
-    scored = score(session, nll, windows=windows, **how).record()
+    scores = score(session, nll, windows=windows, **how).scores()
     context = session.data.seq_len
     predicted = ledger.predicted(spec, context).per_token(context)
     counted = ledger.counted(spec, cache, _one_step(weights)).per_token(context)
-    return {
-        "method": "cached decoding",
-        "cache": spec.formats[0].name,
-        "cache_dtype": spec.formats[0].dtype,
-        "context": context,
-        "chunk": chunk,
-        **scored,
-        "kv_bytes": {
-            name: {"predicted": predicted[name], "counted": counted[name]} for name in predicted
+    return CachedScores(
+        **vars(scores),
+        cache=spec.formats[0].name,
+        cache_dtype=spec.formats[0].dtype,
+        context=context,
+        chunk=chunk,
+        kv_bytes={
+            name: ByteCount(predicted=predicted[name], counted=counted[name]) for name in predicted
         },
-        "readers_per_kv_layer": list(spec.readers),
-    }
+        readers_per_kv_layer=spec.readers,
+    )
 
 
 def _spec(
@@ -364,7 +363,7 @@ def agreement(
     chunk: int = 1,
     windows: int = 64,
     progress: Progress = lambda done, total: None,
-) -> dict[str, float]:
+) -> Agreement:
     """How far decoding through a cache is from the full forward, token by token.
 
     Over the first held-out windows: the largest and the mean absolute difference of logits, and the mean
@@ -377,7 +376,7 @@ def agreement(
 
     def visit(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
         nonlocal cache
-        found, cache = _agreement(
+        sums, cache = _agreement(
             model,
             weights,
             cache,
@@ -388,14 +387,14 @@ def agreement(
             end=session.end,
             begins=session.begins,
         )
-        for name, value in found.items():
+        for name, value in sums.items():
             join = max if name.startswith("max") else float.__add__
             totals[name] = join(totals.get(name, 0.0), float(value))
         return jnp.zeros(())
 
     tokens = score(session, visit, windows=windows, warm_up=False, progress=progress).tokens
-    mean = {k: v if k.startswith("max") else v / tokens for k, v in totals.items()}
-    return mean | {"tokens": tokens}
+    means = {k: v if k.startswith("max") else v / tokens for k, v in totals.items()}
+    return Agreement(**means, tokens=tokens)
 
 
 def sensitivity(
@@ -406,7 +405,7 @@ def sensitivity(
     chunk: int = 1,
     windows: int = 64,
     progress: Progress = lambda done, total: None,
-) -> list[dict[str, float]]:
+) -> tuple[KVLayerAgreement, ...]:
     """What the error of each KV layer alone does to the model: one KV layer in a format, all others dense.
 
     An error in a shared KV layer is felt by every layer that reads it (`readers`).
@@ -419,10 +418,12 @@ def sensitivity(
             "layer would read keys and values in different formats"
         )
     kv_layers = config.sharing.kv_layers
-    found = []
+    measured = []
     for p, kv in enumerate(kv_layers):
         formats = [lossy if i == p else dense for i in range(len(kv_layers))]
-        measured = agreement(session, model, formats, chunk=chunk, windows=windows)
-        found.append({"kv_layer": p, "layer": kv.layer, "readers": kv.readers} | measured)
+        close = agreement(session, model, formats, chunk=chunk, windows=windows)
+        measured.append(
+            KVLayerAgreement(**vars(close), kv_layer=p, layer=kv.layer, readers=kv.readers)
+        )
         progress(p + 1, len(kv_layers))
-    return found
+    return tuple(measured)

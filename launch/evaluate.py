@@ -21,7 +21,7 @@ forward pass or through the formats of --cache. Writes eval/tasks-*.json.
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -31,6 +31,11 @@ from cla_jax.formats import FORMATS
 from cla_jax.messages import printable
 from launch import allocator
 from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
+
+if TYPE_CHECKING:
+    from cla_jax.evaluation import CachedScores, Evaluation, EvictingScores, LayerProfile
+
+_MARGIN = " " * 12  # below the result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ def _held_out(arguments: Arguments) -> None:
         raise ValueError(
             "--plot needs one run and a policy that evicts tokens, such as --cache fastgen:T=0.95"
         )
-    drawn: dict[str, Any] = {}
+    profiles: dict[str, Any] = {}
     for run in found:
         with collected(refused):
             run.check_decodable(formats, chunk, arguments.prompt)
@@ -130,7 +135,7 @@ def _held_out(arguments: Arguments) -> None:
         for run in ready:
             print(printable(run.path))
             with collected(refused), progress.shown() as bar:
-                for name, record in evaluate(
+                for name, evaluated in evaluate(
                     run,
                     formats=formats,
                     chunk=chunk,
@@ -141,82 +146,102 @@ def _held_out(arguments: Arguments) -> None:
                     progress=bar,
                     **_options(arguments),
                 ):
-                    print("\n".join(_scored(name, record, ledger=arguments.ledger)))
-                    if "profile" in record:
-                        drawn[name.removeprefix("cached-")] = record
-    if arguments.plot and drawn:
+                    print("\n".join(_scored(name, evaluated, ledger=arguments.ledger)))
+                    if profile := getattr(evaluated.scores, "profile", ()):
+                        profiles[name.removeprefix("cached-")] = profile
+    if arguments.plot and profiles:
         from cla_jax.report import eviction_map
 
-        eviction_map.draw(drawn, arguments.plot)
+        eviction_map.draw(profiles, arguments.plot)
     refuse(refused)
 
 
-def _scored(name: str, record: dict[str, Any], *, ledger: bool) -> list[str]:
+def _scored(name: str, evaluated: "Evaluation", *, ledger: bool) -> list[str]:
     """What to print of an evaluation: its result, and below it the cost of the cache and of its error."""
-    from cla_jax.report.rows import per_token
+    from cla_jax.evaluation import CachedScores, EvictingScores
 
+    scores = evaluated.scores
     lines = [
-        f"  {name.removeprefix('cached-'):9s} perplexity {record['perplexity']:,.4f}   "
-        f"{record['bits_per_byte']:.4f} bits/byte   "
-        f"{record['tokens']:,} tokens, step {record['step']:,}"
+        f"  {name.removeprefix('cached-'):9s} perplexity {scores.perplexity:,.4f}   "
+        f"{scores.bits_per_byte:.4f} bits/byte   "
+        f"{scores.tokens:,} tokens, step {evaluated.step:,}"
     ]
-
-    def say(text: str) -> None:
-        lines.append(f"  {'':10s}{text}")
-
-    for part, scored in record.get("components", {}).items():
-        say(
-            f"{part}: perplexity {scored['perplexity']:,.4f}   "
-            f"{scored['bits_per_byte']:.4f} bits/byte   {scored['tokens']:,} tokens"
+    for part, scored in scores.components.items():
+        lines.append(
+            f"{_MARGIN}{part}: perplexity {scored.perplexity:,.4f}   "
+            f"{scored.bits_per_byte:.4f} bits/byte   {scored.tokens:,} tokens"
         )
-    if close := record.get("agreement"):
-        say(
-            f"against the full forward pass: same top token {close['top1_agreement']:.2%}, KL "
-            f"{max(close['kl'], 0):.1e} nats per token, largest logit difference "
-            f"{close['max_logit_difference']:.1e}"
+    if isinstance(scores, CachedScores):
+        lines += [_MARGIN + line for line in _cost_and_error(scores)]
+    if isinstance(scores, EvictingScores):
+        lines += [_MARGIN + line for line in _evicted(scores)]
+    if isinstance(scores, CachedScores):
+        lines += [_MARGIN + line for line in _byte_counts(scores, every=ledger)]
+    if ledger and (peak := evaluated.device_peak_bytes):
+        lines.append(
+            f"{_MARGIN}peak device memory in use: {peak:,} bytes, reported by the allocator"
         )
-    counts = record.get("kv_bytes", {})
-    differing = [kind for kind, count in counts.items() if count["counted"] != count["predicted"]]
-    if counts:
-        held = per_token(counts["resident"]["counted"])
-        dtype = record["cache_dtype"]
-        say(
-            f"{held} resident KV bytes per token at {record['context']:,} tokens; unquantised parts are "
-            f"{dtype}"
-        )
-    if after := record.get("after_prompt"):
-        say(
-            f"after prompts of {record['prompt']:.0%} of a window: perplexity {after['perplexity']:,.4f}, "
-            f"with a full forward pass {after['perplexity_by_full_forward']:,.4f}"
-        )
-        say(f"{record['kept_share']:.1%} of all tokens are kept at the end of a window")
-    if classes := record.get("token_classes"):
-        marks = printable(" ".join(classes["marks"]), 200)
-        say(
-            f"{classes['special']} special tokens, {classes['punctuation']} of punctuation: {marks}"
-        )
-    for layer in record.get("profile", []):
-        say(_chosen(layer))
-    for kind in counts if ledger else differing:
-        predicted, counted = (per_token(counts[kind][how]) for how in ("predicted", "counted"))
-        say(f"KV bytes {kind:9s}{predicted:>12s} predicted {counted:>12s} counted")
-    if ledger and (peak := record.get("device_peak_bytes")):
-        say(f"peak device memory in use: {peak:,} bytes, reported by the allocator")
-    for layer in record.get("per_kv_layer", []):
-        say(
-            f"KV layer {layer['kv_layer']:3d} of layer {layer['layer']:3d}, read by "
-            f"{layer['readers']} layers: only this one in the format, KL {layer['kl']:.2g} nats per token"
+    for layer in getattr(scores, "per_kv_layer", None) or ():
+        lines.append(
+            f"{_MARGIN}KV layer {layer.kv_layer:3d} of layer {layer.layer:3d}, read by "
+            f"{layer.readers} layers: only this one in the format, KL {layer.kl:.2g} nats per token"
         )
     return lines
 
 
-def _chosen(layer: dict[str, Any]) -> str:
+def _cost_and_error(scores: "CachedScores") -> list[str]:
+    from cla_jax.report.rows import per_token
+
+    lines = []
+    if close := scores.agreement:
+        lines.append(
+            f"against the full forward pass: same top token {close.top1_agreement:.2%}, KL "
+            f"{max(close.kl, 0):.1e} nats per token, largest logit difference "
+            f"{close.max_logit_difference:.1e}"
+        )
+    if scores.kv_bytes:
+        lines.append(
+            f"{per_token(scores.kv_bytes['resident'].counted)} resident KV bytes per token at "
+            f"{scores.context:,} tokens; unquantised parts are {scores.cache_dtype}"
+        )
+    return lines
+
+
+def _byte_counts(scores: "CachedScores", *, every: bool) -> list[str]:
+    """The counts that differ from what was predicted, or all of them."""
+    from cla_jax.report.rows import per_token
+
+    return [
+        f"KV bytes {kind:9s}{per_token(count.predicted):>12s} predicted "
+        f"{per_token(count.counted):>12s} counted"
+        for kind, count in scores.kv_bytes.items()
+        if every or count.counted != count.predicted
+    ]
+
+
+def _evicted(scores: "EvictingScores") -> list[str]:
+    lines = []
+    if after := scores.after_prompt:
+        lines += [
+            f"after prompts of {scores.prompt:.0%} of a window: perplexity {after.perplexity:,.4f}, "
+            f"with a full forward pass {after.perplexity_by_full_forward:,.4f}",
+            f"{scores.kept_share:.1%} of all tokens are kept at the end of a window",
+        ]
+    if classes := scores.token_classes:
+        marks = printable(" ".join(classes.marks), 200)
+        lines.append(
+            f"{classes.special} special tokens, {classes.punctuation} of punctuation: {marks}"
+        )
+    return lines + [_chosen(layer) for layer in scores.profile]
+
+
+def _chosen(layer: "LayerProfile") -> str:
     """What the policy has chosen for the heads of a KV layer: a line of the profile."""
     mean = lambda numbers: sum(numbers) / len(numbers)
-    text = f"KV layer {layer['kv_layer']:3d}: {mean(layer['kept']):4.0%} of the prompt is kept"
-    if "policies" in layer:
-        shares = {name: mean(one["share"]) for name, one in layer["policies"].items()}
-        recovery = layer["recovery"]
+    text = f"KV layer {layer.kv_layer:3d}: {mean(layer.kept):4.0%} of the prompt is kept"
+    if layer.policies:
+        shares = {name: mean(one.share) for name, one in layer.policies.items()}
+        recovery = layer.recovery
         text += f"; {', '.join(f'{name} {share:.0%}' for name, share in shares.items() if share)}"
         text += (
             f"; attention kept {mean(recovery['min']):.3f} (at one position "

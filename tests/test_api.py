@@ -63,4 +63,4 @@ def test_the_notebook_runs(tmp_path):
     rows = {row.name: row for row in cla_jax.compare_runs([tmp_path / "runs"])}
     assert 2 * rows["cla2"].kv_bytes == rows["mqa"].kv_bytes
     scored = cla_jax.evaluate_run(tmp_path / "runs/notebook/mqa", caches=["int8"])
-    assert scored["full"]["perplexity"] == rows["mqa"].evaluation["perplexity"]
+    assert scored["full"].scores.perplexity == rows["mqa"].scores.perplexity

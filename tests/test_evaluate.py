@@ -17,6 +17,7 @@ from cla_jax.config import Component, MeshConfig
 from cla_jax.data import sources
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import during_training, evaluate, open_session
+from cla_jax.evaluation import Evaluation, read
 from cla_jax.model.transformer import ForwardOptions, project
 from cla_jax.report import rows as report
 from cla_jax.runs import Run, check_paths, find_runs
@@ -53,11 +54,11 @@ def test_full_forward_is_perplexity_as_defined(session):
         n = int(window["n_targets"])
         nll -= log_p[np.arange(n), targets[:n]].sum()
         tokens, size = tokens + n, size + int(window["n_bytes"])
-    assert (record["tokens"], record["bytes"]) == (tokens, size)
+    assert (record.tokens, record.bytes) == (tokens, size)
     assert tokens < size
-    assert "documents" not in record  # the last one may be cut off
-    assert record["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
-    assert record["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    assert record.documents is None  # the last one may be cut off
+    assert record.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    assert record.bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_the_whole_split_is_scored_once(session):
     with jax.set_mesh(session.mesh):
         record = full_forward(session, model)
     totals = session.prepared.totals["held_out"]
-    assert (record["tokens"], record["bytes"]) == (totals["tokens"], totals["bytes"])
+    assert (record.tokens, record.bytes) == (totals["tokens"], totals["bytes"])
 
 
 @pytest.mark.slow
@@ -103,18 +104,16 @@ def test_cached_decoding_gives_the_same_perplexity(tiny, devices, across, short_
     # The last window too: it is padded, and its batch is filled up.
     with jax.set_mesh(session.mesh):
         full = full_forward(session, model)
-        assert (
-            abs(full_forward(other, model)["nll"] - full["nll"]) > 1
-        )  # documents end within windows
+        assert abs(full_forward(other, model).nll - full.nll) > 1  # documents end within windows
         for chunk in (1, 16):
             cached = cached_decoding(session, model, "dense", chunk=chunk)
-            assert cached["tokens"] == full["tokens"]
-            assert cached["nll"] == pytest.approx(full["nll"], rel=1e-5)
+            assert cached.tokens == full.tokens
+            assert cached.nll == pytest.approx(full.nll, rel=1e-5)
             close = agreement(session, model, "dense", chunk=chunk, windows=12)
-            assert close["top1_agreement"] == 1
-            assert close["tokens"] == 12 * 32
-            assert close["max_logit_difference"] < 1e-4
-            assert abs(close["kl"]) < 1e-6
+            assert close.top1_agreement == 1
+            assert close.tokens == 12 * 32
+            assert close.max_logit_difference < 1e-4
+            assert abs(close.kl) < 1e-6
 
 
 @pytest.mark.slow
@@ -142,14 +141,14 @@ def test_agreement_is_what_its_names_say(session):
         for a, b in ((full, ours), (ours, full))
     )
     apart = np.abs(full - ours)
-    assert found["tokens"] == seen.sum()
-    assert found["max_logit_difference"] == pytest.approx(apart[seen].max(), rel=1e-3)
-    assert first["max_logit_difference"] == pytest.approx(apart[0].max(), rel=1e-3)
+    assert found.tokens == seen.sum()
+    assert found.max_logit_difference == pytest.approx(apart[seen].max(), rel=1e-3)
+    assert first.max_logit_difference == pytest.approx(apart[0].max(), rel=1e-3)
     assert apart[0].max() < 0.99 * apart[:8].max()
-    assert found["mean_logit_difference"] == pytest.approx(apart[seen].mean(), rel=1e-3)
+    assert found.mean_logit_difference == pytest.approx(apart[seen].mean(), rel=1e-3)
     same = (ours.argmax(-1) == full.argmax(-1))[seen]
-    assert found["top1_agreement"] == pytest.approx(same.mean(), abs=2 / seen.sum())
-    assert found["kl"] == pytest.approx(kl, rel=1e-3)
+    assert found.top1_agreement == pytest.approx(same.mean(), abs=2 / seen.sum())
+    assert found.kl == pytest.approx(kl, rel=1e-3)
     assert abs(reverse / kl - 1) > 3e-3
 
 
@@ -158,8 +157,8 @@ def test_the_error_of_one_kv_layer_is_felt_by_its_readers_only(session):
     with jax.set_mesh(session.mesh):
         layers = sensitivity(session, model, "fp8", chunk=16, windows=8)
         whole = agreement(session, model, "fp8", chunk=16, windows=8)
-    assert [(s["kv_layer"], s["layer"], s["readers"]) for s in layers] == [(0, 0, 2), (1, 2, 2)]
-    assert all(1e-6 < s["kl"] < whole["kl"] for s in layers)
+    assert [(s.kv_layer, s.layer, s.readers) for s in layers] == [(0, 0, 2), (1, 2, 2)]
+    assert all(1e-6 < s.kl < whole.kl for s in layers)
 
 
 def test_ledger_counts_what_the_closed_form_predicts(session):
@@ -167,13 +166,13 @@ def test_ledger_counts_what_the_closed_form_predicts(session):
     with jax.set_mesh(session.mesh):
         record = cached_decoding(session, model, "dense", chunk=16, windows=1)
     predicted = costs.kv_bytes(session.model, 32, bytes_per_element=4)
-    for counts in record["kv_bytes"].values():
-        assert counts["predicted"] == counts["counted"]
+    for counts in record.kv_bytes.values():
+        assert counts.predicted == counts.counted
     for name in ("resident", "written", "read"):
-        assert record["kv_bytes"][name]["counted"] == getattr(predicted, name)
+        assert record.kv_bytes[name].counted == getattr(predicted, name)
     # CLA2: half the layers are held and written, every layer reads.
-    assert record["kv_bytes"]["read"]["counted"] == 2 * record["kv_bytes"]["resident"]["counted"]
-    assert record["readers_per_kv_layer"] == [2, 2]
+    assert record.kv_bytes["read"].counted == 2 * record.kv_bytes["resident"].counted
+    assert record.readers_per_kv_layer == (2, 2)
 
 
 def test_a_chunk_must_divide_the_window(session):
@@ -182,18 +181,23 @@ def test_a_chunk_must_divide_the_window(session):
         cached_decoding(session, model, "dense", chunk=5)
 
 
+def recorded(run):
+    """The evaluations on the disk of a run."""
+    return {name: read(name, record, name) for name, record in run.evals().items()}
+
+
 @pytest.mark.slow
 def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
     devices(1)
     config = tiny()
     train(config, evaluate=lambda *_: {})
     (run,) = find_runs([config.placement.runs])
-    assert dict(evaluate(run, formats=(), windows=20))["full"]["tokens"] == 20 * 32
+    assert dict(evaluate(run, formats=(), windows=20))["full"].scores.tokens == 20 * 32
     assert run.evals() == {}  # a part of the split is no result of the run
     alone = dict(evaluate(run, chunk=32))
-    assert alone["full"]["step"] == config.steps
-    assert run.evals() == alone
-    later = alone["full"] | {"step": config.steps + 1}
+    assert alone["full"].step == config.steps
+    assert recorded(run) == alone
+    later = alone["full"].record() | {"step": config.steps + 1}
     run.write_eval("full", later)
     assert "full" in dict(evaluate(run, formats=()))
     assert run.evals()["full"] == later  # the checkpoint of an earlier step does not replace it
@@ -203,7 +207,7 @@ def test_a_run_is_evaluated_from_its_directory_on_any_mesh(tiny, devices):
         spread = dict(evaluate(run, chunk=32, windows=1000, batch_size=64, **way))
         assert len(spread) == (1 if "formats" in way else 2)
         for name in spread:
-            assert spread[name]["nll"] == pytest.approx(alone[name]["nll"], rel=1e-6)
+            assert spread[name].scores.nll == pytest.approx(alone[name].scores.nll, rel=1e-6)
 
 
 def test_kv_layers_are_not_measured_one_by_one_where_layers_read_two_of_them(tiny):
@@ -245,7 +249,7 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     assert dict(evaluate(run, **same, per_kv_layer=True)).keys() == records.keys()
     assert done == [("int8",)]
     done.clear()
-    assert dict(evaluate(run, **same)) == run.evals()
+    assert dict(evaluate(run, **same)) == recorded(run)
     assert done == []
     run.write_eval("cached-dense", dense | {"checkpoint": "another of this step"})
     list(evaluate(run, **same))
@@ -267,7 +271,7 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     done.clear()
     with monkeypatch.context() as patched:
         patched.setattr(runs.files, "tempfile", refused(errno.EROFS, "Read-only file system"))
-        assert dict(evaluate(run, **same)) == run.evals()
+        assert dict(evaluate(run, **same)) == recorded(run)
         with pytest.raises(ValueError, match=r"written to .*/eval: Read-only .* --windows N"):
             list(evaluate(run, **same, again=True))
         assert done == []
@@ -287,7 +291,7 @@ def test_formats_are_evaluated_beside_each_other(tiny, devices, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         seen.update(evaluate(run, formats=("dense", "int8"), again=True))
     # All is told, whatever could not be kept; and a peak of whoever reached it.
-    told = {name: record.get("device_peak_bytes") for name, record in seen.items()}
+    told = {name: record.device_peak_bytes for name, record in seen.items()}
     assert told == {"full": 300, "cached-dense": None, "cached-int8": 400}
 
 
@@ -462,12 +466,13 @@ def test_each_document_keeps_its_score(tiny, devices, short_documents):
         records.append(cached_decoding(session, model, "dense", chunk=16))
     assert len(nll) > 40
     for record in records:
-        found = documents.read(json.loads(json.dumps(record)), "full.json")
+        written = json.loads(json.dumps(Evaluation(step=1, scores=record).record()))
+        found = read("full", written, "full.json").scores.documents
         assert found is not None
         assert found.nll == pytest.approx(nll, rel=1e-4)
         assert (list(found.tokens), list(found.bytes)) == (tokens, n_bytes)
-        assert found.nll.sum() == pytest.approx(record["nll"], abs=1e-2)
-        assert (found.tokens.sum(), found.bytes.sum()) == (record["tokens"], record["bytes"])
+        assert found.nll.sum() == pytest.approx(record.nll, abs=1e-2)
+        assert (found.tokens.sum(), found.bytes.sum()) == (record.tokens, record.bytes)
     # What an older version prepared does not list its documents.
     (path,) = (part.path for part in session.prepared.parts.values())
     listed, bare = session.prepared.parts[""], path.with_name("older")
@@ -490,7 +495,7 @@ def test_documents_that_do_not_add_up_are_not_scored_but_told(tiny, caplog, shor
     model = reference.randomised(session.model)
     with jax.set_mesh(session.mesh):
         record = full_forward(dataclasses.replace(session, prepared=corpus), model)
-    assert "documents" not in record
+    assert record.documents is None
     assert "single documents are not scored" in caplog.text
 
 
@@ -500,9 +505,10 @@ def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
     train(config, evaluate=during_training)
     (run,) = find_runs([config.placement.runs])
     record = run.eval("training")
-    found = documents.read(record, "training.json")
+    scores = read("training", record, "training.json").scores
+    found = scores.all_documents
     assert found is not None
-    parts = [documents.read(part, "training.json") for part in record["components"].values()]
+    parts = [part.documents for part in scores.components.values()]
     a, b = (part.record() for part in parts if part is not None)
     assert a["count"] > b["count"] > 0
     for key in ("nll", "tokens", "bytes"):  # in the order of the components
@@ -511,7 +517,7 @@ def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
     assert record["step"] == config.steps
     # Older evaluations have none; a damaged one is named.
     del record["components"]["a"]["documents"]
-    assert documents.read(record, "training.json") is None
+    assert read("training", record, "training.json").scores.all_documents is None
 
 
 @pytest.mark.parametrize(
@@ -525,5 +531,6 @@ def test_training_keeps_the_documents_of_its_evaluation(tiny, short_documents):
 )
 def test_damaged_documents_are_named(change, what):
     one = documents.Documents(nll=np.ones(2), tokens=np.ones(2, int), bytes=np.ones(2, int))
-    with pytest.raises(ValueError, match=what):
-        documents.read({"documents": one.record() | change}, "full.json")
+    scores = {"step": 1, "perplexity": 2.0, "bits_per_byte": 1.0, "tokens": 2}
+    with pytest.raises(ValueError, match=rf"full.json: .*{what}"):
+        read("full", scores | {"documents": one.record() | change}, "full.json")

@@ -42,32 +42,32 @@ def run(tiny, devices):
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_continued_through_policies(run):
     names = ("fastgen:T=1", "window:recent=4,tokens=14")
-    records = dict(evaluate(run, formats=names))
-    everything, some = (records[f"cached-{parse(name).name}"] for name in names)
-    full = records["full"]
-    assert everything["nll"] == pytest.approx(full["nll"], rel=1e-5)
-    assert everything["tokens"] == full["tokens"]
-    assert everything["kept_share"] == 1
-    assert everything["agreement"]["top1_agreement"] == 1
-    assert everything["agreement"]["max_logit_difference"] < 1e-4
-    assert "." in everything["token_classes"]["marks"]
-    assert "token_classes" not in some
-    assert everything["profile"][0]["policies"]["full"]["share"] == [1.0]
+    found = {name: one.scores for name, one in evaluate(run, formats=names)}
+    everything, some = (found[f"cached-{parse(name).name}"] for name in names)
+    full = found["full"]
+    assert everything.nll == pytest.approx(full.nll, rel=1e-5)
+    assert everything.tokens == full.tokens
+    assert everything.kept_share == 1
+    assert everything.agreement.top1_agreement == 1
+    assert everything.agreement.max_logit_difference < 1e-4
+    assert "." in everything.token_classes.marks
+    assert some.token_classes is None
+    assert everything.profile[0].policies["full"].share == (1.0,)
     # Of 32 tokens 14 are kept at the end, in one KV layer of one head: 32 bytes at 16 bits, and 5 beside.
-    assert some["kept_share"] == 14 / 32
-    assert some["resident_share"] == pytest.approx(14 / 32 * (32 + 5) / 32)
-    assert some["kv_bytes"]["resident"]["counted"] == 14 / 32 * (64 + 5)
-    assert some["kv_bytes"]["read"]["counted"] == 2 * 14 / 32 * 64
-    for kind in some["kv_bytes"].values():
-        assert kind["counted"] == kind["predicted"]
-    after = some["after_prompt"]
-    assert after["kl"] > 1e-6
-    assert after["nll"] != pytest.approx(after["nll_by_full_forward"], rel=1e-6)
-    before = everything["nll"] - everything["after_prompt"]["nll"]
-    assert some["nll"] == pytest.approx(before + after["nll"], rel=1e-6)
+    assert some.kept_share == 14 / 32
+    assert some.resident_share == pytest.approx(14 / 32 * (32 + 5) / 32)
+    assert some.kv_bytes["resident"].counted == 14 / 32 * (64 + 5)
+    assert some.kv_bytes["read"].counted == 2 * 14 / 32 * 64
+    for kind in some.kv_bytes.values():
+        assert kind.counted == kind.predicted
+    after = some.after_prompt
+    assert after.kl > 1e-6
+    assert after.nll != pytest.approx(after.nll_by_full_forward, rel=1e-6)
+    before = everything.nll - everything.after_prompt.nll
+    assert some.nll == pytest.approx(before + after.nll, rel=1e-6)
 
     file = run.path / "picture.png"
-    eviction_map.draw({name: records[f"cached-{parse(name).name}"] for name in names}, file)
+    eviction_map.draw({name: found[f"cached-{parse(name).name}"].profile for name in names}, file)
     assert len(file.read_bytes()) > 1000
 
     # It is a further point of the comparison.

@@ -191,8 +191,8 @@ def test_an_imported_run_is_evaluated_wherever_it_lies(tmp_path, devices):
     (tmp_path / "hf" / "tokenizer.json").unlink()
     run.path.rename(tmp_path / "moved")
     (moved,) = find_runs([tmp_path / "moved"])
-    ((_, record), *_) = evaluate(Run(moved.path), windows=3, data_dir=text.data_dir)
-    assert 1 < record["perplexity"] < 1e6
+    ((_, evaluated), *_) = evaluate(Run(moved.path), windows=3, data_dir=text.data_dir)
+    assert 1 < evaluated.scores.perplexity < 1e6
     assert run_record(tmp_path / "moved")["origin"]["model_type"] == "llama"
     (row,) = rows.read(find_runs([tmp_path / "moved"]))
     assert row.progress == ""  # not a training run that stopped at step 0

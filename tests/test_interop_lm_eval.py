@@ -233,7 +233,7 @@ def test_what_a_policy_forgets_shows_by_depth(run, tmp_path):
     write_tasks(tmp_path, count=12, length=150)
     tasks = Tasks(["recall_needle"], data=str(tmp_path))
     session = open_session(run)
-    wild = reference.randomised(session.config.model)
+    wild = reference.randomised(session.model)
     found = {}
     for way in ("full", "fastgen:T=1", "window:tokens=16,recent=4"):
         answers = Model(session, wild, way=way, context=256)

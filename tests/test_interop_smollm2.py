@@ -75,14 +75,16 @@ def test_logits_and_bits_per_byte_are_those_of_transformers(run, theirs, windows
         log_z = np.logaddexp.reduce(scores, axis=-1)
         nll += (log_z - scores[np.arange(n), targets[:n]]).sum()
         n_bytes += int(window["n_bytes"])
-    ((_, record), *_) = evaluate(
+    ((_, evaluated), *_) = evaluate(
         run, formats=(), data_dir=run.config().placement.data_dir, windows=WINDOWS, batch_size=2
     )
     bits = nll / math.log(2) / n_bytes
-    print(f"max |dlogit| {apart:.2e}, bits per byte {record['bits_per_byte']:.6f} and {bits:.6f}")
+    print(
+        f"max |dlogit| {apart:.2e}, bits per byte {evaluated.scores.bits_per_byte:.6f} and {bits:.6f}"
+    )
     assert apart <= 1e-3
     assert agreed == WINDOWS * 512
-    assert abs(record["bits_per_byte"] - bits) < 5e-5
+    assert abs(evaluated.scores.bits_per_byte - bits) < 5e-5
     assert 0.5 < bits < 1.5  # it knows English
 
 

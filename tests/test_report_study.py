@@ -154,8 +154,8 @@ def test_runs_that_differ_in_their_seed_are_one_row():
         "wide (3 seeds)",
     ]
     (cla2, *_), scores = together, [score for c, score in trials() if "cla2" in c.name]
-    assert cla2.evaluation is not None
-    assert cla2.evaluation["bits_per_byte"] == pytest.approx(np.mean(scores))
+    assert cla2.scores is not None
+    assert cla2.scores.bits_per_byte == pytest.approx(np.mean(scores))
     (line,) = [line for line in tables.values(together) if line["run"] == cla2.name]
     assert (line["seeds"], line["bits_per_byte_sd"]) == (6, pytest.approx(np.std(scores, ddof=1)))
     figure = page.plot(together)

@@ -24,7 +24,7 @@ def described(tokenizer: Any, classes: bytes) -> dict[str, Any]:
     return {
         "special": int((found == SPECIAL).sum()),
         "punctuation": len(marks),
-        "marks": [tokenizer.decode([int(i)]) for i in marks[:40]],
+        "marks": tuple(tokenizer.decode([int(i)]) for i in marks[:40]),
     }
 
 

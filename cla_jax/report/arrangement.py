@@ -73,7 +73,7 @@ def _orders(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, list[An
         "run": [row.name for row in rows],
         "kv_bytes": [row.kv_bytes for row in rows],
         "parameters": [costs.parameters(row.config.model).total for row in rows],
-        **{score: [(row.evaluation or {}).get(score) for row in rows] for score in scores},
+        **{score: [getattr(row.scores, score, None) for row in rows] for score in scores},
     }
     return found | {one.name: list(one.values) for one in columns if one.name == "difference"}
 
@@ -149,18 +149,18 @@ def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Co
 
 
 def _difference(row: Row, base: Row, over: Sequence[str]) -> tuple[float | None, float | None]:
-    if not row.evaluation or not base.evaluation:
+    if not row.scores or not base.scores:
         return None, None
     scores, baseline = (_by_seed(one, over) for one in (row, base))
     pairs = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
     if not pairs:
-        return row.evaluation["bits_per_byte"] - base.evaluation["bits_per_byte"], None
+        return row.scores.bits_per_byte - base.scores.bits_per_byte, None
     return math.fsum(pairs) / len(pairs), statistics.stdev(pairs) if len(pairs) > 1 else None
 
 
 def _by_seed(row: Row, over: Sequence[str]) -> dict[tuple[str, ...], float]:
     return {
-        seeds.values_of(one, over): one.evaluation["bits_per_byte"]
+        seeds.values_of(one, over): one.scores.bits_per_byte
         for one in row.seeds or (row,)
-        if one.evaluation
+        if one.scores
     }

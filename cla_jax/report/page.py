@@ -417,9 +417,8 @@ def _data(drawn: Sequence[Row], runs: Sequence[Row]) -> str:
             steps, losses = curve(row, "loss", 120)
             own["tokens"] = [step * row.config.tokens_per_step for step in steps]
             own["loss"] = [round(loss, 4) for loss in losses]
-        scored = row.evaluation or {}
         own["scores"] = {
-            HEADINGS[key]: round(scored[key], 4) for key in HEADINGS if scored.get(key) is not None
+            HEADINGS[key]: round(getattr(row.scores, key), 4) for key in HEADINGS if row.scores
         }
         return own
 

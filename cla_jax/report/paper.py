@@ -42,25 +42,25 @@ def tables(
             found[name] = row
     if not found:
         return []
-    ours = {
-        name: row.evaluation["perplexity"]
+    measured = {
+        name: row.scores.perplexity
         for name, row in found.items()
-        if row.evaluation and not (seeds.excuse(row) and not row.seeds)
+        if row.scores and not (seeds.excuse(row) and not row.seeds)
     }
     number = lambda value, form="{:.2f}": "missing" if value is None else form.format(value)
     lines = []
     for name, line in printed.items():
         if name not in found:
             continue
-        row, theirs = found[name], line.perplexity
-        apart = None if theirs is None or name not in ours else ours[name] - theirs
+        row, in_paper = found[name], line.perplexity
+        apart = None if in_paper is None or name not in measured else measured[name] - in_paper
         lines.append(
             [
                 name,
                 f"{row.kv_bytes:,.0f}",
                 f"{line.kv_bytes:,.0f}",
-                number(ours.get(name)),
-                "not printed" if theirs is None else number(theirs),
+                number(measured.get(name)),
+                "not printed" if in_paper is None else number(in_paper),
                 number(apart, "{:+.2f}"),
             ]
         )
@@ -70,7 +70,9 @@ def tables(
         if one.row in found and one.other in found:
             score = one.score
             known = (
-                ours if score is None else {n: s[score] for n, s in scored.items() if score in s}
+                measured
+                if score is None
+                else {n: s[score] for n, s in scored.items() if score in s}
             )
             both = one.row in known and one.other in known
             here = known[one.row] - known[one.other] if both else None
@@ -98,11 +100,11 @@ def _scores(row: Row) -> dict[tuple[str, str], float]:
     """Mean over seeds of each task's metrics, by full forward of the last checkpoint."""
     found: dict[tuple[str, str], list[float]] = {}
     for seed in row.seeds or (row,):
-        record = seed.evals.get("tasks-full")
-        if record is None or seed.altered or record["step"] < seed.config.steps:
+        scored = seed.tasks.get("full")
+        if scored is None or seed.altered or scored.step < seed.config.steps:
             continue
-        for task, score in record["tasks"].items():
-            for metric, value in score["metrics"].items():
+        for task, score in scored.tasks.items():
+            for metric, value in score.metrics.items():
                 found.setdefault((task, metric), []).append(value)
     return {key: math.fsum(values) / len(values) for key, values in found.items()}
 
@@ -115,10 +117,10 @@ def _task_lines(
     for name, line in printed.items():
         if not scored.get(name):
             continue
-        for (task, metric), theirs in line.scores.items():
+        for (task, metric), in_paper in line.scores.items():
             digits = 2 if "perplexity" in metric else 4
             here = scored[name].get((task, metric))
-            ours = "missing" if here is None else f"{here:.{digits}f}"
-            apart = "missing" if here is None else f"{here - theirs:+.{digits}f}"
-            made.append([name, task, metric, ours, f"{theirs:.{digits}f}", apart])
+            measured = "missing" if here is None else f"{here:.{digits}f}"
+            apart = "missing" if here is None else f"{here - in_paper:+.{digits}f}"
+            made.append([name, task, metric, measured, f"{in_paper:.{digits}f}", apart])
     return made

@@ -14,12 +14,13 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from cla_jax import costs, files
+from cla_jax import costs, evaluation, files
 from cla_jax.config import Config, LatentKV, ModelConfig
 from cla_jax.config.record import from_record
 from cla_jax.directories import is_local
+from cla_jax.evaluation import Evaluation, EvictingScores, Scores, TaskEvaluation
 from cla_jax.eviction import is_policy
-from cla_jax.messages import printable, shown
+from cla_jax.messages import printable
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import TRAINING, Run, find_runs, read_json
 from cla_jax.statistics import pairs_needed
@@ -27,12 +28,6 @@ from cla_jax.statistics import pairs_needed
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
 T = TypeVar("T")
-
-_SCORES = {
-    "perplexity": float,
-    "bits_per_byte": float,
-    "tokens": int,
-}  # of every evaluation but those of tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +38,13 @@ class Row:
     path: str
     config: Config
     record: Record  # config.json as it stands there
-    evals: dict[str, Record]
+    evals: dict[str, Record]  # eval/*.json as they stand there
+    evaluations: dict[str, Evaluation]  # the same, but those of tasks
+    tasks: dict[str, TaskEvaluation]  # by the cache; `full` by full forward
     metrics: list[Record]
     tokenizer: str  # digest of tokenizer.json
     cache: str = ""  # the format of cached decoding; empty: by full forward
-    evaluation: Record | None  # the one that is compared
+    evaluation: Evaluation | None  # the one that is compared
     context: int  # tokens of context that KV bytes are counted for
     altered: tuple[str, ...] = ()  # what of the run's records cannot be trusted, and is not used
     has_checkpoints: bool = True  # a published copy has none, so it cannot be evaluated
@@ -69,11 +66,16 @@ class Row:
     def _cached_bytes(self, cache: str, context: int) -> float:
         if is_policy(cache):
             # What it keeps is known from the evaluation alone, as a share of everything.
-            share = (self.evaluation or {})["resident_share"]
-            return share * costs.kv_bytes(self.config.model, context).resident
+            assert isinstance(self.scores, EvictingScores)
+            return self.scores.resident_share * costs.kv_bytes(self.config.model, context).resident
         from cla_jax.cache import ledger  # imports jax, which other rows do not need
 
         return ledger.resident_at_16_bits(self.config.model, cache, context)
+
+    @property
+    def scores(self) -> Scores | None:
+        """Those that are compared."""
+        return self.evaluation and self.evaluation.scores
 
     @property
     def sharing(self) -> float:
@@ -84,15 +86,17 @@ class Row:
     @property
     def from_training(self) -> bool:
         """Whether the evaluation, of a seed at least, is the one that training made."""
-        evaluations = [row.evaluation or {} for row in (self, *self.seeds)]
-        return any(evaluation.get("method") == TRAINING for evaluation in evaluations)
+        evaluations = [row.evaluation for row in (self, *self.seeds) if row.evaluation]
+        return any(one.method == TRAINING for one in evaluations)
 
     @property
     def trained_steps(self) -> int | None:
         """Steps that the evaluated, or the newest, parameters were trained for; None if imported."""
         if "origin" in self.record:
             return None
-        return (self.evaluation or (self.metrics[-1] if self.metrics else {"step": 0}))["step"]
+        if self.evaluation:
+            return self.evaluation.step
+        return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def progress(self) -> str:
@@ -151,9 +155,15 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
     except ValueError as error:
         return [_unusable(run, printable(name), context, str(error))]
     evals = run.evals(altered)
+    evaluations: dict[str, Evaluation] = {}
+    tasks: dict[str, TaskEvaluation] = {}
     for stem in tuple(evals):
+        file, cache = run.path / "eval" / f"{stem}.json", stem.removeprefix("tasks-")
         try:
-            _check(stem, evals[stem], run.path / "eval" / f"{stem}.json")
+            if cache != stem:
+                tasks[cache] = evaluation.read_tasks(evals[stem], file)
+            else:
+                evaluations[stem] = evaluation.read(stem, evals[stem], file)
         except ValueError as error:
             del evals[stem]
             altered.append(f"{error}: evaluate the run again")
@@ -170,19 +180,24 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
         config=config,
         record=record,
         evals=evals,
+        evaluations=evaluations,
+        tasks=tasks,
         metrics=metrics,
         tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest(),
-        evaluation=_newest(evals.get("full"), _made_by_training(metrics)),
+        evaluation=_newest(evaluations.get("full"), _made_by_training(metrics)),
         context=context or config.data.seq_len,
         altered=tuple(altered),
         has_checkpoints=run.checkpoints.is_dir(),
     )
     # Through a dense cache a model is the same point again, to the last digits.
-    stems = [stem for stem in evals if stem.startswith("cached-") and stem != "cached-dense"]
-    caches = {printable(stem.removeprefix("cached-")): evals[stem] for stem in stems}
+    caches = {
+        printable(stem.removeprefix("cached-")): one
+        for stem, one in evaluations.items()
+        if stem.startswith("cached-") and stem != "cached-dense"
+    }
     return [row] + [
-        dataclasses.replace(row, name=f"{name}, {cache}", cache=cache, evaluation=evaluation)
-        for cache, evaluation in caches.items()
+        dataclasses.replace(row, name=f"{name}, {cache}", cache=cache, evaluation=one)
+        for cache, one in caches.items()
     ]
 
 
@@ -201,6 +216,8 @@ def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
         config=config,
         record=record,
         evals={},
+        evaluations={},
+        tasks={},
         metrics=[],
         tokenizer="",
         evaluation=None,
@@ -209,50 +226,43 @@ def _unusable(run: Run, name: str, context: int | None, why: str) -> Row:
     )
 
 
-def _made_by_training(metrics: Sequence[Record]) -> Record | None:
+def _made_by_training(metrics: Sequence[Record]) -> Evaluation | None:
     """The last evaluation among the metrics, as if it were one of eval/*.json."""
     scores = {"perplexity", "bits_per_byte"}
     last = next((record for record in reversed(metrics) if scores <= set(record)), None)
     if last is None:
         return None
-    totals = {key: last.get(f"held_out_{key}") for key in ("tokens", "bytes")}
-    components: dict[str, Record] = {}
+    parts: dict[str, Record] = {}
     for key, value in last.items():
         metric, _, name = key.partition("/")
         if name and metric in scores:
-            components.setdefault(name, {})[metric] = value
-    own = {key: last[key] for key in ("step", *scores)}
-    return {
-        "method": TRAINING,
-        **own,
-        **totals,
-        **({"components": components} if components else {}),
-    }
+            parts.setdefault(name, {})[metric] = value
+    return Evaluation(
+        method=TRAINING,
+        step=last["step"],
+        scores=Scores(
+            perplexity=last["perplexity"],
+            bits_per_byte=last["bits_per_byte"],
+            tokens=last.get("held_out_tokens"),
+            bytes=last.get("held_out_bytes"),
+            components={
+                name: Scores(
+                    perplexity=part.get("perplexity", math.nan),
+                    bits_per_byte=part["bits_per_byte"],
+                    tokens=None,
+                )
+                for name, part in parts.items()
+                if "bits_per_byte" in part
+            },
+        ),
+    )
 
 
-def _newest(full: Record | None, training: Record | None) -> Record | None:
+def _newest(full: Evaluation | None, training: Evaluation | None) -> Evaluation | None:
     """The evaluation of the later step; of the same step, the one that was made apart from training."""
     if full is None or training is None:
         return full or training
-    return training if training["step"] > full["step"] else full
-
-
-def _check(stem: str, record: Record, file: epath.Path) -> None:
-    """Raises ValueError unless an evaluation has what is shown of it."""
-    files.field(record, "step", int, file)
-    if stem.startswith("tasks-"):
-        for task, score in files.field(record, "tasks", dict, file).items():
-            metrics = score.get("metrics") if isinstance(score, dict) else None
-            if not isinstance(metrics, dict):
-                raise ValueError(f"{files.name(file)}: task {shown(task)} has no metrics")
-            for metric in metrics:
-                files.field({metric: metrics[metric]}, metric, float, file, 0.0)
-        return
-    for name, kind in _SCORES.items():
-        files.field(record, name, kind, file)
-    files.field(record, "bytes", int, file, None)
-    if is_policy(stem.removeprefix("cached-")):
-        files.field(record, "resident_share", float, file)
+    return training if training.step > full.step else full
 
 
 def common_directory(paths: Iterable[str | os.PathLike[str]]) -> epath.Path | None:
@@ -282,13 +292,14 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     A perplexity is per token, so it says nothing about another tokenizer. Bits per byte survive
     that, but not another text.
     """
-    found = [(row, row.config.data, row.evaluation) for row in rows if row.evaluation]
-    texts = {(data.sources, data.held_out) for _, data, _ in found}
-    tokenizers = {(row.tokenizer, data.end_token) for row, data, _ in found}
-    known = lambda key: {scored[key] for _, _, scored in found if scored.get(key) is not None}
+    scored = [(row, row.config.data, row.scores) for row in rows if row.scores]
+    texts = {(data.sources, data.held_out) for _, data, _ in scored}
+    tokenizers = {(row.tokenizer, data.end_token) for row, data, _ in scored}
+    n_bytes = {scores.bytes for _, _, scores in scored} - {None}
+    n_tokens = {scores.tokens for _, _, scores in scored} - {None}
     # One text has one number of bytes. (The first token is not scored, and is as long as the tokenizer
     # makes it.)
-    if len(texts) > 1 or (len(tokenizers) == 1 and len(known("bytes")) > 1):
+    if len(texts) > 1 or (len(tokenizers) == 1 and len(n_bytes) > 1):
         return Comparison(
             measure="bits_per_byte",
             ranked=False,
@@ -299,8 +310,8 @@ def comparison(rows: Sequence[Row]) -> Comparison:
             measure="bits_per_byte",
             warning="The tokenizers differ, so perplexities are not comparable: compare bits per byte.",
         )
-    fingerprints = {row.record["data_fingerprint"] for row, _, _ in found}
-    if len(fingerprints) > 1 or len(known("tokens")) > 1:
+    fingerprints = {row.record["data_fingerprint"] for row, _, _ in scored}
+    if len(fingerprints) > 1 or len(n_tokens) > 1:
         warning = "Compare with care: the context lengths or the evaluated tokens differ."
         return Comparison(measure="perplexity", warning=warning)
     return Comparison(measure="perplexity")
@@ -401,11 +412,11 @@ def points(rows: Sequence[Row]) -> list[Point]:
         point = Point(
             label=row.name,
             kv_bytes=row.kv_bytes,
-            quality=row.evaluation[measure] if row.evaluation else math.inf,
+            quality=getattr(row.scores, measure) if row.scores else math.inf,
             series=f"{layers}, {row.cache} cache" if row.cache else layers,
             colour=numbers[row.path],
             unfinished=bool(row.progress),
-            seeds=tuple(seed.evaluation[measure] for seed in row.seeds if seed.evaluation),
+            seeds=tuple(getattr(seed.scores, measure) for seed in row.seeds if seed.scores),
             number=len(found),
         )
         found.append(point)
@@ -430,7 +441,7 @@ def setting(rows: Sequence[Row]) -> str:
     if len(trained) < len(rows):
         parts.append(f"{len(rows) - len(trained)} imported.")
     data = [config.data for config in of_rows]
-    scored = [tokens for row in rows if (tokens := (row.evaluation or {}).get("tokens"))]
+    scored = [row.scores.tokens for row in rows if row.scores and row.scores.tokens]
     held_out = " and ".join(dict.fromkeys(f"{100 * one.held_out:.3g} %" for one in data))
     parts.append(
         f"Data: {_words(', '.join(one.sources) for one in data)}, tokenizer "
@@ -509,8 +520,8 @@ PLAIN = Arrangement()
 
 def components(rows: Sequence[Row]) -> list[str]:
     """The components of the mixtures that rows were scored on, each for itself."""
-    scored = [row.evaluation for row in rows if row.evaluation]
-    return list(dict.fromkeys(name for one in scored for name in one.get("components") or {}))
+    scored = [row.scores for row in rows if row.scores]
+    return list(dict.fromkeys(name for one in scored for name in one.components))
 
 
 def columns(
@@ -597,24 +608,23 @@ def lines(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[tuple[Row,
 
 def _parts(row: Row, names: Sequence[str]) -> list[str]:
     """Bits per byte of components."""
-    found = (row.evaluation or {}).get("components") or {}
-    scores = [found.get(name, {}).get("bits_per_byte") for name in names]
-    return ["—" if score is None else f"{score:.4f}" for score in scores]
+    parts = row.scores.components if row.scores else {}
+    return [f"{parts[name].bits_per_byte:.4f}" if name in parts else "—" for name in names]
 
 
 def _cells(row: Row, on_frontier: bool) -> list[str]:
     scored = row.evaluation
-    cached = scored if row.cache else row.evals.get("cached-dense")
-    if scored and cached and cached["step"] != scored["step"]:
+    cached = scored if row.cache else row.evaluations.get("cached-dense")
+    if scored and cached and cached.step != scored.step:
         cached = None  # of another checkpoint
     mark = "*" if row.from_training else ""
     return [
         "●" if on_frontier else "",
         row.name,
         per_token(row.kv_bytes),
-        f"{scored['perplexity']:,.3f}{mark}" if scored else "—",
-        f"{scored['bits_per_byte']:.4f}{_spread(row)}{mark}" if scored else "—",
-        f"{cached['perplexity']:,.3f}" if cached else "—",
+        f"{scored.scores.perplexity:,.3f}{mark}" if scored else "—",
+        f"{scored.scores.bits_per_byte:.4f}{_spread(row)}{mark}" if scored else "—",
+        f"{cached.scores.perplexity:,.3f}" if cached else "—",
         same(row, _heads) or "several",
         same(row, lambda one: str(one.d_head)) or "several",
         same(row, lambda one: one.kv_map) or "several",
@@ -637,8 +647,8 @@ def same(row: Row, of: Callable[[ModelConfig], T]) -> T | None:
 
 def _spread(row: Row) -> str:
     """The standard deviation over the seeds of a row; empty for a single run."""
-    found = [seed.evaluation["bits_per_byte"] for seed in row.seeds if seed.evaluation]
-    return f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    values = [seed.scores.bits_per_byte for seed in row.seeds if seed.scores]
+    return f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
 
 
 # Columns that a narrow terminal does not show, the first to go first.

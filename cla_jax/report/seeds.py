@@ -13,6 +13,7 @@ from etils import epath
 
 from cla_jax import statistics
 from cla_jax.config.record import run_identity
+from cla_jax.evaluation import EvictingScores, Scores
 from cla_jax.eviction import is_policy
 from cla_jax.fields import flatten
 from cla_jax.messages import printable
@@ -153,8 +154,7 @@ def _key(row: Row, *fields: str) -> str:
 
 def _data(row: Row) -> str:
     """Equal for evaluations of the same text in the same tokens."""
-    scored = row.evaluation or {}
-    counts = [scored.get(key) for key in ("tokens", "bytes")]
+    counts = [getattr(row.scores, key, None) for key in ("tokens", "bytes")]
     return json.dumps([row.tokenizer, row.record.get("data_fingerprint"), counts])
 
 
@@ -166,26 +166,16 @@ def _mean(group: Sequence[Row], counting: Sequence[Row], name: str, over: Sequen
             f"{counting[0].name} and others that differ in {', '.join(over)} have {min(held):,.0f} to "
             f"{max(held):,.0f} KV bytes per token: they cannot be one row"
         )
-    scored: list[dict[str, Any]] = [row.evaluation or {} for row in counting]
-    numbers = ("perplexity", "bits_per_byte")
-    means: dict[str, Any] = {
-        key: math.fsum(one[key] for one in scored) / len(scored) for key in numbers
-    }
-    parts = [one.get("components") or {} for one in scored]
-    if parts[0] and all(part.keys() == parts[0].keys() for part in parts):
-        means["components"] = {
-            name: {k: math.fsum(part[name][k] for part in parts) / len(parts) for k in numbers}
-            for name in parts[0]
-        }
-    # Of a cache that evicts: what it keeps may differ between seeds.
-    held = [one["resident_share"] for one in scored if "resident_share" in one]
-    if len(held) == len(scored):
-        means["resident_share"] = math.fsum(held) / len(held)
-    cached = [row.evals.get("cached-dense") for row in counting]
-    evals = {}
+    evaluations = [row.evaluation for row in counting if row.evaluation]
+    evaluation = dataclasses.replace(
+        evaluations[0], scores=_mean_scores([one.scores for one in evaluations])
+    )
+    cached = [row.evaluations.get("cached-dense") for row in counting]
+    through = {}
     if not counting[0].cache and all(cached):
-        through = math.fsum(one["perplexity"] for one in cached if one) / len(cached)
-        evals = {"cached-dense": {**(cached[0] or {}), "perplexity": through}}
+        known = [one for one in cached if one]
+        scores = _mean_scores([one.scores for one in known])
+        through = {"cached-dense": dataclasses.replace(known[0], scores=scores)}
     if name and counting[0].cache:
         name += f", {counting[0].cache}"
     elif not name:
@@ -194,10 +184,28 @@ def _mean(group: Sequence[Row], counting: Sequence[Row], name: str, over: Sequen
     return dataclasses.replace(
         counting[0],
         name=f"{printable(name)} ({len(counting)} {what}{'s' * (len(counting) > 1)})",
-        evaluation=scored[0] | means,
-        evals=evals,
+        evaluation=evaluation,
+        evals={},
+        evaluations=through,
+        tasks={},
         seeds=tuple(counting),
     )
+
+
+def _mean_scores(scored: Sequence[Scores]) -> Scores:
+    """The first of the scores, with the mean of each measure, and of what evicting caches keep."""
+    names = ["perplexity", "bits_per_byte"]
+    if all(isinstance(one, EvictingScores) for one in scored):  # it may differ between seeds
+        names.append("resident_share")
+    means: dict[str, Any] = {
+        key: math.fsum(getattr(one, key) for one in scored) / len(scored) for key in names
+    }
+    first = scored[0].components
+    if first and all(one.components.keys() == first.keys() for one in scored):
+        means["components"] = {
+            name: _mean_scores([one.components[name] for one in scored]) for name in first
+        }
+    return dataclasses.replace(scored[0], **means)
 
 
 def common_name(names: Sequence[str]) -> str:
@@ -270,7 +278,7 @@ def _loss(row: Row, diverged: frozenset[str]) -> float:
         return math.inf
     if excuse(row) and not row.seeds:
         return math.nan
-    return row.evaluation["bits_per_byte"] if row.evaluation else math.nan
+    return row.scores.bits_per_byte if row.scores else math.nan
 
 
 def best_of_rates(rows: Sequence[Row], diverged: frozenset[str] = frozenset()) -> list[Row]:

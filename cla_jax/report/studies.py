@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cla_jax import costs, documents, fields, statistics
+from cla_jax import costs, fields, statistics
 from cla_jax.config import Config
 from cla_jax.config.record import run_identity
 from cla_jax.documents import Documents
@@ -111,13 +111,14 @@ def counting(outcome: Outcome | None) -> frozenset[str] | None:
 def score(row: Row, metric: str) -> float:
     """A held-out metric of an evaluated run, `METRIC/NAME` that of a component; NaN where it has none."""
     metric, _, component = metric.partition("/")
-    record = row.evaluation or {}
-    if component:
-        record = (record.get("components") or {}).get(component, {})
+    scores = row.scores
+    if scores and component:
+        scores = scores.components.get(component)
+    if scores is None:
+        return math.nan
     if metric == "held_out_loss":
-        perplexity = record.get("perplexity")
-        return math.log(perplexity) if perplexity else math.nan
-    return record.get(metric, math.nan)
+        return math.log(scores.perplexity) if scores.perplexity else math.nan
+    return getattr(scores, metric)
 
 
 def place(path: str) -> tuple[str, ...]:
@@ -129,8 +130,8 @@ def _excuse(row: Row, declared: Config) -> str:
     """Why a run does not count; empty for one that does."""
     if row.altered:
         return row.altered[0]
-    theirs, ours = run_identity(row.config), run_identity(declared)
-    if apart := fields.difference(theirs, ours):
+    of_run, of_study = run_identity(row.config), run_identity(declared)
+    if apart := fields.difference(of_run, of_study):
         differing = [f"its {key} is {a!r}, the study has {b!r}" for key, (a, b) in apart.items()]
         return "; ".join(differing[:3]) + ("; and others" if len(differing) > 3 else "")
     return seeds.excuse(row)
@@ -142,8 +143,8 @@ def _of_other_data(found: dict[tuple[str, int], Row]) -> list[str]:
     for what, value in {
         "data": lambda row: row.record.get("data_fingerprint"),
         "tokenizer": lambda row: row.tokenizer[:12],
-        "held-out tokens": lambda row: (row.evaluation or {}).get("tokens"),
-        "held-out bytes": lambda row: (row.evaluation or {}).get("bytes"),
+        "held-out tokens": lambda row: row.scores and row.scores.tokens,
+        "held-out bytes": lambda row: row.scores and row.scores.bytes,
     }.items():
         # Older runs do not say how many tokens and bytes were scored.
         counts = collections.Counter(v for row in found.values() if (v := value(row)) is not None)
@@ -199,12 +200,12 @@ def _crossed(
 
 def documents_of(row: Row) -> Documents | None:
     """The scores of a run's held-out documents, of the evaluation that is compared; None without them."""
-    record = row.evaluation
-    if record and row.from_training:
-        record = row.evals.get(TRAINING)
-        if record is None or record.get("step") != (row.evaluation or {})["step"]:
+    evaluation = row.evaluation
+    if evaluation and row.from_training:
+        step, evaluation = evaluation.step, row.evaluations.get(TRAINING)
+        if evaluation is None or evaluation.step != step:
             return None
-    return documents.read(record, f"{row.path}: an evaluation") if record else None
+    return evaluation and evaluation.scores.all_documents
 
 
 def _guardrails(

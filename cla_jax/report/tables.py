@@ -34,8 +34,8 @@ def values(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[dict[str,
     for i in order:
         row = rows[i]
         model = row.config.model
-        scored: dict[str, Any] = row.evaluation or {}
-        by_seed = [one.evaluation["bits_per_byte"] for one in row.seeds if one.evaluation]
+        scores = row.scores
+        by_seed = [one.scores.bits_per_byte for one in row.seeds if one.scores]
         read = None if row.cache else costs.kv_bytes(model, row.context).read
         steps = row.trained_steps
         made.append(
@@ -45,8 +45,8 @@ def values(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[dict[str,
                 "seeds": len(row.seeds) or 1,
                 "kv_bytes_per_token": _plain(row.kv_bytes),
                 "kv_bytes_read_per_token": _plain(read),
-                "perplexity": scored.get("perplexity"),
-                "bits_per_byte": scored.get("bits_per_byte"),
+                "perplexity": scores and scores.perplexity,
+                "bits_per_byte": scores and scores.bits_per_byte,
                 "bits_per_byte_sd": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
                 "heads": same(row, lambda one: one.n_heads),
                 "kv_heads": same(row, lambda one: one.n_kv_heads),
@@ -56,9 +56,9 @@ def values(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[dict[str,
                 "parameters": same(row, lambda one: costs.parameters(one).total),
                 "training_tokens": None if steps is None else steps * row.config.tokens_per_step,
                 **{
-                    f"bits_per_byte/{name}": (scored.get("components") or {})
-                    .get(name, {})
-                    .get("bits_per_byte")
+                    f"bits_per_byte/{name}": scores.components[name].bits_per_byte
+                    if scores and name in scores.components
+                    else None
                     for name in components(rows)
                 },
             }

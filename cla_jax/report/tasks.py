@@ -1,15 +1,16 @@
 """Scores of downstream tasks, as a table: a line for a run, and for each cache it was scored through."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from cla_jax.evaluation import TaskScore
 from cla_jax.messages import printable
 from cla_jax.report.rows import Row
 
-Scores = dict[str, dict[str, Any]]  # by task, as eval/tasks-*.json has them
+Scores = Mapping[str, TaskScore]  # by task
 
 # The first of them that a task has is what is compared.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")
@@ -25,12 +26,11 @@ def scores(rows: Sequence[Row]) -> list[tuple[str, Scores]]:
     for row in rows:
         if row.cache:  # the run's own row has the files of all caches
             continue
-        for stem in sorted(stem for stem in row.evals if stem.startswith("tasks-")):
-            record, cache = row.evals[stem], stem.removeprefix("tasks-")
+        for cache, scored in sorted(row.tasks.items()):
             label = row.name if cache == "full" else f"{row.name}, {cache}"
-            if record["step"] < row.config.steps and "origin" not in row.record:
-                label += f"  step {record['step']:,}/{row.config.steps:,}"
-            found.append((label, record["tasks"]))
+            if scored.step < row.config.steps and "origin" not in row.record:
+                label += f"  step {scored.step:,}/{row.config.steps:,}"
+            found.append((label, scored.tasks))
     return found
 
 
@@ -38,7 +38,7 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings, and the cells of each line below them; no line where no run was scored."""
     found = scores(rows)
     metrics = {
-        task: next((name for name in METRICS if name in score["metrics"]), "")
+        task: next((name for name in METRICS if name in score.metrics), "")
         for _, tasks in found
         for task, score in tasks.items()
     }
@@ -56,11 +56,11 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _cell(score: dict[str, Any] | None, metric: str) -> str:
-    if score is None or metric not in score["metrics"]:
+def _cell(score: TaskScore | None, metric: str) -> str:
+    if score is None or metric not in score.metrics:
         return "—"
-    error = score["metrics"].get(f"{metric}_stderr")
-    return f"{score['metrics'][metric]:.4f}" + (f" ± {error:.4f}" if error else "")
+    error = score.metrics.get(f"{metric}_stderr")
+    return f"{score.metrics[metric]:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def table(rows: Sequence[Row]) -> Table | None:
@@ -81,7 +81,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     asked: dict[str, set[Any]] = {}
     for _, tasks in scores(rows):
         for task, score in tasks.items():
-            how = tuple(score.get(key) for key in ("n", "split", "shots", "version"))
+            how = (score.n, score.split, score.shots, score.version)
             asked.setdefault(task, set()).add(how)
     return [
         f"{task}: the scores are not comparable, because (examples, split, shots, version) differ: "
