@@ -223,6 +223,7 @@ RATES: dict[str, float] = {
     "h16_mqa_pizza": 3.1e-3,
     "h16_mqa_sandwich": 3.4e-3,
     "h16_mqa_fused_lite": 2.9e-3,
+    "h32_mqa_fused_lite": 3.2e-3,
 }
 
 # Tuning and the noise pilot have seeds of their own: a seed that chose a rate does not judge it.
@@ -231,13 +232,16 @@ TUNING_SEED = 100
 # 0.0101 was worse than both by 0.03 bits per byte: so 0.002 took its place. With it both rows have their best
 # rate between 0.003 and 0.0045, and 0.00675 is worse by 0.014. So the other rows are tried at three rates.
 # 0.00675 is added only if the best of the three is 0.0045 or the fitted optimum lies above it:
-# so it was for h16_mqa_cla2 and h16_mqa_sandwich.
+# so it was for h16_mqa_cla2, h16_mqa_sandwich, h8_gqa2, latent24 and latent48_cla2.
 TUNING_RATES = (2e-3, 3e-3, 4.5e-3)
 HIGHER_RATES = {
     "h16_mqa": (6.75e-3,),
     "h16_mqa_own_norm": (6.75e-3,),
     "h16_mqa_cla2": (6.75e-3,),
     "h16_mqa_sandwich": (6.75e-3,),
+    "h8_gqa2": (6.75e-3,),
+    "latent24": (6.75e-3,),
+    "latent48_cla2": (6.75e-3,),
 }
 PILOT_SEEDS = range(200, 206)
 
