@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for every test; small configs and the data they share."""
 
+import hashlib
 import os
+import sys
 import tempfile
 
 _FLAGS = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -31,13 +33,16 @@ os.environ.setdefault(
 )
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 # What else is kept for the user is not the user's here.
-os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "cla_jax-test-cache")
+_CACHE = os.path.join(tempfile.gettempdir(), "cla_jax-test-cache")
+os.environ["XDG_CACHE_HOME"] = _CACHE
+# Matplotlib's list of fonts names files of this environment. Another environment may be gone tomorrow.
+_ENVIRONMENT = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+os.environ["MPLCONFIGDIR"] = os.path.join(_CACHE, f"matplotlib-{_ENVIRONMENT}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import dataclasses
 import functools
 import gc
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -56,7 +56,7 @@ WITHOUT_PACKAGES = """
 import sys
 for name in ("tensorflow_datasets", "grain", "array_record", "tyro"):
     sys.modules[name] = None  # cannot be imported
-from benchmarks import accelerator, eviction, eviction_pareto
+from benchmarks import accelerator
 accelerator.main(sys.argv[1:])
 """
 

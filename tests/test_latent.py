@@ -11,7 +11,6 @@ import pytest
 from cla_jax import costs
 from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import (
     HeadsKV,
     LatentKV,
@@ -246,8 +245,6 @@ def test_what_cannot_be_is_refused():
         replace(LATENT, bias=True)
     with pytest.raises(ValueError, match="'kivi4' does not support latents"):
         cache_spec(LATENT, "kivi4", batch=1, capacity=64)
-    with pytest.raises(ValueError, match=r"does not support model\.kv\.kind = latent"):
-        prefix_spec(LATENT, batch=1, page=8, pages=4, capacity=32)
     for platform, kernel in (("gpu", "cudnn"), ("tpu", "splash")):
         device = type("Device", (), {"platform": platform, "compute_capability": "9.0"})
         with pytest.raises(ValueError, match=r"does not support model\.kv\.kind = latent"):
