@@ -224,6 +224,9 @@ RATES: dict[str, float] = {
     "h16_mqa_sandwich": 3.4e-3,
     "h16_mqa_fused_lite": 2.9e-3,
     "h32_mqa_fused_lite": 3.2e-3,
+    "h8_gqa2": 5.4e-3,
+    "latent24": 3.5e-3,
+    "latent48_cla2": 4.0e-3,
 }
 
 # Tuning and the noise pilot have seeds of their own: a seed that chose a rate does not judge it.
