@@ -188,12 +188,15 @@ def closed_form(config: ModelConfig, options: Options) -> dict[str, float]:
 
 def show(rounds: dict[str, Any], about: dict[str, Any], forms: dict[str, float]) -> None:
     table = Table(
-        "", "tokens/s", "of unshared", "first token p50, s", "allocated", "resident, peak"
+        *("", "tokens/s", "of unshared in a round", "first token p50, s"),
+        *("allocated", "resident, peak"),
     )
     median = lambda name, key: statistics.median(one[key] for one in rounds[name])
     for name in rounds:
-        speed = median(name, "tokens_per_second")
-        cells = [f"{speed:.1f}", f"{speed / median('unshared', 'tokens_per_second'):.2f}x"]
+        speeds, base = ([one["tokens_per_second"] for one in rounds[k]] for k in (name, "unshared"))
+        ratios = [a / b for a, b in zip(speeds, base, strict=True)]
+        extremes = f"({min(ratios):.2f} to {max(ratios):.2f})"
+        cells = [f"{statistics.median(speeds):.1f}", f"{statistics.median(ratios):.2f}x {extremes}"]
         if name.startswith("torch"):
             cells += ["", "", f"{median(name, 'kv_bytes'):,.0f} B"]
         else:

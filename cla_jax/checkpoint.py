@@ -332,9 +332,10 @@ def _interrupted(directory: epath.Path) -> list[epath.Path]:
 def _set_aside(path: epath.Path) -> None:
     """Keeps what cannot be trusted for inspection, out of the way of the one saved in its place."""
     # The manifest first: without it, the directory does not count.
-    kept = [set_aside(each, "damaged") for each in (_manifest(path), path) if files.exists(each)]
-    if kept:
-        log.warning("%s was renamed to %s", path, " and ".join(each.name for each in kept))
+    there = [each for each in (_manifest(path), path) if files.exists(each)]
+    renamed = [f"{each.name} to {set_aside(each, 'damaged').name}" for each in there]
+    if renamed:
+        log.warning("%s: renamed %s", path.parent, " and ".join(renamed))
 
 
 def _absolute(path: epath.Path) -> epath.Path:

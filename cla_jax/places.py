@@ -289,6 +289,7 @@ class EvictingPlaces(Places):
     def leave(self, row: int) -> None:
         assert self.compressor is not None  # whoever leaves had joined
         self.compressor.release(row)
+        del self._new_tokens[row]
         super().leave(row)
 
     def bytes(self) -> tuple[int, int]:

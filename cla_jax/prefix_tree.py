@@ -54,7 +54,7 @@ class Path:
     matched: int  # tokens of the prompt that were in the pool before
     length: int  # tokens
     reserved: int  # pages that it may still take
-    # Slots that it has taken for tokens to come, in order.
+    # Pages that it has taken for tokens to come, in order.
     ahead: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -215,12 +215,12 @@ class PrefixTree:
 
     @property
     def room(self) -> int:
-        """Slots that a new request could take: those that are free or idle, and reserved by nobody."""
+        """Pages that a new request could take: those that are free or idle, and reserved by nobody."""
         return len(self._free) + self._idle - self._reserved
 
     @property
     def live_pages(self) -> int:
-        """Slots that live requests read."""
+        """Pages that live requests read."""
         return self.pages - len(self._free) - self._idle
 
     def chunks(self, tokens: int) -> int:
@@ -322,7 +322,7 @@ class PrefixTree:
         return path
 
     def _reserve(self, path: Path, pages: int) -> None:
-        """Slots that a request may still take."""
+        """Pages that a request may still take."""
         self._reserved += pages - path.reserved
         path.reserved = pages
 

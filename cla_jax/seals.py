@@ -94,7 +94,11 @@ def read_lines(
             problems.append(f"line {i} is a duplicate or out of order, so it is not used")
             continue
         if last is not None and number - last - 1 > altered:
-            problems.append(f"{number - last - 1 - altered} lines before line {i} are missing")
+            count = number - last - 1 - altered
+            lines_are = (
+                "1 line before line {} is" if count == 1 else f"{count} lines before line {{}} are"
+            )
+            problems.append(f"{lines_are.format(i)} missing")
         last, altered = number, 0
         del record["seal"]
         yield record

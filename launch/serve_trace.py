@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("rows", "page", "chunk", "every"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} = {getattr(arguments, name)} must be positive")
+    _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
     from cla_jax import traces
@@ -114,6 +115,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         traces.check(engine, lines, arguments.trace)
         traces.warm_up(engine)
         _show(engine, lines, traces.replay(engine, lines), arguments)
+
+
+def _check_flags(arguments: Arguments) -> None:
+    """Raises ValueError for flags that would change nothing."""
+    default = Arguments(trace="", model="")
+    changed = lambda name: getattr(arguments, name) != getattr(default, name)
+    if not arguments.make and changed("made"):
+        raise ValueError("--made describes a trace that --make writes: add --make, or leave it out")
+    for name in ("pages", "page", "retain", "whole_prefill") if arguments.unshared else ():
+        if changed(name):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is of a prefix-shared cache: leave out --unshared or --{flag}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +215,8 @@ def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments:
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     for name, value in summary.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
-        table.add_row(name.replace("_", " "), shown)
+        in_seconds = name.startswith(("first_token", "latency"))
+        table.add_row(name.replace("_", " "), f"{shown} s" if in_seconds else shown)
     Console().print(table)
 
 

@@ -85,7 +85,7 @@ def test_damage_is_noticed_and_the_one_before_used(saved, caplog, damage):
     problem, kept = (record.message for record in caplog.records)
     assert what in problem
     assert str(file) in problem
-    assert "renamed to 00000004.json.damaged and 00000004.damaged" in kept
+    assert "renamed 00000004.json to 00000004.json.damaged and 00000004 to 00000004.damaged" in kept
     assert (directory / "00000004.json.damaged").exists()
     # Kept for inspection, and out of the way of the run that saves step 4 again.
     assert (directory / "00000004.damaged").exists()

@@ -53,6 +53,15 @@ def test_identity_leaves_out_name_and_placement(tiny):
             ["model.rope_scaling.factor = -2.0 must be positive"],
         ),
         (
+            {"model.rope_scaling": YarnScaling(), "model.rope_scaling.beta_fast": 1.0},
+            ["beta_slow = 1.0 must be below", "beta_fast = 1.0"],
+        ),
+        (
+            {"model.rope_scaling": LinearScaling(), "model.rope_scaling.factor": 0.5},
+            ["model.rope_scaling.factor = 0.5 must be at least 1"],
+        ),
+        ({"model.rope_theta": 1.0}, ["model.rope_theta = 1.0 must be above 1"]),
+        (
             {"model.rope_scaling": Llama3Scaling(), "model.rope_scaling.low_freq_factor": 4.0},
             ["low_freq_factor = 4.0 must be below", "high_freq_factor = 4.0"],
         ),

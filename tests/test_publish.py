@@ -51,7 +51,7 @@ def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
     run.metrics.write_text("".join(lines[:10] + lines[11:]))
     with pytest.raises(SystemExit):
         publish.main([str(run.path), str(tmp_path / "copies")])
-    assert "1 lines before line 11 are missing" in capsys.readouterr().err
+    assert "1 line before line 11 is missing" in capsys.readouterr().err
     assert not (tmp_path / "copies").exists()
     run.metrics.write_text("".join(lines))
     publish.main([str(run.path), str(tmp_path / "copies")])

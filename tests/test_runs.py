@@ -632,7 +632,7 @@ def test_what_metrics_and_checkpoints_say_of_each_other_is_missed(tiny):
     assert not run.missing_records().problems
     problems = []
     run.read_metrics(problems)
-    assert "1 lines before line 4 are missing" in problems[0]
+    assert "1 line before line 4 is missing" in problems[0]
     run.metrics.unlink()
     assert run.missing_records().metrics
 

@@ -147,7 +147,7 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
     train(config, evaluate=lambda *_: {})
     texts = [f"The union is strong, and {word}" for word in ("so", "we")]
     path = written(tmp_path, *(GOOD | {"prompt": text, "arrival": 0.0} for text in texts))
-    sizes = ["--rows", "2", "--page", "4", "--chunk", "16"]
+    sizes = ["--rows", "2", "--chunk", "16", *([] if "--unshared" in more else ["--page", "4"])]
     run = f"{config.placement.runs}/{config.name}"
     serve_trace.main([str(path), "--model", run, *sizes, *more, "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -160,6 +160,8 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
     [
         (["--pages", "1"], "trace.jsonl, request 1 by arrival"),
         (["--page", "0"], "page = 0 must be positive"),
+        (["--made.shared", "8"], "add --make, or leave it out"),
+        (["--unshared"], "--page is of a prefix-shared cache"),
         (["--cache", "kivi4"], "page = 4 must be a multiple of 32"),
         (["--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["--model", "smoke.tine"], "unknown experiment"),

@@ -110,7 +110,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """As Llama3Scaling, but blended by the index of a pair; rotated vectors are longer (2309.00071)."""
+    """As Llama3Scaling, but blended by the index of a pair; rotated vectors may be longer (2309.00071)."""
 
     # none, linear, llama3 or yarn; each kind has its own fields.
     kind: Literal["yarn"] = dataclasses.field(default="yarn", init=False)
@@ -127,6 +127,11 @@ class YarnScaling:
 
     def __post_init__(self):
         _check_scaling(self)
+        if not self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"model.rope_scaling.beta_slow = {self.beta_slow} must be below "
+                f"model.rope_scaling.beta_fast = {self.beta_fast}"
+            )
 
 
 RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling
@@ -137,6 +142,10 @@ def _check_scaling(scaling: RopeScaling) -> None:
     for field in dataclasses.fields(scaling):
         if field.init:
             positive(f"model.rope_scaling.{field.name}", getattr(scaling, field.name))
+    if not isinstance(scaling, NoScaling) and scaling.factor < 1:
+        raise ValueError(
+            f"model.rope_scaling.factor = {scaling.factor} must be at least 1: the context becomes longer"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +234,10 @@ class ModelConfig:
         choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
             positive(f"model.{field}", getattr(self, field))
+        if self.rope_theta <= 1:
+            raise ValueError(
+                f"model.rope_theta = {self.rope_theta} must be above 1: frequencies fall with the dimension"
+            )
         sharing = self.sharing  # raises for a map that does not fit the depth
         named = {"keys": sharing.k_map, "values": sharing.v_map}
         for what, sources in named.items():
