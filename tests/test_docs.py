@@ -151,6 +151,6 @@ def test_the_results_in_readme_are_those_of_the_report():
     assert stated == [differences[0], differences[-1]]
     assert [one["verdict"] for one in maps] == ["inconclusive"] * 3
     times, low, high = re.findall(r"\d\.\d\d", gain["gain"])
-    assert f"need {times} times the bytes; the interval, {low} to {high}," in plain
+    assert f"need {times} times CLA2's bytes; the interval, {low} to {high}," in plain
     verdicts = {one["verdict"] for one in claims}
     assert ("all four declared claims are inconclusive" in plain) == (verdicts == {"inconclusive"})
