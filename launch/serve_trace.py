@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
+from cla_jax import eviction
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice
 from launch import allocator
@@ -91,6 +92,10 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.serve_trace", description=__doc__)
     log_to_stderr()
+    if eviction.is_policy(arguments.cache):
+        raise ValueError(
+            f"cache = {arguments.cache!r}: serve_trace does not support caches that evict tokens"
+        )
     near_choice("cache format", arguments.cache, FORMATS)
     if arguments.plot:
         check_picture(arguments.plot)
