@@ -71,7 +71,7 @@ class Options(CommonOptions):
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     config, weights, rules, mesh = model(options)
-    with mesh:
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         run(options, config, weights, rules)
 
 
@@ -114,13 +114,11 @@ def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRule
     options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
-def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, Any]:
+def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, jax.sharding.Mesh | None]:
     """The model, and the rules and the mesh that its weights are laid out by."""
     if options.model is not None:
         decoder = Decoder.open(options.model)
-        assert decoder.mesh is not None  # only caches that evict have none
-        config, mesh = decoder.run.config().model, jax.set_mesh(decoder.mesh)
-        return config, decoder.weights, decoder.rules, mesh
+        return decoder.run.config().model, decoder.weights, decoder.rules, decoder.mesh
     n_heads, n_kv_heads, d_head = options.heads
     config = ModelConfig(
         vocab_size=4096,
@@ -134,7 +132,7 @@ def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, Any]:
         compute_dtype="float32",
     )
     weights = decoding_weights(Transformer(jax.random.key(0), config))
-    return config, weights, AxisRules(), contextlib.nullcontext()
+    return config, weights, AxisRules(), None
 
 
 def torch_spec(

@@ -30,6 +30,8 @@ from launch import allocator
 from launch.cli import check_picture, log_to_stderr, read, user_errors
 
 if TYPE_CHECKING:
+    import jax
+
     from cla_jax.config import ModelConfig
     from cla_jax.decode import Weights
     from cla_jax.engine import Engine
@@ -105,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
+    import jax
+
     from cla_jax import traces
     from launch import compilation_cache
 
@@ -115,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = traces.Shape(vocabulary=min(model.config.vocab_size, 256), **made)
         traces.write_trace(arguments.trace, traces.make_trace(arguments.make, shape))
     lines = traces.read_trace(arguments.trace, model.encode)
-    with model.mesh:
+    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
         engine = _engine(arguments, model, lines)
         traces.check(engine, lines, arguments.trace)
         traces.warm_up(engine)
@@ -145,9 +149,7 @@ class _Model:
     # Makes token ids of a text; None without a tokenizer.
     encode: Callable[[str], list[int]] | None = None
     rules: "AxisRules | None" = None
-    mesh: contextlib.AbstractContextManager[Any] = dataclasses.field(
-        default_factory=contextlib.nullcontext
-    )
+    mesh: "jax.sharding.Mesh | None" = None  # None: arrays of one device, which know of no mesh
 
 
 def _model(name: str) -> _Model:
@@ -168,9 +170,8 @@ def _model(name: str) -> _Model:
     from cla_jax.decoder import Decoder
 
     decoder = Decoder.open(name)
-    assert decoder.mesh is not None  # only caches that evict have none
-    config, mesh = decoder.run.config().model, jax.set_mesh(decoder.mesh)
-    return _Model(config, decoder.weights, decoder.tokens, decoder.rules, mesh)
+    config = decoder.run.config().model
+    return _Model(config, decoder.weights, decoder.tokens, decoder.rules, decoder.mesh)
 
 
 def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "Engine":

@@ -162,8 +162,8 @@ class GroupPages:
             # Most steps of decoding fill no page.
             new = jax.lax.cond(jnp.any(full_B), quantised, nothing, newest)
             page_B = page_of(first_B1)[:, 0]
-            put = lambda held, new: held.at[page_B].set(new, mode="drop")
-            return jax.tree.map(put, pages, new), None
+            into_pages = lambda held, new: held.at[page_B].set(new, mode="drop")
+            return jax.tree.map(into_pages, pages, new), None
 
         most = -(-positions_BT.shape[1] // self.page)
         pages, _ = jax.lax.scan(fill, layer.each(lambda half: half.packed), jnp.arange(most))
