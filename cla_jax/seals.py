@@ -95,10 +95,8 @@ def read_lines(
             continue
         if last is not None and number - last - 1 > altered:
             count = number - last - 1 - altered
-            lines_are = (
-                "1 line before line {} is" if count == 1 else f"{count} lines before line {{}} are"
-            )
-            problems.append(f"{lines_are.format(i)} missing")
+            what, are = ("1 line", "is") if count == 1 else (f"{count} lines", "are")
+            problems.append(f"{what} before line {i} {are} missing")
         last, altered = number, 0
         del record["seal"]
         yield record
