@@ -19,12 +19,12 @@ from cla_jax.cache import Cache, CacheSpec
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, StepPositions
-from cla_jax.model.layers import RMSNorm, Rope, axes, gather, with_linear_maps
+from cla_jax.model.latent import LatentHeads, LatentProjection
+from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather, replaced
 from cla_jax.model.transformer import (
     Block,
     Context,
     KVProjection,
-    LatentProjection,
     Transformer,
     at,
     project,
@@ -105,10 +105,9 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
 
 
 def _laid_out(module: M) -> M:
-    """A module whose linear maps have the form that is fastest here."""
-    if not cpu_matmul.enabled():
-        return module
-    return with_linear_maps(module, cpu_matmul.CpuLinear.of)
+    """A module that reads latents themselves, and whose linear maps have the form that is fastest here."""
+    module = replaced(module, LatentHeads, LatentHeads.absorbed)
+    return replaced(module, Linear, cpu_matmul.CpuLinear.of) if cpu_matmul.enabled() else module
 
 
 def decode(
@@ -187,7 +186,7 @@ def _group(
         notes.append(note)
         return o_BTKGH
 
-    context = Context(rope=rope, attend=attend, rules=spec.rules, absorbed=True)
+    context = Context(rope=rope, attend=attend, rules=spec.rules)
     return blocks(x_BTD, source, context), notes
 
 

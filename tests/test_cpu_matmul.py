@@ -63,4 +63,12 @@ def test_scores_are_the_same_whichever_comes_first(queries):
     q = jax.random.normal(jax.random.key(0), (2, 3, queries, 8))
     k = jax.random.normal(jax.random.key(1), (2, 64, 3, 8))
     expected = jnp.einsum("BKNH,BSKH->BKNS", q, k)
-    assert jnp.abs(jax.jit(cpu_matmul.scores)(q, k) - expected).max() < 1e-5
+    for parts in ([k], [k[..., :5], k[..., 5:]]):
+        assert jnp.abs(jax.jit(cpu_matmul.scores)(q, *parts) - expected).max() < 1e-5
+
+
+def test_each_head_has_a_matrix_of_its_own():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    weight = jax.random.normal(jax.random.key(1), (4, 6, 8))
+    found = jax.jit(cpu_matmul.matmul_heads)(x, weight)
+    assert jnp.abs(found - jnp.einsum("BTGI,GOI->BTGO", x, weight)).max() < 1e-5

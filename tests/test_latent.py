@@ -24,7 +24,10 @@ from cla_jax.config.record import from_record, to_record
 from cla_jax.decode import decode, decoding_weights, prefill
 from cla_jax.interop import deepseek
 from cla_jax.memory import workspace_bytes
-from cla_jax.model.attention import choose_backend
+from cla_jax.mesh import AxisRules
+from cla_jax.model.attention import KV, causal_attention, choose_backend
+from cla_jax.model.latent import LatentHeads
+from cla_jax.model.layers import Rope
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
 from cla_jax.state import layout, named
@@ -99,9 +102,19 @@ def of_map(request):
     return config, model, np.asarray(model.logits(some_tokens(), ForwardOptions()))
 
 
-def test_absorbed_is_expanded(of_map):
-    _, model, expected = of_map
-    found = model.logits(some_tokens(), ForwardOptions(absorbed=True))
+def test_absorbed_is_expanded():
+    heads = LatentHeads(jax.random.key(0), LATENT)
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (B, T, *shape))
+    q_BTKGW, kv = draw(1, 1, HEADS, H + TURNED), KV(draw(2, 1, TURNED), draw(3, 1, RANK))
+    rope = Rope.at(jnp.arange(T)[None], LATENT)
+
+    def attend_to_latent(q_BTKGW, kv):  # a key is the latent and the rotated key
+        keys = jnp.concatenate([kv.v_BSKH, kv.k_BSKH], axis=-1)
+        return causal_attention(q_BTKGW, KV(keys, kv.v_BSKH))
+
+    expected = heads(q_BTKGW, kv, rope, causal_attention, AxisRules())
+    found = heads.absorbed()(q_BTKGW, kv, rope, attend_to_latent, AxisRules())
+    assert found.shape == expected.shape == (B, T, 1, HEADS, H)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 

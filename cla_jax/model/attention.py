@@ -51,12 +51,8 @@ class KV(NamedTuple):
         return KV(*(None if part[0] is None else change(*part) for part in parts))
 
 
-def joined(kept: KV) -> KV:
-    """What is kept of a latent as keys and values of one head that all query heads read.
-
-    A key is the latent and the rotated key, a value the latent alone: a beginning of the key.
-    """
-    return KV(jnp.concatenate([kept.v_BSKH, kept.k_BSKH], axis=-1), kept.v_BSKH)
+# (q_BTKGH, kv) -> o_BTKGH. What `kv` is, arrays or a part of a cache, only this function knows.
+Attend = Callable[[jax.Array, Any], jax.Array]
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
@@ -301,13 +297,10 @@ def _check_float32(*parts: Partial) -> None:
 def _scores(q_BKNH: jax.Array, kv: KV) -> jax.Array:
     """Scores of queries and keys, [B, K, N, S].
 
-    Queries that are wider than the keys are those of a latent: their beginning meets the values. In one
-    array of latents and keys (`joined`) it would be one product, of a copy.
+    Queries that are wider than the keys are those of a latent: their beginning meets the values.
     """
-    rest = q_BKNH.shape[-1] - kv.k_BSKH.shape[-1]
-    if rest == 0:
-        return scores(q_BKNH, kv.k_BSKH)
-    return scores(q_BKNH[..., :rest], kv.v_BSKH) + scores(q_BKNH[..., rest:], kv.k_BSKH)
+    of_latent = q_BKNH.shape[-1] > kv.k_BSKH.shape[-1]
+    return scores(q_BKNH, *((kv.v_BSKH, kv.k_BSKH) if of_latent else (kv.k_BSKH,)))
 
 
 def partial_attention(

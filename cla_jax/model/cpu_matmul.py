@@ -6,6 +6,8 @@ other backends nothing here is used.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import jax
@@ -44,16 +46,29 @@ def _parts(weight_OI: jax.Array) -> int:
     return next(n for n in range(max(most, 1), 0, -1) if weight_OI.shape[0] % n == 0)
 
 
-def scores(q_BKNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """Dot products of N queries with S keys in float32, [B, K, N, S].
+def matmul_heads(x_BTGI: jax.Array, weight_GOI: jax.Array) -> jax.Array:
+    """The same with a matrix for each head, [B, T, G, O]."""
+    B, T, G, _ = x_BTGI.shape
+    x_GIN = jax.lax.optimization_barrier(jnp.einsum("BTGI->GIBT", x_BTGI)).reshape(G, -1, B * T)
+    y_GON = jax.lax.optimization_barrier(jnp.einsum("GOI,GIN->GON", weight_GOI, x_GIN))
+    return jnp.einsum("GOBT->BTGO", y_GON.reshape(G, -1, B, T))
+
+
+def scores(q_BKNH: jax.Array, *parts_BSKH: jax.Array) -> jax.Array:
+    """Dot products of N queries with S keys in float32, [B, K, N, S]. Keys may be given in parts.
 
     For few queries on a CPU the keys come first in the product. If they came second, they would be transposed
     in memory, which costs more than the product.
     """
-    if jax.default_backend() != "cpu" or 8 * q_BKNH.shape[2] > k_BSKH.shape[1]:
-        return jnp.einsum("BKNH,BSKH->BKNS", q_BKNH, k_BSKH, preferred_element_type=jnp.float32)
+    ends = list(itertools.accumulate(part.shape[-1] for part in parts_BSKH))[:-1]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if jax.default_backend() != "cpu" or 8 * q_BKNH.shape[2] > parts_BSKH[0].shape[1]:
+        pairs = zip(jnp.split(q_BKNH, ends, axis=3), parts_BSKH, strict=True)
+        return functools.reduce(jnp.add, [product("BKNH,BSKH->BKNS", q, k) for q, k in pairs])
     q_BKHN = jax.lax.optimization_barrier(q_BKNH.swapaxes(2, 3))
-    s_BKSN = jnp.einsum("BSKH,BKHN->BKSN", k_BSKH, q_BKHN, preferred_element_type=jnp.float32)
+    pairs = zip(jnp.split(q_BKHN, ends, axis=2), parts_BSKH, strict=True)
+    s_BKSN = functools.reduce(jnp.add, [product("BSKH,BKHN->BKSN", k, q) for q, k in pairs])
+    # One sum before the transpose: each part would be transposed otherwise.
     return jax.lax.optimization_barrier(s_BKSN).swapaxes(2, 3)
 
 

@@ -22,6 +22,7 @@ from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling,
 from cla_jax.mesh import AxisRules
 from cla_jax.model.platform import per_token, rotate
 
+P = TypeVar("P")
 M = TypeVar("M")
 
 # The logical axis of each letter; activations are split along B, K, G, F and V, never along D.
@@ -126,15 +127,15 @@ class Linear(nnx.Module):
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(y_BTD.dtype)
 
 
-# A linear map of a module: `Linear`, or another form of the same (`with_linear_maps`).
+# A linear map of a module: `Linear`, or another form of the same (`replaced`).
 LinearMap = Callable[[jax.Array, AxisRules], jax.Array]
 
 
-def with_linear_maps(module: M, form: Callable[[Linear], LinearMap]) -> M:
-    """A copy of a module that has its linear maps in another form."""
-    is_linear = lambda part: isinstance(part, Linear)
-    change = lambda part: form(part) if is_linear(part) else part
-    return jax.tree.map(change, module, is_leaf=is_linear)
+def replaced(module: M, kind: type[P], form: Callable[[P], Any]) -> M:
+    """A copy of a module that has another form of its parts of a kind."""
+    is_part = lambda part: isinstance(part, kind)
+    change = lambda part: form(part) if is_part(part) else part
+    return jax.tree.map(change, module, is_leaf=is_part)
 
 
 class RMSNorm(nnx.Module):

@@ -27,11 +27,12 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import (
     ATTENTION_OUTPUT,
     KV,
+    Attend,
     PrefixMask,
     causal_attention,
-    joined,
     window_starts,
 )
+from cla_jax.model.latent import LatentHeads, LatentProjection
 from cla_jax.model.layers import (
     Linear,
     LinearMap,
@@ -46,8 +47,6 @@ from cla_jax.model.layers import (
 )
 from cla_jax.model.platform import on_cpu
 
-Attend = Callable[[jax.Array, Any], jax.Array]  # (q_BTKGH, kv) -> o_BTKGH
-
 UNROLLED = (
     4  # blocks of a group that are compiled one by one under a scan of groups, if rematerialised
 )
@@ -61,9 +60,6 @@ class ForwardOptions:
     remat: str = "none"  # none, block, attention, dots: what the backward pass recomputes
     scan_layers: bool = True
     attention: str = "xla"
-    # True: attention reads latents directly; the matrices of keys and values are folded into queries and
-    # outputs. Decoding always does this. False: the keys and values of every head are computed.
-    absorbed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +69,6 @@ class Context:
     rope: Rope  # at the positions of the queries
     attend: Attend
     rules: AxisRules
-    absorbed: bool = False  # as in `ForwardOptions`
 
 
 class KVProjection(nnx.Module):
@@ -109,74 +104,6 @@ class KVProjection(nnx.Module):
             return KV(rope(made["k"]) if "k" in made else None, made.get("v"))
 
 
-class LatentProjection(nnx.Module):
-    """A latent and a rotated key for a group, from the residual stream that enters it (2405.04434, 2.1).
-
-    They are kept as the values and keys of one head.
-    """
-
-    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
-        assert projects == "kv"  # both are made of one latent
-        self.norm = RMSNorm(config) if config.kv_norm == "own" else None
-        self.down: LinearMap = Linear(key, "BTD,DJ->BTJ", config)
-        assert isinstance(config.kv, LatentKV)
-        self.rank = config.kv.rank
-        self.latent_norm = RMSNorm(config, "R") if config.kv.norm else None
-
-    def __call__(self, x_BTD: jax.Array, block_norm: RMSNorm, rope: Rope, rules: AxisRules) -> KV:
-        norm = block_norm if self.norm is None else self.norm
-        with jax.named_scope("kv_projection"):
-            joint_BTJ = self.down(gather_sequence(norm(x_BTD), rules), rules)
-            latent_BTR, key_BTH = joint_BTJ[..., : self.rank], joint_BTJ[..., self.rank :]
-            if self.latent_norm is not None:
-                latent_BTR = self.latent_norm(latent_BTR)
-            return KV(k_BSKH=rope(key_BTH[:, :, None]), v_BSKH=latent_BTR[:, :, None])
-
-
-class LatentHeads(nnx.Module):
-    """The keys and values that a layer's heads make of a latent; they share the rotated part of the key."""
-
-    def __init__(self, key: jax.Array, config: ModelConfig):
-        keys, values = jax.random.split(key)
-        self.keys = normal(keys, "RGH", config)
-        self.values = normal(values, "RGH", config)
-
-    def __call__(self, q_BTKGW: jax.Array, kv: Any, context: Context) -> jax.Array:
-        """Attention of heads, [B, T, K, G, H]; K is 1."""
-        H = self.keys.shape[-1]
-        q_BTKGH, rotated = q_BTKGW[..., :H], context.rope(q_BTKGW[..., H:])
-        run = self._absorbed if context.absorbed else self._expanded
-        rules = context.rules.gathered()
-        return run(q_BTKGH, rotated, kv, context.attend, lambda x: rules.spec(*axes(x)))
-
-    def _expanded(self, q_BTKGH, rotated, kv: KV, attend: Attend, spec) -> jax.Array:
-        """Keys and values of every head are made: less work where there are many queries."""
-        latent_BSR = kv.v_BSKH[:, :, 0]
-
-        def made(weight_RGH: jax.Array) -> jax.Array:
-            return jnp.einsum("BSR,RGH->BSGH", latent_BSR, weight_RGH, out_sharding=spec("BTGH"))
-
-        k_BSGH = made(self.keys[...])
-        of_all = jnp.broadcast_to(
-            kv.k_BSKH, (*k_BSGH.shape[:3], kv.k_BSKH.shape[-1]), out_sharding=spec("BTGH")
-        )
-        keys = jnp.concatenate([k_BSGH, of_all], axis=-1)
-        # To attention, each is a KV head with one query head.
-        q_BTGKW = jnp.concatenate([q_BTKGH, rotated], axis=-1).swapaxes(2, 3)
-        return attend(q_BTGKW, KV(keys, made(self.values[...]))).swapaxes(2, 3)
-
-    def _absorbed(self, q_BTKGH, rotated, kv: Any, attend: Attend, spec) -> jax.Array:
-        """The latent is the key and value of one head: MQA. Nothing is made of it for every token."""
-        q_BTKGR = jnp.einsum(
-            "BTKGH,RGH->BTKGR", q_BTKGH, self.keys[...], out_sharding=spec("BTKGR")
-        )
-        q = jnp.concatenate([q_BTKGR, rotated], axis=-1)
-        # Attention divides by the root of the width that it sees; it should be that of a head.
-        head = q_BTKGH.shape[-1] + rotated.shape[-1]
-        o_BTKGR = attend(q * (q.shape[-1] / head) ** 0.5, kv)
-        return jnp.einsum("BTKGR,RGH->BTKGH", o_BTKGR, self.values[...], out_sharding=spec("BTKGH"))
-
-
 class Block(nnx.Module):
     """Attention to given keys and values, then the MLP; both pre-norm and residual."""
 
@@ -206,7 +133,7 @@ class Block(nnx.Module):
             if self.heads is None:
                 o_BTKGH = context.attend(context.rope(q_BTKGW), kv)
             else:
-                o_BTKGH = self.heads(q_BTKGW, kv, context)
+                o_BTKGH = self.heads(q_BTKGW, kv, context.rope, context.attend, rules)
             return x_BTD + self.output(o_BTKGH, rules)
 
 
@@ -316,18 +243,16 @@ class Transformer(nnx.Module):
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
         rope = Rope.at(positions_BT, config)
 
-        read = joined if options.absorbed and isinstance(config.kv, LatentKV) else lambda kv: kv
-
         def attend_within(window: jax.Array | None) -> Attend:
             if mask is not None:
                 seen_BTS = mask.visible(window)
-                return lambda q_BTKGH, kv: causal_attention(q_BTKGH, read(kv), seen_BTS=seen_BTS)
+                return lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, seen_BTS=seen_BTS)
             seen_from_BT = starts_BT
             if window is not None:
                 any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
                 seen_from_BT = window_starts(positions_BT, window, any_BT)
             return lambda q_BTKGH, kv: causal_attention(
-                q_BTKGH, read(kv), starts_BT=seen_from_BT, backend=options.attention, rules=rules
+                q_BTKGH, kv, starts_BT=seen_from_BT, backend=options.attention, rules=rules
             )
 
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
@@ -347,7 +272,7 @@ class Transformer(nnx.Module):
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules)
                     kv = remat(produce, options, looped)(x_BTD).or_else(kv)
                 attend = attend_within(item["window"])
-                context = Context(rope=rope, attend=attend, rules=rules, absorbed=options.absorbed)
+                context = Context(rope=rope, attend=attend, rules=rules)
                 x_BTD = group(x_BTD, kv, context, options, looped)
                 return x_BTD, kv.only(stack.reused)
 
