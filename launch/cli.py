@@ -22,12 +22,14 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import tyro
 from tyro import (
+    _docstrings,
     _errors,
 )  # the version is pinned: there is no public way to say a refusal in own words
+from tyro.constructors import _struct_spec_dataclass
 
 from cla_jax import extras, fields, machine
 from cla_jax.config import Component, Config, Stage
@@ -104,6 +106,7 @@ _AGAIN_S = 0.02  # until a Ctrl-C that was lost is sent again
 
 
 _FORMS = tyro.constructors.ConstructorRegistry()
+_UNIONS = dict(fields.unions(Config))
 
 
 @_FORMS.primitive_rule
@@ -165,6 +168,43 @@ def _written_as_text(
     )
 
 
+@_FORMS.struct_rule
+def _kind_with_the_others(
+    info: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """The help of a field that is one of several dataclasses: all kinds, not only the chosen one."""
+    known = {
+        cls: union for union, hint in _UNIONS.items() for cls in fields.variants(hint).values()
+    }
+    spec = _struct_spec_dataclass.dataclass_rule(info)
+    if spec is None or info.type not in known:
+        return None
+    union = known[info.type]
+    kinds = fields.variants(_UNIONS[union])
+    *parents, name = union.split(".")
+    owner = functools.reduce(lambda cls, field: typing.get_type_hints(cls)[field], parents, Config)
+    meanings = "\n".join(f"{kind}: {_summary(kinds[kind])}" for kind in kinds)
+    told = {
+        "type": Literal[tuple(kinds)],
+        "helptext": f"{_docstrings.get_field_docstring(owner, name, ())}\n{meanings}",
+    }
+    return dataclasses.replace(
+        spec,
+        fields=tuple(
+            dataclasses.replace(field, **told) if field.name == "kind" else field
+            for field in spec.fields
+        ),
+    )
+
+
+def _summary(variant: Any) -> str:
+    """What one of several dataclasses is, and the fields that it has."""
+    own = ", ".join(
+        field.name.replace("_", "-") for field in dataclasses.fields(variant) if field.init
+    )
+    return variant.__doc__.splitlines()[0] + (f" Fields: {own}." if own else "")
+
+
 def read(
     kind: type[T] | Callable[..., T],
     also: Sequence[str] = (),
@@ -190,7 +230,7 @@ def read(
         fields_of_runs = []
         if fields_follow:
             fields_of_runs = _known(Config, {"args": []})
-            for union, _ in fields.unions(Config):
+            for union in _UNIONS:
                 fields_of_runs += _flags_of_kinds(union)
         after = dict.fromkeys(fields_of_runs, "is a config field: put it after a separate `--`")
         return after | dict(elsewhere)
@@ -204,7 +244,12 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
 
     `--optimizer.schedule.kind wsd` comes first, wherever it stands: it decides what other flags there are.
     """
-    flags = {_flag(f"{field}.kind"): field for field, _ in fields.unions(Config)}
+    options["description"] = (
+        f"{options.get('description', '')} A flag that ends in .kind chooses one of several kinds, which "
+        "have different fields. For the flags of another kind, choose it before --help: "
+        f"`{options.get('prog', '')} --optimizer.rule.kind muon --help`."
+    ).lstrip()
+    flags = {_flag(f"{field}.kind"): field for field in _UNIONS}
     rest, words = [], iter(argv)
     for word in words:
         flag, equals, kind = word.replace("_", "-").partition("=")
@@ -215,9 +260,9 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
             config = fields.with_kind(config, flags[flag], kind)
         else:
             rest.append(word)
-    elsewhere = {
+    elsewhere = _unions_as_values(rest) | {
         flag: f"needs {_flag(field)}.kind {' or '.join(kinds)}"
-        for field, _ in fields.unions(Config)
+        for field in _UNIONS
         for flag, kinds in _flags_of_kinds(field).items()
         if operator.attrgetter(f"{field}.kind")(config) not in kinds
     }
@@ -225,10 +270,33 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
     return read(Config, default=config, args=rest, **options)
 
 
+def _unions_as_values(argv: Sequence[str]) -> dict[str, str]:
+    """What to say of fields that are one of several dataclasses, where they are given one value: `yarn:4`."""
+    values: dict[str, str] = {}
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        values[flag.replace("_", "-")] = value if equals else following
+    said = {}
+    for union, hint in _UNIONS.items():
+        kinds = fields.variants(hint)
+        kind = values.get(_flag(union), "").partition(":")[0]
+        own = (
+            [field.name for field in dataclasses.fields(kinds[kind]) if field.init]
+            if kind in kinds
+            else []
+        )
+        others = (
+            f" and its flags {', '.join(_flag(f'{union}.{name}') for name in own)}" if own else ""
+        )
+        choice = kind if kind in kinds else ", ".join(kinds)
+        said[_flag(union)] = f"takes no value: use {_flag(union)}.kind {choice}{others}"
+    return said
+
+
 def _flags_of_kinds(union: str) -> dict[str, list[str]]:
     """The flags of a field that is one of several dataclasses, with the kinds that have them."""
     found: dict[str, list[str]] = {}
-    for kind, variant in fields.variants(dict(fields.unions(Config))[union]).items():
+    for kind, variant in fields.variants(_UNIONS[union]).items():
         for field in dataclasses.fields(variant):
             found.setdefault(_flag(f"{union}.{field.name}"), []).append(kind)
     return found

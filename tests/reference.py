@@ -72,7 +72,10 @@ def turning(config: ModelConfig) -> tuple[np.ndarray, float]:
             ramp = min(max((pair - lo) / (hi - lo), 0), 1)
             speed = ramp * speed / factor + (1 - ramp) * speed
         found.append(speed)
-    return np.array(found), numbers[4] if kind == "yarn" else 1.0
+    scale = 1.0
+    if kind == "yarn":
+        scale = 0.1 * np.log(numbers[0]) + 1 if numbers[4] is None else numbers[4]
+    return np.array(found), scale
 
 
 def rotate(x, config: ModelConfig):

@@ -19,7 +19,7 @@ from cla_jax.config import (
     YarnScaling,
 )
 from cla_jax.config.record import from_record, run_identity, to_record
-from cla_jax.fields import difference, from_dict, replaced
+from cla_jax.fields import difference, from_dict, replaced, unions, variants
 from launch.cli import read_config
 from tests.conftest import MODEL, replace
 
@@ -270,12 +270,23 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
             ["--optimizer.schedule.kind=constant", "--optimizer.schedule.final-fraction", "0.1"],
             "--optimizer.schedule.kind cosine or wsd",
         ),
+        (
+            ["--model.rope-scaling", "linear:4"],
+            "'--model.rope-scaling' takes no value: use --model.rope-scaling.kind linear and its "
+            "flags --model.rope-scaling.factor",
+        ),
+        (["--model.mlp=relu"], "takes no value: use --model.mlp.kind swiglu, relu2"),
     ]:
         with pytest.raises(ValueError, match=said):
             read_config(config, words)
     with pytest.raises(SystemExit):
         read_config(config, ["--help"])
-    assert "cosine, wsd or constant" in " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr().out
+    for union, hint in unions(Config):
+        kinds = variants(hint)
+        assert f"--{union.replace('_', '-')}.kind {{{','.join(kinds)}}}" in told
+        part = told.partition(f"--{union.replace('_', '-')}.kind ")[2]
+        assert all(f"{kind}: {variant.__doc__[:20]}" in part for kind, variant in kinds.items())
 
 
 def test_a_map_follows_the_depth():

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -105,6 +106,12 @@ def test_every_other_experiment_survives_export_and_import(tmp_path, name):
         "compute_dtype": config.compute_dtype,
     }
     assert dataclasses.replace(found.config, **same) == config
+
+
+def test_an_export_says_the_attention_factor_of_yarn():
+    model = dataclasses.replace(made.MODEL, rope_scaling=YarnScaling(factor=8.0))
+    written = hf_config(model, 64)["rope_parameters"]["attention_factor"]
+    assert written == pytest.approx(0.1 * math.log(8) + 1)
 
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.1)

@@ -111,8 +111,9 @@ def test_windows_equal_an_independent_plain_transformer(kv_map, windows):
         YarnScaling(
             factor=4.0, beta_fast=4.0, original_max_position_embeddings=16, attention_factor=1.2
         ),
+        YarnScaling(factor=4.0, beta_fast=4.0, original_max_position_embeddings=16),
     ],
-    ids=lambda scaling: scaling.kind,
+    ids=["linear", "llama3", "yarn", "yarn-attention"],
 )
 def test_rope_scaling_equals_an_independent_plain_transformer(scaling):
     """Every pair kept, slowed and between is among the eight of a head."""

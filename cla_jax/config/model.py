@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
@@ -13,7 +14,6 @@ from cla_jax.messages import choice, shown
 class HeadsKV:
     """Keys and values of n_kv_heads heads, each d_head wide."""
 
-    # heads or latent; each kind has its own fields.
     kind: Literal["heads"] = dataclasses.field(default="heads", init=False)
 
 
@@ -25,7 +25,6 @@ class LatentKV:
     latent do not share keys and values.
     """
 
-    # heads or latent; each kind has its own fields.
     kind: Literal["latent"] = dataclasses.field(default="latent", init=False)
     # Width of the latent.
     rank: int = 64
@@ -46,7 +45,6 @@ class LatentKV:
 class SwiGLU:
     """Two matrices in, of which one goes through SiLU and is multiplied with the other (2002.05202)."""
 
-    # swiglu or relu2; each kind has its own fields.
     kind: Literal["swiglu"] = dataclasses.field(default="swiglu", init=False)
     n_matrices: ClassVar[int] = 3  # all of d_model times d_ff; the last one goes back
 
@@ -55,7 +53,6 @@ class SwiGLU:
 class SquaredReLU:
     """One matrix in, and the square of its ReLU (2109.08668)."""
 
-    # swiglu or relu2; each kind has its own fields.
     kind: Literal["relu2"] = dataclasses.field(default="relu2", init=False)
     n_matrices: ClassVar[int] = 2
 
@@ -64,7 +61,6 @@ class SquaredReLU:
 class NoScaling:
     """RoPE as in pretraining."""
 
-    # none, linear, llama3 or yarn; each kind has its own fields.
     kind: Literal["none"] = dataclasses.field(default="none", init=False)
 
 
@@ -72,7 +68,6 @@ class NoScaling:
 class LinearScaling:
     """All frequencies are divided by the factor (2306.15595)."""
 
-    # none, linear, llama3 or yarn; each kind has its own fields.
     kind: Literal["linear"] = dataclasses.field(default="linear", init=False)
     # How many times longer than in pretraining the context is.
     factor: float = 8.0
@@ -88,7 +83,6 @@ class Llama3Scaling:
     A frequency is low or high by how often it turns within the context of pretraining.
     """
 
-    # none, linear, llama3 or yarn; each kind has its own fields.
     kind: Literal["llama3"] = dataclasses.field(default="llama3", init=False)
     # How many times longer than in pretraining the context is.
     factor: float = 8.0
@@ -110,9 +104,8 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """As Llama3Scaling, but blended by the index of a pair; rotated vectors may be longer (2309.00071)."""
+    """As llama3, but blended by the index of a pair, and rotated vectors become longer (2309.00071)."""
 
-    # none, linear, llama3 or yarn; each kind has its own fields.
     kind: Literal["yarn"] = dataclasses.field(default="yarn", init=False)
     # How many times longer than in pretraining the context is.
     factor: float = 8.0
@@ -122,8 +115,8 @@ class YarnScaling:
     beta_slow: float = 1.0
     # The context length of pretraining, in tokens.
     original_max_position_embeddings: int = 8192
-    # The rotated vectors are multiplied by this. The paper recommends 0.1 ln(factor) + 1.
-    attention_factor: float = 1.0
+    # Rotated queries and keys are multiplied by this. None: 0.1 ln(factor) + 1, as the paper recommends.
+    attention_factor: float | None = None
 
     def __post_init__(self):
         _check_scaling(self)
@@ -133,6 +126,13 @@ class YarnScaling:
                 f"model.rope_scaling.beta_fast = {self.beta_fast}"
             )
 
+    @property
+    def resolved_attention_factor(self) -> float:
+        """`attention_factor`, or what the paper recommends for the factor (2309.00071, equation 22)."""
+        if self.attention_factor is None:
+            return 0.1 * math.log(self.factor) + 1
+        return self.attention_factor
+
 
 RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling
 
@@ -140,8 +140,8 @@ RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling
 def _check_scaling(scaling: RopeScaling) -> None:
     bounded(scaling, "model.rope_scaling.")
     for field in dataclasses.fields(scaling):
-        if field.init:
-            positive(f"model.rope_scaling.{field.name}", getattr(scaling, field.name))
+        if field.init and (value := getattr(scaling, field.name)) is not None:
+            positive(f"model.rope_scaling.{field.name}", value)
     if not isinstance(scaling, NoScaling) and scaling.factor < 1:
         raise ValueError(
             f"model.rope_scaling.factor = {scaling.factor} must be at least 1: the context becomes longer"

@@ -12,7 +12,6 @@ from cla_jax.messages import choice
 class Cosine:
     """Linear warm-up, then half a cosine down to the floor (2405.12981, section 3.1)."""
 
-    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["cosine"] = dataclasses.field(default="cosine", init=False)
     # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
@@ -27,7 +26,6 @@ class Cosine:
 class WSD:
     """Warmup-stable-decay: linear warm-up, the peak, linear decay to the floor (2404.06395, section 4)."""
 
-    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["wsd"] = dataclasses.field(default="wsd", init=False)
     # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
@@ -49,7 +47,6 @@ class WSD:
 class Constant:
     """Linear warm-up, then the peak to the end."""
 
-    # cosine, wsd or constant; each kind has its own fields.
     kind: Literal["constant"] = dataclasses.field(default="constant", init=False)
     # Fraction of the steps that warm up.
     warmup_fraction: float = 0.05
@@ -75,7 +72,6 @@ class AdamW:
     code. Their paper does not say.
     """
 
-    # adamw or muon; each kind has its own fields.
     kind: Literal["adamw"] = dataclasses.field(default="adamw", init=False)
     # Decay of the first moment.
     b1: float = 0.9
@@ -98,7 +94,6 @@ class Muon:
     as AdamW's, so learning rate and weight decay have the same scale (Moonlight, 2502.16982, section 2.2).
     """
 
-    # adamw or muon; each kind has its own fields.
     kind: Literal["muon"] = dataclasses.field(default="muon", init=False)
     # Momentum decay for matrices.
     momentum: float = 0.95
@@ -154,7 +149,6 @@ class OptimizerConfig:
 class Scratch:
     """Initial weights are drawn from the seed."""
 
-    # scratch or run; each kind has its own fields.
     kind: Literal["scratch"] = dataclasses.field(default="scratch", init=False)
 
 
@@ -173,7 +167,6 @@ class FromRun:
     w T^2 KL(teacher || student).
     """
 
-    # scratch or run; each kind has its own fields.
     kind: Literal["run"] = dataclasses.field(default="run", init=False)
     # The directory of the other run.
     run: str = ""

@@ -17,7 +17,7 @@ import jax
 
 from cla_jax import checkpoint
 from cla_jax import mesh as meshes
-from cla_jax.config import LatentKV, MeshConfig, ModelConfig, SwiGLU
+from cla_jax.config import LatentKV, MeshConfig, ModelConfig, SwiGLU, YarnScaling
 from cla_jax.data import tokenizers
 from cla_jax.interop import deepseek, names, safetensors
 from cla_jax.messages import near_choice
@@ -146,8 +146,11 @@ def is_llama(model: ModelConfig) -> bool:
 
 
 def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(model.rope_scaling)
+    scaling = model.rope_scaling
+    fields = dataclasses.asdict(scaling)
     kind = fields.pop("kind")
+    if isinstance(scaling, YarnScaling):
+        fields["attention_factor"] = scaling.resolved_attention_factor
     return {
         "rope_type": "default" if kind == "none" else kind,
         "rope_theta": model.rope_theta,

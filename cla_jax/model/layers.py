@@ -226,7 +226,7 @@ class Rope:
         angles = positions_BT[..., None].astype(jnp.float32) * _frequencies(config)
         cos, sin = _cos_and_sin(angles)
         if isinstance(config.rope_scaling, YarnScaling):
-            factor = config.rope_scaling.attention_factor
+            factor = config.rope_scaling.resolved_attention_factor
             cos, sin = cos * factor, sin * factor
         return cls(cos, sin)
 
