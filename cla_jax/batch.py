@@ -185,9 +185,9 @@ class Batch:
 
     def fill(self, prompts: dict[int, Sequence[int]]) -> None:
         """Puts prompts into rows of the cache, as far as they are not there already."""
-        for turn in self.places.turns(list(prompts)):
-            twins = {row: twin for row in turn if (twin := self.places.twin(row)) is not None}
-            alone = {row: prompts[row] for row in turn if row not in twins}
+        for rows in self.places.prefill_order(list(prompts)):
+            twins = {row: twin for row in rows if (twin := self.places.twin(row)) is not None}
+            alone = {row: prompts[row] for row in rows if row not in twins}
             self.last_BD, self.cache = self.places.fill(
                 self.weights, self.cache, self.last_BD, alone
             )

@@ -113,7 +113,7 @@ def log_start(session: Session, run: Run, first_step: int) -> None:
         f"{costs.kv_bytes(config.model, config.data.seq_len).resident:,.10g}",
     )
     log.info(
-        "%d devices (%s) as %s, attention by %s, from step %d of %d, %s tokens per step",
+        "devices: %d (%s), mesh %s, attention by %s, from step %d of %d, %s tokens per step",
         jax.device_count(),
         jax.devices()[0].device_kind,
         " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items()),

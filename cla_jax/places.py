@@ -76,8 +76,8 @@ class Places:
         """The row whose prompt this row gets a copy of, instead of a prefill."""
         return None
 
-    def turns(self, rows: Sequence[int]) -> list[list[int]]:
-        """Rows whose prompts go in together, one list after the other: who reads comes after who writes."""
+    def prefill_order(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows that are prefilled together, list after list: who reads a page comes after who writes it."""
         return [list(rows)]
 
     def prepare(self, row: int, length: int) -> None:
@@ -152,10 +152,10 @@ class SharedPlaces(Places):
         self.tree = PrefixTree(chunk=spec.page, pages=spec.pages, retain=spec.retain)
         self._paths: dict[int, Path] = {}
         self._twins: dict[int, int] = {}
-        # Of the rows that have joined since the last prefill: their prompts and turns, and the turns in
-        # which their new chunks are written.
+        # Of the rows that have joined since the last prefill: their prompts, which of the lists of
+        # `prefill_order` each of them is in, and in which of these its new chunks are written.
         self._joining: dict[tuple[int, ...], int] = {}
-        self._turns: dict[int, int] = {}
+        self._order: dict[int, int] = {}
         self._written: dict[Node, int] = {}
         self._sent: Any = None  # what the tables on the device are of
         self._waited = False
@@ -183,15 +183,15 @@ class SharedPlaces(Places):
         self._paths[row] = path
         if twin is None:
             nodes, matched = self.tree.path(path), path.matched // self.spec.page
-            # What a turn writes can be read in the next one.
-            turn = max((self._written.get(node, -1) + 1 for node in nodes[:matched]), default=0)
-            self._written |= dict.fromkeys(nodes[matched:], turn)
+            # What one list writes, the next one can read.
+            order = max((self._written.get(node, -1) + 1 for node in nodes[:matched]), default=0)
+            self._written |= dict.fromkeys(nodes[matched:], order)
             self._joining[tuple(prompt)] = row
         else:
-            turn = self._turns[twin]
+            order = self._order[twin]
             self._twins[row] = twin
             self.counts.copied += 1
-        self._turns[row] = turn
+        self._order[row] = order
         self.counts.matched += path.matched
         self._note_peak()
         return super().join(row, prompt, new_tokens)
@@ -206,12 +206,12 @@ class SharedPlaces(Places):
     def twin(self, row: int) -> int | None:
         return self._twins.pop(row, None)
 
-    def turns(self, rows: Sequence[int]) -> list[list[int]]:
+    def prefill_order(self, rows: Sequence[int]) -> list[list[int]]:
         found: dict[int, list[int]] = {}
         for row in rows:
-            found.setdefault(self._turns[row], []).append(row)
-        self._turns, self._joining, self._written = {}, {}, {}
-        return [found[turn] for turn in sorted(found)]
+            found.setdefault(self._order[row], []).append(row)
+        self._order, self._joining, self._written = {}, {}, {}
+        return [found[order] for order in sorted(found)]
 
     def prepare(self, row: int, length: int) -> None:
         path = self._paths[row]
@@ -228,10 +228,10 @@ class SharedPlaces(Places):
         return found.resident, found.unshared
 
     def placed(self, cache: Cache, writing: Collection[int] = ()) -> Cache:
-        others_wait = [row for row in writing if self._is_awaited(self._paths[row])]
-        if self._sent == (wanted := (self.tree.version, others_wait)):
+        awaited = [row for row in writing if self._is_awaited(self._paths[row])]
+        if self._sent == (wanted := (self.tree.version, awaited)):
             return cache
-        tables = self.spec.tables(self._paths, self.tree, others_wait)
+        tables = self.spec.tables(self._paths, self.tree, awaited)
         self._sent = wanted
         return dataclasses.replace(cache, pages=self._uploaded(tables))
 

@@ -92,9 +92,12 @@ def newest_checkpoint(config: Config) -> int | None:
 
 
 def earlier_records(run: Run) -> list[dict[str, Any]]:
-    """The metrics so far; what was altered in them is told."""
+    """The metrics so far; what was altered in them is told, and a last line that is not whole."""
     problems: list[str] = []
-    records = list(run.read_records(problems))
+    torn_end: list[str] = []
+    records = list(run.read_records(problems, torn_end))
+    for words in torn_end:
+        log.warning("%s", words)
     for problem in problems[:5]:
         log.warning("%s", problem)
     if len(problems) > 5:

@@ -341,19 +341,27 @@ class Run:
                 record[name] = _with_todays_names(record[name])
         return record
 
-    def read_records(self, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(
+        self, problems: list[str] | None = None, torn_end: list[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Every whole line of the metrics, in the order of writing.
 
-        Altered lines are left out; `problems` is told about them.
+        Altered lines are left out; `problems` is told about them. `torn_end` is told if a crash tore the last
+        line, which is no alteration.
         """
         check_links(self.path)
         found: list[str] = []
-        lines = seals.read_lines(self.metric_lines(), self.id, found, required=self.is_sealed)
+        cut: list[str] = []
+        lines = seals.read_lines(
+            self.metric_lines(), self.id, found, torn_end=cut, required=self.is_sealed
+        )
         for line in lines:
             if (record := metrics_record(line)) is not None:
                 yield record
         if problems is not None:
             problems += [f"{self._metrics_place}: {problem}" for problem in found]
+        if torn_end is not None:
+            torn_end += [f"{self._metrics_place}: {words}" for words in cut]
 
     def metric_lines(self) -> Iterator[bytes]:
         """The lines of the metrics as they stand there."""
@@ -361,13 +369,15 @@ class Run:
         for segment in segments + listed(self.path / "metrics", ".jsonl"):
             yield from files.read_lines(segment, links=False)
 
-    def read_metrics(self, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    def read_metrics(
+        self, problems: list[str] | None = None, torn_end: list[str] | None = None
+    ) -> list[dict[str, Any]]:
         """The records by step: of a step that stands there twice, the last whole one counts.
 
         Notes, and records of the run's time, are left out: they are of no step. See cla_jax.goodput.
         """
         records: dict[int, dict[str, Any]] = {}
-        for record in self.read_records(problems):
+        for record in self.read_records(problems, torn_end):
             if not _is_of_no_step(record):
                 # Training and evaluation of one step are two records with different keys.
                 records[record["step"]] = records.get(record["step"], {}) | record

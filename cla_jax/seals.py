@@ -51,13 +51,15 @@ def read_lines(
     run: str,
     problems: list[str] | None = None,
     *,
+    torn_end: list[str] | None = None,
     last: int | None = 0,
     required: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The whole records of a log in the order of writing, without numbers and checksums.
 
     What is left out: lines that a crash tore, and those that are damaged, altered, repeated or moved.
-    `problems` gets a line for each that a crash did not tear, and for each gap.
+    `problems` gets a line for each that a crash did not tear, and for each gap. `torn_end` gets one
+    if a crash tore the last line.
 
     Args:
       lines: of the log, without the ends of lines.
@@ -66,7 +68,7 @@ def read_lines(
       required: whether every line must have a checksum; else those before the first that has one need none.
     """
     problems = [] if problems is None else problems
-    sealed, altered, torn = required, 0, 0
+    sealed, altered, torn, cut, i = required, 0, 0, 0, 0
     for i, line in enumerate(lines, 1):
         try:
             record = files.as_object(files.parse_json(line, "a line", finite=False), "a line")
@@ -75,6 +77,8 @@ def read_lines(
                 problems.append(f"line {i} is damaged, like the line before")
             elif not line.startswith(_BEGINNING[: len(line)]):
                 problems.append(f"line {i} is damaged: it is not the beginning of a record")
+            else:
+                cut = i
             torn = i
             continue
         text, mark, end = line.decode().rpartition(_MARK)
@@ -100,6 +104,10 @@ def read_lines(
         last, altered = number, 0
         del record["seal"]
         yield record
+    if torn_end is not None and 0 < cut == i:
+        torn_end.append(
+            f"line {i}, the last, is not whole, so it is not used: the run was stopped while it wrote"
+        )
 
 
 def last_record(lines: Iterable[bytes], run: str, key: str = "line") -> dict[str, Any]:

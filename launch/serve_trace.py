@@ -25,7 +25,7 @@ import tyro
 import experiments
 from cla_jax import eviction
 from cla_jax.formats import FORMATS
-from cla_jax.messages import near_choice
+from cla_jax.messages import near_choice, shown
 from launch import allocator
 from launch.cli import check_picture, log_to_stderr, read, user_errors
 
@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     if eviction.is_policy(arguments.cache):
         raise ValueError(
-            f"cache = {arguments.cache!r}: serve_trace does not support caches that evict tokens"
+            f"cache = {shown(arguments.cache)} is a policy that evicts tokens, which serve_trace does not "
+            f"support: give one of {', '.join(FORMATS)}"
         )
     near_choice("cache format", arguments.cache, FORMATS)
     if arguments.plot:

@@ -408,7 +408,7 @@ def run(code: str) -> subprocess.Popen[str]:
 
 def test_no_held_out_document(tmp_path):
     with pytest.raises(
-        ValueError, match=r"data\.held_out = 0\.01 holds out none of the 6 documents"
+        ValueError, match=r"data\.held_out = 0\.01 holds out no document of the source"
     ):
         prepare.prepare(DataConfig(source="sotu:6", seq_len=64, held_out=0.01), tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

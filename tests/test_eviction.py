@@ -80,6 +80,7 @@ def test_text_forms_come_back(text):
         ("fastgen:T=1,T=1", "once"),
         ("fastgen:over=max", "over = 'max' must be min or mean"),
         ("fastgen:recent=0", "recent = 0 must be at least 1"),
+        ("random:keep=0.5,seed=-1", "seed = -1 must lie in 0 to 2"),
         ("fastgen:format=kivi4", "kivi4 quantises tokens in groups"),
         ("fastgen:format=int9", "unknown format of evicting caches 'int9'; did you mean int8"),
         ("window", "give a budget"),

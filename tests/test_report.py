@@ -256,12 +256,17 @@ def test_an_unfinished_run_is_marked(tmp_path, logged, evaluated):
     assert "step 12/30" in html(rows(run))
 
 
-def test_a_torn_line_of_metrics_is_skipped(tmp_path):
+def test_a_torn_line_of_metrics_is_skipped(tmp_path, caplog):
     run = make(tmp_path)
     log(run)
     whole = rows(run)[0].metrics
+    assert not caplog.messages
     with open(run.metrics, "a") as file:
         file.write('{"step": 31, "loss": 2.')
+    (row,) = rows(run)
+    assert (row.metrics, row.altered) == (whole, ())
+    (said,) = caplog.messages
+    assert f"{run.metrics}: line 31, the last, is not whole" in said
     with open(run.metrics, "ab") as file:
         file.write(b'\n{"step": 31, "\xff": 2}\n{}\n{"stfp": 31}\n')  # damaged
     assert rows(run)[0].metrics == whole

@@ -163,7 +163,10 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
         (["--made.shared", "8"], "add --make, or leave it out"),
         (["--unshared"], "--page is of a prefix-shared cache"),
         (["--cache", "kivi4"], "page = 4 must be a multiple of 32"),
-        (["--cache", "h2o:keep=0.5"], "does not support caches that evict tokens"),
+        (
+            ["--cache", "h2o:keep=0.5"],
+            "h2o:keep=0.5' is a policy that evicts tokens",
+        ),
         (["--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["--model", "smoke.tine"], "unknown experiment"),
     ],

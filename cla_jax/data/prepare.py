@@ -540,9 +540,9 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
         some = itertools.islice(sources.documents(config.source), _ENOUGH)
         enough = f"use --data.held-out {sources.least_held_out(some):g} or "
         raise ValueError(
-            f"data.held_out = {config.held_out} holds out none of the {documents} documents of "
-            f"the source {config.source!r}; {enough if documents > 1 else ''}use more documents (the "
-            "split is by document: cut a long file into several)"
+            f"data.held_out = {config.held_out} holds out no document of the source "
+            f"{config.source!r}, which has {documents}; {enough if documents > 1 else ''}use more "
+            "documents (the split is by document: cut a long file into several, as with split -n l/20)"
         )
     if train["tokens"] < config.seq_len:
         raise ValueError(

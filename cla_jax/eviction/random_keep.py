@@ -7,6 +7,7 @@ import numpy as np
 
 from cla_jax.eviction.policy import Budgeted, Choice, Seen
 from cla_jax.eviction.rule import make_rule
+from cla_jax.messages import shown
 
 FACTORS = 2654435761, 2246822519, 3266489917, 668265263, 374761393  # odd: no number is lost
 
@@ -25,6 +26,11 @@ class Random(Budgeted):
     profiles = False
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"{self.kind}: seed = {shown(self.seed)} must lie in 0 to 2**32 - 1")
 
     @property
     def programs(self) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
 import os
 import shlex
@@ -24,6 +25,8 @@ from cla_jax.messages import printable
 from cla_jax.report.pareto import Point, frontier
 from cla_jax.runs import TRAINING, Run, find_runs, read_json
 from cla_jax.statistics import pairs_needed
+
+log = logging.getLogger(__name__)
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Record = dict[str, Any]
@@ -169,7 +172,10 @@ def _read(run: Run, name: str, context: int | None) -> list[Row]:
             altered.append(f"{error}: evaluate the run again")
     metrics: list[Record] = []
     try:
-        metrics = run.read_metrics(altered)
+        torn_end: list[str] = []
+        metrics = run.read_metrics(altered, torn_end)
+        for words in torn_end:
+            log.warning("%s", words)
         altered += run.missing_records().problems
     except ValueError as error:
         altered.append(str(error))
