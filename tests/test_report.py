@@ -992,6 +992,15 @@ def test_tables_of_a_study_fold_on_a_phone(tmp_path):
     assert '<meta name="viewport" content="width=device-width' in html(two(tmp_path))
 
 
+def test_what_lies_beyond_an_edge_casts_a_shadow_in_light_and_dark():
+    (scroll,) = re.findall(r"\.scroll \{ overflow-x: auto;([^}]*)\}", page._CSS)
+    assert scroll.count("var(--shadow)") == scroll.count(" scroll ") == scroll.count(" local ") == 2
+    light, dark = re.findall(r":root \{([^}]*)\}", page._CSS)[:2]
+    used = set(re.findall(r"var\((--[\w-]+)\)", page._CSS))
+    for colours in (light, dark):
+        assert used <= set(re.findall(r"(--[\w-]+):", colours))
+
+
 def test_a_dot_of_a_seed_keeps_no_pointer_from_its_point():
     assert re.search(r"\.pareto \{ pointer-events: none; \}", page._CSS)
     assert re.search(r"\.point \{[^}]*pointer-events: auto;", page._CSS)

@@ -195,9 +195,9 @@ def curve(row: Row, key: str, most: int = 500) -> tuple[list[int], list[float]]:
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #66707b; --grid: #dfe3e8;
-  --surface: #ffffff; --best: #eef4ff; --warn: #9a5b00; --warn-back: #fff6e5; }
+  --surface: #ffffff; --best: #dbe8ff80; --shadow: #1b1f2460; --warn: #9a5b00; --warn-back: #fff6e5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --muted: #98a2ad; --grid: #2f363e;
-  --surface: #15181c; --best: #1b2638; --warn: #f0b860; --warn-back: #2c2415; } }
+  --surface: #15181c; --best: #24406b70; --shadow: #e6e9ed70; --warn: #f0b860; --warn-back: #2c2415; } }
 * { box-sizing: border-box; }
 body { margin: 2.5rem auto; max-width: 72rem; padding: 0 1.25rem; background: var(--surface);
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -210,9 +210,15 @@ svg.narrow { display: none; }
   list-style: none; overflow-wrap: anywhere; }
 .legend i { display: inline-block; width: 1.6rem; margin-right: .4rem; vertical-align: middle; }
 .remarks { padding-left: 1.2rem; font-size: .85rem; max-width: 60rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; min-width: 100%;
+/* What lies beyond an edge casts a shadow on it: the two covers scroll with the table, the shadows do not. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--surface) 40%, transparent) local left / 2.5rem 100% no-repeat,
+  linear-gradient(to left, var(--surface) 40%, transparent) local right / 2.5rem 100% no-repeat,
+  linear-gradient(to right, var(--shadow), transparent) scroll left / 1.2rem 100% no-repeat,
+  linear-gradient(to left, var(--shadow), transparent) scroll right / 1.2rem 100% no-repeat; }
+table { border-collapse: collapse; font-size: .87rem; min-width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--grid); white-space: pre; }
+th, td { padding: .38rem .42rem; border-bottom: 1px solid var(--grid); white-space: pre; }
 th { vertical-align: bottom; color: var(--muted); font-weight: 600; }
 tr.best { background: var(--best); } tr.best td:nth-child(2) { font-weight: 600; }
 .left { text-align: left; } .right { text-align: right; } .center { text-align: center; }
@@ -227,7 +233,7 @@ select { font: inherit; max-width: 100%; color: inherit; background: var(--surfa
   border: 1px solid var(--grid); border-radius: 6px; padding: .25rem .5rem; }
 #shown table, #pair table { margin: .5rem 0; min-width: 0; } #shown td, #pair td { white-space: normal;
   overflow-wrap: anywhere; } #pair svg { max-width: 40rem; }
-td.run { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 7rem; }
+td.run { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; }
 summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x: auto;
   border: 1px solid var(--grid); border-radius: 6px; padding: .8rem 1rem; }
 @media screen and (max-width: 40rem) { body { margin: 1.2rem auto; padding: 0 .8rem; }
@@ -236,7 +242,7 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
   table.folded th { white-space: normal; } table.folded td.left { min-width: 6.5rem; } }
 @media print { :root { color-scheme: light; --ink: #1b1f24; --muted: #66707b; --grid: #dfe3e8;
   --surface: #ffffff; --best: #eef4ff; --warn: #9a5b00; --warn-back: #fff6e5; }
-  body { margin: 0; max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }
+  body { margin: 0; max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; background: none; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .3rem; } td { white-space: pre-wrap; }
   td.run, td.left { min-width: 0; overflow-wrap: anywhere; } svg, tr { break-inside: avoid; }
   h2 { break-after: avoid; } .curves svg { flex-basis: 45%; } .screen { display: none; } }
