@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.cache.evicting import evicting_spec
+from cla_jax.cache.evicting import BLOCK, evicting_spec, page_size
 from cla_jax.compressor import Compressor, _encoded, scratch_spec, size_of
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
@@ -278,3 +278,12 @@ def test_models_that_do_not_fit_are_refused(policy, changes, words):
     config = replace(MODEL, **changes)
     with pytest.raises(ValueError, match=words):
         evicting_spec(config, parse(policy), classes=bytes([SPECIAL]), batch=1, capacity=64)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "entries"), [(1, 16), (1500, 16), (4096, 64), (8200, 128), (1 << 20, 256)]
+)
+def test_long_rows_have_large_pages(capacity, entries):
+    """A block that is read at once is whole pages, and a page is at most 1/64 of a long row."""
+    assert page_size(capacity) == entries
+    assert BLOCK % entries == 0

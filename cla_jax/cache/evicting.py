@@ -48,7 +48,7 @@ from cla_jax.model.attention import (
 assert EMPTY == rules_of.EMPTY
 
 BLOCK = 256  # entries of a head that are read at once
-PAGE = 16  # entries of a page
+SMALLEST_PAGE = 16  # entries
 NO_PAGE = 1 << 29  # in a table: past every pool, however it grows
 
 
@@ -307,6 +307,15 @@ def rounded(width: int, page: int) -> int:
     return width if width <= block else -(-width // block) * block
 
 
+def page_size(capacity: int) -> int:
+    """Entries of a page for rows of so many tokens: about 1/64 of a row, a power of two.
+
+    A head leaves half a page unused on average. On a CPU, each page that is read costs about a microsecond
+    besides the time to copy it, so small pages are slow.
+    """
+    return min(max(1 << (capacity // 64).bit_length() >> 1, SMALLEST_PAGE), BLOCK)
+
+
 def evicting_spec(
     config: ModelConfig,
     policy: Policy,
@@ -315,7 +324,7 @@ def evicting_spec(
     batch: int,
     capacity: int,
     chunk: int = 1,
-    page: int = PAGE,
+    page: int | None = None,
 ) -> EvictingSpec:
     """The spec of an evicting cache on one device, with pools that hold nothing yet.
 
@@ -325,12 +334,13 @@ def evicting_spec(
       batch: rows that decode at once.
       capacity: tokens of a row at most, its prompt included.
       chunk: tokens that a decode step writes at most.
-      page: entries of a page.
+      page: entries of a page; by default as `page_size` chooses.
 
     Raises:
       ValueError: sizes that are not positive, sliding windows, rows that are too long, or a policy that needs
         classes that no token has.
     """
+    page = page_size(capacity) if page is None else page
     if page < 1:
         raise ValueError(f"evicting cache: page = {page} must be a positive integer")
     if words := refusal(config, policy, capacity):
