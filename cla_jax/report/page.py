@@ -242,7 +242,8 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
   table.folded th { white-space: normal; } table.folded td.left { min-width: 6.5rem; } }
 @media print { :root { color-scheme: light; --ink: #1b1f24; --muted: #66707b; --grid: #dfe3e8;
   --surface: #ffffff; --best: #eef4ff; --warn: #9a5b00; --warn-back: #fff6e5; }
-  body { margin: 0; max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; background: none; }
+  body { margin: 0; max-width: none; padding: 0; font-size: 10pt; }
+  .scroll { overflow: visible; background: none; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .3rem; } td { white-space: pre-wrap; }
   td.run, td.left { min-width: 0; overflow-wrap: anywhere; } svg, tr { break-inside: avoid; }
   h2 { break-after: avoid; } .curves svg { flex-basis: 45%; } .screen { display: none; } }
