@@ -255,13 +255,13 @@ def _verify_files(path: epath.Path, listed: dict[str, Any], unread: str | None) 
             continue
         if name not in present:
             raise ValueError(f"checkpoint file {path / name} is missing")
-        found = _checksum(present[name])
-        if found["bytes"] != expected["bytes"]:
+        actual = _checksum(present[name])
+        if actual["bytes"] != expected["bytes"]:
             raise ValueError(
-                f"checkpoint file {path / name} has {found['bytes']} bytes instead of "
+                f"checkpoint file {path / name} has {actual['bytes']} bytes instead of "
                 f"{expected['bytes']}"
             )
-        if found != expected:
+        if actual != expected:
             raise ValueError(
                 f"checkpoint file {path / name} was altered: its checksum does not match"
             )

@@ -205,9 +205,9 @@ def is_gpu(name: str) -> bool:
 def gpu_shape(name: str) -> tuple[int, int]:
     """Hosts, and GPUs of each, of a topology of GPUs."""
     check_topology(name)
-    found = _GPU_SHAPE.fullmatch(name.partition(":")[2])
-    assert found is not None  # it was checked
-    return int(found[1] or 1), int(found[2])
+    match = _GPU_SHAPE.fullmatch(name.partition(":")[2])
+    assert match is not None  # it was checked
+    return int(match[1] or 1), int(match[2])
 
 
 def gpu_target(kind: str) -> str:

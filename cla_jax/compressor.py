@@ -94,13 +94,13 @@ class Compressor:
         hidden states of the prompts' tokens, [prompts, T, D] with T rounded up. The cache is donated. Raises
         ValueError for prompts that the policy does not take.
         """
-        found = self.profiled(prompts, starts)
+        profiled = self.profiled(prompts, starts)
         clock = time.monotonic()
-        cache = self._compacted(cache, list(prompts), found, new_tokens)
+        cache = self._compacted(cache, list(prompts), profiled, new_tokens)
         jax.block_until_ready(cache.lengths_B)
         self.seconds.compact += time.monotonic() - clock
-        self.chosen = found.chosen
-        return found.x_BTD, cache
+        self.chosen = profiled.chosen
+        return profiled.x_BTD, cache
 
     def profiled(
         self, prompts: Mapping[int, Sequence[int]], starts: np.ndarray | None = None
@@ -178,8 +178,8 @@ class Compressor:
             )
 
         def lost(dropped_CBKS: np.ndarray, bands_CB: np.ndarray) -> Lost:
-            found = [scratch.lost(*of, dropped_CBKS, bands_CB) for of in readers]
-            return Lost(*(np.concatenate(each, axis=1) for each in zip(*found, strict=True)))
+            losses = [scratch.lost(*of, dropped_CBKS, bands_CB) for of in readers]
+            return Lost(*(np.concatenate(each, axis=1) for each in zip(*losses, strict=True)))
 
         seen = Seen(
             layer=p,
@@ -207,11 +207,11 @@ class Compressor:
         self,
         cache: Cache,
         rows: list[int],
-        found: "Profiled",
+        profiled: "Profiled",
         new_tokens: int | Mapping[int, int],
     ) -> Cache:
         """The cache with what the rows' heads keep of their prompts."""
-        encoded, chosen, classes_BS = found.encoded, found.chosen, found.classes_BS
+        encoded, chosen, classes_BS = profiled.encoded, profiled.chosen, profiled.classes_BS
         new_B = np.array(
             [new_tokens if isinstance(new_tokens, int) else new_tokens[row] for row in rows]
         )

@@ -248,14 +248,14 @@ def prefill(
         spec.config.compute_dtype,
         out_sharding=rules.gathered().spec(*axes("BD")),
     )
-    found_BD = none_BD if last_BD is None else last_BD
+    x_BD = none_BD if last_BD is None else last_BD
     for i in range(chunks):
         chunk = tokens[:, i * T : (i + 1) * T]
         placed = jax.device_put(
             (chunk, np.clip(counts - i * T, 0, T)), (rules.spec("batch", None), rules.spec("batch"))
         )
-        found_BD, cache = _prefill_chunk(weights, cache, found_BD, *placed, spec=spec)
-    return found_BD, cache
+        x_BD, cache = _prefill_chunk(weights, cache, x_BD, *placed, spec=spec)
+    return x_BD, cache
 
 
 def check_weights(weights: Weights, spec: CacheSpec) -> None:

@@ -126,8 +126,8 @@ def listed(directory: epath.Path, suffix: str) -> list[epath.Path]:
     links in it.
     """
     check_links(directory)
-    found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(file for file in found if file.suffix == suffix)
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(file for file in entries if file.suffix == suffix)
 
 
 def write_atomically(file: epath.Path, content: str | bytes) -> None:

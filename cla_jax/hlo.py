@@ -33,18 +33,18 @@ def find(dump: Path, ending: str) -> str:
 
 def computations(text: str) -> dict[str, list[str]]:
     """The instructions of each computation of a module; the entry under the name ENTRY too."""
-    found: dict[str, list[str]] = {}
+    bodies: dict[str, list[str]] = {}
     lines: list[str] | None = None
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
-            lines = found[match[2]] = []
+            lines = bodies[match[2]] = []
             if match[1]:
-                found["ENTRY"] = lines
+                bodies["ENTRY"] = lines
         elif line == "}":
             lines = None
         elif lines is not None:
             lines.append(line)
-    return found
+    return bodies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def by_kind(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def network_bytes(found: Iterable[Collective], per_host: int) -> dict[str, int]:
+def network_bytes(exchanges: Iterable[Collective], per_host: int) -> dict[str, int]:
     """Bytes that collectives over several hosts take through the network port of each device, by kind.
 
     Rings pass each host once for all of its devices, which share the work. So a device's port carries
@@ -77,7 +77,7 @@ def network_bytes(found: Iterable[Collective], per_host: int) -> dict[str, int]:
     """
     return by_kind(
         (collective.kind, collective.bytes // sum(i < per_host for i in collective.group))
-        for collective in found
+        for collective in exchanges
         if collective.group and max(collective.group) >= per_host
     )
 
@@ -296,7 +296,7 @@ def _turns(loop: str, condition: list[str]) -> int:
 def trip_count(condition: list[str]) -> int:
     """How often a loop from 0 turns: the constant that its condition compares with."""
     constants = [
-        int(found) for line in condition for found in re.findall(r"constant\((\d+)\)", line)
+        int(number) for line in condition for number in re.findall(r"constant\((\d+)\)", line)
     ]
     if not constants:
         raise ValueError("a loop whose condition compares with no constant: " + "".join(condition))

@@ -170,11 +170,11 @@ class Sharing:
 
         A layer that reads the keys of one KV layer and the values of another reads the two together.
         """
-        found = list(range(len(self.kv_layers)))
+        firsts = list(range(len(self.kv_layers)))
         for group in self.groups:
-            low, high = sorted(found[p] for p in self.read_by(group))
-            found = [low if p == high else p for p in found]
-        return tuple(found)
+            low, high = sorted(firsts[p] for p in self.read_by(group))
+            firsts = [low if p == high else p for p in firsts]
+        return tuple(firsts)
 
     @functools.cached_property
     def _index_of(self) -> dict[int, int]:

@@ -111,15 +111,15 @@ def run(
     """
     config = _computing(parts.config)
     x_BTD = jnp.asarray(parts.rest["embedding"])[tokens_BT]
-    found: dict[int, KV] = {}
+    produced: dict[int, KV] = {}
     for i, layer in enumerate(parts.layers):
         visit(i, x_BTD)
         source = config.resolved_kv_map[i]
         group = _as_group(config, layer, source == i)
         window = jnp.int32(config.resolved_windows[i])
         if source == i:
-            found[i] = _keys_and_values(group, x_BTD, config)
-        x_BTD = _blocks(group, x_BTD, found[source], window, starts_BT, config)
+            produced[i] = _keys_and_values(group, x_BTD, config)
+        x_BTD = _blocks(group, x_BTD, produced[source], window, starts_BT, config)
     return x_BTD
 
 

@@ -86,12 +86,12 @@ def _packed(texts: Sequence[Text], width: int) -> Rows:
 
     In rows as long as the model is wide, attention takes about as long as everything else (on a CPU).
     """
-    found = prefix_groups(texts)
+    groups = prefix_groups(texts)
 
     def cost(rows: Rows) -> int:
-        return sum(len(some) * length * (length + width) for length, some in rows.items())
+        return sum(len(same) * length * (length + width) for length, same in rows.items())
 
-    return min((pack(texts, found, shortest) for shortest in ROWS), key=cost)
+    return min((pack(texts, groups, shortest) for shortest in ROWS), key=cost)
 
 
 def _batches(
@@ -183,12 +183,12 @@ def through_cache(
         longest = max(len(texts[i].tokens) for i in group.members)
         capacity = doubled(SHORTEST, longest)
         by_capacity.setdefault(capacity, []).append(group)
-    for capacity, found in sorted(by_capacity.items()):
+    for capacity, groups in sorted(by_capacity.items()):
         batch = rows_of(rules)(CACHED // capacity)
         spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
-        found.sort(key=lambda group: group.prefix)
-        for begin in range(0, len(found), batch):
-            _decode_groups(weights, spec, texts, found[begin : begin + batch], tally)
+        groups.sort(key=lambda group: group.prefix)
+        for begin in range(0, len(groups), batch):
+            _decode_groups(weights, spec, texts, groups[begin : begin + batch], tally)
     return tally.result()
 
 
@@ -196,20 +196,20 @@ def _decode_groups(
     weights: Weights,
     spec: CacheSpec,
     texts: Sequence[Text],
-    found: Sequence[PrefixGroup],
+    groups: Sequence[PrefixGroup],
     tally: "_Tally",
 ) -> None:
     """Prefixes first, as many as the cache has rows; then their suffixes, of like length together."""
-    prefixes = [texts[members[0]].tokens[:prefix] for prefix, members in found]
+    prefixes = [texts[members[0]].tokens[:prefix] for prefix, members in groups]
     cache = _feed(weights, spec, spec.allocate(), prefixes)
-    suffixes = [(r, i) for r, group in enumerate(found) for i in group.members]
-    suffixes.sort(key=lambda suffix: len(texts[suffix[1]].tokens) - found[suffix[0]].prefix)
+    suffixes = [(r, i) for r, group in enumerate(groups) for i in group.members]
+    suffixes.sort(key=lambda suffix: len(texts[suffix[1]].tokens) - groups[suffix[0]].prefix)
     for begin in range(0, len(suffixes), spec.batch):
-        some = suffixes[begin : begin + spec.batch]
+        batch = suffixes[begin : begin + spec.batch]
         rows = np.zeros(spec.batch, np.int32)
-        rows[: len(some)] = [r for r, _ in some]
+        rows[: len(batch)] = [r for r, _ in batch]
         copies = _gather_rows(cache, jax.device_put(rows, spec.rules.spec("batch")))
-        here = [(i, found[r].prefix) for r, i in some]
+        here = [(i, groups[r].prefix) for r, i in batch]
         _decode_suffixes(weights, spec, copies, texts, here, tally)
 
 
@@ -289,8 +289,8 @@ def through_policy(
         members.setdefault(one.tokens[: max(one.given, 1)], []).append(i)
     policy.check([len(prompt) for prompt in members])
     by_capacity: dict[int, list[tuple[int, ...]]] = {}
-    for prompt, some in members.items():
-        longest = max(len(texts[i].tokens) for i in some)
+    for prompt, indices in members.items():
+        longest = max(len(texts[i].tokens) for i in indices)
         by_capacity.setdefault(doubled(SHORTEST, longest), []).append(prompt)
     for capacity, prompts in sorted(by_capacity.items()):
         batch = min(max(CACHED // capacity, 1), len(prompts))
@@ -300,9 +300,9 @@ def through_policy(
         compressor, cache = Compressor(weights, spec), spec.allocate()
         prompts.sort(key=len)
         for begin in range(0, len(prompts), batch):
-            some = prompts[begin : begin + batch]
+            contexts = prompts[begin : begin + batch]
             # Always the same number of prompts: programs are compiled for it.
-            filled = dict(enumerate(some + some[-1:] * (batch - len(some))))
+            filled = dict(enumerate(contexts + contexts[-1:] * (batch - len(contexts))))
             most = {
                 row: max(len(texts[i].tokens) for i in members[prompt]) - len(prompt)
                 for row, prompt in filled.items()
@@ -311,18 +311,18 @@ def through_policy(
             # What the prompt itself predicts: of a context of one token, the first target.
             places = [
                 _Place(i, row, texts[i].given + t, target)
-                for row, prompt in enumerate(some)
+                for row, prompt in enumerate(contexts)
                 for i in members[prompt]
                 for t, target in enumerate(texts[i].targets[: len(prompt) - texts[i].given])
             ]
             tally.add(_scores(weights.head, x_BTD, places, compressor.spec.rules), places)
             texts_of = [
-                sorted(members[prompt], key=lambda i: len(texts[i].tokens)) for prompt in some
+                sorted(members[prompt], key=lambda i: len(texts[i].tokens)) for prompt in contexts
             ]
             for turn in range(max(map(len, texts_of))):
                 here = [
                     (of[turn], len(prompt)) if turn < len(of) else None
-                    for of, prompt in zip(texts_of, some, strict=True)
+                    for of, prompt in zip(texts_of, contexts, strict=True)
                 ]
                 copies = jax.tree.map(jnp.copy, cache)
                 _decode_suffixes(weights, compressor.spec, copies, texts, here, tally)
@@ -352,14 +352,14 @@ def _scores(
     head_VD: jax.Array, x_BTD: jax.Array, places: Sequence[_Place], rules: AxisRules
 ) -> Iterable[tuple[jax.Array, jax.Array]]:
     """(log-probability, is likeliest) of the targets at some places, in slices of one size."""
-    found = []
+    scores = []
     for begin in range(0, len(places), SLICE):
-        some = np.zeros((3, SLICE), np.int32)
+        padded = np.zeros((3, SLICE), np.int32)
         part = places[begin : begin + SLICE]
-        some[:, : len(part)] = np.array([place[1:] for place in part]).T
-        arrays = jax.device_put(tuple(some), rules.spec(None))
-        found.append(_slice_scores(head_VD, x_BTD, *arrays, rules=rules))
-    return found
+        padded[:, : len(part)] = np.array([place[1:] for place in part]).T
+        arrays = jax.device_put(tuple(padded), rules.spec(None))
+        scores.append(_slice_scores(head_VD, x_BTD, *arrays, rules=rules))
+    return scores
 
 
 class _Tally:

@@ -73,10 +73,10 @@ def token_losses(
         x_ND, targets_N = _chunk(start, chunk, x_BTD, targets_BT)
         return None, losses(_logits(x_ND, whole_VD, rules), targets_N)[0]
 
-    _, found = jax.lax.scan(step, None, jnp.arange(0, T, chunk))
+    _, nll = jax.lax.scan(step, None, jnp.arange(0, T, chunk))
     spec = rules.spec(None, "batch", None)
-    found = found.reshape(T // chunk, B, chunk, out_sharding=spec)
-    return jnp.moveaxis(found, 0, 1).reshape(B, T)
+    nll = nll.reshape(T // chunk, B, chunk, out_sharding=spec)
+    return jnp.moveaxis(nll, 0, 1).reshape(B, T)
 
 
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules, taught=None, distill=None):

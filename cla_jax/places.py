@@ -207,11 +207,11 @@ class SharedPlaces(Places):
         return self._twins.pop(row, None)
 
     def prefill_order(self, rows: Sequence[int]) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
+        rows_by_turn: dict[int, list[int]] = {}
         for row in rows:
-            found.setdefault(self._order[row], []).append(row)
+            rows_by_turn.setdefault(self._order[row], []).append(row)
         self._order, self._joining, self._written = {}, {}, {}
-        return [found[order] for order in sorted(found)]
+        return [rows_by_turn[order] for order in sorted(rows_by_turn)]
 
     def prepare(self, row: int, length: int) -> None:
         path = self._paths[row]
@@ -224,8 +224,8 @@ class SharedPlaces(Places):
             self.tree.append(path, token)
 
     def bytes(self) -> tuple[int, int]:
-        found = ledger.predicted_shared(self.spec, self.tree)
-        return found.resident, found.unshared
+        predicted = ledger.predicted_shared(self.spec, self.tree)
+        return predicted.resident, predicted.unshared
 
     def placed(self, cache: Cache, writing: Collection[int] = ()) -> Cache:
         awaited = [row for row in writing if self._is_awaited(self._paths[row])]

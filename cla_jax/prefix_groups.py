@@ -42,23 +42,23 @@ def text(context: Sequence[int], continuation: Sequence[int], max_length: int) -
 
 def prefix_groups(texts: Sequence[Text]) -> list[PrefixGroup]:
     """Groups of the texts, chosen so that few tokens are computed. Each text is in one group."""
-    found: list[tuple[int, list[int]]] = []
+    groups: list[tuple[int, list[int]]] = []
     prefix: tuple[int, ...] = ()
     for i in sorted(range(len(texts)), key=lambda i: texts[i].tokens):
         mine = texts[i].tokens[: texts[i].given]
         shared = _common(prefix, mine)
         # A shorter prefix is computed anew in each member: does the group still save tokens with one
         # more? Half a prefix is not worth it, for the next text may well share more with this one.
-        members = found[-1][1] if found else []
+        members = groups[-1][1] if groups else []
         n = len(members)
         if shared * n > len(prefix) * (n - 1) and 2 * shared >= len(prefix):
             prefix = prefix[:shared]
             members.append(i)
-            found[-1] = (shared, members)
+            groups[-1] = (shared, members)
         else:
             prefix = mine
-            found.append((len(mine), [i]))
-    return [PrefixGroup(length, tuple(members)) for length, members in found]
+            groups.append((len(mine), [i]))
+    return [PrefixGroup(length, tuple(members)) for length, members in groups]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -71,16 +71,16 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 Rows = dict[int, list[list[PrefixGroup]]]  # by their length in tokens
 
 
-def pack(texts: Sequence[Text], found: Sequence[PrefixGroup], shortest: int) -> Rows:
+def pack(texts: Sequence[Text], groups: Sequence[PrefixGroup], shortest: int) -> Rows:
     """Rows by their length, each a list of groups; those too large for a row are cut into several.
 
     Lengths are `shortest`, and doublings of it for texts that need them.
     """
     pieces: dict[int, list[PrefixGroup]] = {}
-    for group in found:
+    for group in groups:
         length = doubled(shortest, max(len(texts[i].tokens) for i in group.members))
         pieces.setdefault(length, []).extend(_cut(texts, group, length))
-    return {length: _fitted(texts, some, length) for length, some in sorted(pieces.items())}
+    return {length: _fitted(texts, same, length) for length, same in sorted(pieces.items())}
 
 
 def _cut(texts: Sequence[Text], group: PrefixGroup, length: int) -> list[PrefixGroup]:
@@ -97,13 +97,13 @@ def _cut(texts: Sequence[Text], group: PrefixGroup, length: int) -> list[PrefixG
 
 
 def _fitted(
-    texts: Sequence[Text], found: list[PrefixGroup], length: int
+    texts: Sequence[Text], groups: list[PrefixGroup], length: int
 ) -> list[list[PrefixGroup]]:
     """The groups in rows: the largest first, each where the least room would be left."""
-    size = {f: f.prefix + sum(len(texts[i].tokens) - f.prefix for i in f.members) for f in found}
+    size = {f: f.prefix + sum(len(texts[i].tokens) - f.prefix for i in f.members) for f in groups}
     rows: list[list[PrefixGroup]] = []
     room: list[tuple[int, int]] = []  # (columns left, row), ascending
-    for group in sorted(found, key=lambda f: -size[f]):
+    for group in sorted(groups, key=lambda f: -size[f]):
         at = bisect.bisect_left(room, (size[group], 0))
         left, r = room.pop(at) if at < len(room) else (length, len(rows))
         if r == len(rows):

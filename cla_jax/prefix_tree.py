@@ -237,11 +237,11 @@ class PrefixTree:
 
     def path(self, path: Path) -> list[Node]:
         """The chunks of a request, from the first token on."""
-        found, node = [], path.leaf
+        nodes, node = [], path.leaf
         while node.parent is not None:
-            found.append(node)
+            nodes.append(node)
             node = node.parent
-        return found[::-1]
+        return nodes[::-1]
 
     def tokens(self, path: Path) -> list[int]:
         return [token for node in self.path(path) for token in node.tokens]

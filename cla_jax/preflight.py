@@ -54,8 +54,8 @@ def _check_neighbours(config: Config, path: Path) -> None:
                 f"name = {config.name!r} lies inside another run, {name}: choose another name"
             )
     if place.is_dir() and not (place / "config.json").exists():
-        found = (file for depth in ("*", "*/*") for file in place.glob(f"{depth}/config.json"))
-        if below := next(found, None):
+        configs = (file for depth in ("*", "*/*") for file in place.glob(f"{depth}/config.json"))
+        if below := next(configs, None):
             name = below.parent.relative_to(root)
             raise ValueError(
                 f"name = {config.name!r} is a directory of runs, such as {name}: choose another name"

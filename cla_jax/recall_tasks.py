@@ -38,10 +38,10 @@ def word(draw: random.Random, syllables: int = 3) -> str:
 
 def words(draw: random.Random, count: int, syllables: int = 3) -> list[str]:
     """Different words."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[word(draw, syllables)] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[word(draw, syllables)] = None
+    return list(drawn)
 
 
 def needle(draw: random.Random, length: int) -> Example:
@@ -112,8 +112,8 @@ def common_words(draw: random.Random, length: int) -> Example:
 def recall(draw: random.Random, length: int) -> Example:
     """Pairs of words, some of them asked for again; the last question is the one that counts."""
     count = max(3, length // (2 * len("bababa kakaka, ")))
-    found = words(draw, 2 * count)
-    pairs = list(zip(found[:count], found[count:], strict=True))
+    drawn = words(draw, 2 * count)
+    pairs = list(zip(drawn[:count], drawn[count:], strict=True))
     text = "".join(f"{key} {value}, " for key, value in pairs)
     asked = pairs.copy()
     draw.shuffle(asked)

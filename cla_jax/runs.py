@@ -139,8 +139,8 @@ class Run:
     @property
     def id(self) -> str:
         """The number that all records of the run carry; empty if it is older than that."""
-        found = self._own().get("run")
-        return found if isinstance(found, str) else ""
+        number = self._own().get("run")
+        return number if isinstance(number, str) else ""
 
     @property
     def is_sealed(self) -> bool:
@@ -167,8 +167,8 @@ class Run:
         for step in reversed(saved_steps(self.checkpoints)):
             with contextlib.suppress(ValueError, KeyError):
                 saved = read_json(self.checkpoints / f"{step:08d}.json")
-                if found := Owner(record.get("run", ""), record["identity"]).difference(saved):
-                    return f"{file} was altered: {found}. {_RESTORE}"
+                if difference := Owner(record.get("run", ""), record["identity"]).difference(saved):
+                    return f"{file} was altered: {difference}. {_RESTORE}"
         return f"{file} was altered: its checksum does not match. {_RESTORE}"
 
     def check_data(
@@ -183,8 +183,8 @@ class Run:
         """
         trained_on = self.record().get("data_fingerprint")
         if trained_on != fingerprint:
-            found = changes(trained_on) if isinstance(trained_on, str) else ()
-            raise ValueError(self._other_data(f"{trained_on!r}", f"{fingerprint!r}", found))
+            changed = changes(trained_on) if isinstance(trained_on, str) else ()
+            raise ValueError(self._other_data(f"{trained_on!r}", f"{fingerprint!r}", changed))
         if self.tokenizer_json() != tokenizer_json:
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that the data was prepared "
@@ -310,22 +310,22 @@ class Run:
         Raises ValueError for one that is damaged or altered; or it is left out, if `problems` is there to be
         told about it.
         """
-        found = {}
+        records = {}
         try:
             present = listed(self.path / "eval", ".json")
         except ValueError as error:  # a link among them
             if problems is None:
                 raise
             problems.append(str(error))
-            return found
+            return records
         for file in present:
             try:
-                found[file.stem] = self._read_eval(file)
+                records[file.stem] = self._read_eval(file)
             except ValueError as error:
                 if problems is None:
                     raise
                 problems.append(str(error))
-        return found
+        return records
 
     def _read_eval(self, file: epath.Path) -> dict[str, Any]:
         check_links(self.path)
@@ -350,16 +350,16 @@ class Run:
         line, which is no alteration.
         """
         check_links(self.path)
-        found: list[str] = []
+        altered: list[str] = []
         cut: list[str] = []
         lines = seals.read_lines(
-            self.metric_lines(), self.id, found, torn_end=cut, required=self.is_sealed
+            self.metric_lines(), self.id, altered, torn_end=cut, required=self.is_sealed
         )
         for line in lines:
             if (record := metrics_record(line)) is not None:
                 yield record
         if problems is not None:
-            problems += [f"{self._metrics_place}: {problem}" for problem in found]
+            problems += [f"{self._metrics_place}: {problem}" for problem in altered]
         if torn_end is not None:
             torn_end += [f"{self._metrics_place}: {words}" for words in cut]
 
@@ -405,7 +405,7 @@ class Run:
             )
         )
         newest = max(saved_steps(self.checkpoints), default=0)
-        found, file = self._training_evaluation(), self.path / "eval" / f"{TRAINING}.json"
+        in_file, file = self._training_evaluation(), self.path / "eval" / f"{TRAINING}.json"
         problems = []
         if last < before:
             problems.append(
@@ -422,7 +422,7 @@ class Run:
                 f"{self._metrics_place}: the end is missing: it has no evaluation of step {noted:,}, but "
                 f"{file} is of that step; start the run again to repair it"
             )
-        if found < recorded:
+        if in_file < recorded:
             problems.append(
                 f"{file} of step {recorded:,} is missing, but the metrics have that evaluation; start the "
                 "run again to repair it"
@@ -431,7 +431,7 @@ class Run:
             tuple(problems),
             metrics=last < before,
             checkpoint=saved if newest < saved else None,
-            evaluation=recorded if found < recorded else None,
+            evaluation=recorded if in_file < recorded else None,
         )
 
     def _training_evaluation(self) -> int:
@@ -604,8 +604,8 @@ def _saved_id(run: Run) -> str:
     """The number in the checkpoints, where config.json was last written by a version without numbers."""
     for step in reversed(saved_steps(run.checkpoints)):
         with contextlib.suppress(ValueError):
-            if found := read_json(run.checkpoints / f"{step:08d}.json").get("run"):
-                return found
+            if number := read_json(run.checkpoints / f"{step:08d}.json").get("run"):
+                return number
     return ""
 
 
@@ -754,15 +754,15 @@ def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = N
     for path in map(epath.Path, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        found = _runs_below(path, broken)
-        if not found:
+        below = _runs_below(path, broken)
+        if not below:
             if broken:
                 raise ValueError(_without_config(broken[0]))
             raise ValueError(
                 f"{path} is not a run directory and contains none: there is no config.json"
             )
         known = {_real(run.path) for run in runs}
-        runs += [run for run in found if _real(run.path) not in known]
+        runs += [run for run in below if _real(run.path) not in known]
     for path in dict.fromkeys(broken):
         words = f"{_without_config(path)}; it is left out"
         log.warning("%s", words) if problems is None else problems.append(words)

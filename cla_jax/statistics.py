@@ -329,61 +329,62 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
     return Optimum(rate=rate, loss=loss, edge="")
 
 
-def byte_gain(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> float:
-    """How many times the bytes `theirs` needs for the loss of `ours`: 1.7 is "worth 1.7 times the bytes".
+def byte_gain(family: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float:
+    """How many times the bytes `other` needs for the loss of `family`: 1.7 is "worth 1.7 times the bytes".
 
     Each family is (bytes, loss) points, fitted by a line of loss over log2(bytes). The distance is
-    horizontal, from the middle of our points to the line of theirs. Raises ValueError for a family without
-    two sizes, and where the loss of `theirs` does not fall with its bytes.
+    horizontal, from the middle of the points of `family` to the line of `other`. Raises ValueError for a
+    family without two sizes, and where the loss of `other` does not fall with its bytes.
     """
-    sizes = lambda family: np.array([b for b, _ in family], np.float64)
-    losses = lambda family: np.array([[loss] for _, loss in family], np.float64)
-    for name, family in (("ours", ours), ("theirs", theirs)):
-        if len(set(sizes(family))) < 2:
-            raise ValueError(f"the family {name} has only one size: a fit needs two")
-    (gain,) = _byte_gains(sizes(ours), losses(ours), sizes(theirs), losses(theirs))
+    sizes = lambda points: np.array([b for b, _ in points], np.float64)
+    losses = lambda points: np.array([[loss] for _, loss in points], np.float64)
+    for name, points in (("family", family), ("other family", other)):
+        if len(set(sizes(points))) < 2:
+            raise ValueError(f"the {name} has only one size: a fit needs two")
+    (gain,) = _byte_gains(sizes(family), losses(family), sizes(other), losses(other))
     if math.isinf(gain):
-        raise ValueError("the loss of the family theirs does not decrease with its bytes")
+        raise ValueError("the loss of the other family does not decrease with its bytes")
     return float(gain)
 
 
 def _byte_gains(
-    ours_N: np.ndarray, ours_NR: np.ndarray, theirs_M: np.ndarray, theirs_MR: np.ndarray
+    bytes_N: np.ndarray, losses_NR: np.ndarray, other_M: np.ndarray, losses_MR: np.ndarray
 ) -> np.ndarray:
-    """`byte_gain` for R sets of losses; infinite where the loss of theirs does not fall with its bytes."""
-    x = np.log2(ours_N)
+    """`byte_gain` for R sets of losses; infinite if the other family's loss does not fall with its bytes."""
+    x = np.log2(bytes_N)
     middle = (x.min() + x.max()) / 2
-    slope_R, intercept_R = np.polyfit(x, ours_NR, 1)
+    slope_R, intercept_R = np.polyfit(x, losses_NR, 1)
     loss_R = slope_R * middle + intercept_R
-    slope_R, intercept_R = np.polyfit(np.log2(theirs_M), theirs_MR, 1)
+    slope_R, intercept_R = np.polyfit(np.log2(other_M), losses_MR, 1)
     falls_R = slope_R < 0
     gain_R = 2 ** ((loss_R - intercept_R) / np.where(falls_R, slope_R, -1) - middle)
     return np.where(falls_R, gain_R, np.inf)
 
 
 def byte_gain_interval(
-    ours: Sequence[tuple[float, Sequence[float]]],
-    theirs: Sequence[tuple[float, Sequence[float]]],
+    family: Sequence[tuple[float, Sequence[float]]],
+    other: Sequence[tuple[float, Sequence[float]]],
     *,
     level: float = 0.95,
 ) -> tuple[float, float]:
     """A bootstrap interval for `byte_gain` over seeds: (bytes, losses by seed) points, the same seeds in all.
 
-    If the line of `theirs` does not fall with its bytes in a resample, no number of bytes reaches our loss.
+    If the line of `other` does not fall with its bytes in a resample, no number of bytes reaches that loss.
     The gain of that resample is then infinite. Raises ValueError as `byte_gain` does, for the means over all
     seeds.
     """
-    counts = {len(losses) for _, losses in itertools.chain(ours, theirs)}
+    counts = {len(losses) for _, losses in itertools.chain(family, other)}
     if len(counts) != 1:
         raise ValueError(
             f"rows have {sorted(counts)} seeds: paired tests need the same seeds in each row"
         )
     (n,) = counts
-    byte_gain(*([(b, float(np.mean(losses))) for b, losses in family] for family in (ours, theirs)))
+    mean = lambda points: [(b, float(np.mean(losses))) for b, losses in points]
+    byte_gain(mean(family), mean(other))
     share_RS, chance_R = _resamples(n)
-    sizes = lambda family: np.array([b for b, _ in family], np.float64)
-    means = lambda family: np.array([losses for _, losses in family]) @ share_RS.T
-    gain_R = _byte_gains(sizes(ours), means(ours), sizes(theirs), means(theirs))
+    sizes = lambda points: np.array([b for b, _ in points], np.float64)
+    means = lambda points: np.array([losses for _, losses in points]) @ share_RS.T
+    gain_R = _byte_gains(sizes(family), means(family), sizes(other), means(other))
     order = np.argsort(gain_R)
     below = np.cumsum(chance_R[order])
     tail = (1 - level) / 2

@@ -199,7 +199,7 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
     A claim is supported if the one-sided test says so, and contradicted if the test of the opposite says so.
     Both are at the level of the study after Holm's adjustment. Otherwise the claim is inconclusive.
     """
-    found: list[Verdict | None] = []
+    verdicts: list[Verdict | None] = []
     tested: list[_Tested] = []
     for claim in study.claims:
         seeds = study.seeds(claim)
@@ -219,16 +219,16 @@ def decide(study: Study, scores: Mapping[tuple[str, int], float]) -> list[Verdic
         elif len(finite) < study.needed:
             reason = f"only {len(finite)} pairs have finite scores; the test needs {study.needed}"
         else:
-            found.append(None)
+            verdicts.append(None)
             diverged = {
                 row: sum(not math.isfinite(pair[side]) for pair in whole.values())
                 for side, row in enumerate((claim.row, claim.other))
             }
             tested.append((claim, excluded, list(finite.values()), diverged))
             continue
-        found.append(Verdict(claim=claim, status="not tested", reason=reason, excluded=excluded))
+        verdicts.append(Verdict(claim=claim, status="not tested", reason=reason, excluded=excluded))
     decided = iter(_decided(study, tested))
-    return [verdict or next(decided) for verdict in found]
+    return [verdict or next(decided) for verdict in verdicts]
 
 
 # A claim, the seeds left out, the differences, and with how many seeds each of its rows diverged.

@@ -208,7 +208,7 @@ class Replay:
 
     def summary(self) -> dict[str, float]:
         peak = max(self.moments, key=lambda moment: moment.resident)
-        found = {
+        numbers = {
             "seconds": self.seconds,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
@@ -219,8 +219,8 @@ class Replay:
         for name in ("first_token", "latency_per_token"):
             values = sorted(getattr(self, name))
             for percent in (50, 90, 99):
-                found[f"{name}_p{percent}"] = values[-(-len(values) * percent // 100) - 1]
-        return found
+                numbers[f"{name}_p{percent}"] = values[-(-len(values) * percent // 100) - 1]
+        return numbers
 
 
 def check(engine: Engine, lines: Sequence[Line], where: str = "the trace") -> None:

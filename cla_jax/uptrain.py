@@ -40,11 +40,11 @@ def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
     """The model of the other run on a mesh. Raises ValueError if its checkpoint is not the one asked for."""
     run = source(start)
     step, model = checkpoint.load_model(run, rules, mesh)
-    found = checkpoint.fingerprint(run, step)
-    if start.checkpoint and found != start.checkpoint:
+    fingerprint = checkpoint.fingerprint(run, step)
+    if start.checkpoint and fingerprint != start.checkpoint:
         raise ValueError(
             f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path} (step {step}, "
-            f"{found}): that run was trained further, or altered"
+            f"{fingerprint}): that run was trained further, or altered"
         )
     return model
 
@@ -321,16 +321,16 @@ class Text:
 def streams(parts: Layers, text: Text, windows: int) -> dict[int, np.ndarray]:
     """The stream that each layer reads on training text, normed, before its norm's scale: [B, T, D]."""
     tokens_BT, _, starts_BT = text.windows(windows)
-    found: dict[int, list[np.ndarray]] = {}
+    by_layer: dict[int, list[np.ndarray]] = {}
 
     def visit(layer: int, x_BTD: jax.Array) -> None:
         x = np.asarray(x_BTD[0])
         square = np.mean(x * x, axis=-1, keepdims=True)
-        found.setdefault(layer, []).append(x / np.sqrt(square + parts.config.norm_eps))
+        by_layer.setdefault(layer, []).append(x / np.sqrt(square + parts.config.norm_eps))
 
     for row in range(len(tokens_BT)):
         layerwise.run(parts, tokens_BT[row : row + 1], starts_BT[row : row + 1], visit)
-    return {layer: np.stack(rows) for layer, rows in found.items()}
+    return {layer: np.stack(rows) for layer, rows in by_layer.items()}
 
 
 # -------------------------------------------------------------------- which layers can consume
@@ -348,13 +348,13 @@ def damages(
     inputs = streams(parts, text, windows) if init in conversion.CALIBRATED else None
     batch = text.windows(windows)
     producers = sorted(set(parts.config.resolved_kv_map))
-    found = {}
+    losses = {}
     for done, layer in enumerate(producers[1:]):
         kv_map = map_of(parts.config, set(producers) - {layer})
         config = dataclasses.replace(parts.config, kv_map=kv_map)
-        found[layer] = layerwise.mean_loss(converted(parts, config, init, inputs), *batch)
+        losses[layer] = layerwise.mean_loss(converted(parts, config, init, inputs), *batch)
         progress(done + 1, len(producers) - 1)
-    return found
+    return losses
 
 
 def with_least_damage(

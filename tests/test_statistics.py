@@ -170,18 +170,18 @@ def test_the_interval_of_the_byte_gain_counts_every_resample():
     """An interval of 2,000 drawn resamples moved by a tenth of itself with the seed of the drawing."""
     draw = np.random.default_rng(4)
     make = lambda *points: [(b, list(loss + draw.normal(0, 0.02, 4))) for b, loss in points]
-    ours, theirs = make((256, 2.2), (512, 2.1)), make((256, 2.25), (512, 2.15))
+    family, other = make((256, 2.2), (512, 2.1)), make((256, 2.25), (512, 2.15))
     gains = []
     for chosen in itertools.product(range(4), repeat=4):
         mean = lambda family, chosen=chosen: [
             (b, float(np.mean([losses[i] for i in chosen]))) for b, losses in family
         ]
         try:
-            gains.append(statistics.byte_gain(mean(ours), mean(theirs)))
+            gains.append(statistics.byte_gain(mean(family), mean(other)))
         except ValueError:
             gains.append(math.inf)
     for level in (0.9, 0.95):
-        low, high = statistics.byte_gain_interval(ours, theirs, level=level)
+        low, high = statistics.byte_gain_interval(family, other, level=level)
         tail = (1 - level) / 2
         expected = np.quantile(gains, [tail, 1 - tail], method="inverted_cdf")
         assert (low, high) == pytest.approx(tuple(expected), rel=1e-9)
@@ -193,21 +193,21 @@ def test_the_interval_of_the_byte_gain_counts_every_resample():
 
 
 def test_the_byte_gain_is_the_horizontal_distance():
-    theirs = [(256, 2.3), (512, 2.2), (1024, 2.1)]
-    ours = [(b / 1.7, loss) for b, loss in theirs]
-    assert statistics.byte_gain(ours, theirs) == pytest.approx(1.7)
-    assert statistics.byte_gain(theirs, theirs) == pytest.approx(1)
-    with pytest.raises(ValueError, match="ours has only one size"):
-        statistics.byte_gain(ours[:1], theirs)
-    with pytest.raises(ValueError, match="theirs does not decrease"):
-        statistics.byte_gain(ours, [(256, 2.1), (512, 2.2)])
+    other = [(256, 2.3), (512, 2.2), (1024, 2.1)]
+    family = [(b / 1.7, loss) for b, loss in other]
+    assert statistics.byte_gain(family, other) == pytest.approx(1.7)
+    assert statistics.byte_gain(other, other) == pytest.approx(1)
+    with pytest.raises(ValueError, match="the family has only one size"):
+        statistics.byte_gain(family[:1], other)
+    with pytest.raises(ValueError, match="other family does not decrease"):
+        statistics.byte_gain(family, [(256, 2.1), (512, 2.2)])
     draw = np.random.default_rng(6)
     seeds = lambda points: [(b, loss + draw.normal(0, 0.005, 8)) for b, loss in points]
-    low, high = statistics.byte_gain_interval(seeds(ours), seeds(theirs))
+    low, high = statistics.byte_gain_interval(seeds(family), seeds(other))
     assert 1.5 < low < 1.7 < high < 1.9
-    with pytest.raises(ValueError, match="theirs does not decrease"):
-        statistics.byte_gain_interval(seeds(ours), [*seeds(theirs)[::-1][:1], (2048, [3.0] * 8)])
+    with pytest.raises(ValueError, match="other family does not decrease"):
+        statistics.byte_gain_interval(seeds(family), [*seeds(other)[::-1][:1], (2048, [3.0] * 8)])
     with pytest.raises(ValueError, match="wanted power"):
         statistics.detectable(1.0, 8, wanted=1.1)
     with pytest.raises(ValueError, match="same seeds"):
-        statistics.byte_gain_interval([(1, [1.0]), (2, [0.5])], seeds(theirs))
+        statistics.byte_gain_interval([(1, [1.0]), (2, [0.5])], seeds(other))

@@ -278,11 +278,11 @@ class EvictingSpec(CacheSpec):
         def read(i: Any) -> KV:
             pages_NM = jax.lax.dynamic_slice_in_dim(table_BKC, i * M, M, axis=2).reshape(B * K, M)
 
-            def some(held: jax.Array) -> jax.Array:
+            def of_pages(held: jax.Array) -> jax.Array:
                 taken = held.at[pages_NM].get(mode="clip")  # of no page: not seen
                 return taken.reshape(B * K, S, *held.shape[2:])
 
-            return self._format(p).decode(jax.tree.map(some, layer.kept))
+            return self._format(p).decode(jax.tree.map(of_pages, layer.kept))
 
         def positions(i: Any) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(positions_NE, i * S, S, axis=1)

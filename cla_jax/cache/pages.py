@@ -130,15 +130,8 @@ class GroupPages:
     def write(
         self, layer: KV, kv: KV, step: StepPositions, page_of: PageOf, rows_B: jax.Array
     ) -> KV:
-        positions_BT = step.positions_BT
-        entry_BT = jnp.where(positions_BT >= 0, positions_BT % self.ring, self.ring)
-
-        def put(half: Half, new: jax.Array) -> jax.Array:
-            bits = stored(new, self.format.dtype)
-            return half.newest.at[rows_B[:, None], :, entry_BT].set(bits, mode="drop")
-
-        newest = layer.each(put, kv)
-        before_B = step.lengths_B - jnp.sum(positions_BT >= 0, axis=1)
+        newest = self._with_new(layer, kv, step.positions_BT, rows_B)
+        before_B = step.lengths_B - jnp.sum(step.positions_BT >= 0, axis=1)
 
         def fill(pages: KV, i: jax.Array) -> tuple[KV, None]:
             """Quantises one page of each row, if the step has filled it."""
@@ -146,28 +139,38 @@ class GroupPages:
             full_B = (index_B + 1) * self.page <= step.lengths_B
             first_B1 = jnp.where(full_B, index_B * self.page, -1)[:, None]
             place_B = index_B % (self.ring // self.page)
-
-            def quantised(newest: KV) -> KV:
-                def of_page(held: jax.Array) -> jax.Array:
-                    _, K, _, H = held.shape
-                    by_page = held.reshape(held.shape[0], K, -1, self.page, H)
-                    page_BKTH = by_page[rows_B, :, place_B]
-                    return restored(page_BKTH, self.format.dtype).swapaxes(1, 2)
-
-                return self.format.packed(newest.each(of_page))
-
-            def nothing(newest: KV) -> KV:
-                return jax.tree.map(jnp.zeros_like, jax.eval_shape(quantised, newest))
-
+            quantised = lambda newest: self._quantised(newest, rows_B, place_B)
+            nothing = lambda newest: jax.tree.map(jnp.zeros_like, jax.eval_shape(quantised, newest))
             # Most steps of decoding fill no page.
             new = jax.lax.cond(jnp.any(full_B), quantised, nothing, newest)
             page_B = page_of(first_B1)[:, 0]
             into_pages = lambda held, new: held.at[page_B].set(new, mode="drop")
             return jax.tree.map(into_pages, pages, new), None
 
-        most = -(-positions_BT.shape[1] // self.page)
+        most = -(-step.positions_BT.shape[1] // self.page)
         pages, _ = jax.lax.scan(fill, layer.each(lambda half: half.packed), jnp.arange(most))
         return pages.each(Half, newest)
+
+    def _with_new(self, layer: KV, kv: KV, positions_BT: jax.Array, rows_B: jax.Array) -> KV:
+        """The newest tokens of all rows, with the new ones of these rows."""
+        entry_BT = jnp.where(positions_BT >= 0, positions_BT % self.ring, self.ring)
+
+        def put(half: Half, new: jax.Array) -> jax.Array:
+            bits = stored(new, self.format.dtype)
+            return half.newest.at[rows_B[:, None], :, entry_BT].set(bits, mode="drop")
+
+        return layer.each(put, kv)
+
+    def _quantised(self, newest: KV, rows_B: jax.Array, place_B: jax.Array) -> KV:
+        """One page of the newest tokens of each row: the one at `place_B` of its ring."""
+
+        def of_page(held: jax.Array) -> jax.Array:
+            _, K, _, H = held.shape
+            by_page = held.reshape(held.shape[0], K, -1, self.page, H)
+            page_BKTH = by_page[rows_B, :, place_B]
+            return restored(page_BKTH, self.format.dtype).swapaxes(1, 2)
+
+        return self.format.packed(newest.each(of_page))
 
     def copy(self, layer: KV, source: Leaf, target: Leaf) -> KV:
         def copied(half: Half) -> Half:

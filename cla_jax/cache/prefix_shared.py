@@ -64,6 +64,34 @@ class Pages(NamedTuple):
     )
 
 
+class _Reader(NamedTuple):
+    """A row of the batch that reads from a pool."""
+
+    row: int
+    end: int  # up to this position it reads what is shared
+
+
+class _Span(NamedTuple):
+    """Consecutive chunks that the same rows read."""
+
+    pages: tuple[int, ...]
+    position: int
+    rows: tuple[int, ...]
+
+
+def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
+    """Chunks (page, position, rows) that follow one another and have the same readers are one span."""
+    spans: list[_Span] = []
+    for page, position, rows in shared:
+        if not rows:
+            continue
+        if spans and rows == spans[-1].rows:
+            spans[-1] = spans[-1]._replace(pages=(*spans[-1].pages, page))
+        else:
+            spans.append(_Span((page,), position, rows))
+    return spans
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixSpec(CacheSpec):
     """Everything static about a prefix-shared cache. Make it with `prefix_spec`, which checks it."""
@@ -157,33 +185,38 @@ class PrefixSpec(CacheSpec):
         tables = self.empty()
         layout = tree.layout()
         row_of = {path.leaf: row for row, path in rows.items()}
-        order = [row_of.get(path.leaf, self.batch) for path in layout.rows]
-        ends = [  # up to where a row reads what is shared
-            min(path.matched, start) if row in writing else start
-            for row, path, start in zip(order, layout.rows, layout.starts, strict=True)
-        ]
-        for row, path, end in zip(order, layout.rows, ends, strict=True):
-            if row < self.batch:
-                nodes = tree.path(path)[end // self.page :]
-                private = [*(node.page for node in nodes), *path.ahead]
-                tables.private_BC[row, : len(private)] = private
-                tables.starts_B[row] = end
+        readers: list[_Reader | None] = []
+        for path, start in zip(layout.rows, layout.starts, strict=True):
+            row = row_of.get(path.leaf)
+            if row is None:
+                readers.append(None)
+                continue
+            end = min(path.matched, start) if row in writing else start
+            readers.append(_Reader(row, end))
+            private = [*(node.page for node in tree.path(path)[end // self.page :]), *path.ahead]
+            tables.private_BC[row, : len(private)] = private
+            tables.starts_B[row] = end
 
-        def readers(run: Run) -> tuple[int, ...]:
-            here = range(run.first, run.end)
-            return tuple(order[i] for i in here if order[i] < self.batch and run.position < ends[i])
+        def rows_of(run: Run) -> tuple[int, ...]:
+            reading = (r for r in readers[run.first : run.end] if r is not None)
+            return tuple(r.row for r in reading if run.position < r.end)
 
+        spans = _spans([(run.page, run.position, rows_of(run)) for run in layout.shared])
+        return self._share(tables, spans)
+
+    def _share(self, tables: Pages, spans: Sequence[_Span]) -> Pages:
+        """The tables with the blocks of these spans, and the work items that read them."""
         blocks = items = 0
-        for span in _spans([(run.page, run.position, readers(run)) for run in layout.shared]):
+        for span in spans:
             first = blocks
             for i in range(0, len(span.pages), self.pages_at_once):
-                some = span.pages[i : i + self.pages_at_once]
-                tables.shared_NM[blocks, : len(some)] = some
+                pages = span.pages[i : i + self.pages_at_once]
+                tables.shared_NM[blocks, : len(pages)] = pages
                 tables.positions_N[blocks] = span.position + i * self.page
                 blocks += 1
-            for i in range(0, len(span.readers), TILE):
-                some = span.readers[i : i + TILE]
-                tables.rows_IR[items, : len(some)] = some
+            for i in range(0, len(span.rows), TILE):
+                rows = span.rows[i : i + TILE]
+                tables.rows_IR[items, : len(rows)] = rows
                 tables.blocks_I2[items] = first, blocks
                 items += 1
         return tables._replace(items=np.int32(items))
@@ -249,8 +282,8 @@ class PrefixSpec(CacheSpec):
         first = lambda i: jnp.minimum(i * M, C - M)
 
         def read(i: Any) -> KV:
-            some_BM = jax.lax.dynamic_slice_in_dim(pages.private_BC, first(i), M, axis=1)
-            return self._read(p, layer, some_BM)
+            pages_BM = jax.lax.dynamic_slice_in_dim(pages.private_BC, first(i), M, axis=1)
+            return self._read(p, layer, pages_BM)
 
         def positions(i: Any) -> jax.Array:
             offset_S = first(i) * self.page + jnp.arange(M * self.page)
@@ -287,7 +320,7 @@ class PrefixSpec(CacheSpec):
             held_S = jnp.repeat(pages.shared_NM[i] < self.pages, self.page, total_repeat_length=S)
             return jnp.where(held_S, pages.positions_N[i] + jnp.arange(S), EMPTY)[None]
 
-        def body(i: Any, found: Partial) -> Partial:
+        def body(i: Any, parts: Partial) -> Partial:
             rows_R = pages.rows_IR[i]
             # No row: a query at position -1, which sees nothing.
             of = lambda a, fill: a.at[rows_R].get(mode="fill", fill_value=fill)
@@ -301,10 +334,10 @@ class PrefixSpec(CacheSpec):
                 width=width,
             )
             apart = lambda a: a.reshape(K, R, N, -1).swapaxes(0, 1)
-            before = Partial(*(of(a, 0) for a in found))
+            before = Partial(*(of(a, 0) for a in parts))
             after = merge(before, Partial(*map(apart, part)))
             return Partial(
-                *(a.at[rows_R].set(new, mode="drop") for a, new in zip(found, after, strict=True))
+                *(a.at[rows_R].set(new, mode="drop") for a, new in zip(parts, after, strict=True))
             )
 
         zeros_BKN1 = jnp.zeros((B, K, N, 1))
@@ -316,28 +349,6 @@ class PrefixSpec(CacheSpec):
         # What is read instead of no page is never seen, but it must be the row's own.
         pages_BM = jnp.where(pages_BM < self.pages, pages_BM, pages_BM[:, :1])
         return self.layer_pages(p).read(layer, pages_BM)
-
-
-class _Span(NamedTuple):
-    """Consecutive chunks with the same readers."""
-
-    pages: tuple[int, ...]
-    position: int
-    readers: tuple[int, ...]  # rows
-
-
-def _spans(shared: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[_Span]:
-    """Chunks (page, position, readers) that follow one another and have the same readers are read as one."""
-    found: list[_Span] = []
-    for page, position, readers in shared:
-        last = found[-1] if found else None
-        if not readers:
-            continue
-        if last is not None and readers == last.readers:
-            found[-1] = last._replace(pages=(*last.pages, page))
-        else:
-            found.append(_Span((page,), position, readers))
-    return found
 
 
 def refusal(config: ModelConfig, format: str | CacheFormat, page: int) -> str | None:

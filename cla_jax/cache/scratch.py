@@ -116,8 +116,8 @@ class ScratchSpec(CacheSpec):
         size = self.queries_at_once(T)
         lengths_B1 = positions_BT.max(axis=1, keepdims=True) + 1
 
-        def block(i: Any, found: tuple, reader: Queries) -> tuple:
-            total, worst, last = found
+        def block(i: Any, sums: tuple, reader: Queries) -> tuple:
+            total, worst, last = sums
             p_BKGTS, at_BT = self._attention(p, layer, reader, positions_BT, starts_BT, i)
             age_BTS = at_BT[:, :, None] - jnp.arange(T)
             # A product for all candidates at once: one each would go through the weights again.
@@ -136,13 +136,13 @@ class ScratchSpec(CacheSpec):
 
         C, (B, K, N, _) = dropped_CBKS.shape[0], queries[0].q_BKNH.shape
         zeros = jnp.zeros((C, B, K, N // T))
-        found = []
+        losses = []
         for reader in queries:
             body = functools.partial(block, reader=reader)
             total, worst, last = jax.lax.fori_loop(0, T // size, body, (zeros,) * 3)
             lengths_B11 = jnp.maximum(lengths_B1, 1)[:, :, None]
-            found.append((total / lengths_B11, worst, last / jnp.minimum(lengths_B11, LAST)))
-        mean, worst, last = (jnp.stack(each, axis=1) for each in zip(*found, strict=True))
+            losses.append((total / lengths_B11, worst, last / jnp.minimum(lengths_B11, LAST)))
+        mean, worst, last = (jnp.stack(each, axis=1) for each in zip(*losses, strict=True))
         return mean, worst, last
 
     def _attention(

@@ -93,8 +93,8 @@ class Batches:
             places = self.places(step, first, min(first + _ROWS_AT_ONCE, hi))
             for part, windows in enumerate(self._windows):
                 rows = [row for row, place in enumerate(places, first - lo) if place[0] == part]
-                found = windows.take([places[row - (first - lo)][1] for row in rows])
-                for row, example in zip(rows, found, strict=True):
+                examples = windows.take([places[row - (first - lo)][1] for row in rows])
+                for row, example in zip(rows, examples, strict=True):
                     tokens[row] = example["tokens"]
         return tokens
 

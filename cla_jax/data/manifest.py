@@ -16,13 +16,13 @@ _NAME = "manifest.json"
 
 def write(directory: Path, content: dict[str, Any]) -> None:
     """Writes manifest.json: `content`, all files below the directory, and its own checksum."""
-    found = sorted(file for file in directory.rglob("*") if file.is_file())
+    present = sorted(file for file in directory.rglob("*") if file.is_file())
     listed = {
         file.relative_to(directory).as_posix(): {
             "size": file.stat().st_size,
             "sha256": sha256(file),
         }
-        for file in found
+        for file in present
     }
     content = content | {"files": listed}
     text = json.dumps(content | {"checksum": digest(content)}, indent=1)

@@ -239,10 +239,10 @@ def _changed_files(directory: Path, source: str) -> list[str]:
         return []
     same = then.get("hashed_whole") == now["hashed_whole"]
     changed = [name for name in after if name in before and after[name] != before[name] and same]
-    found = [(name, "changed") for name in changed]
-    found += [(name, "is missing") for name in before if name not in after]
-    found += [(name, "is new") for name in after if name not in before]
-    return [f"{printable(name)} {what}" for name, what in found]
+    changes = [(name, "changed") for name in changed]
+    changes += [(name, "is missing") for name in before if name not in after]
+    changes += [(name, "is new") for name in after if name not in before]
+    return [f"{printable(name)} {what}" for name, what in changes]
 
 
 def _fingerprint(paths: Mapping[str, Path]) -> str:
@@ -378,7 +378,9 @@ class _Encoder:
             if len(document[0]):  # a normaliser may leave nothing of white space
                 split = "held_out" if sources.is_held_out(text, self.held_out) else "train"
                 by_split[split].append(document)
-        return len(texts), {name: self._joined(found) for name, found in by_split.items() if found}
+        return len(texts), {
+            name: self._joined(encodings) for name, encodings in by_split.items() if encodings
+        }
 
     def _joined(self, documents: list[tokenizers.Encoded]) -> _Part:
         end = np.array([self.tokenizer.end], np.int32), np.zeros(1, np.int32)
@@ -537,8 +539,8 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
     train, held_out = (streams[name].totals for name in SPLITS)
     documents = train["documents"] + held_out["documents"]
     if not held_out["documents"]:
-        some = itertools.islice(sources.documents(config.source), _ENOUGH)
-        enough = f"use --data.held-out {sources.least_held_out(some):g} or "
+        first = itertools.islice(sources.documents(config.source), _ENOUGH)
+        enough = f"use --data.held-out {sources.least_held_out(first):g} or "
         raise ValueError(
             f"data.held_out = {config.held_out} holds out no document of the source "
             f"{config.source!r}, which has {documents}; {enough if documents > 1 else ''}use more "

@@ -69,8 +69,8 @@ def write(directory: Path, streams: Mapping[str, shards.Stream], workers: Worker
         )
         for name, parts in cut.items()
     ]
-    some = next(iter(streams.values()))
-    tokens = tfds.features.Tensor(shape=(some.seq_len + 1,), dtype=np.dtype(some.dtype))
+    first = next(iter(streams.values()))
+    tokens = tfds.features.Tensor(shape=(first.seq_len + 1,), dtype=np.dtype(first.dtype))
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features={"tokens": tokens, "n_targets": np.int32, "n_bytes": np.int64},

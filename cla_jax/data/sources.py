@@ -129,20 +129,20 @@ def least_held_out(texts: Iterable[str]) -> float:
 
 
 def _files(source: str, pattern: str) -> list[Path]:
-    found = _matching(source, os.path.expanduser(pattern))
+    matches = _matching(source, os.path.expanduser(pattern))
     paths = []
-    for name in map(Path, sorted(found)):
+    for name in map(Path, sorted(matches)):
         if name.is_file():
             paths.append(name)
         elif not name.is_dir():  # a link to nothing, a pipe
             what = "is a link to a file that does not exist" if name.is_symlink() else "is no file"
             raise ValueError(f"the source {source!r}: {files.name(name)} {what}")
     if not paths:
-        if len(found) == 1:
+        if len(matches) == 1:
             kind = source.partition(":")[0]
-            hint = f"give the files in it, as in {kind}:'{files.name(found[0])}/*'"
+            hint = f"give the files in it, as in {kind}:'{files.name(matches[0])}/*'"
             raise ValueError(
-                f"the source {source!r}: {files.name(found[0])} is a directory: {hint}"
+                f"the source {source!r}: {files.name(matches[0])} is a directory: {hint}"
             )
         raise ValueError(f"the source {source!r}: no file matches {pattern!r}")
     return paths

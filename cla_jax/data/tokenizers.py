@@ -397,8 +397,8 @@ def token(json_text: str, i: int) -> str | None:
 
 def is_special(json_text: str, i: int) -> bool:
     """Whether an id is that of a special token."""
-    found = _parse(json_text).get_added_tokens_decoder().get(i)
-    return found is not None and found.special
+    token = _parse(json_text).get_added_tokens_decoder().get(i)
+    return token is not None and token.special
 
 
 def without_added(json_text: str, size: int) -> tuple[str, list[str]]:
@@ -419,10 +419,10 @@ def added_tokens(json_text: str) -> tuple[list[str], list[str]]:
     """The special tokens that the tokenizer of a tokenizer.json, left alone, puts before and after a text."""
     inner = _parse(json_text)
     with _guarded("the tokenizer fails"):
-        found = inner.encode("a")
-    plain = [i for i, special in enumerate(found.special_tokens_mask) if not special]
+        encoding = inner.encode("a")
+    plain = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     first, last = (plain[0], plain[-1]) if plain else (0, -1)
-    return found.tokens[:first], found.tokens[last + 1 :]
+    return encoding.tokens[:first], encoding.tokens[last + 1 :]
 
 
 def byte_tokenizer(end_token: str = "<|endoftext|>") -> Tokenizer:

@@ -19,10 +19,10 @@ def classes_of_tokenizer(tokenizer: Any, begin_token: str = "") -> bytes:
 
 def described(tokenizer: Any, classes: bytes) -> dict[str, Any]:
     """How many tokens are special and how many punctuation, and the first marks of punctuation."""
-    found = np.frombuffer(classes, np.uint8)
-    marks = np.flatnonzero(found == PUNCTUATION)
+    classes_V = np.frombuffer(classes, np.uint8)
+    marks = np.flatnonzero(classes_V == PUNCTUATION)
     return {
-        "special": int((found == SPECIAL).sum()),
+        "special": int((classes_V == SPECIAL).sum()),
         "punctuation": len(marks),
         "marks": tuple(tokenizer.decode([int(i)]) for i in marks[:40]),
     }
@@ -37,9 +37,9 @@ def token_classes(texts: Sequence[str], special: Collection[int]) -> np.ndarray:
 
     Punctuation is a token of punctuation characters (Unicode's category P), spaces around them left out.
     """
-    found = np.array([PUNCTUATION * _is_punctuation(text) for text in texts], np.uint8)
-    found[list(special)] = SPECIAL
-    return found
+    classes_V = np.array([PUNCTUATION * _is_punctuation(text) for text in texts], np.uint8)
+    classes_V[list(special)] = SPECIAL
+    return classes_V
 
 
 def _is_punctuation(text: str) -> bool:

@@ -243,18 +243,6 @@ class Transformer(nnx.Module):
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
         rope = Rope.at(positions_BT, config)
 
-        def attend_within(window: jax.Array | None) -> Attend:
-            if mask is not None:
-                seen_BTS = mask.visible(window)
-                return lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, seen_BTS=seen_BTS)
-            seen_from_BT = starts_BT
-            if window is not None:
-                any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-                seen_from_BT = window_starts(positions_BT, window, any_BT)
-            return lambda q_BTKGH, kv: causal_attention(
-                q_BTKGH, kv, starts_BT=seen_from_BT, backend=options.attention, rules=rules
-            )
-
         x_BTD = shard_sequence(self.embed(tokens_BT, rules), rules)
         reused: dict[int, KV] = {}
         for stack, groups in zip(config.sharing.stacks, self.stacks, strict=True):
@@ -271,7 +259,7 @@ class Transformer(nnx.Module):
                 if stack.projects:
                     produce = lambda x_BTD: group.keys_and_values(x_BTD, rope, rules)
                     kv = remat(produce, options, looped)(x_BTD).or_else(kv)
-                attend = attend_within(item["window"])
+                attend = self._attend(options, positions_BT, item["window"], starts_BT, mask)
                 context = Context(rope=rope, attend=attend, rules=rules)
                 x_BTD = group(x_BTD, kv, context, options, looped)
                 return x_BTD, kv.only(stack.reused)
@@ -283,6 +271,29 @@ class Transformer(nnx.Module):
             if stack.reused:
                 reused |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
         return gather_sequence(self.norm(x_BTD), rules)
+
+    def _attend(
+        self,
+        options: ForwardOptions,
+        positions_BT: jax.Array,
+        window: jax.Array | None,
+        starts_BT: jax.Array | None,
+        mask: PrefixMask | None,
+    ) -> Attend:
+        """Attention to the keys and values of a whole text, within a window if there is one."""
+        if mask is not None:
+            seen_BTS = mask.visible(window)
+            return lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, seen_BTS=seen_BTS)
+        if window is not None:
+            any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
+            starts_BT = window_starts(positions_BT, window, any_BT)
+        return lambda q_BTKGH, kv: causal_attention(
+            q_BTKGH,
+            kv,
+            starts_BT=starts_BT,
+            backend=options.attention,
+            rules=options.rules,
+        )
 
     def logits(self, tokens_BT: jax.Array, options: ForwardOptions, starts_BT=None) -> jax.Array:
         """Scores of the next token in float32, [B, T, V]. For short inputs: training never holds them."""

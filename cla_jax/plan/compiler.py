@@ -58,10 +58,10 @@ def compiled_step(layout: Layout, topology: Topology, cache: Path | None) -> dic
         assert text or not fits, "the compiler wrote nothing"
         report = hlo.find(dump, _REPORT)
     collectives = hlo.collectives(text)
-    found = {
+    record = {
         "peak": peak,
         "fits": fits,
-        "collective_bytes": hlo.by_kind((found.kind, found.bytes) for found in collectives),
+        "collective_bytes": hlo.by_kind((each.kind, each.bytes) for each in collectives),
         "network_bytes": hlo.network_bytes(collectives, topology.per_host)
         if topology.per_host
         else {},
@@ -72,9 +72,9 @@ def compiled_step(layout: Layout, topology: Topology, cache: Path | None) -> dic
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")  # several plans at once
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps(record))
         partial.replace(kept)
-    return found
+    return record
 
 
 def _key(*asked: str) -> str:
@@ -92,8 +92,10 @@ def _lower(layout: Layout) -> Any:
 
 
 def _compilers() -> list[importlib.metadata.Distribution]:
-    found = (importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu", *CUDA))
-    return [distribution for several in found for distribution in several]
+    distributions = (
+        importlib.metadata.distributions(name=name) for name in ("jaxlib", "libtpu", *CUDA)
+    )
+    return [distribution for several in distributions for distribution in several]
 
 
 _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
@@ -143,12 +145,12 @@ def _compile_for(config: Config, name: str, slices: int, dump: Path, outcome: An
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         layout = plan_layout(config, topologies.topology(name, slices).devices)
-        found = _compile(_lower(layout), dump, config.placement.compiler_options)
+        result = _compile(_lower(layout), dump, config.placement.compiler_options)
     except ValueError as error:
-        found = error
+        result = error
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        found = ValueError(refusal(name, str(error)))
-    outcome.send(found)
+        result = ValueError(refusal(name, str(error)))
+    outcome.send(result)
 
 
 def refusal(topology: str, message: str) -> str:

@@ -45,7 +45,7 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
     ]
     candidates.sort(key=lambda c: (_expected_seconds(c, layout, chip), c.placement.accumulate))
     sizes = [sum(estimate(plan_layout(candidate, devices)).values()) for candidate in candidates]
-    correction, best, found, tried = 1.0, None, None, set[int]()
+    correction, best, planned, tried = 1.0, None, None, set[int]()
     faster = range(len(candidates))  # those that have not been ruled out
     while len(tried) < MAX_COMPILATIONS:
         hopeful = (i for i in faster if i not in tried and correction * sizes[i] <= chip.memory)
@@ -57,16 +57,16 @@ def search(config: Config, topology: Topology, cache: Path | None = None) -> tup
         if index is None:
             break
         tried.add(index)
-        found = plan(candidates[index], topology, cache)
-        correction = found.peak / sizes[index]
-        if found.fits:
-            best = found
+        planned = plan(candidates[index], topology, cache)
+        correction = planned.peak / sizes[index]
+        if planned.fits:
+            best = planned
             faster = range(index)
-    assert found is not None
+    assert planned is not None
     if best is None:
         raise DoesNotFit(
             f"{config.name} does not fit {topology}: with one sequence per device and remat = block it needs "
-            f"{found.peak / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
+            f"{planned.peak / 2**30:.1f} GiB of {chip.memory / 2**30:.1f} GiB. "
             "Use more chips, or placement.mesh.model above 1"
         )
     return best, len(tried)

@@ -55,14 +55,14 @@ def topology(name: str, slices: int = 1) -> Topology:
     from jax.experimental import topologies
 
     with machine.stderr_to_nowhere():
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{_LIBTPU_NAMES.get(kind, kind)}:{shape}",
             wrap=chips.wrap(name),
             **_LIBTPU_OPTIONS.get(kind, {}),
             **({"num_slices": slices} if slices > 1 else {}),
         )
-    return Topology(name, slices, found.devices)
+    return Topology(name, slices, description.devices)
 
 
 # What compiles for GPUs: jax's plugin for CUDA with the runtime that holds XLA, and cuDNN, which says how
@@ -80,12 +80,12 @@ def _gpus(name: str, slices: int) -> Topology:
     from jax.experimental import topologies
 
     with machine.stderr_to_nowhere():
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="cuda",
             target_config=chips.gpu_target(name.partition(":")[0]),
             topology=f"1x{hosts * slices}x{per_host}",
         )
-    return Topology(name, slices, found.devices, per_host)
+    return Topology(name, slices, description.devices, per_host)
 
 
 def _installed(package: str) -> bool:
