@@ -122,8 +122,8 @@ def _known(
         return name, studies, _members(studies, kind)
     module = _load(file.resolve())
     known = _members({file.stem: module}, kind)
-    if function and callable(found := getattr(module, function, None)):
-        known.setdefault(f"{file.stem}.{function}", found)  # one that is named need not be listed
+    if function and callable(row := getattr(module, function, None)):
+        known.setdefault(f"{file.stem}.{function}", row)  # one that is named need not be listed
     if not known and not function and not empty:
         raise ValueError(f"{file} lists nothing in {kind}: name a function of it, {file}:NAME")
     return short_name(name), {file.stem: module}, known

@@ -67,14 +67,14 @@ def hours(configs: Iterable[Config]) -> float:
 
 def _searched(lines: Sequence[paper.Printed]) -> list[Config]:
     """The runs of a search from 3e-4 by factors of 1.5 to one rate beyond the best of each row."""
-    found: list[Config] = []
+    configs: list[Config] = []
     for line in lines:
         (config,) = experiments.find(line.row)
         rate, count = 3e-4, 1
         while rate < 0.98 * line.peak_lr:
             rate, count = 1.5 * rate, count + 1
-        found += [config] * (count + 1)
-    return found
+        configs += [config] * (count + 1)
+    return configs
 
 
 def document() -> str:

@@ -230,15 +230,15 @@ def learning_rates(
 
 def together(*sweeps: Trials) -> Trials:
     """Several dependent sweeps at once; each waits only for its own trials. Returns their results."""
-    found, pending = [], []
+    results, pending = [], []
     for sweep in sweeps:
         try:
-            found.append((yield from sweep))
+            results.append((yield from sweep))
         except Pending as waits:
             pending.append(str(waits))
     if pending:
         raise Pending("; ".join(pending))
-    return found
+    return results
 
 
 # --------------------------------------------------------------------------------------- search

@@ -117,10 +117,10 @@ def _number(
     kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
     union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
     members: set[Any] = set(typing.get_args(info.type)) if union else {info.type}
-    found = [kind for kind in kinds if members in ({kind}, {kind, types.NoneType})]
-    if not found:
+    numeric = [kind for kind in kinds if members in ({kind}, {kind, types.NoneType})]
+    if not numeric:
         return None
-    kind, optional = found[0], types.NoneType in members
+    kind, optional = numeric[0], types.NoneType in members
 
     def read_number(arguments: list[str]) -> Any:
         if optional and arguments[0] == "None":
@@ -153,10 +153,10 @@ def _written_as_text(
         Component: "NAME=WEIGHT:SOURCE",
         Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT",
     }
-    found: list[Any] = [kind for kind in forms if info.type == tuple[kind, ...]]
-    if not found:
+    matching: list[Any] = [kind for kind in forms if info.type == tuple[kind, ...]]
+    if not matching:
         return None
-    kind = found[0]
+    kind = matching[0]
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=f"[{forms[kind]} ...]",
@@ -295,11 +295,11 @@ def _unions_as_values(argv: Sequence[str]) -> dict[str, str]:
 
 def _flags_of_kinds(union: str) -> dict[str, list[str]]:
     """The flags of a field that is one of several dataclasses, with the kinds that have them."""
-    found: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for kind, variant in fields.variants(_UNIONS[union]).items():
         for field in dataclasses.fields(variant):
-            found.setdefault(_flag(f"{union}.{field.name}"), []).append(kind)
-    return found
+            kinds.setdefault(_flag(f"{union}.{field.name}"), []).append(kind)
+    return kinds
 
 
 def _flag(field: str) -> str:
@@ -580,12 +580,12 @@ def _ran_out(error: BaseException | None) -> str | None:
         where = _LIMITS.get(error.errno) if error.filename is None else error.filename
         return f"{error.strerror}: {where}" if where else error.strerror
     # Libraries pass the system's words on, in exceptions of their own.
-    ours = isinstance(error, ValueError) and _is_ours(error)
-    if error is not None and not ours and (found := _RAN_OUT.search(str(error))):
-        if found.group() == _NO_THREAD:
+    own_message = isinstance(error, ValueError) and _is_ours(error)
+    if error is not None and not own_message and (match := _RAN_OUT.search(str(error))):
+        if match.group() == _NO_THREAD:
             return f"{_NO_THREAD}: the limits on memory (ulimit -v) or on processes (ulimit -u) are too low"
-        line = next(line for line in str(error).splitlines() if found.group() in line)
-        return f"{found.group()}: {line[:_LONGEST]}"
+        line = next(line for line in str(error).splitlines() if match.group() in line)
+        return f"{match.group()}: {line[:_LONGEST]}"
     return None
 
 

@@ -181,10 +181,10 @@ def _print_missing(declared: Declared, outcome: report.Outcome) -> None:
         print(f"{missing} of {len(declared.trials)} runs of the study are missing: {command}")
 
 
-def _bad_ends(found: Sequence[Run]) -> tuple[frozenset[str], dict[str, str]]:
+def _bad_ends(runs: Sequence[Run]) -> tuple[frozenset[str], dict[str, str]]:
     """The runs of a sweep that diverged, and those that failed with their last error, by their paths."""
     diverged, failed = set(), {}
-    for run in found:
+    for run in runs:
         if not (run.path.parent / ".sweep" / run.path.name).exists():
             continue
         state = Record(run.path.parent, run.path.name).state()

@@ -27,10 +27,10 @@ def directory() -> Path | None:
     try:
         path = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "cla_jax"
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = path.stat()
+        status = path.stat()
     except (OSError, RuntimeError):  # no home directory, or none that can be written to
         return None
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning("%s is not used: somebody else can write to it", path)
         return None
     return path if os.access(path, os.W_OK) else None
@@ -83,8 +83,8 @@ def _check_contents() -> None:
         return
 
     def checked(path: str) -> tuple[CacheInterface, str] | None:
-        found = made(path)
-        return None if found is None else (Checked(found[0]), found[1])
+        entry = made(path)
+        return None if entry is None else (Checked(entry[0]), entry[1])
 
     compilation_cache.get_file_cache = checked
 

@@ -114,13 +114,13 @@ def _held_out(arguments: Arguments) -> None:
     chunk = 1 if arguments.chunk is None else arguments.chunk
     ready: list[Any] = []
     refused: list[str] = []
-    found = _runs(arguments)
-    if arguments.plot and (len(found) > 1 or not any(map(is_policy, formats))):
+    runs = _runs(arguments)
+    if arguments.plot and (len(runs) > 1 or not any(map(is_policy, formats))):
         raise ValueError(
             "--plot needs one run and a policy that evicts tokens, such as --cache fastgen:T=0.95"
         )
     profiles: dict[str, Any] = {}
-    for run in found:
+    for run in runs:
         with collected(refused):
             run.check_decodable(formats, chunk, arguments.prompt)
             check_paths(run, arguments.data_dir, arguments.data_source)

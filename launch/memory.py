@@ -90,19 +90,19 @@ def models(names: Sequence[str], refused: list[str] | None = None) -> dict[str, 
     """
     from cla_jax.runs import find_runs
 
-    found: dict[str, ModelConfig] = {}
+    configs: dict[str, ModelConfig] = {}
     for name in names:
         if experiments.names_a_file(name):
-            found |= {config.name: config.model for config in experiments.find(name)}
+            configs |= {config.name: config.model for config in experiments.find(name)}
         elif name and Path(name).exists():
             for run in find_runs([name]):
                 with contextlib.nullcontext() if refused is None else collected(refused):
-                    found[str(run.path)] = run.config().model
+                    configs[str(run.path)] = run.config().model
         elif "/" in name:
             raise ValueError(f"{name} does not exist")
         else:
-            found |= {config.name: config.model for config in experiments.find(name)}
-    return found
+            configs |= {config.name: config.model for config in experiments.find(name)}
+    return configs
 
 
 @user_errors
@@ -181,19 +181,19 @@ def _fits(
             line: dict[str, Any] = {"name": name, "cache": format}
             options = {"context": arguments.context, "chunk": arguments.chunk}
             try:
-                found = memory.fit(config, format, budget=budget, **options)
+                fit = memory.fit(config, format, budget=budget, **options)
             except memory.TooSmall as error:
                 errors.append(f"{name}: {error}")
                 lines.append(line | {"sequences": 0})
                 continue
-            line |= dataclasses.asdict(found)
+            line |= dataclasses.asdict(fit)
             if arguments.shared:
                 line["sharing"] = _sharing(config, format, budget, arguments)
             if arguments.compile:
                 spec = cache_spec(
                     config,
                     format,
-                    batch=found.sequences,
+                    batch=fit.sequences,
                     capacity=arguments.context,
                     chunk=arguments.chunk,
                 )
@@ -262,8 +262,8 @@ def _show(table: "Table") -> None:
     console.print(table)
 
 
-def _shared_cell(found: dict[str, Any] | None) -> str:
-    return "cannot share" if found is None else f"{found['sequences']:,}"
+def _shared_cell(shared: dict[str, Any] | None) -> str:
+    return "cannot share" if shared is None else f"{shared['sequences']:,}"
 
 
 def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> None:

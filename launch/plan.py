@@ -198,11 +198,11 @@ def _command(plan: "Plan", config: Config, overrides: Sequence[str]) -> str:
     import experiments
 
     row = config.name.replace("/", ".")
-    found = {"--placement.accumulate": str(plan.accumulate), "--placement.remat": plan.remat}
+    planned = {"--placement.accumulate": str(plan.accumulate), "--placement.remat": plan.remat}
     if plan.mesh["slice"] > 1:
-        found["--placement.mesh.slice"] = str(plan.mesh["slice"])
+        planned["--placement.mesh.slice"] = str(plan.mesh["slice"])
     name = row if row in experiments.rows() else "NAME"
-    flags = [word for flag in found.items() for word in flag]
+    flags = [word for flag in planned.items() for word in flag]
     variables = chips.GPU_ENVIRONMENT if plan.on_gpus else {}
     before = [f"{variable}={value}" for variable, value in variables.items()]
     return shlex.join([*before, "python", "-m", "launch.train", name, *overrides, *flags])

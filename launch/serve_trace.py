@@ -197,11 +197,13 @@ def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "En
     return Engine(model.weights, spec, every=arguments.every)
 
 
-def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments: Arguments) -> None:
+def _show(
+    engine: "Engine", lines: "Sequence[Line]", replay: "Replay", arguments: Arguments
+) -> None:
     from cla_jax.cache.ledger import nbytes
 
     counts = engine.places.counts
-    summary = found.summary() | {
+    summary = replay.summary() | {
         "requests": len(lines),
         "hit_rate": counts.matched / counts.prompted,
         "allocated_bytes": nbytes(engine.cache.kv_layers),
@@ -209,9 +211,9 @@ def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments:
         "uploaded_bytes": counts.uploaded_bytes,
     }
     if arguments.plot:
-        _plot(found, arguments.plot)
+        _plot(replay, arguments.plot)
     if arguments.json:
-        moments = [dataclasses.asdict(moment) for moment in found.moments]
+        moments = [dataclasses.asdict(moment) for moment in replay.moments]
         json.dump(summary | {"moments": moments}, sys.stdout, indent=1)
         print()
         return
@@ -227,18 +229,18 @@ def _show(engine: "Engine", lines: "Sequence[Line]", found: "Replay", arguments:
     Console().print(table)
 
 
-def _plot(found: "Replay", path: str) -> None:
+def _plot(replay: "Replay", path: str) -> None:
     """KV bytes over time, with and without sharing, and how late first tokens were."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     memory, latency = figure.subplots(2)
-    at = [moment.at for moment in found.moments]
+    at = [moment.at for moment in replay.moments]
     for name in ("resident", "unshared"):
-        memory.step(at, [getattr(moment, name) for moment in found.moments], label=name)
+        memory.step(at, [getattr(moment, name) for moment in replay.moments], label=name)
     memory.set(xlabel="seconds", ylabel="KV bytes")
     memory.legend()
-    latency.plot(found.first_token, ".")
+    latency.plot(replay.first_token, ".")
     latency.set(xlabel="request", ylabel="seconds to the first token")
     figure.savefig(path)
 

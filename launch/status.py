@@ -108,13 +108,13 @@ def lines(sweep: epath.Path) -> list[dict[str, Any]]:
     return records.in_parallel(lambda name: line(Record(sweep, name)), records.names(sweep))
 
 
-def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
+def table(sweep: epath.Path, lines: list[dict[str, Any]]) -> "Table":
     """The lines for a terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    summary = trials.count(line["state"] for line in found)
+    summary = trials.count(line["state"] for line in lines)
     made = Table(
         box=box.SIMPLE_HEAD, title=Text(printable(f"{sweep}: {summary or 'no trial yet'}"))
     )
@@ -127,7 +127,7 @@ def table(sweep: epath.Path, found: list[dict[str, Any]]) -> "Table":
     show = lambda form, value: "" if value is None or math.isnan(value) else form.format(value)
     # Names and errors come from files: they must not be read as markup, nor move the cursor.
     plain = lambda text, style="": Text(printable(text), style=style)
-    for line in found:
+    for line in lines:
         if line["state"] == "unreadable":
             made.add_row(plain(line["trial"]), "unreadable", *[""] * 7, plain(line["error"]))
             continue
@@ -168,19 +168,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no width that a table should fit
-    found = lines(sweep)
+    shown = lines(sweep)
     if arguments.once or not console.is_terminal:
-        console.print(table(sweep, found))
+        console.print(table(sweep, shown))
         return
     unfinished = ("waiting", "running", "stopped", "dead")
-    with Live(table(sweep, found), console=console, auto_refresh=False) as live:
-        while any(line["state"] in unfinished for line in found):
+    with Live(table(sweep, shown), console=console, auto_refresh=False) as live:
+        while any(line["state"] in unfinished for line in shown):
             try:
                 time.sleep(arguments.every)
             except KeyboardInterrupt:
                 return
-            found = lines(sweep)
-            live.update(table(sweep, found), refresh=True)
+            shown = lines(sweep)
+            live.update(table(sweep, shown), refresh=True)
 
 
 if __name__ == "__main__":

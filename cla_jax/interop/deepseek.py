@@ -68,43 +68,43 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """The tensors as `names` has them: pairs apart, keys and values of kv_b_proj apart."""
     assert isinstance(config.kv, LatentKV)
     N, H, R, turned = config.n_heads, config.d_head, config.kv.rank, config.kv.rope_dims
-    found: dict[str, Tensor] = {}
+    tensors_of_llama: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         # What has another shape is left as it is: `names.check` tells of it.
         if name.endswith("self_attn.kv_b_proj.weight") and tensor.shape == (N * 2 * H, R):
             for i, part in enumerate(("keys", "values")):
                 read = functools.partial(_part, tensor, N, i)
-                found[name.removesuffix("weight") + part] = Tensor(
+                tensors_of_llama[name.removesuffix("weight") + part] = Tensor(
                     (N * H, R), read, tensor.unreadable
                 )
         elif name.endswith("self_attn.q_proj.weight") and tensor.shape[:1] == (N * (H + turned),):
-            found[name] = _reordered(tensor, N, turned)
+            tensors_of_llama[name] = _reordered(tensor, N, turned)
         elif name.endswith("self_attn.kv_a_proj_with_mqa.weight") and tensor.shape[:1] == (
             R + turned,
         ):
-            found[name] = _reordered(tensor, 1, turned)
+            tensors_of_llama[name] = _reordered(tensor, 1, turned)
         else:
-            found[name] = tensor
-    return found
+            tensors_of_llama[name] = tensor
+    return tensors_of_llama
 
 
 def foreign_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `renamed`."""
     assert isinstance(config.kv, LatentKV)
     N, H, R, turned = config.n_heads, config.d_head, config.kv.rank, config.kv.rope_dims
-    found: dict[str, Tensor] = {}
+    foreign: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("self_attn.kv_b_proj.keys"):
             parts = [tensors[name.removesuffix("keys") + part] for part in ("keys", "values")]
             read = functools.partial(_joined, parts, N)
-            found[name.removesuffix("keys") + "weight"] = Tensor((N * 2 * H, R), read)
+            foreign[name.removesuffix("keys") + "weight"] = Tensor((N * 2 * H, R), read)
         elif name.endswith("self_attn.q_proj.weight"):
-            found[name] = _reordered(tensor, N, turned, back=True)
+            foreign[name] = _reordered(tensor, N, turned, back=True)
         elif name.endswith("self_attn.kv_a_proj_with_mqa.weight"):
-            found[name] = _reordered(tensor, 1, turned, back=True)
+            foreign[name] = _reordered(tensor, 1, turned, back=True)
         elif not name.endswith("self_attn.kv_b_proj.values"):
-            found[name] = tensor
-    return found
+            foreign[name] = tensor
+    return foreign
 
 
 def hf_config(fields: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

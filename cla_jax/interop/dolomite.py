@@ -125,13 +125,13 @@ def renamed(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """
     groups = config.sharing.groups
     nested = any(".layers." in name for name in tensors)
-    found = {}
+    llama = {}
     for name, tensor in tensors.items():
         for new, part in _cut(name, tensor, groups, nested, config):
-            if new in found:
+            if new in llama:
                 raise ValueError(f"tensor {name}: another tensor is also {new}")
-            found[new] = part
-    return found
+            llama[new] = part
+    return llama
 
 
 def _cut(

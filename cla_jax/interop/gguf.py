@@ -248,17 +248,17 @@ def read(file: Path, tokenizer_json: str | None = None) -> Foreign:
 
 
 def _read(file: Path, tokenizer_json: str | None) -> Foreign:
-    metadata, found = _parse(file)
+    metadata, stored = _parse(file)
     general = Keys(metadata)
     architecture = general.take("general.architecture", "", str)
     near_choice(f"general.architecture in {file}:", architecture, ("llama",))
     keys = _keys(metadata)
     max_length = keys.take("context_length", None, int)
-    config = _config(keys, found)
+    config = _config(keys, stored)
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-    found.pop(_ROPE_FREQS, None)  # what it says is in the config
+    stored.pop(_ROPE_FREQS, None)  # what it says is in the config
     tensors = {}
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         match name.split("."):
             case [part, kind] if part in _NAMES:
                 prefix = ""
@@ -300,7 +300,7 @@ def _read(file: Path, tokenizer_json: str | None) -> Foreign:
 
 def _ids(file: Path, metadata: dict[str, Any], tokens: list[str], *kinds: str) -> list[int]:
     """The ids that a file names for such tokens."""
-    found = []
+    ids = []
     for kind in kinds:
         key = f"tokenizer.ggml.{kind}_token_id"
         i = metadata.get(key)
@@ -308,8 +308,8 @@ def _ids(file: Path, metadata: dict[str, Any], tokens: list[str], *kinds: str) -
             raise ValueError(
                 f"{file}: key {key} = {shown(i)} is not an id of its {len(tokens):,} tokens"
             )
-        found += [] if i is None else [i]
-    return list(dict.fromkeys(found))
+        ids += [] if i is None else [i]
+    return list(dict.fromkeys(ids))
 
 
 def _keys(metadata: dict[str, Any]) -> Keys:

@@ -127,7 +127,7 @@ def _tensors(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     shard_of = _json(directory / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
         raise ValueError(f"{directory / _INDEX} has no weight_map of tensors to files")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
         file = directory / shard
         if Path(shard).name != shard or not os.path.isfile(file):
@@ -135,11 +135,11 @@ def _tensors(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
         for name, tensor in safetensors.read(file).items():
             if shard_of.get(name) != shard and not _unneeded(name, config):
                 raise ValueError(f"{file} has a tensor {name} that {_INDEX} does not place there")
-            found[name] = tensor
-    lost = shard_of.keys() - found.keys()
+            tensors[name] = tensor
+    lost = shard_of.keys() - tensors.keys()
     if missing := {name for name in lost if not _unneeded(name, config)}:
         raise ValueError(f"tensor {min(missing)} is not in {shard_of[min(missing)]}")
-    return found
+    return tensors
 
 
 def _unneeded(name: str, config: ModelConfig) -> bool:
@@ -191,7 +191,7 @@ def _ids(
     tokenizer_json: str, key: str, keys: Keys, said: Mapping[str, dict[str, Any]]
 ) -> list[int]:
     """The ids under a key of config.json, then of generation_config.json, else of the tokenizer."""
-    found: list[int] = []
+    numbers: list[int] = []
     is_given = keys.is_given(key)
     for where, value in (("", keys.take(key, None)), *((f, v.get(key)) for f, v in said.items())):
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -204,13 +204,13 @@ def _ids(
                 )
             # What only a class names has to be a token for that.
             if where or is_given or tokenizers.is_special(tokenizer_json, i):
-                found.append(i)
-    if not found:
+                numbers.append(i)
+    if not numbers:
         token = said["tokenizer_config.json"].get(key.removesuffix("_id"))
         token = token.get("content") if isinstance(token, dict) else token
         i = tokenizers.token_id(tokenizer_json, token) if isinstance(token, str) else None
-        found = [] if i is None else [i]
-    return list(dict.fromkeys(found))
+        numbers = [] if i is None else [i]
+    return list(dict.fromkeys(numbers))
 
 
 def _chat(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,6 @@ class Keys:
 
     def unknown(self) -> list[str]:
         """The keys that nobody asked for and that may mean something."""
-        found = (self._values.keys() & self._given) - self._asked - _SILENT
-        here = [self._where + key for key in sorted(found)]
+        unasked = (self._values.keys() & self._given) - self._asked - _SILENT
+        here = [self._where + key for key in sorted(unasked)]
         return here + [key for inner in self._inner for key in inner.unknown()]

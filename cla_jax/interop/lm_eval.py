@@ -161,9 +161,9 @@ class Model(TemplateLM):
         texts = [text(context, rest, self.max_length) for context, rest in distinct]
         progress = self.progress("log-likelihoods")
         if self.way == FULL:
-            found = likelihood.by_forward(self._model, self._session.options, texts, progress)
+            likelihoods = likelihood.by_forward(self._model, self._session.options, texts, progress)
         elif eviction.is_policy(self.way):
-            found = likelihood.through_policy(
+            likelihoods = likelihood.through_policy(
                 self._weights,
                 self._model.config,
                 eviction.parse(self.way),
@@ -173,7 +173,7 @@ class Model(TemplateLM):
                 progress=progress,
             )
         else:
-            found = likelihood.through_cache(
+            likelihoods = likelihood.through_cache(
                 self._weights,
                 self._model.config,
                 self.way,
@@ -182,7 +182,7 @@ class Model(TemplateLM):
                 rules=self._rules,
                 progress=progress,
             )
-        return [found[distinct[pair]] for pair in pairs]
+        return [likelihoods[distinct[pair]] for pair in pairs]
 
     # ----------------------------------------------------------------------------- generation
 
@@ -193,19 +193,19 @@ class Model(TemplateLM):
         asked = lambda i: json.dumps(requests[i].args[1], sort_keys=True)
         for _, alike in itertools.groupby(sorted(range(len(requests)), key=asked), key=asked):
             # Of like length together, the longest first: what does not fit is found out at once.
-            some = [(i, self.tok_encode(requests[i].args[0]) or [self._prefix]) for i in alike]
-            some.sort(key=lambda each: -len(each[1]))
+            prompts = [(i, self.tok_encode(requests[i].args[0]) or [self._prefix]) for i in alike]
+            prompts.sort(key=lambda each: -len(each[1]))
             options: dict[str, Any] = dict(
-                normalize_gen_kwargs(requests[some[0][0]].args[1], _NEW_TOKENS)
+                normalize_gen_kwargs(requests[prompts[0][0]].args[1], _NEW_TOKENS)
             )
-            reach = min(len(some[0][1]), self.max_length) + options["max_gen_toks"]
-            texts = [tokens for _, tokens in some]
+            reach = min(len(prompts[0][1]), self.max_length) + options["max_gen_toks"]
+            texts = [tokens for _, tokens in prompts]
             tick = lambda ended, done=done: progress(done + ended, len(requests))
-            found = self._generated(texts, options, doubled(SHORTEST, reach), tick)
-            for (i, _), words in zip(some, found, strict=True):
+            continuations = self._generated(texts, options, doubled(SHORTEST, reach), tick)
+            for (i, _), words in zip(prompts, continuations, strict=True):
                 results[i] = words
                 self.cache_hook.add_partial("generate_until", requests[i].args, words)
-            done += len(some)
+            done += len(prompts)
         return results
 
     def _generated(
@@ -251,9 +251,10 @@ class Model(TemplateLM):
         while engine.step():
             tick(sum(request.ended for request in requests))
         tick(len(requests))
-        found = [self._tokenizer.decode(request.completion.tokens) for request in requests]
+        continuations = [self._tokenizer.decode(request.completion.tokens) for request in requests]
         return [
-            min((words.split(stop)[0] for stop in until), key=len, default=words) for words in found
+            min((words.split(stop)[0] for stop in until), key=len, default=words)
+            for words in continuations
         ]
 
     def _spec(self, *, batch: int, capacity: int) -> CacheSpec:
@@ -371,19 +372,19 @@ def _asked(answers: Model, loaded: Any) -> dict[str, dict[str, Any]]:
     if answers.way != FULL:
         how["chunk"] = answers.chunk
     groups = loaded.get("groups", {}).items()
-    found: dict[str, dict[str, Any]] = {
+    records: dict[str, dict[str, Any]] = {
         name: how for name, group in groups if group.has_aggregation
     }
     for name, task in loaded["tasks"].items():
         config = task.config
-        found[name] = how | {
+        records[name] = how | {
             "split": config.test_split if task.has_test_docs() else config.validation_split,
             "shots": config.num_fewshot,
             "version": task.VERSION,
             "data": {"path": config.dataset_path, "name": config.dataset_name}
             | (config.dataset_kwargs or {}),
         }
-    return found
+    return records
 
 
 def _scored(
@@ -396,10 +397,10 @@ def _scored(
     """
     clock = time.monotonic()
     deep = {name for name, task in loaded["tasks"].items() if "depth" in task.eval_docs[0]}
-    found: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
+    evaluation: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
     seconds = round(time.monotonic() - clock, 3)
     records: dict[str, dict[str, Any]] = {}
-    for name, results in found["results"].items():
+    for name, results in evaluation["results"].items():
         metrics = {
             key.removesuffix(",none"): value
             for key, value in results.items()
@@ -407,9 +408,9 @@ def _scored(
         }
         records[name] = {"metrics": metrics, **asked.get(name, {}), "seconds": seconds}
         if name in loaded["tasks"]:
-            records[name]["n"] = found["n-samples"][name]["effective"]
+            records[name]["n"] = evaluation["n-samples"][name]["effective"]
         if name in deep:
-            records[name]["depths"] = _by_depth(loaded["tasks"][name], found["samples"][name])
+            records[name]["depths"] = _by_depth(loaded["tasks"][name], evaluation["samples"][name])
     return records
 
 
@@ -419,14 +420,14 @@ def _by_depth(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, dict[st
         tenths.setdefault(min(int(sample["doc"]["depth"] * 10), 9), []).append(sample)
     return {
         f"{tenth / 10:.1f}": {
-            "n": len(some),
+            "n": len(alike),
             "metrics": {
-                name: float(aggregate([sample[name] for sample in some]))
+                name: float(aggregate([sample[name] for sample in alike]))
                 for name, aggregate in task.aggregation().items()
-                if name in some[0]
+                if name in alike[0]
             },
         }
-        for tenth, some in sorted(tenths.items())
+        for tenth, alike in sorted(tenths.items())
     }
 
 

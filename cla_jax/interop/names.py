@@ -92,7 +92,7 @@ class _Place:
 @functools.cache
 def _places(config: ModelConfig) -> list[_Place]:
     """All places of a model of this config: none for a head if it is tied, say."""
-    found = [_Place(entry.parameter, (), entry, entry.tensors) for entry in _MODEL]
+    places = [_Place(entry.parameter, (), entry, entry.tensors) for entry in _MODEL]
     for s, stack in enumerate(config.sharing.stacks):
         for g, group in enumerate(stack.groups):
             parts = [("projection", (g,), group.first, _KEYS_AND_VALUES)]
@@ -100,17 +100,17 @@ def _places(config: ModelConfig) -> list[_Place]:
             for part, index, layer, entries in parts:
                 for entry in entries:
                     tensors = tuple(f"model.layers.{layer}.{name}" for name in entry.tensors)
-                    found.append(
+                    places.append(
                         _Place(f"stacks.{s}.{part}.{entry.parameter}", index, entry, tensors)
                     )
     known = named(_abstract(config))
-    found = [place for place in found if place.array in known]
-    if homeless := sorted(known.keys() - {place.array for place in found}):
+    places = [place for place in places if place.array in known]
+    if homeless := sorted(known.keys() - {place.array for place in places}):
         raise ValueError(
             f"parameter {homeless[0]} of the model has no tensor in a Llama checkpoint: add it to the "
             "table in cla_jax/interop/names.py (and to modeling_cla.py, for an export)"
         )
-    return found
+    return places
 
 
 def _abstract(config: ModelConfig) -> Transformer:
@@ -143,8 +143,8 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
         if name in tensors and (refusal := tensors[name].unreadable):
             raise ValueError(refusal)
         if name in tensors and tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
-            problems.append(f"{name} has shape {found}, but the config needs {shape}")
+            actual = tuple(tensors[name].shape)
+            problems.append(f"{name} has shape {actual}, but the config needs {shape}")
     if problems:
         raise ValueError("the tensors do not match the config: " + "; ".join(problems[:6]))
 

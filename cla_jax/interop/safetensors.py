@@ -37,7 +37,7 @@ def read(file: Path) -> dict[str, Tensor]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     header, start, size = _header(file)
-    found, spans = {}, []
+    tensors, spans = {}, []
     for name, entry in header.items():
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(lo), int(hi)]} if (
@@ -62,12 +62,12 @@ def _read(file: Path) -> dict[str, Tensor]:
                 f"{file} is truncated: {name} ends at byte {start + hi:,} of {start + size:,}"
             )
         if dtype in _READABLE:
-            found[name] = _tensor(file, start + lo, _READABLE[dtype], tuple(shape))
+            tensors[name] = _tensor(file, start + lo, _READABLE[dtype], tuple(shape))
         else:
-            found[name] = _refused(tuple(shape), refusal)
+            tensors[name] = _refused(tuple(shape), refusal)
         spans.append((lo, hi, name))
     names.check_apart(file, spans)
-    return found
+    return tensors
 
 
 def _is_size(value: Any) -> bool:

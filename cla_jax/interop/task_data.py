@@ -74,24 +74,26 @@ def local(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
     """
     here = directory / place(config)
     splits = {key: config[key] for key in SPLITS if config.get(key)}
-    found = {
+    local_files = {
         split: (here / f"{split}.{ending}", loader)
         for split in splits.values()
         for ending, loader in LOADERS.items()
         if (here / f"{split}.{ending}").is_file()
     }
-    if not any(splits.get(key) in found for key in SPLITS[1:]):
+    if not any(splits.get(key) in local_files for key in SPLITS[1:]):
         return None
-    loaders = {loader for _, loader in found.values()}
+    loaders = {loader for _, loader in local_files.values()}
     if len(loaders) > 1:
         raise ValueError(f"{here}: all files of a data set must have the same file extension")
-    for file, _ in found.values():
+    for file, _ in local_files.values():
         check_rows(file)
     return {
         "dataset_path": loaders.pop(),
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(file) for split, (file, _) in found.items()}},
-        **{key: split if split in found else None for key, split in splits.items()},
+        "dataset_kwargs": {
+            "data_files": {split: str(file) for split, (file, _) in local_files.items()}
+        },
+        **{key: split if split in local_files else None for key, split in splits.items()},
     }
 
 
@@ -179,9 +181,9 @@ def _index(names: Sequence[str], data: Path | None) -> "TaskManager":
         if named.search(file.read_text(encoding="utf-8"))
     }
     own: list[str | Path] = [data] if data is not None and any(data.glob("*.yaml")) else []
-    some = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *own])
-    if set(names) <= set(some.all_tasks):
-        return some
+    index = TaskManager(include_defaults=False, include_path=[*sorted(map(str, folders)), *own])
+    if set(names) <= set(index.all_tasks):
+        return index
     return TaskManager(include_path=own or None)
 
 
@@ -237,18 +239,18 @@ class Tasks:
         entry = self._index.task_index[name]
         single = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
         changes = {each: self._local(each) for each in single}
-        found = [{"task": each, **change} for each, change in changes.items() if change]
+        local = [{"task": each, **change} for each, change in changes.items() if change]
         wanted = [
             f"{each} ({self._data / place(self._config(each))})"
             for each, change in changes.items()
             if not change
         ]
-        if not found:
+        if not local:
             raise ValueError(f"there is no local data of {', '.join(wanted)}; {HOW_TO_GET}")
         if wanted:
             log.warning("%s: skipped, because there is no local data: %s", name, ", ".join(wanted))
         # A group whose members are tasks with changes; there is nothing else to it.
-        loaded = self._index.load([{"group": name, "task": found}])
+        loaded = self._index.load([{"group": name, "task": local}])
         return {"tasks": loaded["tasks"]}
 
     def _config(self, name: str) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def write(
     figures["training_loss"], figures["held_out"] = page.curves(
         [row for row in drawn if not row.cache]
     )
-    if found := seeds.curves(together, diverged):
-        figures["learning_rates"] = page.learning_rates(found)
-        beside = [seeds.rate_table(found), *beside]
+    if curves := seeds.curves(together, diverged):
+        figures["learning_rates"] = page.learning_rates(curves)
+        beside = [seeds.rate_table(curves), *beside]
     contents |= _figures(figures)
     known = tables.values(together, arrangement.arrange(together, view))
     lines = [list(line.values()) for line in known]

@@ -69,13 +69,13 @@ def arrange(rows: Sequence[Row], view: View, among: frozenset[str] | None = None
 def _orders(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, list[Any]]:
     """What rows can be sorted by besides the fields of their configs."""
     scores = ("perplexity", "bits_per_byte")
-    found: dict[str, list[Any]] = {
+    orders: dict[str, list[Any]] = {
         "run": [row.name for row in rows],
         "kv_bytes": [row.kv_bytes for row in rows],
         "parameters": [costs.parameters(row.config.model).total for row in rows],
         **{score: [getattr(row.scores, score, None) for row in rows] for score in scores},
     }
-    return found | {one.name: list(one.values) for one in columns if one.name == "difference"}
+    return orders | {one.name: list(one.values) for one in columns if one.name == "difference"}
 
 
 def _key(value: Any) -> tuple[int, float, str]:
@@ -130,7 +130,7 @@ def _baseline(rows: Sequence[Row], name: str) -> Row:
 def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Column]:
     """Bits per byte minus those of the baseline, and the deviation over the seeds that both have."""
     comparable = comparison(rows).ranked
-    found = [_difference(row, base, over) if comparable else (None, None) for row in rows]
+    differences = [_difference(row, base, over) if comparable else (None, None) for row in rows]
     texts = [
         "baseline"
         if row is base
@@ -139,9 +139,9 @@ def _differences(rows: Sequence[Row], base: Row, over: Sequence[str]) -> list[Co
         else f"{mean:+.4f}"
         + (f" ± {deviation:.4f}" if deviation is not None else "")
         + ("*" if row.from_training or base.from_training else "")
-        for row, (mean, deviation) in zip(rows, found, strict=True)
+        for row, (mean, deviation) in zip(rows, differences, strict=True)
     ]
-    means, deviations = zip(*found, strict=True)
+    means, deviations = zip(*differences, strict=True)
     return [
         Column(name="difference", heading="difference", values=means, texts=tuple(texts)),
         Column(name="difference_sd", heading="", values=deviations, texts=()),

@@ -147,10 +147,10 @@ def learning_rates(curves: Sequence[seeds.Curve]) -> Figure:
     with pareto.styled():
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
-        for i, found in enumerate(curves):
+        for i, curve in enumerate(curves):
             colour, line = _look(i)
             known = [
-                (r, y) for r, y in zip(found.rates, found.losses, strict=True) if math.isfinite(y)
+                (r, y) for r, y in zip(curve.rates, curve.losses, strict=True) if math.isfinite(y)
             ]
             axes.plot(
                 [rate for rate, _ in known],
@@ -160,22 +160,22 @@ def learning_rates(curves: Sequence[seeds.Curve]) -> Figure:
                 marker="o",
                 markersize=4,
                 linewidth=1.4,
-                label=pareto.shortened(found.name),
+                label=pareto.shortened(curve.name),
             )
-            if found.best:
+            if curve.best:
                 axes.plot(
-                    [found.best.rate],
-                    [found.best.loss],
+                    [curve.best.rate],
+                    [curve.best.loss],
                     linestyle="",
                     marker="*",
                     markersize=11,
                     color=colour,
                     markeredgecolor=SURFACE,
                     # Hollow at an edge: that is no optimum yet.
-                    fillstyle="none" if found.best.edge else "full",
+                    fillstyle="none" if curve.best.edge else "full",
                 )
         axes.set_xscale("log")
-        rates = sorted({rate for found in curves for rate in found.rates})
+        rates = sorted({rate for curve in curves for rate in curve.rates})
         axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
         axes.set_xticks([], minor=True)
         axes.set(xlabel="peak learning rate", ylabel="held-out bits per byte")
@@ -186,9 +186,9 @@ def learning_rates(curves: Sequence[seeds.Curve]) -> Figure:
 
 def curve(row: Row, key: str, most: int = 500) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric; of a long one every n-th record, the last one included."""
-    found = [record for record in row.metrics if math.isfinite(record.get(key, math.nan))]
-    found = found[:: -math.ceil(len(found) / most) or -1][::-1]
-    return [record["step"] for record in found], [record[key] for record in found]
+    records = [record for record in row.metrics if math.isfinite(record.get(key, math.nan))]
+    records = records[:: -math.ceil(len(records) / most) or -1][::-1]
+    return [record["step"] for record in records], [record[key] for record in records]
 
 
 # --------------------------------------------------------------------------------------- page
@@ -358,7 +358,7 @@ def _both_widths(
 
 
 def _table(table: Table) -> str:
-    title, headings, found, below = table
+    title, headings, lines, below = table
     sides = ["left"] + ["right"] * (len(headings) - 1)
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -366,7 +366,7 @@ def _table(table: Table) -> str:
         inside = "".join(f'<{tag} class="{side}">{escape(cell)}</{tag}>' for side, cell in pairs)
         return f"<tr>{inside}</tr>\n"
 
-    body = "".join(line("td", cells) for cells in found)
+    body = "".join(line("td", cells) for cells in lines)
     return (
         f'<h2>{escape(title)}</h2>\n<div class="scroll"><table class="folded">\n'
         f"<thead>{line('th', headings)}</thead>\n{body}</table></div>\n"
@@ -374,10 +374,10 @@ def _table(table: Table) -> str:
     )
 
 
-def _remarks(found: Sequence[str]) -> str:
+def _remarks(remarks: Sequence[str]) -> str:
     """The section of notes that are read after the results; empty where there are none."""
-    listed = "".join(f"<li>{escape(printable(one, 4000))}</li>\n" for one in found)
-    return f'<h2>Notes</h2>\n<ul class="remarks">\n{listed}</ul>\n' if found else ""
+    listed = "".join(f"<li>{escape(printable(one, 4000))}</li>\n" for one in remarks)
+    return f'<h2>Notes</h2>\n<ul class="remarks">\n{listed}</ul>\n' if remarks else ""
 
 
 def _claims(outcome: studies.Outcome | None) -> str:
@@ -385,13 +385,13 @@ def _claims(outcome: studies.Outcome | None) -> str:
 
 
 def _rates(rows: Sequence[Row], diverged: frozenset[str]) -> str:
-    found = seeds.curves(rows, diverged)
-    if not found:
+    curves = seeds.curves(rows, diverged)
+    if not curves:
         return ""
     picture = _inline(
-        learning_rates(found), "pareto", "Held-out bits per byte over the learning rate"
+        learning_rates(curves), "pareto", "Held-out bits per byte over the learning rate"
     )
-    return f"<h2>Learning rates</h2>\n{picture}\n{_table(seeds.rate_table(found))}"
+    return f"<h2>Learning rates</h2>\n{picture}\n{_table(seeds.rate_table(curves))}"
 
 
 def _side_by_side(rows: Sequence[Row]) -> str:
@@ -481,8 +481,8 @@ def _results(rows: Sequence[Row], arranged: Arrangement) -> str:
 
 def _scores(rows: Sequence[Row]) -> str:
     """The section of task scores; empty where there are none."""
-    headings, found = tasks.lines(rows)
-    return _table(("Downstream tasks", headings, found, tasks.CAPTION)) if found else ""
+    headings, lines = tasks.lines(rows)
+    return _table(("Downstream tasks", headings, lines, tasks.CAPTION)) if lines else ""
 
 
 def _details(rows: Sequence[Row]) -> str:

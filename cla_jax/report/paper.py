@@ -35,24 +35,24 @@ def tables(
     rows: Sequence[Row], printed: Mapping[str, Line], stated: Sequence[Stated]
 ) -> list[Table]:
     """Tables of the rows that are the paper's, known by the name in their config; none if there are none."""
-    found = {}
+    by_name = {}
     for row in seeds.merged(rows):
         name = seeds.common_name([row.record.get("name", "")]).replace("/", ".")
         if not row.cache and name in printed:
-            found[name] = row
-    if not found:
+            by_name[name] = row
+    if not by_name:
         return []
     measured = {
         name: row.scores.perplexity
-        for name, row in found.items()
+        for name, row in by_name.items()
         if row.scores and not (seeds.excuse(row) and not row.seeds)
     }
     number = lambda value, form="{:.2f}": "missing" if value is None else form.format(value)
     lines = []
     for name, line in printed.items():
-        if name not in found:
+        if name not in by_name:
             continue
-        row, in_paper = found[name], line.perplexity
+        row, in_paper = by_name[name], line.perplexity
         apart = None if in_paper is None or name not in measured else measured[name] - in_paper
         lines.append(
             [
@@ -64,10 +64,10 @@ def tables(
                 number(apart, "{:+.2f}"),
             ]
         )
-    scored = {name: _scores(row) for name, row in found.items()}
+    scored = {name: _scores(row) for name, row in by_name.items()}
     differences = []
     for one in stated:
-        if one.row in found and one.other in found:
+        if one.row in by_name and one.other in by_name:
             score = one.score
             known = (
                 measured
@@ -98,15 +98,15 @@ def tables(
 
 def _scores(row: Row) -> dict[tuple[str, str], float]:
     """Mean over seeds of each task's metrics, by full forward of the last checkpoint."""
-    found: dict[tuple[str, str], list[float]] = {}
+    values_of: dict[tuple[str, str], list[float]] = {}
     for seed in row.seeds or (row,):
         scored = seed.tasks.get("full")
         if scored is None or seed.altered or scored.step < seed.config.steps:
             continue
         for task, score in scored.tasks.items():
             for metric, value in score.metrics.items():
-                found.setdefault((task, metric), []).append(value)
-    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+                values_of.setdefault((task, metric), []).append(value)
+    return {key: math.fsum(values) / len(values) for key, values in values_of.items()}
 
 
 def _task_lines(

@@ -74,9 +74,9 @@ def read(directory: epath.Path) -> dict[str, Any] | None:
     file = directory / FILE
     if not file.exists():
         return None
-    found = files.read_object(file)
+    record = files.read_object(file)
     fields = {"digest": str, "commit": str, "results": dict, "changes": list}
-    kept = {name: files.field(found, name, kind, file) for name, kind in fields.items()}
+    kept = {name: files.field(record, name, kind, file) for name, kind in fields.items()}
     if not all(isinstance(change, str) for change in kept["changes"]):
         raise ValueError(f"{files.name(file)}: changes must be lines of text")
     return kept
@@ -99,13 +99,13 @@ def words(made: Mapping[str, Any]) -> list[str]:
 
 def _digest(row: Row) -> str:
     """A checksum of what a run says of itself: config, tokenizer, metrics and evaluations."""
-    run, found = Run(epath.Path(row.path)), hashlib.sha256()
+    run, digest = Run(epath.Path(row.path)), hashlib.sha256()
     texts = [run.path / "config.json", run.path / "tokenizer.json"]
     for file in (*texts, *listed(run.path / "eval", ".json")):
-        found.update(f"{file.name}\n{files.read_text(file, files.TOKENIZER_BYTES)}\n".encode())
+        digest.update(f"{file.name}\n{files.read_text(file, files.TOKENIZER_BYTES)}\n".encode())
     for line in run.metric_lines():
-        found.update(line)
-    return found.hexdigest()[:16]
+        digest.update(line)
+    return digest.hexdigest()[:16]
 
 
 def _seconds(run: Run) -> float:

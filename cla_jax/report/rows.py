@@ -126,12 +126,12 @@ def read(
     if context is not None and context < 1:
         raise ValueError(f"context = {context} must be positive")
     common = common_directory(run.path.parent for run in runs)
-    found = []
+    rows = []
     for run in runs:
         path = _absolute(run.path)
         try:
             row, *cached = _read(run, str(path.relative_to(common) if common else path), context)
-            found.append(row)
+            rows.append(row)
         except ValueError as error:
             if problems is None:
                 raise
@@ -145,8 +145,8 @@ def read(
                     raise
                 problems.append(f"{one.name}: {error}: this evaluation is left out")
             else:
-                found.append(one)
-    return found
+                rows.append(one)
+    return rows
 
 
 def _read(run: Run, name: str, context: int | None) -> list[Row]:
@@ -326,8 +326,8 @@ def comparison(rows: Sequence[Row]) -> Comparison:
 def warnings(rows: Sequence[Row], problems: Sequence[str] = ()) -> list[str]:
     """What to know before one reads a comparison; `problems` are those of `read`."""
     altered = dict.fromkeys((*problems, *(why for row in rows for why in row.altered)))
-    found = [comparison(rows).warning, *altered, _lengths(rows), *_caches(rows)]
-    return [note for note in found if note]
+    notes = [comparison(rows).warning, *altered, _lengths(rows), *_caches(rows)]
+    return [note for note in notes if note]
 
 
 def _lengths(rows: Sequence[Row]) -> str:
@@ -350,7 +350,7 @@ _LONG = 32_768  # a context at which every format shows what it saves
 
 def _caches(rows: Sequence[Row]) -> list[str]:
     """Where a context is too short for a cache format to show what it saves, or what that costs."""
-    found: list[str] = []
+    notes: list[str] = []
     told: set[str] = set()
     for row in rows:
         if not row.cache or row.cache in told:
@@ -358,19 +358,19 @@ def _caches(rows: Sequence[Row]) -> list[str]:
         told.add(row.cache)
         here, long = row.saving(row.context), row.saving(_LONG)
         if here > 1.1 * long:
-            found.append(
+            notes.append(
                 f"A {row.cache} cache does not quantise its newest tokens. Compared with a 16-bit cache, it "
                 f"saves {_saved(here)} at {row.context:,} tokens of context and {_saved(long)} at "
                 f"{_LONG:,}; see python -m launch.compare --context {_LONG}."
             )
         scored = row.config.data.seq_len  # the windows that its perplexity was measured in
         if scored < row.context and row.saving(scored) > 1.1 * here:
-            found.append(
+            notes.append(
                 f"The perplexity through a {row.cache} cache was measured in windows of {scored:,} tokens, "
                 f"where it saves {_saved(row.saving(scored))}. With {row.context:,} tokens of context, more "
                 "tokens are quantised, and the perplexity may be higher."
             )
-    return found
+    return notes
 
 
 def _saved(share: float) -> str:
@@ -381,15 +381,21 @@ def missing(rows: Sequence[Row]) -> str:
     """One line with the command that evaluates what is not evaluated, if anything is."""
     runs = [row for row in rows if not row.cache]
     usable = [row for row in runs if row.metrics or row.evaluation or not row.altered]
-    found = [
+    unevaluated = [
         row for row in usable if not row.evaluation or (row.from_training and row.has_checkpoints)
     ]
-    if not found:
+    if not unevaluated:
         return ""
-    names = found[0].name if len(found) == 1 else f"{len(found)} of {len(runs)} runs"
-    verb = "is" if len(found) == 1 else "are"
-    how = " (*: what training measured is shown)" if any(row.from_training for row in found) else ""
-    command = shlex.join(("python", "-m", "launch.evaluate", *_arguments(found, runs)))
+    names = (
+        unevaluated[0].name if len(unevaluated) == 1 else f"{len(unevaluated)} of {len(runs)} runs"
+    )
+    verb = "is" if len(unevaluated) == 1 else "are"
+    how = (
+        " (*: what training measured is shown)"
+        if any(row.from_training for row in unevaluated)
+        else ""
+    )
+    command = shlex.join(("python", "-m", "launch.evaluate", *_arguments(unevaluated, runs)))
     return f"{names} {verb} not evaluated{how}: {command}"
 
 
@@ -399,18 +405,18 @@ def _arguments(missing: Sequence[Row], compared: Sequence[Row]) -> list[str]:
     by_parent: dict[str, list[str]] = {}
     for row in missing:
         by_parent.setdefault(str(epath.Path(row.path).parent), []).append(row.path)
-    found = []
+    arguments = []
     for parent, paths in by_parent.items():
         whole = len(paths) > 1 and {str(run.path) for run in find_runs([parent], [])} <= known
-        found += [parent] if whole else paths
-    return found
+        arguments += [parent] if whole else paths
+    return arguments
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """A point a row, in the measure of `comparison`; one that is not evaluated is infinitely bad."""
     measure = comparison(rows).measure
     numbers = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
-    found = []
+    of_rows = []
     for row in rows:
         layers = (
             f"{row.sharing:.3g} layers per KV layer" if row.sharing > 1 else "1 layer per KV layer"
@@ -423,10 +429,10 @@ def points(rows: Sequence[Row]) -> list[Point]:
             colour=numbers[row.path],
             unfinished=bool(row.progress),
             seeds=tuple(getattr(seed.scores, measure) for seed in row.seeds if seed.scores),
-            number=len(found),
+            number=len(of_rows),
         )
-        found.append(point)
-    return found
+        of_rows.append(point)
+    return of_rows
 
 
 def setting(rows: Sequence[Row]) -> str:
@@ -595,15 +601,15 @@ def lines(rows: Sequence[Row], arranged: Arrangement = PLAIN) -> list[tuple[Row,
 
     The first cell is empty for what is not on the frontier, and for all where rows are not ranked.
     """
-    found = points(rows)
+    plotted = points(rows)
     ranked = [
         point if arranged.ranks(row) else dataclasses.replace(point, quality=math.inf)
-        for row, point in zip(rows, found, strict=True)
+        for row, point in zip(rows, plotted, strict=True)
     ]
     best = frontier(ranked) if comparison(rows).ranked else []
     order = arranged.order
     if order is None:
-        order = sorted(range(len(rows)), key=lambda i: (found[i].kv_bytes, found[i].quality))
+        order = sorted(range(len(rows)), key=lambda i: (plotted[i].kv_bytes, plotted[i].quality))
     names = components(rows)
     made = []
     for i in order:
@@ -647,8 +653,8 @@ def _heads(model: ModelConfig) -> str:
 
 def same(row: Row, of: Callable[[ModelConfig], T]) -> T | None:
     """What the models of all runs of a row have; None if they differ."""
-    found = [of(one.config.model) for one in row.seeds or (row,)]
-    return found[0] if all(one == found[0] for one in found) else None
+    values = [of(one.config.model) for one in row.seeds or (row,)]
+    return values[0] if all(one == values[0] for one in values) else None
 
 
 def _spread(row: Row) -> str:
@@ -672,11 +678,11 @@ _FOLDING, _FOLDED = ("run", "kv_map"), 12
 
 def table(rows: Sequence[Row], width: int | None = None, arranged: Arrangement = PLAIN) -> Table:
     """The comparison for a terminal; one with a width shows the columns that fit."""
-    found = lines(rows, arranged)
+    body = lines(rows, arranged)
     headings = dict(enumerate(columns(rows, arranged).items()))
     settings = [column.heading for column in arranged.shown if column.name != "difference"]
     widths = [
-        _width(heading, [cells[i] for _, cells in found]) for i, (heading, _) in headings.items()
+        _width(heading, [cells[i] for _, cells in body]) for i, (heading, _) in headings.items()
     ]
     hidden: set[str] = set()
     for name in (*settings[::-1], *_DISPENSABLE):
@@ -693,7 +699,7 @@ def table(rows: Sequence[Row], width: int | None = None, arranged: Arrangement =
         if heading not in hidden:
             fold = heading in _FOLDING
             made.add_column(Text(heading), justify=justify, no_wrap=not fold, overflow="fold")
-    for row, cells in found:
+    for row, cells in body:
         texts = [Text(cell) for cell in cells]
         if row.progress:
             texts[1].append(f"  {row.progress}", style="yellow")

@@ -75,11 +75,11 @@ def merged(
 def _groups(
     rows: Sequence[Row], group_by: Sequence[str] = (), over: Sequence[str] = ("seed",)
 ) -> list[list[Row]]:
-    found: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
         key = (values_of(row, group_by), row.cache, row.context) if group_by else _key(row, *over)
-        found.setdefault(key, []).append(row)
-    return list(found.values())
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 def _distinction(group: Sequence[Row], groups: Sequence[Sequence[Row]], over: Sequence[str]) -> str:
@@ -253,12 +253,12 @@ class Curve:
 
 def curves(rows: Sequence[Row], diverged: frozenset[str] = frozenset()) -> list[Curve]:
     """The learning-rate curves among merged rows; `diverged` are paths of runs."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if not row.cache:
-            found.setdefault(_key(row, "seed", "optimizer.peak_lr"), []).append(row)
+            groups.setdefault(_key(row, "seed", "optimizer.peak_lr"), []).append(row)
     made = []
-    for group in found.values():
+    for group in groups.values():
         group.sort(key=lambda row: row.config.optimizer.peak_lr)
         rates = [row.config.optimizer.peak_lr for row in group]
         if len(set(rates)) < 2 or len(set(rates)) < len(rates):
@@ -292,10 +292,10 @@ def best_of_rates(rows: Sequence[Row], diverged: frozenset[str] = frozenset()) -
     return [row for row in rows if row.path not in losing]
 
 
-def rate_table(found: Sequence[Curve]) -> tuple[str, list[str], list[list[str]], str]:
+def rate_table(curves: Sequence[Curve]) -> tuple[str, list[str], list[list[str]], str]:
     """A title, headings, a line for each curve, and what they mean."""
     made = []
-    for curve in found:
+    for curve in curves:
         tried = []
         for rate, loss in zip(curve.rates, curve.losses, strict=True):
             result = (

@@ -73,7 +73,7 @@ def examine(
     """
     study, notes = declared.study, []
     places = {place(config.name): key for key, config in declared.trials.items()}
-    found: dict[tuple[str, int], Row] = {}
+    runs: dict[tuple[str, int], Row] = {}
     lost: set[tuple[str, int]] = set()
     for row in rows:
         key = places.get(place(row.path))
@@ -85,18 +85,18 @@ def examine(
         elif why := _excuse(row, declared.trials[key]) or (failed or {}).get(row.path, ""):
             notes.append(f"{row.name} does not count: {printable(why)}")
         else:
-            found[key] = row
-    notes += _of_other_data(found)
-    notes += _unknown_guardrails(study, found)
+            runs[key] = row
+    notes += _of_other_data(runs)
+    notes += _unknown_guardrails(study, runs)
     metric = study.metric
-    scores = {key: score(row, metric) for key, row in found.items()} | dict.fromkeys(lost, math.inf)
+    scores = {key: score(row, metric) for key, row in runs.items()} | dict.fromkeys(lost, math.inf)
     verdicts = decide(study, scores)
     return Outcome(
         declared=declared,
-        runs=found,
+        runs=runs,
         verdicts=tuple(verdicts),
-        crossed=tuple(_crossed(study, verdict, found) for verdict in verdicts),
-        guardrails=tuple(_guardrails(study, verdict, found) for verdict in verdicts),
+        crossed=tuple(_crossed(study, verdict, runs) for verdict in verdicts),
+        guardrails=tuple(_guardrails(study, verdict, runs) for verdict in verdicts),
         gains=tuple((gain, _gain(declared, gain, scores)) for gain in study.gains),
         notes=tuple(notes),
         diverged=frozenset(lost),
@@ -137,7 +137,7 @@ def _excuse(row: Row, declared: Config) -> str:
     return seeds.excuse(row)
 
 
-def _of_other_data(found: dict[tuple[str, int], Row]) -> list[str]:
+def _of_other_data(rows: dict[tuple[str, int], Row]) -> list[str]:
     """Takes out the runs whose data are not those of the most; says which, with the numbers."""
     notes = []
     for what, value in {
@@ -147,43 +147,43 @@ def _of_other_data(found: dict[tuple[str, int], Row]) -> list[str]:
         "held-out bytes": lambda row: row.scores and row.scores.bytes,
     }.items():
         # Older runs do not say how many tokens and bytes were scored.
-        counts = collections.Counter(v for row in found.values() if (v := value(row)) is not None)
+        counts = collections.Counter(v for row in rows.values() if (v := value(row)) is not None)
         if len(counts) < 2:
             continue
         (usual, most), (_, second) = counts.most_common(2)
-        for key in list(found):
-            here = value(found[key])
+        for key in list(rows):
+            here = value(rows[key])
             if here is None or (here == usual and most > second):
                 continue
             others = " and ".join(f"{v} ({n} runs)" for v, n in counts.items() if v != here)
             notes.append(
-                f"{found.pop(key).name} does not count: its {what} are {here}, others have {others}"
+                f"{rows.pop(key).name} does not count: its {what} are {here}, others have {others}"
             )
     return notes
 
 
-def _unknown_guardrails(study: Study, found: Mapping[tuple[str, int], Row]) -> list[str]:
+def _unknown_guardrails(study: Study, rows: Mapping[tuple[str, int], Row]) -> list[str]:
     """The guardrails of components that no run was scored on."""
-    known = components(list(found.values()))
+    known = components(list(rows.values()))
     return [
         f"the guardrail {name} is in no evaluation: the runs were scored on "
         f"{printable(', '.join(known)) if known else 'no components'}"
         for name in study.guardrails
-        if (part := name.partition("/")[2]) and part not in known and found
+        if (part := name.partition("/")[2]) and part not in known and rows
     ]
 
 
-def _pairs(study: Study, verdict: Verdict, found: Mapping[tuple[str, int], Row]):
+def _pairs(study: Study, verdict: Verdict, rows: Mapping[tuple[str, int], Row]):
     """The runs of each pair that a verdict is made of."""
     claim = verdict.claim
     keys = [((claim.row, s), (claim.other, s)) for s in study.seeds(claim)]
-    return [(found[a], found[b]) for a, b in keys if a in found and b in found]
+    return [(rows[a], rows[b]) for a, b in keys if a in rows and b in rows]
 
 
 def _crossed(
-    study: Study, verdict: Verdict, found: Mapping[tuple[str, int], Row]
+    study: Study, verdict: Verdict, rows: Mapping[tuple[str, int], Row]
 ) -> tuple[float, float] | None:
-    pairs = _pairs(study, verdict, found)
+    pairs = _pairs(study, verdict, rows)
     if study.metric != "bits_per_byte" or verdict.status == "not tested" or len(pairs) < 2:
         return None
     scored = [(documents_of(a), documents_of(b)) for a, b in pairs]
@@ -209,9 +209,9 @@ def documents_of(row: Row) -> Documents | None:
 
 
 def _guardrails(
-    study: Study, verdict: Verdict, found: Mapping[tuple[str, int], Row]
+    study: Study, verdict: Verdict, rows: Mapping[tuple[str, int], Row]
 ) -> dict[str, float]:
-    pairs = _pairs(study, verdict, found)
+    pairs = _pairs(study, verdict, rows)
     return {
         name: math.fsum(score(a, name) - score(b, name) for a, b in pairs) / len(pairs)
         if pairs
@@ -233,10 +233,10 @@ def _gain(declared: Declared, gain: Gain, scores: Mapping[tuple[str, int], float
         for name in family
     ]
     try:
-        ours, theirs = points(gain.ours), points(gain.theirs)
-        means = [[(b, float(np.mean(losses))) for b, losses in family] for family in (ours, theirs)]
+        first, other = points(gain.ours), points(gain.theirs)
+        means = [[(b, float(np.mean(losses))) for b, losses in family] for family in (first, other)]
         value = statistics.byte_gain(*means)
-        low, high = statistics.byte_gain_interval(ours, theirs, level=1 - declared.study.alpha)
+        low, high = statistics.byte_gain_interval(first, other, level=1 - declared.study.alpha)
     except ValueError as error:
         return f"not tested: {error}"
     level = f"{1 - declared.study.alpha:.0%}"
@@ -320,16 +320,16 @@ def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     headings += ["sd over seeds", "state"]
     made = []
     for row in study.rows:
-        config, found = outcome.declared.config(row), outcome.scores(row)
+        config, scores = outcome.declared.config(row), outcome.scores(row)
         made.append(
             [
                 row,
                 f"{kv_bytes(config):,.0f}",
                 human(costs.parameters(config.model).total),
                 # Of a row without runs, the rate may still be that of its function.
-                f"{config.optimizer.peak_lr:.3g}" if found else "—",
-                f"{np.mean(found):.4f}" if found else "missing",
-                f"{np.std(found, ddof=1):.4f}" if len(found) > 1 else "—",
+                f"{config.optimizer.peak_lr:.3g}" if scores else "—",
+                f"{np.mean(scores):.4f}" if scores else "missing",
+                f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else "—",
                 outcome.state(row),
             ]
         )
@@ -339,23 +339,23 @@ def row_lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 def noise(rows: Sequence[Row], study: Study) -> list[str]:
     """What rows with three seeds or more say about the differences that this study can see, in a note."""
     n = max((study.pairs(claim) for claim in study.claims), default=0)
-    found = []
+    seen = []
     for row in seeds.merged(rows):
         if len(row.seeds) >= 3 and n >= 2:
             sd = float(np.std([score(one, study.metric) for one in row.seeds], ddof=1))
             name = re.sub(r" \(\d+ seeds?\)$", "", row.name)
-            found.append((sd, f"{sd:.4f} ({name}, {len(row.seeds)} seeds)"))
-    if not found:
+            seen.append((sd, f"{sd:.4f} ({name}, {len(row.seeds)} seeds)"))
+    if not seen:
         return []
     # Without pairs in common: an upper bound for those that have them.
     detected = [
         statistics.detectable(math.sqrt(2) * sd, n, alpha=study.alpha, alternative="less")
-        for sd, _ in (min(found), max(found))
+        for sd, _ in (min(seen), max(seen))
     ]
     span = lambda *ends: " to ".join(dict.fromkeys(ends))
     return [
         f"The standard deviation over seeds, in {METRICS[study.metric]}, is "
-        f"{span(min(found)[1], max(found)[1])}. If the two runs of a pair were independent, {n} pairs would "
+        f"{span(min(seen)[1], max(seen)[1])}. If the two runs of a pair were independent, {n} pairs would "
         f"detect a difference of {span(*(f'{least:.4f}' for least in detected))} with a probability of 80 % "
         f"(one claim, one-sided, level {study.alpha:g})."
     ]

@@ -22,7 +22,7 @@ CAPTION = (
 
 def scores(rows: Sequence[Row]) -> list[tuple[str, Scores]]:
     """(label, scores) of each eval/tasks-*.json of the runs."""
-    found = []
+    results = []
     for row in rows:
         if row.cache:  # the run's own row has the files of all caches
             continue
@@ -30,16 +30,16 @@ def scores(rows: Sequence[Row]) -> list[tuple[str, Scores]]:
             label = row.name if cache == "full" else f"{row.name}, {cache}"
             if scored.step < row.config.steps and "origin" not in row.record:
                 label += f"  step {scored.step:,}/{row.config.steps:,}"
-            found.append((label, scored.tasks))
-    return found
+            results.append((label, scored.tasks))
+    return results
 
 
 def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings, and the cells of each line below them; no line where no run was scored."""
-    found = scores(rows)
+    scored = scores(rows)
     metrics = {
         task: next((name for name in METRICS if name in score.metrics), "")
-        for _, tasks in found
+        for _, tasks in scored
         for task, score in tasks.items()
     }
     shown = {task: metric for task, metric in sorted(metrics.items()) if metric}
@@ -52,7 +52,7 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             printable(label),
             *(_cell(tasks.get(task), metric) for task, metric in shown.items()),
         ]
-        for label, tasks in found
+        for label, tasks in scored
     ]
 
 
@@ -65,13 +65,13 @@ def _cell(score: TaskScore | None, metric: str) -> str:
 
 def table(rows: Sequence[Row]) -> Table | None:
     """The scores for a terminal; None where no run was scored."""
-    headings, found = lines(rows)
-    if not found:
+    headings, body = lines(rows)
+    if not body:
         return None
     made = Table(caption=Text(CAPTION), caption_justify="left")
     for i, heading in enumerate(headings):
         made.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
-    for cells in found:
+    for cells in body:
         made.add_row(*map(Text, cells))
     return made
 

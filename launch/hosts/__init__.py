@@ -64,8 +64,8 @@ def parse(argv: Sequence[str]) -> tuple[Hosts, list[str]]:
 
     Raises ValueError for flags that do not fit together.
     """
-    found, rest = _parser().parse_known_args(argv)
-    return Hosts(**vars(found)), rest
+    flags, rest = _parser().parse_known_args(argv)
+    return Hosts(**vars(flags)), rest
 
 
 def alone(hosts: Hosts) -> bool:

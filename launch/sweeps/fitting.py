@@ -100,14 +100,14 @@ def _ask(config: Config, topology: str, slices: int, cache: Path) -> str:
         planning = planner()
         devices = planning.topologies.topology(topology, slices)
         try:
-            found = planning.plan(config, devices, cache)
+            plan = planning.plan(config, devices, cache)
         except ValueError as error:  # the mesh or the batch does not fit the devices
             return str(error)
-    if found.fits:
+    if plan.fits:
         return ""
     gib = lambda size: f"{size / 2**30:.1f} GiB"
-    of = f" of {gib(found.memory)}" if found.memory else ""
-    return f"does not fit {devices}: needs {gib(found.peak)}{of} per device. To make it fit: {found.advice}"
+    of = f" of {gib(plan.memory)}" if plan.memory else ""
+    return f"does not fit {devices}: needs {gib(plan.peak)}{of} per device. To make it fit: {plan.advice}"
 
 
 def _place() -> epath.Path:
@@ -127,6 +127,6 @@ def _library() -> str:
     for file in sorted(_LIBRARY.rglob("*.py")):
         digest.update(file.read_bytes())
     for name in ("jax", "jaxlib", *COMPILERS, "flax", "optax"):
-        for found in importlib.metadata.distributions(name=name):
-            digest.update(f"{name} {found.version}".encode())
+        for distribution in importlib.metadata.distributions(name=name):
+            digest.update(f"{name} {distribution.version}".encode())
     return digest.hexdigest()

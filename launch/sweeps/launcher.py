@@ -290,8 +290,8 @@ class Launcher:
         sound = [trial.name for trial in plan.trials if not self.checked[trial.name]]
         alive = self._alive(_only(plan, sound))
         state = lambda trial: self._state(trial, plan, alive)
-        found = records.in_parallel(state, plan.trials)
-        return {trial.name: pair for trial, pair in zip(plan.trials, found, strict=True)}
+        pairs = records.in_parallel(state, plan.trials)
+        return {trial.name: pair for trial, pair in zip(plan.trials, pairs, strict=True)}
 
     def _state(self, trial: trials.Trial, plan: LaunchPlan, alive: set[str]) -> tuple[str, str]:
         if reason := self.checked[trial.name]:
@@ -338,12 +338,12 @@ class Launcher:
         for trial, submission in zip(plan.trials, submissions, strict=True):
             if submission and trial.config.name not in self.results.known:
                 by_engine.setdefault(submission.engine, []).append(submission)
-        found = set()
+        alive = set()
         for name, jobs in by_engine.items():
             engine = engine_of(name)
             engines.check_tools(engine)
-            found |= engine.alive(jobs)
-        return found
+            alive |= engine.alive(jobs)
+        return alive
 
     def _numbers(self, plan: LaunchPlan) -> dict[str, int]:
         before = records.in_parallel(lambda t: _record(plan, t.name).submission(), plan.trials)
@@ -442,8 +442,8 @@ class Launcher:
             how = "" if self.waits else "; run this command again later, or with --wait"
             print(f"more to come: {plan.waits_for}{how}", flush=True)
         elif plan.found is not None:
-            found = plan.found if isinstance(plan.found, list) else [plan.found]
-            for best in (one for one in found if isinstance(one, Result)):
+            results = plan.found if isinstance(plan.found, list) else [plan.found]
+            for best in (one for one in results if isinstance(one, Result)):
                 print(f"best: {best.name}, perplexity {best.perplexity:.4f}", flush=True)
         whole = set(words.values()) == {"done"} and not plan.waits_for
         then = "compare: python -m launch.compare" if whole else "watch: python -m launch.status"

@@ -199,17 +199,17 @@ def last_records(run: Run) -> list[dict[str, Any]]:
         file.seek(start)
         lines = file.read(2 * _TAIL).split(b"\n")[1 if start else 0 :]
     lines = seals.read_lines(lines, run.id, last=None, required=run.is_sealed)
-    found = map(runs.metrics_record, lines)
-    return [record for record in found if record is not None]
+    records = map(runs.metrics_record, lines)
+    return [record for record in records if record is not None]
 
 
 def result(run: Run, steps: int) -> dict[str, float] | None:
     """The held-out metrics of a run after its last step; None while there are none."""
-    found = None
+    metrics = None
     for record in last_records(run):
         if record["step"] == steps and record.get("perplexity") is not None:
-            found = record
-    return found
+            metrics = record
+    return metrics
 
 
 def last_step(run: Run) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def find(topology: str) -> Slice:
         raise ValueError(
             f"--topology {topology!r}: a {name} has {kind.dimensions} dimensions, in chips: {name}:{example}"
         )
-    found = Slice(kind=kind, shape=shape)
-    if found.chips % CHIPS_PER_HOST:
+    tpu = Slice(kind=kind, shape=shape)
+    if tpu.chips % CHIPS_PER_HOST:
         raise ValueError(f"--topology {topology!r}: hosts have {CHIPS_PER_HOST} chips each")
-    return found
+    return tpu

@@ -131,7 +131,7 @@ def make(
                 f"{sweep} yields no trials: a sweep is a generator. An experiment is started by "
                 f"`python -m launch.train {sweep}`"
             )
-        waits_for, found, answer = "", None, None
+        waits_for, returned, answer = "", None, None
         while True:
             try:
                 name, config = generator.send(answer)  # type: ignore  # None the first time
@@ -139,7 +139,7 @@ def make(
                 waits_for = str(waits)
                 break
             except StopIteration as end:
-                found = end.value
+                returned = end.value
                 break
             _check_name(name, trials)
             config = dataclasses.replace(change(config), name=f"{sweep_name(sweep)}/{name}")
@@ -163,7 +163,7 @@ def make(
         directory=directory,
         trials=tuple(trials.values()),
         waits_for=waits_for,
-        found=found,
+        found=returned,
         unread=unread,
     )
 
@@ -271,12 +271,12 @@ class Results:
                 return unknown
             metrics, state = records.result(record.run, config.steps), record.state()
             given_up = state.status == "failed"
-            found = dataclasses.replace(
+            result = dataclasses.replace(
                 unknown, metrics=metrics, diverged=state.diverged, failed=given_up
             )
-            if not found.known:
-                return found
-            self.known[config.name] = found
+            if not result.known:
+                return result
+            self.known[config.name] = result
         return self.known[config.name]
 
 

@@ -143,10 +143,10 @@ class JobSet:
         }
 
     def _pod(self, trial: Trial) -> dict[str, Any]:
-        found = tpus.find(trial.resources.topology)
+        slice_ = tpus.find(trial.resources.topology)
         selector = {
-            "cloud.google.com/gke-tpu-accelerator": found.kind.gke,
-            "cloud.google.com/gke-tpu-topology": found.shape,
+            "cloud.google.com/gke-tpu-accelerator": slice_.kind.gke,
+            "cloud.google.com/gke-tpu-topology": slice_.shape,
         }
         if self.spot:
             selector["cloud.google.com/gke-spot"] = "true"
@@ -260,7 +260,7 @@ def _unexpanded(text: str) -> str:
 
 
 def _alive(submitted: Sequence[Submission]) -> set[str]:
-    found = set()
+    alive = set()
     for namespace in {job.group for job in submitted}:
         shown = json.loads(
             call(["kubectl", "get", "jobsets", "--namespace", namespace, "-o", "json"])
@@ -272,5 +272,5 @@ def _alive(submitted: Sequence[Submission]) -> set[str]:
                 if c["status"] == "True"
             }
             if not ended & {"Completed", "Failed"}:
-                found.add(item["metadata"]["name"])
-    return found & {job.job for job in submitted}
+                alive.add(item["metadata"]["name"])
+    return alive & {job.job for job in submitted}

@@ -42,15 +42,15 @@ class Local:
         devices = gpus()
         workers = self.workers or len(devices) or max(1, len(cores()) // 4)
         share = self.cores or max(1, len(cores()) // workers)
-        found = []
+        places = []
         for i in range(workers):
             mine = cores()[i * share % len(cores()) :][:share]
             slot = {"cores": ",".join(map(str, mine)), "OMP_NUM_THREADS": str(len(mine))}
             if devices:
                 per = max(1, len(devices) // workers)
                 slot["CUDA_VISIBLE_DEVICES"] = ",".join(devices[i * per % len(devices) :][:per])
-            found.append(slot)
-        return found
+            places.append(slot)
+        return places
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         """A job a trial; the pool adds a place's cores and devices when it starts it."""
@@ -132,5 +132,5 @@ def gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [device for device in visible.split(",") if device not in ("", "-1")]
-    found = Path("/dev").glob("nvidia[0-9]*")
-    return [str(i) for i in sorted(int(device.name.removeprefix("nvidia")) for device in found)]
+    devices = Path("/dev").glob("nvidia[0-9]*")
+    return [str(i) for i in sorted(int(device.name.removeprefix("nvidia")) for device in devices)]

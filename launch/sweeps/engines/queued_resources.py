@@ -84,7 +84,7 @@ class QueuedResources:
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
         resources = plan.trials[0].resources
-        found = tpus.find(resources.topology)
+        tpu = tpus.find(resources.topology)
         if not self.zone:
             raise ValueError(
                 "--queued-resources.zone is missing: give the zone of the TPUs, such as us-central1-a"
@@ -98,7 +98,7 @@ class QueuedResources:
             raise ValueError(
                 f"--slices {resources.slices}: queued-resources supports one slice; for more, use jobset"
             )
-        runtime = self.runtime_version or found.kind.runtime
+        runtime = self.runtime_version or tpu.kind.runtime
         if not runtime:
             raise ValueError(
                 f"--topology {resources.topology}: there are no TPU VMs of that type; use --engine jobset"
@@ -117,7 +117,7 @@ class QueuedResources:
             flags = {
                 "node-id": job,
                 **self._where(),
-                "accelerator-type": found.accelerator_type,
+                "accelerator-type": tpu.accelerator_type,
                 "runtime-version": runtime,
                 "labels": f"cla-jax-job={job}",
                 "metadata-from-file": f"startup-script={{files}}/{job}.sh",
@@ -142,12 +142,12 @@ class QueuedResources:
         return {"zone": self.zone} | ({"project": self.project} if self.project else {})
 
     def alive(self, submitted: Sequence[Submission]) -> set[str]:
-        found = set()
+        names = set()
         for group in {job.group for job in submitted}:
             for resource in json.loads(call(listing(group))):
                 if resource.get("state", {}).get("state") in _ALIVE:
-                    found.add(resource["name"].rpartition("/")[2])
-        return found & {job.job for job in submitted}
+                    names.add(resource["name"].rpartition("/")[2])
+        return names & {job.job for job in submitted}
 
     def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
         return [

@@ -61,13 +61,13 @@ class Sky:
         setup = self.setup
         resources: dict[str, Any] = {"accelerators": self.accelerators}
         if trial.resources.topology and not self.accelerators:
-            found = tpus.find(trial.resources.topology)
-            if not found.kind.runtime:
+            tpu = tpus.find(trial.resources.topology)
+            if not tpu.kind.runtime:
                 raise ValueError(
                     f"--topology {trial.resources.topology} is unknown to SkyPilot; use --engine jobset"
                 )
-            resources["accelerators"] = f"tpu-{found.accelerator_type}"
-            resources["accelerator_args"] = {"runtime_version": found.kind.runtime}
+            resources["accelerators"] = f"tpu-{tpu.accelerator_type}"
+            resources["accelerator_args"] = {"runtime_version": tpu.kind.runtime}
             setup += "\npip install 'jax[tpu]'"
         # The trial's record has the limits: exit code 1 ends the job, the others start it again.
         resources["job_recovery"] = {

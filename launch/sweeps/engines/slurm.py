@@ -173,5 +173,5 @@ def _largest_array() -> int:
         shown = call(["scontrol", "show", "config"])
     except (ValueError, FileNotFoundError):  # a dry run elsewhere; sbatch itself would say more
         return _USUAL_ARRAY
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
-    return max(1, int(found[1])) if found else _USUAL_ARRAY
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return max(1, int(match[1])) if match else _USUAL_ARRAY
