@@ -28,7 +28,7 @@ class Arguments:
     # The name of a sweep, or its directory; then the trials to cancel (default: all).
     names: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP [TRIAL ...]")
-    ]
+    ] = ()
     # Directory of all run directories, for a sweep given by name.
     runs: str = "runs"
 

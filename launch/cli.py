@@ -22,7 +22,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import tyro
 from tyro import (
@@ -169,32 +169,53 @@ def _written_as_text(
 
 
 @_FORMS.struct_rule
-def _kind_with_the_others(
+def _explained(
     info: tyro.constructors.StructTypeInfo,
 ) -> tyro.constructors.StructConstructorSpec | None:
-    """The help of a field that is one of several dataclasses: all kinds, not only the chosen one."""
+    """Dataclasses, with help of our own: all kinds of a union, and no default that is empty."""
+    spec = _struct_spec_dataclass.dataclass_rule(info)
+    if spec is None:
+        return None
+    return dataclasses.replace(
+        spec,
+        fields=tuple(
+            _with_all_kinds(info.type, field)
+            if field.name == "kind"
+            else _without_empty_default(field)
+            for field in spec.fields
+        ),
+    )
+
+
+def _without_empty_default(
+    field: tyro.constructors.StructFieldSpec,
+) -> tyro.constructors.StructFieldSpec:
+    """A flag that may be left out, and whose help ends in no "(default: None)"."""
+    is_repeated = tyro.conf.UseAppendAction in getattr(field.type, "__metadata__", ())
+    is_empty = field.default is None or (
+        isinstance(field.default, str | tuple) and not field.default
+    )
+    if is_repeated or not is_empty:
+        return field
+    hidden: Any = Annotated[field.type, tyro.conf.arg(help_behavior_hint="")]
+    return dataclasses.replace(field, type=hidden)
+
+
+def _with_all_kinds(
+    variant: Any, field: tyro.constructors.StructFieldSpec
+) -> tyro.constructors.StructFieldSpec:
+    """The kind of a field that is one of several dataclasses: all of them, not only the chosen one."""
     known = {
         cls: union for union, hint in _UNIONS.items() for cls in fields.variants(hint).values()
     }
-    spec = _struct_spec_dataclass.dataclass_rule(info)
-    if spec is None or info.type not in known:
-        return None
-    union = known[info.type]
+    union = known[variant]
     kinds = fields.variants(_UNIONS[union])
     *parents, name = union.split(".")
     owner = functools.reduce(lambda cls, field: typing.get_type_hints(cls)[field], parents, Config)
     meanings = "\n".join(f"{kind}: {_summary(kinds[kind])}" for kind in kinds)
-    told = {
-        "type": Literal[tuple(kinds)],
-        "helptext": f"{_docstrings.get_field_docstring(owner, name, ())}\n{meanings}",
-    }
-    return dataclasses.replace(
-        spec,
-        fields=tuple(
-            dataclasses.replace(field, **told) if field.name == "kind" else field
-            for field in spec.fields
-        ),
-    )
+    described = f"{_docstrings.get_field_docstring(owner, name, ())}\n{meanings}"
+    every_kind: Any = Literal[tuple(kinds)]
+    return dataclasses.replace(field, type=every_kind, helptext=described)
 
 
 def _summary(variant: Any) -> str:
@@ -222,6 +243,9 @@ def read(
     Raises:
       ValueError: one line with the flag, the value and the nearest match, for what is refused.
     """
+    if description := options.get("description"):
+        # tyro would keep the end of a line before a word such as "--flag" or "(aside)".
+        options["description"] = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
     argv = options.get("args")
     argv = sys.argv[1:] if argv is None else argv
     known = lambda: [*also, *_known(kind, options)]

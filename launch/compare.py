@@ -69,13 +69,10 @@ def compare(
       study: test the claims of this declared study; also writes report.md and report.json
       context: count KV bytes for this many tokens of context (default: the training window)
       out: output directory (default: the given directory, or the common parent of several)
-      group_by: make one row of the runs that have the same value of this config field; repeat the flag for
-        several fields
-      over: make one row of the runs that differ only in this field; repeat the flag for several fields. They
-        replace the default, seed
+      group_by: one row for each value of this config field; repeat the flag for several fields
+      over: one row for runs that differ only in this field (default: seed); repeat the flag for several
       baseline: a row or a run; a column shows the difference of the others to it, seed by seed
-      sort: order of the rows: a field of the config, or run, kv_bytes, parameters, perplexity, bits_per_byte,
-        difference (default: KV bytes, then quality)
+      sort: a config field, run, kv_bytes, parameters, perplexity, bits_per_byte or difference
     """
     if study and (group_by or over):
         raise ValueError("--study defines which runs belong together: remove --group-by and --over")

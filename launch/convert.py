@@ -80,7 +80,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uptrain:
-    """Make a run from another run, with fewer KV heads or KV layers, or with latents; then launch.train."""
+    """Make a run from another run, with fewer KV heads or KV layers, or with latents."""
 
     # The run directory to start from.
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

@@ -21,7 +21,9 @@ from launch.cli import read, user_errors
 def data(
     command: Annotated[Literal["fetch"], tyro.conf.Positional],
     name: Annotated[Literal["enwik8"], tyro.conf.Positional],
-    directory: Annotated[str, tyro.conf.Positional] = "",
+    directory: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[DIRECTORY]", help_behavior_hint="")
+    ] = "",
 ) -> None:
     """See above.
 

@@ -41,7 +41,7 @@ _MARGIN = " " * 12  # below the result
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # Run directories, or directories of runs.
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     cache: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(

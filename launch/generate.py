@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # The run directory.
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Text to continue; repeat the flag for a batch. An empty prompt starts a new document.
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Maximum number of new tokens; generation stops earlier at an end token.

@@ -45,7 +45,7 @@ UNITS = {"": 1, "B": 1, "kB": 1000} | {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # Experiments, studies, run directories or directories of runs.
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ()
     # Memory of one device: 80GB is 80e9 bytes, 80GiB is 80 * 2^30.
     budget: str = "80GB"
     # Tokens of a sequence, prompt and continuation together.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # Experiments or studies.
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ()
     # KIND:SHAPE, such as v5e:16x16 or h100:16x8; `here` for the devices of this machine. Repeat the flag for
     # several.
     topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -48,7 +48,8 @@ class Arguments:
     slices: int = 0
     # Find the fastest microbatch and rematerialisation that fit, in at most 3 compilations.
     search: bool = False
-    # Assumed model FLOPs utilisation for days and chip-hours, 0 to 1. The output has the roofline's limit.
+    # Model FLOPs utilisation, 0 to 1, that days and chip-hours assume. The output also has the highest one
+    # that the roofline allows.
     mfu: float = 0.4
     # Print JSON instead of tables.
     json: bool = False

@@ -60,7 +60,7 @@ class Made:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     # The trace, a file of JSON lines.
-    trace: Annotated[str, tyro.conf.Positional]
+    trace: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE")]
     # A run directory, or an experiment (with random weights).
     model: str
     # Write a trace of this kind first: shared-prompt, few-shot, parallel-sampling, no-sharing.

@@ -26,7 +26,9 @@ from launch.cli import read, user_errors
 
 def tasks(
     command: Annotated[Literal["fetch", "recall"], tyro.conf.Positional],
-    directory: Annotated[str, tyro.conf.Positional] = "data/tasks",
+    directory: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[DIRECTORY]")
+    ] = "data/tasks",
     count: int = 100,
     length: int = 1000,
     seed: int = 0,

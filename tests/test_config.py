@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -282,6 +283,7 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
     with pytest.raises(SystemExit):
         read_config(config, ["--help"])
     told = capsys.readouterr().out
+    assert not re.search(r"\(default:\s*(None|'')?\)", told)
     for union, hint in unions(Config):
         kinds = variants(hint)
         assert f"--{union.replace('_', '-')}.kind {{{','.join(kinds)}}}" in told

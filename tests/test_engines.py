@@ -760,6 +760,13 @@ elif order == "fail once":
         time.sleep(0.05)
     (sweep / name).mkdir(parents=True, exist_ok=True)
     (sweep / name / "metrics.jsonl").write_text('{{"step": 40, "perplexity": 7.0}}\\n')
+elif order == "take long":
+    (sweep / name).mkdir(parents=True, exist_ok=True)
+    metrics = sweep / name / "metrics.jsonl"
+    metrics.write_text('{{"step": 7, "loss": 2.5, "eta_s": 90.0}}\\n')
+    while not pathlib.Path({log!r} + ".told").exists():
+        time.sleep(0.05)
+    metrics.write_text('{{"step": 40, "perplexity": 7.0}}\\n')
 elif order == "call it done":
     (sweep / ".sweep" / name / "state.json").write_text('{{"status": "done", "attempts": 1}}')
 elif order == "crash":
@@ -826,6 +833,26 @@ def test_a_trial_that_failed_and_is_started_again_is_told_once(pool, tmp_path, m
     assert code == 0
     words = f"{failing}  running: failed once and is started again: no space\n"
     assert said.count(words) == said.count("started again") == 1
+
+
+def test_a_long_trial_says_how_far_it_is(pool, tmp_path, monkeypatch):
+    """A pipe has no live table, and a trial may take hours."""
+    monkeypatch.setattr(launcher, "_POOL_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "_PROGRESS_SECONDS", 0.0)
+    long = "peak_lr=0.001,seed=1"
+    printed, rounds = launcher._print_together, iter(range(600))
+
+    def noted(lines):
+        printed(lines)
+        if any(name == long and reason.startswith("step 7") for name, _, reason in lines):
+            (tmp_path / "log.told").touch()
+        assert next(rounds, None) is not None, "it is never told"
+
+    monkeypatch.setattr(launcher, "_print_together", noted)
+    code, said, _ = pool({long: "take long"}, "--local.workers", "2", "--local.cores", "1")
+    assert code == 0, said
+    assert f"{long}  running: step 7 of 40, loss 2.5000, ETA 1.5 min\n" in said
+    assert "\r" not in said
 
 
 def test_a_runner_that_sees_another_result_is_not_started_for_ever(pool):

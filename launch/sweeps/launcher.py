@@ -33,6 +33,9 @@ STOPPED = 42  # as launch.train: the trials were told to save, launch again to g
 
 # Seconds between two looks of a pool at all trials: one of an earlier launcher that ended is seen then.
 _POOL_SECONDS = 3.0
+# Seconds between two lines about a running trial, and the most trials that have one.
+_PROGRESS_SECONDS = 60.0
+_PROGRESS_TRIALS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Arguments:
     evaluate: bool = False
     # Also start failed and cancelled trials again.
     again: bool = False
-    # Hardware of one trial: a TPU slice in chips (v5e:16x16), or with slurm GPUs as nodes x GPUs (h100:16x8).
+    # Hardware of one trial: a TPU slice in chips (v5e:16x16), or, with slurm, nodes x GPUs (h100:16x8).
     topology: str = ""
     # TPU slices for each trial.
     slices: int = 1
@@ -111,6 +114,7 @@ class Launcher:
         self.said: dict[str, str] = {}
         self.told: dict[str, str] = {}  # the reasons that were printed with these states
         self.written: set[str] = set()  # trials whose records this launcher has written
+        self.said_at = time.monotonic()  # when a line about the trials was last printed
         self.stopping = False
         self.pool = Pool(self.engine) if isinstance(self.engine, Local) else None
         self.waits = arguments.wait or self.pool is not None
@@ -238,10 +242,14 @@ class Launcher:
                 busy += todo
             if self.stopping or not self.waits or not busy:
                 break
+            self._say_progress(plan, states)
             self._sleep()
         if self.pool is not None:
             if self.stopping and self.pool.running:
-                print(f"asking {len(self.pool.running)} trials to save and end", flush=True)
+                print(
+                    f"running trials are asked to save and end: {len(self.pool.running)}",
+                    flush=True,
+                )
             self.pool.end(self.stopping)
         return self._conclude(plan, states)
 
@@ -425,6 +433,24 @@ class Launcher:
                 reason = f"perplexity {known.perplexity:.4f} ({done} of {len(states)})"
             changed.append((name, state, reason))
         _print_together(changed)
+        if changed:
+            self.said_at = time.monotonic()
+
+    def _say_progress(self, plan: LaunchPlan, states: Mapping[str, tuple[str, str]]) -> None:
+        """From time to time, how far the running trials are: during a long trial nothing else is printed."""
+        if time.monotonic() - self.said_at < _PROGRESS_SECONDS:
+            return
+        self.said_at = time.monotonic()
+        running = _only(plan, [name for name, (state, _) in states.items() if state == "running"])
+        shown = running.trials[:_PROGRESS_TRIALS]
+        reasons = records.in_parallel(
+            lambda trial: _how_far(_record(plan, trial.name), trial), shown
+        )
+        _print_together(
+            [(trial.name, "running", why) for trial, why in zip(shown, reasons, strict=True)]
+        )
+        if more := len(running.trials) - len(shown):
+            print(f"and {more} more running; see python -m launch.status", flush=True)
 
     def _is_news(self, name: str, reason: str) -> bool:
         """Whether a running trial has failed since it was last spoken of."""
@@ -461,6 +487,18 @@ def _failures(state: records.State) -> str:
     first = state.error.partition("\n")[0]
     times = "once" if state.failed_in_a_row == 1 else f"{state.failed_in_a_row} times"
     return f"failed {times} and is started again: {first}"
+
+
+def _how_far(record: records.Record, trial: trials.Trial) -> str:
+    """The last step of a running trial, its loss, and the time that is left."""
+    try:
+        last = records.last_step(record.run)
+    except ValueError:  # what is damaged is told when the trial has ended
+        last = {}
+    if "step" not in last:
+        return "no step yet"
+    eta = f", ETA {last['eta_s'] / 60:.1f} min" if "eta_s" in last else ""
+    return f"step {last['step']:,} of {trial.config.steps:,}, loss {last['loss']:.4f}{eta}"
 
 
 def _record(plan: LaunchPlan, name: str) -> records.Record:
