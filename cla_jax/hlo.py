@@ -114,10 +114,7 @@ def collectives(text: str) -> list[Collective]:
                     moved.get(key, (kind, 0, group)), (kind, times * factor * size, group)
                 )
                 continue
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += re.findall(r"[\w.\-]+", branches)
-            for inner in called:
+            for inner in _called(line):
                 visit(inner, times)
 
     visit("ENTRY", 1)
@@ -180,71 +177,58 @@ def memory_traffic(text: str) -> Traffic:
     results; of an array that it updates, the part that is new. What stands in a loop counts as often as the
     loop turns.
     """
-    lines = computations(text)
-    program = {
-        name: [
-            _Instruction(bool(m[1]), *m.groups()[1:]) for m in map(_INSTRUCTION.match, body) if m
-        ]
-        for name, body in lines.items()
-    }
-    defined = {name: {i.name: i for i in body} for name, body in program.items()}
+    program = _Program(text)
+    total = copies = 0
+    for name, instruction, times in program.executed("ENTRY", 1):
+        size = times * program.moved(name, instruction)
+        total += size
+        copies += size if program.only_moves(instruction) else 0
+    return Traffic(total=total, copies=copies)
 
-    def called(instruction: _Instruction) -> list[str]:
-        found = _CALLED.findall(instruction.rest)
-        for branches in _BRANCHES.findall(instruction.rest):
-            found += re.findall(r"[\w.\-]+", branches)
-        return [name for name in found if name in program]
 
-    def parameters(name: str) -> dict[int, str]:
-        return {i.parameter: i.name for i in program[name] if i.operation == "parameter"}
+class _Program:
+    """The instructions of each computation of a program, and what they read and write."""
 
-    def read(name: str, array: str, whole: int) -> int:
-        """Bytes that a computation reads of one of its arrays, which has `whole` in the main memory."""
-        total = 0
-        for user in program[name]:
-            operands = user.operands
-            if array not in operands:
-                continue
-            if user.operation in ("slice", "dynamic-slice") and operands[0] == array:
-                total += _placed_bytes(user.result, anywhere=True)
-            elif user.operation == "dynamic-update-slice" and array not in operands[1:]:
-                pass  # the rest of the array stays as it is
-            elif user.operation in ("bitcast", "reshape") and not user.is_root:
-                total += read(name, user.name, whole)
-            elif user.operation == "fusion":
-                (inner,) = called(user)
-                names = parameters(inner)
-                total += sum(
-                    read(inner, names[k], whole) for k, a in enumerate(operands) if a == array
-                )
-            else:
-                return whole
-        return min(total, whole)
+    def __init__(self, text: str):
+        self._lines = computations(text)
+        self._instructions = {
+            name: [
+                _Instruction(bool(m[1]), *m.groups()[1:])
+                for m in map(_INSTRUCTION.match, body)
+                if m
+            ]
+            for name, body in self._lines.items()
+        }
+        self._defined = {
+            name: {i.name: i for i in body} for name, body in self._instructions.items()
+        }
 
-    def not_written(name: str) -> int:
-        """Bytes of the results of a fused computation that it leaves as they are."""
-        kept = 0
-        for instruction in program[name]:
-            if instruction.operation == "dynamic-update-slice":
-                update = defined[name].get(instruction.operands[1])
-                if update is not None:
-                    kept += _placed_bytes(instruction.result, anywhere=True)
-                    kept -= _placed_bytes(update.result, anywhere=True)
-            elif instruction.operation == "fusion":
-                kept += sum(not_written(inner) for inner in called(instruction))
-        return kept
+    def executed(self, name: str, times: int) -> Iterator[tuple[str, _Instruction, int]]:
+        """The instructions that move something, in which computation, and how often a run executes them."""
+        for instruction in self._instructions.get(name, ()):
+            if instruction.operation == "while":
+                condition, body = re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest)
+                turns = _turns(instruction.rest, self._lines[condition])
+                yield from self.executed(body, times * turns)
+            elif instruction.operation in ("call", "conditional"):
+                for inner in self._called(instruction):
+                    yield from self.executed(inner, times)
+            elif instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
+                yield name, instruction, times
 
-    def moved(name: str, instruction: _Instruction) -> int:
-        operands = [defined[name][a] for a in instruction.operands if a in defined[name]]
+    def moved(self, name: str, instruction: _Instruction) -> int:
+        """Bytes that an instruction of a computation reads and writes."""
+        defined = self._defined[name]
+        operands = [defined[a] for a in instruction.operands if a in defined]
         result = _placed_bytes(instruction.result)
         match instruction.operation:
             case "fusion":
-                (inner,) = called(instruction)
-                names = parameters(inner)
-                total = max(result - not_written(inner), 0)
+                (inner,) = self._called(instruction)
+                names = self._parameters(inner)
+                total = max(result - self._not_written(inner), 0)
                 for k, operand in enumerate(operands):
                     if whole := _placed_bytes(operand.result):
-                        total += read(inner, names[k], whole)
+                        total += self._read(inner, names[k], whole)
                 return total
             case "slice" | "dynamic-slice":
                 part = _placed_bytes(instruction.result, anywhere=True)
@@ -255,36 +239,68 @@ def memory_traffic(text: str) -> Traffic:
             case "copy-start":  # (to, from, context)
                 return _placed_bytes(instruction.result)
             case "async-start":
-                (inner,) = called(instruction)
-                return sum(moved(inner, i) for i in program[inner] if i.operation not in _FREE)
+                (inner,) = self._called(instruction)
+                inside = self._instructions[inner]
+                return sum(self.moved(inner, i) for i in inside if i.operation not in _FREE)
         return result + sum(_placed_bytes(operand.result) for operand in operands)
 
-    def only_moves(instruction: _Instruction) -> bool:
+    def only_moves(self, instruction: _Instruction) -> bool:
+        """Whether an instruction only changes the layout of an array."""
         if instruction.operation != "fusion":
             return instruction.operation in _LAYOUT
-        (inner,) = called(instruction)
-        inside = {i.operation for i in program[inner]} - _FREE - {"reshape"}
+        (inner,) = self._called(instruction)
+        inside = {i.operation for i in self._instructions[inner]} - _FREE - {"reshape"}
         return bool(inside) and inside <= _LAYOUT
 
-    total = copies = 0
+    def _called(self, instruction: _Instruction) -> list[str]:
+        return [name for name in _called(instruction.rest) if name in self._instructions]
 
-    def visit(name: str, times: int) -> None:
-        nonlocal total, copies
-        for instruction in program[name]:
-            if instruction.operation == "while":
-                condition, body = re.findall(r"(?:condition|body)=%?([\w.\-]+)", instruction.rest)
-                visit(body, times * _turns(instruction.rest, lines[condition]))
-            elif instruction.operation in ("call", "conditional"):
-                for inner in called(instruction):
-                    visit(inner, times)
-            elif instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
-                size = times * moved(name, instruction)
-                total += size
-                copies += size if only_moves(instruction) else 0
+    def _parameters(self, name: str) -> dict[int, str]:
+        inside = self._instructions[name]
+        return {i.parameter: i.name for i in inside if i.operation == "parameter"}
 
-    if "ENTRY" in program:
-        visit("ENTRY", 1)
-    return Traffic(total=total, copies=copies)
+    def _read(self, name: str, array: str, whole: int) -> int:
+        """Bytes that a computation reads of one of its arrays, which has `whole` in the main memory."""
+        total = 0
+        for user in self._instructions[name]:
+            operands = user.operands
+            if array not in operands:
+                continue
+            if user.operation in ("slice", "dynamic-slice") and operands[0] == array:
+                total += _placed_bytes(user.result, anywhere=True)
+            elif user.operation == "dynamic-update-slice" and array not in operands[1:]:
+                pass  # the rest of the array stays as it is
+            elif user.operation in ("bitcast", "reshape") and not user.is_root:
+                total += self._read(name, user.name, whole)
+            elif user.operation == "fusion":
+                (inner,) = self._called(user)
+                names = self._parameters(inner)
+                places = [names[k] for k, operand in enumerate(operands) if operand == array]
+                total += sum(self._read(inner, place, whole) for place in places)
+            else:
+                return whole
+        return min(total, whole)
+
+    def _not_written(self, name: str) -> int:
+        """Bytes of the results of a fused computation that it leaves as they are."""
+        kept = 0
+        for instruction in self._instructions[name]:
+            if instruction.operation == "dynamic-update-slice":
+                update = self._defined[name].get(instruction.operands[1])
+                if update is not None:
+                    kept += _placed_bytes(instruction.result, anywhere=True)
+                    kept -= _placed_bytes(update.result, anywhere=True)
+            elif instruction.operation == "fusion":
+                kept += sum(map(self._not_written, self._called(instruction)))
+        return kept
+
+
+def _called(text: str) -> list[str]:
+    """The computations that an instruction calls."""
+    names = _CALLED.findall(text)
+    for branches in _BRANCHES.findall(text):
+        names += re.findall(r"[\w.\-]+", branches)
+    return names
 
 
 def _turns(loop: str, condition: list[str]) -> int:
