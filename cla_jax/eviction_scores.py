@@ -9,7 +9,7 @@ are also scored apart, beside the full forward pass.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,17 +63,17 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
         counts_B = jnp.full_like(cache.lengths_B, spec.chunk)
         x_BtD, cache = decode(weights, spec, cache, tokens_Bt, counts_B, starts_Bt)
         cached_BtV, full_BtV = (weights.logits(x, spec.rules) for x in (x_BtD, full_BtD))
-        found = (
+        scores = (
             *_nats(cached_BtV, full_BtV, targets_Bt),
             cached_BtV.argmax(-1) == full_BtV.argmax(-1),
             jnp.abs(cached_BtV - full_BtV).max(-1),
         )
-        return cache, jnp.stack([one.astype(jnp.float32) for one in found])
+        return cache, jnp.stack([one.astype(jnp.float32) for one in scores])
 
     given = tuple(map(steps, (inputs_BT, starts_BT, targets_BT, full_BTD)))
-    cache, found_N5Bt = jax.lax.scan(step, cache, given)
-    found_5BT = jnp.moveaxis(found_N5Bt, 0, 2).reshape(5, B, T - S)
-    return jnp.concatenate([nll_BS, found_5BT[0]], axis=1), found_5BT, cache
+    cache, scores_N5Bt = jax.lax.scan(step, cache, given)
+    scores_5BT = jnp.moveaxis(scores_N5Bt, 0, 2).reshape(5, B, T - S)
+    return jnp.concatenate([nll_BS, scores_5BT[0]], axis=1), scores_5BT, cache
 
 
 def _nats(
@@ -111,24 +111,15 @@ def evicting_decoding(
     B = rows(session, windows)
     tokenizer = session.tokenizer
     classes = classes_of_tokenizer(tokenizer, data.begin_token)
-    spec = evicting_spec(
-        session.model,
-        policy,
-        classes=classes,
-        batch=B,
-        capacity=T,
-        chunk=chunk,
-    )
+    spec = evicting_spec(session.model, policy, classes=classes, batch=B, capacity=T, chunk=chunk)
     compressor, cache = Compressor(weights, spec), spec.allocate()
-    after = np.zeros(5)  # nats, nats by full forward, KL, equal top tokens, tokens
+    after = _AfterPrompts()
     counts: list[ledger.EvictingLedger] = []
     chosen: list[tuple[Chosen, ...]] = []
-    texts, furthest = 0, 0.0
-    # Of each window, a token: nats above the full forward pass, and KL.
-    each: dict[str, list[float]] = {"worse": [], "kl": []}
+    texts = 0
 
     def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        nonlocal cache, after, texts, furthest
+        nonlocal cache, texts
         inputs_BT, targets_BT = inputs_of(tokens_BT1[:, :-1], session.begins), tokens_BT1[:, 1:]
         starts_BT = jnp.zeros_like(inputs_BT)
         if session.end is not None:
@@ -137,20 +128,13 @@ def evicting_decoding(
         starts_BS = np.asarray(starts_BT[:, :S])
         x_BSD, cache = compressor.fill(cache, prompts, T - S, starts_BS)
         chosen.append(compressor.chosen)
-        nll_BT, found_5BT, cache = _continued(
+        nll_BT, scores_5BT, cache = _continued(
             *(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD[:, :S]),
             spec=compressor.spec,
             options=options,
         )
         scored_BT = np.asarray(weights_BT[:, S:], np.float64)
-        found_5BT = np.asarray(found_5BT, np.float64) * scored_BT
-        furthest = max(furthest, found_5BT[4].max())
-        sums = found_5BT[:4].sum((1, 2))
-        tokens_B = scored_BT.sum(1)
-        some_B = tokens_B > 0
-        for name, nats_BT in (("worse", found_5BT[0] - found_5BT[1]), ("kl", found_5BT[2])):
-            each[name] += (nats_BT.sum(1)[some_B] / tokens_B[some_B]).round(7).tolist()
-        after += [*sums, scored_BT.sum()]
+        after.add(np.asarray(scores_5BT, np.float64) * scored_BT, scored_BT.sum(1))
         whole = np.flatnonzero(scored_BT.all(axis=1))
         counts.append(ledger.counted_evicting(compressor.spec, cache, whole))
         texts += len(whole)
@@ -164,13 +148,8 @@ def evicting_decoding(
         context=T,
         prompt=prompt,
         chunk=chunk,
-        after_prompt=_after(after, each),
-        agreement=Agreement(
-            kl=float(after[2] / after[4]),
-            top1_agreement=float(after[3] / after[4]),
-            max_logit_difference=float(furthest),
-            tokens=int(after[4]),
-        ),
+        after_prompt=after.scores(),
+        agreement=after.agreement(),
         **_bytes(compressor, counts, max(texts, 1), T),
         readers_per_kv_layer=spec.readers,
         profile=profile(session.model, policy, chosen),
@@ -201,14 +180,14 @@ def _answered(model, weights, cache, tokens_BT, bounds_3B, *, spec, options, ste
         counts_B = (at_B + 1 < end_B).astype(jnp.int32)
         x_B1D, cache = decode(weights, spec, cache, token_B1, counts_B)
         full_B1D = jnp.take_along_axis(full_BTD, at_B[:, None, None], axis=1, mode="clip")
-        ours_B1V, theirs_B1V = (weights.logits(x, spec.rules) for x in (x_B1D, full_B1D))
-        found = (
-            *_nats(ours_B1V, theirs_B1V, target_B1),
-            ours_B1V.argmax(-1) == target_B1,
-            theirs_B1V.argmax(-1) == target_B1,
+        cached_B1V, full_B1V = (weights.logits(x, spec.rules) for x in (x_B1D, full_B1D))
+        scores = (
+            *_nats(cached_B1V, full_B1V, target_B1),
+            cached_B1V.argmax(-1) == target_B1,
+            full_B1V.argmax(-1) == target_B1,
         )
         counts = (at_B + 1 >= answer_B) & (at_B + 1 < end_B)
-        new_5B = jnp.stack([one[:, 0].astype(jnp.float32) for one in found])
+        new_5B = jnp.stack([one[:, 0].astype(jnp.float32) for one in scores])
         return (cache, sums + jnp.where(counts, new_5B, 0)), None
 
     sums_5B = jnp.zeros((5, tokens_BT.shape[0]))
@@ -248,8 +227,8 @@ def recall_scores(
     compressor, cache = Compressor(weights, spec), spec.allocate()
     sums, kept = [], []
     for i in range(0, len(texts), spec.batch):
-        some = texts[i : i + spec.batch]
-        here = [*some, *[some[-1]] * (spec.batch - len(some))]
+        asked = texts[i : i + spec.batch]
+        here = [*asked, *[asked[-1]] * (spec.batch - len(asked))]
         tokens_BT = np.zeros((spec.batch, T), np.int32)
         for row, text in enumerate(here):
             joined = [token for part in text for token in part]
@@ -263,9 +242,9 @@ def recall_scores(
             options=options,
             steps=steps,
         )
-        sums.append(np.asarray(sums_5B, np.float64)[:, : len(some)])
+        sums.append(np.asarray(sums_5B, np.float64)[:, : len(asked)])
         share_BP = [one.kept_BKS.sum(-1).mean(1) / one.lengths_B for one in compressor.chosen]
-        kept += np.mean(share_BP, axis=0)[: len(some)].tolist()
+        kept += np.mean(share_BP, axis=0)[: len(asked)].tolist()
     sums_5N = np.concatenate(sums, axis=1)
     size_N = np.array([len(answer) for _, _, answer in texts])
     depth_N = np.array([min(int(one.depth * 10), 9) for one in examples])
@@ -293,21 +272,48 @@ def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _after(sums: np.ndarray, windows: Mapping[str, Sequence[float]]) -> AfterPrompt:
-    """The scores of the tokens after the prompts; `windows` has means of each window."""
-    nll, full, kl, same, tokens = map(float, sums)
-    return AfterPrompt(
-        nll=nll,
-        nll_by_full_forward=full,
-        tokens=int(tokens),
-        perplexity=math.exp(min(nll / tokens, 700.0)),
-        perplexity_by_full_forward=math.exp(min(full / tokens, 700.0)),
-        kl=kl / tokens,
-        top1_agreement=same / tokens,
-        worse_interval=1.96 * _standard_error(windows["worse"]),
-        kl_interval=1.96 * _standard_error(windows["kl"]),
-        windows={name: tuple(values) for name, values in windows.items()},
-    )
+class _AfterPrompts:
+    """The scores of the tokens after the prompts, summed over windows."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(5)  # nats, nats by full forward, KL, equal top tokens, tokens
+        self._largest_difference = 0.0
+        # Of each window, a token: nats above the full forward pass, and KL.
+        self._windows: dict[str, list[float]] = {"worse": [], "kl": []}
+
+    def add(self, scores_5BT: np.ndarray, tokens_B: np.ndarray) -> None:
+        """Adds what `_continued` returned of windows, which have so many tokens after their prompts."""
+        nll_BT, full_BT, kl_BT = scores_5BT[:3]
+        self._largest_difference = max(self._largest_difference, scores_5BT[4].max())
+        scored_B = tokens_B > 0
+        for name, nats_BT in (("worse", nll_BT - full_BT), ("kl", kl_BT)):
+            means = nats_BT.sum(1)[scored_B] / tokens_B[scored_B]
+            self._windows[name] += means.round(7).tolist()
+        self._sums += [*scores_5BT[:4].sum((1, 2)), tokens_B.sum()]
+
+    def scores(self) -> AfterPrompt:
+        nll, full, kl, same, tokens = map(float, self._sums)
+        return AfterPrompt(
+            nll=nll,
+            nll_by_full_forward=full,
+            tokens=int(tokens),
+            perplexity=math.exp(min(nll / tokens, 700.0)),
+            perplexity_by_full_forward=math.exp(min(full / tokens, 700.0)),
+            kl=kl / tokens,
+            top1_agreement=same / tokens,
+            worse_interval=1.96 * _standard_error(self._windows["worse"]),
+            kl_interval=1.96 * _standard_error(self._windows["kl"]),
+            windows={name: tuple(values) for name, values in self._windows.items()},
+        )
+
+    def agreement(self) -> Agreement:
+        _, _, kl, same, tokens = map(float, self._sums)
+        return Agreement(
+            kl=kl / tokens,
+            top1_agreement=same / tokens,
+            max_logit_difference=float(self._largest_difference),
+            tokens=int(tokens),
+        )
 
 
 def _bytes(
