@@ -160,25 +160,17 @@ def evaluate(
                 run.check_recordable()
             if note := notes.get(name):
                 log.warning(note)
-            work = f"{name} cache" if name else "full forward"
-            limits = {"windows": windows, "progress": progress(f"{work}, windows")}
-            if policy:
-                method = "evicting decoding"
-                scores = evicting_decoding(
-                    session, model, policy, chunk=chunk, prompt=prompt, **limits
-                )
-            elif not name:
-                method, scores = "full forward", full_forward(session, model, **limits)
-            else:
-                method = "cached decoding"
-                scores = cached_decoding(session, model, name, chunk=chunk, **limits)
-                sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
-                sampled["progress"] = progress(f"{name} beside the full forward")
-                close, each = agreement(session, model, name, **sampled), None
-                if per_kv_layer:
-                    sampled["progress"] = progress(f"KV layers in {name}")
-                    each = sensitivity(session, model, name, **sampled)
-                scores = dataclasses.replace(scores, agreement=close, per_kv_layer=each)
+            method, scores = _score(
+                session,
+                model,
+                name,
+                policy,
+                chunk=chunk,
+                prompt=prompt,
+                per_kv_layer=per_kv_layer,
+                windows=windows,
+                progress=progress,
+            )
             before, peak = peak, memory.allocator_peak() or 0
             # A lower peak than before is that of something else.
             own_peak = peak if peak > before else None
@@ -191,6 +183,37 @@ def evaluate(
                     unwritten = error
     if unwritten is not None:
         raise unwritten
+
+
+def _score(
+    session: EvaluationSession,
+    model: Transformer,
+    name: str,
+    policy: eviction.Policy | None,
+    *,
+    chunk: int,
+    prompt: float,
+    per_kv_layer: bool,
+    windows: int | None,
+    progress: Callable[[str], Progress],
+) -> tuple[str, Scores]:
+    """How the model was evaluated, and the scores: through the cache of this name, or without one."""
+    work = f"{name} cache" if name else "full forward"
+    limits: dict[str, Any] = {"windows": windows, "progress": progress(f"{work}, windows")}
+    if policy:
+        return "evicting decoding", evicting_decoding(
+            session, model, policy, chunk=chunk, prompt=prompt, **limits
+        )
+    if not name:
+        return "full forward", full_forward(session, model, **limits)
+    scores = cached_decoding(session, model, name, chunk=chunk, **limits)
+    sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
+    sampled["progress"] = progress(f"{name} beside the full forward")
+    close, each = agreement(session, model, name, **sampled), None
+    if per_kv_layer:
+        sampled["progress"] = progress(f"KV layers in {name}")
+        each = sensitivity(session, model, name, **sampled)
+    return "cached decoding", dataclasses.replace(scores, agreement=close, per_kv_layer=each)
 
 
 def _recorded(run: Run, name: str, asked: dict[str, Any]) -> Evaluation | None:

@@ -94,14 +94,14 @@ def compare(
             "the paths have no common parent directory: give the output directory with --out DIR"
         )
     problems: list[str] = []
-    found = runs.find_runs(paths, problems)
-    rows = report.read(found, context, problems)
+    compared = runs.find_runs(paths, problems)
+    rows = report.read(compared, context, problems)
     if not rows:
         raise ValueError("; ".join(problems))
     together = report.arrangement.merged(rows, view)
-    diverged, failed = _bad_ends(found)
-    beside = paper.tables(rows, *_printed())
+    diverged, failed = _bad_ends(compared)
     outcome = made = None
+    noise: list[str] = []
     if declared:
         outcome = report.examine(declared, rows, diverged=diverged, failed=failed)
         noise = studies.noise(rows, declared.study)
@@ -112,8 +112,6 @@ def compare(
             commit=_commit(),
             command=_command(study, paths, context, out, baseline, sort),
         )
-    else:
-        noise = []
     ends = [f"{row.name} failed: {failed[row.path]}" for row in rows if row.path in failed]
     ends += [f"{row.name} diverged" for row in rows if row.path in diverged]
     further = () if declared else ends
@@ -125,7 +123,7 @@ def compare(
         problems=problems,
         outcome=outcome,
         made=made,
-        beside=beside,
+        beside=paper.tables(rows, *_printed()),
         further=further,
         remarks=noise,
         diverged=diverged,

@@ -267,20 +267,9 @@ def _tasks(arguments: Arguments) -> None:
         raise ValueError(f"--tasks {arguments.tasks!r} names no task")
     for name in arguments.cache:
         check_cache(name, ("full", *FORMATS))
-    from cla_jax.runs import check_paths
-
-    ready: list[Any] = []
     refused: list[str] = []
-    for run in _runs(arguments):
-        with collected(refused):
-            check_paths(run, arguments.data_dir, arguments.data_source)
-            for policy in map(parse, filter(is_policy, arguments.cache)):
-                config = run.config()
-                reach = arguments.context or config.data.seq_len
-                if words := refusal(config.model, policy, reach):
-                    raise ValueError(f"{run.path}: {words}")
-            ready.append(run)
-    if not ready:
+    runs = _scorable(arguments, refused)
+    if not runs:
         refuse(refused)
     from cla_jax import progress
     from cla_jax.interop import lm_eval, task_data
@@ -290,7 +279,7 @@ def _tasks(arguments: Arguments) -> None:
     with progress.shown() as bar:
         bar("loading tasks")(0, len(names))
         tasks = task_data.Tasks(names, data=arguments.task_data, shots=arguments.shots)
-    for run in ready:
+    for run in runs:
         print(printable(run.path))
         with collected(refused), progress.shown() as bar:
             for way, task, record in lm_eval.evaluate(
@@ -304,23 +293,40 @@ def _tasks(arguments: Arguments) -> None:
                 progress=bar,
                 **_options(arguments),
             ):
-                values = record["metrics"]
-                errors = {name: values.get(f"{name}_stderr") for name in values}
-                shown = "   ".join(
-                    f"{name} {value:.4f}" + (f" ± {errors[name]:.4f}" if errors[name] else "")
-                    for name, value in values.items()
-                    if not name.endswith("_stderr")
-                )
-                examples = (
-                    f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
-                )
-                print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
-                for depth, part in record.get("depths", {}).items():
-                    values = "   ".join(
-                        f"{name} {value:.4f}" for name, value in part["metrics"].items()
-                    )
-                    print(f"  {'':16s}answer at depth {depth}   {values}   {part['n']:,} examples")
+                _print_task(task, way, record)
     refuse(refused)
+
+
+def _scorable(arguments: Arguments, refused: list[str]) -> list[Any]:
+    """The runs that can be scored as asked; `refused` is told why others cannot."""
+    from cla_jax.runs import check_paths
+
+    runs = []
+    for run in _runs(arguments):
+        with collected(refused):
+            check_paths(run, arguments.data_dir, arguments.data_source)
+            for policy in map(parse, filter(is_policy, arguments.cache)):
+                config = run.config()
+                reach = arguments.context or config.data.seq_len
+                if words := refusal(config.model, policy, reach):
+                    raise ValueError(f"{run.path}: {words}")
+            runs.append(run)
+    return runs
+
+
+def _print_task(task: str, way: str, record: dict[str, Any]) -> None:
+    values = record["metrics"]
+    errors = {name: values.get(f"{name}_stderr") for name in values}
+    shown = "   ".join(
+        f"{name} {value:.4f}" + (f" ± {errors[name]:.4f}" if errors[name] else "")
+        for name, value in values.items()
+        if not name.endswith("_stderr")
+    )
+    examples = f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
+    print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+    for depth, part in record.get("depths", {}).items():
+        values = "   ".join(f"{name} {value:.4f}" for name, value in part["metrics"].items())
+        print(f"  {'':16s}answer at depth {depth}   {values}   {part['n']:,} examples")
 
 
 def _runs(arguments: Arguments) -> list[Any]:

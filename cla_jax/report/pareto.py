@@ -123,26 +123,15 @@ def plot(
             bottom=46 / height,
             top=from_top(40 + lines + rows),
         )
-        few = width > 6
-        axes.set_xlabel(
-            f"{_AXES[kind]}     ← smaller is better"
-            if few
-            else f"{_SHORT_AXES[kind]}  ← smaller is better"
-        )
-        axes.set_ylabel(
-            f"{quality}     ← lower is better" if few else f"{quality}  ← lower is better"
-        )
+        axis, gap = (_AXES[kind], "     ") if width > 6 else (_SHORT_AXES[kind], "  ")
+        axes.set_xlabel(f"{axis}{gap}← smaller is better")
+        axes.set_ylabel(f"{quality}{gap}← lower is better")
         if not points:
             axes.set_title("no run has been evaluated yet", y=0.5, size=10, color=MUTED)
             axes.set(xticks=[], yticks=[])
             return figure
-        axes.set_xscale("log")
-        axes.margins(0.13, 0.16)
         sizes = [point.kv_bytes for point in (*points, *reference)]
-        # Before anything is drawn: matplotlib warns of the limits of a single point.
-        least, most = min(sizes), max(sizes)
-        room = (most / least) ** 0.13 if most > least else 2
-        axes.set_xlim(least / room, most * room)
+        _make_room(axes, sizes)
         undominated = frontier(points) if ranked else []
         corners = [points[i] for i in undominated]
         points = _side_by_side(axes, points)
@@ -171,6 +160,18 @@ def plot(
             axes.add_artist(_legend(axes, named, more_columns, 1.0))
         _legend(axes, keys, columns, above)
     return figure
+
+
+def _make_room(axes: Axes, sizes: Sequence[float]) -> None:
+    """Sets the horizontal axis for these bytes, with room at both ends.
+
+    Before anything is drawn: matplotlib warns of the limits of a single point.
+    """
+    axes.set_xscale("log")
+    axes.margins(0.13, 0.16)
+    least, most = min(sizes), max(sizes)
+    room = (most / least) ** 0.13 if most > least else 2
+    axes.set_xlim(least / room, most * room)
 
 
 def _legend_size(keys: Sequence[Line2D], width: float) -> tuple[int, float]:
