@@ -65,7 +65,7 @@ def device() -> dict[str, Any]:
     probed = {name: [probe() for _ in range(5)] for name, probe in probes(size).items()}
     return {
         "matmul_flops": 2 * side**3 / statistics.median(seconds),
-        "bandwidth": {name: statistics.median(found) for name, found in probed.items()},
+        "bandwidth": {name: statistics.median(rates) for name, rates in probed.items()},
         "memory": (jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
     }
 
@@ -103,10 +103,10 @@ def attention(d_head: int, n_kv_heads: int, seq_len: int) -> dict[str, Any]:
 
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(outputs, static_argnums=(0, 1))("xla", jnp.float32)
-    found = jax.jit(outputs, static_argnums=(0, 1))(chosen, jnp.bfloat16)
+    outcome = jax.jit(outputs, static_argnums=(0, 1))(chosen, jnp.bfloat16)
     errors = {
         name: float(jnp.abs(a - b).max() / jnp.abs(b).max())
-        for name, a, b in zip(("o", "d_q", "d_k", "d_v"), found, expected, strict=True)
+        for name, a, b in zip(("o", "d_q", "d_k", "d_v"), outcome, expected, strict=True)
     }
     return {"backend": chosen, "errors": errors}
 
@@ -156,7 +156,7 @@ def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
     with jax.default_matmul_precision("highest"):
         right = expected(q_BKNH, *read)
     call = jax.jit(lambda q, kept: normalized(attend(q, kept, positions_BN, 0 * positions_BN)))
-    found = call(q_BKNH, kept)
+    outcome = call(q_BKNH, kept)
     repeats = 2 if jax.default_backend() == "cpu" else 200
     seconds = []
     for _ in range(5):
@@ -171,7 +171,7 @@ def kernel(d_head: int, cache: str, batch: int, context: int) -> dict[str, Any]:
         / (batch * context)
     )
     return {
-        "error": float(jnp.abs(found - right).max() / jnp.abs(right).max()),
+        "error": float(jnp.abs(outcome - right).max() / jnp.abs(right).max()),
         "bytes": size,
         "bytes_per_s": size / statistics.median(seconds),
         "seconds": seconds,
@@ -204,7 +204,7 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     with jax.set_mesh(layout.mesh):
         step = make_step(layout).lower(layout.state, layout.batch).compile()
         compile_seconds = time.perf_counter() - begin
-        found = step.memory_analysis()
+        needs = step.memory_analysis()
         state = initial_state(config, layout.optimizer, layout.state)
         batch = jax.device_put(tokens, layout.batch.sharding)
         seconds, losses = [], []
@@ -224,10 +224,10 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
         "step_seconds": seconds,
         "compile_seconds": compile_seconds,
         "losses": losses,
-        "compiled_peak": found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes,
+        "compiled_peak": needs.argument_size_in_bytes
+        + needs.output_size_in_bytes
+        - needs.alias_size_in_bytes
+        + needs.temp_size_in_bytes,
         "estimated_peak": sum(estimate(layout).values()),
         "allocator_peak": memory.allocator_peak(),
     }
@@ -255,8 +255,8 @@ def decoding(
         rounds=3,
     )
     size = 1 << 20 if jax.default_backend() == "cpu" else 1 << 31
-    found = measure(config.model, options, size)
-    return {"bandwidth": found["bandwidth"], **found["rows"][0]}
+    measured = measure(config.model, options, size)
+    return {"bandwidth": measured["bandwidth"], **measured["rows"][0]}
 
 
 # ------------------------------------------------------------------------------------------ the list
@@ -325,24 +325,24 @@ def measurements(tiny: bool) -> list[Measurement]:
 
 def results(directories: Iterable[Path]) -> list[dict[str, Any]]:
     """The whole lines of all files of results; one that was cut off counts for nothing."""
-    found = []
+    records = []
     for directory in directories:
         for file in sorted(directory.glob("results-*.jsonl")):
             for line in file.read_text().splitlines():
                 try:
-                    found.append(json.loads(line))
+                    records.append(json.loads(line))
                 except ValueError:
                     continue
-    return found
+    return records
 
 
-def newest(found: Iterable[dict[str, Any]]) -> dict[tuple[str | None, str], dict[str, Any]]:
+def newest(records: Iterable[dict[str, Any]]) -> dict[tuple[str | None, str], dict[str, Any]]:
     """The last record of each measurement on each device.
 
     Where a process died before it named its device, any later record of the measurement replaces its own.
     """
     kept: dict[tuple[str | None, str], dict[str, Any]] = {}
-    for one in sorted(found, key=lambda one: one.get("when", "")):
+    for one in sorted(records, key=lambda one: one.get("when", "")):
         kept.pop((None, one["name"]), None)
         kept[one.get("device"), one["name"]] = one
     return kept
@@ -411,9 +411,9 @@ def _apart(measurement: Measurement, tiny: bool, seconds: float, out: Path) -> d
         return _about(measurement) | {"error": error}
 
 
-def _no_room(found: dict[str, Any]) -> bool:
+def _no_room(measured: dict[str, Any]) -> bool:
     """Whether a measurement failed for lack of memory, as it would again."""
-    return bool(re.search("RESOURCE_EXHAUSTED|out of memory", found.get("error", ""), re.I))
+    return bool(re.search("RESOURCE_EXHAUSTED|out of memory", measured.get("error", ""), re.I))
 
 
 def measure_all(options: argparse.Namespace) -> None:
@@ -444,16 +444,22 @@ def measure_all(options: argparse.Namespace) -> None:
             print(f"takes more than is left  {measurement.name}", flush=True)
             continue
         made_now = _apart(measurement, options.tiny, left, out) if options.apart else None
-        found = made_now or record(measurement)
-        kind = found.get("device", kind)
+        measured = made_now or record(measurement)
+        kind = measured.get("device", kind)
         if kind is not None:
-            found["device"] = kind  # of a process that died or was ended, it is not known otherwise
+            measured["device"] = (
+                kind  # of a process that died or was ended, it is not known otherwise
+            )
         with file.open("a") as lines:
-            lines.write(json.dumps(found) + "\n")
+            lines.write(json.dumps(measured) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
         how = (
-            "failed" if "error" in found else "not over in time" if "late" in found else "measured"
+            "failed"
+            if "error" in measured
+            else "not over in time"
+            if "late" in measured
+            else "measured"
         )
         print(f"{how}  {measurement.name}", flush=True)
     print("all is measured", flush=True)
@@ -462,9 +468,9 @@ def measure_all(options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------- the tables
 
 
-def tables(found: Sequence[dict[str, Any]]) -> str:
+def tables(records: Sequence[dict[str, Any]]) -> str:
     """Markdown tables of the newest result of each measurement and device; the errors below."""
-    last = newest(found).values()
+    last = newest(records).values()
     gib = lambda size: "" if size is None else f"{size / 2**30:.2f}"
     percent = lambda part: "" if part is None else f"{part:.0%}"
     columns: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]]] = {

@@ -103,11 +103,11 @@ def measure(config: ModelConfig, options: Any, probe: int) -> dict[str, Any]:
             rounds[name].append(probe())
         for batch, call in decoders.items():
             steps[batch].append(call())
-    bandwidth = max(statistics.median(found) for found in rounds.values())
+    bandwidth = max(statistics.median(values) for values in rounds.values())
     rows = []
     for batch, spec in specs.items():
         needed = step_bytes(weights, spec, options)
-        step = statistics.median(found["step_seconds"] for found in steps[batch])
+        step = statistics.median(values["step_seconds"] for values in steps[batch])
         reached = sum(needed.values()) / step
         rows.append(
             {

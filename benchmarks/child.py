@@ -104,8 +104,8 @@ class Child:
                 f"{self.script.name} ended with status {self.process.wait()}; its own words are "
                 "above"
             )
-        found = json.loads(answer)
-        if "error" in found:
+        reply = json.loads(answer)
+        if "error" in reply:
             self.process.wait()
-            raise ContestantEnded(found["error"])
-        return found
+            raise ContestantEnded(reply["error"])
+        return reply

@@ -37,6 +37,21 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
+def shape_of(heads: tuple[int, int, int], layers: int) -> dict[str, int]:
+    """The fields of a model as wide as its query heads; `heads` are query heads, KV heads and head size."""
+    n_heads, n_kv_heads, d_head = heads
+    d_model = n_heads * d_head
+    return {
+        "vocab_size": 4096,
+        "n_layers": layers,
+        "d_model": d_model,
+        "d_ff": d_model * 8 // 3,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "d_head": d_head,
+    }
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """What every benchmark is asked."""

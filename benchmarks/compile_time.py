@@ -70,10 +70,10 @@ def main(options: Options) -> None:
                 start = time.perf_counter()
                 compile_(n)
                 seconds[n].append(time.perf_counter() - start)
-        medians = [statistics.median(found) for found in seconds.values()]
+        medians = [statistics.median(times) for times in seconds.values()]
         cells = [
-            f"{median:.2f} ({', '.join(f'{s:.2f}' for s in found)})"
-            for median, found in zip(medians, seconds.values(), strict=True)
+            f"{median:.2f} ({', '.join(f'{s:.2f}' for s in times)})"
+            for median, times in zip(medians, seconds.values(), strict=True)
         ]
         table.add_row(name, *cells, f"{medians[1] / medians[0]:.2f}")
     Console().print(table)

@@ -65,8 +65,8 @@ def main() -> None:
     model = parts.config
     held_out = text.windows(options.windows, "held_out")
     inputs = uptrain.streams(parts, text, options.calibration_windows)
-    found = {"source": layerwise.mean_loss(parts, *held_out)}
-    print(f"source: {found['source']:.4f}  {model.kv_map}", flush=True)
+    nats = {"source": layerwise.mean_loss(parts, *held_out)}
+    print(f"source: {nats['source']:.4f}  {model.kv_map}", flush=True)
     table = Table(title=f"{run.path}, {held_out[1].size:,} held-out tokens: nats per token")
     for column in ("kv_map", "KV", "elements", *options.init):
         table.add_column(column)
@@ -74,7 +74,7 @@ def main() -> None:
         model.kv_map,
         _name(model),
         str(model.kv_elements),
-        f"{found['source']:.4f} (source)",
+        f"{nats['source']:.4f} (source)",
     )
     for form in options.kv_map:
         for changes in _kinds(options, model):
@@ -94,7 +94,7 @@ def main() -> None:
                 target = replaced(model, {"kv_map": kv_map} | changes)
                 made = uptrain.converted(parts, target, init, inputs)
                 loss = layerwise.mean_loss(made, *held_out)
-                found[f"{form} {_name(target)} {init}"] = loss
+                nats[f"{form} {_name(target)} {init}"] = loss
                 row.append(f"{loss:.4f}")
                 elements.add(str(target.kv_elements))
                 print(f"{form} {_name(target)} {init}: {loss:.4f}  {kv_map}", flush=True)
@@ -102,7 +102,7 @@ def main() -> None:
     Console().print(table)
     if options.save:
         record = dataclasses.asdict(options) | {
-            "nats": found,
+            "nats": nats,
             "machine": machine(len(os.sched_getaffinity(0))),
         }
         (HERE / "results" / f"{options.save}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -66,7 +66,7 @@ def table(result: dict[str, Any]) -> Table:
     for column in ("batch", "tokens/s", "first token", "weights", "cache", "GB/s", "of measured"):
         shown.add_column(column, justify="right")
     for row in result["rows"]:
-        first = statistics.median(found["first_token_seconds"] for found in row["rounds"])
+        first = statistics.median(measured["first_token_seconds"] for measured in row["rounds"])
         shown.add_row(
             str(row["batch"]),
             f"{row['tokens_per_s']:,.0f}",
@@ -80,10 +80,10 @@ def table(result: dict[str, Any]) -> Table:
 
 @user_errors
 def main(options: Options) -> None:
-    found = models([options.name])
-    if len(found) != 1:
-        raise ValueError(f"name = {options.name!r} names {len(found)} models; one is measured")
-    ((name, config),) = found.items()
+    configs = models([options.name])
+    if len(configs) != 1:
+        raise ValueError(f"name = {options.name!r} names {len(configs)} models; one is measured")
+    ((name, config),) = configs.items()
     for field, least in (("context", 1), ("new_tokens", 2), ("rounds", 1)):
         if (given := getattr(options, field)) < least:
             raise ValueError(f"{field} = {given} must be at least {least}")

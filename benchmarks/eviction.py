@@ -128,11 +128,11 @@ def fastgen(threshold: float, settings: str) -> str:
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], bool]:
     """The cells of a file without those that a stop has cut short, and whether the last line is whole."""
-    text, found = file.read_text(), []
+    text, records = file.read_text(), []
     for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found, not text or text.endswith("\n")
+            records.append(json.loads(line))
+    return records, not text or text.endswith("\n")
 
 
 def recorded(output: Path | None, cell: dict[str, Any]) -> dict[str, Any] | None:

@@ -53,11 +53,11 @@ def cells(lines: Sequence[dict[str, Any]]) -> list[Cell]:
         name = line["policy"].partition(",seed=")[0]
         key = tuple(line[k] for k in ("run", "context", "prompt", "chunk", "windows", "T"))
         groups.setdefault((*key, name), []).append(line)
-    found = []
+    measured = []
     for (*_, name), alike in groups.items():
         first, mean = alike[0], lambda k, alike=alike: float(np.mean([line[k] for line in alike]))
         of = lambda k, alike=alike: np.array([line["by_window"][k] for line in alike])
-        found.append(
+        measured.append(
             Cell(
                 run=first["run"],
                 T=first["T"],
@@ -73,25 +73,25 @@ def cells(lines: Sequence[dict[str, Any]]) -> list[Cell]:
                 top1=mean("top1"),
             )
         )
-    return found
+    return measured
 
 
-def table(found: Sequence[Cell]) -> str:
+def table(cells: Sequence[Cell]) -> str:
     """In Markdown, most bytes first; losses in thousandths of a nat per token."""
     rows = [
         "| model | policy | kept | live bytes | nats worse, 1/1000 | perplexity | KL, 1/1000 nat "
         "| same top token | FastGen minus this, 1/1000 nat |",
         "|---" * 9 + "|",
     ]
-    place = {cell.run: i for i, cell in reversed(list(enumerate(found)))}
-    for cell in sorted(found, key=lambda c: (place[c.run], -c.T)):
+    place = {cell.run: i for i, cell in reversed(list(enumerate(cells)))}
+    for cell in sorted(cells, key=lambda c: (place[c.run], -c.T)):
         worse, kl = cell.interval(), cell.interval("kl")
         name = f"`{cell.name}`"
         if len(cell.worse_DN) > 1:
             draws = 1000 * cell.worse_DN.mean(1)
             name += f", {len(draws)} draws: {draws.min():.1f} to {draws.max():.1f}"
         beside = ""
-        if cell.kind != "fastgen" and (other := _fastgen(found, cell)) is not None:
+        if cell.kind != "fastgen" and (other := _fastgen(cells, cell)) is not None:
             beside = _shown(paired(other.worse_DN.mean(0) - cell.worse_DN.mean(0)))
         rows.append(
             f"| `{cell.run}` | {name} | {cell.kept:.1%} | {cell.share:.1%} | {_shown(worse)} "
@@ -104,19 +104,19 @@ def _shown(one: Paired) -> str:
     return f"{1000 * one.mean:.1f} ± {500 * (one.high - one.low):.1f}"
 
 
-def _fastgen(found: Sequence[Cell], cell: Cell) -> Cell | None:
-    alike = (c for c in found if (c.run, c.T, c.kind) == (cell.run, cell.T, "fastgen"))
+def _fastgen(cells: Sequence[Cell], cell: Cell) -> Cell | None:
+    alike = (c for c in cells if (c.run, c.T, c.kind) == (cell.run, cell.T, "fastgen"))
     return next((c for c in alike if c.worse_DN.shape[1] == cell.worse_DN.shape[1]), None)
 
 
-def draw(found: Sequence[Cell], path: Path) -> None:
+def draw(cells: Sequence[Cell], path: Path) -> None:
     """Loss over live bytes: a column for each model, nats above, KL below."""
     from matplotlib.figure import Figure
 
     from cla_jax.report.pareto import COLOURS, saved, styled
 
-    models = list(dict.fromkeys(cell.run for cell in found))
-    kinds = list(dict.fromkeys(cell.kind for cell in found))
+    models = list(dict.fromkeys(cell.run for cell in cells))
+    kinds = list(dict.fromkeys(cell.kind for cell in cells))
     with styled():
         figure = Figure(figsize=(4.2 * len(models), 6.2), layout="constrained")
         panels = figure.subplots(2, len(models), squeeze=False, sharex="col")
@@ -124,13 +124,13 @@ def draw(found: Sequence[Cell], path: Path) -> None:
             for row, what in enumerate(("worse", "kl")):
                 axes = panels[row, column]
                 for i, kind in enumerate(kinds):
-                    some = [c for c in found if (c.run, c.kind) == (model, kind)]
-                    some.sort(key=lambda cell: cell.share)
-                    values = [cell.interval(what) for cell in some]
+                    line = [c for c in cells if (c.run, c.kind) == (model, kind)]
+                    line.sort(key=lambda cell: cell.share)
+                    values = [cell.interval(what) for cell in line]
                     bars = [(one.high - one.low) / 2 for one in values]
                     axes.errorbar(
                         # Side by side, so that bars at equal bytes do not cover each other.
-                        [100 * cell.share + 0.5 * (i - len(kinds) / 2) for cell in some],
+                        [100 * cell.share + 0.5 * (i - len(kinds) / 2) for cell in line],
                         [one.mean for one in values],
                         bars,
                         color=COLOURS[i],
@@ -141,7 +141,7 @@ def draw(found: Sequence[Cell], path: Path) -> None:
                         label=kind,
                     )
                 axes.axhline(0, color="#66707b", linewidth=0.8)
-            one = next(cell for cell in found if cell.run == model)
+            one = next(cell for cell in cells if cell.run == model)
             panels[0, column].set_title(
                 f"{model}\n{one.windows} windows, {one.tokens:,} tokens", size=10
             )
@@ -156,10 +156,10 @@ def draw(found: Sequence[Cell], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
-    found = cells(read_lines(arguments.file)[0])
-    print(table(found))
+    measured = cells(read_lines(arguments.file)[0])
+    print(table(measured))
     if arguments.plot:
-        draw(found, arguments.plot)
+        draw(measured, arguments.plot)
 
 
 if __name__ == "__main__":

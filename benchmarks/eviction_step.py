@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     token = np.zeros((1, 1), np.int32)
     needs = {}
     for name, (spec, cache) in caches.items():
-        found = step.lower(weights, cache, token, spec=spec).compile().memory_analysis()
-        needs[name] = found.argument_size_in_bytes, found.temp_size_in_bytes
+        memory = step.lower(weights, cache, token, spec=spec).compile().memory_analysis()
+        needs[name] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(arguments.rounds + 1):  # the first one compiles
         for name in caches:

@@ -50,16 +50,16 @@ class Options:
 
 
 def models(options: Options) -> dict[str, ModelConfig]:
-    found = {}
+    configs = {}
     for kv_map in options.kv_map:
         shape = SHAPES["7m"] | {"n_layers": options.layers}
         mqa = ModelConfig(**shape, kv_map=kv_map, compute_dtype="float32")
         rank = 2 * mqa.d_head - options.rope_dims
-        found[f"MQA, {kv_map}"] = mqa
-        found[f"latent, {kv_map}"] = dataclasses.replace(
+        configs[f"MQA, {kv_map}"] = mqa
+        configs[f"latent, {kv_map}"] = dataclasses.replace(
             mqa, kv=LatentKV(rank=rank, rope_dims=options.rope_dims)
         )
-    return found
+    return configs
 
 
 def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
@@ -90,7 +90,7 @@ def main() -> None:
     table = Table(title="milliseconds of a decode step, median; times MQA with the same map")
     for column in ("batch", "context", *models(options)):
         table.add_column(column)
-    found = []
+    rows = []
     for batch in options.batch:
         for context in options.context:
             configs = models(options)
@@ -113,13 +113,13 @@ def main() -> None:
                 ).resident
                 for name, config in configs.items()
             }
-            found.append(
+            rows.append(
                 {"batch": batch, "context": context, "seconds": times, "resident": bytes_of}
             )
     Console(width=110).print(table)
     if options.save:
         record = dataclasses.asdict(options) | {
-            "rows": found,
+            "rows": rows,
             "machine": machine(len(os.sched_getaffinity(0))),
         }
         (HERE / "results" / f"{options.save}.json").write_text(json.dumps(record, indent=1) + "\n")

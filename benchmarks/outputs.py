@@ -101,7 +101,7 @@ def main() -> None:
 
 def measured(checkout: Path, cases: Sequence[str]) -> dict[str, dict[str, str]]:
     """The digests of a checkout, by case and by what was computed."""
-    found = {}
+    digests = {}
     for devices in sorted({math.prod(CASES[case][2]) for case in cases}):
         these = [case for case in cases if math.prod(CASES[case][2]) == devices]
         environment = os.environ | {
@@ -113,8 +113,8 @@ def measured(checkout: Path, cases: Sequence[str]) -> dict[str, dict[str, str]]:
         done = subprocess.run(
             command, env=environment, cwd=checkout, stdout=subprocess.PIPE, check=True
         )
-        found |= json.loads(done.stdout)
-    return found
+        digests |= json.loads(done.stdout)
+    return digests
 
 
 def digests(case: str) -> dict[str, str]:
@@ -149,19 +149,19 @@ def digests(case: str) -> dict[str, str]:
             {key: line[key] for key in ("loss", "grad_norm") if key in line}
             for line in run.read_metrics()
         ]
-        found = {"losses": steps, "parameters": parameters(run)}
+        outputs = {"losses": steps, "parameters": parameters(run)}
         for name, evaluated in evaluate(
             run, formats=formats, chunk=16, windows=8, data_dir=f"{directory}/data"
         ):
             scores = evaluated.scores
-            found[f"scores, {name}"] = {
+            outputs[f"scores, {name}"] = {
                 "perplexity": scores.perplexity,
                 "bits_per_byte": scores.bits_per_byte,
             }
-        found |= {f"tokens, {name}": generated(run, name) for name in formats}
+        outputs |= {f"tokens, {name}": generated(run, name) for name in formats}
     return {
         what: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-        for what, value in found.items()
+        for what, value in outputs.items()
     }
 
 

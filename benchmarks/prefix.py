@@ -34,7 +34,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, machine
+from benchmarks.common import HERE, machine, shape_of
 from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import ModelConfig
@@ -64,17 +64,8 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    n_heads, n_kv_heads, d_head = options.heads
     config = ModelConfig(
-        vocab_size=4096,
-        n_layers=options.layers,
-        d_model=n_heads * d_head,
-        d_ff=n_heads * d_head * 8 // 3,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=d_head,
-        kv_map=options.kv_map,
-        compute_dtype="float32",
+        **shape_of(options.heads, options.layers), kv_map=options.kv_map, compute_dtype="float32"
     )
     weights = decoding_weights(Transformer(jax.random.key(0), config))
     results = []

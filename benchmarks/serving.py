@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, SHAPES, CommonOptions, machine, start
+from benchmarks.common import HERE, SHAPES, CommonOptions, machine, shape_of, start
 from cla_jax import costs, traces
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
@@ -119,17 +119,8 @@ def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, jax.shardi
     if options.model is not None:
         decoder = Decoder.open(options.model)
         return decoder.run.config().model, decoder.weights, decoder.rules, decoder.mesh
-    n_heads, n_kv_heads, d_head = options.heads
     config = ModelConfig(
-        vocab_size=4096,
-        n_layers=options.layers,
-        d_model=n_heads * d_head,
-        d_ff=n_heads * d_head * 8 // 3,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=d_head,
-        kv_map=options.kv_map,
-        compute_dtype="float32",
+        **shape_of(options.heads, options.layers), kv_map=options.kv_map, compute_dtype="float32"
     )
     weights = decoding_weights(Transformer(jax.random.key(0), config))
     return config, weights, AxisRules(), None

@@ -122,32 +122,35 @@ def questions(options: Options) -> dict[str, list[int]]:
 
     asked = requests(dataclasses.asdict(options))
     return {
-        task: [len(list(alike)) for _, alike in itertools.groupby(some, lambda each: each.doc_id)]
-        for task, some in asked.items()
+        task: [len(list(alike)) for _, alike in itertools.groupby(group, lambda each: each.doc_id)]
+        for task, group in asked.items()
     }
 
 
-def agreement(ours: list, theirs: list, sizes: list[int]) -> dict[str, Any]:
+def agreement(scored: list, reference: list, sizes: list[int]) -> dict[str, Any]:
     """How two lists of answers agree, of questions with so many options each."""
     differing, begin = [], 0
     for example, size in enumerate(sizes):
-        a, b = ([answer[0] for answer in some[begin : begin + size]] for some in (ours, theirs))
+        a, b = (
+            [answer[0] for answer in answers[begin : begin + size]]
+            for answers in (scored, reference)
+        )
         begin += size
         if a.index(max(a)) != b.index(max(b)):
             best, second, *_ = sorted(b, reverse=True)
             differing.append({"example": example, "apart": best - second})
-    assert begin == len(ours) == len(theirs)
+    assert begin == len(scored) == len(reference)
     return {
         "examples": len(sizes),
-        "options": len(ours),
+        "options": len(scored),
         "choices_differ": differing,
         "choices_differ_not_close": sum(each["apart"] > CLOSE for each in differing),
-        "greedy_differs": sum(a[1] != b[1] for a, b in zip(ours, theirs, strict=True)),
-        "largest_difference": max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)),
+        "greedy_differs": sum(a[1] != b[1] for a, b in zip(scored, reference, strict=True)),
+        "largest_difference": max(abs(a[0] - b[0]) for a, b in zip(scored, reference, strict=True)),
     }
 
 
-def table(rows: dict[str, Any], found: dict[str, Any]) -> Table:
+def table(rows: dict[str, Any], agreed: dict[str, Any]) -> Table:
     tasks = list(next(iter(rows.values()))["seconds"])
     shown = Table(caption="seconds: medians. x: times as fast as torch, ratio of medians (range)")
     shown.add_column("task")
@@ -169,12 +172,12 @@ def table(rows: dict[str, Any], found: dict[str, Any]) -> Table:
             if row != "torch" and "torch" in rows:
                 x = ratio([1 / s for s in seconds[row]], [1 / s for s in seconds["torch"]])
                 cells.append(f"{x['median']:.2f} ({x['min']:.2f}-{x['max']:.2f})")
-                some = [found[row][t] for t in (tasks if task == "all" else (task,))]
-                other = sum(len(each["choices_differ"]) for each in some)
-                far = sum(each["choices_differ_not_close"] for each in some)
+                chosen = [agreed[row][t] for t in (tasks if task == "all" else (task,))]
+                other = sum(len(each["choices_differ"]) for each in chosen)
+                far = sum(each["choices_differ_not_close"] for each in chosen)
                 cells += [
                     f"{other - far} / {far}",
-                    f"{max(e['largest_difference'] for e in some):.1e}",
+                    f"{max(e['largest_difference'] for e in chosen):.1e}",
                 ]
         shown.add_row(*cells)
     return shown
@@ -195,8 +198,8 @@ def main(options: Options) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for task, rows, answers in measure(options):
         if "torch" in answers:
-            for row, found in agreed.items():
-                found[task] = agreement(answers[row], answers["torch"], sizes[task])
+            for row, agreements in agreed.items():
+                agreements[task] = agreement(answers[row], answers["torch"], sizes[task])
         # After every task: all of them take a while.
         options.output.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
         console.print(table(rows, agreed))
