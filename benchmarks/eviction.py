@@ -75,16 +75,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             examples = make_examples(kind, count=arguments.count, length=arguments.length)
             for name in arguments.policy:
                 tokenizer = session.tokenizer
-                found = recall_scores(model, tokenizer, parse(name), examples)
+                numbers = recall_scores(model, tokenizer, parse(name), examples)
                 print(
-                    json.dumps({"run": run.path.name, "task": kind, "policy": name} | found),
+                    json.dumps({"run": run.path.name, "task": kind, "policy": name} | numbers),
                     flush=True,
                 )
         if arguments.kept_only:
             for threshold in arguments.T or (0.95,):
                 policy = parse(fastgen(threshold, arguments.settings))
-                found = kept_of_prompts(session, model, policy, arguments)
-                print(json.dumps({"run": run.path.name, "policy": policy.name} | found), flush=True)
+                numbers = kept_of_prompts(session, model, policy, arguments)
+                print(
+                    json.dumps({"run": run.path.name, "policy": policy.name} | numbers), flush=True
+                )
         if arguments.task or arguments.kept_only:
             continue
         asked = {

@@ -137,7 +137,7 @@ def band(row: Row, key: str) -> tuple[list[int], list[float], list[float], list[
     """(steps, means, least, greatest) of a metric over the seeds of a row, where all of them have it."""
     by_seed = [dict(zip(*curve(seed, key), strict=True)) for seed in row.seeds or (row,)]
     steps = sorted(set.intersection(*map(set, by_seed)))
-    values = [[found[step] for found in by_seed] for step in steps]
+    values = [[of_seed[step] for of_seed in by_seed] for step in steps]
     means = [math.fsum(here) / len(here) for here in values]
     return steps, means, [min(here) for here in values], [max(here) for here in values]
 
