@@ -3,9 +3,9 @@
     examples = make_examples("needle", count=100, length=1000, seed=0)
 
 Everything is made from a seed, nothing is downloaded. An example is a context, a question, an answer,
-and the depth at which the context has what the answer needs: 0 is its beginning, 1 its end. A policy sees the
-context alone. `write_tasks` writes them as tasks
-of the lm-evaluation-harness. The kinds follow RULER (2404.06654) and Zoology (2312.04927).
+and the depth at which the context has what the answer needs: 0 is its beginning, 1 its end. A policy sees
+the context alone. `write_tasks` writes them as tasks of the lm-evaluation-harness. The kinds follow RULER
+(2404.06654) and Zoology (2312.04927).
 """
 
 import dataclasses
@@ -135,6 +135,23 @@ def copy(draw: random.Random, length: int) -> Example:
     return Example(context=context, question=again, answer=" " + listed[i], depth=depth)
 
 
+def recency(draw: random.Random, length: int) -> Example:
+    """A short list of words at the end of a text that says nothing; it begins again, up to one of its words.
+
+    A cache passes if it keeps the newest tokens, and what the model needs to read them.
+    """
+    listed = words(draw, 8, syllables=2)
+    i = draw.randrange(4, 8)
+    fact = f"The words are {', '.join(listed)}. Again,"
+    question = f" the words are {', '.join(listed[:i])},"
+    noise = ""
+    while len(noise) + len(fact) + len(question) < length:
+        noise += draw.choice(NOISE)
+    context = noise + fact
+    depth = context.index(listed[i]) / len(context)
+    return Example(context=context, question=question, answer=f" {listed[i]}", depth=depth)
+
+
 KINDS: dict[str, Callable[[random.Random, int], Example]] = {
     "needle": needle,
     "key_value": key_value,
@@ -142,6 +159,7 @@ KINDS: dict[str, Callable[[random.Random, int], Example]] = {
     "common_words": common_words,
     "recall": recall,
     "copy": copy,
+    "recency": recency,
 }
 
 

@@ -9,10 +9,13 @@ import pytest
 from cla_jax import interop
 from cla_jax.data import tokenizers
 from cla_jax.evaluate import evaluate, open_session
+from cla_jax.eviction import parse
+from cla_jax.eviction_scores import recall_scores
 from cla_jax.interop import fetch
 from cla_jax.interop.export import export
 from cla_jax.interop.foreign import import_run
 from cla_jax.interop.text import Text
+from cla_jax.recall_tasks import make_examples
 from cla_jax.runs import Run
 from tests import interop as made
 from tests.test_interop_hf import load
@@ -129,3 +132,28 @@ def test_it_knows_the_capital_of_france(run):
         patch.setattr(sys, "stdout", out := io.StringIO())
         generate.main([str(run.path), *prompt])
     assert out.getvalue().startswith("The capital of France is Paris")
+
+
+@pytest.mark.parametrize(
+    ("policy", "passes"),
+    [
+        ("window:keep=0.4", True),
+        ("h2o:keep=0.4", True),
+        ("snapkv:keep=0.4", True),
+        ("adakv:keep=0.4", True),
+        ("fastgen:T=0.95", True),
+        ("fastgen:T=0.8,recent=32", True),
+        # Its heads keep what they attend to most, which is the first token: see docs/eviction.md.
+        ("fastgen:T=0.8", False),
+    ],
+)
+def test_a_list_among_the_newest_tokens_is_read_again(run, devices, policy, passes):
+    """Public implementations passed tests of exactness, and were wrong in every task."""
+    devices(1)
+    _, model = load(run)
+    tokenizer = open_session(run, run.config().placement.data_dir, batch_size=1).tokenizer
+    examples = make_examples("recency", count=4, length=1000)
+    scores = recall_scores(model, tokenizer, parse(policy), examples)
+    assert scores["rank1_by_full_forward"] == 1
+    assert scores["kept_of_prompt"] < 0.75
+    assert (scores["rank1"] == 1 and scores["kl"] < 0.1) == passes

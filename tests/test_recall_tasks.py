@@ -21,7 +21,9 @@ def test_examples_are_of_the_length_and_come_from_the_seed(kind):
         assert one.answer.strip() in one.context
     # What is asked for is anywhere in the text.
     depths = [one.depth for one in examples]
-    if kind != "common_words":
+    if kind == "recency":
+        assert min(depths) > 0.7
+    elif kind != "common_words":
         assert min(depths) < 0.3
         assert max(depths) > 0.5
 
@@ -50,6 +52,10 @@ def test_answers_are_what_the_context_says():
         assert f"{one.question.split()[-1]}{one.answer}, " in one.context
     for one in of("copy"):
         assert one.context.startswith(one.question + one.answer)
+    for one in of("recency"):
+        listed = re.search(r"The words are (.*)\. Again,$", one.context)[1]
+        again = one.question.removeprefix(" the words are ")
+        assert f"{listed},".startswith(f"{again}{one.answer},")
 
 
 @pytest.mark.parametrize(
