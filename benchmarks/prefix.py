@@ -10,8 +10,10 @@ Rows, all of one model with random weights and random caches:
                  calls Paged* (2402.15220, table 3)
     two-phase    pages of the prefix are stored once and read once for all requests
 
-Contestants take turns; the table has medians and, as multiples of dense, their ratios. The bytes are those
-that keys and values take in closed form: what a step must read.
+Contestants take turns; the table has medians and, as multiples of dense, their ratios. The last columns are
+about keys and values. `bytes, dense / two-phase` is a ratio of closed forms: what a step must read. `program`
+is what the compiled program reads in two phases, as a multiple of the closed form. It is the sum over the
+instructions that read the pool, times how often each ran, by a trace of a run.
 """
 # ruff: noqa: E402 - the allocator is set up before jax is imported
 
@@ -22,7 +24,9 @@ allocator.set_up()
 import dataclasses
 import json
 import statistics
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import HERE, machine, shape_of
+from cla_jax import hlo
 from cla_jax.cache import Cache, CacheSpec, cache_spec
-from cla_jax.cache.prefix_shared import prefix_spec
+from cla_jax.cache.prefix_shared import TILE, prefix_spec
 from cla_jax.config import ModelConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model.attention import StepPositions
@@ -72,6 +77,7 @@ def main() -> None:
     for batch in options.batch:
         for shared in options.shared:
             caches = contestants(config, batch, shared, options)
+            program = {name: program_reads(*caches[name]) for name in ("dense", "two-phase")}
             for what in ("attention", "step"):
                 calls = {
                     name: (attention if what == "attention" else step)(weights, spec, cache)
@@ -81,6 +87,7 @@ def main() -> None:
                 results.append(
                     {"what": what, "batch": batch, "shared": shared, "seconds": seconds}
                     | {"bytes": read_bytes(config, batch, shared, options.alone)}
+                    | {"program": program}
                 )
     show(results)
     record = {"options": vars(options) | {"output": ""}, "machine": machine(0), "results": results}
@@ -102,6 +109,7 @@ def contestants(
     paths = {row: tree.insert(prompt, new_tokens=1) for row, prompt in enumerate(prompts)}
     two_phase = paged.tables(paths, tree)
     alone = paged.empty()
+    alone.starts_B[:] = 0
     for row, path in paths.items():
         private = [node.page for node in tree.path(path)]
         alone.private_BC[row, : len(private)] = private
@@ -128,6 +136,12 @@ def with_pages(cache: Cache, pages: Any) -> Cache:
 
 def attention(_weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]:
     """Attention of one layer for the newest token of every row."""
+    call, q_BTKGH = attention_program(spec)
+    return lambda: jax.block_until_ready(call(cache, q_BTKGH))
+
+
+def attention_program(spec: CacheSpec) -> tuple[Any, jax.Array]:
+    """The same as a function of a cache and of queries, and such queries."""
     config = spec.config
     shape = (spec.batch, 1, config.n_kv_heads, config.q_groups, config.d_head)
     q_BTKGH = jax.random.normal(jax.random.key(1), shape)
@@ -143,7 +157,27 @@ def attention(_weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]
         )
         return spec.attend(0, cache.kv_layers[0], q_BTKGH, here)
 
-    return lambda: jax.block_until_ready(call(cache, q_BTKGH))
+    return call, q_BTKGH
+
+
+def program_reads(spec: CacheSpec, cache: Cache) -> int:
+    """Bytes of keys and values that the compiled attention of one layer reads from its cache, on a CPU.
+
+    The arrays of the KV layer are told from others by their sizes.
+    """
+    call, q_BTKGH = attention_program(spec)
+    program = call.lower(cache, q_BTKGH).compile()
+    sizes = {array.nbytes for array in jax.tree.leaves(cache.kv_layers[0])}
+    each = hlo.reads(program.as_text(), sizes)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(program(cache, q_BTKGH))
+        (found,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(found)).planes
+        ran = Counter(event.name for p in planes for line in p.lines for event in line.events)
+    return sum(times * each[name] for name, times in ran.items() if name in each)
 
 
 def step(weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]:
@@ -188,15 +222,17 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 def read_bytes(config: ModelConfig, batch: int, shared: int, alone: int) -> dict[str, int]:
     """Keys and values that one layer must read, float32: without sharing, and in two phases."""
     token = 2 * config.n_kv_heads * config.d_head * 4
+    tiles = -(-batch // TILE)
     return {
         "dense": batch * (shared + alone) * token,
-        "two-phase": (shared + batch * alone) * token,
+        "two-phase": (tiles * shared + batch * alone) * token,
     }
 
 
 def show(results: list[dict[str, Any]]) -> None:
     table = Table(
-        "what", "batch", "shared", "dense, ms", "paged", "two-phase", "bytes, dense / two-phase"
+        *("what", "batch", "shared", "dense, ms", "paged", "two-phase"),
+        *("bytes, dense / two-phase", "program"),
     )
     for row in results:
         median = {name: statistics.median(values) for name, values in row["seconds"].items()}
@@ -207,6 +243,7 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{1e3 * median['dense']:.2f}",
             *(f"{median['dense'] / median[name]:.2f}x" for name in ("paged", "two-phase")),
             f"{row['bytes']['dense'] / row['bytes']['two-phase']:.1f}x",
+            f"{row['program']['two-phase'] / row['bytes']['two-phase']:.3f}",
         )
     Console().print(table)
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
@@ -129,6 +129,10 @@ _FREE = {
     *("after-all", "partition-id", "replica-id", "async-update"),
 }
 _LAYOUT = {"copy", "transpose"}
+_CONTROL = {"while", "call", "conditional"}
+_WITH_BODY = {"fusion", "async-start"}
+# These read as much of their first operand as they return.
+_PARTIAL = {"slice", "dynamic-slice", "gather"}
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 # An array type, its layout if it is written: S(n) there is another memory than the main one.
 _PLACED = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
@@ -186,6 +190,27 @@ def memory_traffic(text: str) -> Traffic:
     return Traffic(total=total, copies=copies)
 
 
+def reads(text: str, sizes: Collection[int]) -> dict[str, int]:
+    """What each instruction reads, each time that it runs, of arrays with one of these sizes in bytes.
+
+    Instructions by name, those inside of fusions left out. How often they run is not in the text, if a loop
+    turns as often as the data say.
+    """
+    program = _Program(text)
+    of_sizes = {
+        instruction.name: sum(
+            part for whole, part in program.read_by(name, instruction) if whole in sizes
+        )
+        for name, instruction in program.not_fused()
+    }
+    return {name: read for name, read in of_sizes.items() if read}
+
+
+def _moves(instruction: _Instruction) -> bool:
+    """Whether it may move anything."""
+    return instruction.operation not in _FREE and not instruction.operation.endswith("-done")
+
+
 class _Program:
     """The instructions of each computation of a program, and what they read and write."""
 
@@ -213,36 +238,55 @@ class _Program:
             elif instruction.operation in ("call", "conditional"):
                 for inner in self._called(instruction):
                     yield from self.executed(inner, times)
-            elif instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
+            elif _moves(instruction):
                 yield name, instruction, times
+
+    def not_fused(self) -> Iterator[tuple[str, _Instruction]]:
+        """All instructions that move something, in which computation; those inside of fusions left out."""
+        fused = {
+            inner
+            for body in self._instructions.values()
+            for instruction in body
+            if instruction.operation not in _CONTROL
+            for inner in self._called(instruction)
+        }
+        for name in self._instructions.keys() - fused - {"ENTRY"}:
+            for instruction in self._instructions[name]:
+                if _moves(instruction) and instruction.operation not in _CONTROL:
+                    yield name, instruction
+
+    def read_by(self, name: str, instruction: _Instruction) -> list[tuple[int, int]]:
+        """Of each array that an instruction reads: its bytes in the main memory, and how many are read."""
+        defined, arrays = self._defined[name], []
+        if instruction.operation in _WITH_BODY:
+            for inner, parameter, operand in self._handed(instruction):
+                whole = _placed_bytes(defined[operand].result) if operand in defined else 0
+                arrays.append((whole, self._read(inner, parameter, whole) if whole else 0))
+            return arrays
+        wholes = [_placed_bytes(operand.result) for operand in self._operands(name, instruction)]
+        if instruction.operation in _PARTIAL:  # indices are small
+            part = _placed_bytes(instruction.result, anywhere=True)
+            return [(wholes[0], part if wholes[0] else 0)]
+        return [(whole, whole) for whole in wholes]
 
     def moved(self, name: str, instruction: _Instruction) -> int:
         """Bytes that an instruction of a computation reads and writes."""
-        defined = self._defined[name]
-        operands = [defined[a] for a in instruction.operands if a in defined]
+        operands = self._operands(name, instruction)
         result = _placed_bytes(instruction.result)
         match instruction.operation:
             case "fusion":
                 (inner,) = self._called(instruction)
-                names = self._parameters(inner)
-                total = max(result - self._not_written(inner), 0)
-                for k, operand in enumerate(operands):
-                    if whole := _placed_bytes(operand.result):
-                        total += self._read(inner, names[k], whole)
-                return total
-            case "slice" | "dynamic-slice":
-                part = _placed_bytes(instruction.result, anywhere=True)
-                return result + (part if _placed_bytes(operands[0].result) else 0)
+                result = max(result - self._not_written(inner), 0)
             case "dynamic-update-slice":
                 part = _placed_bytes(operands[1].result, anywhere=True)
                 return _placed_bytes(operands[1].result) + (part if result else 0)
             case "copy-start":  # (to, from, context)
-                return _placed_bytes(instruction.result)
+                return result
             case "async-start":
                 (inner,) = self._called(instruction)
                 inside = self._instructions[inner]
                 return sum(self.moved(inner, i) for i in inside if i.operation not in _FREE)
-        return result + sum(_placed_bytes(operand.result) for operand in operands)
+        return result + sum(part for _, part in self.read_by(name, instruction))
 
     def only_moves(self, instruction: _Instruction) -> bool:
         """Whether an instruction only changes the layout of an array."""
@@ -255,9 +299,17 @@ class _Program:
     def _called(self, instruction: _Instruction) -> list[str]:
         return [name for name in _called(instruction.rest) if name in self._instructions]
 
-    def _parameters(self, name: str) -> dict[int, str]:
-        inside = self._instructions[name]
-        return {i.parameter: i.name for i in inside if i.operation == "parameter"}
+    def _operands(self, name: str, instruction: _Instruction) -> list[_Instruction]:
+        """The instructions that made the operands."""
+        defined = self._defined[name]
+        return [defined[operand] for operand in instruction.operands if operand in defined]
+
+    def _handed(self, instruction: _Instruction) -> list[tuple[str, str, str]]:
+        """The computation of a fusion, its parameters, and the operands that these are."""
+        (inner,) = self._called(instruction)
+        inside = self._instructions[inner]
+        names = {i.parameter: i.name for i in inside if i.operation == "parameter"}
+        return [(inner, names[k], operand) for k, operand in enumerate(instruction.operands)]
 
     def _read(self, name: str, array: str, whole: int) -> int:
         """Bytes that a computation reads of one of its arrays, which has `whole` in the main memory."""
@@ -266,17 +318,18 @@ class _Program:
             operands = user.operands
             if array not in operands:
                 continue
-            if user.operation in ("slice", "dynamic-slice") and operands[0] == array:
+            if user.operation in _PARTIAL and operands[0] == array:
                 total += _placed_bytes(user.result, anywhere=True)
             elif user.operation == "dynamic-update-slice" and array not in operands[1:]:
                 pass  # the rest of the array stays as it is
             elif user.operation in ("bitcast", "reshape") and not user.is_root:
                 total += self._read(name, user.name, whole)
             elif user.operation == "fusion":
-                (inner,) = self._called(user)
-                names = self._parameters(inner)
-                places = [names[k] for k, operand in enumerate(operands) if operand == array]
-                total += sum(self._read(inner, place, whole) for place in places)
+                total += sum(
+                    self._read(inner, parameter, whole)
+                    for inner, parameter, operand in self._handed(user)
+                    if operand == array
+                )
             else:
                 return whole
         return min(total, whole)

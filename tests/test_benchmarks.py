@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -50,6 +51,20 @@ def test_what_a_decode_step_reads_is_counted(decode_bandwidth, tmp_path):
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / round_["step_seconds"])
         reached = sum(row["bytes"].values()) / round_["step_seconds"]
         assert row["fraction"] == pytest.approx(reached / result["bandwidth"])
+
+
+@pytest.mark.slow
+def test_what_the_program_of_a_prefix_shared_cache_reads_is_what_it_must():
+    """Each page once for all rows of a work item, or once for its row, by the compiled program."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("launch.allocator.set_up", lambda: None)
+        prefix = importlib.import_module("benchmarks.prefix")
+    config = dataclasses.replace(smoke.tiny().model, n_kv_heads=2)
+    for batch, shared, alone in ((3, 0, 64), (18, 256, 576)):
+        options = prefix.Options(alone=alone)
+        spec, cache = prefix.contestants(config, batch, shared, options)["two-phase"]
+        expected = prefix.read_bytes(config, batch, shared, options.alone)["two-phase"]
+        assert abs(prefix.program_reads(spec, cache) / expected - 1) < 0.02, (batch, shared)
 
 
 WITHOUT_PACKAGES = """

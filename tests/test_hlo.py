@@ -196,3 +196,12 @@ def test_traffic_counts_what_is_read_and_written_in_the_main_memory():
 
 def test_a_program_that_was_not_written_moves_nothing():
     assert hlo.memory_traffic("") == hlo.Traffic(total=0, copies=0)
+
+
+def test_reads_are_what_each_instruction_takes_of_arrays_of_a_size():
+    """Slices in the loop, the whole array beside it; how often the loop turns does not matter."""
+    text = MOVED.replace("constant(20)", "parameter(1)")
+    row, stack, array = 16 * 4, 20 * 16 * 4, 4 * 16 * 4
+    assert hlo.reads(text, {stack}) == {"part": row, "start": 2 * row}
+    assert hlo.reads(text, {array}) == {"near": array, "f": array, "o": 2 * array}
+    assert hlo.reads(text, {7}) == {}

@@ -14,6 +14,7 @@ from cla_jax.cache.pages import Leaf
 from cla_jax.cache.prefix_shared import _spans, prefix_spec
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
+from cla_jax.model.attention import StepPositions
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.prefix_tree import PrefixTree
 from tests.conftest import MODEL, replace
@@ -116,6 +117,8 @@ def test_requests_that_share_chunks_get_what_they_get_alone(
     """Requests come, grow, fork and go at random. Nothing is compiled for them."""
     monkeypatch.setattr(prefix_shared, "TILE", tile)
     monkeypatch.setattr(prefix_shared, "BLOCK", block)
+    monkeypatch.setattr(prefix_shared, "PRIVATE_BLOCKS", (3 * PAGE, PAGE))
+    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda rows: 2)  # the last two overlap
     config = replace(MODEL, vocab_size=64, **changes)
     requests, draw = Requests(config, "dense"), random.Random(seed)
     requests.insert(0, [*PREFIXES[2], 1, 2], 12)
@@ -192,6 +195,46 @@ def test_shared_chunks_may_be_quantised(format, page, kv_map, error):
     if error is not None:
         exact = Unshared(config, "dense", chunk=100, **sizes).logits(shared.texts[3])
         assert 1e-4 < jnp.abs(shared.last - exact).max() / jnp.abs(exact).max() < error
+
+
+@pytest.mark.parametrize("blocks", [(3 * PAGE, PAGE), (12 * PAGE, 8 * PAGE)])
+def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, monkeypatch):
+    """Rows of different lengths, one of them empty, in tiles of which the last two overlap."""
+    monkeypatch.setattr(prefix_shared, "PRIVATE_BLOCKS", blocks)
+    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda rows: 2)
+    config = replace(MODEL, n_layers=2, n_kv_heads=1, vocab_size=64)
+    spec = prefix_spec(config, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY)
+    tree = PrefixTree(chunk=PAGE, pages=PAGES)
+    lengths = [30, 3, 0, 43, 42]
+    common = [16, 0, 0, 16, 0]  # four pages
+    prompts = [[*range(c), *[99 - n] * (n - c)] for n, c in zip(lengths, common, strict=True)]
+    rows = {r: tree.insert(prompts[r], new_tokens=0) for r in range(BATCH) if lengths[r]}
+    draw = np.random.default_rng(0)
+    cache = spec.allocate()
+    pool = jax.tree.map(
+        lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype), cache.kv_layers[0]
+    )
+    q_BTKGH = jnp.asarray(
+        draw.normal(size=(BATCH, 1, 1, config.n_heads, config.d_head)), jnp.float32
+    )
+    lengths_B = jnp.array(lengths)
+    starts_B = jnp.array([0, 0, 0, 9, 2])  # as with windows
+    step = StepPositions(
+        positions_BT=lengths_B[:, None] - 1,
+        starts_BT=starts_B[:, None],
+        lengths_B=lengths_B,
+        pages=jax.tree.map(jnp.asarray, spec.tables(rows, tree)),
+    )
+    outputs = jax.jit(lambda *args: spec.attend(0, *args))(pool, q_BTKGH, step)[:, 0, 0]
+    assert (outputs[2] == 0).all()
+    for row, path in rows.items():
+        pages = np.array([node.page for node in tree.path(path)])
+        first, end = starts_B[row], lengths[row]
+        k, v = (np.asarray(a)[pages, 0].reshape(-1, config.d_head)[first:end] for a in pool)
+        scores = np.asarray(q_BTKGH[row, 0, 0]) @ k.T * config.d_head**-0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = weights @ v / weights.sum(-1, keepdims=True)
+        assert np.abs(outputs[row] - expected).max() < 1e-5 * np.abs(expected).max(), row
 
 
 def test_a_block_that_all_rows_read_is_one_item_a_tile():

@@ -40,10 +40,12 @@ from cla_jax.model.attention import (
     normalized,
     partial_attention,
 )
+from cla_jax.model.platform import rows_at_once
 from cla_jax.prefix_tree import Path, PrefixTree, Run
 
 BLOCK = 256  # shared tokens that are read at once, if pages are not larger
-PRIVATE_BLOCK = 64  # tokens of each row that are read at once, likewise
+# Tokens of a row alone that are read at once, likewise: the first number while there are as many.
+PRIVATE_BLOCKS = (512, 64)
 TILE = 16  # rows of a work item
 
 
@@ -251,53 +253,99 @@ class PrefixSpec(CacheSpec):
         q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
         positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
         last_BN = self.layer_pages(p).last_in_pages(positions_BN)
-        part = merge(
-            self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN),
-            self._alone(q_BKNH, self._private(p, layer, step), last_BN, starts_BN),
-        )
+        part = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN)
+        part = self._private(p, layer, step, q_BKNH, last_BN, starts_BN, part)
         newest = self.layer_pages(p).newest(layer, step.pages.rows_B, step.lengths_B)
         if newest is not None:
             starts_BN = jnp.maximum(starts_BN, last_BN + 1)
-            part = merge(part, self._alone(q_BKNH, newest, positions_BN, starts_BN))
+            part = merge(part, self._alone(q_BKNH, [newest], positions_BN, starts_BN))
         return restore(normalized(part)).astype(q_BTKGH.dtype)
 
     def _alone(
-        self, q_BKNH: jax.Array, segment: Segment, positions_BN: jax.Array, starts_BN: jax.Array
+        self,
+        q_BKNH: jax.Array,
+        segments: Sequence[Segment],
+        positions_BN: jax.Array,
+        starts_BN: jax.Array,
     ) -> Partial:
         """Attention of each row to what it reads alone."""
         return partial_attention(
             q_BKNH,
-            [segment],
+            segments,
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
             width=self.config.read_widths[1],
         )
 
-    def _private(self, p: int, layer: LayerCache, step: StepPositions) -> Segment:
-        """What rows read alone, block by block."""
+    def _private(
+        self,
+        p: int,
+        layer: LayerCache,
+        step: StepPositions,
+        q_BKNH: jax.Array,
+        last_BN: jax.Array,
+        starts_BN: jax.Array,
+        shared: Partial,
+    ) -> Partial:
+        """`shared`, and what rows read alone: some rows after the other, up to the longest of them."""
+        B = len(q_BKNH)
+        tiles = -(-B // rows_at_once(B))
+        R = -(-B // tiles)
         pages: Pages = step.pages
+        # Padding sees nothing.
+        offset_BN = jnp.where(last_BN >= 0, starts_BN - pages.starts_B[:, None], self.capacity)
+        private_BC = self._own(pages.private_BC)
+
+        def tile(i: Any, parts: Partial) -> Partial:
+            first = jnp.minimum(i * R, B - R)  # the last tile begins early enough to be whole
+            of = lambda a: jax.lax.dynamic_slice_in_dim(a, first, R)
+            rows = _Rows(of(private_BC), of(pages.starts_B), of(step.lengths_B))
+            segments = self._blocks(p, layer, rows, jnp.min(of(offset_BN)))
+            part = self._alone(of(q_BKNH), segments, of(last_BN), of(starts_BN))
+            part = merge(Partial(*map(of, shared)), part)
+            put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, first, 0)
+            return Partial(*map(put, parts, part))
+
+        return jax.lax.fori_loop(0, tiles, tile, shared)
+
+    def _blocks(self, p: int, layer: LayerCache, rows: "_Rows", offset: jax.Array) -> list[Segment]:
+        """What some rows read alone: long blocks, and short ones for the rest.
+
+        They begin `offset` tokens after the first: with a sliding window, all rows may see only later ones.
+        """
+        held_R = self.layer_pages(p).last_in_pages(rows.lengths_R - 1) + 1 - rows.starts_R
+        end = jnp.maximum(-(-jnp.max(held_R) // self.page), 0)
+        begin = jnp.clip(offset // self.page, 0, end)
+        segments = []
+        for tokens in PRIVATE_BLOCKS:
+            M = min(max(1, tokens // self.page), self.pages_of_row)
+            whole = tokens != PRIVATE_BLOCKS[-1]
+            count = (end - begin) // M if whole else -(-(end - begin) // M)
+            segments.append(self._segment(p, layer, rows, begin, count, M))
+            begin += count * M
+        return segments
+
+    def _segment(
+        self, p: int, layer: LayerCache, rows: "_Rows", begin: jax.Array, count: jax.Array, M: int
+    ) -> Segment:
+        """`count` blocks of M pages of each row, from page `begin` on."""
         # The last block begins early enough to be whole; what the one before had is empty then.
-        C = self.pages_of_row
-        M = min(max(1, PRIVATE_BLOCK // self.page), C)
-        first = lambda i: jnp.minimum(i * M, C - M)
+        first = lambda i: jnp.minimum(begin + i * M, self.pages_of_row - M)
 
         def read(i: Any) -> KV:
-            pages_BM = jax.lax.dynamic_slice_in_dim(pages.private_BC, first(i), M, axis=1)
-            return self._read(p, layer, pages_BM)
+            pages_RM = jax.lax.dynamic_slice_in_dim(rows.pages_RC, first(i), M, axis=1)
+            # A block of all pages does not depend on i. Out of the loop, it would be read even if the loop
+            # never turns.
+            pages_RM, _ = jax.lax.optimization_barrier((pages_RM, i))
+            return self.layer_pages(p).read(layer, pages_RM)
 
         def positions(i: Any) -> jax.Array:
             offset_S = first(i) * self.page + jnp.arange(M * self.page)
-            at_BS = pages.starts_B[:, None] + offset_S
-            seen_BS = (at_BS < step.lengths_B[:, None]) & (offset_S >= i * M * self.page)
-            return jnp.where(seen_BS, at_BS, EMPTY)
+            at_RS = rows.starts_R[:, None] + offset_S
+            is_new_S = offset_S >= (begin + i * M) * self.page
+            return jnp.where((at_RS < rows.lengths_R[:, None]) & is_new_S, at_RS, EMPTY)
 
-        last_B = self.layer_pages(p).last_in_pages(step.lengths_B - 1)
-        held_B = jnp.maximum(last_B + 1 - pages.starts_B, 0)
-        # With a sliding window, the first blocks may be out of sight of all rows.
-        first_BT = jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity)
-        begin = jnp.maximum(jnp.min(first_BT.min(1) - pages.starts_B), 0) // (M * self.page)
-        end = -(-jnp.max(held_B) // (M * self.page))
-        return Segment(read, positions, begin, end, tuple(jax.tree.leaves(layer)))
+        return Segment(read, positions, 0, count, tuple(jax.tree.leaves(layer)))
 
     def _shared(
         self,
@@ -314,11 +362,12 @@ class PrefixSpec(CacheSpec):
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
 
         def read(i: Any) -> KV:
-            return self._read(p, layer, pages.shared_NM[i][None])
+            return self.layer_pages(p).read(layer, self._own(pages.shared_NM[i][None]))
 
         def positions(i: Any) -> jax.Array:
-            held_S = jnp.repeat(pages.shared_NM[i] < self.pages, self.page, total_repeat_length=S)
-            return jnp.where(held_S, pages.positions_N[i] + jnp.arange(S), EMPTY)[None]
+            at_MS = pages.positions_N[i] + jnp.arange(S).reshape(-1, self.page)
+            held_M1 = pages.shared_NM[i][:, None] < self.pages
+            return jnp.where(held_M1, at_MS, EMPTY).reshape(1, S)
 
         def body(i: Any, parts: Partial) -> Partial:
             rows_R = pages.rows_IR[i]
@@ -344,11 +393,17 @@ class PrefixSpec(CacheSpec):
         none = Partial(jnp.zeros((B, K, N, width)), zeros_BKN1, zeros_BKN1 + MASKED)
         return jax.lax.fori_loop(0, pages.items, body, none)
 
-    def _read(self, p: int, layer: LayerCache, pages_BM: jax.Array) -> KV:
-        """The tokens of M pages a row, one after the other: [B, M * page, K, H]."""
-        # What is read instead of no page is never seen, but it must be the row's own.
-        pages_BM = jnp.where(pages_BM < self.pages, pages_BM, pages_BM[:, :1])
-        return self.layer_pages(p).read(layer, pages_BM)
+    def _own(self, pages_BM: jax.Array) -> jax.Array:
+        """What a row may read instead of no page: it is never seen, but it must be the row's own."""
+        return jnp.where(pages_BM < self.pages, pages_BM, pages_BM[:, :1])
+
+
+class _Rows(NamedTuple):
+    """What some rows have alone."""
+
+    pages_RC: jax.Array
+    starts_R: jax.Array  # position of the first token in them
+    lengths_R: jax.Array  # tokens of the whole row
 
 
 def refusal(config: ModelConfig, format: str | CacheFormat, page: int) -> str | None:
