@@ -96,7 +96,7 @@ class AfterPrompt:
     perplexity_by_full_forward: float
     kl: float
     top1_agreement: float
-    # Nats per token above the full forward pass, and KL: halves of 95 % intervals, and means of each window.
+    # Nats per token above the full forward pass, and KL: halves of 95 % t intervals; means of each window.
     worse_interval: float | None = None
     kl_interval: float | None = None
     windows: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)

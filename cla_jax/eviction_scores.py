@@ -39,6 +39,7 @@ from cla_jax.model.transformer import ForwardOptions, Transformer, document_star
 from cla_jax.recall_tasks import Example
 from cla_jax.scoring import rows, score
 from cla_jax.session import EvaluationSession
+from cla_jax.statistics import paired
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="cache")
@@ -267,9 +268,12 @@ def recall_scores(
     }
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Of their mean."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of their mean; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    interval = paired(values)
+    return (interval.high - interval.low) / 2
 
 
 class _AfterPrompts:
@@ -301,8 +305,8 @@ class _AfterPrompts:
             perplexity_by_full_forward=math.exp(min(full / tokens, 700.0)),
             kl=kl / tokens,
             top1_agreement=same / tokens,
-            worse_interval=1.96 * _standard_error(self._windows["worse"]),
-            kl_interval=1.96 * _standard_error(self._windows["kl"]),
+            worse_interval=_half_interval(self._windows["worse"]),
+            kl_interval=_half_interval(self._windows["kl"]),
             windows={name: tuple(values) for name, values in self._windows.items()},
         )
 
