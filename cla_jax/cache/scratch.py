@@ -164,8 +164,8 @@ class ScratchSpec(CacheSpec):
     def _over_blocks(self, T: int, body: Callable[..., Any], carry: Any) -> Any:
         """Applies `body(i, carry, S)` to all blocks i of queries, which see none but the first S keys.
 
-        S is a size of arrays, so there is a loop for each of a few sizes. With eight, at most 1/16 of the
-        scores are of keys that come after all queries of their block.
+        S is a size of arrays, so there is a loop for each of a few sizes. With eight, at most a
+        ninth of the scores are of keys that come after all queries of their block.
         """
         size = self.queries_at_once(T)
         blocks = T // size
