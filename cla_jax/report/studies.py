@@ -376,9 +376,9 @@ def tables(outcome: Outcome) -> list[tuple[str, list[str], list[list[str]], str]
         f"Differences are in {METRICS[study.metric]}; lower is better. Scale: {scale(declared)}. The "
         f"{1 - study.alpha:.0%} intervals are a t interval over paired seeds, and a bootstrap over seeds and "
         f"documents together. Test: {study.test}, one-sided, level {study.alpha:g} for the claims together "
-        f"and for their opposites together, by Holm's method over {_claims(study)}. p is of the claim, or of its "
-        f"opposite if that is the verdict. Control: {control}. A run is left out only if its "
-        f"loss is not finite. Declaration {study.digest}."
+        f"and for their opposites together, by Holm's method over {_claims(study)}. p is of the claim, or of "
+        f"its opposite if that is the verdict. Control: {control}. A run is left out only if its loss is not "
+        f"finite. Declaration {study.digest}."
     )
     headings, claims = lines(outcome)
     rows_headings, rows = row_lines(outcome)
