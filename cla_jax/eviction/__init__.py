@@ -22,6 +22,7 @@ from cla_jax.eviction.window import Window
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 
+_BUDGETS = ("keep", "tokens")
 POLICIES: dict[str, type[Policy]] = {
     policy.kind: policy for policy in (FastGen, Window, H2O, SnapKV, AdaKV, Random)
 }
@@ -41,6 +42,8 @@ def parse(text: str) -> Policy:
     settings: dict[str, object] = {}
     for item in filter(None, rest.split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))
+        if name in _BUDGETS and name not in types:
+            raise ValueError(f"{kind} has no budget ({name}): what it keeps depends on its T")
         near_choice(f"setting of {kind}", name, types)
         if name in settings or not equals:
             raise ValueError(
@@ -49,7 +52,7 @@ def parse(text: str) -> Policy:
         try:
             settings[name] = types[name](value) if types[name] in (int, float) else value
         except ValueError:
-            needed = types[name].__name__
+            needed = {int: "a whole number", float: "a number"}[types[name]]
             raise ValueError(f"{kind}: {name} = {shown(value)} must be {needed}") from None
     policy = cls(**settings)  # type: ignore[arg-type]
     near_choice("format of evicting caches", policy.format, FORMATS)

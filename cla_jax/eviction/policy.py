@@ -153,7 +153,9 @@ class Budgeted(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.keep != 0) == (self.tokens != 0):
+        if self.keep and self.tokens:
+            raise ValueError(f"{self.kind}: keep and tokens are two budgets: give only one of them")
+        if not self.keep and not self.tokens:
             raise ValueError(
                 f"{self.kind}: give a budget, either keep (a fraction of the tokens) or tokens (a number); "
                 f"for example {self.kind}:keep=0.25"
