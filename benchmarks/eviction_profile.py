@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tyro
 
+from benchmarks.common import shape_of
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
 from cla_jax.config import ModelConfig
@@ -42,13 +43,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     config = ModelConfig(
-        vocab_size=512,
-        n_layers=arguments.layers,
-        d_model=arguments.heads * arguments.width,
-        d_ff=8 * arguments.heads * arguments.width // 3,
-        n_heads=arguments.heads,
-        n_kv_heads=arguments.kv_heads,
-        d_head=arguments.width,
+        **shape_of((arguments.heads, arguments.kv_heads, arguments.width), arguments.layers),
         kv_map=arguments.kv_map,
         compute_dtype="float32",
     )

@@ -207,11 +207,11 @@ class SharedPlaces(Places):
         return self._twins.pop(row, None)
 
     def prefill_order(self, rows: Sequence[int]) -> list[list[int]]:
-        rows_by_turn: dict[int, list[int]] = {}
+        rows_by_order: dict[int, list[int]] = {}
         for row in rows:
-            rows_by_turn.setdefault(self._order[row], []).append(row)
+            rows_by_order.setdefault(self._order[row], []).append(row)
         self._order, self._joining, self._written = {}, {}, {}
-        return [rows_by_turn[order] for order in sorted(rows_by_turn)]
+        return [rows_by_order[order] for order in sorted(rows_by_order)]
 
     def prepare(self, row: int, length: int) -> None:
         path = self._paths[row]

@@ -85,7 +85,7 @@ def test_text_forms_come_back(text):
         ("fastgen:format=int9", "unknown format of evicting caches 'int9'; did you mean int8"),
         ("window", "give a budget"),
         ("window:keep=0.5,tokens=64", "keep and tokens are two budgets: give only one"),
-        ("fastgen:T=0.9,keep=0.5", "fastgen has no budget [(]keep[)]"),
+        ("fastgen:T=0.9,keep=0.5", "fastgen has no budget: remove keep"),
         ("random:keep=0.5,seed=1.5", "seed = '1.5' must be a whole number"),
         ("window:keep=half", "keep = 'half' must be a number"),
         ("window:tokens=11", "tokens = 11 is less than the 12 tokens that are always kept"),

@@ -43,7 +43,7 @@ def parse(text: str) -> Policy:
     for item in filter(None, rest.split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))
         if name in _BUDGETS and name not in types:
-            raise ValueError(f"{kind} has no budget ({name}): what it keeps depends on its T")
+            raise ValueError(f"{kind} has no budget: remove {name}")
         near_choice(f"setting of {kind}", name, types)
         if name in settings or not equals:
             raise ValueError(
