@@ -164,20 +164,19 @@ class Compressor:
         notes: Notes = encoded.pages
         # Of each that is read for its keys.
         readers = [
-            (scratch.representative(q), encoded.kv_layers[q], notes.queries[q], notes[1:])
+            (scratch.representative(q), encoded.kv_layers[q], notes.readers[q], notes[1:])
             for q, first in enumerate(self.spec.together)
-            if first == p and notes.queries[q]
+            if first == p and notes.readers[q]
         ]
-        policy, K = self.spec.policy, self.spec.config.n_kv_heads
-        received_BKS = observed_BKS = np.zeros((len(counts_B), K, classes_BS.shape[1]), np.float32)
-        if policy.profiles:
-            received = [scratch.received(*of, observation=policy.observation) for of in readers]
-            received_BKS, observed_BKS = (
-                functools.reduce(np.add, map(np.asarray, each))
-                for each in zip(*received, strict=True)
-            )
+        K, each = self.spec.config.n_kv_heads, [reader for of in readers for reader in of[2]]
+        none_BKS = np.zeros((len(counts_B), K, classes_BS.shape[1]), np.float32)
+        received_BKS, observed_BKS = (
+            functools.reduce(np.add, [np.asarray(one) for one in sums if one is not None], none_BKS)
+            for sums in list(zip(*each, strict=True))[:2]
+        )
 
         def lost(dropped_CBKS: np.ndarray, bands_CB: np.ndarray) -> Lost:
+            assert scratch.queries, f"{type(self.spec.policy).__name__}.needs_losses must be true"
             losses = [scratch.lost(*of, dropped_CBKS, bands_CB) for of in readers]
             return Lost(*(np.concatenate(each, axis=1) for each in zip(*losses, strict=True)))
 
@@ -285,7 +284,10 @@ def scratch_spec(config: ModelConfig, policy: Policy, *, batch: int, tokens: int
     format = make_format(policy.format, config.compute_dtype)
     spec = cache_spec(config, format, batch=batch, capacity=tokens, chunk=tokens)
     return ScratchSpec(
-        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)},
+        sums=policy.profiles,
+        observation=policy.observation,
+        queries=policy.needs_losses,
     )
 
 

@@ -231,11 +231,12 @@ def test_the_profile_is_that_of_whole_attention():
         SHARED, "fastgen:T=0.5", [TOKENS[r, :n].tolist() for r, n in enumerate(lengths)]
     )
     scratch = scratch_spec(SHARED, compressor.spec.policy, batch=2, tokens=48)
+    scratch = dataclasses.replace(scratch, observation=5)
     tokens = np.where(np.arange(48) < lengths[:, None], TOKENS[:2, :48], 0)
     _, encoded = _encoded(
         compressor.weights, scratch.allocate(), tokens, lengths, np.zeros_like(tokens), spec=scratch
     )
-    (readers,), notes = encoded.pages.queries, encoded.pages[1:]
+    (readers,), notes = encoded.pages.readers, encoded.pages[1:]
     keys = np.asarray(encoded.kv_layers[0].k_BSKH, np.float64)[:, :48]
     S, at = 48, np.arange(48)
     seen = (at[None, :] <= at[:, None]) & (at < lengths[:, None])[:, :, None]
@@ -246,7 +247,8 @@ def test_the_profile_is_that_of_whole_attention():
         with np.errstate(invalid="ignore"):
             p = np.exp(s - s.max(-1, keepdims=True))
             weights.append(np.nan_to_num(p / p.sum(-1, keepdims=True)))
-    received, observed = scratch.received(0, encoded.kv_layers[0], readers, notes, observation=5)
+    received = sum(reader.received_BKS for reader in readers)
+    observed = sum(reader.observed_BKS for reader in readers)
     np.testing.assert_allclose(received, sum(p.sum((2, 3)) for p in weights), atol=1e-4)
     last = (at >= lengths[:, None] - 5) & (at < lengths[:, None])
     expected = sum(np.einsum("bktgs,bt->bks", p, last) for p in weights)

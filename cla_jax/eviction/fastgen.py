@@ -41,6 +41,7 @@ class FastGen(Policy):
     kind = "fastgen"
     scoring = "attention"
     needs_classes = True
+    needs_losses = True
     names = ("special", "+punctuation", "+frequent", "+local", "full")
 
     T: float = 0.95

@@ -76,6 +76,8 @@ class Policy(abc.ABC):
     needs_classes: ClassVar[bool] = False
     # Whether it uses attention. If not, the attention in `Seen` is zero.
     profiles: ClassVar[bool] = True
+    # Whether it calls `Seen.lost`, for which the prefill remembers its queries.
+    needs_losses: ClassVar[bool] = False
     counts: ClassVar[Sequence[str]] = ("sinks", "recent")  # settings that are numbers of tokens
     names: ClassVar[Sequence[str]] = ()  # FastGen: the sets, from which each head has one
 
@@ -114,8 +116,8 @@ class Policy(abc.ABC):
 
     @property
     def observation(self) -> int:
-        """How many of the prompt's last queries `Seen.observed_BKS` sums over."""
-        return 1
+        """How many of the prompt's last queries `Seen.observed_BKS` sums over; 0 if it is not needed."""
+        return 0
 
     def check(self, lengths_B: Sequence[int]) -> None:  # noqa: B027
         """Raises ValueError if the settings do not fit prompts of these lengths."""
