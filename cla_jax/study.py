@@ -182,7 +182,9 @@ class Verdict:
     # Ends of the two-sided t interval of level 1 - alpha; it is not adjusted for the number of claims.
     low: float = math.nan
     high: float = math.nan
-    p: float = math.nan  # adjusted for the number of claims
+    # Of the claim and of its opposite, one-sided, each adjusted for the number of claims.
+    p: float = math.nan
+    opposite_p: float = math.nan
     excluded: tuple[int, ...] = ()  # seeds of which a score was not finite
 
 
@@ -266,7 +268,8 @@ def _decided(study: Study, tested: list[_Tested]) -> list[Verdict]:
                 mean=summary.mean,
                 low=summary.low,
                 high=summary.high,
-                p=contradicts if status == "contradicted" else supports,
+                p=supports,
+                opposite_p=contradicts,
                 excluded=excluded,
             )
         )

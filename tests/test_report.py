@@ -748,6 +748,13 @@ def test_settings_that_differ_are_shown(tmp_path):
     ]
 
 
+def test_long_names_break_after_their_separators(tmp_path):
+    text = html(rows(make(tmp_path, "tiny/h16_mqa.lr-0.003")))
+    wrapped = "h16_<wbr>mqa.<wbr>lr-0.003"
+    assert text.count(wrapped) == 3  # the row of the table, the legend, the details
+    assert wrapped not in text.partition('id="data"')[2]
+
+
 def test_a_further_cache_is_no_further_run(tmp_path):
     run = make(tmp_path)
     evaluate(run, 10.0)

@@ -46,6 +46,9 @@ def test_claims_are_supported_contradicted_or_inconclusive():
     assert (first.n, first.mean) == (8, pytest.approx(-0.05, abs=0.002))
     assert first.low < first.mean < first.high < 0
     assert first.p == 5 / 256  # the least p of eight pairs, for five claims
+    assert first.opposite_p == 1
+    assert verdicts[3].p == 1  # of a contradicted claim, its opposite has the small one
+    assert verdicts[3].opposite_p == 5 / 256
     unpaired = np.std([value for (row, _), value in scores(half=2.15).items()])
     assert first.high - first.low < unpaired / 5  # pairs cancel what seeds have in common
 

@@ -233,7 +233,7 @@ select { font: inherit; max-width: 100%; color: inherit; background: var(--surfa
   border: 1px solid var(--grid); border-radius: 6px; padding: .25rem .5rem; }
 #shown table, #pair table { margin: .5rem 0; min-width: 0; } #shown td, #pair td { white-space: normal;
   overflow-wrap: anywhere; } #pair svg { max-width: 40rem; }
-td.run { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem; }
+td.run { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem; }
 summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x: auto;
   border: 1px solid var(--grid); border-radius: 6px; padding: .8rem 1rem; }
 @media screen and (max-width: 40rem) { body { margin: 1.2rem auto; padding: 0 .8rem; }
@@ -244,9 +244,10 @@ summary { cursor: pointer; margin: .4rem 0; } pre { font-size: .8rem; overflow-x
   --surface: #ffffff; --best: #eef4ff; --warn: #9a5b00; --warn-back: #fff6e5; }
   body { margin: 0; max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; background: none; }
-  table { font-size: 7.5pt; } th, td { padding: .25rem .3rem; } td { white-space: pre-wrap; }
-  td.run, td.left { min-width: 0; overflow-wrap: anywhere; } svg, tr { break-inside: avoid; }
-  h2 { break-after: avoid; } .curves svg { flex-basis: 45%; } .screen { display: none; } }
+  table { font-size: 7pt; } th, td { padding: .25rem .2rem; } td { white-space: pre-wrap; }
+  td.left { min-width: 0; overflow-wrap: anywhere; } td.run { min-width: 9em; }
+  svg, tr { break-inside: avoid; } h2 { break-after: avoid; } .curves svg { flex-basis: 45%; }
+  .screen { display: none; } }
 """
 
 
@@ -362,8 +363,9 @@ def _table(table: Table) -> str:
     sides = ["left"] + ["right"] * (len(headings) - 1)
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        pairs = zip(sides, cells, strict=True)
-        inside = "".join(f'<{tag} class="{side}">{escape(cell)}</{tag}>' for side, cell in pairs)
+        shown = [_wrapped(cells[0]), *map(escape, cells[1:])]
+        pairs = zip(sides, shown, strict=True)
+        inside = "".join(f'<{tag} class="{side}">{cell}</{tag}>' for side, cell in pairs)
         return f"<tr>{inside}</tr>\n"
 
     body = "".join(line("td", cells) for cells in lines)
@@ -378,6 +380,11 @@ def _remarks(remarks: Sequence[str]) -> str:
     """The section of notes that are read after the results; empty where there are none."""
     listed = "".join(f"<li>{escape(printable(one, 4000))}</li>\n" for one in remarks)
     return f'<h2>Notes</h2>\n<ul class="remarks">\n{listed}</ul>\n' if remarks else ""
+
+
+def _wrapped(name: str) -> str:
+    """A name that a narrow column or sheet breaks after a separator, not within a word."""
+    return re.sub(r"(?<=[/_.])(?=[A-Za-z])", "<wbr>", escape(name))
 
 
 def _claims(outcome: studies.Outcome | None) -> str:
@@ -442,9 +449,7 @@ def _legend(rows: Sequence[Row]) -> str:
     entries = ""
     for i, row in enumerate(rows):
         colour, line = _look(i)
-        entries += (
-            f'<li><i style="border-top: 3px {_LINES[line]} {colour}"></i>{escape(row.name)}</li>\n'
-        )
+        entries += f'<li><i style="border-top: 3px {_LINES[line]} {colour}"></i>{_wrapped(row.name)}</li>\n'
     return f'<ul class="legend">\n{entries}</ul>'
 
 
@@ -473,7 +478,7 @@ def _results(rows: Sequence[Row], arranged: Arrangement) -> str:
     sides[1] = ' class="left run"'
     for row, texts in lines(rows, arranged):
         cells = [escape(text) for text in texts]
-        cells[1] += f'<span class="step">{row.progress}</span>'
+        cells[1] = _wrapped(texts[1]) + f'<span class="step">{row.progress}</span>'
         tds = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(cells, sides, strict=True))
         body += f'<tr class="{"best" if texts[0] else ""}">{tds}</tr>\n'
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'
@@ -495,7 +500,7 @@ def _details(rows: Sequence[Row]) -> str:
         own = ", ".join(f"{key} = {settings[key]}" for key in differing if key in settings)
         content = json.dumps({"path": row.path, **row.record, "evaluations": row.evals}, indent=2)
         made += (
-            f'<details><summary>{escape(row.name)} <span class="muted">{escape(own)}</span>'
+            f'<details><summary>{_wrapped(row.name)} <span class="muted">{escape(own)}</span>'
             f"</summary><pre>{escape(content)}</pre></details>\n"
         )
     return made

@@ -267,7 +267,8 @@ def sentence(outcome: Outcome, number: int) -> str:
         f"{verdict.claim}: {verdict.status} {where}.",
         f"The mean difference over {verdict.n} paired seeds is {verdict.mean:+.4f} {unit}, {level} interval "
         f"{verdict.low:+.4f} to {verdict.high:+.4f}.",
-        f"The {study.test} test gives p = {verdict.p:.4f}, by Holm's method over {_claims(study)}.",
+        f"The {study.test} test gives p = {verdict.p:.4f} for the claim and {verdict.opposite_p:.4f} for its "
+        f"opposite, by Holm's method over {_claims(study)}.",
     ]
     if crossed := outcome.crossed[number]:
         low, high = crossed
@@ -287,7 +288,16 @@ def _claims(study: Study) -> str:
     return f"{n} claim{'s' * (n != 1)}"
 
 
-HEADINGS = ("claim", "verdict", "difference", "interval", "seeds and documents", "p", "pairs")
+HEADINGS = (
+    "claim",
+    "verdict",
+    "difference",
+    "interval",
+    "seeds and documents",
+    "p",
+    "p of opposite",
+    "pairs",
+)
 
 
 def lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -306,6 +316,7 @@ def lines(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
                 f"{verdict.low:+.4f} to {verdict.high:+.4f}" if tested else "—",
                 f"{crossed[0]:+.4f} to {crossed[1]:+.4f}" if crossed else "—",
                 f"{verdict.p:.4f}" if tested else "—",
+                f"{verdict.opposite_p:.4f}" if tested else "—",
                 f"{verdict.n} of {outcome.declared.study.pairs(verdict.claim)}",
                 *(f"{value:+.4f}" if math.isfinite(value) else "—" for value in others.values()),
             ]
@@ -376,9 +387,8 @@ def tables(outcome: Outcome) -> list[tuple[str, list[str], list[list[str]], str]
         f"Differences are in {METRICS[study.metric]}; lower is better. Scale: {scale(declared)}. The "
         f"{1 - study.alpha:.0%} intervals are a t interval over paired seeds, and a bootstrap over seeds and "
         f"documents together. Test: {study.test}, one-sided, level {study.alpha:g} for the claims together "
-        f"and for their opposites together, by Holm's method over {_claims(study)}. p is of the claim, or of "
-        f"its opposite if that is the verdict. Control: {control}. A run is left out only if its loss is not "
-        f"finite. Declaration {study.digest}."
+        f"and for their opposites together, by Holm's method over {_claims(study)}, which adjusts both p. "
+        f"Control: {control}. A run is left out only if its loss is not finite. Declaration {study.digest}."
     )
     headings, claims = lines(outcome)
     rows_headings, rows = row_lines(outcome)
