@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import errno
@@ -25,11 +26,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import tyro
-from tyro import (
-    _docstrings,
-    _errors,
-)  # the version is pinned: there is no public way to say a refusal in own words
-from tyro.constructors import _struct_spec_dataclass
+
+# There is no public way to say a refusal in own words. The version is pinned, and the messages of
+# tests/test_launch.py need every event and field that is used here.
+from tyro import _errors
 
 from cla_jax import extras, fields, machine
 from cla_jax.config import Component, Config, Stage
@@ -168,14 +168,30 @@ def _written_as_text(
     )
 
 
+_asks_tyro = contextvars.ContextVar("_asks_tyro", default=False)
+
+
+def _as_tyro_has_it(
+    info: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec:
+    """A dataclass without help of our own."""
+    token = _asks_tyro.set(True)
+    try:
+        spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _asks_tyro.reset(token)
+    assert isinstance(spec, tyro.constructors.StructConstructorSpec)
+    return spec
+
+
 @_FORMS.struct_rule
 def _explained(
     info: tyro.constructors.StructTypeInfo,
 ) -> tyro.constructors.StructConstructorSpec | None:
     """Dataclasses, with help of our own: all kinds of a union, and no default that is empty."""
-    spec = _struct_spec_dataclass.dataclass_rule(info)
-    if spec is None:
+    if _asks_tyro.get() or not dataclasses.is_dataclass(info.type):
         return None
+    spec = _as_tyro_has_it(info)
     return dataclasses.replace(
         spec,
         fields=tuple(
@@ -213,7 +229,14 @@ def _with_all_kinds(
     *parents, name = union.split(".")
     owner = functools.reduce(lambda cls, field: typing.get_type_hints(cls)[field], parents, Config)
     meanings = "\n".join(f"{kind}: {_summary(kinds[kind])}" for kind in kinds)
-    described = f"{_docstrings.get_field_docstring(owner, name, ())}\n{meanings}"
+    (described,) = (
+        one.helptext
+        for one in _as_tyro_has_it(
+            tyro.constructors.StructTypeInfo.make(owner, tyro.MISSING, in_union_context=False)
+        ).fields
+        if one.name == name
+    )
+    described = f"{described() if callable(described) else described}\n{meanings}"
     every_kind: Any = Literal[tuple(kinds)]
     return dataclasses.replace(field, type=every_kind, helptext=described)
 
