@@ -101,7 +101,7 @@ def tuning() -> Trials:
 
 
 def main() -> Trials:
-    """Six seeds of the rows with claims, the minimum for an exact test of both; three of the other one."""
+    """Six seeds of the rows with claims, as an exact test of two claims needs; three of the other row."""
     return sweeping.declared(MAIN, ROWS, RATES)
 
 

@@ -1,4 +1,4 @@
-"""How much of a conversion's cost a twentieth of the training recovers, on two CPU cores.
+"""What does a conversion cost after a twentieth of the training? On two CPU cores.
 
 A model of 8M parameters with eight KV heads is trained once (`source`). Then its cache is halved in three
 ways, or reduced to an eighth. Each converted model trains with a twentieth of the source's steps, with and

@@ -255,12 +255,12 @@ def tuning() -> Trials:
 
 
 def maps_tuning() -> Trials:
-    """The same for the rows that only `maps` has."""
+    """Learning rates for the rows that only `maps` has, with a separate seed."""
     yield from _tuned(row for row in MAP_ROWS if row not in MAIN_ROWS)
 
 
 def league_tuning() -> Trials:
-    """The same for the rows that only `league` has."""
+    """Learning rates for the rows that only `league` has, with a separate seed."""
     yield from _tuned(row for row in LEAGUE_ROWS if row not in MAIN_ROWS)
 
 

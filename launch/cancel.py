@@ -59,8 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for command in engine.cancel(submissions):
             with collected(failed):  # the others are cancelled all the same
                 engines.call(command)
-    for record in unfinished:
-        print(f"{record.name}  cancelled")
+    for record in chosen:
+        state = "cancelled" if record in unfinished else "finished before: nothing changes"
+        print(f"{record.name}  {state}")
+    if not chosen:
+        print(f"{sweep}: no trial was submitted, so there is nothing to cancel")
     if any(submission.engine == "local" for those in by_engine.values() for submission in those):
         print(f"running trials save and end; they check for this every {records.HEARTBEAT_S} s")
     if failed:

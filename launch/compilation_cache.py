@@ -71,7 +71,7 @@ def _check_contents() -> None:
             content = kept[_DIGEST_BYTES:]
             if kept[:_DIGEST_BYTES] == _digest(key, content):
                 return content
-            log.warning("a kept program is damaged, and is compiled again: %s", key)
+            log.warning("a stored program is damaged; it is compiled again: %s", key)
             (self._path / f"{_name(key)}-cache").unlink(missing_ok=True)  # else it would stay
             return None
 

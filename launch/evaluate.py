@@ -45,8 +45,8 @@ class Arguments:
     cache: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(
-            help=f"KV cache format: {CACHES}. Repeat the flag for several formats. With --tasks also `full` "
-            "(no cache), the default there."
+            help=f"KV cache format: {CACHES}. Repeat the flag for several formats. With --tasks, the "
+            "default is `full`: no cache."
         ),
     ] = ()
     # Tokens per decoding step; 1 decodes as generation does, more is faster. Default: 1, with --tasks 16.
@@ -57,7 +57,7 @@ class Arguments:
     plot: str = ""
     # Score only this many windows of the held-out split. The result is printed and not recorded.
     windows: int | None = None
-    # Also measure the effect of each KV layer's error, one at a time.
+    # Also measure the error of each KV layer alone: the others are then stored exactly.
     per_kv_layer: bool = False
     # Print all KV byte counts: predicted from the config, and counted from the live arrays.
     ledger: bool = False

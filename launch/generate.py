@@ -43,8 +43,8 @@ class Arguments:
     )
     # Prompt tokens per prefill step.
     chunk: int = 256
-    # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
-    # on a TPU. The kernels were never run on such hardware.
+    # What reads the cache when a token is decoded: xla, or a kernel. The kernel mosaic is for NVIDIA H100 and
+    # H200, paged is for TPUs. The kernels were never run on such hardware.
     attention: str = "xla"
     # Print the text as it comes; for one prompt.
     stream: bool = False

@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"shared = {arguments.shared} must lie in 0 to context - 1 = {arguments.context - 1}"
         )
     if arguments.ledger and arguments.shared:
-        raise ValueError("--ledger is of one sequence, which shares nothing: leave --shared out")
+        raise ValueError("--ledger counts one sequence, which shares nothing: remove --shared")
     if arguments.ledger and arguments.compile:
-        raise ValueError("--ledger shows the bytes of a token; leave it or --compile out")
+        raise ValueError("--ledger compiles nothing: remove --ledger or --compile")
     # In the model's own dtype `dense` says it all.
     formats = tuple(dict.fromkeys(arguments.cache)) or tuple(
         n for n in FORMATS if n not in ("float32", "bfloat16")

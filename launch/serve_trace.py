@@ -132,12 +132,14 @@ def _check_flags(arguments: Arguments) -> None:
     default = Arguments(trace="", model="")
     changed = lambda name: getattr(arguments, name) != getattr(default, name)
     if not arguments.make and changed("made"):
-        raise ValueError("--made describes a trace that --make writes: add --make, or leave it out")
+        raise ValueError(
+            "--made describes the trace that --make writes: add --make, or remove --made"
+        )
     for name in ("pages", "page", "retain", "whole_prefill") if arguments.unshared else ():
         if changed(name):
             flag = name.replace("_", "-")
             raise ValueError(
-                f"--{flag} is of a prefix-shared cache: leave out --unshared or --{flag}"
+                f"--{flag} applies only to a prefix-shared cache: remove --unshared or --{flag}"
             )
 
 

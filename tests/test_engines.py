@@ -730,7 +730,7 @@ def test_a_job_that_cannot_be_handed_over_is_told_with_the_tools_words(
 
 
 def test_more_cores_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=f"there are {len(cores())}"):
+    with pytest.raises(ValueError, match=f"this machine has {len(cores())} cores"):
         Local(workers=2, cores=len(cores()))
 
 

@@ -184,7 +184,7 @@ def test_the_table_and_its_json(capsys):
         ),
         (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
         (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
-        (["demo", "--ledger", "--compile"], "leave it or --compile out"),
+        (["demo", "--ledger", "--compile"], "remove --ledger or --compile"),
         (["runs/nowhere"], "runs/nowhere does not exist"),
         (["dem"], "unknown experiment 'dem'; did you mean demo"),
         (["demo", "--context", "0"], "context = 0"),
@@ -192,7 +192,7 @@ def test_the_table_and_its_json(capsys):
             ["demo", "--context", "9", "--shared", "9"],
             "shared = 9 must lie in 0 to context - 1 = 8",
         ),
-        (["demo", "--ledger", "--shared", "9"], "leave --shared out"),
+        (["demo", "--ledger", "--shared", "9"], "remove --shared"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(capsys, argv, words):

@@ -104,7 +104,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """As llama3, but blended by the index of a pair, and rotated vectors become longer (2309.00071)."""
+    """As llama3, blended linearly over the indices of pairs; vectors also become longer (2309.00071)."""
 
     kind: Literal["yarn"] = dataclasses.field(default="yarn", init=False)
     # How many times longer than in pretraining the context is.
@@ -144,7 +144,7 @@ def _check_scaling(scaling: RopeScaling) -> None:
             positive(f"model.rope_scaling.{field.name}", value)
     if not isinstance(scaling, NoScaling) and scaling.factor < 1:
         raise ValueError(
-            f"model.rope_scaling.factor = {scaling.factor} must be at least 1: the context becomes longer"
+            f"model.rope_scaling.factor = {scaling.factor} must be at least 1: scaling makes contexts longer"
         )
 
 

@@ -71,8 +71,8 @@ class Tokenizer:
         self._words = _Words(inner) if _is_by_words(inner, vocabulary) else None
         if self.end in self.encode(f"{end_token} {end_token}"):
             raise ValueError(
-                f"data.end_token = {end_token!r} is what this tokenizer makes of text, so a "
-                "document could contain it; choose a special token"
+                f"data.end_token = {end_token!r}: this tokenizer can make it from the text of a document; "
+                "choose a special token"
             )
 
     def __eq__(self, other: object) -> bool:

@@ -236,4 +236,4 @@ def _read(file: epath.Path, cls: type[T]) -> T | None:
         with files.about(file):
             return from_dict(cls, fields)
     except ValueError as error:
-        raise ValueError(f"{error}; remove it to begin its count anew") from None
+        raise ValueError(f"{error}; remove the file to count from zero") from None

@@ -146,7 +146,8 @@ def make(
             here = _directory(config, sweep)
             if directory not in (None, here):
                 raise ValueError(
-                    f"trial {name!r} has placement.runs = {config.placement.runs!r}, others not"
+                    f"trial {name!r} has placement.runs = {config.placement.runs!r}, but all trials of a "
+                    "sweep need the same"
                 )
             directory = here
             config = _sliced(config, resources.slices)
@@ -211,7 +212,7 @@ def _unreadable(directory: epath.Path) -> str:
 def _check_name(name: str, others: Iterable[str]) -> None:
     names.check_trial(name)
     if name in RESERVED:
-        raise ValueError(f"trial {name!r}: a sweep has a file of its own with that name")
+        raise ValueError(f"trial {name!r}: sweeps have a file with this name; choose another")
     if name in others:
         raise ValueError(f"two trials are called {name!r}: each needs a run directory of its own")
 

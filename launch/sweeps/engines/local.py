@@ -34,7 +34,8 @@ class Local:
             raise ValueError("--local.workers and --local.cores must not be negative")
         if (self.workers or 1) * (self.cores or 1) > len(cores()):
             raise ValueError(
-                f"--local.workers {self.workers} of {self.cores or 1} cores each: there are {len(cores())}"
+                f"--local.workers {self.workers} with {self.cores or 1} cores each: this machine has "
+                f"{len(cores())} cores"
             )
 
     def slots(self) -> list[dict[str, str]]:
