@@ -160,7 +160,7 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
     [
         (["--pages", "1"], "trace.jsonl, request 1 by arrival"),
         (["--page", "0"], "page = 0 must be positive"),
-        (["--made.shared", "8"], "add --make, or leave it out"),
+        (["--made.shared", "8"], "add --make, or remove --made"),
         (["--unshared"], "--page applies only to a prefix-shared cache"),
         (["--cache", "kivi4"], "page = 4 must be a multiple of 32"),
         (
