@@ -435,7 +435,11 @@ def test_the_study_of_the_page_on_studies_can_be_run(tmp_path):
     assert declared.study.needed <= 6
 
 
-def test_the_experiment_that_the_page_on_extending_adds_is_found(tmp_path):
+H16_MQA = demo.h16_mqa  # not the small one of other tests
+
+
+def test_the_experiment_that_the_page_on_extending_adds_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "h16_mqa", H16_MQA)
     (page,) = (page for page in PAGES if page.stem == "extending")
     (example,) = (block for block in blocks(page, "python") if "h16_mqa_cla4()" in block)
     file = tmp_path / "mine.py"
