@@ -235,10 +235,9 @@ def run(command):
         if module.startswith("benchmarks."):
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(sys, "argv", [module, *argv])
-                patched.setattr("launch.allocator.set_up", lambda: None)  # for a process of its own
-                patched.setattr(
-                    jax, "clear_caches", lambda: None
-                )  # other commands use what is compiled
+                # Both are for a process of its own.
+                patched.setattr("launch.allocator.set_up", lambda: None)
+                patched.setattr(jax, "clear_caches", lambda: None)
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             importlib.import_module(module).main(argv)
