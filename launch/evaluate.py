@@ -184,7 +184,8 @@ def _scored(name: str, evaluated: "Evaluation", *, ledger: bool) -> list[str]:
     for layer in getattr(scores, "per_kv_layer", None) or ():
         lines.append(
             f"{_MARGIN}KV layer {layer.kv_layer:3d} of layer {layer.layer:3d}, read by "
-            f"{layer.readers} layers: only this one in the format, KL {layer.kl:.2g} nats per token"
+            f"{layer.readers} layer{'s' * (layer.readers != 1)}: only this one in the format, "
+            f"KL {max(layer.kl, 0):.2g} nats per token"
         )
     return lines
 
@@ -230,7 +231,7 @@ def _evicted(scores: "EvictingScores") -> list[str]:
     if classes := scores.token_classes:
         marks = printable(" ".join(classes.marks), 200)
         lines.append(
-            f"{classes.special} special tokens, {classes.punctuation} of punctuation: {marks}"
+            f"special tokens: {classes.special}; punctuation tokens: {classes.punctuation}, {marks}"
         )
     return lines + [_chosen(layer) for layer in scores.profile]
 
@@ -322,11 +323,15 @@ def _print_task(task: str, way: str, record: dict[str, Any]) -> None:
         for name, value in values.items()
         if not name.endswith("_stderr")
     )
-    examples = f"   {record['n']:,} examples of {record['split']}" if "n" in record else ""
-    print(f"  {task:16s}{way:9s}{shown}{examples}, {record['seconds']:,.0f} s")
+    examples = f"   {_examples(record)} of {record['split']}" if "n" in record else ""
+    print(f"  {task:15s} {way:8s} {shown}{examples}, {record['seconds']:,.0f} s")
     for depth, part in record.get("depths", {}).items():
         values = "   ".join(f"{name} {value:.4f}" for name, value in part["metrics"].items())
-        print(f"  {'':16s}answer at depth {depth}   {values}   {part['n']:,} examples")
+        print(f"  {'':16s}answer at depth {depth}   {values}   {_examples(part)}")
+
+
+def _examples(record: dict[str, Any]) -> str:
+    return f"{record['n']:,} example{'s' * (record['n'] != 1)}"
 
 
 def _runs(arguments: Arguments) -> list[Any]:

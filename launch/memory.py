@@ -274,9 +274,9 @@ def _print(lines: list[dict[str, Any]], arguments: Arguments, budget: int) -> No
     sharing = ("fit, sharing",) if arguments.shared else ()
     table = _table(
         f"Sequences of {arguments.context:,} tokens in {human_bytes(budget)}",
-        "Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: a sequence's "
-        f"share while {min(arguments.chunk, arguments.context):,} tokens of its prompt go through.",
-        ("weights", "KV", "work", "fit", *sharing, *compiled, "binds"),
+        "Bytes are closed forms. KV: a sequence's row of the cache, as allocated. Work: its share of the "
+        f"workspace of a prefill step with {min(arguments.chunk, arguments.context):,} tokens.",
+        ("weights", "KV", "work", "fit", *sharing, *compiled, "limited by"),
     )
     for line in lines:
         if not line["sequences"]:

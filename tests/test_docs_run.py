@@ -306,19 +306,20 @@ def test_the_commands_of_a_page_train_and_convert(beside_trained, page):
             (beside_trained / file).parent.mkdir(parents=True)
             shutil.copyfile(ROOT / file, beside_trained / file)
     if page.stem == "paper":
-        run(smaller("python -m launch.train cla_1b.h128_mqa"))
+        run(smaller("python -m launch.train cla_1b.h128_mqa") + " --name cla_1b/small")
     for command in with_weights(page):
         run(smaller(command))
 
 
 @pytest.mark.interop
 @pytest.mark.usefixtures("beside_trained")
-def test_the_harness_scores_generated_tasks():
+def test_the_harness_scores_generated_tasks(capsys):
     run("python -m launch.tasks recall data/recall --length 1000 --count 2")
     for page in PAGES:
         for command in commands(page):
             if command.startswith(BY_THE_HARNESS):
                 run(smaller(command))
+    assert re.search(r"fastgen:T=0.9 +perplexity .* 1 example of", capsys.readouterr().out)
 
 
 @pytest.mark.interop
