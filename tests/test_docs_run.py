@@ -56,12 +56,18 @@ REPLACED = {
     "--T 0.75 --T 0.92 --T 0.96": "--T 0.92",
     "--T 0.7 --T 0.8 --T 0.94": "--T 0.8",
     "--T 0.8 --T 0.94 --T 0.99": "--T 0.94",
+    "--kv-map cla:2 cla:3": "--kv-map cla:2",
+    "--kv-heads 3": "--kv-heads 1",
+    "--latents 320:64 128:64 64:64 160:32 96:32": "--latents 8:4 4:2",
+    "--latents 128:64": "--latents 8:4",
+    " 64:64": "",
     "--model.kv.rank 24": "--model.kv.rank 8",
     "--rope-dims 16": "--rope-dims 4",
 }
 # Flags that make a command small, by how it begins.
 SMALLER = {
     "python -m benchmarks.compile_time": "--layers 2 4 --rounds 1",
+    "python -m benchmarks.conversions": "--init mean least_squares svd",
     "python -m benchmarks.decode": "--shape 7m --batch 1 --context 8 --new-tokens 4 --rounds 1 "
     "--only ours torch --output made.json",
     "python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --task": "--length 150 --count 1",
@@ -104,12 +110,11 @@ NOT_RUN = {
     "git": "a network",
     "gcloud": "a cloud account",
     "jupyter": "a browser; the notebook is executed by another test",
-    "python -m benchmarks.conversions": "the model of 93 MB",
     "python -m benchmarks.serving --model": "the model of 93 MB",
     "python -m benchmarks.tasks": "the model of 93 MB",
     "python -m launch.convert fetch": "93 MB from a network",
     "python -m launch.evaluate runs/demo/seeds --task-data data/tasks": "86 MB from a network",
-    "python -m launch.evaluate runs/smollm2-135m": "the model of 93 MB",
+    "python -m launch.evaluate runs/smollm2-135m --task": "86 MB from a network",
     "python -m launch.tasks fetch": "86 MB from a network",
     "python -m launch.train NAME --coordinator": "four hosts; `make test-hosts` starts several processes",
     "python -m launch.train NAME --placement": "eight devices; tests of meshes have them",
