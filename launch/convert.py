@@ -230,7 +230,7 @@ def _uptrain(command: Uptrain) -> None:
     file = shlex.quote(f"{command.made}/config.json")
     print(
         f"{command.made}: {after:,} KV bytes per token at 16 bits, {before:,} before; {config.steps:,} "
-        f"steps, {config.steps * config.tokens_per_step:,} tokens; train it with "
+        f"step{'s' * (config.steps != 1)}, {config.steps * config.tokens_per_step:,} tokens; train it with "
         f"python -m launch.train {file}"
     )
 
