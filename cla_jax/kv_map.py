@@ -423,7 +423,7 @@ def _arguments(name: str, usage: str, arguments: list[str]) -> list[int | str]:
     """The arguments of a builder: a number, and a word where there is a second one."""
     least, most = usage.count(":") - usage.count("["), usage.count(":")
     numbers = (_FACTOR, _KV_LAYERS, _SHARED_LAYERS)
-    counts = [number for number in numbers if f":{number.split()[0]}" in usage]
+    counts = [f"{n} is a whole number" for n in numbers if f":{n.split()[0]}" in usage]
     refusal = "; ".join([f"the form is {name}{usage}", *counts])
     if not least <= len(arguments) <= most:
         raise ValueError(refusal)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cla_jax.evaluate
+from cla_jax.formats import FORMATS
 from cla_jax.runs import Run
 from launch import __main__ as commands
 from launch import cli, compilation_cache
@@ -52,11 +53,11 @@ def test_help_lists_every_command(argv, capsys):
 def test_help_lists_every_cache_format(command):
     """One that was just added too: the list is not typed by hand."""
     code = (
-        "from cla_jax import formats\nformats.FORMATS['int6'] = formats.Entry('int6', 'Int6')\n"
+        "from cla_jax import formats\nformats.FORMATS['zz9'] = formats.Entry('zz9', 'Zz9')\n"
         f"from launch.{command} import main\nmain(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "kivi2, int6" in " ".join(done.stdout.replace("│", " ").split())
+    assert ", ".join([*FORMATS, "zz9"]) in " ".join(done.stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from cla_jax.formats import FORMATS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -161,3 +163,10 @@ def test_the_results_in_readme_are_those_of_the_report():
     assert f"need {times} times CLA2's bytes; the interval, {low} to {high}," in plain
     verdicts = {one["verdict"] for one in claims}
     assert ("all four declared claims are inconclusive" in plain) == (verdicts == {"inconclusive"})
+
+
+def test_the_page_on_evaluation_lists_every_cache_format():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = page.partition("| format |")[2].partition("\n\n")[0].splitlines()
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1] or "")}
+    assert listed >= set(FORMATS)

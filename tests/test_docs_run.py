@@ -448,10 +448,7 @@ def test_the_experiment_that_the_page_on_extending_adds_is_found(tmp_path, monke
     (page,) = (page for page in PAGES if page.stem == "extending")
     (example,) = (block for block in blocks(page, "python") if "h16_mqa_cla4()" in block)
     file = tmp_path / "mine.py"
-    file.write_text(
-        "from cla_jax.config import Config\nfrom cla_jax.fields import replaced\n"
-        f"from experiments.demo import h8_mqa, h16_mqa, h16_mqa_cla2\n{example}"
-    )
+    file.write_text(f"from experiments.demo import h8_mqa, h16_mqa, h16_mqa_cla2\n{example}")
     (found,) = experiments.find(f"{file}:h16_mqa_cla4")
     assert len(found.model.sharing.kv_layers) == 2
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cla_jax.data import tokenizers
 from cla_jax.eviction import POLICIES, check_cache, is_policy, parse
 from cla_jax.eviction.classes import classes_of_tokenizer, described, token_classes
-from cla_jax.eviction.policy import Lost, Seen
+from cla_jax.eviction.policy import Budgeted, Lost, Policy, Seen
 from cla_jax.eviction.rule import CHOSEN, PUNCTUATION, SPECIAL, kept, make_rule, most_kept, share_of
 
 
@@ -157,7 +157,9 @@ def test_budgets_are_kept_to(kind, budget):
         assert (counts == 20).all()
 
 
-@pytest.mark.parametrize("kind", sorted(kind for kind in POLICIES if kind != "fastgen"))
+@pytest.mark.parametrize(
+    "kind", sorted(kind for kind, of in POLICIES.items() if issubclass(of, Budgeted))
+)
 @pytest.mark.parametrize(
     "budget",
     ["tokens=12", "tokens=13", "tokens=16", "tokens=29", "keep=0.125", "keep=0.3001", "keep=1",
@@ -184,6 +186,33 @@ def test_every_policy_keeps_exactly_its_budget_at_every_length(kind, budget):
     assert kept_by(policy, seen).sum((1, 2)).tolist() == (2 * expected).tolist()
     if kind != "adakv":  # its heads share one budget
         assert (kept_by(policy, seen).sum(2) == expected[:, None]).all()
+
+
+def test_policies_with_scores_of_their_own_share_no_programs():
+    """Scores are computed in the compiled step, so a step of another policy would rank by the wrong ones."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Even(Policy):
+        kind = "even"
+        scoring = "first"
+        every: int = 2
+
+        def first_scores(self, positions, tokens, heads, layer):  # noqa: ARG002
+            return (positions % np.uint32(self.every) == 0).astype(np.float32)
+
+        def choose(self, seen):
+            raise NotImplementedError
+
+    class Odd(Even):
+        kind = "odd"
+
+    programs = {policy.programs for policy in (Even(), Even(every=3), Odd(), parse("h2o:keep=0.5"))}
+    assert len(programs) == 4
+    assert Even().programs == Even().programs
+    # A budget or a threshold is data.
+    assert parse("h2o:keep=0.5").programs == parse("fastgen:T=0.9").programs
+    assert parse("random:keep=0.5").programs == parse("random:keep=0.25").programs
+    assert parse("random:keep=0.5").programs != parse("random:keep=0.5,seed=1").programs
 
 
 def test_random_tokens_differ_between_layers_heads_texts_and_seeds():

@@ -10,7 +10,9 @@ import numpy as np
 from cla_jax.eviction.rule import LONGEST, SHARES, Rule, parts, share_of
 from cla_jax.messages import shown
 
-Scoring = Literal["none", "attention", "random"]
+# Where the scores of entries come from while decoding: received attention, or `first_scores`. With "none"
+# nothing is ranked.
+Scoring = Literal["none", "attention", "first"]
 
 
 class Lost(NamedTuple):
@@ -111,8 +113,12 @@ class Policy(abc.ABC):
 
     @property
     def programs(self) -> tuple[Any, ...]:
-        """The values that compiled decode steps depend on. Policies with equal values share programs."""
-        return self.scoring, self.sinks, self.recent
+        """The values that compiled decode steps depend on. Policies with equal values share programs.
+
+        A policy with `first_scores` of its own shares none by default: they may depend on any setting.
+        """
+        own = () if type(self).first_scores is Policy.first_scores else (self,)
+        return self.scoring, self.sinks, self.recent, *own
 
     @property
     def observation(self) -> int:
@@ -127,7 +133,7 @@ class Policy(abc.ABC):
         """What each KV head of each prompt keeps, for one KV layer. Called once, after the prefill."""
 
     def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
-        """The first scores of new tokens in a KV layer. The arrays are uint32 and broadcast."""
+        """Scores of new tokens in a KV layer, if `scoring` is "first". The arrays are uint32 and broadcast."""
         del tokens, heads, layer
         return np.zeros((1,) * positions.ndim, np.float32)
 

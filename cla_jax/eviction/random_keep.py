@@ -22,7 +22,7 @@ class Random(Budgeted):
     """
 
     kind = "random"
-    scoring = "random"
+    scoring = "first"
     profiles = False
 
     seed: int = 0
@@ -34,7 +34,7 @@ class Random(Budgeted):
 
     @property
     def programs(self) -> tuple[Any, ...]:
-        return *super().programs, self.seed
+        return self.scoring, self.sinks, self.recent, self.kind, self.seed  # whatever the budget
 
     def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
         """A number in [0, 1) for each entry: the same on the host and on devices."""
