@@ -133,7 +133,7 @@ class Policy(abc.ABC):
         """What each KV head of each prompt keeps, for one KV layer. Called once, after the prefill."""
 
     def first_scores(self, positions: Any, tokens: Any, heads: Any, layer: int) -> Any:
-        """Scores of new tokens in a KV layer, if `scoring` is "first". The arrays are uint32 and broadcast."""
+        """Scores of new tokens in a KV layer, if `scoring` is "first". Arrays are uint32 and broadcast."""
         del tokens, heads, layer
         return np.zeros((1,) * positions.ndim, np.float32)
 
