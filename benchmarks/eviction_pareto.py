@@ -1,10 +1,12 @@
-"""The table and the picture of what `benchmarks.eviction` has measured, from its file alone.
+"""The tables and the picture of what `benchmarks.eviction` has measured, from its file alone.
 
     python -m benchmarks.eviction_pareto benchmarks/results/eviction.jsonl --plot docs/eviction.svg
+    python -m benchmarks.eviction_pareto benchmarks/results/eviction.jsonl --all
 
+A row of the first table is FastGen with one T, beside the policies at its bytes; `--all` prints every policy.
 Intervals are 95 % t intervals over windows. The draws of random tokens are averaged within a window first;
-the range of their means is printed beside. The last column compares FastGen with a policy at the same bytes,
-window by window: a negative number means that FastGen loses less.
+the range of their means is printed beside. FastGen is compared with a policy at the same bytes window by
+window: a negative number means that FastGen loses less.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from benchmarks.eviction import read_lines
+from benchmarks.eviction import OTHERS, read_lines
 from cla_jax.statistics import Paired, paired
 
 
@@ -23,6 +25,8 @@ from cla_jax.statistics import Paired, paired
 class Arguments:
     file: Annotated[Path, tyro.conf.Positional]
     plot: Path | None = None
+    # Every policy on a row of its own.
+    all: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,15 +80,49 @@ def cells(lines: Sequence[dict[str, Any]]) -> list[Cell]:
     return measured
 
 
+def summary(cells: Sequence[Cell]) -> str:
+    """FastGen beside the others, in Markdown; losses in thousandths of a nat per token."""
+    others = [kind for kind in OTHERS if any(cell.kind == kind for cell in cells)]
+    rows = [
+        "| model | T | dropped | live bytes | nats worse | perplexity "
+        + "".join(f"| minus `{kind}` " for kind in others)
+        + "|",
+        "|---" * (6 + len(others)) + "|",
+    ]
+    for cell in _in_order([cell for cell in cells if cell.kind == "fastgen"]):
+        beside = {c.kind: c for c in cells if (c.run, c.T) == (cell.run, cell.T)}
+        worse = cell.interval()
+        row = [
+            f"`{cell.run}`",
+            f"{cell.T:g}",
+            f"{1 - cell.kept:.0%}",
+            f"{cell.share:.0%}",
+            _shown(worse),
+            f"{np.expm1(worse.mean):+.2%}",
+            *(_difference(cell, beside[kind]) if kind in beside else "" for kind in others),
+        ]
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def _in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """By model, as they were measured; most bytes first."""
+    place = {cell.run: i for i, cell in reversed(list(enumerate(cells)))}
+    return sorted(cells, key=lambda c: (place[c.run], -c.T))
+
+
+def _difference(fastgen: Cell, cell: Cell) -> str:
+    return _shown(paired(fastgen.worse_DN.mean(0) - cell.worse_DN.mean(0)))
+
+
 def table(cells: Sequence[Cell]) -> str:
-    """In Markdown, most bytes first; losses in thousandths of a nat per token."""
+    """Every policy, in Markdown, most bytes first; losses in thousandths of a nat per token."""
     rows = [
         "| model | policy | kept | live bytes | nats worse, 1/1000 | perplexity | KL, 1/1000 nat "
         "| same top token | FastGen minus this, 1/1000 nat |",
         "|---" * 9 + "|",
     ]
-    place = {cell.run: i for i, cell in reversed(list(enumerate(cells)))}
-    for cell in sorted(cells, key=lambda c: (place[c.run], -c.T)):
+    for cell in _in_order(cells):
         worse, kl = cell.interval(), cell.interval("kl")
         name = f"`{cell.name}`"
         if len(cell.worse_DN) > 1:
@@ -92,7 +130,7 @@ def table(cells: Sequence[Cell]) -> str:
             name += f", {len(draws)} draws: {draws.min():.1f} to {draws.max():.1f}"
         beside = ""
         if cell.kind != "fastgen" and (other := _fastgen(cells, cell)) is not None:
-            beside = _shown(paired(other.worse_DN.mean(0) - cell.worse_DN.mean(0)))
+            beside = _difference(other, cell)
         rows.append(
             f"| `{cell.run}` | {name} | {cell.kept:.1%} | {cell.share:.1%} | {_shown(worse)} "
             f"| {np.expm1(worse.mean):+.2%} | {_shown(kl)} | {cell.top1:.1%} | {beside} |"
@@ -118,7 +156,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     models = list(dict.fromkeys(cell.run for cell in cells))
     kinds = list(dict.fromkeys(cell.kind for cell in cells))
     with styled():
-        figure = Figure(figsize=(4.2 * len(models), 6.2), layout="constrained")
+        figure = Figure(figsize=(3.4 * len(models), 6.2), layout="constrained")
         panels = figure.subplots(2, len(models), squeeze=False, sharex="col")
         for column, model in enumerate(models):
             for row, what in enumerate(("worse", "kl")):
@@ -145,8 +183,8 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
             panels[0, column].set_title(
                 f"{model}\n{one.windows} windows, {one.tokens:,} tokens", size=10
             )
-            panels[0, column].set_xlim(0, 100)
-            panels[1, column].set_xlabel("live bytes, % of a cache that keeps everything")
+            panels[0, column].set_xlim(30, 110)
+        figure.supxlabel("live bytes, % of a cache that keeps everything", size=10)
         panels[0, 0].set_ylabel("nats per token worse than full")
         panels[1, 0].set_ylabel("KL to full, nats per token")
         handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -157,7 +195,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     measured = cells(read_lines(arguments.file)[0])
-    print(table(measured))
+    print(table(measured) if arguments.all else summary(measured))
     if arguments.plot:
         draw(measured, arguments.plot)
 

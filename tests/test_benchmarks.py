@@ -228,6 +228,8 @@ def test_policies_at_equal_bytes_are_compared_window_by_window(tmp_path):
     assert "| 7.7 ± 5.2 |" in row  # sd 2.08, times 4.30 / sqrt(3)
     assert row.endswith("| -2.7 ± 1.4 |")
     assert rows[2].endswith("|  |")  # nothing at the same bytes
+    *_, row = eviction_pareto.summary([fastgen, random, alone]).splitlines()
+    assert row == "| `x` | 0.9 | 50% | 60% | 5.0 ± 6.6 | +0.50% | -2.7 ± 1.4 |"
     for name in ("plot.svg", "plot.png"):
         eviction_pareto.draw([fastgen, random, alone], tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
