@@ -235,6 +235,13 @@ def test_policies_at_equal_bytes_are_compared_window_by_window(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_the_page_has_the_table_of_the_measured_policies():
+    cells = eviction_pareto.cells(
+        eviction.read_lines(ROOT / "benchmarks/results/eviction.jsonl")[0]
+    )
+    assert eviction_pareto.summary(cells) in (ROOT / "docs" / "eviction.md").read_text()
+
+
 def test_a_measured_policy_is_not_measured_again(tmp_path):
     line, file = eviction_line("window:keep=0.5", [0.1, 0.2, 0.3]), tmp_path / "cells.jsonl"
     assert eviction.recorded(file, {"policy": "window:keep=0.5"}) is None
