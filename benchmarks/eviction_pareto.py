@@ -90,7 +90,8 @@ def summary(cells: Sequence[Cell]) -> str:
         "|---" * (6 + len(others)) + "|",
     ]
     for cell in _in_order([cell for cell in cells if cell.kind == "fastgen"]):
-        beside = {c.kind: c for c in cells if (c.run, c.T) == (cell.run, cell.T)}
+        alike = (cell.run, cell.T, cell.windows)
+        beside = {c.kind: c for c in cells if (c.run, c.T, c.windows) == alike}
         worse = cell.interval()
         row = [
             f"`{cell.run}`",

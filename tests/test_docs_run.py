@@ -51,6 +51,8 @@ REPLACED = {
     " NAME ": " smoke ",
     " DIR": " exported",
     "heads.mha": "runs/demo/seeds/h16_mqa.seed-0",
+    "runs/small/main/h16_mqa_cla3.": "runs/demo/seeds/h16_mqa_cla2.",
+    "runs/small/maps/h16_mqa_fused_lite.": "runs/demo/seeds/h16_mqa_cla2.",
     "runs/small/main/": "runs/demo/seeds/",
     "runs/smollm2-135m": "runs/demo/seeds/h16_mqa.seed-0",
     "--T 0.75 --T 0.92 --T 0.96": "--T 0.92",
