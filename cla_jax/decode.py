@@ -122,13 +122,9 @@ def decode(
 
     Only the first counts_B tokens of a row are text. The rest, and what would go beyond the capacity, is
     padding. It is neither stored nor seen, and its outputs mean nothing. `starts_BT`, if given, is the first
-    position each token sees. Raises ValueError for them if a kernel of the cache cannot do that.
+    position each token sees.
     """
     config, rules = spec.config, spec.rules
-    if starts_BT is not None and not spec.sees_starts:
-        raise ValueError(
-            f"attention = {spec.attention!r} does not support starts within a row: use 'xla'"
-        )
     # Positions are settled here, once: where a consumer's query stands cannot depend on what its
     # producer has done to a cache in between.
     T = tokens_BT.shape[1]

@@ -68,6 +68,9 @@ class Arguments:
     # The trace that --make writes.
     made: Made = Made()
     cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(FORMATS)}.")] = "dense"
+    # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
+    # on TPUs. The kernels have not run on hardware yet.
+    attention: str = "xla"
     # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
     # Maximum number of requests that decode at the same time.
@@ -185,6 +188,7 @@ def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "En
 
     longest = max(len(line.prompt) + line.new_tokens for line in lines)
     sizes: Any = {"batch": arguments.rows, "capacity": longest, "chunk": arguments.chunk}
+    sizes["attention"] = arguments.attention
     if model.rules is not None:
         sizes |= {"rules": model.rules}
     if arguments.unshared:

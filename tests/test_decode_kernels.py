@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import tpu as pltpu
 
-from cla_jax.cache import cache_spec, ledger
-from cla_jax.cache.bits import restored
-from cla_jax.cache.quantized import Int8
+from cla_jax.cache import cache_spec, ledger, make_format, prefix_shared
+from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model import decode_kernels, mosaic, paged
-from cla_jax.model.attention import EMPTY, KV, Kept, normalized
+from cla_jax.model.attention import EMPTY, KV, StepPositions, normalized
+from cla_jax.prefix_tree import PrefixTree
 from launch import plan as launch_plan
 from tests import reference
 from tests.conftest import MODEL
-from tests.test_gpu import decoding_step
+from tests.test_gpu import decoding_step, kept_elements, largest_copy
 
 ENTRIES = 256  # two thread blocks a row
 ROWS = 2
@@ -43,9 +43,31 @@ def exact(q_BKNH, k_BEKH, v_BEKH, kept_BE, positions_BN, starts_BN):
     return np.einsum("BKNE,BEKH->BKNH", weights / np.where(total > 0, total, 1), v)
 
 
+def in_pages(layer, page):
+    """Rows of entries as pages of a pool, in any order and with pages of others between them; and the table
+    of the pages of each row."""
+    pages = ROWS * ENTRIES // page
+    numbers = np.random.default_rng(1).permutation(2 * pages)[:pages]
+
+    def pool(rows):
+        of_pages = rows.reshape(pages, page, *rows.shape[2:]).swapaxes(1, 2)
+        others = jnp.full((2 * pages, *of_pages.shape[1:]), 99, rows.dtype)
+        return others.at[numbers].set(of_pages)
+
+    return jax.tree.map(pool, layer), jnp.asarray(numbers.reshape(ROWS, -1), jnp.int32)
+
+
+def for_any_rows(test):
+    lengths = st.tuples(*[st.integers(0, ENTRIES)] * ROWS)
+    return settings(max_examples=4, deadline=None)(
+        given(lengths, st.integers(0, ENTRIES), st.booleans())(test)
+    )
+
+
 class Attention:
     """Every kernel: its error against float64, for heads of any width and rows of any lengths."""
 
+    name: str
     attend: Any
     kept_width: Any
     error: float
@@ -54,7 +76,18 @@ class Attention:
     def compiled(self):
         return jax.jit(lambda *arguments: normalized(self.attend(*arguments)))
 
-    def check(self, d_head, n_kv_heads, queries, lengths, window=0, eight_bit=False, ring=False):
+    def check(
+        self,
+        d_head,
+        n_kv_heads,
+        queries,
+        lengths,
+        window=0,
+        ring=False,
+        *,
+        eight_bit=False,
+        page=None,
+    ):
         rng = np.random.default_rng(d_head)
         draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
         q = draw(ROWS, n_kv_heads, queries, d_head) * d_head**-0.5
@@ -64,35 +97,81 @@ class Attention:
         kept_BE = np.where(entries < lengths[:, None], entries, EMPTY)
         if ring:  # entries hold the newest tokens, out of order
             kept_BE = np.roll(kept_BE, 100, axis=1)
+        kept_BE = kept_BE.astype(np.int32)
         positions_BN = np.repeat(lengths[:, None] - 1, queries, axis=1)
         starts_BN = np.maximum(positions_BN - window + 1, 0) if window else 0 * positions_BN
         missing = self.kept_width(d_head) - d_head
         wide = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing)])
-        k, v = map(wide, kv)
-        kept = Kept(k, v, jnp.asarray(kept_BE, jnp.int32))
+        format: Any = make_format("int8" if eight_bit else "bfloat16", "float32")
+        coded = format.encode(kv.each(wide))
         if eight_bit:
-            form = Int8(name="int8", dtype="float32")
-            coded = form.encode(KV(k, v))
-            kv = KV(*(a[..., :d_head] for a in form.decode(coded)))
-            k, k_scales, v, v_scales = jax.tree.leaves(coded)
-            by_head = lambda a_BEK: restored(a_BEK, "bfloat16").swapaxes(1, 2)
-            kept = Kept(k, v, kept.positions_BE, by_head(k_scales), by_head(v_scales))
+            kv = format.decode(coded).each(lambda a: a[..., :d_head])
+        pages = None
+        if page is not None:
+            coded, pages = in_pages(coded, page)
+        kept = format.for_kernel(coded, jnp.asarray(kept_BE), pages)
         asked = (jnp.asarray(a, jnp.int32) for a in (positions_BN, starts_BN))
         found = self.compiled()(wide(q), kept, *asked)[..., :d_head]
         expected = exact(q, *kv, kept_BE, positions_BN, starts_BN)
         scale = max(np.abs(expected).max(), 1e-3)
         assert np.abs(np.asarray(found) - expected).max() < self.error * scale
 
+    def test_pages_that_several_rows_read(self, monkeypatch):
+        """In two phases, as XLA reads them in float32; the queries of one work item are two tiles."""
+        kernel = decode_kernels.KERNELS[self.name]._replace(attend=self.attend, queries=4)
+        monkeypatch.setitem(decode_kernels.KERNELS, self.name, kernel)
+        monkeypatch.setattr(prefix_shared, "BLOCK", 64)  # one page
+        changes = {"d_head": 64, "n_heads": 4, "n_kv_heads": 2}
+        config = dataclasses.replace(MODEL_16, **changes)
+        sizes = {"batch": 4, "page": 64, "pages": 12, "capacity": 200}
+        fed = dataclasses.replace(prefix_spec(config, **sizes), attention=self.name)
+        config = dataclasses.replace(config, compute_dtype="float32")
+        xla = prefix_spec(config, "bfloat16", **sizes)
+        tree = PrefixTree(chunk=64, pages=12)
+        lengths = [150, 200, 0, 131]
+        shared = [128, 128, 0, 64]  # the last one begins like the others, but shares one page only
+        prompts = [[*range(shared[r]), *[300 + r] * (lengths[r] - shared[r])] for r in range(4)]
+        rows = {r: tree.insert(prompts[r], new_tokens=0) for r in (0, 1, 3)}
+        tables = fed.tables(rows, tree)
+        assert tables.items == 2
+        draw = np.random.default_rng(0)
+        normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.bfloat16)
+        q_BTKGH = normal(4, 1, 2, 2, 64)
+        kv = KV(normal(12, 2, 64, 64), normal(12, 2, 64, 64))
+        lengths_B = jnp.array(lengths, jnp.int32)
+        step = StepPositions(
+            positions_BT=lengths_B[:, None] - 1,
+            starts_BT=jnp.array([[0], [90], [0], [0]], jnp.int32),  # one row has a window
+            lengths_B=lengths_B,
+            pages=jax.tree.map(jnp.asarray, tables),
+        )
+
+        def outputs(spec, q_BTKGH):
+            missing = spec.kept.d_head - 64
+            wide = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing)])
+            pool = spec.formats[0].encode(kv.each(wide))
+            attend = jax.jit(lambda *arguments: spec.attend(0, *arguments))
+            return np.asarray(attend(pool, q_BTKGH, step), np.float32)
+
+        expected = outputs(xla, q_BTKGH.astype(jnp.float32))
+        found = outputs(fed, q_BTKGH.astype(jnp.float32))
+        assert (found[2] == 0).all()
+        assert np.abs(found - expected).max() < self.error * np.abs(expected).max()
+
 
 class TestMosaic(Attention):
+    name = "mosaic"
     attend = staticmethod(in_interpreter)
     kept_width = staticmethod(mosaic.kept_width)
     error = 1e-4
 
-    @settings(max_examples=4, deadline=None)
-    @given(st.tuples(*[st.integers(0, ENTRIES)] * ROWS), st.integers(0, ENTRIES), st.booleans())
+    @for_any_rows
     def test_rows_of_any_lengths_windows_and_order(self, lengths, window, ring):
-        self.check(46, 1, 5, lengths, window, ring=ring)
+        self.check(46, 1, 5, lengths, window, ring)
+
+    @pytest.mark.parametrize(("page", "eight_bit"), [(64, True), (128, False)])
+    def test_pages_of_any_size(self, page, eight_bit):
+        self.check(46, 2, 5, (250, 70), page=page, eight_bit=eight_bit)
 
     @pytest.mark.parametrize(
         ("d_head", "n_kv_heads", "queries", "eight_bit"),
@@ -115,18 +194,22 @@ class TestMosaic(Attention):
 
 
 class TestPaged(Attention):
+    name = "paged"
     kept_width = staticmethod(paged.kept_width)
-    error = 1e-2  # it writes bfloat16
+    error = 1e-2  # of weights in bfloat16
 
     @staticmethod
     def attend(*arguments):
         with pltpu.force_tpu_interpret_mode():
             return paged.attend(*arguments)
 
-    @settings(max_examples=3, deadline=None)
-    @given(st.tuples(*[st.integers(1, ENTRIES)] * ROWS))
-    def test_rows_of_any_lengths(self, lengths):
-        self.check(90, 1, 8, lengths)
+    @for_any_rows
+    def test_rows_of_any_lengths_windows_and_order(self, lengths, window, ring):
+        self.check(46, 1, 5, lengths, window, ring)
+
+    @pytest.mark.parametrize("page", [None, 16, 64])
+    def test_pages_of_any_size(self, page):
+        self.check(90, 2 if page else 1, 20, (250, 70), window=100, page=page)
 
 
 # ------------------------------------------------------------------------------ in a model, by name
@@ -181,7 +264,7 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
         ("mosaic", {}, "dense", "cpu", 0.0, "Mosaic GPU is not available on cpu"),
         ("mosaic", {"compute_dtype": "float32"}, "dense", "gpu", 9.0, "bfloat16, not float32"),
         ("paged", {}, "dense", "tpu", 0.0, None),
-        ("paged", {"windows": "16"}, "dense", "tpu", 0.0, "sliding windows"),
+        ("paged", {"windows": "16"}, "dense", "tpu", 0.0, None),
         ("paged", {"n_kv_heads": 2}, "dense", "tpu", 0.0, "2 KV heads"),
         ("paged", {}, "int8", "tpu", 0.0, "not cache format int8"),
         ("paged", {}, "dense", "gpu", 9.0, "the paged kernel is not available on gpu"),
@@ -195,6 +278,29 @@ def test_what_a_kernel_cannot_serve_is_refused_by_name(
     assert reason is None if words is None else words in reason
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "page", "words"),
+    [
+        ("mosaic", {}, 64, None),
+        ("mosaic", {"d_head": 512}, 32, None),
+        ("mosaic", {}, 32, "pages of a multiple of 64 tokens, not 32"),
+        ("paged", {"n_kv_heads": 2}, 16, None),
+        ("paged", {}, 24, "pages of a multiple of 16 tokens, not 24"),
+        (
+            "paged",
+            {"n_heads": 32, "n_kv_heads": 32},
+            256,
+            "up to 128 tokens of this model, not 256",
+        ),
+    ],
+)
+def test_pages_that_a_kernel_cannot_read_are_refused(name, changes, page, words):
+    config = dataclasses.replace(MODEL_16, **changes)
+    platform = {"mosaic": ("gpu", 9.0), "paged": ("tpu", 0.0)}[name]
+    reason = decode_kernels.refusal(name, config, "dense", *platform, page)
+    assert reason is None if words is None else words in str(reason)
+
+
 def test_latents_and_unknown_kernels_are_refused():
     latent = dataclasses.replace(MODEL_16, kv=LatentKV(rank=16))
     assert "latent" in str(decode_kernels.refusal("mosaic", latent, "dense", "gpu", 9.0))
@@ -202,19 +308,29 @@ def test_latents_and_unknown_kernels_are_refused():
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosiac")
     with pytest.raises(ValueError, match="Mosaic GPU is not available on cpu"):
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosaic")
-
-
-def test_documents_within_a_row_are_refused_where_a_kernel_sees_all_of_it():
-    spec = dataclasses.replace(cache_spec(MODEL_16, batch=1, capacity=128), attention="paged")
-    one = np.ones((1, 1), np.int32)
-    with pytest.raises(ValueError, match="'paged' does not support starts within a row"):
-        decode(None, spec, None, one, one[0], starts_BT=one)
+    with pytest.raises(ValueError, match="the paged kernel is not available on cpu"):
+        prefix_spec(MODEL_16, batch=1, page=16, pages=9, capacity=128, attention="paged")
 
 
 @pytest.mark.pods
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_the_paged_kernel_is_compiled_for_tpus(topology):
-    config = dataclasses.replace(MODEL_16, n_heads=16)
+@pytest.mark.parametrize(
+    ("n_kv_heads", "page", "changes", "calls"),
+    [
+        (1, None, {}, 2),
+        # Two phases of two layers.
+        (1, 64, {"d_head": 46}, 4),
+        (16, 64, {"windows": "128"}, 4),
+        (4, 64, {"kv_map": "k=0,0;v=0,1"}, 4),
+    ],
+)
+def test_the_paged_kernel_is_compiled_for_tpus(topology, n_kv_heads, page, changes, calls):
+    """Neither rows nor pools are copied for it."""
+    config = dataclasses.replace(
+        MODEL_16, n_layers=2, n_heads=16, n_kv_heads=n_kv_heads, **{"d_head": 128} | changes
+    )
     with launch_plan.compiling_elsewhere():
-        text = str(decoding_step(topology, config, "paged").as_text())
-    assert text.count('custom_call_target="tpu_custom_call"') == config.n_layers
+        text = str(decoding_step(topology, config, "paged", page=page).as_text())
+    assert text.count('custom_call_target="tpu_custom_call"') == calls
+    kinds = "copy|transpose|convert|bitcast-convert"  # copy-start: a small pool to fast memory
+    assert largest_copy(text, kinds) < kept_elements(config, 128, page)

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 import experiments
 from cla_jax import hlo, plan
 from cla_jax.cache import cache_spec
+from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.model import mosaic
 from cla_jax.model.transformer import Transformer
@@ -139,9 +140,15 @@ def test_cudnn_attends_forward_and_backward(tiny, tmp_path, d_head, remat, forwa
 # ------------------------------------------------------------------------------ decoding kernels
 
 
-def decoding_step(topology, config, attention, format="dense"):
+TOKENS, PAGES = 1024, 40
+
+
+def decoding_step(topology, config, attention, format="dense", page=None):
     """One decode step of 2 rows of up to 1,024 tokens, compiled for a device that is not here."""
-    spec = cache_spec(config, format, batch=2, capacity=1024)
+    sizes = {"batch": 2, "capacity": TOKENS}
+    spec = cache_spec(config, format, **sizes)
+    if page is not None:
+        spec = prefix_spec(config, format, page=page, pages=PAGES, **sizes)
     spec = dataclasses.replace(spec, attention=attention)
     here = SingleDeviceSharding(topologies.topology(topology).devices[0])
     there = lambda tree: jax.tree.map(
@@ -154,21 +161,38 @@ def decoding_step(topology, config, attention, format="dense"):
     return jax.jit(step, donate_argnums=1).lower(*map(there, (*arguments, one_each))).compile()
 
 
+def kept_elements(config, width, page):
+    """Elements of the keys of such a cache: its rows, or its pool."""
+    return (2 * TOKENS if page is None else PAGES * page) * config.n_kv_heads * width
+
+
+def largest_copy(text, kinds="copy|transpose|convert"):
+    """Elements of the largest array that a program copies or converts."""
+    copied = [line for line in text.splitlines() if re.search(rf" ({kinds})\(", line)]
+    sizes = [
+        math.prod(map(int, s.split(","))) for s in re.findall(r"\[([0-9,]+)\]", "".join(copied))
+    ]
+    return max(sizes, default=0)
+
+
 @pytest.mark.parametrize(
-    ("d_head", "n_kv_heads", "format", "registers", "spilled"),
+    ("d_head", "n_kv_heads", "format", "page", "registers", "spilled"),
     [
-        (32, 1, "dense", 168, False),
-        (46, 1, "dense", 168, False),  # kept, and read, as 64
-        (64, 2, "int8", 224, False),
-        (90, 1, "dense", 208, False),
-        (128, 1, "dense", 232, False),
-        (128, 1, "int8", 255, True),
-        (256, 1, "dense", 248, False),
-        (512, 1, "dense", 255, True),
+        (32, 1, "dense", None, 168, False),
+        (46, 1, "dense", None, 168, False),  # kept, and read, as 64
+        (64, 2, "int8", None, 224, False),
+        (90, 1, "dense", None, 208, False),
+        (128, 1, "dense", None, 232, False),
+        (128, 1, "int8", None, 255, True),
+        (256, 1, "dense", None, 248, False),
+        (512, 1, "dense", None, 255, True),
+        (64, 2, "int8", 64, 224, False),
+        (128, 4, "dense", 64, 232, False),
+        (512, 1, "dense", 64, 255, True),  # two blocks a page
     ],
 )
 def test_the_decoding_kernel_is_compiled_for_hopper(
-    monkeypatch, capfd, d_head, n_kv_heads, format, registers, spilled
+    monkeypatch, capfd, d_head, n_kv_heads, format, page, registers, spilled
 ):
     """docs/pods.md has registers, shared memory and spills. The cache is not copied for the kernel."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -176,9 +200,9 @@ def test_the_decoding_kernel_is_compiled_for_hopper(
     config = dataclasses.replace(
         MODEL, n_layers=2, compute_dtype="bfloat16", windows="0", **changes
     )
-    compiled = decoding_step("h100:1", config, "mosaic", format)
+    compiled = decoding_step("h100:1", config, "mosaic", format, page)
     text = str(compiled.as_text())
-    assert text.count("mosaic_gpu") >= 2  # one for each layer
+    assert text.count("mosaic_gpu") >= 2 * (1 if page is None else 2)  # of each layer and phase
     words = capfd.readouterr().out
     used = {int(n) for n in re.findall(r"Used (\d+) registers", words)}
     spills = {int(n) for n in re.findall(r"(\d+) bytes spill stores", words)}
@@ -187,9 +211,4 @@ def test_the_decoding_kernel_is_compiled_for_hopper(
     assert (max(spills) > 0) is spilled
     width = mosaic.kept_width(d_head)
     assert mosaic.Tiling.of(width).shared_bytes(format == "int8") < 232448
-    entries = 2 * 1024 * n_kv_heads * width
-    copied = [line for line in text.splitlines() if re.search(r" (copy|transpose|convert)\(", line)]
-    sizes = [
-        math.prod(map(int, s.split(","))) for s in re.findall(r"\[([0-9,]+)\]", "".join(copied))
-    ]
-    assert max(sizes, default=0) < entries
+    assert largest_copy(text) < kept_elements(config, width, page)

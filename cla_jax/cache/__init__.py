@@ -145,12 +145,6 @@ class CacheSpec:
     # Whether a write needs to know which tokens it is of.
     reads_tokens: ClassVar[bool] = False
 
-    @property
-    def sees_starts(self) -> bool:
-        """Whether a token may begin to see its row at a later position."""
-        kernel = decode_kernels.KERNELS.get(self.attention)
-        return kernel is None or kernel.sees_starts
-
     @functools.cached_property
     def kept(self) -> ModelConfig:
         """The model as the cache keeps it: heads may be padded to a width that a kernel reads."""
@@ -298,9 +292,8 @@ class CacheSpec:
 
     def _kernel(self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> Any:
         """The kernel over KV layer p, if there is one and it takes so many queries; else None."""
-        kernel = decode_kernels.KERNELS.get(self.attention)
-        T, _, G = q_BTKGH.shape[1:4]
-        if kernel is None or not kernel.takes(T, G):
+        kernel = self.kernel_for(q_BTKGH)
+        if kernel is None:
             return None
         entries, format = self._here(p), self.formats[p]
         assert isinstance(format, PerToken)  # kernels refuse others
@@ -311,6 +304,12 @@ class CacheSpec:
             return kernel.attend(q_BKNH, kept, positions_BN, starts_BN)
 
         return attend
+
+    def kernel_for(self, q_BTKGH: jax.Array) -> decode_kernels.Kernel | None:
+        """What reads the cache instead of XLA, if it takes so many queries."""
+        T, _, G = q_BTKGH.shape[1:4]
+        kernel = decode_kernels.KERNELS.get(self.attention)
+        return kernel if kernel is not None and kernel.queries >= T * G else None
 
     def observed(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
@@ -398,12 +397,6 @@ def cache_spec(
             )
     names = tuple(one.name for one in formats)
     decode_kernels.check(attention, config, names)
-    kernel = decode_kernels.KERNELS.get(attention)
-    if kernel is not None and shards > 1 and not kernel.merges:
-        raise ValueError(
-            f"attention = {attention!r} cannot be used for decoding: it does not support a KV layer that is "
-            f"split over devices ({shards} here)"
-        )
     return CacheSpec(
         config=config,
         formats=formats,

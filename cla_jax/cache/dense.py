@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from cla_jax.cache.bits import carrier, restored, stored
 from cla_jax.cache.per_token import PerToken, Shape
-from cla_jax.model.attention import KV, Kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,8 @@ class Dense(PerToken):
     def decode_half(self, half: jax.Array) -> jax.Array:
         return restored(half, self.held).astype(self.dtype)
 
-    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
-        return Kept(*layer.each(lambda bits: restored(bits, self.held)), positions_BE)
+    def half_for_kernel(self, half: jax.Array) -> tuple[jax.Array, None]:
+        return half, None
 
     def head_bytes(self, width: int) -> int:
         return width * jnp.dtype(self.held).itemsize

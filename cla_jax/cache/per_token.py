@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cla_jax.cache.entries import Entries, put
+from cla_jax.cache.entries import UNIT, Entries, put
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import KV, Kept, Segment
 
@@ -57,9 +57,38 @@ class PerToken(abc.ABC):
     def head_bytes(self, width: int) -> int:
         """Bytes of one head of one token, keys or values, including scales."""
 
-    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:  # noqa: ARG002
-        """A KV layer in the form that decoding kernels read. Raises ValueError if the format has none."""
+    def half_for_kernel(self, half: Any) -> tuple[jax.Array, jax.Array | None]:  # noqa: ARG002
+        """The elements and the scales of keys, or of values, as they are stored.
+
+        Raises ValueError if no decoding kernel reads the format.
+        """
         raise ValueError(f"no decoding kernel reads cache format {self.name}")
+
+    def for_kernel(
+        self, layer: KV, positions_BE: jax.Array, pages_BC: jax.Array | None = None
+    ) -> Kept:
+        """A KV layer in the form that decoding kernels read.
+
+        It is a pool of pages in which heads come before tokens, and `pages_BC` are those of each row. Or it
+        has a row of entries for each row, which is the same as pages one after the other.
+        """
+        heads_first = True
+        if pages_BC is None:
+            B, E = positions_BE.shape
+            pages_BC = jnp.arange(B * E // UNIT, dtype=jnp.int32).reshape(B, -1)
+            layer = jax.tree.map(lambda a: a.reshape(-1, UNIT, *a.shape[2:]), layer)
+            if heads_first := jax.tree.leaves(layer)[0].shape[2] == 1:
+                layer = jax.tree.map(lambda a: a.reshape(-1, 1, UNIT, *a.shape[3:]), layer)
+        (k, k_scales), (v, v_scales) = map(self.half_for_kernel, layer)
+        return Kept(
+            k=k,
+            v=v,
+            pages_BC=pages_BC,
+            positions_BE=positions_BE,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            heads_first=heads_first,
+        )
 
     def encode(self, kv: KV) -> KV:
         return kv.each(self.encode_half)

@@ -25,13 +25,15 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheFormat, CacheSpec, cache_spec, make_format
 from cla_jax.cache.pages import GroupPages, Leaf, TokenPages, make_pages, page_refusal
-from cla_jax.cache.per_token import LayerCache
+from cla_jax.cache.per_token import LayerCache, PerToken
 from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules, row_shards
+from cla_jax.model import decode_kernels
 from cla_jax.model.attention import (
     EMPTY,
     KV,
     MASKED,
+    Kept,
     Partial,
     Segment,
     StepPositions,
@@ -40,6 +42,7 @@ from cla_jax.model.attention import (
     normalized,
     partial_attention,
 )
+from cla_jax.model.decode_kernels import Kernel
 from cla_jax.model.platform import rows_at_once
 from cla_jax.prefix_tree import Path, PrefixTree, Run
 
@@ -121,7 +124,7 @@ class PrefixSpec(CacheSpec):
 
     def shapes(self, p: int) -> Any:
         """The pool of KV layer p, and what its rows keep beside it."""
-        return self.layer_pages(p).shapes(self.config, self.pages, self.batch, self.holds[p])
+        return self.layer_pages(p).shapes(self.kept, self.pages, self.batch, self.holds[p])
 
     def allocate(self) -> Cache:
         """An empty pool for each KV layer, and tables in which no row has a page."""
@@ -137,7 +140,7 @@ class PrefixSpec(CacheSpec):
         """Bytes of the keys and the values of a token in each KV layer: in a full page, and among the newest
         tokens of a row."""
         return tuple(
-            {half: self.layer_pages(p).bytes_per_token(self.config, half) for half in holds}
+            {half: self.layer_pages(p).bytes_per_token(self.kept, half) for half in holds}
             for p, holds in enumerate(self.holds)
         )
 
@@ -244,22 +247,46 @@ class PrefixSpec(CacheSpec):
             page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
             return jnp.where((positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
 
-        return self.layer_pages(p).write(layer, kv, step, page_of, pages.rows_B)
+        return self.layer_pages(p).write(layer, kv.each(self._padded), step, page_of, pages.rows_B)
 
     def attend_here(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> jax.Array:
         """Attention of the new tokens of a step over the pages of their rows. [B, T, K, G, H]"""
-        q_BKNH, over, restore = grouped_queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+        kernel = self.kernel_for(q_BTKGH)
+        scaled_BTKGH = self._padded(q_BTKGH * q_BTKGH.shape[-1] ** -0.5)
+        q_BKNH, over, restore = grouped_queries(scaled_BTKGH)
         positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
         last_BN = self.layer_pages(p).last_in_pages(positions_BN)
-        part = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN)
-        part = self._private(p, layer, step, q_BKNH, last_BN, starts_BN, part)
+        part = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN, kernel)
+        if kernel is None:
+            part = self._private(p, layer, step, q_BKNH, last_BN, starts_BN, part)
+        else:
+            alone = step.pages.private_BC, step.pages.starts_B, step.lengths_B
+            kept = self._for_kernel(p, layer, *alone)
+            part = merge(part, kernel.attend(q_BKNH, kept, last_BN, starts_BN))
         newest = self.layer_pages(p).newest(layer, step.pages.rows_B, step.lengths_B)
         if newest is not None:
             starts_BN = jnp.maximum(starts_BN, last_BN + 1)
             part = merge(part, self._alone(q_BKNH, [newest], positions_BN, starts_BN))
-        return restore(normalized(part)).astype(q_BTKGH.dtype)
+        o_BTKGH = restore(normalized(part)).astype(q_BTKGH.dtype)
+        return o_BTKGH[..., : self.config.read_widths[1]]
+
+    def _for_kernel(
+        self,
+        p: int,
+        layer: LayerCache,
+        pages_BC: jax.Array,
+        starts_B: jax.Array,
+        ends_B: jax.Array,
+    ) -> Kept:
+        """Pages that hold consecutive positions, from `starts_B` to before `ends_B`, as kernels read them."""
+        format = self.formats[p]
+        assert isinstance(format, PerToken)  # kernels refuse others
+        at_BE = starts_B[:, None] + jnp.arange(pages_BC.shape[1] * self.page)
+        # A kernel copies a page even for a row that has none.
+        pages_BC = jnp.minimum(self._own(pages_BC), self.pages - 1)
+        return format.for_kernel(layer, jnp.where(at_BE < ends_B[:, None], at_BE, EMPTY), pages_BC)
 
     def _alone(
         self,
@@ -274,7 +301,7 @@ class PrefixSpec(CacheSpec):
             segments,
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
-            width=self.config.read_widths[1],
+            width=self.kept.read_widths[1],
         )
 
     def _private(
@@ -355,11 +382,18 @@ class PrefixSpec(CacheSpec):
         q_BKNH: jax.Array,
         positions_BN: jax.Array,
         starts_BN: jax.Array,
+        kernel: Kernel | None,
     ) -> Partial:
-        """What several rows read: each block of pages is one matrix product for all rows of an item."""
+        """What several rows read: each block of pages is one matrix product for all rows of an item.
+
+        A kernel takes as many of them at once as it has room for.
+        """
         B, K, N, _ = q_BKNH.shape
-        width = self.config.read_widths[1]
+        width = self.kept.read_widths[1]
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
+        most = R * N if kernel is None else kernel.queries
+        tile = next(rows for rows in range(R, 0, -1) if R % rows == 0 and rows * N <= most)
+        tiles = R // tile
 
         def read(i: Any) -> KV:
             return self.layer_pages(p).read(layer, self._own(pages.shared_NM[i][None]))
@@ -369,20 +403,29 @@ class PrefixSpec(CacheSpec):
             held_M1 = pages.shared_NM[i][:, None] < self.pages
             return jnp.where(held_M1, at_MS, EMPTY).reshape(1, S)
 
+        def attend(i: Any, q: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
+            """Attention of tiles of queries to what item i reads."""
+            if kernel is not None:
+                span = self._span(p, layer, pages, i, tiles)
+                return kernel.attend(q, span, positions_BN, starts_BN)
+            segment = Segment(read, positions, pages.blocks_I2[i, 0], pages.blocks_I2[i, 1], ())
+            return self._alone(q, [segment], positions_BN, starts_BN)
+
         def body(i: Any, parts: Partial) -> Partial:
             rows_R = pages.rows_IR[i]
             # No row: a query at position -1, which sees nothing.
             of = lambda a, fill: a.at[rows_R].get(mode="fill", fill_value=fill)
-            together = lambda a_RKNX: a_RKNX.swapaxes(0, 1).reshape(1, K, R * N, -1)
-            segment = Segment(read, positions, pages.blocks_I2[i, 0], pages.blocks_I2[i, 1], ())
-            part = partial_attention(
-                together(of(q_BKNH, 0)),
-                [segment],
-                positions_B1N1=of(positions_BN, -1).reshape(1, 1, R * N, 1),
-                starts_B1N1=of(starts_BN, 0).reshape(1, 1, R * N, 1),
-                width=width,
+            in_tiles = lambda a, *axes: a.reshape(tiles, *axes, -1)
+            together = lambda a_RKNX: in_tiles(
+                in_tiles(a_RKNX, tile, K, N).swapaxes(1, 2), K, tile * N
             )
-            apart = lambda a: a.reshape(K, R, N, -1).swapaxes(0, 1)
+            apart = lambda a: in_tiles(a, K, tile, N).swapaxes(1, 2).reshape(R, K, N, -1)
+            part = attend(
+                i,
+                together(of(q_BKNH, 0)),
+                of(positions_BN, -1).reshape(tiles, -1),
+                of(starts_BN, 0).reshape(tiles, -1),
+            )
             before = Partial(*(of(a, 0) for a in parts))
             after = merge(before, Partial(*map(apart, part)))
             return Partial(
@@ -392,6 +435,17 @@ class PrefixSpec(CacheSpec):
         zeros_BKN1 = jnp.zeros((B, K, N, 1))
         none = Partial(jnp.zeros((B, K, N, width)), zeros_BKN1, zeros_BKN1 + MASKED)
         return jax.lax.fori_loop(0, pages.items, body, none)
+
+    def _span(self, p: int, layer: LayerCache, pages: Pages, i: Any, tiles: int) -> Kept:
+        """What work item i reads, as kernels read it, for each tile of its queries."""
+        M, C = self.pages_at_once, self.pages_of_row
+        first, end = pages.blocks_I2[i]
+        numbers = jnp.pad(pages.shared_NM.reshape(-1), (0, C), constant_values=self.pages)
+        pages_C = jax.lax.dynamic_slice_in_dim(numbers, first * M, C)
+        held = jnp.sum((pages_C < self.pages) & (jnp.arange(C) < (end - first) * M))
+        start = pages.positions_N[first]
+        span = pages_C, start, start + held * self.page
+        return self._for_kernel(p, layer, *(jnp.broadcast_to(a, (tiles, *a.shape)) for a in span))
 
     def _own(self, pages_BM: jax.Array) -> jax.Array:
         """What a row may read instead of no page: it is never seen, but it must be the row's own."""
@@ -424,6 +478,7 @@ def prefix_spec(
     retain: int = 0,
     skip_matched: bool = True,
     rules: AxisRules = AxisRules(),
+    attention: str = decode_kernels.XLA,
 ) -> PrefixSpec:
     """The spec of a prefix-shared cache.
 
@@ -438,10 +493,12 @@ def prefix_spec(
       skip_matched: whether the prefill leaves out what is in the cache already.
       rules: layout on the mesh, which must be set. They may split heads over devices, but neither rows nor
         entries, because every row may read every page.
+      attention: `xla`, or a kernel of `cla_jax.model.decode_kernels`, which reads the pages in steps of few
+        tokens.
 
     Raises:
       ValueError: sizes that are not positive, a page that the format cannot quantise, or a mesh that splits
-        rows or entries.
+        rows or entries. Or the kernel does not support the model, the format or the page.
     """
     for name, value in (("page", page), ("pages", pages)):
         if value < 1:
@@ -461,5 +518,7 @@ def prefix_spec(
             "a prefix-shared cache cannot split the entries of a KV layer over devices"
         )
     spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
+    decode_kernels.check(attention, config, tuple(one.name for one in spec.formats), page)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    fields["attention"] = attention
     return PrefixSpec(**fields, page=page, pages=pages, retain=retain, skip_matched=skip_matched)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from cla_jax.cache.bits import restored, stored
 from cla_jax.cache.per_token import PerToken, Shape
-from cla_jax.model.attention import KV, Kept
 
 SCALE_BYTES = 2
 
@@ -59,10 +58,8 @@ class _EightBit(PerToken):
         scale = restored(half.scales, "bfloat16").astype(jnp.float32)[..., None]
         return (self._values(half.codes) * scale).astype(self.dtype)
 
-    def for_kernel(self, layer: KV, positions_BE: jax.Array) -> Kept:
-        codes = layer.each(lambda half: half.codes)
-        by_head = layer.each(lambda half: restored(half.scales, "bfloat16").swapaxes(1, 2))
-        return Kept(*codes, positions_BE, *by_head)
+    def half_for_kernel(self, half: Scaled) -> tuple[jax.Array, jax.Array]:
+        return half.codes, half.scales
 
     def head_bytes(self, width: int) -> int:
         return width + SCALE_BYTES

@@ -6,6 +6,7 @@ attention. Where attention must not reach further back, it is the first position
 text after its padding.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -237,14 +238,39 @@ class Segment(NamedTuple):
     tokens: int = 1  # in an entry of those arrays
 
 
-class Kept(NamedTuple):
-    """All entries of a cache on one device, as they are kept: what a kernel reads instead of segments."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A KV layer on one device, as it is kept: what a kernel reads instead of segments.
 
-    k_BEKH: jax.Array  # bfloat16, or codes of int8
-    v_BEKH: jax.Array
-    positions_BE: jax.Array  # EMPTY where no token is
-    k_scales_BKE: jax.Array | None = None  # bfloat16, of codes
-    v_scales_BKE: jax.Array | None = None
+    Entries lie in pages of a pool, S in each. Arrays are [pages, K, S, ...] if heads come first, otherwise
+    [pages, S, K, ...].
+    """
+
+    k: jax.Array  # the bits of bfloat16, or codes of int8
+    v: jax.Array
+    pages_BC: jax.Array  # the pages of each row, in the order of its entries
+    positions_BE: jax.Array  # of these entries; EMPTY where no token is
+    k_scales: jax.Array | None = None  # of codes, the bits of bfloat16
+    v_scales: jax.Array | None = None
+    heads_first: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page(self) -> int:
+        """Entries of a page."""
+        return self.k.shape[2 if self.heads_first else 1]
+
+    def blocks(self, positions_BN: jax.Array, starts_BN: jax.Array, block: int) -> jax.Array:
+        """The first block of entries that a query of each row sees something of, and the end of such blocks:
+        [B, 2]."""
+        is_text_BN = positions_BN >= 0
+        newest_B1 = positions_BN.max(axis=1, keepdims=True)
+        oldest_B1 = jnp.where(is_text_BN, starts_BN, newest_B1 + 1).min(axis=1, keepdims=True)
+        seen_BE = (self.positions_BE <= newest_B1) & (self.positions_BE >= oldest_B1)
+        entries_E = jnp.arange(seen_BE.shape[1], dtype=jnp.int32)
+        end_B = jnp.where(seen_BE, entries_E + 1, 0).max(axis=1)
+        first_B = jnp.where(seen_BE, entries_E, end_B[:, None]).min(axis=1)
+        return jnp.stack([first_B // block, -(-end_B // block)], axis=1).astype(jnp.int32)
 
 
 class Partial(NamedTuple):

@@ -31,11 +31,10 @@ class Attend(Protocol):
 class Kernel(NamedTuple):
     attend: Attend
     kept_width: Callable[[int], int]  # of heads in the cache; they are padded with zeros
-    takes: Callable[[int, int], bool]  # whether it takes T tokens of G query heads per KV head
-    sees_starts: bool  # whether a query may begin to see after the beginning of its row
-    merges: bool  # whether its results may be merged with those of other parts of a KV layer
-    # Why it cannot serve a model, a cache format, and a platform with its compute capability.
-    refusal: Callable[[ModelConfig, str, str, float], str | None]
+    queries: int  # that it takes for each KV head
+    # Why it cannot serve a model, a cache format, a platform with its compute capability, and pages of so
+    # many tokens, or rows.
+    refusal: Callable[[ModelConfig, str, str, float, int | None], str | None]
     tried: str  # what was done with it
 
 
@@ -43,30 +42,34 @@ KERNELS = {
     "mosaic": Kernel(
         mosaic.attend,
         mosaic.kept_width,
-        lambda T, G: T * G <= mosaic.ROWS,
-        True,
-        True,
+        mosaic.ROWS,
         mosaic.refusal,
         "compiled for H100 and run in jax's interpreter, never on a GPU",
     ),
     "paged": Kernel(
         paged.attend,
         paged.kept_width,
-        lambda T, G: T == 1,
-        False,
-        False,
+        paged.QUERIES,
         paged.refusal,
-        "compiled for TPUs, where XLA copies the cache for it, and run in jax's interpreter, never on a TPU",
+        "compiled for TPUs and run in jax's interpreter, never on a TPU",
     ),
 }
 NAMES = (XLA, *KERNELS)
 
 
 def refusal(
-    name: str, config: ModelConfig, format: str, platform: str, compute_capability: float
+    name: str,
+    config: ModelConfig,
+    format: str,
+    platform: str,
+    compute_capability: float,
+    page: int | None = None,
 ) -> str | None:
-    """Why a kernel cannot serve this model, cache format and hardware; None if it can."""
-    if reason := KERNELS[name].refusal(config, format, platform, compute_capability):
+    """Why a kernel cannot serve this model, cache format and hardware; None if it can.
+
+    The cache has pages of `page` tokens, or a row of entries for each sequence.
+    """
+    if reason := KERNELS[name].refusal(config, format, platform, compute_capability, page):
         return reason
     if isinstance(config.kv, LatentKV):
         return "it does not support model.kv.kind = latent"
@@ -75,7 +78,9 @@ def refusal(
     return None
 
 
-def check(name: str, config: ModelConfig, formats: tuple[str, ...]) -> None:
+def check(
+    name: str, config: ModelConfig, formats: tuple[str, ...], page: int | None = None
+) -> None:
     """Raises ValueError for a kernel that cannot serve; warns, once, that it was never tried on hardware."""
     near_choice("attention", name, NAMES)
     if name == XLA:
@@ -85,7 +90,7 @@ def check(name: str, config: ModelConfig, formats: tuple[str, ...]) -> None:
     version = str(getattr(device, "compute_capability", ""))
     capability = float(version) if version.replace(".", "").isdigit() else 0.0
     for format in dict.fromkeys(formats):
-        if reason := refusal(name, config, format, platform, capability):
+        if reason := refusal(name, config, format, platform, capability, page):
             raise ValueError(f"attention = {name!r} cannot be used for decoding: {reason}")
     _warn_once(
         f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'"

@@ -28,7 +28,7 @@ def kept_width(d_head: int) -> int:
 
 
 def refusal(
-    config: ModelConfig, format: str, platform: str, compute_capability: float
+    config: ModelConfig, format: str, platform: str, compute_capability: float, page: int | None
 ) -> str | None:
     """Why the kernel cannot serve this model and cache on this hardware; None if it can."""
     if platform != "gpu":
@@ -45,6 +45,9 @@ def refusal(
         return (
             f"it supports model.d_head up to {widest} in cache format {format}, not {config.d_head}"
         )
+    block = Tiling.of(kept_width(config.d_head)).block
+    if page is not None and page % block:
+        return f"it needs pages of a multiple of {block} tokens, not {page}"
     return None
 
 
@@ -110,20 +113,6 @@ def attend(
     return Partial(*(a[:, :, 0, :N] for a in part))
 
 
-def _blocks_to_read(
-    kept_BE: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array, block: int
-) -> jax.Array:
-    """The first block that a query of each row sees something of, and the end of such blocks: [B, 2]."""
-    is_text_BN = positions_BN >= 0
-    newest_B1 = positions_BN.max(axis=1, keepdims=True)
-    oldest_B1 = jnp.where(is_text_BN, starts_BN, newest_B1 + 1).min(axis=1, keepdims=True)
-    seen_BE = (kept_BE <= newest_B1) & (kept_BE >= oldest_B1)
-    entries_E = jnp.arange(kept_BE.shape[1], dtype=jnp.int32)
-    end_B = jnp.where(seen_BE, entries_E + 1, 0).max(axis=1)
-    first_B = jnp.where(seen_BE, entries_E, end_B[:, None]).min(axis=1)
-    return jnp.stack([first_B // block, -(-end_B // block)], axis=1).astype(jnp.int32)
-
-
 def _splits(rows: int, entries: int) -> int:
     """Thread blocks for each row and KV head: enough for the whole GPU, a power of two."""
     wanted = max(1, min(-(-_CORES // rows), entries // _LEAST))
@@ -137,16 +126,17 @@ def _parts(
     from cla_jax.model.mosaic_kernel import attention
 
     B, K, _, H = q_BKRH.shape
-    E = kept.k_BEKH.shape[1]
     tiling = Tiling.of(H)
-    eight_bit = kept.k_scales_BKE is not None
-    assert E % tiling.block == 0, (E, tiling.block)
-    blocks_B2 = _blocks_to_read(kept.positions_BE, positions_BR, starts_BR, tiling.block)
-    arrays = [q_BKRH, positions_BR, starts_BR, blocks_B2, kept.positions_BE, *kept[:2]]
-    if eight_bit:
-        arrays += [kept.k_scales_BKE, kept.v_scales_BKE]
-    splits = _splits(B * K, E)
+    assert kept.page % tiling.block == 0, (kept.page, tiling.block)
+    blocks_B2 = kept.blocks(positions_BR, starts_BR, tiling.block)
     sum_, total, peak = attention(
-        *arrays, tiling=tiling, splits=splits, eight_bit=eight_bit, interpret=interpret
+        q_BKRH,
+        positions_BR,
+        starts_BR,
+        blocks_B2,
+        kept,
+        tiling=tiling,
+        splits=_splits(B * K, kept.positions_BE.shape[1]),
+        interpret=interpret,
     )
     return Partial(sum_, total[..., None], peak[..., None])

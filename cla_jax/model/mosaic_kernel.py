@@ -1,5 +1,6 @@
 """The program of the kernel in `mosaic.py`: what a warpgroup does. Importing it loads Mosaic GPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as gpu
 import jax.numpy as jnp
 from jax import lax
 
-from cla_jax.model.attention import MASKED
+from cla_jax.model.attention import MASKED, Kept
 from cla_jax.model.mosaic import ROWS, Tiling
 
 # Sums of values (a part for each product), total weight and maximum, so far.
@@ -16,21 +17,36 @@ Carry = tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
 
 
 def attention(
-    *arrays: Any, tiling: Tiling, splits: int, eight_bit: bool, interpret: Any
+    q_BKRH: jax.Array,
+    positions_BR: jax.Array,
+    starts_BR: jax.Array,
+    blocks_B2: jax.Array,
+    kept: Kept,
+    *,
+    tiling: Tiling,
+    splits: int,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The outputs [B, K, splits, ROWS, H], totals and maxima [B, K, splits, ROWS] of all thread blocks.
 
-    The arrays are queries [B, K, ROWS, H], their positions and where they begin to see [B, ROWS], the blocks
-    to read [B, 2], the positions of entries [B, E], keys and values [B, E, K, H]. With `eight_bit`, also the
-    scales of keys and of values, [B, K, E].
+    There are ROWS queries of each KV head. `blocks_B2` are the blocks of entries to read.
     """
-    B, K = arrays[0].shape[:2]
+    arrays = [q_BKRH, positions_BR, starts_BR, blocks_B2, kept.pages_BC, kept.positions_BE]
+    eight_bit = kept.k_scales is not None
+    if eight_bit:
+        # TMA copies the scales of a head as they lie.
+        by_head = lambda a: _bfloat16(a if kept.heads_first else a.swapaxes(1, 2))
+        arrays += [kept.k, kept.v, by_head(kept.k_scales), by_head(kept.v_scales)]
+    else:
+        arrays += [_bfloat16(kept.k), _bfloat16(kept.v)]
+    B, K = q_BKRH.shape[:2]
     sizes = (B, K, splits, ROWS)
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*sizes, tiling.width), sizes, sizes)]
 
     def kernel(*refs: Any) -> None:
         def run(**memory: Any) -> None:
-            Warpgroup(tiling, splits, eight_bit, interpret, refs, memory).run()
+            pages = kept.page, kept.heads_first
+            Warpgroup(tiling, splits, *pages, eight_bit, interpret, refs, memory).run()
 
         pl.run_scoped(run, collective_axes="group", **_memory(tiling, eight_bit))
 
@@ -47,6 +63,10 @@ def attention(
         interpret=interpret,
     )
     return call(*arrays)
+
+
+def _bfloat16(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def _memory(tiling: Tiling, eight_bit: bool) -> dict[str, Any]:
@@ -90,13 +110,16 @@ class Warpgroup:
         self,
         tiling: Tiling,
         splits: int,
+        page: int,
+        heads_first: bool,
         eight_bit: bool,
         interpret: Any,
         refs: tuple[Any, ...],
         memory: dict[str, Any],
     ):
         *inputs, self.sum_ref, self.total_ref, self.peak_ref = refs
-        q_ref, positions_ref, starts_ref, blocks_ref, keys_ref, k_ref, v_ref, *scales = inputs
+        q_ref, positions_ref, starts_ref, blocks_ref, self.pages_ref, *inputs = inputs
+        keys_ref, k_ref, v_ref, *scales = inputs
         self.tiling, self.memory = tiling, memory
         self.eight_bit, self.interpret = eight_bit, interpret
         b, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
@@ -105,6 +128,8 @@ class Warpgroup:
         self.columns = pl.ds(self.group * self.width, self.width)
         first, end = blocks_ref[b, 0], blocks_ref[b, 1]
         share = lax.div(end - first + (splits - 1), jnp.int32(splits))
+        self.row = b
+        self.blocks_of_page = page // tiling.block
         self.first = first + split * share  # of the blocks that this thread block reads
         self.count = jnp.maximum(jnp.minimum(share, end - self.first), 0)
         self.output = b, head, split
@@ -113,13 +138,17 @@ class Warpgroup:
             "positions": positions_ref.at[b],
             "starts": starts_ref.at[b],
         }
-        self.entries = {
-            "k": lambda entries: k_ref.at[b, entries, head],
-            "v": lambda entries: v_ref.at[b, entries, head],
-            "keys": lambda entries: keys_ref.at[b, entries],
-        }
+        self.keys = lambda entries: keys_ref.at[b, entries]
+
+        def of_head(ref: Any, first: bool) -> Callable[[Any, Any], Any]:
+            """What a block reads of a page of a pool."""
+            if first:
+                return lambda page, entries: ref.at[page, head, entries]
+            return lambda page, entries: ref.at[page, entries, head]
+
+        self.pools = {"k": of_head(k_ref, heads_first), "v": of_head(v_ref, heads_first)}
         for name, ref in zip(("k_scales", "v_scales"), scales, strict=False):
-            self.entries[name] = lambda entries, ref=ref: ref.at[b, head, entries]
+            self.pools[name] = of_head(ref, True)
 
     def run(self) -> None:
         pl.when(self.group == 0)(self.request)
@@ -149,10 +178,14 @@ class Warpgroup:
     def load(self, i: jax.Array) -> None:
         """Asks for block i."""
         stage = lax.rem(i, jnp.int32(self.tiling.stages))
-        entries = pl.ds((self.first + i) * self.tiling.block, self.tiling.block)
-        for name, source in self.entries.items():
+        block, size = self.first + i, self.tiling.block
+        page = self.pages_ref[self.row, lax.div(block, jnp.int32(self.blocks_of_page))]
+        of_page = pl.ds(lax.rem(block, jnp.int32(self.blocks_of_page)) * size, size)
+        sources = {name: of_head(page, of_page) for name, of_head in self.pools.items()}
+        sources["keys"] = self.keys(pl.ds(block * size, size))
+        for name, source in sources.items():
             arrived = self.memory["arrived"].at[stage]
-            gpu.copy_gmem_to_smem(source(entries), self.memory[name].at[stage], arrived)
+            gpu.copy_gmem_to_smem(source, self.memory[name].at[stage], arrived)
 
     def step(self, i: jax.Array, carry: Carry) -> Carry:
         """Attention to block i."""
