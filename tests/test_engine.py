@@ -294,6 +294,69 @@ def test_requests_that_share_chunks_get_what_they_get_alone():
         assert_as_unshared(request, seed)
 
 
+def in_pages(rows, config, format, **options):
+    """An engine whose requests share pages of 32 tokens."""
+    sizes = {"page": 32, "pages": 14, "capacity": 96, "chunk": 40}
+    return Engine(
+        weights(config), prefix_spec(config, format, batch=rows, **sizes, **options), **OPTIONS
+    )
+
+
+@functools.cache
+def alone_in_pages(config, format, prompt, seed):
+    engine = in_pages(1, config, format)
+    request = engine.submit(prompt, new_tokens=MOST, seed=seed)
+    engine.run()
+    return request.completion
+
+
+# Samples of a prompt (a common prefix, and tokens of its own), steps, or the end of a request so far.
+shared_operations = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"), st.sampled_from([33, 61]), st.integers(1, 3), st.integers(1, 2)
+        ),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "kv_map"),
+    [("kivi4", "cla:2"), ("kivi4", "k=0,0;v=0,1"), ("int8", "k=0,0;v=0,1")],
+)
+@settings(max_examples=8, deadline=None)
+@given(operations=shared_operations, retain=st.sampled_from([0, 6]))
+def test_requests_that_share_quantised_pages_get_what_they_get_alone(
+    format, kv_map, operations, retain
+):
+    """They join, are forked, wait, are cancelled and leave; while they decode, pages become full."""
+    config = replace(SHARED, kv_map=kv_map)
+    engine = in_pages(4, config, format, retain=retain)
+    asked = []
+    for what, *values in operations:
+        if what == "submit":
+            prefix, own, samples = values
+            prompt = (PREFIX * 3)[:prefix] + [own] * own
+            asked += [(engine.submit(prompt, new_tokens=MOST, seed=i), i) for i in range(samples)]
+        elif what == "step":
+            for _ in range(values[0]):
+                engine.step()
+        elif asked:
+            engine.cancel(asked[values[0] % len(asked)][0])
+    engine.run()
+    assert_nothing_is_left(engine)
+    for request, seed in asked:
+        found = request.completion
+        if found.finish != "cancelled":
+            expected = alone_in_pages(config, format, tuple(request.prompt), seed)
+            assert found.tokens == expected.tokens
+            assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_what_the_cache_holds_already_is_prefilled_once(skip, monkeypatch):
     """The first request writes the common prefix; those that join with it read it."""
