@@ -248,6 +248,10 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
     spec = dataclasses.replace(spec, attention=attention)
     assert ledger.predicted(spec, 100).resident == 100 * 2 * width * 2
     assert spec.shapes(0).k_BSKH.shape == (1, 128, 1, width)
+    in_pages = prefix_spec(MODEL_16, batch=1, page=64, pages=5, capacity=128)
+    in_pages = dataclasses.replace(in_pages, attention=attention)
+    assert in_pages.page_bytes == 64 * 2 * width * 2
+    assert ledger.nbytes(in_pages.allocate().kv_layers) == in_pages.allocated_bytes
 
 
 @pytest.mark.parametrize(
