@@ -42,7 +42,7 @@ class _Choice(NamedTuple):
     stops_V: jax.Array  # ids that end a row
 
 
-class _Emitted(NamedTuple):
+class Emitted(NamedTuple):
     """What N steps gave. Row by row, a token of -1 is none."""
 
     tokens_BN: jax.Array
@@ -82,7 +82,7 @@ def _first(weights, x_BD, rows: _Rows, choice: _Choice, joins_B, *, spec, sampli
     fresh = _Rows(zeros_B, zeros_B, ~joins_B, zeros_B == 1)
     drawn, token_B, logprob_B = _emit(weights, spec, sampling, choice, x_BD, fresh)
     rows = jax.tree.map(lambda new, old: jnp.where(joins_B, new, old), drawn, rows)
-    emitted = _Emitted(token_B[:, None], logprob_B[:, None], rows.done_B, rows.stopped_B)
+    emitted = Emitted(token_B[:, None], logprob_B[:, None], rows.done_B, rows.stopped_B)
     return rows, emitted
 
 
@@ -119,7 +119,7 @@ def _loop(
 
     carry = (jnp.int32(0), cache, rows, tokens_BN, logprobs_BN)
     _, cache, rows, tokens_BN, logprobs_BN = jax.lax.while_loop(going, body, carry)
-    return cache, rows, _Emitted(tokens_BN, logprobs_BN, rows.done_B, rows.stopped_B)
+    return cache, rows, Emitted(tokens_BN, logprobs_BN, rows.done_B, rows.stopped_B)
 
 
 @jax.jit
@@ -156,7 +156,8 @@ class Batch:
             self.spec.config.compute_dtype,
             out_sharding=rules.gathered().spec(*axes("BD")),
         )
-        self.ids = tuple(jax.device_put(ids_V, rules.spec(None)) for ids_V in (allowed_V, stops_V))
+        masks = allowed_V, stops_V
+        self.masks = tuple(jax.device_put(mask_V, rules.spec(None)) for mask_V in masks)
 
     @property
     def options(self) -> Any:
@@ -180,8 +181,8 @@ class Batch:
             seeds_B[row], numbers_B[row] = seed if isinstance(seed, tuple) else (seed, 0)
             derived_B[row] = isinstance(seed, tuple)
         given = seeds_B, numbers_B, derived_B.astype(bool), limits_B.astype(np.int32)
-        *given, placed_B = jax.device_put(given, (self.split_B,) * 4)
-        self.choice = _Choice(_keys(*given), placed_B, *self.ids)
+        *given, limits_B = jax.device_put(given, (self.split_B,) * 4)
+        self.choice = _Choice(_keys(*given), limits_B, *self.masks)
 
     def fill(self, prompts: dict[int, Sequence[int]]) -> None:
         """Puts prompts into rows of the cache, as far as they are not there already."""
@@ -195,14 +196,14 @@ class Batch:
                 self.cache = self.places.copy(self.cache, twin, row)
                 self.last_BD = copy_row(self.last_BD, twin, row)
 
-    def first(self, rows: Sequence[int]) -> _Emitted:
+    def first(self, rows: Sequence[int]) -> Emitted:
         joins_B = jax.device_put(np.isin(np.arange(self.spec.batch), rows), self.split_B)
         self.rows, emitted = _first(
             self.weights, self.last_BD, self.rows, self.choice, joins_B, **self.options
         )
         return emitted
 
-    def decode(self, steps: int, stop_early: bool) -> _Emitted:
+    def decode(self, steps: int, stop_early: bool) -> Emitted:
         self.cache = self.places.placed(self.cache)
         self.cache, self.rows, emitted = _loop(
             *(self.weights, self.cache, self.rows, self.choice, stop_early),

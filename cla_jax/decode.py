@@ -20,13 +20,13 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, StepPositions
 from cla_jax.model.latent import LatentHeads, LatentProjection
-from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather, replaced
+from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather, replaced_parts
 from cla_jax.model.transformer import (
     Block,
     Context,
     KVProjection,
     Transformer,
-    at,
+    element,
     project,
 )
 
@@ -76,8 +76,8 @@ class Weights:
             return project(x_BTD, self.head, rules)
         B, T, D = x_BTD.shape
         x_ND = cpu_matmul.unsplit(x_BTD).reshape(B * T, D)
-        scores = cpu_matmul.matmul(x_ND, cpu_matmul.unsplit(self.head), jnp.dtype("float32"))
-        return scores.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
+        logits_NV = cpu_matmul.matmul(x_ND, cpu_matmul.unsplit(self.head), jnp.dtype("float32"))
+        return logits_NV.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
 
 
 def on_one_device(model: Transformer) -> Transformer:
@@ -93,8 +93,8 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
     for stack, stacked in zip(model.config.sharing.stacks, model.stacks, strict=True):
         gathered = gather(stacked, rules, dtype)
         for i in range(len(stack.groups)):
-            group = at(gathered, i)
-            blocks = tuple(_laid_out(at(group.blocks, j)) for j in range(stack.size))
+            group = element(gathered, i)
+            blocks = tuple(_laid_out(element(group.blocks, j)) for j in range(stack.size))
             groups.append(DecodingGroup(projection=_laid_out(group.projection), blocks=blocks))
     return Weights(
         embedding=gather(model.embedding, rules, dtype)[...],
@@ -106,8 +106,10 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
 
 def _laid_out(module: M) -> M:
     """A module that reads latents themselves, and whose linear maps have the form that is fastest here."""
-    module = replaced(module, LatentHeads, LatentHeads.absorbed)
-    return replaced(module, Linear, cpu_matmul.CpuLinear.of) if cpu_matmul.enabled() else module
+    module = replaced_parts(module, LatentHeads, LatentHeads.absorbed)
+    if not cpu_matmul.enabled():
+        return module
+    return replaced_parts(module, Linear, cpu_matmul.CpuLinear.of)
 
 
 def decode(
@@ -134,30 +136,28 @@ def decode(
     positions_BT = jnp.where(is_text_BT, cache.lengths_B[:, None] + steps_T, -1)
     lengths_B = cache.lengths_B + counts_B
     rope = Rope.at(positions_BT, config)
-    any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-    known_BT = tokens_BT if spec.reads_tokens else None
+    starts_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
     step = StepPositions(
         positions_BT=positions_BT,
-        starts_BT=any_BT,
+        starts_BT=starts_BT,
         lengths_B=lengths_B,
         pages=cache.pages,
-        tokens_BT=known_BT,
+        tokens_BT=tokens_BT if spec.reads_tokens else None,
     )
     layers = list(cache.kv_layers)
     notes: list[list[Any]] = [[] for _ in layers]
     spec_BTD = rules.gathered().spec(*axes("BTD"))
     x_BTD = weights.embedding.at[tokens_BT].get(out_sharding=spec_BTD, mode="clip")
-    for group, blocks in zip(config.sharing.groups, weights.groups, strict=True):
+    for group, module in zip(config.sharing.groups, weights.groups, strict=True):
         k, v = config.sharing.read_by(group)
         if group.projects:
-            kv = blocks.keys_and_values(x_BTD, rope, rules)
+            kv = module.keys_and_values(x_BTD, rope, rules)
             p = k if "k" in group.projects else v
             layers[p] = spec.write(p, layers[p], kv, step)
         here = step.within(spec.windows[k])
-        alike = spec.representative(k)
-        source = spec.source(layers, k, v)
-        x_BTD, seen = _group(blocks, x_BTD, source, rope, here, spec=spec, p=alike)
-        notes[k] += seen
+        source, p = spec.source(layers, k, v), spec.representative(k)
+        x_BTD, noted = _group(module, x_BTD, source, rope, here, spec=spec, p=p)
+        notes[k] += noted
     cache = dataclasses.replace(cache, kv_layers=tuple(layers), lengths_B=lengths_B)
     # A cache that evicts does so now: all readers of a step see the same entries.
     return weights.norm(x_BTD), spec.settled(cache, notes, step)
@@ -166,7 +166,7 @@ def decode(
 # Equal groups are one function to jax, traced and lowered once, and inlined by the compiler.
 @functools.partial(jax.jit, static_argnames=("spec", "p"))
 def _group(
-    blocks: DecodingGroup,
+    module: DecodingGroup,
     x_BTD: jax.Array,
     source: Any,
     rope: Rope,
@@ -183,7 +183,7 @@ def _group(
         return o_BTKGH
 
     context = Context(rope=rope, attend=attend, rules=spec.rules)
-    return blocks(x_BTD, source, context), notes
+    return module(x_BTD, source, context), notes
 
 
 # -------------------------------------------------------------------------------------- prefill

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from cla_jax.batch import Batch, Seed, _Emitted
+from cla_jax.batch import Batch, Emitted, Seed
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling, check_new_tokens
 from cla_jax.decode import Weights, check_prompt, check_weights, is_integer
@@ -102,9 +102,9 @@ class Engine:
         self._stops = np.isin(np.arange(vocabulary), list(stop))
         self._waiting: collections.deque[Request] = collections.deque()
         self._requests: list[Request | None] = [None] * spec.batch  # of each row
-        self._cancelled = np.zeros(spec.batch, bool)  # rows that the device does not know of
+        self._ended_on_host = np.zeros(spec.batch, bool)  # rows that the device does not know of
         # Emissions that the host has not looked at, each with the requests of its rows.
-        self._in_flight: collections.deque[tuple[list[Request | None], _Emitted]] = (
+        self._in_flight: collections.deque[tuple[list[Request | None], Emitted]] = (
             collections.deque()
         )
         self._batch: Batch | None = None  # made for the first request
@@ -176,9 +176,8 @@ class Engine:
             self._collect()  # a row may have become free
         self._admit()
         if self._decode() and not self._waiting:
-            self._collect(
-                but=1
-            )  # the next steps are under way before the host looks at the last ones
+            # The next steps are under way before the host looks at the last ones.
+            self._collect(but=1)
         else:
             self._collect()
         if self.idle:
@@ -207,7 +206,7 @@ class Engine:
             ids = self._allowed, self._stops
             self._batch = Batch(self.weights, self.spec, self.sampling, *ids, self.places)
         running = {row: request for row, request in enumerate(self._requests) if request}
-        self._batch.end(self._cancelled)
+        self._batch.end(self._ended_on_host)
         self._batch.choose(
             {row: request.new_tokens for row, request in running.items()},
             {row: request.seed for row, request in running.items()},
@@ -221,7 +220,7 @@ class Engine:
         if not any(request.asked < request.new_tokens for request in running):
             return False
         assert self._batch is not None  # whoever runs was admitted
-        self._batch.end(self._cancelled)
+        self._batch.end(self._ended_on_host)
         for row, request in enumerate(self._requests):
             if request is not None:
                 new_tokens = min(request.asked + self.every, request.new_tokens)
@@ -260,4 +259,4 @@ class Engine:
             row = self._requests.index(request)
             self._requests[row] = None
             self.places.leave(row)
-            self._cancelled[row] = not known
+            self._ended_on_host[row] = not known

@@ -36,7 +36,7 @@ from cla_jax.messages import shown
 
 KvMap = tuple[int, ...]
 # Keys, values, both, or neither.
-KVParts = Literal["", "k", "v", "kv"]
+KVHalves = Literal["", "k", "v", "kv"]
 
 
 # ------------------------------------------------------------------------------------ structure
@@ -50,12 +50,12 @@ class Group:
     size: int  # number of layers
     k_source: int  # the layer whose keys all of them read; `first` if they are its own
     v_source: int  # likewise for values
-    reused: KVParts  # what later groups read of this one
+    reused: KVHalves  # what later groups read of this one
 
     @property
-    def projects(self) -> KVParts:
+    def projects(self) -> KVHalves:
         """What it projects itself."""
-        return _kv_parts(self.k_source == self.first, self.v_source == self.first)
+        return _kv_halves(self.k_source == self.first, self.v_source == self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class Stack:
         return self.groups[0].size
 
     @property
-    def projects(self) -> KVParts:
+    def projects(self) -> KVHalves:
         return self.groups[0].projects
 
     @property
-    def reused(self) -> KVParts:
+    def reused(self) -> KVHalves:
         return self.groups[0].reused
 
 
@@ -83,7 +83,7 @@ class KVLayer:
     """A layer that makes keys or values. A KV cache stores them."""
 
     layer: int
-    holds: KVParts
+    holds: KVHalves
     k_readers: int  # layers that read its keys, itself included
     v_readers: int
     readers: int  # layers that read its keys, its values, or both
@@ -123,7 +123,7 @@ class Sharing:
                 size=size,
                 k_source=k,
                 v_source=v,
-                reused=_kv_parts(first == k and k in later_k, first == v and v in later_v),
+                reused=_kv_halves(first == k and k in later_k, first == v and v in later_v),
             )
             for first, size, k, v in runs
         )
@@ -185,7 +185,7 @@ class Sharing:
         return sum(half in kv.holds for kv in self.kv_layers)
 
 
-def _kv_parts(keys: bool, values: bool) -> KVParts:
+def _kv_halves(keys: bool, values: bool) -> KVHalves:
     if keys:
         return "kv" if values else "k"
     return "v" if values else ""
@@ -232,7 +232,7 @@ def cla(n_layers: int, factor: int, short_group: Literal["first", "last"] = "fir
     Where `factor` does not divide `n_layers`, one group is shorter. The paper's picture of ten layers
     under CLA3 has producers 0, 1, 4, 7, the short group first; Hunyuan-like code puts it last.
     """
-    _positive("cla", _FACTOR, factor, n_layers)
+    _check_count("cla", _FACTOR, factor, n_layers)
     if short_group not in ("first", "last"):
         raise ValueError(f"cla: short_group = {shown(short_group)} must be 'first' or 'last'")
     offset = n_layers % factor if short_group == "first" else 0
@@ -246,7 +246,7 @@ def keep_ends(n_layers: int) -> KvMap:
 
     Twenty layers: 0 | 1,1 | 3,3 | ... | 17,17 | 19, eleven producers.
     """
-    _at_least("keep-ends", n_layers, 3)
+    _check_depth("keep-ends", n_layers, 3)
     middle = cla(n_layers - 2, min(2, n_layers - 2), "last")
     return (0, *(1 + source for source in middle), n_layers - 1)
 
@@ -256,7 +256,7 @@ def dense_front(n_layers: int) -> KvMap:
 
     Twenty layers: 0-9 produce, 10-18 read layer 9, 19 produces; eleven producers.
     """
-    _at_least("dense-front", n_layers, 3)
+    _check_depth("dense-front", n_layers, 3)
     half = n_layers // 2
     return (*range(half), *[half - 1] * (n_layers - half - 1), n_layers - 1)
 
@@ -267,14 +267,14 @@ def dense_back(n_layers: int) -> KvMap:
     The paper's text counts 2 + 10 + 9 = 21 layers for a model of 20. Its table gives 11 KV layers,
     which leaves one reading for 20 layers: 0 and 1 produce, 2-10 read layer 1, 11-19 produce.
     """
-    _at_least("dense-back", n_layers, 4)
+    _check_depth("dense-back", n_layers, 4)
     half = n_layers // 2
     return (0, 1, *[1] * (half - 1), *range(half + 1, n_layers))
 
 
 def pizza(n_layers: int, n_kv_layers: int) -> KvMap:
     """Pizza-bottom (2410.14442): `n_kv_layers - 1` layers read their own K/V, all later ones the next K/V."""
-    _positive("pizza", _KV_LAYERS, n_kv_layers, n_layers)
+    _check_count("pizza", _KV_LAYERS, n_kv_layers, n_layers)
     return (*range(n_kv_layers - 1), *[n_kv_layers - 1] * (n_layers - n_kv_layers + 1))
 
 
@@ -283,7 +283,7 @@ def sandwich(n_layers: int, n_kv_layers: int) -> KvMap:
 
     Of the `n_kv_layers - 1` layers that alone read their K/V, the larger half is at the bottom.
     """
-    _positive("sandwich", _KV_LAYERS, n_kv_layers, n_layers)
+    _check_count("sandwich", _KV_LAYERS, n_kv_layers, n_layers)
     top = (n_kv_layers - 1) // 2
     bottom = n_kv_layers - 1 - top
     return (
@@ -299,7 +299,7 @@ def lasagna(n_layers: int, n_kv_layers: int) -> KvMap:
     Producers are floor(p * n_layers / n_kv_layers), as in MLKV (2406.09297). With `n_kv_layers`
     dividing `n_layers` this is CLA.
     """
-    _positive("lasagna", _KV_LAYERS, n_kv_layers, n_layers)
+    _check_count("lasagna", _KV_LAYERS, n_kv_layers, n_layers)
     producers = [p * n_layers // n_kv_layers for p in range(n_kv_layers)]
     return tuple(producers[bisect.bisect(producers, layer) - 1] for layer in range(n_layers))
 
@@ -321,19 +321,19 @@ def fused_lite(n_layers: int, n_kv_layers: int | None = None) -> tuple[KvMap, Kv
     K map and the V map.
     """
     own = -(-n_layers // 2) if n_kv_layers is None else n_kv_layers
-    _positive("fused-lite", _KV_LAYERS, own, n_layers)
+    _check_count("fused-lite", _KV_LAYERS, own, n_layers)
     k_map, v_map = ((*range(own), *[source] * (n_layers - own)) for source in (own - 1, 0))
     return k_map, v_map
 
 
-def _positive(name: str, number: str, value: int, n_layers: int) -> None:
+def _check_count(name: str, number: str, value: int, n_layers: int) -> None:
     if not 1 <= value <= n_layers:
         raise ValueError(
             f"{name}: {number} is {shown(value)}; it must lie in 1 to n_layers = {n_layers}"
         )
 
 
-def _at_least(name: str, n_layers: int, least: int) -> None:
+def _check_depth(name: str, n_layers: int, least: int) -> None:
     if n_layers < least:
         raise ValueError(f"{name} needs n_layers >= {least}, not {n_layers}")
 
@@ -384,7 +384,7 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:
                 raise ValueError(f"{shown(form.strip())} already defines both maps")
             try:
-                named[key.strip()] = _one(form.strip(), n_layers)
+                named[key.strip()] = _single_map(form.strip(), n_layers)
             except ValueError as error:
                 raise ValueError(f"{key.strip()}: {error}") from None
         if named["k"] == named["v"]:
@@ -397,11 +397,11 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
         for made in (k_map, v_map):
             validate(made, n_layers)
         return k_map, v_map
-    made = _one(text, n_layers)
+    made = _single_map(text, n_layers)
     return made, made
 
 
-def _one(text: str, n_layers: int) -> KvMap:
+def _single_map(text: str, n_layers: int) -> KvMap:
     name, *arguments = text.split(":")
     if name[:1].isdigit():
         try:

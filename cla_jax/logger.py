@@ -40,11 +40,12 @@ class StepLogger:
         self.epochs = epochs
         self.flops = costs.train_flops_per_token(config.model, config.data.seq_len)
         chip = chips.find(jax.devices()[0].device_kind)
-        self.peak = chip.flops if chip else None  # unknown: no MFU is printed
+        self.peak_flops = chip.flops if chip else None  # unknown: no MFU is printed
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.first_step = self.written = first_step
-        self.before = self._training_seconds()  # when the step before was written
-        self.started: float | None = None  # set when the first step is over
+        # Seconds of training when the step before was written, and when the first step was over.
+        self.seconds_before = self._training_seconds()
+        self.first_step_end: float | None = None
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Hands in the metrics of update `step` (counted from 1); writes those of the one before."""
@@ -84,17 +85,17 @@ class StepLogger:
             if not math.isfinite(values[name]):
                 raise Diverged(f"step {step}: {name} is {values[name]}; this step was not saved")
         now = self._training_seconds()
-        seconds, self.before = now - self.before, now
+        seconds, self.seconds_before = now - self.seconds_before, now
         speed: dict[str, float] = {"seconds": round(seconds, 4)}
-        if self.started is None:
-            self.started = now
+        if self.first_step_end is None:
+            self.first_step_end = now
         else:  # the first step waits for the first batches: its time is no speed
             tokens_per_s = self.config.tokens_per_step / max(seconds, 1e-9)
             speed["tokens_per_s"] = round(tokens_per_s, 1)
-            if self.peak:
-                speed["mfu"] = self.flops * tokens_per_s / (self.peak * jax.device_count())
+            if self.peak_flops:
+                speed["mfu"] = self.flops * tokens_per_s / (self.peak_flops * jax.device_count())
             done = step - self.first_step - 1
-            per_step = (now - self.started) / max(done, 1)
+            per_step = (now - self.first_step_end) / max(done, 1)
             speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
         tokens = step * self.config.tokens_per_step
         epochs = {of_component("epochs", name): seen for name, seen in self.epochs(step).items()}

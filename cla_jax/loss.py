@@ -17,14 +17,14 @@ from cla_jax.model.layers import axes
 from cla_jax.model.transformer import project
 
 
-class Distill(NamedTuple):
+class Distillation(NamedTuple):
     """How much a teacher counts, and at what temperature."""
 
     weight: float
     temperature: float
 
 
-class Taught(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What a teacher says of the same tokens."""
 
     x_BTD: jax.Array  # its final hidden states
@@ -39,8 +39,8 @@ def cross_entropy(
     weights_BT: jax.Array,
     chunk: int,
     rules: AxisRules,
-    taught: Taught | None = None,
-    distill: Distill | None = None,
+    taught: TeacherOutput | None = None,
+    distill: Distillation | None = None,
 ) -> jax.Array:
     """Weighted sum over all tokens of the negative log-likelihood, in nats; a float32 scalar.
 
@@ -51,7 +51,7 @@ def cross_entropy(
     `weights_BT` float32 (0 leaves a token out). `chunk` positions are handled at once; it divides T.
     """
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
-    teach = _teacher(taught, chunk, rules)
+    teach = _teacher_logits(taught, chunk, rules)
 
     def step(total, start):
         tokens = _chunk(start, chunk, x_BTD, targets_BT, weights_BT)
@@ -82,7 +82,7 @@ def token_losses(
 def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk, rules, taught=None, distill=None):
     # Before the loop, which would gather it once a chunk.
     whole_VD = _whole(head_VD.astype(x_BTD.dtype), rules)
-    teach = _teacher(taught, chunk, rules)
+    teach = _teacher_logits(taught, chunk, rules)
     B, T, D = x_BTD.shape
     spec = rules.gathered().spec(*axes("BTD"))
 
@@ -144,7 +144,7 @@ def _chunk(start: jax.Array, size: int, *arrays_BT: jax.Array) -> tuple[jax.Arra
     return tuple(map(cut, arrays_BT))
 
 
-def _teacher(taught: Taught | None, chunk: int, rules: AxisRules):
+def _teacher_logits(taught: TeacherOutput | None, chunk: int, rules: AxisRules):
     """From where a chunk begins to the teacher's logits of it; None without a teacher."""
     if taught is None:
         return lambda start: None
@@ -157,7 +157,7 @@ def _chunk_loss(inputs, head_VD, rules, teacher_NV=None, distill=None, *, gradie
     x_ND, targets_N, weights_N = inputs
     logits_NV = _logits(x_ND, head_VD, rules)
     losses_N, log_total_N, is_target_NV = losses(logits_NV, targets_N)
-    w, T = distill or Distill(0.0, 1.0)
+    w, T = distill or Distillation(0.0, 1.0)
     if teacher_NV is not None:
         student_NV, teacher_NV = (jax.nn.log_softmax(a / T) for a in (logits_NV, teacher_NV))
         kl_N = jnp.sum(jnp.exp(teacher_NV) * (teacher_NV - student_NV), axis=-1)

@@ -92,7 +92,7 @@ def newest_checkpoint(config: Config) -> int | None:
 
 
 def earlier_records(run: Run) -> list[dict[str, Any]]:
-    """The metrics so far; what was altered in them is told, and a last line that is not whole."""
+    """The metrics so far. Warnings name altered lines, and a last line that is not complete."""
     problems: list[str] = []
     torn_end: list[str] = []
     records = list(run.read_records(problems, torn_end))

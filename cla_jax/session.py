@@ -28,7 +28,7 @@ from cla_jax.data import mixture
 from cla_jax.data.loader import Batches
 from cla_jax.data.prepare import Corpus, corpus
 from cla_jax.data.tokenizers import Tokenizer
-from cla_jax.loss import Distill
+from cla_jax.loss import Distillation
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import choose_backend
 from cla_jax.model.transformer import ForwardOptions, Transformer
@@ -44,7 +44,7 @@ class Teacher:
 
     model: ModelConfig
     options: ForwardOptions
-    distill: Distill
+    distill: Distillation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Layout:
         return self.options.rules
 
     @property
-    def training(self) -> ForwardOptions:
+    def training_options(self) -> ForwardOptions:
         """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
         # Under other policies, little that is kept is the residual stream.
         if self.options.remat not in ("block", "attention"):
@@ -96,7 +96,7 @@ class Layout:
         options = ForwardOptions(
             rules=rules, scan_layers=self.options.scan_layers, attention=attention
         )
-        distill = Distill(given.distill_weight, given.distill_temperature)
+        distill = Distillation(given.distill_weight, given.distill_temperature)
         return Teacher(model=model, options=options, distill=distill)
 
     @property
@@ -248,9 +248,9 @@ def prepare_evaluation(
     with that of training, both compile to the same program.
     """
     devices = jax.devices()
-    mesh_ = _mesh(mesh, model, len(devices), data.seq_len, devices)
+    device_mesh = _mesh(mesh, model, len(devices), data.seq_len, devices)
     options = ForwardOptions(
-        rules=meshes.axis_rules(model, mesh_),
+        rules=meshes.axis_rules(model, device_mesh),
         remat=remat,
         scan_layers=scan_layers,
         attention=choose_backend("auto", model, data.seq_len, devices[0]),
@@ -259,7 +259,7 @@ def prepare_evaluation(
         model=model,
         data=data,
         prepared=_corpus(model, data, data_dir, tokenizer_json),
-        mesh=mesh_,
+        mesh=device_mesh,
         options=options,
         batch_size=batch_size,
         loss_chunk=loss_chunk,

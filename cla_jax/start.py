@@ -133,11 +133,11 @@ def check_start(config: Config) -> None:
 # ------------------------------------------------------------------- which layers keep producing
 
 
-def random_map(parts: ModelConfig, producers: int, seed: int) -> str:
+def random_map(config: ModelConfig, producers: int, seed: int) -> str:
     """A kv_map of so many producers, drawn among those of a model; the first stays."""
-    known = sorted(set(parts.resolved_kv_map))
+    known = sorted(set(config.resolved_kv_map))
     kept = random.Random(seed).sample(known[1:], producers - 1)
-    return map_of(parts, {known[0], *kept})
+    return map_of(config, {known[0], *kept})
 
 
 def least_damaged(config: ModelConfig, damage: Mapping[int, float], producers: int) -> str:

@@ -13,7 +13,7 @@ import optax
 from cla_jax import budget
 from cla_jax.config import Config, OptimizerConfig
 from cla_jax.data.loader import PREFETCH
-from cla_jax.loss import Taught, cross_entropy
+from cla_jax.loss import TeacherOutput, cross_entropy
 from cla_jax.messages import printable
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
@@ -32,12 +32,12 @@ def loss_sum(
     end: int | None,
     begins: tuple[int, int] | None = None,
     loss_chunk: int,
-    teaching: Transformer | None = None,
+    teacher_model: Transformer | None = None,
     teacher: Teacher | None = None,
 ) -> jax.Array:
     """Summed negative log-likelihood in nats of the targets of windows of T + 1 tokens.
 
-    With the model of a teacher, `teaching`, it is a mean of that and of the distance to the teacher.
+    With the model of a teacher, `teacher_model`, it is a mean of that and of the distance to the teacher.
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     starts_BT = None if end is None else document_starts(inputs_BT, end)
@@ -45,9 +45,11 @@ def loss_sum(
     x_BTD = model(read_BT, options, starts_BT)
     chunk = min(loss_chunk, inputs_BT.shape[1])
     taught = None
-    if teaching is not None and teacher is not None:
+    if teacher_model is not None and teacher is not None:
         with jax.named_scope("teacher"):
-            taught = Taught(teaching(read_BT, teacher.options, starts_BT), teaching.head_VD)
+            taught = TeacherOutput(
+                teacher_model(read_BT, teacher.options, starts_BT), teacher_model.head_VD
+            )
     distill = teacher.distill if teacher else None
     with jax.named_scope("loss"):
         return cross_entropy(
@@ -58,7 +60,7 @@ def loss_sum(
 def train_step(
     state: State,
     tokens_ABT1: jax.Array,
-    teaching: Transformer | None = None,
+    teacher_model: Transformer | None = None,
     *,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
@@ -84,7 +86,7 @@ def train_step(
             end=end,
             begins=begins,
             loss_chunk=loss_chunk,
-            teaching=teaching,
+            teacher_model=teacher_model,
             teacher=teacher,
         )
         return total / (A * B * (T1 - 1))
@@ -150,7 +152,7 @@ def make_step(layout: Layout) -> Any:
         config.optimizer,
         config.steps,
         placement.compiler_options,
-        options=layout.training,
+        options=layout.training_options,
         end=layout.end,
         begins=layout.begins,
         loss_chunk=placement.loss_chunk,
@@ -159,7 +161,7 @@ def make_step(layout: Layout) -> Any:
 
 
 @functools.lru_cache(maxsize=4)  # a process may train many runs, and each keeps its program
-def _step(optimizer: OptimizerConfig, steps: int, compiler: str, **static: Any) -> Any:
+def _step(optimizer: OptimizerConfig, steps: int, options_text: str, **static: Any) -> Any:
     """One function for all equal runs of a process: to jax, another function is another program."""
     step = functools.partial(
         train_step,
@@ -167,7 +169,7 @@ def _step(optimizer: OptimizerConfig, steps: int, compiler: str, **static: Any) 
         rate=schedule(optimizer, steps),
         **static,
     )
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(compiler))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options_text))
 
 
 def compiler_options(text: str) -> dict[str, bool | int | str]:

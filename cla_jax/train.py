@@ -123,7 +123,7 @@ def restore_and_compile(
     """The state that a run goes on from, and its step, compiled while the state is read or made."""
     threads = ThreadPoolExecutor(1, thread_name_prefix=machine.COMPILER)
     compiling = threads.submit(compile_step, session)
-    threads.shutdown(wait=False)  # an error here is told before the compiler ends
+    threads.shutdown(wait=False)  # an error below is raised at once, not after the compilation
     state = restore_or_init(session, run)
     first_step = int(state.step)
     log_start(session, run, first_step)

@@ -147,7 +147,7 @@ class Attention:
         )
 
         def outputs(spec, q_BTKGH):
-            missing = spec.kept.d_head - 64
+            missing = spec.stored_config.d_head - 64
             wide = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing)])
             pool = spec.formats[0].encode(kv.each(wide))
             attend = jax.jit(lambda *arguments: spec.attend(0, *arguments))

@@ -512,7 +512,7 @@ def test_what_enters_a_block_is_kept_in_parts(tiny, tmp_path, monkeypatch):
     config = sharded(tiny, **{"placement.mesh": MeshConfig(data=2, fsdp=2, model=2)})
     config = replace(config, **{"model.d_ff": 96, "batch_size": 32})
     odd = replace(config, **{"placement.loss_chunk": 64, "data.seq_len": 33})
-    assert plan_layout(odd).training.rules.sequence is None
+    assert plan_layout(odd).training_options.rules.sequence is None
     groups, rows, T, D = 4, config.batch_size // 4, config.data.seq_len, config.model.d_model
 
     def kept(part, name):

@@ -24,7 +24,7 @@ from cla_jax.config import (
     Stage,
     YarnScaling,
 )
-from cla_jax.loss import Distill, Taught, cross_entropy
+from cla_jax.loss import Distillation, TeacherOutput, cross_entropy
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.state import named
@@ -340,8 +340,8 @@ def test_the_loss_of_a_teacher_and_its_gradient():
         return jnp.sum(weights * ((1 - w) * nll + w * T**2 * kl))
 
     def ours(x, head):
-        said = Taught(taught, theirs)
-        return cross_entropy(x, head, targets, weights, 3, AxisRules(), said, Distill(w, T))
+        said = TeacherOutput(taught, theirs)
+        return cross_entropy(x, head, targets, weights, 3, AxisRules(), said, Distillation(w, T))
 
     expected, found = (jax.value_and_grad(f, argnums=(0, 1))(x, head) for f in (plain, ours))
     assert np.isclose(found[0], expected[0], rtol=1e-6)

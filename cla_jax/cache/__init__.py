@@ -26,7 +26,7 @@ from cla_jax.cache.entries import UNIT, Entries
 from cla_jax.cache.per_token import LayerCache, PerToken, Shape
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.formats import FORMATS
-from cla_jax.kv_map import KVParts
+from cla_jax.kv_map import KVHalves
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.messages import near_choice
 from cla_jax.model import decode_kernels
@@ -146,7 +146,7 @@ class CacheSpec:
     reads_tokens: ClassVar[bool] = False
 
     @functools.cached_property
-    def kept(self) -> ModelConfig:
+    def stored_config(self) -> ModelConfig:
         """The model as the cache keeps it: heads may be padded to a width that a kernel reads."""
         if self.attention == decode_kernels.XLA:
             return self.config
@@ -154,7 +154,7 @@ class CacheSpec:
         return dataclasses.replace(self.config, d_head=width)
 
     def _padded(self, heads: jax.Array) -> jax.Array:
-        missing = self.kept.d_head - self.config.d_head
+        missing = self.stored_config.d_head - self.config.d_head
         return jnp.pad(heads, [(0, 0)] * (heads.ndim - 1) + [(0, missing)]) if missing else heads
 
     @functools.cached_property
@@ -177,7 +177,7 @@ class CacheSpec:
         return tuple({half: readers[half] for half in holds} for holds, readers in each)
 
     @functools.cached_property
-    def holds(self) -> tuple[KVParts, ...]:
+    def holds(self) -> tuple[KVHalves, ...]:
         """What each KV layer holds: keys, values, or both."""
         return tuple(kv.holds for kv in self.config.sharing.kv_layers)
 
@@ -190,8 +190,11 @@ class CacheSpec:
         return self.windows[p] > 0 and self.windows[p] + self.chunk - 1 < self.capacity
 
     def _tokens(self, p: int) -> int:
-        """Tokens that KV layer p must hold. A ring has room for a window and what a step writes. So the first
-        query of a step still finds all that it may see."""
+        """Tokens that KV layer p must hold.
+
+        A ring has room for a window and what a step writes: the first query of a step still finds all that it
+        may see.
+        """
         return self.windows[p] + self.chunk - 1 if self.is_ring(p) else self.capacity
 
     def entries(self, p: int) -> int:
@@ -219,7 +222,9 @@ class CacheSpec:
         return Cache(layers, lengths_B)
 
     def shapes(self, p: int) -> Any:
-        return self.formats[p].shapes(self.kept, self.batch, self.entries(p), self.holds[p])
+        return self.formats[p].shapes(
+            self.stored_config, self.batch, self.entries(p), self.holds[p]
+        )
 
     def source(self, layers: Sequence[LayerCache], k: int, v: int) -> LayerCache:
         """The cache entries of layers whose keys are in KV layer k and whose values are in KV layer v."""
@@ -277,7 +282,7 @@ class CacheSpec:
             segments,
             step,
             self._split_over,
-            self.kept.read_widths[1],
+            self.stored_config.read_widths[1],
             scale=q_BTKGH.shape[-1] ** -0.5,
             kernel=kernel,
         )

@@ -33,8 +33,11 @@ class Entries:
         return self.capacity * self.shards
 
     def of(self, positions: jax.Array) -> jax.Array:
-        """The entry for each position. One past the end, where a write is dropped, if there is none. That is
-        so for a position that is negative (padding), beyond the capacity, or on another device."""
+        """The entry for each position.
+
+        A position has no entry if it is negative (padding), beyond the capacity, or on another device. Then
+        the result is one past the end, where a write is dropped.
+        """
         place = positions % self.total
         unit = place // self.unit
         entry = (unit // self.shards) * self.unit + place % self.unit

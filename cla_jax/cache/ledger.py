@@ -46,7 +46,7 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
     """From the config alone. Raises ValueError for more context than the cache is made for."""
     if not 1 <= context <= spec.capacity:
         raise ValueError(f"context = {context} must lie in 1 to the capacity of {spec.capacity}")
-    config = spec.kept
+    config = spec.stored_config
 
     def held(p: int, halves: str) -> float:
         first = max(context - spec.windows[p], 0) if spec.windows[p] else 0

@@ -124,7 +124,7 @@ class PrefixSpec(CacheSpec):
 
     def shapes(self, p: int) -> Any:
         """The pool of KV layer p, and what its rows keep beside it."""
-        return self.layer_pages(p).shapes(self.kept, self.pages, self.batch, self.holds[p])
+        return self.layer_pages(p).shapes(self.stored_config, self.pages, self.batch, self.holds[p])
 
     def allocate(self) -> Cache:
         """An empty pool for each KV layer, and tables in which no row has a page."""
@@ -140,7 +140,7 @@ class PrefixSpec(CacheSpec):
         """Bytes of the keys and the values of a token in each KV layer: in a full page, and among the newest
         tokens of a row."""
         return tuple(
-            {half: self.layer_pages(p).bytes_per_token(self.kept, half) for half in holds}
+            {half: self.layer_pages(p).bytes_per_token(self.stored_config, half) for half in holds}
             for p, holds in enumerate(self.holds)
         )
 
@@ -301,7 +301,7 @@ class PrefixSpec(CacheSpec):
             segments,
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
-            width=self.kept.read_widths[1],
+            width=self.stored_config.read_widths[1],
         )
 
     def _private(
@@ -389,7 +389,7 @@ class PrefixSpec(CacheSpec):
         A kernel takes as many of them at once as it has room for.
         """
         B, K, N, _ = q_BKNH.shape
-        width = self.kept.read_widths[1]
+        width = self.stored_config.read_widths[1]
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
         most = R * N if kernel is None else kernel.queries
         tile = next(rows for rows in range(R, 0, -1) if R % rows == 0 and rows * N <= most)

@@ -200,7 +200,7 @@ class DataConfig:
         return tuple(sorted({part.source for part in self.mixture} or {self.source}))
 
     @property
-    def weights(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    def weights_by_step(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
         """Of a mixture: from which step on its components have which weights."""
         first = (0, tuple(component.weight for component in self.mixture))
         later = ((stage.step, dict(stage.weights)) for stage in self.stages)

@@ -50,7 +50,9 @@ def schedule(config: Config) -> Schedule:
     """The schedule of a run."""
     if not config.data.mixture:
         return ONE_SOURCE
-    return Schedule([(step * config.batch_size, weights) for step, weights in config.data.weights])
+    return Schedule(
+        [(step * config.batch_size, weights) for step, weights in config.data.weights_by_step]
+    )
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:

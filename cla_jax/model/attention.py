@@ -57,11 +57,11 @@ Attend = Callable[[jax.Array, Any], jax.Array]
 
 
 def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
-    """Which keys a query sees, by their positions: [B or 1, 1, T, S]."""
+    """Which keys a query sees, by their positions: [B or 1, T, S]."""
     seen_BTS = keys_BS[:, None, :] <= queries_BT[:, :, None]
     if starts_BT is not None:
         seen_BTS = seen_BTS & (keys_BS[:, None, :] >= starts_BT[:, :, None])
-    return seen_BTS[:, None]
+    return seen_BTS
 
 
 class PrefixMask(NamedTuple):
@@ -77,10 +77,10 @@ class PrefixMask(NamedTuple):
 
     def visible(self, window: jax.Array | None) -> jax.Array:
         """Which keys of its row a query sees, [B, T, S]."""
-        of = lambda a_BT: (a_BT[:, :, None], a_BT[:, None, :])  # a query's, a key's
-        position_q, position_s = of(self.positions_BT)
-        group_q, group_s = of(self.groups_BT)
-        suffix_q, suffix_s = of(self.suffixes_BT)
+        of_queries_and_keys = lambda a_BT: (a_BT[:, :, None], a_BT[:, None, :])
+        position_q, position_s = of_queries_and_keys(self.positions_BT)
+        group_q, group_s = of_queries_and_keys(self.groups_BT)
+        suffix_q, suffix_s = of_queries_and_keys(self.suffixes_BT)
         seen_BTS = (position_s <= position_q) & (group_s == group_q)
         seen_BTS &= (suffix_s == suffix_q) | (suffix_s == group_s)
         if window is not None:
@@ -116,7 +116,7 @@ def causal_attention(
     T = q_BTKGH.shape[1]
     if seen_BTS is None:
         positions = jnp.arange(T)[None]
-        seen_BTS = visible(positions, positions, starts_BT)[:, 0]
+        seen_BTS = visible(positions, positions, starts_BT)
     size = query_block(T)
     parts = [
         _attend_to_seen(
@@ -182,24 +182,26 @@ def _attend_kernel(
     return sharded(q_BTKGH, *kv, *starts)
 
 
+_CUDNN_MULTIPLE = 8  # cuDNN takes heads whose width is a multiple of this
+
+
 def _cudnn(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, starts_BT: jax.Array | None
 ) -> jax.Array:
     B, T, K, G, H = q_BTKGH.shape
     positions = jnp.arange(T)[None]
-    # With zeros, heads have a width that it takes; they change no score.
-    widened = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, -H % _CUDNN_WIDTHS)])
+    # Heads are padded with zeros, which change no score.
+    widened = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, -H % _CUDNN_MULTIPLE)])
     o_BTNH = jax.nn.dot_product_attention(
         *map(widened, (q_BTKGH.reshape(B, T, K * G, H), k_BSKH, v_BSKH)),
         scale=H**-0.5,
-        mask=None if starts_BT is None else visible(positions, positions, starts_BT),
+        mask=None if starts_BT is None else visible(positions, positions, starts_BT)[:, None],
         is_causal=True,
         implementation="cudnn",
     )
     return o_BTNH[..., :H].reshape(B, T, K, G, H)
 
 
-_CUDNN_WIDTHS = 8  # of heads: their multiples
 _KERNELS = {"cudnn": _cudnn, "splash": splash.attend}
 
 
@@ -343,7 +345,7 @@ def partial_attention(
     `starts <= s <= positions`. Queries are scaled already. The softmax is accumulated online, so neither
     the scores nor a copy of the cache ever exist whole.
     """
-    part = _nothing(q_BKNH, positions_B1N1, width)
+    part = _empty_part(q_BKNH, positions_B1N1, width)
     sees = positions_B1N1, starts_B1N1
     for segment in segments:
         # A loop even if there is only one block. Outside a loop, XLA fuses the write to a KV layer into its
@@ -363,10 +365,11 @@ def attention_received(
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
 ) -> tuple[Partial, jax.Array]:
-    """The same of one segment, and the attention that each entry received, of all N queries: [B, K, entries].
+    """Partial attention to one segment, and the attention that each entry received: [B, K, entries].
 
-    Blocks are of equal size and do not overlap. Entries of blocks that are not read received nothing. The
-    scores of all entries are kept, so that keys are read once: N / H of the size of the keys.
+    The latter is a sum over all N queries. Blocks are of equal size and do not overlap. Entries of blocks
+    that are not read received nothing. The scores of all entries are kept, so that keys are read once: N / H
+    of the size of the keys.
     """
 
     def body(i: Any, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
@@ -375,15 +378,15 @@ def attention_received(
         at = i * s_BKNS.shape[-1]
         return part, jax.lax.dynamic_update_slice_in_dim(all_BKNE, s_BKNS, at, axis=3)
 
-    part = _nothing(q_BKNH, positions_B1N1, None)
+    part = _empty_part(q_BKNH, positions_B1N1, None)
     none_BKNE = jnp.broadcast_to(part.peak_BKN1, (*q_BKNH.shape[:3], entries))
     part, s_BKNE = jax.lax.fori_loop(segment.first, segment.end, body, (part, none_BKNE))
     log_sum_BKN1 = jnp.where(part.peak_BKN1 <= MASKED, 0, part.peak_BKN1 + jnp.log(part.total_BKN1))
     return part, jnp.exp(s_BKNE - log_sum_BKN1).sum(axis=2)
 
 
-def _nothing(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
-    """Of queries that have seen no key."""
+def _empty_part(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
+    """The attention of queries that have seen no key."""
     zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
     # Zeros that depend on the queries (no position is less than -1). XLA's CPU compiler would make constant
     # zeros for all layers at the start of a step, and hold them until they are used.

@@ -17,14 +17,15 @@ from jax.sharding import PartitionSpec
 from cla_jax import machine
 from cla_jax.mesh import AxisRules
 from cla_jax.model.layers import Linear, axes
+from cla_jax.model.platform import on_cpu
 
 SMALLEST_PART = 1 << 18  # bytes of a matrix that are worth waking another thread
 
 
 def enabled() -> bool:
-    """Whether weights are kept in this form on the devices at hand."""
+    """Whether weights are kept in this form: on one device, in a program for a CPU."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+    return on_cpu() and (mesh.empty or mesh.size == 1)
 
 
 def matmul(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -62,7 +63,7 @@ def scores(q_BKNH: jax.Array, *parts_BSKH: jax.Array) -> jax.Array:
     """
     ends = list(itertools.accumulate(part.shape[-1] for part in parts_BSKH))[:-1]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if jax.default_backend() != "cpu" or 8 * q_BKNH.shape[2] > parts_BSKH[0].shape[1]:
+    if not on_cpu() or 8 * q_BKNH.shape[2] > parts_BSKH[0].shape[1]:
         pairs = zip(jnp.split(q_BKNH, ends, axis=3), parts_BSKH, strict=True)
         return functools.reduce(jnp.add, [product("BKNH,BSKH->BKNS", q, k) for q, k in pairs])
     q_BKHN = jax.lax.optimization_barrier(q_BKNH.swapaxes(2, 3))

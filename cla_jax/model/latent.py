@@ -17,7 +17,15 @@ from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, Attend
-from cla_jax.model.layers import Linear, LinearMap, RMSNorm, Rope, axes, gather_sequence, normal
+from cla_jax.model.layers import (
+    Linear,
+    LinearMap,
+    RMSNorm,
+    Rope,
+    axes,
+    gather_sequence,
+    normal_param,
+)
 
 
 class LatentProjection(nnx.Module):
@@ -26,7 +34,7 @@ class LatentProjection(nnx.Module):
     They are kept as the values and keys of one head.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
+    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVHalves):
         assert projects == "kv"  # both are made of one latent
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.down: LinearMap = Linear(key, "BTD,DJ->BTJ", config)
@@ -49,8 +57,8 @@ class LatentHeads(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         keys, values = jax.random.split(key)
-        self.keys = normal(keys, "RGH", config)
-        self.values = normal(values, "RGH", config)
+        self.keys = normal_param(keys, "RGH", config)
+        self.values = normal_param(values, "RGH", config)
 
     def __call__(
         self, q_BTKGW: jax.Array, kv: KV, rope: Rope, attend: Attend, rules: AxisRules
@@ -65,10 +73,10 @@ class LatentHeads(nnx.Module):
             return jnp.einsum("BSR,RGH->BSGH", latent_BSR, weight_RGH, out_sharding=spec)
 
         k_BSGH = made(self.keys[...])
-        of_all = jnp.broadcast_to(
+        rotated_BSGH = jnp.broadcast_to(
             kv.k_BSKH, (*k_BSGH.shape[:3], kv.k_BSKH.shape[-1]), out_sharding=spec
         )
-        keys = jnp.concatenate([k_BSGH, of_all], axis=-1)
+        keys = jnp.concatenate([k_BSGH, rotated_BSGH], axis=-1)
         # To attention, each is a KV head with one query head.
         q_BTGKW = jnp.concatenate([q_BTKGH, rotated], axis=-1).swapaxes(2, 3)
         return attend(q_BTGKW, KV(keys, made(self.values[...]))).swapaxes(2, 3)

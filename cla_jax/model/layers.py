@@ -4,7 +4,8 @@ Shape letters, here and in the rest of the model:
     B batch, T query positions, S key positions, D d_model, F d_ff, V vocabulary,
     K key/value heads, G query heads per key/value head, H d_head, C key and value (2),
     E entries of a cache, W width of a query head, which is H but for latents, R the rank of a latent,
-    J the joint projection that a latent and a rotated key are parts of.
+    J the joint projection that a latent and a rotated key are parts of,
+    N one axis that joins others: tokens of all rows, or the queries of a KV head.
 Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
@@ -22,7 +23,7 @@ from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling,
 from cla_jax.mesh import AxisRules
 from cla_jax.model.platform import per_token, rotate
 
-P = TypeVar("P")
+Part = TypeVar("Part")
 M = TypeVar("M")
 
 # The logical axis of each letter; activations are split along B, K, G, F and V, never along D.
@@ -39,6 +40,7 @@ AXES = {
 
 
 def axes(letters: str) -> tuple[str | None, ...]:
+    """The logical axes of an array with these letters; None for one that is never split."""
     return tuple(AXES.get(letter) for letter in letters)
 
 
@@ -58,7 +60,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def normal(key: jax.Array, letters: str, config: ModelConfig) -> nnx.Param:
+def normal_param(key: jax.Array, letters: str, config: ModelConfig) -> nnx.Param:
     """A weight drawn from N(0, init_std^2) (2405.12981, appendix B)."""
     shape = [sizes(config)[letter] for letter in letters]
     return nnx.Param(config.init_std * jax.random.normal(key, shape), axes=axes(letters))
@@ -103,7 +105,7 @@ class Linear(nnx.Module):
         self.equation = equation
         inputs, self.outputs = equation.split("->")
         weight = inputs.split(",")[1]
-        self.weight = normal(key, weight, config)
+        self.weight = normal_param(key, weight, config)
         biased = [letter for letter in self.outputs if letter in weight]
         shape = [sizes(config)[letter] for letter in biased]
         self.bias = nnx.Param(jnp.zeros(shape), axes=axes("".join(biased))) if config.bias else None
@@ -127,11 +129,11 @@ class Linear(nnx.Module):
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(y_BTD.dtype)
 
 
-# A linear map of a module: `Linear`, or another form of the same (`replaced`).
+# A linear map of a module: `Linear`, or another form of the same (`replaced_parts`).
 LinearMap = Callable[[jax.Array, AxisRules], jax.Array]
 
 
-def replaced(module: M, kind: type[P], form: Callable[[P], Any]) -> M:
+def replaced_parts(module: M, kind: type[Part], form: Callable[[Part], Any]) -> M:
     """A copy of a module that has another form of its parts of a kind."""
     is_part = lambda part: isinstance(part, kind)
     change = lambda part: form(part) if is_part(part) else part
@@ -139,6 +141,8 @@ def replaced(module: M, kind: type[P], form: Callable[[P], Any]) -> M:
 
 
 class RMSNorm(nnx.Module):
+    """Root mean square norm over the axis of a letter, in float32 (1910.07467)."""
+
     def __init__(self, config: ModelConfig, letter: str = "D"):
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(sizes(config)[letter]), axes=(None,))
@@ -168,10 +172,9 @@ class Mlp(nnx.Module):
 
 
 def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def on_cpu(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # In a loop, which is not fused with anything. Otherwise XLA would compute cosines and sines again for
-        # every head of every unrolled layer, a twelfth of a small training step. A barrier does not hinder
-        # it.
+    def in_loop(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # A loop is not fused with anything. Otherwise XLA would compute cosines and sines again for every
+        # head of every unrolled layer, a twelfth of a small training step. A barrier does not prevent it.
         cos, sin = jax.lax.map(
             lambda is_sin: jnp.where(is_sin, jnp.sin(angles), jnp.cos(angles)),
             jnp.array([False, True]),
@@ -180,7 +183,7 @@ def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     # By the platform compiled for, which need not be the one at hand.
     return jax.lax.platform_dependent(
-        angles, cpu=on_cpu, default=lambda angles: (jnp.cos(angles), jnp.sin(angles))
+        angles, cpu=in_loop, default=lambda angles: (jnp.cos(angles), jnp.sin(angles))
     )
 
 

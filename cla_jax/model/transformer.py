@@ -42,14 +42,13 @@ from cla_jax.model.layers import (
     axes,
     gather,
     gather_sequence,
-    normal,
+    normal_param,
     shard_sequence,
 )
 from cla_jax.model.platform import on_cpu
 
-UNROLLED = (
-    4  # blocks of a group that are compiled one by one under a scan of groups, if rematerialised
-)
+# Rematerialised groups of at most so many blocks are not scanned, even under a scan of groups.
+UNROLLED = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +76,13 @@ class KVProjection(nnx.Module):
     The keys are rotated here, once, before anyone shares them.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVParts):
+    def __init__(self, key: jax.Array, config: ModelConfig, projects: kv_maps.KVHalves):
         self.projects = projects
         self.norm = RMSNorm(config) if config.kv_norm == "own" else None
         self.k_norm = RMSNorm(config, "H") if config.qk_norm and "k" in projects else None
         kv = Linear(key, "BTD,DCKH->BTCKH", config)
-        if (
-            projects != "kv"
-        ):  # half of it: the initial values of a tensor are the same under every map
+        # Half of a projection is cut from the whole: a tensor has the same initial values under every map.
+        if projects != "kv":
             i = "kv".index(projects)
             cut = lambda whole: nnx.Param(
                 jax.lax.slice_in_dim(whole[...], i, i + 1, axis=whole.axes.index("kv_heads") - 1),
@@ -151,7 +149,7 @@ class Group(nnx.Module):
         first: jax.Array | int,
         size: int,
         config: ModelConfig,
-        projects: kv_maps.KVParts,
+        projects: kv_maps.KVHalves,
     ):
         # Keys by layer number: a layer starts from the same weights under every kv_map.
         layers = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
@@ -164,7 +162,7 @@ class Group(nnx.Module):
         """What the group makes; None for keys or values that it does not make."""
         assert self.projection is not None  # only a producing group is asked
         projection = gather(self.projection, rules, x_BTD.dtype)
-        return projection(x_BTD, at(self.blocks, 0).attention_norm, rope, rules)
+        return projection(x_BTD, element(self.blocks, 0).attention_norm, rope, rules)
 
     def __call__(
         self,
@@ -208,7 +206,7 @@ class Transformer(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         embedding, layers, head = jax.random.split(key, 3)
         self.config = config
-        self.embedding = normal(embedding, "VD", config)
+        self.embedding = normal_param(embedding, "VD", config)
         self.stacks = nnx.List(
             jax.vmap(lambda first, s=stack: Group(layers, first, s.size, config, s.projects))(
                 jnp.array([group.first for group in stack.groups])
@@ -216,7 +214,7 @@ class Transformer(nnx.Module):
             for stack in config.sharing.stacks
         )
         self.norm = RMSNorm(config)
-        self.head = None if config.tied_embeddings else normal(head, "VD", config)
+        self.head = None if config.tied_embeddings else normal_param(head, "VD", config)
 
     @property
     def head_VD(self) -> jax.Array:
@@ -269,7 +267,7 @@ class Transformer(nnx.Module):
             items = {"group": groups, "window": window}
             x_BTD, kvs = fold(body, x_BTD, items, scan=options.scan_layers)
             if stack.reused:
-                reused |= {group.first: at(kvs, i) for i, group in enumerate(stack.groups)}
+                reused |= {group.first: element(kvs, i) for i, group in enumerate(stack.groups)}
         return gather_sequence(self.norm(x_BTD), rules)
 
     def _attend(
@@ -285,8 +283,8 @@ class Transformer(nnx.Module):
             seen_BTS = mask.visible(window)
             return lambda q_BTKGH, kv: causal_attention(q_BTKGH, kv, seen_BTS=seen_BTS)
         if window is not None:
-            any_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
-            starts_BT = window_starts(positions_BT, window, any_BT)
+            starts_BT = jnp.zeros_like(positions_BT) if starts_BT is None else starts_BT
+            starts_BT = window_starts(positions_BT, window, starts_BT)
         return lambda q_BTKGH, kv: causal_attention(
             q_BTKGH,
             kv,
@@ -337,7 +335,7 @@ def inputs_of(tokens_BT: jax.Array, begins: tuple[int, int] | None) -> jax.Array
 # ---------------------------------------------------------------------------------------- folds
 
 
-def at(tree: Any, i: int) -> Any:
+def element(tree: Any, i: int) -> Any:
     """Element i of every leaf of a stacked pytree."""
     return jax.tree.map(lambda leaf: leaf[i], tree)
 

@@ -48,7 +48,7 @@ def estimate(layout: Layout) -> dict[str, int]:
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
     # products give; and attention. On a CPU everything, of which norms and SwiGLU are in float32.
     n_inner = model.mlp.n_matrices - 1  # products of F columns
-    entry = D // tensor if layout.training.rules.sequence else D
+    entry = D // tensor if layout.training_options.rules.sequence else D
     left = {
         "block": entry,
         "attention": entry + Q,
