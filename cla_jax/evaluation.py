@@ -163,6 +163,14 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthScore:
+    """The metrics of those examples of a task whose answer is in one tenth of the context."""
+
+    n: int  # examples
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """The metrics of a downstream task, and how it was asked."""
 
@@ -175,14 +183,24 @@ class TaskScore:
     data: Any = None
     seconds: float | None = None
     n: int | None = None  # examples
+    # By where the answer is in the context, from 0.0 to 0.9; empty if the examples do not say it.
+    depths: Mapping[str, DepthScore] = dataclasses.field(default_factory=dict)
+
+    def is_asked_like(self, other: "TaskScore") -> bool:
+        """Whether both were asked in the same way, whatever came of it."""
+        how = ("context", "chunk", "split", "shots", "version", "data")
+        return all(getattr(self, name) == getattr(other, name) for name in how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskEvaluation:
     """The scores of a checkpoint on downstream tasks, by task."""
 
+    method: str = ""
+    cache: str = ""  # the format or the policy; empty for full forward passes
     step: int
     checkpoint: str = ""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of packages
     tasks: Mapping[str, TaskScore]
 
 
@@ -243,7 +261,7 @@ def _value(hint: Any, name: str, value: Any, where: PathLike) -> Any:
     if isinstance(hint, types.UnionType):  # with None
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
     inner = typing.get_args(hint)
-    take = lambda kind: files.field({name: value}, name, kind, where)
+    take = lambda kind: files.checked(value, name, kind, where)  # a name may have a dot
     if hint is Any:
         return value
     if hint is Documents:

@@ -389,15 +389,20 @@ def field(
     """
     value: Any = record
     for step in path.split("."):
-        if value is not record and not isinstance(value, dict):
-            raise _unexpected(where, path, dict, value)
-        value = value.get(step)
+        value = checked(value, path, dict, where).get(step)
         if value is None:
             if default is _REQUIRED:
                 raise ValueError(f"{name(where)}: field {path} is missing")
             return default
+    return checked(value, path, kind, where)
+
+
+def checked(value: Any, path: str, kind: type[T], where: PathLike) -> T:
+    """A value of JSON that has a type. Raises ValueError like `field`."""
     if not is_a(value, kind):
-        raise _unexpected(where, path, kind, value)
+        raise ValueError(
+            f"{name(where)}: field {path}: expected {_KINDS[kind]}, found {shown(value)}"
+        )
     return value
 
 
@@ -406,10 +411,6 @@ def is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
-
-
-def _unexpected(where: PathLike, path: str, kind: type, value: Any) -> ValueError:
-    return ValueError(f"{name(where)}: field {path}: expected {_KINDS[kind]}, found {shown(value)}")
 
 
 def _kind_of(value: Any) -> str:

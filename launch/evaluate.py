@@ -33,7 +33,13 @@ from launch import allocator
 from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
 
 if TYPE_CHECKING:
-    from cla_jax.evaluation import CachedScores, Evaluation, EvictingScores, LayerProfile
+    from cla_jax.evaluation import (
+        CachedScores,
+        Evaluation,
+        EvictingScores,
+        LayerProfile,
+        TaskScore,
+    )
 
 _MARGIN = " " * 12  # below the result
 
@@ -283,7 +289,7 @@ def _tasks(arguments: Arguments) -> None:
     for run in runs:
         print(printable(run.path))
         with collected(refused), progress.shown() as bar:
-            for way, task, record in lm_eval.evaluate(
+            for way, task, score in lm_eval.evaluate(
                 run,
                 tasks,
                 ways=arguments.cache or (lm_eval.FULL,),
@@ -294,7 +300,7 @@ def _tasks(arguments: Arguments) -> None:
                 progress=bar,
                 **_options(arguments),
             ):
-                _print_task(task, way, record)
+                _print_task(task, way, score)
     refuse(refused)
 
 
@@ -315,23 +321,24 @@ def _scorable(arguments: Arguments, refused: list[str]) -> list[Any]:
     return runs
 
 
-def _print_task(task: str, way: str, record: dict[str, Any]) -> None:
-    values = record["metrics"]
+def _print_task(task: str, way: str, score: "TaskScore") -> None:
+    values = score.metrics
     errors = {name: values.get(f"{name}_stderr") for name in values}
     shown = "   ".join(
         f"{name} {value:.4f}" + (f" ± {errors[name]:.4f}" if errors[name] else "")
         for name, value in values.items()
         if not name.endswith("_stderr")
     )
-    examples = f"   {_examples(record)} of {record['split']}" if "n" in record else ""
-    print(f"  {task:15s} {way:8s} {shown}{examples}, {record['seconds']:,.0f} s")
-    for depth, part in record.get("depths", {}).items():
-        values = "   ".join(f"{name} {value:.4f}" for name, value in part["metrics"].items())
-        print(f"  {'':16s}answer at depth {depth}   {values}   {_examples(part)}")
+    examples = "" if score.n is None else f"   {_examples(score.n)} of {score.split}"
+    seconds = "" if score.seconds is None else f", {score.seconds:,.0f} s"
+    print(f"  {task:15s} {way:8s} {shown}{examples}{seconds}")
+    for depth, part in score.depths.items():
+        values = "   ".join(f"{name} {value:.4f}" for name, value in part.metrics.items())
+        print(f"  {'':16s}answer at depth {depth}   {values}   {_examples(part.n)}")
 
 
-def _examples(record: dict[str, Any]) -> str:
-    return f"{record['n']:,} example{'s' * (record['n'] != 1)}"
+def _examples(n: int) -> str:
+    return f"{n:,} example{'s' * (n != 1)}"
 
 
 def _runs(arguments: Arguments) -> list[Any]:

@@ -1,5 +1,6 @@
 """Records of evaluations: read as they were written, in whatever version."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from cla_jax.evaluation import (
     Agreement,
     ByteCount,
     CachedScores,
+    DepthScore,
     Evaluation,
     EvictingScores,
     HeadPolicy,
     LayerProfile,
     Scores,
+    TaskEvaluation,
+    TaskScore,
+    plain,
     read,
     read_tasks,
 )
@@ -92,6 +97,30 @@ def test_what_is_wrong_is_named(name, change, words):
 def test_what_is_not_known_is_ignored():
     record = {"step": 1, **NUMBERS, "of_a_newer_version": {"a": 1}, "bytes": None}
     assert read("full", record, "x.json") == Evaluation(step=1, scores=Scores(**NUMBERS))
+
+
+HOW = {"context": 64, "split": "validation", "version": 1.0, "data": {"path": "p", "name": None}}
+
+
+def test_scores_of_tasks_are_read_as_they_were_written():
+    depths = {"0.1": DepthScore(n=2, metrics={"acc": 1.0})}
+    score = TaskScore(metrics={"acc": 0.5}, **HOW, shots=0, seconds=1.5, n=3, depths=depths)
+    whole = TaskEvaluation(
+        method="m", cache="int8", step=2, checkpoint="c", versions={"a": "1"}, tasks={"sciq": score}
+    )
+    assert read_tasks(json.loads(json.dumps(plain(whole))), "x.json") == whole
+    assert score.is_asked_like(TaskScore(metrics={}, **HOW, shots=0))
+    for change in ({"chunk": 4}, {"shots": 1}, {"data": {"path": "q", "name": None}}):
+        assert not score.is_asked_like(dataclasses.replace(score, **change))
+
+
+def test_scores_of_tasks_that_were_dicts_are_read():
+    """As they were recorded before they had a type: with null, and an empty name of the cache."""
+    known = {"metrics": {"acc": 0.5}, **HOW, "shots": None, "seconds": 1.5, "n": 3}
+    record = {"method": "m", "cache": "", "step": 2, "checkpoint": "c", "versions": {"a": "1"}}
+    found = read_tasks(record | {"tasks": {"sciq": known}}, "x.json")
+    assert found.tasks["sciq"].is_asked_like(TaskScore(metrics={}, **HOW))
+    assert (found.step, found.checkpoint, found.cache) == (2, "c", "")
 
 
 def test_a_task_needs_metrics():

@@ -9,6 +9,7 @@ import pytest
 
 from cla_jax import checkpoint, report, seals
 from cla_jax.evaluate import open_session
+from cla_jax.evaluation import plain
 from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks
 from cla_jax.recall_tasks import write_tasks
@@ -210,20 +211,20 @@ def test_every_cache_answers_every_kind_of_task(run, school):
     tasks = Tasks(["quiz", "essay", "dictation"], data=data, index=index)
     everything = "fastgen:T=1"
     ways = ("full", *FORMATS, everything)
-    found = {(way, task): record for way, task, record in evaluate(run, tasks, ways=ways)}
+    found = {(way, task): score for way, task, score in evaluate(run, tasks, ways=ways)}
     assert len(found) == 3 * len(ways)
     for way in ways:
         record = run.evals()[f"tasks-{way}"]
-        assert {task: found[way, task] for task in record["tasks"]} == record["tasks"]
+        assert {task: plain(found[way, task]) for task in record["tasks"]} == record["tasks"]
         close = {"float32": 1e-4, "dense": 1e-4}.get(way, 0.1)
         for task, metric in (("essay", "bits_per_byte"), ("quiz", "acc")):
-            exact = found["full", task]["metrics"][metric]
-            assert found[way, task]["metrics"][metric] == pytest.approx(exact, rel=close, abs=0.25)
+            exact = found["full", task].metrics[metric]
+            assert found[way, task].metrics[metric] == pytest.approx(exact, rel=close, abs=0.25)
     # A policy that evicts nothing has the scores of a dense cache: those of tasks that count are equal.
     for task in ("essay", "quiz", "dictation"):
-        kept, dense = (found[way, task]["metrics"] for way in (everything, "dense"))
+        kept, dense = (found[way, task].metrics for way in (everything, "dense"))
         assert kept == pytest.approx(dense, rel=1e-5)
-    assert found[everything, "quiz"]["metrics"]["acc"] == found["dense", "quiz"]["metrics"]["acc"]
+    assert found[everything, "quiz"].metrics["acc"] == found["dense", "quiz"].metrics["acc"]
 
 
 @pytest.mark.slow
@@ -240,15 +241,15 @@ def test_what_a_policy_forgets_shows_by_depth(run, tmp_path):
         ((name, loaded),) = tasks.loaded.items()
         found[way] = _scored(answers, loaded, None, _asked(answers, loaded))[name]
     full, everything, some = found.values()
-    assert full["n"] == sum(part["n"] for part in full["depths"].values()) == 12
-    assert len(full["depths"]) > 3
-    for depth, part in full["depths"].items():
-        same, other = (one["depths"][depth]["metrics"]["perplexity"] for one in (everything, some))
-        assert same == pytest.approx(part["metrics"]["perplexity"], rel=1e-4)
-        assert other != pytest.approx(part["metrics"]["perplexity"], rel=1e-2)
+    assert full.n == sum(part.n for part in full.depths.values()) == 12
+    assert len(full.depths) > 3
+    for depth, part in full.depths.items():
+        same, other = (one.depths[depth].metrics["perplexity"] for one in (everything, some))
+        assert same == pytest.approx(part.metrics["perplexity"], rel=1e-4)
+        assert other != pytest.approx(part.metrics["perplexity"], rel=1e-2)
     # The metric of a task is that of all its depths.
-    means = [np.log(part["metrics"]["perplexity"]) * part["n"] for part in some["depths"].values()]
-    assert np.exp(sum(means) / 12) == pytest.approx(some["metrics"]["perplexity"], rel=1e-6)
+    means = [np.log(part.metrics["perplexity"]) * part.n for part in some.depths.values()]
+    assert np.exp(sum(means) / 12) == pytest.approx(some.metrics["perplexity"], rel=1e-6)
 
 
 def test_every_way_is_asked_with_the_same_solved_examples(run, school, monkeypatch):
@@ -264,10 +265,10 @@ def test_every_way_is_asked_with_the_same_solved_examples(run, school, monkeypat
     monkeypatch.setattr(lm_eval.Model, "loglikelihood", recorded)
     index, data = school
     tasks = Tasks(["quiz"], data=data, index=index, shots=2)
-    found = [record for *_, record in lm_eval.evaluate(run, tasks, ways=("full", "dense"))]
+    found = [score for *_, score in lm_eval.evaluate(run, tasks, ways=("full", "dense"))]
     assert asked[0] == asked[1]
     assert len({context for context, _ in asked[0]}) == 9  # each question has examples of its own
-    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"])
+    assert found[0].metrics == pytest.approx(found[1].metrics)
 
 
 def test_scores_are_recorded_together_and_compared(run, school, capsys):
@@ -275,7 +276,7 @@ def test_scores_are_recorded_together_and_compared(run, school, capsys):
 
     index, data = school
     few = list(evaluate(run, Tasks(["quiz"], data=data, index=index), limit=3))
-    assert few[0][2]["n"] == 3
+    assert few[0][2].n == 3
     assert run.evals() == {}  # a part of a task is no result of the run
     list(evaluate(run, Tasks(["quiz"], data=data, index=index)))
     list(evaluate(run, Tasks(["essay"], data=data, index=index, shots=0), ways=("full", "int8")))
@@ -328,7 +329,7 @@ def test_what_is_recorded_is_not_scored_again(run, school, monkeypatch, caplog):
     first, _ = evaluate("quiz", "exam")
     assert evaluate("quiz", "exam", "essay")[1] == [["essay"]]  # as after an interruption
     assert "exam, full is already recorded (--again scores it again)" in caplog.text
-    metrics = lambda found: [(task, record["metrics"]) for _, task, record in found]
+    metrics = lambda found: [(task, score.metrics) for _, task, score in found]
     recorded, what = evaluate("quiz", "exam")
     assert (metrics(recorded), what) == (metrics(first), [])
     again, what = evaluate("quiz", again=True)

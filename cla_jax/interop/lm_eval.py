@@ -6,24 +6,26 @@ same weights. Only the computation of the answers is ours (cla_jax/likelihood.py
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
-from cla_jax import checkpoint, eviction, likelihood, runs
+from cla_jax import checkpoint, evaluation, eviction, likelihood, runs
 from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.config import Sampling
 from cla_jax.decode import Weights, decoding_weights, on_one_device
 from cla_jax.engine import Engine, Request
 from cla_jax.evaluate import open_session
+from cla_jax.evaluation import DepthScore, TaskEvaluation, TaskScore
 from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks, harness_missing
@@ -319,10 +321,10 @@ def evaluate(
     again: bool = False,
     progress: Callable[[str], Progress] = lambda name: lambda done, total: None,
     **options: Any,
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Scores a run on tasks, each way; yields (way, task, record) as they come, and writes them.
+) -> Iterator[tuple[str, str, TaskScore]]:
+    """Scores a run on tasks, each way; yields (way, task, score) as they come, and writes them.
 
-    The records of a way are `eval/tasks-WAY.json`, together with those that other evaluations of the same
+    The scores of a way are in `eval/tasks-WAY.json`, together with those that other evaluations of the same
     checkpoint have written there. If a task is among them, asked in the same way, it is not scored again,
     unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
     `options` are those of `open_session`. Raises ValueError for what the arguments or the run do not allow.
@@ -351,98 +353,105 @@ def evaluate(
                 title = f"{name}, {way}"
                 answers.progress = lambda what, title=title: progress(f"{title}: {what}")
                 asked, known = _asked(answers, loaded), _known(run, way, origin)
-                recorded = {task: known.get(task, {}) for task in asked}
-                same = all(asked[task].items() <= recorded[task].items() for task in asked)
+                recorded = {task: known[task] for task in asked if task in known}
+                same = recorded.keys() == asked.keys() and all(
+                    asked[task].is_asked_like(score) for task, score in recorded.items()
+                )
                 if same and limit is None and not again:
                     log.warning("%s is already recorded (--again scores it again)", title)
-                    records = recorded
+                    scores = recorded
                 else:
                     if limit is None:
                         run.check_recordable()
-                    records = _scored(answers, loaded, limit, asked)
+                    scores = _scored(answers, loaded, limit, asked)
                     if limit is None:
-                        _write(run, way, origin, known | records)
-                for task, record in records.items():
-                    yield way, task, record
+                        _write(run, way, origin, known | scores)
+                for task, score in scores.items():
+                    yield way, task, score
 
 
-def _asked(answers: Model, loaded: Any) -> dict[str, dict[str, Any]]:
-    """What of the records of tasks, and of groups of tasks, is known before they are scored."""
-    how: dict[str, Any] = {"context": answers.max_length}
-    if answers.way != FULL:
-        how["chunk"] = answers.chunk
+def _asked(answers: Model, loaded: Any) -> dict[str, TaskScore]:
+    """How tasks, and groups of tasks, are asked: their scores without metrics."""
+    chunk = None if answers.way == FULL else answers.chunk
+    how = TaskScore(metrics={}, context=answers.max_length, chunk=chunk)
     groups = loaded.get("groups", {}).items()
-    records: dict[str, dict[str, Any]] = {
-        name: how for name, group in groups if group.has_aggregation
-    }
+    asked = {name: how for name, group in groups if group.has_aggregation}
     for name, task in loaded["tasks"].items():
         config = task.config
-        records[name] = how | {
-            "split": config.test_split if task.has_test_docs() else config.validation_split,
-            "shots": config.num_fewshot,
-            "version": task.VERSION,
-            "data": {"path": config.dataset_path, "name": config.dataset_name}
+        asked[name] = dataclasses.replace(
+            how,
+            split=config.test_split if task.has_test_docs() else config.validation_split,
+            shots=config.num_fewshot,
+            version=task.VERSION,
+            data={"path": config.dataset_path, "name": config.dataset_name}
             | (config.dataset_kwargs or {}),
-        }
-    return records
+        )
+    return asked
 
 
 def _scored(
-    answers: Model, loaded: Any, limit: int | None, asked: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The records of one or several tasks, by their names, as plain numbers.
+    answers: Model, loaded: Any, limit: int | None, asked: Mapping[str, TaskScore]
+) -> dict[str, TaskScore]:
+    """The scores of one or several tasks, by their names.
 
-    If the examples of a task say at which depth of the context their answer is, from 0 to 1, its record has
+    If the examples of a task say at which depth of the context their answer is, from 0 to 1, its score has
     the metrics of each tenth too (`depths`).
     """
     clock = time.monotonic()
     deep = {name for name, task in loaded["tasks"].items() if "depth" in task.eval_docs[0]}
-    evaluation: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
+    outcome: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
     seconds = round(time.monotonic() - clock, 3)
-    records: dict[str, dict[str, Any]] = {}
-    for name, results in evaluation["results"].items():
+    scores: dict[str, TaskScore] = {}
+    for name, results in outcome["results"].items():
         metrics = {
             key.removesuffix(",none"): value
             for key, value in results.items()
             if isinstance(value, (int, float)) and key != "sample_len"
         }
-        records[name] = {"metrics": metrics, **asked.get(name, {}), "seconds": seconds}
+        n, depths = None, {}
         if name in loaded["tasks"]:
-            records[name]["n"] = evaluation["n-samples"][name]["effective"]
+            n = outcome["n-samples"][name]["effective"]
         if name in deep:
-            records[name]["depths"] = _by_depth(loaded["tasks"][name], evaluation["samples"][name])
-    return records
+            depths = _by_depth(loaded["tasks"][name], outcome["samples"][name])
+        how = asked.get(name, TaskScore(metrics={}))
+        scores[name] = dataclasses.replace(
+            how, metrics=metrics, seconds=seconds, n=n, depths=depths
+        )
+    return scores
 
 
-def _by_depth(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _by_depth(task: Any, samples: Sequence[dict[str, Any]]) -> dict[str, DepthScore]:
     tenths: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:
         tenths.setdefault(min(int(sample["doc"]["depth"] * 10), 9), []).append(sample)
     return {
-        f"{tenth / 10:.1f}": {
-            "n": len(alike),
-            "metrics": {
+        f"{tenth / 10:.1f}": DepthScore(
+            n=len(alike),
+            metrics={
                 name: float(aggregate([sample[name] for sample in alike]))
                 for name, aggregate in task.aggregation().items()
                 if name in alike[0]
             },
-        }
+        )
         for tenth, alike in sorted(tenths.items())
     }
 
 
-def _known(run: Run, way: str, origin: dict[str, Any]) -> dict[str, Any]:
-    """The records there are of tasks asked this way, of the same checkpoint."""
-    before = run.evals().get(f"tasks-{way}", {})
-    return before["tasks"] if origin.items() <= before.items() else {}
+def _known(run: Run, way: str, origin: dict[str, Any]) -> dict[str, TaskScore]:
+    """The scores that are recorded of tasks asked this way, of the same checkpoint."""
+    name = f"tasks-{way}"
+    before = run.evals().get(name, {})
+    if not origin.items() <= before.items():
+        return {}
+    return dict(evaluation.read_tasks(before, run.path / "eval" / f"{name}.json").tasks)
 
 
-def _write(run: Run, way: str, origin: dict[str, Any], records: dict[str, Any]) -> None:
-    record = {
-        "method": "lm-evaluation-harness",
-        "cache": "" if way == FULL else way,
+def _write(run: Run, way: str, origin: dict[str, Any], scores: Mapping[str, TaskScore]) -> None:
+    whole = TaskEvaluation(
+        method="lm-evaluation-harness",
+        cache="" if way == FULL else way,
         **origin,
-        "versions": runs.versions() | {"lm_eval": metadata.version("lm_eval")},
-        "tasks": dict(sorted(records.items())),
-    }
-    run.write_eval(f"tasks-{way}", record)
+        versions=runs.versions() | {"lm_eval": metadata.version("lm_eval")},
+        tasks=dict(sorted(scores.items())),
+    )
+    run.write_eval(f"tasks-{way}", evaluation.plain(whole))
