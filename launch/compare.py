@@ -84,15 +84,7 @@ def compare(
         sort=sort.replace("-", "_"),
     )
     declared = experiments.find_study(study) if study else None
-    if declared and not paths:
-        paths = (str(runs.run_path(next(iter(declared.trials.values()))).parent),)
-    if not paths:
-        raise ValueError("give at least one run or study directory: python -m launch.compare PATH")
-    directory = out or report.common_directory(paths)
-    if not directory:
-        raise ValueError(
-            "the paths have no common parent directory: give the output directory with --out DIR"
-        )
+    paths, directory = _places(paths, declared, out)
     problems: list[str] = []
     compared = runs.find_runs(paths, problems)
     rows = report.read(compared, context, problems)
@@ -140,6 +132,22 @@ def compare(
         print(note)
     for file in written:
         print(f"wrote {os.fspath(file)}")
+
+
+def _places(
+    paths: tuple[str, ...], declared: Declared | None, out: str
+) -> tuple[tuple[str, ...], str | epath.Path]:
+    """Where the runs are, and where the report goes. Raises ValueError if that is not known."""
+    if declared and not paths:
+        paths = (str(runs.run_path(next(iter(declared.trials.values()))).parent),)
+    if not paths:
+        raise ValueError("give at least one run or study directory: python -m launch.compare PATH")
+    directory = out or report.common_directory(paths)
+    if not directory:
+        raise ValueError(
+            "the paths have no common parent directory: give the output directory with --out DIR"
+        )
+    return paths, directory
 
 
 def _print_tables(

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ COLOURS = (
     *("#2f6fde", "#e8710a", "#12977f", "#a54bd1", "#d93a5e"),
     *("#8a7a12", "#d65aa6", "#1b9bd1", "#8f5b34", "#4c9a2a"),
 )
+_REFERENCE = ("#9aa3ad", "o", 52)  # colour, marker and its size
 _MARKERS = (("o", 92), ("s", 80), ("D", 72), ("^", 105), ("v", 105), ("P", 105), ("X", 105))
 # The neutral colours; `page` turns them into CSS variables, so that a plot follows light and dark.
 INK, MUTED, GRID, SURFACE = "#1b1f24", "#66707b", "#dfe3e8", "#ffffff"
@@ -55,9 +56,8 @@ class Point:
     series: str = ""  # points of a series share a marker, and a line of the legend
     colour: int = 0  # which of COLOURS, counted round: a run has the same one in every picture
     unfinished: bool = False  # drawn hollow, and no better than anything
-    seeds: tuple[
-        float, ...
-    ] = ()  # the quality with each seed, where `quality` is the mean of several
+    # The quality with each seed, where `quality` is the mean of several.
+    seeds: tuple[float, ...] = ()
     number: int | None = None  # of the row: the page finds it by that
 
 
@@ -101,7 +101,7 @@ def plot(
     looks = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(names)}
     # A letter is about half as wide as high.
     subtitle = textwrap.fill(subtitle, int((width * 72 - 20) / (0.5 * _SUBTITLE)))
-    keys = [_key("reference", "#9aa3ad", "o", 52)] * bool(reference)
+    keys = [_key("reference", *_REFERENCE)] * bool(reference)
     keys += [_key(name, MUTED, *look) for name, look in looks.items()]
     barred = any(len(point.seeds) > 1 for point in points)
     named = [_key(shortened(p.label), _colour(p), *looks[p.series]) for p in points if barred]
@@ -130,26 +130,7 @@ def plot(
             axes.set_title("no run has been evaluated yet", y=0.5, size=10, color=MUTED)
             axes.set(xticks=[], yticks=[])
             return figure
-        sizes = [point.kv_bytes for point in (*points, *reference)]
-        _make_room(axes, sizes)
-        undominated = frontier(points) if ranked else []
-        corners = [points[i] for i in undominated]
-        points = _side_by_side(axes, points)
-        best = [points[i] for i in undominated]
-        for point in reference:
-            _draw(axes, point, "#9aa3ad", "o", 52)
-        for point in points:
-            _draw(axes, point, _colour(point), *looks[point.series])
-        axes.autoscale_view()
-        _keep_apart(axes)
-        axes.autoscale(False)
-        _ticks(axes, sizes)
-        line = _draw_frontier(axes, corners) if corners else []
-        others = [point for point in points if point not in best]
-        drawn = [*best, *others, *reference]
-        labelled = list(reference) if barred else drawn
-        left_out = _annotate(axes, labelled, drawn, best, line)
-        if left_out:
+        if left_out := _draw_all(axes, points, reference, looks, ranked):
             plural = "labels have" if left_out > 1 else "label has"
             figure.text(
                 0.975, 5 / height, f"{left_out} {plural} no room", ha="right", size=8, color=MUTED
@@ -160,6 +141,38 @@ def plot(
             axes.add_artist(_legend(axes, named, more_columns, 1.0))
         _legend(axes, keys, columns, above)
     return figure
+
+
+def _draw_all(
+    axes: Axes,
+    points: Sequence[Point],
+    reference: Sequence[Point],
+    looks: Mapping[str, tuple[str, float]],
+    ranked: bool,
+) -> int:
+    """Draws the points, the frontier if they are `ranked`, and the labels; returns how many have no room.
+
+    `looks` are the marker of each series and its size. Bars leave room for the labels of `reference` only.
+    """
+    barred = any(len(point.seeds) > 1 for point in points)
+    sizes = [point.kv_bytes for point in (*points, *reference)]
+    _make_room(axes, sizes)
+    undominated = frontier(points) if ranked else []
+    corners = [points[i] for i in undominated]
+    points = _side_by_side(axes, points)
+    best = [points[i] for i in undominated]
+    for point in reference:
+        _draw(axes, point, *_REFERENCE)
+    for point in points:
+        _draw(axes, point, _colour(point), *looks[point.series])
+    axes.autoscale_view()
+    _keep_apart(axes)
+    axes.autoscale(False)
+    _ticks(axes, sizes)
+    line = _draw_frontier(axes, corners) if corners else []
+    others = [point for point in points if point not in best]
+    drawn = [*best, *others, *reference]
+    return _annotate(axes, list(reference) if barred else drawn, drawn, best, line)
 
 
 def _make_room(axes: Axes, sizes: Sequence[float]) -> None:
@@ -230,9 +243,8 @@ def _side_by_side(axes: Axes, points: Sequence[Point]) -> list[Point]:
     width = axes.get_window_extent().width * 72 / axes.figure.dpi
     # The margin has room for half of the widest column.
     apart = min(_APART, 0.08 * width / max((len(column) // 2 for column in columns), default=1))
-    step = (high / low) ** (
-        apart / width
-    )  # the axis is logarithmic: a distance on paper is a factor
+    # The axis is logarithmic: a distance on paper is a factor.
+    step = (high / low) ** (apart / width)
     for column in columns:
         for rank, i in enumerate(column):
             side = (rank + 1) // 2 * (1 if rank % 2 else -1)

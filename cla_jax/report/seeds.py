@@ -84,21 +84,23 @@ def _groups(
 
 def _distinction(group: Sequence[Row], groups: Sequence[Sequence[Row]], over: Sequence[str]) -> str:
     """What a group has in the fields in which groups differ; empty if it is none, or of one run."""
-    firsts = [settings(one[0]) for one in groups]
-    fields = dict.fromkeys(field for one in firsts for field in one if field not in over)
-    differing = [f for f in fields if len({str(one.get(f)) for one in firsts}) > 1]
+    differing = _differing([one[0] for one in groups], over)
     pairs = zip(differing, values_of(group[0], differing), strict=True)
     return ", ".join(f"{f.rpartition('.')[2]} {v}" for f, v in pairs) if len(group) > 1 else ""
+
+
+def _differing(rows: Sequence[Row], over: Sequence[str]) -> list[str]:
+    """The fields in which rows differ, apart from `over`."""
+    known = [settings(row) for row in rows]
+    fields = dict.fromkeys(field for one in known for field in one if field not in over)
+    return [field for field in fields if len({str(one.get(field)) for one in known}) > 1]
 
 
 def _check_group(group: Sequence[Row], group_by: Sequence[str], over: Sequence[str]) -> str:
     """The name of a group. Raises ValueError if its runs are not comparable values of `over`."""
     values = zip(group_by, values_of(group[0], group_by), strict=True)
     name = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in values)
-    known = [settings(row) for row in group]
-    fields = dict.fromkeys(field for one in known for field in one if field not in over)
-    differing = [field for field in fields if len({str(one.get(field)) for one in known}) > 1]
-    if differing:
+    if differing := _differing(group, over):
         raise ValueError(
             f"the runs with {printable(name)} differ in {', '.join(differing)} too: give each of these to "
             "--group-by or to --over"

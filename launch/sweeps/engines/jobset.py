@@ -24,8 +24,38 @@ _KUBECTL = {
 }
 
 
+class _OnKubernetes:
+    """What the two engines share: their trials are JobSets of a cluster."""
+
+    here: ClassVar[bool] = False
+    topology: ClassVar[str] = "needed"
+    vms: ClassVar[bool] = False
+
+    def alive(self, submitted: Sequence[Submission]) -> set[str]:
+        alive = set()
+        for namespace in {job.group for job in submitted}:
+            shown = json.loads(
+                call(["kubectl", "get", "jobsets", "--namespace", namespace, "-o", "json"])
+            )
+            for item in shown["items"]:
+                ended = {
+                    c["type"]
+                    for c in item.get("status", {}).get("conditions", [])
+                    if c["status"] == "True"
+                }
+                if not ended & {"Completed", "Failed"}:
+                    alive.add(item["metadata"]["name"])
+        return alive & {job.job for job in submitted}
+
+    def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
+        return [
+            ("kubectl", "delete", "jobset", job.job, "--namespace", job.group, "--ignore-not-found")
+            for job in submitted
+        ]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JobSet:
+class JobSet(_OnKubernetes):
     """JobSets on a GKE cluster with Kueue."""
 
     # Container image with this package, the extra `gcs` and jax[tpu] installed.
@@ -46,9 +76,6 @@ class JobSet:
     python: str = "python"
 
     tools: ClassVar[Mapping[str, str]] = _KUBECTL
-    here: ClassVar[bool] = False
-    topology: ClassVar[str] = "needed"
-    vms: ClassVar[bool] = False
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
@@ -84,34 +111,6 @@ class JobSet:
                 "cla-jax-trial": trial.directory,
             },
         }
-        resources = trial.resources
-        hosts = tpus.find(resources.topology).hosts
-        job_spec = {
-            "parallelism": hosts,
-            "completions": hosts,
-            "completionMode": "Indexed",
-            "backoffLimit": 0,
-            "podFailurePolicy": {
-                "rules": [
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {
-                            "containerName": "trial",
-                            "operator": "NotIn",
-                            "values": list(RESTARTED),
-                        },
-                    }
-                ]
-            },
-            "template": {
-                "metadata": {
-                    "labels": labels,
-                    # An autoscaler must not clear nodes away under a run.
-                    "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
-                },
-                "spec": self._pod(trial),
-            },
-        }
         return {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
@@ -135,10 +134,40 @@ class JobSet:
                 "replicatedJobs": [
                     {
                         "name": "slice",
-                        "replicas": resources.slices,
-                        "template": {"spec": job_spec},
+                        "replicas": trial.resources.slices,
+                        "template": {"spec": self._slice(trial, labels)},
                     }
                 ],
+            },
+        }
+
+    def _slice(self, trial: Trial, labels: Mapping[str, str]) -> dict[str, Any]:
+        """The Job of a slice: a pod for each host."""
+        hosts = tpus.find(trial.resources.topology).hosts
+        return {
+            "parallelism": hosts,
+            "completions": hosts,
+            "completionMode": "Indexed",
+            "backoffLimit": 0,
+            "podFailurePolicy": {
+                "rules": [
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {
+                            "containerName": "trial",
+                            "operator": "NotIn",
+                            "values": list(RESTARTED),
+                        },
+                    }
+                ]
+            },
+            "template": {
+                "metadata": {
+                    "labels": labels,
+                    # An autoscaler must not clear nodes away under a run.
+                    "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
+                },
+                "spec": self._pod(trial),
             },
         }
 
@@ -184,18 +213,9 @@ class JobSet:
             "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
         }
 
-    def alive(self, submitted: Sequence[Submission]) -> set[str]:
-        return _alive(submitted)
-
-    def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
-        return [
-            ("kubectl", "delete", "jobset", job.job, "--namespace", job.group, "--ignore-not-found")
-            for job in submitted
-        ]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Xpk:
+class Xpk(_OnKubernetes):
     """The same pods through Google's xpk, which writes the manifest itself."""
 
     # Cluster that xpk created.
@@ -214,9 +234,6 @@ class Xpk:
     python: str = "python"
 
     tools: ClassVar[Mapping[str, str]] = _KUBECTL | {"xpk": "pip install xpk"}
-    here: ClassVar[bool] = False
-    topology: ClassVar[str] = "needed"
-    vms: ClassVar[bool] = False
 
     def jobs(self, plan: LaunchPlan, numbers: Mapping[str, int]) -> list[Job]:
         check_shared(plan)
@@ -244,33 +261,7 @@ class Xpk:
             )
         return jobs
 
-    def alive(self, submitted: Sequence[Submission]) -> set[str]:
-        return _alive(submitted)
-
-    def cancel(self, submitted: Sequence[Submission]) -> list[tuple[str, ...]]:
-        return [
-            ("kubectl", "delete", "jobset", job.job, "--namespace", job.group, "--ignore-not-found")
-            for job in submitted
-        ]
-
 
 def _unexpanded(text: str) -> str:
     """Kubernetes replaces $(NAME) in commands and values, and takes $$ for one $."""
     return text.replace("$", "$$")
-
-
-def _alive(submitted: Sequence[Submission]) -> set[str]:
-    alive = set()
-    for namespace in {job.group for job in submitted}:
-        shown = json.loads(
-            call(["kubectl", "get", "jobsets", "--namespace", namespace, "-o", "json"])
-        )
-        for item in shown["items"]:
-            ended = {
-                c["type"]
-                for c in item.get("status", {}).get("conditions", [])
-                if c["status"] == "True"
-            }
-            if not ended & {"Completed", "Failed"}:
-                alive.add(item["metadata"]["name"])
-    return alive & {job.job for job in submitted}
