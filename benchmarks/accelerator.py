@@ -186,7 +186,7 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     import numpy as np
 
     import experiments
-    from cla_jax import costs, memory
+    from cla_jax import budget, costs, memory
     from cla_jax.fields import replaced
     from cla_jax.plan.estimates import estimate
     from cla_jax.session import plan_layout
@@ -204,7 +204,6 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
     with jax.set_mesh(layout.mesh):
         step = make_step(layout).lower(layout.state, layout.batch).compile()
         compile_seconds = time.perf_counter() - begin
-        needs = step.memory_analysis()
         state = initial_state(config, layout.optimizer, layout.state)
         batch = jax.device_put(tokens, layout.batch.sharding)
         seconds, losses = [], []
@@ -224,10 +223,7 @@ def training(row: str, rows: int, remat: str, scan: bool, steps: int) -> dict[st
         "step_seconds": seconds,
         "compile_seconds": compile_seconds,
         "losses": losses,
-        "compiled_peak": needs.argument_size_in_bytes
-        + needs.output_size_in_bytes
-        - needs.alias_size_in_bytes
-        + needs.temp_size_in_bytes,
+        "compiled_peak": budget.program_bytes(step),
         "estimated_peak": sum(estimate(layout).values()),
         "allocator_peak": memory.allocator_peak(),
     }

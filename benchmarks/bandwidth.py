@@ -17,8 +17,7 @@ from benchmarks.common import first_and_rest
 from cla_jax import memory
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.config import ModelConfig
-from cla_jax.decode import Weights, decoding_weights
-from cla_jax.model.transformer import Transformer
+from cla_jax.decode import Weights, random_weights
 
 
 def probes(size: int) -> dict[str, Callable[[], float]]:
@@ -89,9 +88,7 @@ def measure(config: ModelConfig, options: Any, probe: int) -> dict[str, Any]:
         for batch in options.batch
     }
     probed = probes(probe)
-    model = jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
-    weights = decoding_weights(model)
-    del model
+    weights = random_weights(config)
     decoders, peaks = {}, {}
     for batch, spec in sorted(specs.items()):  # an allocator tells the highest peak so far
         decoders[batch] = decoder(weights, spec, options)

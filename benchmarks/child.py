@@ -10,6 +10,7 @@ Standard library only: the child may run in an environment that has one framewor
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import resource
@@ -25,14 +26,18 @@ from typing import Any
 class Contestant:
     """What a child offers: bursts of work, which return once their results exist, and who it is."""
 
-    run: Callable[
-        [int], dict[str, Any]
-    ]  # how much: training steps, or new tokens -> more to answer
+    # How much, training steps or new tokens -> more to answer.
+    run: Callable[[int], dict[str, Any]]
     about: dict[str, Any]
 
 
 class ContestantEnded(SystemExit):
     """A contestant failed. Who does not care to go on without it need not catch this."""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of packages, for `Contestant.about`."""
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def serve(make: Callable[[dict[str, Any]], Contestant]) -> None:

@@ -1,18 +1,25 @@
 """What the benchmarks share: shapes, options, interleaving, ratios, and a description of the machine."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.child import Child
 
+if TYPE_CHECKING:
+    from cla_jax.config import ModelConfig
+    from cla_jax.decode import Weights
+
 HERE = Path(__file__).parent
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
 # Architectures, named as in `cla_jax.config.ModelConfig`: MQA with tied embeddings, always float32.
 SHAPES: dict[str, dict[str, int]] = {
@@ -52,12 +59,24 @@ def shape_of(heads: tuple[int, int, int], layers: int) -> dict[str, int]:
     }
 
 
+def random_model(
+    heads: tuple[int, int, int], layers: int, kv_map: str
+) -> tuple["ModelConfig", "Weights"]:
+    """A model of this shape in float32, with random weights; it has query heads, KV heads and head size."""
+    # Contestants under torch have no jax.
+    from cla_jax.config import ModelConfig
+    from cla_jax.decode import random_weights
+
+    config = ModelConfig(**shape_of(heads, layers), kv_map=kv_map, compute_dtype="float32")
+    return config, random_weights(config)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """What every benchmark is asked."""
 
     # Threads of each contestant.
-    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    threads: int = THREADS
     # Let malloc ask Linux for huge pages, for every contestant alike (GLIBC_TUNABLES).
     huge_pages: bool = False
     # Interpreter of the torch rows, if torch lives in another environment.
@@ -71,6 +90,22 @@ def start(row: str, spec: dict[str, Any], options: CommonOptions) -> Child:
     return Child(python, HERE / spec["script"], spec, options.huge_pages)
 
 
+@contextlib.contextmanager
+def contestants(
+    specs: dict[str, dict[str, Any]], options: CommonOptions
+) -> Iterator[dict[str, Child]]:
+    """Starts a contestant for each row, all of them with the same model, and ends them."""
+    children: dict[str, Child] = {}
+    try:
+        for row, spec in specs.items():
+            children[row] = start(row, spec, options)
+        check_same_model(children)
+        yield children
+    finally:
+        for child in children.values():
+            child.close()
+
+
 def check_same_model(children: dict[str, Child]) -> None:
     """Every row is the same model, except cla:2, which has fewer projections by design."""
     counts = {r: c.about["parameters"] for r, c in children.items() if r != "ours-cla2"}
@@ -80,21 +115,29 @@ def check_same_model(children: dict[str, Child]) -> None:
 def interleave(
     children: dict[str, Child], rounds: int, burst: int, seconds: float = float("inf")
 ) -> dict[str, list[dict[str, Any]]]:
-    """The answers of every contestant to one burst a round.
-
-    The order rotates, so that no row always follows the same other one. No round begins after
-    `seconds`.
-    """
+    """The answers of every contestant to one burst a round. No round begins after `seconds`."""
     answers: dict[str, list[dict[str, Any]]] = {row: [] for row in children}
-    order = list(children)
     begin = time.perf_counter()
-    for done in range(rounds):
+    for done, order in enumerate(rotations(children, rounds)):
         if done and time.perf_counter() - begin > seconds:
             break
         for row in order:
             answers[row].append(children[row].run(burst))
-        order = order[1:] + order[:1]
     return answers
+
+
+def rotations(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """The order of each round: it rotates, so that no name always follows the same other one."""
+    order = list(names)
+    for _ in range(rounds):
+        yield order
+        order = order[1:] + order[:1]
+
+
+def save(record: dict[str, Any], file: Path) -> None:
+    """Writes a result as JSON; what JSON does not know, as text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
 def available_memory() -> dict[str, int]:
@@ -136,7 +179,7 @@ def cores(values: dict[str, Any]) -> float:
     return statistics.median(cpu / seconds for cpu, seconds in pairs)
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int = THREADS) -> dict[str, Any]:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]

@@ -15,9 +15,7 @@ from launch import allocator
 allocator.set_up()
 
 import dataclasses
-import json
 import logging
-import os
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -25,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, machine
+from benchmarks.common import HERE, machine, save
 from cla_jax import layerwise, runs, start, uptrain
 from cla_jax.config import HEAD_INITS, INITS, LATENT_INITS, FromRun, LatentKV, ModelConfig
 from cla_jax.evaluate import open_session
@@ -101,11 +99,8 @@ def main() -> None:
             table.add_row(form, _name(replaced(model, changes)), "/".join(sorted(elements)), *row)
     Console().print(table)
     if options.save:
-        record = dataclasses.asdict(options) | {
-            "nats": nats,
-            "machine": machine(len(os.sched_getaffinity(0))),
-        }
-        (HERE / "results" / f"{options.save}.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = dataclasses.asdict(options) | {"nats": nats, "machine": machine()}
+        save(record, HERE / "results" / f"{options.save}.json")
 
 
 def _kinds(options: Options, model: ModelConfig) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Cached decoding of this repository, as one contestant of `benchmarks.decode`."""
 # ruff: noqa: E402 - the allocator is set up before jax is imported
 
-import importlib.metadata
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ allocator.set_up()
 import jax
 import numpy as np
 
-from benchmarks.child import Contestant, serve
+from benchmarks.child import Contestant, serve, versions
 from benchmarks.common import first_and_rest
 from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.config import ModelConfig, Sampling
@@ -89,8 +88,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
 
     call(spec["new_tokens"])  # compiles
     kv_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.allocate().kv_layers))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return Contestant(burst, {"parameters": parameters, "versions": versions, "kv_bytes": kv_bytes})
+    about = {"parameters": parameters, "versions": versions("jax", "jaxlib", "flax")}
+    return Contestant(burst, about | {"kv_bytes": kv_bytes})
 
 
 if __name__ == "__main__":

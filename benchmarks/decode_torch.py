@@ -12,9 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.child import Contestant, serve
+from benchmarks.child import Contestant, serve, versions
 from benchmarks.common import first_and_rest
-from benchmarks.torch_peer import llama, torch, transformers, versions
+from benchmarks.torch_peer import PACKAGES, llama, torch, transformers
 
 
 class Stamps(transformers.generation.BaseStreamer):
@@ -80,7 +80,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     assert bool(counters["unique_graphs"]) == spec["compile"], "compiled, or did not"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Contestant(
-        burst, {"parameters": parameters, "versions": versions(), "kv_bytes": kv_bytes}
+        burst, {"parameters": parameters, "versions": versions(*PACKAGES), "kv_bytes": kv_bytes}
     )
 
 

@@ -76,17 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in arguments.policy:
                 tokenizer = session.tokenizer
                 numbers = recall_scores(model, tokenizer, parse(name), examples)
-                print(
-                    json.dumps({"run": run.path.name, "task": kind, "policy": name} | numbers),
-                    flush=True,
-                )
+                say({"run": run.path.name, "task": kind, "policy": name} | numbers)
         if arguments.kept_only:
             for threshold in arguments.T or (0.95,):
                 policy = parse(fastgen(threshold, arguments.settings))
                 numbers = kept_of_prompts(session, model, policy, arguments)
-                print(
-                    json.dumps({"run": run.path.name, "policy": policy.name} | numbers), flush=True
-                )
+                say({"run": run.path.name, "policy": policy.name} | numbers)
         if arguments.task or arguments.kept_only:
             continue
         asked = {
@@ -110,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             # The T whose bytes this policy has.
             cell |= {"T": T} | line(scores, session)
-            print(json.dumps(cell), flush=True)
+            say(cell)
             if arguments.output:
                 # On a line of its own, also after a line that a stop has cut short.
                 cut = arguments.output.exists() and not read_lines(arguments.output)[1]
@@ -122,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             first = measured(fastgen(threshold, arguments.settings), threshold)
             for name in at_equal_bytes(session, first["kept"], arguments):
                 measured(name, threshold)
+
+
+def say(cell: dict[str, Any]) -> None:
+    print(json.dumps(cell), flush=True)
 
 
 def fastgen(threshold: float, settings: str) -> str:

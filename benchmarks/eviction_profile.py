@@ -12,18 +12,14 @@ import statistics
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import tyro
 
-from benchmarks.common import shape_of
+from benchmarks.common import random_model
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
-from cla_jax.config import ModelConfig
-from cla_jax.decode import decoding_weights
 from cla_jax.eviction import parse
 from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
-from cla_jax.model.transformer import Transformer
 
 WITHOUT = "random:keep=0.5"
 
@@ -42,12 +38,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
-    config = ModelConfig(
-        **shape_of((arguments.heads, arguments.kv_heads, arguments.width), arguments.layers),
-        kv_map=arguments.kv_map,
-        compute_dtype="float32",
-    )
-    weights = decoding_weights(Transformer(jax.random.key(0), config))
+    heads = arguments.heads, arguments.kv_heads, arguments.width
+    config, weights = random_model(heads, arguments.layers, arguments.kv_map)
     prompt = np.random.default_rng(0).integers(0, 512, arguments.tokens).tolist()
     compressors = {
         name: Compressor(

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.common import shape_of
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
 from cla_jax.config import ModelConfig
-from cla_jax.decode import decode, decoding_weights, prefill
+from cla_jax.decode import decode, prefill, random_weights
 from cla_jax.eviction import parse
 from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
-from cla_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,18 +51,10 @@ def step(weights, cache, token_B1, *, spec):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
-    config = ModelConfig(
-        vocab_size=512,
-        n_layers=arguments.layers,
-        d_model=arguments.heads * arguments.width,
-        d_ff=2 * arguments.heads * arguments.width,
-        n_heads=arguments.heads,
-        n_kv_heads=arguments.kv_heads,
-        d_head=arguments.width,
-        kv_map=arguments.kv_map,
-        compute_dtype="float32",
-    )
-    weights = decoding_weights(Transformer(jax.random.key(0), config))
+    shape = shape_of((arguments.heads, arguments.kv_heads, arguments.width), arguments.layers)
+    shape |= {"vocab_size": 512, "d_ff": 2 * shape["d_model"]}  # less to read beside the cache
+    config = ModelConfig(**shape, kv_map=arguments.kv_map, compute_dtype="float32")
+    weights = random_weights(config)
     more = arguments.steps * (arguments.rounds + 1)
     prompt = np.random.default_rng(0).integers(0, 512, arguments.context).tolist()
     sizes = {"batch": 1, "capacity": arguments.context + more}

@@ -13,8 +13,6 @@ from launch import allocator
 allocator.set_up()
 
 import dataclasses
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,11 +23,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, SHAPES, machine
+from benchmarks.common import HERE, SHAPES, machine, save
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import LatentKV, ModelConfig
-from cla_jax.decode import decode, decoding_weights
-from cla_jax.model.transformer import Transformer
+from cla_jax.decode import decode, random_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,7 @@ def models(options: Options) -> dict[str, ModelConfig]:
 def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
     """A function that runs some steps at a context, and gives the seconds of one."""
     spec = cache_spec(config, batch=batch, capacity=context + 1)
-    weights = decoding_weights(jax.jit(lambda: Transformer(jax.random.key(0), config))())
+    weights = random_weights(config)
     tokens, counts = jnp.ones((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
     step = jax.jit(
         lambda weights, cache: decode(weights, spec, cache, tokens, counts), donate_argnums=1
@@ -118,11 +115,8 @@ def main() -> None:
             )
     Console(width=110).print(table)
     if options.save:
-        record = dataclasses.asdict(options) | {
-            "rows": rows,
-            "machine": machine(len(os.sched_getaffinity(0))),
-        }
-        (HERE / "results" / f"{options.save}.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = dataclasses.asdict(options) | {"rows": rows, "machine": machine()}
+        save(record, HERE / "results" / f"{options.save}.json")
 
 
 if __name__ == "__main__":

@@ -22,29 +22,34 @@ from launch import allocator
 
 allocator.set_up()
 
-import contextlib
 import dataclasses
-import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, SHAPES, CommonOptions, machine, shape_of, start
+from benchmarks.common import (
+    HERE,
+    SHAPES,
+    CommonOptions,
+    machine,
+    random_model,
+    rotations,
+    save,
+    start,
+)
 from cla_jax import costs, traces
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import ModelConfig
-from cla_jax.decode import Weights, decoding_weights
-from cla_jax.decoder import Decoder
 from cla_jax.engine import Engine
 from cla_jax.mesh import AxisRules
-from cla_jax.model.transformer import Transformer
+from launch.serve_trace import ServedModel, open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,14 +75,18 @@ class Options(CommonOptions):
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    config, weights, rules, mesh = model(options)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        run(options, config, weights, rules)
+    if options.model is not None:
+        model = open_model(os.fspath(options.model))
+    else:
+        config, weights = random_model(options.heads, options.layers, options.kv_map)
+        model = ServedModel(config=config, weights=weights, rules=AxisRules())
+    with model.on_mesh():
+        run(options, model)
 
 
-def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRules) -> None:
-    lines = traces.make_trace(options.kind, options.made)
-    specs = contestants(config, options, rules)
+def run(options: Options, model: ServedModel) -> None:
+    config, lines = model.config, traces.make_trace(options.kind, options.made)
+    specs = contestants(config, options, model.rules)
     peers = {
         name: start(name, torch_spec(config, options, lines, name == "torch-reuse"), options)
         for name in options.only
@@ -85,19 +94,17 @@ def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRule
     }
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     about: dict[str, dict[str, Any]] = {name: child.about for name, child in peers.items()}
-    order = list(options.only)
-    for _ in range(options.rounds):
+    for order in rotations(options.only, options.rounds):
         for name in order:
             if name in peers:
                 rounds[name].append(peers[name].run(1))
                 continue
-            engine = Engine(weights, specs[name], every=16)
+            engine = Engine(model.weights, specs[name], every=16)
             traces.warm_up(engine)
             rounds[name].append(traces.replay(engine, lines).summary())
             about[name] = dataclasses.asdict(engine.places.counts) | {
                 "allocated": ledger.nbytes(engine.cache.kv_layers)
             }
-        order = order[1:] + order[:1]
     for child in peers.values():
         child.close()
     forms = closed_form(config, options)
@@ -110,20 +117,7 @@ def run(options: Options, config: ModelConfig, weights: Weights, rules: AxisRule
         "about": about,
         "closed_form": forms,
     }
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
-
-
-def model(options: Options) -> tuple[ModelConfig, Weights, AxisRules, jax.sharding.Mesh | None]:
-    """The model, and the rules and the mesh that its weights are laid out by."""
-    if options.model is not None:
-        decoder = Decoder.open(options.model)
-        return decoder.run.config().model, decoder.weights, decoder.rules, decoder.mesh
-    config = ModelConfig(
-        **shape_of(options.heads, options.layers), kv_map=options.kv_map, compute_dtype="float32"
-    )
-    weights = decoding_weights(Transformer(jax.random.key(0), config))
-    return config, weights, AxisRules(), None
+    save(record, options.output)
 
 
 def torch_spec(

@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.child import Contestant, serve
-from benchmarks.torch_peer import llama, torch, transformers, versions
+from benchmarks.child import Contestant, serve, versions
+from benchmarks.torch_peer import PACKAGES, llama, torch, transformers
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -53,7 +53,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
 
     burst(0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Contestant(burst, {"parameters": parameters, "versions": versions()})
+    return Contestant(burst, {"parameters": parameters, "versions": versions(*PACKAGES)})
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.child import Child
-from benchmarks.common import HERE, CommonOptions, check_same_model, machine, ratio, start
+from benchmarks.common import HERE, CommonOptions, contestants, machine, ratio, rotations
 
 Row = Literal["ours", "ours-dense", "torch"]
 ROWS: dict[str, dict[str, Any]] = {
@@ -91,29 +90,21 @@ def measure(options: Options) -> Iterator[tuple[str, dict[str, Any], dict[str, A
         "context": options.context,
         "batch": options.peer_batch,
     }
-    children: dict[str, Child] = {}
-    try:
-        for row in options.only:
-            children[row] = start(row, spec | ROWS[row], options)
-        check_same_model(children)
+    with contestants({row: spec | ROWS[row] for row in options.only}, options) as children:
         rows = {row: child.about | {"seconds": {}} for row, child in children.items()}
-        order = list(options.only)
+        orders = rotations(options.only, len(options.tasks) * options.rounds)
         for i, task in enumerate(options.tasks):
             for row in options.only:
                 if row.startswith("ours") and options.rounds > 1:
                     children[row].run(i)  # compiles
                 rows[row]["seconds"][task] = []
             answers = {}
-            for _ in range(options.rounds):
+            for order in itertools.islice(orders, options.rounds):
                 for row in order:
                     given = children[row].run(i)
                     rows[row]["seconds"][task].append(given["seconds"])
                     answers[row] = given["answers"]
-                order = order[1:] + order[:1]
             yield task, rows, answers
-    finally:
-        for child in children.values():
-            child.close()
 
 
 def questions(options: Options) -> dict[str, list[int]]:

@@ -1,7 +1,6 @@
 """Log-likelihoods of task options by this repository, as one contestant of `benchmarks.tasks`."""
 # ruff: noqa: E402 - the allocator is set up before jax is imported
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ allocator.set_up()
 
 import jax
 
-from benchmarks.child import Contestant, serve
+from benchmarks.child import Contestant, serve, versions
 from benchmarks.tasks_common import requests
 from cla_jax import checkpoint
 from cla_jax.evaluate import open_session
@@ -37,8 +36,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
             return {"answers": model.loglikelihood(list(asked.values())[task])}
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "lm_eval")}
-    return Contestant(burst, {"parameters": parameters, "versions": versions})
+    about = {"parameters": parameters, "versions": versions("jax", "jaxlib", "lm_eval")}
+    return Contestant(burst, about)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """The harness's own Hugging Face backend under torch, as one contestant of `benchmarks.tasks`."""
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.child import Contestant, serve
+from benchmarks.child import Contestant, serve, versions
 from benchmarks.tasks_common import requests
-from benchmarks.torch_peer import torch, versions
+from benchmarks.torch_peer import PACKAGES, torch
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -31,8 +30,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         return {"answers": model.loglikelihood(chosen, disable_tqdm=True)}
 
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    more = {"lm_eval": importlib.metadata.version("lm_eval")}
-    return Contestant(burst, {"parameters": parameters, "versions": versions() | more})
+    about = {"parameters": parameters, "versions": versions(*PACKAGES, "lm_eval")}
+    return Contestant(burst, about)
 
 
 if __name__ == "__main__":

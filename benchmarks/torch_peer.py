@@ -4,7 +4,6 @@ Imports nothing of this repository that needs jax, so it may run in an environme
 users take `torch` and `transformers` from here, where their absence is explained.
 """
 
-import importlib.metadata
 from typing import Any
 
 try:
@@ -17,7 +16,9 @@ except ImportError as missing:
         "measure this repository alone with --only ours"
     ) from None
 
-__all__ = ["llama", "torch", "transformers", "versions"]
+__all__ = ["PACKAGES", "llama", "torch", "transformers"]
+
+PACKAGES = ("torch", "transformers")
 
 
 def llama(
@@ -48,7 +49,3 @@ def llama(
     )
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     return model
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

@@ -1,6 +1,5 @@
 """The training step of this repository, as one contestant of `benchmarks.train_step`."""
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ allocator.set_up()  # as `launch.train` does
 import jax
 import numpy as np
 
-from benchmarks.child import Contestant, serve
+from benchmarks.child import Contestant, serve, versions
 from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement
 from cla_jax.session import plan_layout
 from cla_jax.state import initial_state
@@ -71,8 +70,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         return {"loss": float(pending["loss"])}
 
     first = steps(1)  # compiles
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return Contestant(steps, {"parameters": parameters, "versions": versions, **first})
+    about = {"parameters": parameters, "versions": versions("jax", "jaxlib", "flax")}
+    return Contestant(steps, about | first)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Rows:
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -35,17 +34,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.child import Child
 from benchmarks.common import (
     HERE,
     SHAPES,
     CommonOptions,
-    check_same_model,
+    contestants,
     cores,
     interleave,
     machine,
     ratio,
-    start,
+    save,
 )
 
 BATCH = {"batch_size": 4, "seq_len": 256}
@@ -98,17 +96,10 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         "batches": 8,
         "total_steps": 1 + (options.rounds + 1) * burst,
     }
-    children: dict[str, Child] = {}
-    try:
-        for row in options.only:
-            children[row] = start(row, spec | ROWS[row], options)
-        check_same_model(children)
+    with contestants({row: spec | ROWS[row] for row in options.only}, options) as children:
         for child in children.values():
             child.run(1)  # the first step after compilation still pays for page faults
         answers = interleave(children, options.rounds, burst)
-    finally:
-        for child in children.values():
-            child.close()
     tokens = BATCH["batch_size"] * BATCH["seq_len"] * burst
     return {
         "shape": SHAPES[name] | BATCH | {"burst": burst},
@@ -165,8 +156,7 @@ def main(options: Options) -> None:
         "huge_pages": options.huge_pages,
         "shapes": results,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, options.output)
     console.print(f"wrote {options.output}")
 
 

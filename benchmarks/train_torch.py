@@ -11,8 +11,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.child import Contestant, serve
-from benchmarks.torch_peer import llama, torch, versions
+from benchmarks.child import Contestant, serve, versions
+from benchmarks.torch_peer import PACKAGES, llama, torch
 
 
 def contestant(spec: dict[str, Any]) -> Contestant:
@@ -62,7 +62,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
 
     first = steps(1)  # compiles, allocates the moments
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Contestant(steps, {"parameters": parameters, "versions": versions(), **first})
+    return Contestant(steps, {"parameters": parameters, "versions": versions(*PACKAGES), **first})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling
-from cla_jax.decode import Weights, decode
-from cla_jax.model.layers import axes
+from cla_jax.decode import Weights, decode, no_states
 from cla_jax.places import Places, copy_row
 from cla_jax.sampling import sample
 
@@ -151,11 +150,7 @@ class Batch:
         zeros_B = jnp.zeros(self.spec.batch, jnp.int32, out_sharding=self.split_B)
         self.rows = _Rows(zeros_B, jnp.copy(zeros_B), zeros_B == 0, zeros_B == 1)
         self.cache = self.spec.allocate()
-        self.last_BD = jnp.zeros(
-            (self.spec.batch, self.spec.config.d_model),
-            self.spec.config.compute_dtype,
-            out_sharding=rules.gathered().spec(*axes("BD")),
-        )
+        self.last_BD = no_states(spec)
         masks = allowed_V, stops_V
         self.masks = tuple(jax.device_put(mask_V, rules.spec(None)) for mask_V in masks)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cla_jax.cache import Cache, CacheSpec
+from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, StepPositions
@@ -102,6 +103,11 @@ def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weig
         norm=model.norm,
         own_head=None if model.head is None else gather(model.head, rules, dtype)[...],
     )
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
+    """The initial weights of a model, for `decode`: for measurements, where only sizes matter."""
+    return decoding_weights(jax.jit(Transformer, static_argnums=1)(jax.random.key(seed), config))
 
 
 def _laid_out(module: M) -> M:
@@ -239,12 +245,7 @@ def prefill(
         counts[row], before[row] = len(prompt), held.get(row, 0)
     rules = spec.rules
     cache = cache.reset(*jax.device_put((counts > 0, before), (rules.spec("batch"),) * 2))
-    none_BD = jnp.zeros(
-        (B, spec.config.d_model),
-        spec.config.compute_dtype,
-        out_sharding=rules.gathered().spec(*axes("BD")),
-    )
-    x_BD = none_BD if last_BD is None else last_BD
+    x_BD = no_states(spec) if last_BD is None else last_BD
     for i in range(chunks):
         chunk = tokens[:, i * T : (i + 1) * T]
         placed = jax.device_put(
@@ -252,6 +253,12 @@ def prefill(
         )
         x_BD, cache = _prefill_chunk(weights, cache, x_BD, *placed, spec=spec)
     return x_BD, cache
+
+
+def no_states(spec: CacheSpec) -> jax.Array:
+    """The hidden states of rows that have no token yet, [B, D]."""
+    shape, layout = (spec.batch, spec.config.d_model), spec.rules.gathered().spec(*axes("BD"))
+    return jnp.zeros(shape, spec.config.compute_dtype, out_sharding=layout)
 
 
 def check_weights(weights: Weights, spec: CacheSpec) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cla_jax import budget
 from cla_jax.batch import _Choice, _loop, _Rows
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
@@ -122,7 +123,7 @@ class Peak:
 
 def compiled(spec: CacheSpec) -> dict[str, Peak]:
     """The compiler's figures for a chunk of `prefill` and for the `decode` loop; nothing is allocated."""
-    return {k: _peak(phase.compile().memory_analysis()) for k, phase in lowered(spec).items()}
+    return {name: _peak(phase.compile()) for name, phase in lowered(spec).items()}
 
 
 def lowered(spec: CacheSpec) -> dict[str, Any]:
@@ -160,10 +161,14 @@ def allocator_peak() -> int | None:
     return stats.get("peak_bytes_in_use")
 
 
-def _peak(analysis) -> Peak:
-    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Peak(arguments=arguments, temporaries=temporaries, total=arguments + temporaries + new)
+def _peak(compiled: Any) -> Peak:
+    analysis, total = compiled.memory_analysis(), budget.program_bytes(compiled)
+    assert total is not None  # every backend that decodes says it
+    return Peak(
+        arguments=analysis.argument_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        total=total,
+    )
 
 
 def _abstract(config: ModelConfig) -> Transformer:

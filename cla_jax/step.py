@@ -64,31 +64,18 @@ def train_step(
     *,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
-    options: ForwardOptions,
-    end: int | None,
-    begins: tuple[int, int] | None = None,
-    loss_chunk: int,
-    teacher: Teacher | None = None,
+    **of_loss: Any,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from A microbatches of B windows; a pure function of (state, batch).
 
-    Gradients are accumulated in float32; their norm is taken before clipping.
+    Gradients are accumulated in float32; their norm is taken before clipping. `of_loss` are the other
+    arguments of `loss_sum`.
     """
     A, B, T1 = tokens_ABT1.shape
 
     def mean_loss(model: Transformer, tokens_BT1: jax.Array) -> jax.Array:
         weights_BT = jnp.ones_like(tokens_BT1[:, 1:], jnp.float32)
-        total = loss_sum(
-            model,
-            tokens_BT1,
-            weights_BT,
-            options=options,
-            end=end,
-            begins=begins,
-            loss_chunk=loss_chunk,
-            teacher_model=teacher_model,
-            teacher=teacher,
-        )
+        total = loss_sum(model, tokens_BT1, weights_BT, teacher_model=teacher_model, **of_loss)
         return total / (A * B * (T1 - 1))
 
     def accumulate(carry, tokens_BT1):

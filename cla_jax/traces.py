@@ -1,4 +1,4 @@
-"""Traces of requests: read from JSON lines, made, and replayed through an engine.
+"""Traces of requests: read from JSON lines, made, and replayed through an engine. Only a replay needs jax.
 
 A line is one request:
 
@@ -14,11 +14,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cla_jax import files
-from cla_jax.engine import Engine, Request
 from cla_jax.messages import near_choice, shown
-from cla_jax.places import Counts
+
+if TYPE_CHECKING:
+    from cla_jax.engine import Engine, Request
 
 FIELDS = ("arrival", "prompt", "new_tokens", "group")
 
@@ -105,20 +107,21 @@ def write_trace(path: str | Path, lines: Sequence[Line]) -> None:
 class Shape:
     """What a made trace looks like."""
 
-    # Requests.
+    # Number of requests.
     requests: int = 64
-    # Tokens that requests have in common.
+    # Tokens of a common prefix.
     shared: int = 1024
-    # Different beginnings, or questions of a group: requests take them in turn.
+    # Number of different prefixes; requests use them in turn.
     mixes: int = 1
-    # Tokens of a prompt that belong to one request.
+    # Prompt tokens after the prefix, different for each request.
     own: int = 32
-    # Tokens to generate.
+    # Tokens to generate for each request.
     new_tokens: int = 32
-    # Mean requests a second, as a Poisson process; 0: all come at once.
+    # Mean arrivals per second, as a Poisson process; 0: all requests arrive at once.
     rate: float = 0.0
-    # Ids are below it.
+    # Token ids are below this, and below the model's vocabulary.
     vocabulary: int = 256
+    # Random seed of the tokens and the arrivals.
     seed: int = 0
 
 
@@ -223,15 +226,17 @@ class Replay:
         return numbers
 
 
-def check(engine: Engine, lines: Sequence[Line], where: str = "the trace") -> None:
+def check(engine: "Engine", lines: Sequence[Line], where: str = "the trace") -> None:
     """Raises ValueError for the first line that the engine cannot serve. Nothing is left in the engine."""
     for i, line in enumerate(lines, 1):
         name = f"{where}, request {i} by arrival"
         engine.cancel(engine.submit(line.prompt, new_tokens=line.new_tokens, name=name))
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: "Engine") -> None:
     """Compiles all programs: prompts for all rows, then one alone. What this counts is forgotten."""
+    from cla_jax.places import Counts
+
     for count in (engine.spec.batch, 1):
         for i in range(count):
             engine.submit([i % engine.spec.config.vocab_size], new_tokens=2)
@@ -239,7 +244,7 @@ def warm_up(engine: Engine) -> None:
     engine.places.counts = Counts()
 
 
-def replay(engine: Engine, lines: Sequence[Line]) -> Replay:
+def replay(engine: "Engine", lines: Sequence[Line]) -> Replay:
     """Runs a trace as it comes, in real time. Every request draws with its own seed."""
     begin = time.perf_counter()
     now = lambda: time.perf_counter() - begin

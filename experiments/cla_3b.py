@@ -5,9 +5,9 @@ data order. Here its seed stands for that. What the paper leaves open is decided
 the data is read as described there.
 """
 
-from cla_jax.config import AdamW, Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.config import Config
 from cla_jax.fields import replaced
-from experiments import sweeping
+from experiments import cla_1b, sweeping
 from experiments.sweeping import Trials
 
 # 100e9 tokens in batches of 2048 sequences of 2048 tokens.
@@ -15,32 +15,16 @@ _STEPS = 23_842
 
 
 def _row(name: str, d_head: int, peak_lr: float, kv_map: str = "identity", seed: int = 0) -> Config:
-    return Config(
-        name=f"cla_3b/{name}",
-        model=ModelConfig(
-            vocab_size=50_304,
-            n_layers=32,
-            d_model=3072,
-            d_ff=8192,
-            n_heads=3072 // d_head,
-            n_kv_heads=1,
-            d_head=d_head,
-            kv_map=kv_map,
-        ),
-        data=DataConfig(
-            source="jsonl:slimpajama/train/**/*.jsonl.zst",
-            tokenizer="gpt-neox-20b.json",
-            seq_len=2048,
-            held_out=0.0001,
-        ),
-        optimizer=OptimizerConfig(peak_lr=peak_lr, rule=AdamW(eps=1e-10)),
-        batch_size=2048,
-        steps=_STEPS,
-        seed=seed,
-        placement=Placement(
-            remat="block", log_every=10, save_every=200, eval_every=1000, eval_batch_size=256
-        ),
-    )
+    model = {"n_layers": 32, "d_model": 3072, "d_ff": 8192, "n_heads": 3072 // d_head}
+    model |= {"d_head": d_head, "kv_map": kv_map}
+    changes = {
+        "name": f"cla_3b/{name}",
+        "optimizer.peak_lr": peak_lr,
+        "steps": _STEPS,
+        "seed": seed,
+    }
+    changes |= {f"model.{field}": value for field, value in model.items()}
+    return replaced(cla_1b.h128_mqa(), changes)
 
 
 def h128_mqa() -> Config:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
-from cla_jax import eviction
+from cla_jax import eviction, traces
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 from launch import allocator
@@ -36,25 +36,6 @@ if TYPE_CHECKING:
     from cla_jax.decode import Weights
     from cla_jax.engine import Engine
     from cla_jax.mesh import AxisRules
-    from cla_jax.traces import Line, Replay
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    # Number of requests.
-    requests: int = 64
-    # Tokens of a common prefix.
-    shared: int = 1024
-    # Number of different prefixes; requests use them in turn.
-    mixes: int = 1
-    # Prompt tokens after the prefix, different for each request.
-    own: int = 32
-    # Tokens to generate for each request.
-    new_tokens: int = 32
-    # Mean arrivals per second; 0: all requests arrive at once.
-    rate: float = 0.0
-    # Random seed of the tokens and the arrivals.
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +47,7 @@ class Arguments:
     # Write a trace of this kind first: shared-prompt, few-shot, parallel-sampling, no-sharing.
     make: str = ""
     # The trace that --make writes.
-    made: Made = Made()
+    made: traces.Shape = dataclasses.field(default_factory=traces.Shape)
     cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(FORMATS)}.")] = "dense"
     # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
     # on TPUs. The kernels have not run on hardware yet.
@@ -111,19 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
-    import jax
-
-    from cla_jax import traces
     from launch import compilation_cache
 
     compilation_cache.enable()
-    model = _model(arguments.model)
+    model = open_model(arguments.model)
     if arguments.make:
-        made = dataclasses.asdict(arguments.made)
-        shape = traces.Shape(vocabulary=min(model.config.vocab_size, 256), **made)
+        ids = min(model.config.vocab_size, arguments.made.vocabulary)
+        shape = dataclasses.replace(arguments.made, vocabulary=ids)
         traces.write_trace(arguments.trace, traces.make_trace(arguments.make, shape))
     lines = traces.read_trace(arguments.trace, model.encode)
-    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
+    with model.on_mesh():
         engine = _engine(arguments, model, lines)
         traces.check(engine, lines, arguments.trace)
         traces.warm_up(engine)
@@ -146,24 +124,29 @@ def _check_flags(arguments: Arguments) -> None:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedModel:
     """What serves a trace."""
 
     config: "ModelConfig"
     weights: "Weights"
+    rules: "AxisRules"
+    mesh: "jax.sharding.Mesh | None" = None  # None: arrays of one device, which know of no mesh
     # Makes token ids of a text; None without a tokenizer.
     encode: Callable[[str], list[int]] | None = None
-    rules: "AxisRules | None" = None
-    mesh: "jax.sharding.Mesh | None" = None  # None: arrays of one device, which know of no mesh
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets the mesh of the weights, if they have one."""
+        import jax
+
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _model(name: str) -> _Model:
+def open_model(name: str) -> ServedModel:
     """A row of an experiment with random weights, or a run."""
-    import jax
-
-    from cla_jax.decode import decoding_weights
-    from cla_jax.model.transformer import Transformer
+    from cla_jax.decode import random_weights
+    from cla_jax.decoder import Decoder
+    from cla_jax.mesh import AxisRules
 
     if not Path(name).exists():
         (config, *others) = experiments.find(name)
@@ -171,16 +154,19 @@ def _model(name: str) -> _Model:
             raise ValueError(
                 f"model = {name!r} is a study: give one of its rows, such as {config.name}"
             )
-        weights = decoding_weights(Transformer(jax.random.key(0), config.model))
-        return _Model(config.model, weights)
-    from cla_jax.decoder import Decoder
-
+        weights = random_weights(config.model)
+        return ServedModel(config=config.model, weights=weights, rules=AxisRules())
     decoder = Decoder.open(name)
-    config = decoder.run.config().model
-    return _Model(config, decoder.weights, decoder.tokens, decoder.rules, decoder.mesh)
+    return ServedModel(
+        config=decoder.run.config().model,
+        weights=decoder.weights,
+        rules=decoder.rules,
+        mesh=decoder.mesh,
+        encode=decoder.tokens,
+    )
 
 
-def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "Engine":
+def _engine(arguments: Arguments, model: ServedModel, lines: Sequence[traces.Line]) -> "Engine":
     from cla_jax.cache import cache_spec
     from cla_jax.cache.prefix_shared import prefix_spec
     from cla_jax.engine import Engine
@@ -188,9 +174,7 @@ def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "En
 
     longest = max(len(line.prompt) + line.new_tokens for line in lines)
     sizes: Any = {"batch": arguments.rows, "capacity": longest, "chunk": arguments.chunk}
-    sizes["attention"] = arguments.attention
-    if model.rules is not None:
-        sizes |= {"rules": model.rules}
+    sizes |= {"rules": model.rules, "attention": arguments.attention}
     if arguments.unshared:
         spec = cache_spec(model.config, arguments.cache, **sizes)
     else:
@@ -204,7 +188,7 @@ def _engine(arguments: Arguments, model: _Model, lines: "Sequence[Line]") -> "En
 
 
 def _show(
-    engine: "Engine", lines: "Sequence[Line]", replay: "Replay", arguments: Arguments
+    engine: "Engine", lines: Sequence[traces.Line], replay: traces.Replay, arguments: Arguments
 ) -> None:
     from cla_jax.cache.ledger import nbytes
 
@@ -235,7 +219,7 @@ def _show(
     Console().print(table)
 
 
-def _plot(replay: "Replay", path: str) -> None:
+def _plot(replay: traces.Replay, path: str) -> None:
     """KV bytes over time, with and without sharing, and how late first tokens were."""
     from matplotlib.figure import Figure
 

@@ -241,7 +241,7 @@ class Gpu:
 
 
 def test_choice_of_backend_warns_once_of_a_slow_one(caplog):
-    attention._warn_once.cache_clear()
+    attention.warn_once.cache_clear()
     fast = replace(MODEL, d_head=64, compute_dtype="bfloat16")
     assert choose_backend("auto", fast, 128, Gpu()) == "cudnn"
     with caplog.at_level(logging.WARNING):

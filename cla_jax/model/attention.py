@@ -7,8 +7,6 @@ text after its padding.
 """
 
 import dataclasses
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,12 +19,10 @@ from cla_jax.mesh import AxisRules
 from cla_jax.model import splash
 from cla_jax.model.cpu_matmul import scores
 from cla_jax.model.layers import axes
-from cla_jax.model.platform import query_block
+from cla_jax.model.platform import describe, query_block, warn_once
 
 ATTENTION_OUTPUT = splash.OUTPUT
 MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN
-
-log = logging.getLogger(__name__)
 
 
 class KV(NamedTuple):
@@ -487,10 +483,7 @@ def choose_backend(asked: str, config: ModelConfig, seq_len: int, device: Any) -
 
     Raises ValueError if a kernel was asked for by name and cannot serve the model.
     """
-    platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
-    # "9.0" on NVIDIA; AMD has names such as "gfx90a", and no cuDNN.
-    version = str(getattr(device, "compute_capability", ""))
-    capability = float(version) if version.replace(".", "").isdigit() else 0.0
+    platform, capability = describe(device)
     no_splash = f"there is no splash kernel on {platform}"
     refusals = {
         "cudnn": cudnn_refusal(config, platform, capability),
@@ -502,12 +495,7 @@ def choose_backend(asked: str, config: ModelConfig, seq_len: int, device: Any) -
         return asked
     best = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
     if refusal := refusals.get(best):
-        _warn_once(f"SLOW ATTENTION: the XLA backend is used instead of {best}, because {refusal}")
+        warn_once(f"SLOW ATTENTION: the XLA backend is used instead of {best}, because {refusal}")
     elif asked == "xla" and best != "xla":
-        _warn_once(f"SLOW ATTENTION: placement.attention = 'xla', although {best} is available")
+        warn_once(f"SLOW ATTENTION: placement.attention = 'xla', although {best} is available")
     return best if asked == "auto" and not refusal else "xla"
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

@@ -3,10 +3,8 @@
 None of them was ever run on an accelerator, so none is chosen unless it is asked for by name.
 """
 
-import functools
-import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -14,10 +12,9 @@ from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.messages import near_choice
 from cla_jax.model import mosaic, paged
 from cla_jax.model.attention import Kept, Partial
+from cla_jax.model.platform import describe, warn_once
 
 XLA = "xla"
-
-log = logging.getLogger(__name__)
 
 
 class Attend(Protocol):
@@ -85,18 +82,8 @@ def check(
     near_choice("attention", name, NAMES)
     if name == XLA:
         return
-    device: Any = jax.devices()[0]
-    platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
-    version = str(getattr(device, "compute_capability", ""))
-    capability = float(version) if version.replace(".", "").isdigit() else 0.0
+    platform, capability = describe(jax.devices()[0])
     for format in dict.fromkeys(formats):
         if reason := refusal(name, config, format, platform, capability, page):
             raise ValueError(f"attention = {name!r} cannot be used for decoding: {reason}")
-    _warn_once(
-        f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'"
-    )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+    warn_once(f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'")

@@ -3,12 +3,17 @@
 A program for a TPU is often compiled on a machine that has none, so the devices at hand do not decide.
 """
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+log = logging.getLogger(__name__)
 
 
 def _platform() -> str:
@@ -25,6 +30,20 @@ def on_cpu() -> bool:
 def on_tpu() -> bool:
     """Whether the program is for a TPU."""
     return _platform() == "tpu"
+
+
+def describe(device: Any) -> tuple[str, float]:
+    """The platform of a device, `gpu` for every maker, and its compute capability; 0 if it has none."""
+    platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
+    # "9.0" on NVIDIA; AMD has names such as "gfx90a".
+    version = str(getattr(device, "compute_capability", ""))
+    return platform, float(version) if version.replace(".", "").isdigit() else 0.0
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, unless it was logged before."""
+    log.warning(message)
 
 
 def per_token(

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from cla_jax import chips, files, hlo, machine
+from cla_jax import budget, chips, files, hlo, machine
 from cla_jax.config import Config
 from cla_jax.messages import printable
 from cla_jax.plan import topologies
@@ -181,14 +181,10 @@ def _compile(lowered: Any, dump: Path, asked: str = "") -> tuple[int, bool]:
         if peak := needed_bytes(str(error)):
             return peak, False
         raise
-    analysis = compiled.memory_analysis()
     # Not its peak of live bytes: allocated is what the layout of the memory takes, gaps included.
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    ), True
+    size = budget.program_bytes(compiled)
+    assert size is not None  # the compilers of TPUs and GPUs say it
+    return size, True
 
 
 def needed_bytes(message: str) -> int | None:
