@@ -22,7 +22,6 @@ from launch import allocator
 allocator.set_up()
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -38,14 +37,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import HERE, machine, shape_of
+from benchmarks.common import HERE, machine, random_model, rotations, save
 from cla_jax import hlo
 from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.prefix_shared import TILE, prefix_spec
 from cla_jax.config import ModelConfig
-from cla_jax.decode import decode, decoding_weights
+from cla_jax.decode import decode
 from cla_jax.model.attention import StepPositions
-from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_tree import PrefixTree
 
 
@@ -69,10 +67,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    config = ModelConfig(
-        **shape_of(options.heads, options.layers), kv_map=options.kv_map, compute_dtype="float32"
-    )
-    weights = decoding_weights(Transformer(jax.random.key(0), config))
+    config, weights = random_model(options.heads, options.layers, options.kv_map)
     results = []
     for batch in options.batch:
         for shared in options.shared:
@@ -91,8 +86,7 @@ def main() -> None:
                 )
     show(results)
     record = {"options": vars(options) | {"output": ""}, "machine": machine(0), "results": results}
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    save(record, options.output)
 
 
 def contestants(
@@ -161,14 +155,10 @@ def attention_program(spec: CacheSpec) -> tuple[Any, jax.Array]:
 
 
 def program_reads(spec: CacheSpec, cache: Cache) -> int:
-    """Bytes of keys and values that the compiled attention of one layer reads from its cache, on a CPU.
-
-    The arrays of the KV layer are told from others by their sizes.
-    """
+    """Bytes of keys and values that the compiled attention of one layer reads from its cache, on a CPU."""
     call, q_BTKGH = attention_program(spec)
     program = call.lower(cache, q_BTKGH).compile()
-    sizes = {array.nbytes for array in jax.tree.leaves(cache.kv_layers[0])}
-    each = hlo.reads(program.as_text(), sizes)
+    each = hlo.reads(program.as_text(), "cache.kv_layers[0]")
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -207,15 +197,13 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
     for call in calls.values():
         call()  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(rounds):
+    for order in rotations(calls, rounds):
         for name in order:
             repeats = 5
             begin = time.perf_counter()
             for _ in range(repeats):
                 calls[name]()
             seconds[name].append((time.perf_counter() - begin) / repeats)
-        order = order[1:] + order[:1]
     return seconds
 
 

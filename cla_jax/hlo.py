@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
@@ -190,20 +190,24 @@ def memory_traffic(text: str) -> Traffic:
     return Traffic(total=total, copies=copies)
 
 
-def reads(text: str, sizes: Collection[int]) -> dict[str, int]:
-    """What each instruction reads, each time that it runs, of arrays with one of these sizes in bytes.
+def reads(text: str, argument: str) -> dict[str, int]:
+    """What each instruction reads, each time that it runs, of the program's arguments with this name.
 
-    Instructions by name, those inside of fusions left out. How often they run is not in the text, if a loop
-    turns as often as the data say.
+    The name is that of jax, or its beginning: `cache.kv_layers[0]`. An argument is followed through tuples,
+    loops and calls, and through instructions that only change its layout. Instructions by name, those inside
+    of fusions left out. How often they run is not in the text, if a loop turns as often as the data say.
     """
     program = _Program(text)
-    of_sizes = {
+    held = program.holders(argument)
+    read = {
         instruction.name: sum(
-            part for whole, part in program.read_by(name, instruction) if whole in sizes
+            part
+            for operand, part in program.read_by(within, instruction)
+            if (operand, None) in held[within]
         )
-        for name, instruction in program.not_fused()
+        for within, instruction in program.not_fused()
     }
-    return {name: read for name, read in of_sizes.items() if read}
+    return {name: size for name, size in read.items() if size}
 
 
 def _moves(instruction: _Instruction) -> bool:
@@ -255,19 +259,72 @@ class _Program:
                 if _moves(instruction) and instruction.operation not in _CONTROL:
                     yield name, instruction
 
-    def read_by(self, name: str, instruction: _Instruction) -> list[tuple[int, int]]:
-        """Of each array that an instruction reads: its bytes in the main memory, and how many are read."""
-        defined, arrays = self._defined[name], []
+    def holders(self, argument: str) -> dict[str, set[tuple[str, int | None]]]:
+        """In each computation, the instructions whose result is one of these arguments, or has it in a tuple.
+
+        With its number in the tuple, or None for the result itself.
+        """
+        held: dict[str, set[tuple[str, int | None]]] = {
+            within: {(i.name, None) for i in body if f'op_name="{argument}' in i.rest}
+            for within, body in self._instructions.items()
+        }
+        before = -1
+        while before != (count := sum(map(len, held.values()))):  # a loop hands on what it returns
+            before = count
+            for within, body in self._instructions.items():
+                for i in body:
+                    held[within] |= {(i.name, number) for number in self._hold(within, i, held)}
+        return held
+
+    def _hold(
+        self, within: str, i: _Instruction, held: dict[str, set[tuple[str, int | None]]]
+    ) -> set[int | None]:
+        """Where a result holds what its operands hold. What it calls is told what it is handed."""
+        numbers = lambda name, within=within: {k for n, k in held[within] if n == name}
+        match i.operation:
+            case "tuple":
+                return {k for k, operand in enumerate(i.operands) if None in numbers(operand)}
+            case "get-tuple-element":
+                number = int(re.findall(r"index=(\d+)", i.rest)[0])
+                return {None} if number in numbers(i.operands[0]) else set()
+            case "while" | "call" | "conditional":
+                returned: set[int | None] = set()
+                for branch, inner in enumerate(self._called(i)):
+                    body = self._instructions[inner]
+                    (root,) = (each for each in body if each.is_root)
+                    returned |= numbers(root.name, inner)
+                    for parameter in body:
+                        if parameter.operation == "parameter":
+                            # The first operand of a conditional chooses the branch.
+                            by = branch + 1 if i.operation == "conditional" else parameter.parameter
+                            handed = numbers(i.operands[by])
+                            if i.operation == "while":
+                                handed = returned = handed | returned
+                            held[inner] |= {(parameter.name, number) for number in handed}
+                return returned
+        moves = i.operation in ("bitcast", "opt-barrier") or self.only_moves(i)
+        return numbers(i.operands[0]) if moves and i.operands else set()
+
+    def read_by(self, name: str, instruction: _Instruction) -> list[tuple[str, int]]:
+        """The operands that an instruction reads, and how many bytes of each in the main memory."""
+        defined = self._defined[name]
         if instruction.operation in _WITH_BODY:
-            for inner, parameter, operand in self._handed(instruction):
-                whole = _placed_bytes(defined[operand].result) if operand in defined else 0
-                arrays.append((whole, self._read(inner, parameter, whole) if whole else 0))
-            return arrays
-        wholes = [_placed_bytes(operand.result) for operand in self._operands(name, instruction)]
+            wholes = {
+                operand: _placed_bytes(defined[operand].result)
+                for operand in instruction.operands
+                if operand in defined
+            }
+            return [
+                (operand, self._read(inner, parameter, wholes[operand]))
+                for inner, parameter, operand in self._handed(instruction)
+                if wholes.get(operand)
+            ]
+        operands = self._operands(name, instruction)
         if instruction.operation in _PARTIAL:  # indices are small
-            part = _placed_bytes(instruction.result, anywhere=True)
-            return [(wholes[0], part if wholes[0] else 0)]
-        return [(whole, whole) for whole in wholes]
+            placed = _placed_bytes(operands[0].result)
+            part = _placed_bytes(instruction.result, anywhere=True) if placed else 0
+            return [(operands[0].name, part)]
+        return [(operand.name, _placed_bytes(operand.result)) for operand in operands]
 
     def moved(self, name: str, instruction: _Instruction) -> int:
         """Bytes that an instruction of a computation reads and writes."""

@@ -167,8 +167,10 @@ HloModule jit_step
   ROOT %t = (s32[], f32[20,16]) tuple(%i, %new)
 }
 
-ENTRY %main (a: f32[4,16]) -> f32[16,4] {
-  %a = f32[4,16]{1,0} parameter(0)
+ENTRY %main (a: f32[4,16], stack.1: f32[20,16]) -> f32[16,4] {
+  %a = f32[4,16]{1,0} parameter(0), metadata={op_name="q"}
+  %stack.1 = f32[20,16]{1,0} parameter(1), metadata={op_name="cache.kv_layers[0].k_BSKH"}
+  %init = (s32[], f32[20,16]) tuple(%zero.1, %stack.1)
   %w = (s32[], f32[20,16]) while(%init), condition=%cond, body=%body
   %stack.2 = f32[20,16]{1,0} get-tuple-element(%w), index=1
   %near = f32[4,16]{1,0:T(8,128)S(1)} negate(%a)
@@ -198,10 +200,58 @@ def test_a_program_that_was_not_written_moves_nothing():
     assert hlo.memory_traffic("") == hlo.Traffic(total=0, copies=0)
 
 
-def test_reads_are_what_each_instruction_takes_of_arrays_of_a_size():
+def test_reads_are_what_each_instruction_takes_of_an_argument():
     """Slices in the loop, the whole array beside it; how often the loop turns does not matter."""
     text = MOVED.replace("constant(20)", "parameter(1)")
-    row, stack, array = 16 * 4, 20 * 16 * 4, 4 * 16 * 4
-    assert hlo.reads(text, {stack}) == {"part": row, "start": 2 * row}
-    assert hlo.reads(text, {array}) == {"near": array, "f": array, "o": 2 * array}
-    assert hlo.reads(text, {7}) == {}
+    row, array = 16 * 4, 4 * 16 * 4
+    assert hlo.reads(text, "cache.kv_layers[0]") == {"part": row, "start": 2 * row}
+    assert hlo.reads(text, "q") == {"near": array, "f": array, "o": 2 * array}
+    assert hlo.reads(text, "cache.kv_layers[1]") == {}
+
+
+CALLED = """\
+HloModule jit_step
+
+%turn (p: (f32[4], f32[4])) -> (f32[4], f32[4]) {
+  %p = (f32[4], f32[4]) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %y = f32[4]{0} get-tuple-element(%p), index=1
+  %sum = f32[4]{0} add(%x, %y)
+  ROOT %next = (f32[4], f32[4]) tuple(%y, %x)
+}
+
+%cond (p.1: (f32[4], f32[4])) -> pred[] {
+  ROOT %always = pred[] parameter(1)
+}
+
+%branch (b: f32[4]) -> f32[4] {
+  %b = f32[4]{0} parameter(0)
+  ROOT %twice = f32[4]{0} add(%b, %b)
+}
+
+%same (s: f32[4]) -> f32[4] {
+  ROOT %s = f32[4]{0} parameter(0)
+}
+
+%part (v: f32[4], h: f32[4]) -> f32[4] {
+  %v = f32[4]{0} parameter(0)
+  %h = f32[4]{0} parameter(1)
+  ROOT %chosen = f32[4]{0} conditional(%flag, %v, %h), true_computation=%branch, false_computation=%same
+}
+
+ENTRY %main (k: f32[4], v.1: f32[4]) -> f32[4] {
+  %k = f32[4]{0} parameter(0), metadata={op_name="cache.k"}
+  %v.1 = f32[4]{0} parameter(1), metadata={op_name="cache.v"}
+  %init = (f32[4], f32[4]) tuple(%k, %other)
+  %w = (f32[4], f32[4]) while(%init), condition=%cond, body=%turn
+  %first = f32[4]{0} get-tuple-element(%w), index=0
+  %c = f32[4]{0} call(%v.1, %first), to_apply=%part
+  ROOT %last = f32[4]{0} negate(%c)
+}
+"""
+
+
+def test_an_argument_is_followed_through_loops_calls_and_branches():
+    """The two arrays of the loop change places in each turn; only the second branch returns its operand."""
+    assert hlo.reads(CALLED, "cache.k") == {"sum": 32, "last": 16}
+    assert hlo.reads(CALLED, "cache.v") == {"twice": 32}
