@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from cla_jax.fields import variants
-from cla_jax.messages import shown
+from cla_jax.messages import choice, shown
 
 
 def positive(name: str, value: float) -> None:
@@ -35,18 +35,18 @@ def bounded(config: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name} = {shown(value)} must be at most {_MOST[name]:,}")
 
 
-def check_unions(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for a union of dataclasses that has another value, such as a text."""
-    for name, kinds in _unions(type(config)).items():
-        if not isinstance(value := getattr(config, name), kinds):
+_hints = functools.cache(typing.get_type_hints)
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for a field that has none of the values, or of the dataclasses, of its type."""
+    for name, hint in _hints(type(config)).items():
+        value, kinds = getattr(config, name), tuple(variants(hint).values())
+        if typing.get_origin(hint) is typing.Literal:
+            choice(f"{prefix}{name}", value, typing.get_args(hint))
+        elif kinds and not isinstance(value, kinds):
             known = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{prefix}{name} = {shown(value)} must be one of {known}")
-
-
-@functools.cache
-def _unions(cls: type) -> dict[str, tuple[type, ...]]:
-    hints = typing.get_type_hints(cls)
-    return {name: tuple(kinds.values()) for name in hints if (kinds := variants(hints[name]))}
 
 
 def is_digits(text: str, most: int = 18) -> bool:

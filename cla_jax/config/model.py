@@ -6,8 +6,8 @@ import math
 from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config.checks import bounded, check_unions, is_digits, positive
-from cla_jax.messages import choice, shown
+from cla_jax.config.checks import bounded, check_choices, is_digits, positive
+from cla_jax.messages import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class ModelConfig:
         for field in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads"):
             positive(f"model.{field}", getattr(self, field))
         bounded(self, "model.")
-        check_unions(self, "model.")
+        check_choices(self, "model.")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not divisible by "
@@ -230,8 +230,6 @@ class ModelConfig:
                 raise ValueError("model.qk_norm must be False with model.kv.kind = latent")
             if self.bias:
                 raise ValueError("model.bias must be False with model.kv.kind = latent")
-        choice("model.kv_norm", self.kv_norm, ("own", "block"))
-        choice("model.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         for field in ("rope_theta", "norm_eps", "init_std"):
             positive(f"model.{field}", getattr(self, field))
         if self.rope_theta <= 1:

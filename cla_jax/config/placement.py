@@ -5,8 +5,8 @@ import functools
 from typing import Literal
 
 from cla_jax import names
-from cla_jax.config.checks import bounded, is_digits, positive
-from cla_jax.messages import choice, shown
+from cla_jax.config.checks import bounded, check_choices, is_digits, positive
+from cla_jax.messages import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,7 @@ class MeshConfig:
     model: int = 1
 
     def __post_init__(self):
-        sizes = {
-            "slice": self.slice,
-            "data": self.data,
-            "fsdp": self.fsdp,
-            "model": self.model,
-        }
+        sizes = {axis: getattr(self, axis) for axis in ("slice", "data", "fsdp", "model")}
         for axis, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"placement.mesh.{axis} = {size} must be positive, or -1")
@@ -100,8 +95,7 @@ class Placement:
         for option in self.compiler_options.split(",") if self.compiler_options else ():
             if not all(option.partition("=")):
                 raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
-        choice("placement.remat", self.remat, ("none", "block", "attention", "dots"))
-        choice("placement.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        check_choices(self, "placement.")
         for field in ("runs", "data_dir"):
             names.check_path(f"placement.{field}", getattr(self, field))
         self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from cla_jax import names
-from cla_jax.config.checks import check_unions, positive
-from cla_jax.messages import choice
+from cla_jax.config.checks import check_choices, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        check_unions(self, "optimizer.")
+        check_choices(self, "optimizer.")
         for field in ("peak_lr", "clip_norm"):
             positive(f"optimizer.{field}", getattr(self, field))
 
@@ -187,7 +186,7 @@ class FromRun:
 
     def __post_init__(self):
         names.check_path("start.run", self.run)
-        choice("start.init", self.init, INITS)
+        check_choices(self, "start.")
         positive("start.calibration_windows", self.calibration_windows)
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"start.distill_weight = {self.distill_weight} must lie in 0 to 1")
