@@ -464,63 +464,66 @@ def measure_all(options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------- the tables
 
 
+_gib = lambda size: "" if size is None else f"{size / 2**30:.2f}"
+_percent = lambda part: "" if part is None else f"{part:.0%}"
+# Of each kind of measurement: the columns, and their cells from the record and its result.
+_COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]]] = {
+    "device": (
+        ("product, TFLOP/s", "memory read, GB/s"),
+        lambda r, x: (f"{x['matmul_flops'] / 1e12:.0f}", f"{x['bandwidth']['read'] / 1e9:.0f}"),
+    ),
+    "attention": (
+        ("head size", "KV heads", "backend", "error of output", "of gradients"),
+        lambda r, x: (
+            r["d_head"],
+            r["n_kv_heads"],
+            x["backend"],
+            f"{x['errors']['o']:.1e}",
+            f"{max(x['errors'][name] for name in ('d_q', 'd_k', 'd_v')):.1e}",
+        ),
+    ),
+    "training": (
+        ("row", "rows", "remat", "scanned", "tokens/s", "MFU", "peak GiB, compiled (in use)"),
+        lambda r, x: (
+            r["row"],
+            r["rows"],
+            r["remat"],
+            r["scan"],
+            f"{x['tokens_per_s']:,.0f}",
+            _percent(x["mfu"]),
+            f"{_gib(x['compiled_peak'])} ({_gib(x['allocator_peak'])})",
+        ),
+    ),
+    "kernel": (
+        ("head size", "cache", "batch", "context", "error", "GB/s of the cache"),
+        lambda r, x: (
+            r["d_head"],
+            r["cache"],
+            r["batch"],
+            r["context"],
+            f"{x['error']:.1e}",
+            f"{x['bytes_per_s'] / 1e9:,.0f}",
+        ),
+    ),
+    "decoding": (
+        ("row", "batch", "cache", "attention", "tokens/s", "of the measured bandwidth"),
+        lambda r, x: (
+            r["row"],
+            r["batch"],
+            r["cache"],
+            r.get("attention", "xla"),
+            f"{x['tokens_per_s']:,.0f}",
+            _percent(x["fraction"]),
+        ),
+    ),
+}
+
+
 def tables(records: Sequence[dict[str, Any]]) -> str:
     """Markdown tables of the newest result of each measurement and device; the errors below."""
     last = newest(records).values()
-    gib = lambda size: "" if size is None else f"{size / 2**30:.2f}"
-    percent = lambda part: "" if part is None else f"{part:.0%}"
-    columns: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]]] = {
-        "device": (
-            ("product, TFLOP/s", "memory read, GB/s"),
-            lambda r, x: (f"{x['matmul_flops'] / 1e12:.0f}", f"{x['bandwidth']['read'] / 1e9:.0f}"),
-        ),
-        "attention": (
-            ("head size", "KV heads", "backend", "error of output", "of gradients"),
-            lambda r, x: (
-                r["d_head"],
-                r["n_kv_heads"],
-                x["backend"],
-                f"{x['errors']['o']:.1e}",
-                f"{max(x['errors'][name] for name in ('d_q', 'd_k', 'd_v')):.1e}",
-            ),
-        ),
-        "training": (
-            ("row", "rows", "remat", "scanned", "tokens/s", "MFU", "peak GiB, compiled (in use)"),
-            lambda r, x: (
-                r["row"],
-                r["rows"],
-                r["remat"],
-                r["scan"],
-                f"{x['tokens_per_s']:,.0f}",
-                percent(x["mfu"]),
-                f"{gib(x['compiled_peak'])} ({gib(x['allocator_peak'])})",
-            ),
-        ),
-        "kernel": (
-            ("head size", "cache", "batch", "context", "error", "GB/s of the cache"),
-            lambda r, x: (
-                r["d_head"],
-                r["cache"],
-                r["batch"],
-                r["context"],
-                f"{x['error']:.1e}",
-                f"{x['bytes_per_s'] / 1e9:,.0f}",
-            ),
-        ),
-        "decoding": (
-            ("row", "batch", "cache", "attention", "tokens/s", "of the measured bandwidth"),
-            lambda r, x: (
-                r["row"],
-                r["batch"],
-                r["cache"],
-                r.get("attention", "xla"),
-                f"{x['tokens_per_s']:,.0f}",
-                percent(x["fraction"]),
-            ),
-        ),
-    }
     lines = []
-    for what, (names, cells) in columns.items():
+    for what, (names, cells) in _COLUMNS.items():
         rows = [r for r in last if r.get("what") == what and "result" in r]
         lines += [f"### {what}", "", f"| device | {' | '.join(names)} |"]
         lines.append("|---" * (len(names) + 1) + "|")
