@@ -130,6 +130,11 @@ class Compressor:
         self.seconds.profile += time.monotonic() - clock
         return Profiled(x_BTD=x_BTD, encoded=encoded, chosen=chosen, classes_BS=classes_BS)
 
+    def kept_of_prompts(self) -> list[float]:
+        """The share of each prompt of the last fill that is kept, over all KV layers and heads."""
+        shares_PB = [one.kept_BKS.sum(-1).mean(1) / one.lengths_B for one in self.chosen]
+        return np.mean(shares_PB, axis=0).tolist()
+
     def release(self, row: int) -> None:
         """The row's pages are free for others. The next fill empties its table before it gives them away."""
         self._left.add(row)

@@ -183,6 +183,8 @@ class TaskScore:
     data: Any = None
     seconds: float | None = None
     n: int | None = None  # examples
+    # Of an eviction policy: the mean share of a context that it kept. Tasks of a group have one number.
+    kept_of_prompt: float | None = None
     # By where the answer is in the context, from 0.0 to 0.9; empty if the examples do not say it.
     depths: Mapping[str, DepthScore] = dataclasses.field(default_factory=dict)
 

@@ -244,8 +244,7 @@ def recall_scores(
             steps=steps,
         )
         sums.append(np.asarray(sums_5B, np.float64)[:, : len(asked)])
-        share_BP = [one.kept_BKS.sum(-1).mean(1) / one.lengths_B for one in compressor.chosen]
-        kept += np.mean(share_BP, axis=0)[: len(asked)].tolist()
+        kept += compressor.kept_of_prompts()[: len(asked)]
     sums_5N = np.concatenate(sums, axis=1)
     size_N = np.array([len(answer) for _, _, answer in texts])
     depth_N = np.array([min(int(one.depth * 10), 9) for one in examples])

@@ -275,15 +275,17 @@ def through_policy(
     *,
     chunk: int,
     progress: Progress = lambda done, total: None,
-) -> list[Likelihood]:
+) -> tuple[list[Likelihood], list[float]]:
     """The likelihood of each text's targets, decoded through what a policy keeps of its context.
+
+    Also the share of each prompt that is kept, over all KV layers and heads, in no order.
 
     The prompt is the context without its last token, so all targets are predicted by tokens that are decoded.
     (Of a context of one token, the prompt is that token.) It is encoded whole, once for all texts that have
     it. `weights` are on one device; `classes` are those of `evicting_spec`. Raises ValueError for prompts
     that the policy does not take, and as `evicting_spec` does.
     """
-    tally = _Tally(len(texts), progress)
+    tally, kept = _Tally(len(texts), progress), []
     members: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(texts):
         members.setdefault(one.tokens[: max(one.given, 1)], []).append(i)
@@ -308,6 +310,7 @@ def through_policy(
                 for row, prompt in filled.items()
             }
             x_BTD, cache = compressor.fill(cache, filled, most)
+            kept += compressor.kept_of_prompts()[: len(contexts)]
             # What the prompt itself predicts: of a context of one token, the first target.
             places = [
                 _Place(i, row, texts[i].given + t, target)
@@ -326,7 +329,7 @@ def through_policy(
                 ]
                 copies = jax.tree.map(jnp.copy, cache)
                 _decode_suffixes(weights, compressor.spec, copies, texts, here, tally)
-    return tally.result()
+    return tally.result(), kept
 
 
 # ---------------------------------------------------------------------------------------- scores

@@ -331,7 +331,8 @@ def _print_task(task: str, way: str, score: "TaskScore") -> None:
     )
     examples = "" if score.n is None else f"   {_examples(score.n)} of {score.split}"
     seconds = "" if score.seconds is None else f", {score.seconds:,.0f} s"
-    print(f"  {task:15s} {way:8s} {shown}{examples}{seconds}")
+    kept = "" if score.kept_of_prompt is None else f", {score.kept_of_prompt:.0%} of contexts kept"
+    print(f"  {task:15s} {way:8s} {shown}{examples}{kept}{seconds}")
     for depth, part in score.depths.items():
         values = "   ".join(f"{name} {value:.4f}" for name, value in part.metrics.items())
         print(f"  {'':16s}answer at depth {depth}   {values}   {_examples(part.n)}")

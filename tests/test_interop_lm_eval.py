@@ -243,6 +243,8 @@ def test_what_a_policy_forgets_shows_by_depth(run, tmp_path):
     full, everything, some = found.values()
     assert full.n == sum(part.n for part in full.depths.values()) == 12
     assert len(full.depths) > 3
+    assert (full.kept_of_prompt, everything.kept_of_prompt) == (None, 1)
+    assert 0.05 < some.kept_of_prompt < 0.3
     for depth, part in full.depths.items():
         same, other = (one.depths[depth].metrics["perplexity"] for one in (everything, some))
         assert same == pytest.approx(part.metrics["perplexity"], rel=1e-4)

@@ -148,9 +148,10 @@ def test_a_cache_that_quantises_old_tokens_is_copied_whole():
 def test_a_policy_that_keeps_everything_gives_what_a_dense_cache_gives(policy):
     model = reference.randomised(MODEL)
     weights, texts = decoding_weights(model), questions()
-    found = likelihood.through_policy(
+    found, kept = likelihood.through_policy(
         weights, MODEL, eviction.parse(policy), CLASSES.tobytes(), texts, chunk=5
     )
+    assert set(kept) == {1.0}
     dense = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=5)
     assert_same(found, dense, tolerance=1e-5)
 
@@ -162,14 +163,17 @@ def test_a_policy_answers_as_each_text_alone_does(policy):
     model = reference.randomised(MODEL)
     weights = decoding_weights(model)
     texts = questions()[:14]
-    found = likelihood.through_policy(weights, MODEL, policy, CLASSES.tobytes(), texts, chunk=1)
+    found, shares = likelihood.through_policy(
+        weights, MODEL, policy, CLASSES.tobytes(), texts, chunk=1
+    )
     expected, kept = [], []
     for tokens, targets in texts:
         prompt = tokens[: max(len(tokens) - len(targets), 1)]
         spec = evicting_spec(MODEL, policy, classes=CLASSES.tobytes(), batch=1, capacity=128)
         compressor = Compressor(weights, spec)
         x, cache = compressor.fill(spec.allocate(), {0: prompt}, len(tokens) - len(prompt))
-        kept.append(compressor.chosen[0].kept_BKS.sum() / len(prompt))
+        shares_P = [one.kept_BKS.mean(1).sum() / len(prompt) for one in compressor.chosen]
+        kept.append(sum(shares_P) / len(shares_P))
         hidden = [x[:, len(prompt) - 1]]
         for token in tokens[len(prompt) :]:
             x, cache = decode(weights, compressor.spec, cache, np.array([[token]]), np.array([1]))
@@ -180,6 +184,9 @@ def test_a_policy_answers_as_each_text_alone_does(policy):
         logprob = log_p[np.arange(len(targets)), list(targets)].sum()
         expected.append((logprob, bool((logits.argmax(-1) == targets).all())))
     assert min(kept) < 0.6  # something was evicted
+    # A prompt of several texts counts once.
+    assert sorted({round(share, 6) for share in shares}) == sorted({round(k, 6) for k in kept})
+    assert len(shares) < len(kept)
     assert_same(found, expected, tolerance=1e-4)
 
 

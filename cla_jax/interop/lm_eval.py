@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -84,6 +85,7 @@ class Model(TemplateLM):
         super().__init__()
         eviction.check_cache(way, WAYS)
         self.max_length: int = context or session.data.seq_len
+        self.kept: list[float] = []  # the shares of prompts that a policy has kept
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
         self._session, self._model, self.way, self.chunk = session, model, way, chunk
         self._tokenizer = session.tokenizer
@@ -165,7 +167,7 @@ class Model(TemplateLM):
         if self.way == FULL:
             likelihoods = likelihood.by_forward(self._model, self._session.options, texts, progress)
         elif eviction.is_policy(self.way):
-            likelihoods = likelihood.through_policy(
+            likelihoods, kept = likelihood.through_policy(
                 self._weights,
                 self._model.config,
                 eviction.parse(self.way),
@@ -174,6 +176,7 @@ class Model(TemplateLM):
                 chunk=self.chunk,
                 progress=progress,
             )
+            self.kept += kept
         else:
             likelihoods = likelihood.through_cache(
                 self._weights,
@@ -398,9 +401,11 @@ def _scored(
     the metrics of each tenth too (`depths`).
     """
     clock = time.monotonic()
+    answers.kept.clear()
     deep = {name for name, task in loaded["tasks"].items() if "depth" in task.eval_docs[0]}
     outcome: Any = evaluated(lm=answers, task_dict=loaded, limit=limit, log_samples=bool(deep))
     seconds = round(time.monotonic() - clock, 3)
+    kept = round(statistics.mean(answers.kept), 4) if answers.kept else None
     scores: dict[str, TaskScore] = {}
     for name, results in outcome["results"].items():
         metrics = {
@@ -415,7 +420,7 @@ def _scored(
             depths = _by_depth(loaded["tasks"][name], outcome["samples"][name])
         how = asked.get(name, TaskScore(metrics={}))
         scores[name] = dataclasses.replace(
-            how, metrics=metrics, seconds=seconds, n=n, depths=depths
+            how, metrics=metrics, seconds=seconds, n=n, kept_of_prompt=kept, depths=depths
         )
     return scores
 
