@@ -15,6 +15,7 @@ from cla_jax.config import Config, OptimizerConfig
 from cla_jax.data.loader import PREFETCH
 from cla_jax.loss import TeacherOutput, cross_entropy
 from cla_jax.messages import printable
+from cla_jax.model.platform import first_microbatch_apart
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.optimizer import make_optimizer, schedule
 from cla_jax.session import Layout, Teacher
@@ -82,11 +83,13 @@ def train_step(
         loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens_BT1)
         return jax.tree.map(jnp.add, carry, (loss, gradients)), None
 
-    # The first microbatch starts the sums. Most runs have one microbatch. Adding it to zeros would cost a
-    # pass over all gradients, a seventh of the step of a small model on the CPU.
-    first = jax.value_and_grad(mean_loss)(state.model, tokens_ABT1[0])
-    # One after another: else, to fill its pipelines, XLA holds the activations of two microbatches.
-    first, others = jax.lax.optimization_barrier((first, tokens_ABT1[1:]))
+    if A == 1 or first_microbatch_apart():
+        first = jax.value_and_grad(mean_loss)(state.model, tokens_ABT1[0])
+        # One after another: else, to fill its pipelines, XLA holds the activations of two microbatches.
+        first, others = jax.lax.optimization_barrier((first, tokens_ABT1[1:]))
+    else:
+        first = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model)
+        others = tokens_ABT1
     (loss, gradients), _ = jax.lax.scan(accumulate, first, others)
     parameters: Any = state.model  # to optax, any pytree
     with jax.named_scope("optimizer"):

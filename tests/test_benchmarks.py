@@ -184,6 +184,25 @@ def test_a_process_that_dies_leaves_what_it_was_about(tmp_path, monkeypatch):
     assert {"what", "when", "d_head", "error"} <= set(found)
 
 
+SLEEPING = """
+import time
+from benchmarks import accelerator
+measurement = accelerator.Measurement(name="x", run=dict, arguments={})
+accelerator.measurements = lambda tiny: [measurement]
+accelerator.record = lambda _: print("begun", flush=True) or time.sleep(30) or "not ended"
+accelerator.child("x", True)
+"""
+
+
+def test_a_measurement_ends_when_what_has_started_it_is_killed():
+    shell = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, SLEEPING]
+    with subprocess.Popen(shell, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "begun\n"
+        started.kill()
+        assert started.stdout.read() == ""
+
+
 @pytest.mark.parametrize("flags", [["--out", "X", "--show"], ["--out", "Y", "--done", "X"]])
 def test_results_that_are_not_there_are_refused(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

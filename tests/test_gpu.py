@@ -78,27 +78,26 @@ def planned(row, topology, **changes):
 
 
 @pytest.mark.parametrize(
-    ("topology", "batch", "remat", "gib"),
+    ("topology", "batch", "remat", "gib", "error"),
     [
-        ("h100:8", 64, "block", 4.99),
-        ("h100:16x8", 2048, "none", 27.38),
-        ("h100:16x8", 2048, "block", 5.31),
+        ("h100:8", 64, "block", 4.99, 0.16),
+        ("h100:16x8", 2048, "none", 27.38, 0.1),
+        ("h100:16x8", 2048, "block", 5.31, 0.1),
     ],
 )
-def test_peaks_of_the_1b_step_are_those_of_the_documents(topology, batch, remat, gib):
+def test_peaks_of_the_1b_step_are_those_of_the_documents(topology, batch, remat, gib, error):
     """docs/pods.md has them."""
     changes = {"batch_size": batch, "placement.remat": remat, "placement.eval_batch_size": 128}
     found = planned("cla_1b.h128_mqa_cla2", topology, **changes)
     assert found.fits
     assert found.peak == pytest.approx(gib * 2**30, rel=0.05)
-    assert found.estimate == pytest.approx(found.peak, rel=0.1)
+    assert found.estimate == pytest.approx(found.peak, rel=error)
     assert found.copied < 0.02 * found.traffic
     told = found.collective_bytes
     assert told["all-reduce"] < 0.01 * told["reduce-scatter"]
 
 
-# Not yet true of "attention" and "dots".
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "block", "attention", "dots"])
 def test_under_a_scan_nothing_is_held_twice(remat):
     changes = {"model.n_layers": 8, "batch_size": 8, "placement.remat": remat}
     changes |= {"placement.eval_batch_size": 8}

@@ -208,6 +208,22 @@ def test_what_accelerators_compute_again_changes_nothing(kv_map, monkeypatch):
         assert jnp.abs(gradient - gradients[name]).max() <= 2e-6 * scale, name
 
 
+@pytest.mark.parametrize("remat", ["none", "block", "attention", "dots"])
+def test_a_scan_saves_no_weight_for_the_backward_pass(remat, monkeypatch):
+    """It has them as its input."""
+    for module in ("transformer", "platform"):
+        monkeypatch.setattr(f"cla_jax.model.{module}.on_cpu", lambda: False)
+    model = make(model_config("0,0,2,2", n_layers=4))
+    loss = lambda m: m.logits(TOKENS, ForwardOptions(remat=remat)).sum()
+    equations = jax.make_jaxpr(jax.grad(loss))(model).jaxpr.eqns
+    forward = next(e for e in equations if e.primitive.name == "scan")
+    saved = {v.aval.shape for v in forward.outvars[forward.params["num_carry"] :]}
+    (stack,) = model.stacks  # [groups, blocks, ...]; a block of each group is [groups, ...]
+    weights = {leaf.shape[:1] + leaf.shape[2:] for leaf in jax.tree.leaves(stack.blocks)}
+    assert (2, *TOKENS.shape, 32) in saved  # the residual stream
+    assert not saved & weights
+
+
 def test_scan_and_remat_are_really_different_programs():
     """What the test above compares; otherwise it could not fail."""
     model = make(model_config())

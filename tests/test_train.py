@@ -26,7 +26,7 @@ from cla_jax.recorder import is_complete
 from cla_jax.runs import find_runs
 from cla_jax.session import batch_stream, prepare_session
 from cla_jax.state import named
-from cla_jax.step import compile_step, compiler_options, make_step, tokens_hash
+from cla_jax.step import _step, compile_step, compiler_options, make_step, tokens_hash
 from cla_jax.train import opened, restore_or_init, train
 from cla_jax.writers import CompositeWriter
 
@@ -344,11 +344,20 @@ def test_resuming_on_another_mesh_keeps_bits_tokens_and_losses(tiny, devices):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
 
 
-def test_microbatches_change_the_loss_by_rounding_only(tiny, devices):
+def test_microbatches_change_the_loss_by_rounding_only(tiny, devices, monkeypatch):
     devices(1)
     whole, parts = tiny(name="whole"), tiny(name="parts", **{"placement.accumulate": 4})
     for config in (whole, parts):
         train(config, evaluate=NO_EVALUATION)
+    # As TPUs compute them: all in one loop, from zeros.
+    looped = tiny(name="looped", **{"placement.accumulate": 4})
+    monkeypatch.setattr("cla_jax.step.first_microbatch_apart", lambda: False)
+    _step.cache_clear()
+    train(looped, evaluate=NO_EVALUATION)
+    _step.cache_clear()
+    for a, b in zip(metrics(parts), metrics(looped), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
     for a, b in zip(metrics(whole), metrics(parts), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
