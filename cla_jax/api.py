@@ -12,7 +12,7 @@ cla_jax.plot_runs([run]).savefig("pareto.png")
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cla_jax.config import Config
 from cla_jax.runs import Run, find_run, find_runs, run_path
@@ -54,6 +54,7 @@ def evaluate_run(
     *,
     caches: Sequence[str] = ("dense",),
     chunk: int = 64,
+    attention: str = "xla",
     windows: int | None = None,
     data_dir: str | None = None,
 ) -> dict[str, "Evaluation"]:
@@ -64,6 +65,7 @@ def evaluate_run(
       caches: formats of the KV cache to decode through: keys of `cla_jax.formats.FORMATS`, or eviction
         policies such as "h2o:keep=0.5".
       chunk: tokens per decoding step. Generation has 1; more is faster.
+      attention: what reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
       windows: score only this many windows of text, and write nothing. Default: all.
       data_dir: directory of the prepared data. Default: the directory that training used.
 
@@ -74,11 +76,13 @@ def evaluate_run(
 
     Raises:
       ValueError: the run, format or checkpoint does not exist, or the held-out text is not that of training.
+        Or the kernel does not support this model, format, chunk or hardware.
     """
     from cla_jax.evaluate import evaluate
 
     run = run if isinstance(run, Run) else find_run(run)
-    return dict(evaluate(run, formats=caches, chunk=chunk, windows=windows, data_dir=data_dir))
+    how: dict[str, Any] = {"chunk": chunk, "attention": attention, "windows": windows}
+    return dict(evaluate(run, formats=caches, data_dir=data_dir, **how))
 
 
 def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> list["Row"]:

@@ -16,6 +16,7 @@ from cla_jax.data import prepare
 from cla_jax.data.mixture import of_component
 from cla_jax.evaluation import CachedScores, Evaluation, Scores, plain
 from cla_jax.eviction_scores import evicting_decoding
+from cla_jax.model import decode_kernels
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import TRAINING, Run, check_paths
 from cla_jax.scoring import (
@@ -110,6 +111,7 @@ def evaluate(
     *,
     formats: Sequence[str] = ("dense",),
     chunk: int = 1,
+    attention: str = "xla",
     windows: int | None = None,
     prompt: float = 0.5,
     per_kv_layer: bool = False,
@@ -121,7 +123,8 @@ def evaluate(
 
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what was
     interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing is
-    written: a part of the held-out split is no result of the run. A record of a later step is kept. For a
+    written: a part of the held-out split is no result of the run. A record of a later step is kept.
+    `attention` reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. For a
     cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of
     each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
     arguments or the run do not allow, and for a run that cannot be written to, before anything is computed.
@@ -134,6 +137,8 @@ def evaluate(
     run.check_decodable(formats, chunk, prompt)
     if per_kv_layer and any(map(eviction.is_policy, formats)):
         raise ValueError("per_kv_layer does not support caches that evict tokens")
+    decode_kernels.check(attention, run.config().model, formats)
+    decode_kernels.check_chunk(attention, run.config().model, chunk)
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
@@ -149,7 +154,7 @@ def evaluate(
         # A cache that evicts is on one device.
         with contextlib.nullcontext() if policy else jax.set_mesh(session.mesh):
             written_as = f"cached-{name}" if name else "full"
-            asked = origin | ({"chunk": chunk} if name else {})
+            asked = origin | ({"chunk": chunk, "attention": attention} if name else {})
             asked |= {"prompt": prompt} if policy else {}
             known = None if again or windows else _recorded(run, written_as, asked)
             if known and not (name and per_kv_layer and not _has_each_kv_layer(known)):
@@ -166,6 +171,7 @@ def evaluate(
                 name,
                 policy,
                 chunk=chunk,
+                attention=attention,
                 prompt=prompt,
                 per_kv_layer=per_kv_layer,
                 windows=windows,
@@ -192,6 +198,7 @@ def _score(
     policy: eviction.Policy | None,
     *,
     chunk: int,
+    attention: str,
     prompt: float,
     per_kv_layer: bool,
     windows: int | None,
@@ -206,8 +213,9 @@ def _score(
         )
     if not name:
         return "full forward", full_forward(session, model, **limits)
-    scores = cached_decoding(session, model, name, chunk=chunk, **limits)
-    sampled: dict[str, Any] = {"chunk": chunk, "windows": min(windows or 64, 64)}
+    how: dict[str, Any] = {"chunk": chunk, "attention": attention}
+    scores = cached_decoding(session, model, name, **how, **limits)
+    sampled: dict[str, Any] = how | {"windows": min(windows or 64, 64)}
     sampled["progress"] = progress(f"{name} beside the full forward")
     close, each = agreement(session, model, name, **sampled), None
     if per_kv_layer:
@@ -219,7 +227,7 @@ def _score(
 def _recorded(run: Run, name: str, asked: dict[str, Any]) -> Evaluation | None:
     """The evaluation of this name, if it was asked for in this way; None too if it is damaged."""
     record = run.eval(name)
-    if not asked.items() <= record.items():
+    if not evaluation.made_as(asked, record):
         return None
     with contextlib.suppress(ValueError):
         return evaluation.read(name, record, run.path / "eval" / f"{name}.json")

@@ -78,6 +78,7 @@ class CachedScores(Scores):
     cache_dtype: str = ""  # of what the format does not quantise
     context: int = 0  # tokens of a window
     chunk: int = 0  # tokens of a step
+    attention: str = "xla"  # what reads the cache: this, or a kernel
     # By kind: resident, written, read, allocated.
     kv_bytes: Mapping[str, ByteCount] = dataclasses.field(default_factory=dict)
     readers_per_kv_layer: tuple[int, ...] = ()
@@ -177,6 +178,7 @@ class TaskScore:
     metrics: Mapping[str, float]
     context: int | None = None
     chunk: int | None = None
+    attention: str = "xla"  # what reads the cache; older records lack it
     split: Any = None
     shots: Any = None
     version: Any = None
@@ -190,7 +192,7 @@ class TaskScore:
 
     def is_asked_like(self, other: "TaskScore") -> bool:
         """Whether both were asked in the same way, whatever came of it."""
-        how = ("context", "chunk", "split", "shots", "version", "data")
+        how = ("context", "chunk", "attention", "split", "shots", "version", "data")
         return all(getattr(self, name) == getattr(other, name) for name in how)
 
 
@@ -204,6 +206,11 @@ class TaskEvaluation:
     checkpoint: str = ""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of packages
     tasks: Mapping[str, TaskScore]
+
+
+def made_as(asked: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether the record of a split was made in the way that is asked for."""
+    return asked.items() <= ({"attention": "xla"} | dict(record)).items()  # older records lack it
 
 
 def read(name: str, record: dict[str, Any], file: PathLike) -> Evaluation:

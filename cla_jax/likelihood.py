@@ -168,10 +168,13 @@ def through_cache(
     texts: Sequence[Text],
     *,
     chunk: int,
+    attention: str = "xla",
     rules: AxisRules = AxisRules(),
     progress: Progress = lambda done, total: None,
 ) -> list[Likelihood]:
     """The likelihood of each text's targets, decoded through a cache in steps of `chunk` tokens.
+
+    `attention` reads the cache, as in `cache_spec`.
 
     A suffix starts from a copy of its prefix's cache, as decoding the prefix left it. For formats that store
     each token separately, the result is that of decoding the whole text. (KIVI's is too, but for where its
@@ -185,7 +188,15 @@ def through_cache(
         by_capacity.setdefault(capacity, []).append(group)
     for capacity, groups in sorted(by_capacity.items()):
         batch = rows_of(rules)(CACHED // capacity)
-        spec = cache_spec(config, format, batch=batch, capacity=capacity, chunk=chunk, rules=rules)
+        spec = cache_spec(
+            config,
+            format,
+            batch=batch,
+            capacity=capacity,
+            chunk=chunk,
+            rules=rules,
+            attention=attention,
+        )
         groups.sort(key=lambda group: group.prefix)
         for begin in range(0, len(groups), batch):
             _decode_groups(weights, spec, texts, groups[begin : begin + batch], tally)

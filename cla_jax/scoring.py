@@ -255,6 +255,7 @@ def cached_decoding(
     format: str | CacheFormat,
     *,
     chunk: int = 1,
+    attention: str = "xla",
     windows: int | None = None,
     **how: Any,
 ) -> CachedScores:
@@ -262,11 +263,12 @@ def cached_decoding(
 
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
     They change nothing for formats that store each token separately. kivi gets worse, because for the first
-    tokens of a step, later tokens of that step count among the newest. Raises ValueError unless the chunk
+    tokens of a step, later tokens of that step count among the newest. `attention` reads
+    the cache, as in `cache_spec`. Raises ValueError unless the chunk
     divides seq_len.
     """
     weights = decoding_weights(model, session.rules)
-    spec = _spec(session, format, chunk, windows)
+    spec = _spec(session, format, chunk, windows, attention)
     cache = spec.allocate()
 
     def nll(tokens_BT1: jax.Array, _: jax.Array) -> jax.Array:
@@ -285,6 +287,7 @@ def cached_decoding(
         cache_dtype=spec.formats[0].dtype,
         context=context,
         chunk=chunk,
+        attention=attention,
         kv_bytes={
             name: ByteCount(predicted=predicted[name], counted=counted[name]) for name in predicted
         },
@@ -297,6 +300,7 @@ def _spec(
     format: str | CacheFormat | Sequence[CacheFormat],
     chunk: int,
     windows: int | None,
+    attention: str,
 ) -> caches.CacheSpec:
     """A cache for the windows of the held-out split."""
     seq_len = session.data.seq_len
@@ -308,6 +312,7 @@ def _spec(
         capacity=seq_len,
         chunk=chunk,
         rules=session.rules,
+        attention=attention,
     )
 
 
@@ -361,6 +366,7 @@ def agreement(
     format: str | CacheFormat | Sequence[CacheFormat],
     *,
     chunk: int = 1,
+    attention: str = "xla",
     windows: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> Agreement:
@@ -370,7 +376,8 @@ def agreement(
     divergence KL(full || cached) in nats. Also how often the most likely token is the same. Several formats
     are one for each KV layer.
     """
-    weights, spec = decoding_weights(model, session.rules), _spec(session, format, chunk, windows)
+    weights = decoding_weights(model, session.rules)
+    spec = _spec(session, format, chunk, windows, attention)
     cache = spec.allocate()
     totals: dict[str, float] = {}
 
@@ -403,6 +410,7 @@ def sensitivity(
     name: str,
     *,
     chunk: int = 1,
+    attention: str = "xla",
     windows: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> tuple[KVLayerAgreement, ...]:
@@ -421,7 +429,8 @@ def sensitivity(
     measured = []
     for p, kv in enumerate(kv_layers):
         formats = [lossy if i == p else dense for i in range(len(kv_layers))]
-        close = agreement(session, model, formats, chunk=chunk, windows=windows)
+        how: dict[str, Any] = {"chunk": chunk, "attention": attention, "windows": windows}
+        close = agreement(session, model, formats, **how)
         measured.append(
             KVLayerAgreement(**vars(close), kv_layer=p, layer=kv.layer, readers=kv.readers)
         )

@@ -32,7 +32,7 @@ import tyro
 from tyro import _errors
 
 from cla_jax import extras, fields, machine
-from cla_jax.config import Component, Config, Stage
+from cla_jax.config import CacheAttention, Component, Config, Stage
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable_lines, shown
 
@@ -42,6 +42,15 @@ CACHES = (
     f"{', '.join(FORMATS)} (dense has the model's dtype); or a policy that evicts tokens, such as "
     "fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md)"
 )
+
+# What --attention takes, in all commands that decode.
+Attention = Annotated[
+    CacheAttention,
+    tyro.conf.arg(
+        help="What reads the cache in steps of few tokens: xla, or a kernel. The kernel mosaic is for NVIDIA "
+        "H100 and H200, paged is for TPUs. The kernels were never run on such hardware (docs/pods.md)."
+    ),
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")

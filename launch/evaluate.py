@@ -30,7 +30,16 @@ from cla_jax.eviction import check_cache, is_policy, parse, refusal
 from cla_jax.formats import FORMATS
 from cla_jax.messages import printable
 from launch import allocator
-from launch.cli import CACHES, check_picture, collected, log_to_stderr, read, refuse, user_errors
+from launch.cli import (
+    CACHES,
+    Attention,
+    check_picture,
+    collected,
+    log_to_stderr,
+    read,
+    refuse,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from cla_jax.evaluation import (
@@ -57,6 +66,7 @@ class Arguments:
     ] = ()
     # Tokens per decoding step; 1 decodes as generation does, more is faster. Default: 1, with --tasks 16.
     chunk: int | None = None
+    attention: Attention = "xla"
     # Fraction of each window that is the prompt, for caches that evict tokens.
     prompt: float = 0.5
     # Plot what the eviction policies keep for each head, to this file (png, svg or pdf); for one run only.
@@ -145,6 +155,7 @@ def _held_out(arguments: Arguments) -> None:
                     run,
                     formats=formats,
                     chunk=chunk,
+                    attention=arguments.attention,
                     prompt=arguments.prompt,
                     windows=arguments.windows,
                     per_kv_layer=arguments.per_kv_layer,
@@ -207,9 +218,10 @@ def _cost_and_error(scores: "CachedScores") -> list[str]:
             f"{close.max_logit_difference:.1e}"
         )
     if scores.kv_bytes:
+        by = "" if scores.attention == "xla" else f", read by the kernel {scores.attention}"
         lines.append(
             f"{per_token(scores.kv_bytes['resident'].counted)} resident KV bytes per token at "
-            f"{scores.context:,} tokens; unquantised parts are {scores.cache_dtype}"
+            f"{scores.context:,} tokens; unquantised parts are {scores.cache_dtype}{by}"
         )
     return lines
 
@@ -294,6 +306,7 @@ def _tasks(arguments: Arguments) -> None:
                 tasks,
                 ways=arguments.cache or (lm_eval.FULL,),
                 chunk=lm_eval.CHUNK if arguments.chunk is None else arguments.chunk,
+                attention=arguments.attention,
                 limit=arguments.limit,
                 context=arguments.context,
                 again=arguments.again,

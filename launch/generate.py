@@ -14,7 +14,7 @@ import tyro
 
 from cla_jax.config import Sampling, check_new_tokens
 from launch import allocator
-from launch.cli import CACHES, log_to_stderr, read, user_errors, utf8
+from launch.cli import CACHES, Attention, log_to_stderr, read, user_errors, utf8
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
@@ -43,9 +43,7 @@ class Arguments:
     )
     # Prompt tokens per prefill step.
     chunk: int = 256
-    # What reads the cache when a token is decoded: xla, or a kernel. The kernel mosaic is for NVIDIA H100 and
-    # H200, paged is for TPUs. The kernels were never run on such hardware.
-    attention: str = "xla"
+    attention: Attention = "xla"
     # Print the text as it comes; for one prompt.
     stream: bool = False
 

@@ -27,7 +27,7 @@ from cla_jax import eviction, traces
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 from launch import allocator
-from launch.cli import check_picture, log_to_stderr, read, user_errors
+from launch.cli import Attention, check_picture, log_to_stderr, read, user_errors
 
 if TYPE_CHECKING:
     import jax
@@ -49,9 +49,7 @@ class Arguments:
     # The trace that --make writes.
     made: traces.Shape = dataclasses.field(default_factory=traces.Shape)
     cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(FORMATS)}.")] = "dense"
-    # What reads the cache when a token is decoded: xla; or a kernel, mosaic on an NVIDIA H100 or H200, paged
-    # on TPUs. The kernels have not run on hardware yet.
-    attention: str = "xla"
+    attention: Attention = "xla"
     # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
     # Maximum number of requests that decode at the same time.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,13 +15,20 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import tpu as pltpu
 
 from cla_jax.cache import cache_spec, ledger, make_format, prefix_shared
+from cla_jax.cache.bits import restored
 from cla_jax.cache.prefix_shared import prefix_spec
-from cla_jax.config import LatentKV
+from cla_jax.config import CacheAttention, LatentKV
 from cla_jax.decode import decode, decoding_weights
+from cla_jax.evaluate import evaluate
 from cla_jax.model import decode_kernels, mosaic, paged
-from cla_jax.model.attention import EMPTY, KV, StepPositions, normalized
+from cla_jax.model.attention import EMPTY, KV, MASKED, Partial, StepPositions, normalized
 from cla_jax.prefix_tree import PrefixTree
+from cla_jax.runs import find_runs
+from cla_jax.train import train
+from launch import evaluate as launch_evaluate
+from launch import generate as launch_generate
 from launch import plan as launch_plan
+from launch import serve_trace
 from tests import reference
 from tests.conftest import MODEL
 from tests.test_gpu import decoding_step, kept_elements, largest_copy
@@ -255,6 +263,14 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
         ("mosaic", {"windows": "16"}, "dense", "gpu", 9.0, None),
         ("mosaic", {"d_head": 512}, "int8", "gpu", 9.0, "up to 256 in cache format int8, not 512"),
         ("mosaic", {"d_head": 576}, "dense", "gpu", 9.0, "up to 512"),
+        (
+            "mosaic",
+            {"n_heads": 65},
+            "dense",
+            "gpu",
+            9.0,
+            "up to 64 query heads per KV head, not 65",
+        ),
         ("mosaic", {}, "kivi4", "gpu", 9.0, "not cache format kivi4"),
         ("mosaic", {}, "dense", "gpu", 8.0, "Hopper"),
         ("mosaic", {}, "dense", "cpu", 0.0, "Mosaic GPU is not available on cpu"),
@@ -306,6 +322,84 @@ def test_latents_and_unknown_kernels_are_refused():
         cache_spec(MODEL_16, batch=1, capacity=128, attention="mosaic")
     with pytest.raises(ValueError, match="the paged kernel is not available on cpu"):
         prefix_spec(MODEL_16, batch=1, page=16, pages=9, capacity=128, attention="paged")
+
+
+def in_xla(q_BKNH, kept, positions_BN, starts_BN):
+    """What a kernel computes, without one."""
+
+    def rows(pool):
+        of_rows = restored(pool, "bfloat16").astype(jnp.float32)[kept.pages_BC]
+        of_rows = of_rows.swapaxes(2, 3) if kept.heads_first else of_rows
+        return of_rows.reshape(len(of_rows), -1, *of_rows.shape[3:])
+
+    kept_B1E = kept.positions_BE[:, None]
+    seen_BNE = (kept_B1E <= positions_BN[:, :, None]) & (kept_B1E >= starts_BN[:, :, None])
+    s_BKNE = jnp.einsum("BKNH,BEKH->BKNE", q_BKNH.astype(jnp.float32), rows(kept.k))
+    s_BKNE = jnp.where(seen_BNE[:, None], s_BKNE, MASKED)
+    peak = s_BKNE.max(axis=-1, keepdims=True)
+    weights = jnp.exp(s_BKNE - peak)
+    sum_BKNH = jnp.einsum("BKNE,BEKH->BKNH", weights, rows(kept.v))
+    return Partial(sum_BKNH, weights.sum(axis=-1, keepdims=True), peak)
+
+
+@pytest.mark.slow
+def test_commands_decode_through_the_kernel_that_is_named(
+    tiny, devices, monkeypatch, capsys, tmp_path
+):
+    devices(1)
+    assert typing.get_args(CacheAttention) == decode_kernels.NAMES
+    config = tiny(steps=2, **{"model.compute_dtype": "bfloat16"})
+    train(config, evaluate=lambda *_: {})
+    (run,) = find_runs([config.placement.runs])
+    data, trace = str(config.placement.data_dir), tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival": 0, "prompt": [1, 2, 3], "new_tokens": 4}\n')
+    served = [str(trace), "--unshared", "--rows", "1", "--chunk", "2"]
+    commands = [
+        (launch_evaluate.main, [str(run.path), "--windows", "2", "--data-dir", data]),
+        (launch_generate.main, [str(run.path), "--new-tokens", "4"]),
+        (serve_trace.main, [*served, "--model", str(run.path)]),
+    ]
+    for main, argv in commands:
+        for name, words in (
+            ("mosaic", "Mosaic GPU is not available on cpu"),
+            ("mosiac", "unknown --attention 'mosiac'; did you mean mosaic"),
+        ):
+            with pytest.raises(SystemExit):
+                main([*argv, "--attention", name])
+            assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+    traced = []
+    kernel = decode_kernels.KERNELS["mosaic"]._replace(
+        attend=lambda *arguments: traced.append(arguments[0].shape) or in_xla(*arguments),
+        refusal=lambda *_: None,
+    )
+    monkeypatch.setitem(decode_kernels.KERNELS, "mosaic", kernel)
+    for main, argv in commands:
+        main([*argv, "--attention", "mosaic"])
+        assert traced
+        traced.clear()
+    assert "read by the kernel mosaic" in capsys.readouterr().out
+    # The record says so, and does not answer for XLA.
+    xla = dict(evaluate(run, data_dir=data))["cached-dense"].scores
+    assert not traced
+    through = dict(evaluate(run, data_dir=data, attention="mosaic"))["cached-dense"].scores
+    assert traced
+    assert through.nll == pytest.approx(xla.nll, rel=1e-3)
+    assert (xla.attention, run.eval("cached-dense")["attention"]) == ("xla", "mosaic")
+    traced.clear()
+    assert dict(evaluate(run, data_dir=data, attention="mosaic"))["cached-dense"].scores == through
+    assert not traced
+    kernel = kernel._replace(queries=16 * config.model.q_groups)
+    monkeypatch.setitem(decode_kernels.KERNELS, "mosaic", kernel)
+    with pytest.raises(ValueError, match=r"chunk = 32: .* up to 16 tokens; use --chunk 16"):
+        list(evaluate(run, data_dir=data, attention="mosaic", chunk=32))
+
+
+def test_documents_within_a_row_are_refused_where_a_kernel_sees_all_of_it():
+    spec = dataclasses.replace(cache_spec(MODEL_16, batch=1, capacity=128), attention="paged")
+    one = np.ones((1, 1), np.int32)
+    with pytest.raises(ValueError, match="'paged' does not support starts within a row"):
+        decode(None, spec, None, one, one[0], starts_BT=one)
 
 
 @pytest.mark.pods

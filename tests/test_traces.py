@@ -162,6 +162,7 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
         (["--page", "0"], "page = 0 must be positive"),
         (["--made.shared", "8"], "add --make, or remove --made"),
         (["--unshared"], "--page applies only to a prefix-shared cache"),
+        (["--attention", "mosaic"], "Mosaic GPU is not available on cpu"),
         (["--cache", "kivi4"], "page = 4 must be a multiple of 32"),
         (
             ["--cache", "h2o:keep=0.5"],

@@ -11,7 +11,7 @@ import dataclasses
 from cla_jax import names
 from cla_jax.config.checks import bounded, check_choices, positive
 from cla_jax.config.data import Component, DataConfig, Stage
-from cla_jax.config.decoding import Sampling, check_chunk, check_new_tokens
+from cla_jax.config.decoding import CacheAttention, Sampling, check_chunk, check_new_tokens
 from cla_jax.config.model import (
     HeadsKV,
     LatentKV,
@@ -47,6 +47,7 @@ __all__ = [
     "LATENT_INITS",
     "WSD",
     "AdamW",
+    "CacheAttention",
     "Component",
     "Config",
     "Constant",

@@ -32,6 +32,7 @@ from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.mesh import AxisRules
+from cla_jax.model import decode_kernels
 from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
@@ -63,6 +64,7 @@ class Model(TemplateLM):
       way: a cache format, an eviction policy, or `full` for full forward passes; what is generated then
         goes through a dense cache. For a policy no mesh is set: its cache is on one device.
       chunk: tokens a cached decoding step.
+      attention: what reads a cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
       context: tokens that the model reads at most; what is longer loses its beginning.
       prefix: the token that a text without context begins with; by default the begin token of texts, or
         the end token, as in training.
@@ -78,12 +80,17 @@ class Model(TemplateLM):
         *,
         way: str = FULL,
         chunk: int = CHUNK,
+        attention: str = "xla",
         context: int | None = None,
         prefix: int | None = None,
         ends: Sequence[int] = (),
     ):
         super().__init__()
         eviction.check_cache(way, WAYS)
+        decode_kernels.check(attention, model.config, ("dense" if way == FULL else way,))
+        if way != FULL:
+            decode_kernels.check_chunk(attention, model.config, chunk)
+        self.attention = attention
         self.max_length: int = context or session.data.seq_len
         self.kept: list[float] = []  # the shares of prompts that a policy has kept
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
@@ -184,6 +191,7 @@ class Model(TemplateLM):
                 self.way,
                 texts,
                 chunk=self.chunk,
+                attention=self.attention,
                 rules=self._rules,
                 progress=progress,
             )
@@ -270,7 +278,7 @@ class Model(TemplateLM):
             policy = eviction.parse(self.way)
             return evicting_spec(config, policy, classes=self._classes, **sizes)
         way = "dense" if self.way == FULL else self.way
-        return cache_spec(config, way, rules=self._rules, **sizes)
+        return cache_spec(config, way, rules=self._rules, attention=self.attention, **sizes)
 
 
 # Values with which an option changes nothing, as transformers' generate() understands them.
@@ -319,6 +327,7 @@ def evaluate(
     *,
     ways: Sequence[str] = (FULL,),
     chunk: int = CHUNK,
+    attention: str = "xla",
     limit: int | None = None,
     context: int | None = None,
     again: bool = False,
@@ -330,6 +339,7 @@ def evaluate(
     The scores of a way are in `eval/tasks-WAY.json`, together with those that other evaluations of the same
     checkpoint have written there. If a task is among them, asked in the same way, it is not scored again,
     unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
+    `attention` reads caches: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
     `options` are those of `open_session`. Raises ValueError for what the arguments or the run do not allow.
     """
     for name, value in (("limit", limit), ("context", context), ("chunk", chunk)):
@@ -338,6 +348,8 @@ def evaluate(
     for way in ways:
         eviction.check_cache(way, WAYS)
     ways = tuple(dict.fromkeys(map(eviction.canonical, ways)))
+    caches = ["dense" if way == FULL else way for way in ways]
+    decode_kernels.check(attention, run.config().model, caches)
     session = open_session(run, **options)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
@@ -350,7 +362,15 @@ def evaluate(
         )
     for way in ways:
         with contextlib.nullcontext() if eviction.is_policy(way) else jax.set_mesh(session.mesh):
-            answers = Model(session, model, way=way, chunk=chunk, context=context, ends=ends)
+            answers = Model(
+                session,
+                model,
+                way=way,
+                chunk=chunk,
+                attention=attention,
+                context=context,
+                ends=ends,
+            )
             tasks.draw_alike()
             for name, loaded in tasks.loaded.items():
                 title = f"{name}, {way}"
@@ -376,7 +396,9 @@ def evaluate(
 def _asked(answers: Model, loaded: Any) -> dict[str, TaskScore]:
     """How tasks, and groups of tasks, are asked: their scores without metrics."""
     chunk = None if answers.way == FULL else answers.chunk
-    how = TaskScore(metrics={}, context=answers.max_length, chunk=chunk)
+    how = TaskScore(
+        metrics={}, context=answers.max_length, chunk=chunk, attention=answers.attention
+    )
     groups = loaded.get("groups", {}).items()
     asked = {name: how for name, group in groups if group.has_aggregation}
     for name, task in loaded["tasks"].items():

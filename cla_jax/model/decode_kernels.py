@@ -3,11 +3,12 @@
 None of them was ever run on an accelerator, so none is chosen unless it is asked for by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 
+from cla_jax import eviction
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.messages import near_choice
 from cla_jax.model import mosaic, paged
@@ -75,15 +76,32 @@ def refusal(
     return None
 
 
-def check(
-    name: str, config: ModelConfig, formats: tuple[str, ...], page: int | None = None
-) -> None:
-    """Raises ValueError for a kernel that cannot serve; warns, once, that it was never tried on hardware."""
+def check(name: str, config: ModelConfig, caches: Sequence[str], page: int | None = None) -> None:
+    """Raises ValueError for a kernel that cannot serve; warns, once, that it was never tried on hardware.
+
+    `caches` are cache formats, or eviction policies.
+    """
     near_choice("attention", name, NAMES)
     if name == XLA:
         return
+    for policy in filter(eviction.is_policy, caches):
+        raise ValueError(
+            f"attention = {name!r} does not support caches that evict tokens ({policy}): use 'xla'"
+        )
     platform, capability = describe(jax.devices()[0])
-    for format in dict.fromkeys(formats):
+    for format in dict.fromkeys(caches):
         if reason := refusal(name, config, format, platform, capability, page):
             raise ValueError(f"attention = {name!r} cannot be used for decoding: {reason}")
     warn_once(f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'")
+
+
+def check_chunk(name: str, config: ModelConfig, chunk: int) -> None:
+    """Raises ValueError for a kernel that does not read the cache in steps of `chunk` tokens.
+
+    For scoring, where all steps are alike: XLA would compute all of them.
+    """
+    if name != XLA and chunk > (most := max(1, KERNELS[name].queries // config.q_groups)):
+        raise ValueError(
+            f"chunk = {chunk}: attention = {name!r} reads the cache of this model in steps of up to {most} "
+            f"tokens; use --chunk {most}, or 'xla'"
+        )

@@ -39,6 +39,8 @@ def refusal(
         )
     if format not in ("dense", "bfloat16", "int8"):
         return f"it supports bfloat16 and int8, not cache format {format}"
+    if config.q_groups > ROWS:
+        return f"it supports up to {ROWS} query heads per KV head, not {config.q_groups}"
     # Compiling wider int8 heads did not finish in two minutes.
     widest = 256 if format == "int8" else 512
     if config.d_head > widest:
