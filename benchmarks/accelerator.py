@@ -256,6 +256,55 @@ def decoding(
     return {"bandwidth": measured["bandwidth"], **measured["rows"][0]}
 
 
+def prefix_sharing(
+    heads: tuple[int, int, int], layers: int, batch: int, shared: int, whole: bool
+) -> dict[str, Any]:
+    """Requests with a common prefix: attention alone or a whole step, with shared pages and without.
+
+    `heads` are query heads, KV heads and head size.
+    """
+    import statistics
+    import types
+
+    import jax
+
+    from benchmarks import prefix
+    from benchmarks.bandwidth import probes
+    from benchmarks.common import shape_of
+    from cla_jax.config import ModelConfig
+    from cla_jax.decode import decoding_weights
+    from cla_jax.model.transformer import Transformer
+
+    config = ModelConfig(**shape_of(heads, layers), compute_dtype="bfloat16")
+    options = types.SimpleNamespace(alone=64, page=64)
+    weights = decoding_weights(Transformer(jax.random.key(0), config)) if whole else None
+    call = prefix.step if whole else prefix.attention
+    calls = {
+        name: call(weights, spec, cache)
+        for name, (spec, cache) in prefix.contestants(config, batch, shared, options).items()
+    }
+    rounds = prefix.interleaved(calls, 5)
+    seconds = {name: statistics.median(values) for name, values in rounds.items()}
+    size = prefix.read_bytes(config, batch, shared, options.alone)["two-phase"]
+    probe = probes(1 << 20 if jax.default_backend() == "cpu" else 1 << 31)["read"]
+    bandwidth = statistics.median(probe() for _ in range(5))
+    reached = None if whole else size / seconds["two-phase"] / bandwidth
+    return {"seconds": seconds, "rounds": rounds, "bandwidth": bandwidth, "fraction": reached}
+
+
+def eviction(
+    policy: str, heads: tuple[int, int, int], layers: int, context: int, steps: int
+) -> dict[str, Any]:
+    """A decode step through a cache that evicts tokens, beside a dense cache."""
+    from benchmarks import eviction_step
+    from benchmarks.common import shape_of
+    from cla_jax.config import ModelConfig
+
+    config = ModelConfig(**shape_of(heads, layers), compute_dtype="bfloat16")
+    dense, evicting = eviction_step.measure(config, context, (policy,), steps=steps, rounds=5)
+    return {"dense": dense, "evicting": evicting}
+
+
 # ------------------------------------------------------------------------------------------ the list
 
 
@@ -275,6 +324,9 @@ def measurements(tiny: bool) -> list[Measurement]:
             add(training, row="smoke.tiny", rows=2, remat="none", scan=scan, steps=1)
         add(decoding, row="smoke.tiny", batch=2, cache="dense", context=6, new_tokens=4)
         add(kernel, d_head=46, cache="bfloat16", batch=1, context=128)
+        few = {"heads": (2, 2, 16), "layers": 1}
+        add(prefix_sharing, **few, batch=2, shared=64, whole=False)
+        add(eviction, policy="window:keep=0.5", **few, context=64, steps=1)
         return listed
     for d_head in (128, 64):
         add(attention, d_head=d_head, n_kv_heads=1, seq_len=1024)
@@ -303,6 +355,14 @@ def measurements(tiny: bool) -> list[Measurement]:
     train("cla_3b.h128_mqa", 4, "block")
     for batch in (1, 64):
         decode(cla2, batch, "int8")
+    # The table of ChunkAttention's paper has these heads; then the heads of the 1B rows.
+    for shared in (1024, 4096):
+        share = {"heads": (32, 32, 128), "layers": 1, "batch": 32, "shared": shared}
+        add(prefix_sharing, **share, whole=False)
+    for heads in ((16, 16, 128), (16, 1, 128)):
+        add(prefix_sharing, heads=heads, layers=4, batch=32, shared=1024, whole=True)
+    for policy in ("window:keep=0.5", "h2o:keep=0.5", "fastgen:T=0.95"):
+        add(eviction, policy=policy, heads=(16, 1, 128), layers=4, context=8192, steps=16)
     for d_head, n_kv_heads in ((46, 1), (90, 1), (256, 1), (32, 1), (512, 1), (128, 8)):
         add(attention, d_head=d_head, n_kv_heads=n_kv_heads, seq_len=1024)
     for d_head, cache in ((46, "bfloat16"), (64, "bfloat16"), (90, "bfloat16"), (256, "bfloat16")):
@@ -524,6 +584,36 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict, dict], Iterable[Any]]
             r.get("attention", "xla"),
             f"{x['tokens_per_s']:,.0f}",
             _percent(x["fraction"]),
+        ),
+    ),
+    "prefix_sharing": (
+        (
+            *("heads", "layers", "what", "batch", "common tokens"),
+            *("dense, ms", "paged, ms", "two-phase, ms", "of the measured bandwidth"),
+        ),
+        lambda r, x: (
+            " x ".join(map(str, r["heads"])),
+            r["layers"],
+            "step" if r["whole"] else "attention",
+            r["batch"],
+            r["shared"],
+            *(f"{1e3 * x['seconds'][name]:.2f}" for name in ("dense", "paged", "two-phase")),
+            _percent(x["fraction"]),
+        ),
+    ),
+    "eviction": (
+        (
+            "policy",
+            "context",
+            "dense, ms",
+            "evicting, ms",
+            "bytes of the cache: dense, evicting",
+        ),
+        lambda r, x: (
+            r["policy"],
+            r["context"],
+            *(f"{x[name]['ms']:.2f}" for name in ("dense", "evicting")),
+            ", ".join(f"{x[name]['cache_bytes']:,}" for name in ("dense", "evicting")),
         ),
     ),
 }

@@ -22,6 +22,8 @@ from launch import allocator
 allocator.set_up()
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -32,14 +34,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import HERE, machine, random_model, rotations, save
 from cla_jax import hlo
 from cla_jax.cache import Cache, CacheSpec, cache_spec
+from cla_jax.cache.bits import stored
 from cla_jax.cache.prefix_shared import TILE, prefix_spec
 from cla_jax.config import ModelConfig
 from cla_jax.decode import decode
@@ -66,6 +67,8 @@ class Options:
 
 
 def main() -> None:
+    import tyro  # not where `benchmarks.accelerator` runs
+
     options = tyro.cli(Options, description=__doc__)
     config, weights = random_model(options.heads, options.layers, options.kv_map)
     results = []
@@ -90,9 +93,12 @@ def main() -> None:
 
 
 def contestants(
-    config: ModelConfig, batch: int, shared: int, options: Options
+    config: ModelConfig, batch: int, shared: int, options: Any
 ) -> dict[str, tuple[CacheSpec, Cache]]:
-    """The caches of requests with a common prefix, filled with noise."""
+    """The caches of requests with a common prefix, filled with noise.
+
+    `options` has the fields `alone` and `page` of `Options`.
+    """
     length = shared + options.alone
     capacity = length + options.page
     dense = cache_spec(config, batch=batch, capacity=capacity)
@@ -115,8 +121,14 @@ def contestants(
 
 
 def noise(cache: Cache, length: int) -> Cache:
-    draw = np.random.default_rng(0)
-    filled = lambda a: jnp.asarray(draw.normal(size=a.shape), a.dtype)
+    keys = itertools.count()
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        x = jax.random.normal(key, shape)
+        return x if dtype == jnp.float32 else stored(x, "bfloat16")  # kept as its bits
+
+    filled = lambda a: draw(jax.random.key(next(keys)), a.shape, a.dtype)
     return dataclasses.replace(
         cache,
         kv_layers=jax.tree.map(filled, cache.kv_layers),
@@ -208,8 +220,8 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 
 def read_bytes(config: ModelConfig, batch: int, shared: int, alone: int) -> dict[str, int]:
-    """Keys and values that one layer must read, float32: without sharing, and in two phases."""
-    token = 2 * config.n_kv_heads * config.d_head * 4
+    """Keys and values that one layer must read: without sharing, and in two phases."""
+    token = 2 * config.n_kv_heads * config.d_head * jnp.dtype(config.compute_dtype).itemsize
     tiles = -(-batch // TILE)
     return {
         "dense": batch * (shared + alone) * token,
