@@ -478,7 +478,7 @@ def test_a_missing_tool_is_named_with_how_to_get_it(monkeypatch, tmp_path, name)
         (["smoke.grid", "--env", "A"], "--env 'A' must be NAME=VALUE"),
         (["smoke.grid", "--env", "ñ=1"], "--env 'ñ=1' must be NAME=VALUE"),
         (["smoke.grid", "--env", "A=\udce9"], "is not UTF-8"),
-        (["smoke.grid", "--local.workers", "100000"], "there are"),
+        (["smoke.grid", "--local.workers", "100000"], "this machine has"),
         (["smoke.grid", "--retry.failures", "0"], "--retry.failures 0 must be at least 1"),
     ],
 )

@@ -122,7 +122,7 @@ def test_fields_that_differ_are_columns_and_the_order_is_asked_for(capsys, study
     assert rates == sorted(rates)
     assert rates[-2:] == [0.001, 0.002]
     names = [line["run"] for line in lines]
-    for text in (shown, page_):
+    for text in (shown, page_.replace("<wbr>", "")):
         table = text[text.index("peak_lr") :]
         assert [table.index(name) for name in names] == sorted(table.index(name) for name in names)
     assert "optimizer." in shown
