@@ -30,9 +30,10 @@ from experiments import sweeping
 from experiments.sweeping import Trials
 
 CORPUS = "jsonl:data/enwik8/prose.jsonl"
-# Its checksum is in the identity of all runs that start from it. Empty: the source is not trained yet.
-# `launch.convert uptrain runs/recovery/source/h32_mha X --fraction 0.05` writes it to the config of X.
-SOURCE, CHECKPOINT = "runs/recovery/source/h32_mha", ""
+SOURCE = "runs/recovery/source/h32_mha"
+# Its checksum is in the identity of all runs that start from it. Another training of the source has another
+# one: `launch.convert uptrain runs/recovery/source/h32_mha X --fraction 0.05` writes it to the config of X.
+CHECKPOINT = "718c8d7f3c09ddf211368eb0442fd3f720105ca3f56fc732a49f39b346db6d21"
 STEPS, FRACTION = 4000, 0.05
 
 
