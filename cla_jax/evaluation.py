@@ -78,7 +78,7 @@ class CachedScores(Scores):
     cache_dtype: str = ""  # of what the format does not quantise
     context: int = 0  # tokens of a window
     chunk: int = 0  # tokens of a step
-    attention: str = "xla"  # what reads the cache: this, or a kernel
+    attention: str = ""  # the kernel that has read the cache; empty: XLA
     # By kind: resident, written, read, allocated.
     kv_bytes: Mapping[str, ByteCount] = dataclasses.field(default_factory=dict)
     readers_per_kv_layer: tuple[int, ...] = ()
@@ -178,7 +178,7 @@ class TaskScore:
     metrics: Mapping[str, float]
     context: int | None = None
     chunk: int | None = None
-    attention: str = "xla"  # what reads the cache; older records lack it
+    attention: str = ""  # the kernel that has read the cache; empty: XLA
     split: Any = None
     shots: Any = None
     version: Any = None

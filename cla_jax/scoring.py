@@ -26,6 +26,7 @@ from cla_jax.documents import Documents
 from cla_jax.evaluation import Agreement, ByteCount, CachedScores, KVLayerAgreement, Scores
 from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules, row_shards
+from cla_jax.model.decode_kernels import XLA
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
 from cla_jax.session import EvaluationSession
 
@@ -264,8 +265,7 @@ def cached_decoding(
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
     They change nothing for formats that store each token separately. kivi gets worse, because for the first
     tokens of a step, later tokens of that step count among the newest. `attention` reads
-    the cache, as in `cache_spec`. Raises ValueError unless the chunk
-    divides seq_len.
+    the cache, as in `cache_spec`. Raises ValueError unless the chunk divides seq_len.
     """
     weights = decoding_weights(model, session.rules)
     spec = _spec(session, format, chunk, windows, attention)
@@ -287,7 +287,7 @@ def cached_decoding(
         cache_dtype=spec.formats[0].dtype,
         context=context,
         chunk=chunk,
-        attention=attention,
+        attention="" if attention == XLA else attention,
         kv_bytes={
             name: ByteCount(predicted=predicted[name], counted=counted[name]) for name in predicted
         },

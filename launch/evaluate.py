@@ -218,7 +218,7 @@ def _cost_and_error(scores: "CachedScores") -> list[str]:
             f"{close.max_logit_difference:.1e}"
         )
     if scores.kv_bytes:
-        by = "" if scores.attention == "xla" else f", read by the kernel {scores.attention}"
+        by = f", read by the kernel {scores.attention}" if scores.attention else ""
         lines.append(
             f"{per_token(scores.kv_bytes['resident'].counted)} resident KV bytes per token at "
             f"{scores.context:,} tokens; unquantised parts are {scores.cache_dtype}{by}"

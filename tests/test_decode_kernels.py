@@ -385,7 +385,7 @@ def test_commands_decode_through_the_kernel_that_is_named(
     through = dict(evaluate(run, data_dir=data, attention="mosaic"))["cached-dense"].scores
     assert traced
     assert through.nll == pytest.approx(xla.nll, rel=1e-3)
-    assert (xla.attention, run.eval("cached-dense")["attention"]) == ("xla", "mosaic")
+    assert (xla.attention, run.eval("cached-dense")["attention"]) == ("", "mosaic")
     traced.clear()
     assert dict(evaluate(run, data_dir=data, attention="mosaic"))["cached-dense"].scores == through
     assert not traced
@@ -393,13 +393,6 @@ def test_commands_decode_through_the_kernel_that_is_named(
     monkeypatch.setitem(decode_kernels.KERNELS, "mosaic", kernel)
     with pytest.raises(ValueError, match=r"chunk = 32: .* up to 16 tokens; use --chunk 16"):
         list(evaluate(run, data_dir=data, attention="mosaic", chunk=32))
-
-
-def test_documents_within_a_row_are_refused_where_a_kernel_sees_all_of_it():
-    spec = dataclasses.replace(cache_spec(MODEL_16, batch=1, capacity=128), attention="paged")
-    one = np.ones((1, 1), np.int32)
-    with pytest.raises(ValueError, match="'paged' does not support starts within a row"):
-        decode(None, spec, None, one, one[0], starts_BT=one)
 
 
 @pytest.mark.pods

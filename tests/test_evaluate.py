@@ -69,7 +69,7 @@ def test_a_batch_is_no_larger_than_what_is_scored(session, windows, expected):
     size = scoring.rows(session, windows)
     assert size == expected
     with jax.set_mesh(session.mesh):
-        spec = scoring._spec(session, "dense", 16, windows)
+        spec = scoring._spec(session, "dense", 16, windows, "xla")
         assert spec.batch == expected
         shapes = []
 

@@ -397,7 +397,10 @@ def _asked(answers: Model, loaded: Any) -> dict[str, TaskScore]:
     """How tasks, and groups of tasks, are asked: their scores without metrics."""
     chunk = None if answers.way == FULL else answers.chunk
     how = TaskScore(
-        metrics={}, context=answers.max_length, chunk=chunk, attention=answers.attention
+        metrics={},
+        context=answers.max_length,
+        chunk=chunk,
+        attention="" if answers.attention == decode_kernels.XLA else answers.attention,
     )
     groups = loaded.get("groups", {}).items()
     asked = {name: how for name, group in groups if group.has_aggregation}
