@@ -272,12 +272,11 @@ def prefix_sharing(
     from benchmarks.bandwidth import probes
     from benchmarks.common import shape_of
     from cla_jax.config import ModelConfig
-    from cla_jax.decode import decoding_weights
-    from cla_jax.model.transformer import Transformer
+    from cla_jax.decode import random_weights
 
     config = ModelConfig(**shape_of(heads, layers), compute_dtype="bfloat16")
     options = types.SimpleNamespace(alone=64, page=64)
-    weights = decoding_weights(Transformer(jax.random.key(0), config)) if whole else None
+    weights = random_weights(config) if whole else None
     call = prefix.step if whole else prefix.attention
     calls = {
         name: call(weights, spec, cache)

@@ -124,9 +124,10 @@ def evaluate(
     What is recorded already, of the same checkpoint and in the same way, is not evaluated again, so what was
     interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing is
     written: a part of the held-out split is no result of the run. A record of a later step is kept.
-    `attention` reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. For a
-    cache that evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of
-    each KV layer does by itself; `options` are those of `open_session`. Raises ValueError for what the
+
+    `attention` reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. For a cache that
+    evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of each KV layer
+    does by itself; `options` are those of `open_session`. Raises ValueError for what the
     arguments or the run do not allow, and for a run that cannot be written to, before anything is computed.
     If a record could not be written later, raises its OSError at the end.
     """

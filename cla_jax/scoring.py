@@ -264,8 +264,8 @@ def cached_decoding(
 
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
     They change nothing for formats that store each token separately. kivi gets worse, because for the first
-    tokens of a step, later tokens of that step count among the newest. `attention` reads
-    the cache, as in `cache_spec`. Raises ValueError unless the chunk divides seq_len.
+    tokens of a step, later tokens of that step count among the newest. `attention` reads the cache, as in
+    `cache_spec`. Raises ValueError unless the chunk divides seq_len.
     """
     weights = decoding_weights(model, session.rules)
     spec = _spec(session, format, chunk, windows, attention)

@@ -1,6 +1,7 @@
 """Programs for GPUs, compiled by jax's CUDA plugin; none is needed, and nothing runs (`make test-gpu`)."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -72,29 +73,49 @@ def test_devices_are_as_on_the_real_machine():
 # ------------------------------------------------------------------------- the 1B step of the paper
 
 
+@functools.cache
 def planned(row, topology, **changes):
     (config,) = experiments.find(row)
     return plan.plan(replace(config, **changes), topologies.topology(topology))
 
 
+def planned_1b(topology, batch, remat):
+    changes = {"batch_size": batch, "placement.remat": remat, "placement.eval_batch_size": 128}
+    return planned("cla_1b.h128_mqa_cla2", topology, **changes)
+
+
 @pytest.mark.parametrize(
-    ("topology", "batch", "remat", "gib", "error"),
+    ("topology", "batch", "remat", "gib"),
     [
-        ("h100:8", 64, "block", 4.99, 0.16),
-        ("h100:16x8", 2048, "none", 27.38, 0.1),
-        ("h100:16x8", 2048, "block", 5.31, 0.1),
+        ("h100:8", 64, "block", 4.99),
+        ("h100:16x8", 2048, "none", 27.38),
+        ("h100:16x8", 2048, "block", 5.31),
     ],
 )
-def test_peaks_of_the_1b_step_are_those_of_the_documents(topology, batch, remat, gib, error):
+def test_peaks_of_the_1b_step_are_those_of_the_documents(topology, batch, remat, gib):
     """docs/pods.md has them."""
-    changes = {"batch_size": batch, "placement.remat": remat, "placement.eval_batch_size": 128}
-    found = planned("cla_1b.h128_mqa_cla2", topology, **changes)
+    found = planned_1b(topology, batch, remat)
     assert found.fits
     assert found.peak == pytest.approx(gib * 2**30, rel=0.05)
-    assert found.estimate == pytest.approx(found.peak, rel=error)
     assert found.copied < 0.02 * found.traffic
     told = found.collective_bytes
     assert told["all-reduce"] < 0.01 * told["reduce-scatter"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "batch", "remat"),
+    [
+        pytest.param(
+            *("h100:8", 64, "block"),
+            marks=pytest.mark.xfail(strict=True, reason="the closed form is 15 % too low"),
+        ),
+        ("h100:16x8", 2048, "none"),
+        ("h100:16x8", 2048, "block"),
+    ],
+)
+def test_the_closed_form_of_the_1b_peak_is_near(topology, batch, remat):
+    found = planned_1b(topology, batch, remat)
+    assert found.estimate == pytest.approx(found.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("remat", ["none", "block", "attention", "dots"])
