@@ -84,6 +84,15 @@ def find_study(name: str) -> Declared:
     return Declared(name=short, study=study, trials=trials)
 
 
+def is_declared(name: str) -> bool:
+    """Whether a sweep runs a declared study, which has its name."""
+    try:
+        find_study(name)
+    except ValueError:
+        return False
+    return True
+
+
 def short_name(name: str) -> str:
     """The name of a row, sweep or study without the directory of its file: `mine.row` of `a/mine.py:row`."""
     file, row = _split(name)

@@ -49,7 +49,8 @@ def compare(
     Prints the table, and the scores of downstream tasks if there are any. Writes report.html, one file with
     tables, plots, learning curves, two runs side by side, and details. Also writes plots as PNG, SVG and PDF,
     and tables as CSV and LaTeX. Runs that differ only in their seed form one row. The command reads the run
-    directories only; it evaluates nothing.
+    directories only; it evaluates nothing. It replaces an earlier report of the same study, or of the same
+    kind, and refuses to overwrite any other.
 
     The runs of a sweep, or two runs of different studies:
         python -m launch.compare runs/tiny
@@ -85,6 +86,7 @@ def compare(
     )
     declared = experiments.find_study(study) if study else None
     paths, directory = _places(paths, declared, out)
+    earlier = report.record.replaced(epath.Path(directory), declared.name if declared else "")
     problems: list[str] = []
     compared = runs.find_runs(paths, problems)
     rows = report.read(compared, context, problems)
@@ -100,7 +102,7 @@ def compare(
         made = report.record.make(
             outcome,
             rows,
-            earlier=report.record.read(epath.Path(directory)),
+            earlier=earlier,
             commit=_commit(),
             command=_command(study, paths, context, out, baseline, sort),
         )

@@ -363,10 +363,44 @@ def test_results_that_change_after_the_report_are_told_with_their_names(mine, ca
         assert "Results disappeared after the report of aaaa: main/wide.seed-2." in text
         assert text.count("after the report") == 2
         assert "first reported at commit bbbb" in text
-    Path("runs/mine/report.json").write_text('{"digest": 3}')
+    Path("runs/mine/report.json").write_text('{"study": "mine.main", "digest": 3}')
     with pytest.raises(SystemExit):
         compare.main(["--study", f"{mine}:main", "runs/mine"])
     assert "report.json: field digest" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank")
+def test_a_report_replaces_only_one_of_its_own_kind(mine, capsys):
+    run_all()
+    decide(mine, capsys)
+    compare.main(["runs/mine", "--out", "plain"])
+    other = mine.with_name("other.py")
+    other.write_text(MINE)
+    place = lambda *path: {
+        file: file.read_bytes() for file in Path(*path).iterdir() if file.is_file()
+    }
+    before = place("runs", "mine"), place("plain")
+    of_study = (
+        "contains the report of study mine.main, which is not overwritten: repeat the command with "
+    )
+    for words, told in (
+        (
+            ["runs/mine"],
+            f"runs/mine {of_study}--study mine.main, or choose another directory with --out",
+        ),
+        (["runs/mine/main", "--out", "runs/mine"], of_study),
+        (["runs/mine", "--study", f"{other}:main"], of_study),
+        (
+            ["runs/mine", "--study", f"{mine}:main", "--out", "plain"],
+            "plain contains the report of a comparison without a study, which is not overwritten: repeat the "
+            "command without --study",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main(words)
+        assert told in capsys.readouterr().err
+        assert (place("runs", "mine"), place("plain")) == before
+    compare.main(["runs/mine", "--out", "plain", "--sort", "kv_bytes"])  # its own kind
 
 
 @pytest.mark.parametrize(
@@ -478,7 +512,7 @@ def test_only_the_rows_of_a_study_are_on_its_frontier(mine, capsys):
     best = {line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│ ●")}
     assert best == {"main/half (6 seeds)", "main/cla2 (6 seeds)", "main/wide (3 seeds)"}
     assert "● on the Pareto frontier of the rows that the study declares." in out
-    compare.main(["runs/mine"])
+    compare.main(["runs/mine", "--out", "all"])
     assert re.search(r"│ ● │ tuning/mqa.lr-1 ", capsys.readouterr().out)
 
 

@@ -246,6 +246,8 @@ def test_rows_without_a_learning_rate_are_declared_but_not_launched(monkeypatch)
     assert launched == small.MAIN.rows.keys() - {"h16_gqa2"}
     assert plan.waits_for.startswith("h16_gqa2: no learning rate yet; run small.tuning, and add")
     assert "experiments/small.py" in plan.waits_for
+    assert not experiments.is_declared("small.tuning")
+    assert experiments.is_declared("small.main")
     declared = experiments.find_study("small.main")
     assert {row for row, _ in declared.trials} == small.MAIN.rows.keys()
 
@@ -348,5 +350,9 @@ def test_a_sweep_evaluates_what_is_done(tmp_path, monkeypatch, capsys):
     launch_sweep.main(["smoke.grid", "--evaluate", *there])
     done = [str(tmp_path / "smoke" / "grid" / name) for name in list(configs)[:2]]
     assert given == [done]
-    assert f"launch.compare {tmp_path / 'smoke' / 'grid'}" in capsys.readouterr().out
+    where = tmp_path / "smoke" / "grid"
+    assert f"launch.compare {where}" in capsys.readouterr().out
+    monkeypatch.setattr("experiments.is_declared", lambda name: name == "smoke.grid")
+    launch_sweep.main(["smoke.grid", "--evaluate", *there])
+    assert f"launch.compare --study smoke.grid {where}" in capsys.readouterr().out
     assert not (tmp_path / "smoke" / "grid" / ".sweep").exists()  # nothing was submitted

@@ -85,7 +85,7 @@ def write(
     more = {"outcome": outcome, "beside": beside, "notes": noted, "diverged": diverged}
     more |= {"view": view, "remarks": remarks}
     text = page.html(rows, title, reference, problems, **more)
-    contents = {"report.html": text.encode()}
+    contents = {record.PAGE: text.encode()}
     figures = {"pareto": page.plot(drawn, reference), "read_bytes": page.plot(drawn, kind="read")}
     figures["training_loss"], figures["held_out"] = page.curves(
         [row for row in drawn if not row.cache]
@@ -104,7 +104,7 @@ def write(
             contents |= _tables(name, headings, cells)
         assert made is not None
         contents["report.md"] = _markdown(outcome, title, [*noted, *remarks], beside)
-        contents["report.json"] = record.dump(made)
+        contents[record.FILE] = record.dump(made)
     directories.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]
 

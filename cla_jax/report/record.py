@@ -14,11 +14,13 @@ from etils import epath
 from cla_jax import files
 from cla_jax.directories import listed
 from cla_jax.goodput import is_time_summary
+from cla_jax.messages import printable
 from cla_jax.report import seeds, studies
 from cla_jax.report.rows import Row
 from cla_jax.runs import Run
 
 FILE = "report.json"
+PAGE = "report.html"  # of every report; the record is only beside that of a study
 
 
 def make(
@@ -66,7 +68,34 @@ def make(
     }
 
 
-def read(directory: epath.Path) -> dict[str, Any] | None:
+def replaced(directory: epath.Path, study: str) -> dict[str, Any] | None:
+    """The record of the report that a new one in this directory will replace; None if it has none.
+
+    A report replaces only one of its own kind: of the same study, or also of none.
+
+    Args:
+      study: of the new report; empty for a comparison without one.
+
+    Raises ValueError if a report of another kind is there, or if its record is damaged.
+    """
+    earlier = _read(directory)
+    if earlier is None and not (directory / PAGE).exists():
+        return None
+    there = earlier["study"] if earlier else ""
+    if there == study:
+        return earlier
+    what, again = (
+        (f"the report of study {there}", f"with --study {there}")
+        if there
+        else ("the report of a comparison without a study", "without --study")
+    )
+    raise ValueError(
+        f"{printable(directory)} contains {printable(what)}, which is not overwritten: repeat the command "
+        f"{printable(again)}, or choose another directory with --out DIR"
+    )
+
+
+def _read(directory: epath.Path) -> dict[str, Any] | None:
     """The record of the report in a directory; None if there is none.
 
     Raises ValueError if it is damaged.
@@ -75,7 +104,7 @@ def read(directory: epath.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     record = files.read_object(file)
-    fields = {"digest": str, "commit": str, "results": dict, "changes": list}
+    fields = {"study": str, "digest": str, "commit": str, "results": dict, "changes": list}
     kept = {name: files.field(record, name, kind, file) for name, kind in fields.items()}
     if not all(isinstance(change, str) for change in kept["changes"]):
         raise ValueError(f"{files.name(file)}: changes must be lines of text")

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 from etils import epath
 
+import experiments
 from cla_jax import files, preflight
 from cla_jax.directories import is_local
 from cla_jax.messages import near_choice, printable_lines
@@ -191,7 +192,14 @@ class Launcher:
                 f"{self.arguments.name}"
             )
         evaluate.main([trial.directory for trial in done])
-        print(f"compare: python -m launch.compare {shlex.quote(str(plan.directory))}", flush=True)
+        print(f"compare: {self._comparison(plan)}", flush=True)
+
+    def _comparison(self, plan: LaunchPlan) -> str:
+        """The command that compares the trials; of a declared study, the one that tests its claims."""
+        study = (
+            ["--study", self.arguments.name] if experiments.is_declared(self.arguments.name) else []
+        )
+        return shlex.join(["python", "-m", "launch.compare", *study, str(plan.directory)])
 
     # ---------------------------------------------------------------------------- launch
 
@@ -472,8 +480,8 @@ class Launcher:
             for best in (one for one in results if isinstance(one, Result)):
                 print(f"best: {best.name}, perplexity {best.perplexity:.4f}", flush=True)
         whole = set(words.values()) == {"done"} and not plan.waits_for
-        then = "compare: python -m launch.compare" if whole else "watch: python -m launch.status"
-        print(f"{then} {plan.directory}", flush=True)
+        watch = shlex.join(["python", "-m", "launch.status", str(plan.directory)])
+        print(f"compare: {self._comparison(plan)}" if whole else f"watch: {watch}", flush=True)
         if self.stopping:
             return STOPPED
         bad = {"failed", "refused", "stuck"} & set(words.values())
