@@ -67,14 +67,17 @@ def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Cal
     step = jax.jit(
         lambda weights, cache: decode(weights, spec, cache, tokens, counts), donate_argnums=1
     )
-    cache = dataclasses.replace(spec.allocate(), lengths_B=jnp.full(batch, context, jnp.int32))
+    at_context = lambda cache: dataclasses.replace(
+        cache, lengths_B=jnp.full(batch, context, jnp.int32)
+    )
+    cache = at_context(spec.allocate())
 
     def run() -> float:
         nonlocal cache
         begin = time.monotonic()
         for _ in range(steps):
             x, cache = step(weights, cache)
-            cache = cache.reset(True, context)
+            cache = at_context(cache)
         jax.block_until_ready((x, cache))
         return (time.monotonic() - begin) / steps
 

@@ -31,6 +31,7 @@ from cla_jax.eviction.rule import CHOSEN, EMPTY, Rule, kept, most_kept
 
 GROWTH = 1.25  # from one size of a pool to the next
 SHORTEST = 16  # tokens that prompts are padded to
+NO_ROW = 1 << 29  # past every scratch cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,7 +328,9 @@ class _Plan:
     """
 
     pages_N: np.ndarray
-    source: tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and head in the scratch cache
+    # Row, position and head in the scratch cache. A row past it is none: the entry is zero, since a NaN of
+    # another prompt would reach attention even with a weight of 0.
+    source: tuple[np.ndarray, np.ndarray, np.ndarray]
     positions: np.ndarray
     classes: np.ndarray
     scores: np.ndarray
@@ -346,7 +349,7 @@ def _plan(
     entry = (np.cumsum(one.kept_BKS, axis=-1) - 1)[b, k, s]
     at = place[tables[b, k, entry // page]], entry % page
     heads = spec.batch, tables.shape[1], spec.widths[p] * page
-    none = lambda: np.zeros((N, page), np.int32)
+    none = lambda: np.full((N, page), NO_ROW, np.int32)
     plan = _Plan(
         pages_N=pages_N,
         source=(none(), none(), none()),
@@ -372,9 +375,10 @@ def _put(pool: Pool, scratch: Any, plan: _Plan, rows, tables, rooms, rule) -> Po
     """The pool with the planned entries copied from the KV layer of a scratch cache; the pool is donated."""
     put = lambda held, new: held.at[plan.pages_N].set(new, mode="drop")
     of_rows = lambda held, new: held.at[rows].set(new, mode="drop")
+    taken = lambda full: full.at[plan.source].get(mode="fill", fill_value=0)
     return Pool(
         kept=jax.tree.map(
-            lambda held, full: put(held, jnp.expand_dims(full[plan.source], 2)),
+            lambda held, full: put(held, jnp.expand_dims(taken(full), 2)),
             pool.kept,
             scratch,
         ),

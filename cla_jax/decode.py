@@ -244,7 +244,7 @@ def prefill(
         tokens[row, : len(prompt)] = prompt
         counts[row], before[row] = len(prompt), held.get(row, 0)
     rules = spec.rules
-    cache = cache.reset(*jax.device_put((counts > 0, before), (rules.spec("batch"),) * 2))
+    cache = spec.reset(cache, *jax.device_put((counts > 0, before), (rules.spec("batch"),) * 2))
     x_BD = no_states(spec) if last_BD is None else last_BD
     for i in range(chunks):
         chunk = tokens[:, i * T : (i + 1) * T]

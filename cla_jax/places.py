@@ -228,6 +228,7 @@ class SharedPlaces(Places):
         return predicted.resident, predicted.unshared
 
     def placed(self, cache: Cache, writing: Collection[int] = ()) -> Cache:
+        cache = self._cleared(cache)
         awaited = [row for row in writing if self._is_awaited(self._paths[row])]
         if self._sent == (wanted := (self.tree.version, awaited)):
             return cache
@@ -237,7 +238,7 @@ class SharedPlaces(Places):
 
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
         leaf = lambda row: Leaf(self._paths[row].leaf.page, row)
-        cache = self.spec.copy_leaf(cache, leaf(source), leaf(target))
+        cache = self.spec.copy_leaf(self._cleared(cache), leaf(source), leaf(target))
         length_B = np.array([self._prompts[target]], np.int32)
         length_B = jax.device_put(length_B, self.spec.rules.spec("batch"))
         lengths_B = put_row(cache.lengths_B, length_B, target)
@@ -248,10 +249,16 @@ class SharedPlaces(Places):
         tables = one.tables({0: self._paths[row]}, self.tree, writing=[0])
         tables = tables._replace(rows_B=np.array([row], np.int32))
         none_B = jnp.zeros(1, jnp.int32, out_sharding=self.spec.rules.spec("batch"))
-        return Cache(cache.kv_layers, none_B, self._uploaded(tables))
+        return Cache(self._cleared(cache).kv_layers, none_B, self._uploaded(tables))
 
     def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
         return Cache(one.kv_layers, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
+
+    def _cleared(self, cache: Cache) -> Cache:
+        """The cache without what others have left in pages that requests have taken since."""
+        cache = self.spec.clear_pages(cache, self.tree.unclear)
+        self.tree.unclear.clear()
+        return cache
 
     def _uploaded(self, tables: Pages) -> Pages:
         self.counts.uploads += 1

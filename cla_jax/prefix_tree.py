@@ -98,8 +98,12 @@ class PrefixTree:
             raise ValueError(f"prefix tree: retain = {retain} must not be negative")
         self.chunk, self.pages, self.retain = chunk, pages, retain
         self.version = 0  # changes whenever `layout` does
+        # Pages that requests have taken, and that still hold what other requests left in them. Whoever clears
+        # the pages empties the list.
+        self.unclear: list[int] = []
         self._root = Node([], -1, None)
         self._free = list(reversed(range(pages)))
+        self._next = 0  # the first page that no request has had; so have all after it
         self._paths: dict[Node, Path] = {}  # live requests by their leaves
         self._reserved = 0
         self._idle = 0  # chunks that no live request reads
@@ -305,7 +309,11 @@ class PrefixTree:
         """A free page; there is one, or an idle one."""
         if not self._free:
             self._evict()
-        return self._free.pop()
+        page = self._free.pop()
+        if page < self._next:
+            self.unclear.append(page)
+        self._next = max(self._next, page + 1)
+        return page
 
     def _add(self, parent: Node, tokens: list[int], page: int) -> Node:
         node = Node(tokens, page, parent, readers=1, used=next(self._clock))

@@ -228,7 +228,8 @@ def _teacher_forced(weights, cache, tokens_BT1, spec, end, begins, visit, carry,
 
     read_BT = inputs_of(inputs_BT, begins)
     xs = tuple(map(steps, (read_BT, starts_BT, targets_BT, *more_BT)))
-    (cache, carry), _ = jax.lax.scan(step, (cache.reset(), carry), xs)
+    none_B = jnp.zeros_like(cache.lengths_B)
+    (cache, carry), _ = jax.lax.scan(step, (spec.reset(cache, none_B == 0, none_B), carry), xs)
     return carry, cache
 
 

@@ -1,5 +1,6 @@
 """Prefill = chunked prefill = step by step = no cache at all; and the bugs that others had."""
 
+import dataclasses
 import functools
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from cla_jax.cache import CacheSpec, cache_spec
 from cla_jax.config import ModelConfig, SquaredReLU, SwiGLU
 from cla_jax.decode import _group, decode, decoding_weights, prefill
 from cla_jax.model.transformer import ForwardOptions, document_starts, project
+from cla_jax.scoring import _cached_nll
 from tests import reference
 from tests.conftest import MODEL, replace
 from tests.test_kv_map import map_pairs, together
@@ -229,6 +231,24 @@ def test_a_cache_that_was_reset_is_as_new():
         _, cache = prefill(weights, spec, cache, [TOKENS[0].tolist()])
         again, _ = prefill(weights, spec, cache, [[3] * 21])
         assert (fresh == again).all()
+
+
+def test_what_is_not_finite_does_not_reach_the_next_window_of_an_evaluation():
+    weights = decoding_weights(make(MODEL))
+    broken = dataclasses.replace(
+        weights, embedding=weights.embedding.at[200].set(np.nan), own_head=weights.head
+    )
+    spec = cache_spec(MODEL, batch=1, capacity=40, chunk=8)
+
+    def nll(cache, window):
+        of_window = functools.partial(_cached_nll, spec=spec, end=None, begins=None)
+        return of_window(broken, cache, window[None])
+
+    good = TOKENS[0, :41] % 200
+    expected, _ = nll(spec.allocate(), good)
+    bad, cache = nll(spec.allocate(), np.full(41, 200))
+    assert np.isnan(bad).all()
+    assert (nll(cache, good)[0] == expected).all()
 
 
 # --------------------------------------------------------------- bugs that other implementations had

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import random
 
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 
 from cla_jax import batch as batches
 from cla_jax import decode as decoding
-from cla_jax import places
+from cla_jax import eviction, places
 from cla_jax.cache import cache_spec, ledger
+from cla_jax.cache.evicting import evicting_spec
 from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import MeshConfig
 from cla_jax.decode import decoding_weights
@@ -235,6 +237,43 @@ def test_a_spec_is_data_of_the_engine_alone():
 # ------------------------------------------------------------------------- requests that share chunks
 
 SHARED = replace(MODEL, n_layers=2, n_kv_heads=2, n_heads=4, kv_map="cla:2")
+
+
+@functools.cache
+def made_for(format):
+    """A cache of four rows."""
+    if format == "h2o":
+        sizes = {"batch": 4, "capacity": 64, "page": 16}
+        return evicting_spec(SHARED, eviction.parse("h2o:tokens=32"), classes=bytes(257), **sizes)
+    if not format.endswith("pages"):
+        return spec(4, format)
+    name = format.removesuffix("pages").strip() or "dense"
+    sizes = {"batch": 4, "page": 32, "pages": 14, "capacity": 64, "chunk": 16}
+    return prefix_spec(SHARED, name, **sizes)
+
+
+@pytest.mark.parametrize("bad", [[200] * 37, [1] * 36 + [200]], ids=["all", "last"])
+@pytest.mark.parametrize("format", ["dense", "int8", "kivi2", "pages", "kivi2 pages", "h2o"])
+def test_what_is_not_finite_stays_with_its_request(format, bad):
+    """Later requests get the row, or the pages, whose unused entries could still hold NaN."""
+    made, good = made_for(format), PROMPTS[0]
+    own = weights(made.config)
+    broken = dataclasses.replace(own, embedding=own.embedding.at[200].set(np.nan))
+
+    def served(weights, *batches):
+        # Later ids, whose logits are NaN too, are not drawn.
+        engine = Engine(weights, made, n_ids=200, every=3)
+        for prompts in batches:
+            requests = [engine.submit(prompt, new_tokens=MOST, seed=1) for prompt in prompts]
+            engine.run()
+            yield requests[prompts.index(good)].completion.tokens if good in prompts else None
+
+    (expected,) = served(own, [good])
+    assert len(set(expected)) > 1
+    _, *found = served(broken, [bad], [good], [bad, good], [good, bad])
+    assert found == [expected] * 3
+
+
 PREFIX = list(range(40, 61))  # five pages of four tokens, and one token: more than a chunk
 
 

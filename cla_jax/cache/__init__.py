@@ -124,10 +124,6 @@ class Cache:
     lengths_B: jax.Array  # tokens of each row so far
     pages: Any = None  # see `StepPositions`
 
-    def reset(self, rows_B: jax.Array | bool = True, lengths_B: jax.Array | int = 0) -> "Cache":
-        """Cuts these rows (default: all) to `lengths_B` tokens. Entries beyond a length are masked."""
-        return dataclasses.replace(self, lengths_B=jnp.where(rows_B, lengths_B, self.lengths_B))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheSpec:
@@ -220,6 +216,26 @@ class CacheSpec:
         )
         lengths_B = jnp.zeros(self.batch, jnp.int32, out_sharding=self.rules.spec("batch"))
         return Cache(layers, lengths_B)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+    def reset(self, cache: Cache, rows_B: jax.Array, lengths_B: jax.Array) -> Cache:
+        """The cache with these rows ready for other sequences, of which they hold `lengths_B` tokens.
+
+        What the rows had is overwritten with zeros. An entry that is not used has a weight of 0, but 0 times
+        NaN is NaN: what is left of one sequence would reach the next. The cache is donated.
+        """
+        layers = tuple(
+            self.on_devices(functools.partial(self.cleared, p), layer, rows_B, cache.pages)
+            for p, layer in enumerate(cache.kv_layers)
+        )
+        lengths_B = jnp.where(rows_B, lengths_B, cache.lengths_B)
+        return dataclasses.replace(cache, kv_layers=layers, lengths_B=lengths_B)
+
+    def cleared(self, p: int, layer: LayerCache, rows_B: jax.Array, pages: Any) -> LayerCache:  # noqa: ARG002
+        """KV layer p, or the part of it on one device, with zeros in these rows."""
+        return jax.tree.map(
+            lambda held: jnp.where(rows_B.reshape(-1, *[1] * (held.ndim - 1)), 0, held), layer
+        )
 
     def shapes(self, p: int) -> Any:
         return self.formats[p].shapes(

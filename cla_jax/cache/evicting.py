@@ -269,7 +269,8 @@ class EvictingSpec(CacheSpec):
     # ------------------------------------------------------------------------------- pages
 
     def _segment(self, p: int, layer: Pool) -> Segment:
-        table_BKC = layer.table
+        # No page is never seen, but it must be the head's own: see `CacheSpec.reset`.
+        table_BKC = jnp.where(layer.table == NO_PAGE, layer.table[..., :1], layer.table)
         B, K, C = table_BKC.shape
         M = pages_at_once(self.page, C)
         positions_NE = layer.positions.reshape(B * K, -1)

@@ -65,6 +65,14 @@ class TokenPages:
         put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
         return jax.tree.map(put, layer, self.format.encode(kv))
 
+    def clear_pages(self, layer: Any, pages_C: jax.Array) -> Any:
+        """The KV layer with zeros in these pages; a page past the pool is none."""
+        return jax.tree.map(lambda held: held.at[pages_C].set(0, mode="drop"), layer)
+
+    def clear_rows(self, layer: Any, rows_B: jax.Array) -> Any:  # noqa: ARG002
+        """The KV layer with zeros in what these rows keep beside their pages: nothing."""
+        return layer
+
     def copy(self, layer: Any, source: Leaf, target: Leaf) -> Any:
         """The KV layer with the newest tokens of one request given to another."""
         return jax.tree.map(lambda held: held.at[target.page].set(held[source.page]), layer)
@@ -171,6 +179,14 @@ class GroupPages:
             return restored(page_BKTH, self.format.dtype).swapaxes(1, 2)
 
         return self.format.packed(newest.each(of_page))
+
+    def clear_pages(self, layer: KV, pages_C: jax.Array) -> KV:
+        zeros = lambda held: held.at[pages_C].set(0, mode="drop")
+        return layer.each(lambda half: half._replace(packed=jax.tree.map(zeros, half.packed)))
+
+    def clear_rows(self, layer: KV, rows_B: jax.Array) -> KV:
+        zeros = lambda half: half.newest.at[rows_B].set(0, mode="drop")
+        return layer.each(lambda half: half._replace(newest=zeros(half)))
 
     def copy(self, layer: KV, source: Leaf, target: Leaf) -> KV:
         def copied(half: Half) -> Half:

@@ -226,6 +226,28 @@ class PrefixSpec(CacheSpec):
                 items += 1
         return tables._replace(items=np.int32(items))
 
+    def cleared(self, p: int, layer: LayerCache, rows_B: jax.Array, pages: Pages) -> LayerCache:
+        """Pages belong to no row: see `clear_pages`."""
+        rows_B = jnp.where(rows_B, pages.rows_B, self.batch)
+        return self.layer_pages(p).clear_rows(layer, rows_B)
+
+    def clear_pages(self, cache: Cache, pages: Sequence[int]) -> Cache:
+        """Zeros in these pages, before others write to them; see `reset`. The KV layers are donated."""
+        layers = cache.kv_layers
+        for i in range(0, len(pages), self.pages_of_row):
+            some = pages[i : i + self.pages_of_row]
+            pages_C = np.full(self.pages_of_row, self.pages, np.int32)
+            pages_C[: len(some)] = some
+            layers = self._clear(layers, pages_C)
+        return dataclasses.replace(cache, kv_layers=layers)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnames="layers")
+    def _clear(self, layers: tuple[LayerCache, ...], pages_C: jax.Array) -> tuple[LayerCache, ...]:
+        return tuple(
+            self.on_devices(self.layer_pages(p).clear_pages, layer, pages_C)
+            for p, layer in enumerate(layers)
+        )
+
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
     def copy_leaf(self, cache: Cache, source: Leaf, target: Leaf) -> Cache:
         """The newest tokens of one request for its fork, in every KV layer. The cache is donated."""
