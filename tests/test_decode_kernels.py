@@ -78,7 +78,7 @@ class Attention:
     name: str
     attend: Any
     kept_width: Any
-    error: float
+    error = 1e-4
 
     @functools.cache  # noqa: B019
     def compiled(self):
@@ -171,7 +171,6 @@ class TestMosaic(Attention):
     name = "mosaic"
     attend = staticmethod(in_interpreter)
     kept_width = staticmethod(mosaic.kept_width)
-    error = 1e-4
 
     @for_any_rows
     def test_rows_of_any_lengths_windows_and_order(self, lengths, window, ring):
@@ -196,7 +195,6 @@ class TestMosaic(Attention):
 class TestPaged(Attention):
     name = "paged"
     kept_width = staticmethod(paged.kept_width)
-    error = 1e-2  # of weights in bfloat16
 
     @staticmethod
     def attend(*arguments):
