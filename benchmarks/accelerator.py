@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cla_jax import chips
+from cla_jax.typed_numbers import number
 
 ROOT = Path(__file__).parents[1]
 _LEAST_SECONDS = 10.0  # nothing is begun with less time than this left
@@ -638,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="end after so many minutes")
+    parser.add_argument("--minutes", type=number, default=9.0, help="end after so many minutes")
     parser.add_argument("--out", help="directory for the results")
     parser.add_argument("--done", nargs="*", default=[], help="directories of earlier results")
     parser.add_argument("--tiny", action="store_true", help="small measurements, for any device")

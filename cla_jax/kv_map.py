@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from cla_jax.messages import shown
+from cla_jax.typed_numbers import whole_number
 
 KvMap = tuple[int, ...]
 # Keys, values, both, or neither.
@@ -405,7 +406,7 @@ def _single_map(text: str, n_layers: int) -> KvMap:
     name, *arguments = text.split(":")
     if name[:1].isdigit():
         try:
-            kv_map = tuple(int(entry) for entry in text.split(","))
+            kv_map = tuple(map(whole_number, text.split(",")))
         except ValueError:
             raise ValueError("the sources must be integers, such as 0,0,2,2") from None
     elif name in _BUILDERS:
@@ -428,6 +429,6 @@ def _arguments(name: str, usage: str, arguments: list[str]) -> list[int | str]:
     if not least <= len(arguments) <= most:
         raise ValueError(refusal)
     try:
-        return [*map(int, arguments[:1]), *arguments[1:]]
+        return [*map(whole_number, arguments[:1]), *arguments[1:]]
     except ValueError:
         raise ValueError(refusal) from None

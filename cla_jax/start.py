@@ -20,6 +20,7 @@ from cla_jax.config import (
 )
 from cla_jax.fields import difference
 from cla_jax.messages import shown
+from cla_jax.typed_numbers import is_digits
 
 # What a conversion changes, and what does not decide which weights a model has.
 _MAY_DIFFER = {"n_kv_heads", "kv_map", "init_std", "compute_dtype"}
@@ -163,7 +164,7 @@ def resolved_map(form: str, config: ModelConfig) -> tuple[str, int, int] | None:
     if kind not in ("random", "damage"):
         return None
     forms = {"random": "random:PRODUCERS[:SEED]", "damage": "damage:PRODUCERS"}
-    if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(str.isdecimal, rest)):
+    if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(is_digits, rest)):
         raise ValueError(f"--kv-map {shown(form)} must have the form {forms[kind]}")
     producers = int(rest[0])
     if not 1 <= producers <= config.n_kv_layers:

@@ -20,6 +20,7 @@ from cla_jax.model.transformer import ForwardOptions, Transformer, document_star
 from cla_jax.optimizer import make_optimizer, schedule
 from cla_jax.session import Layout, Teacher
 from cla_jax.state import State
+from cla_jax.typed_numbers import is_digits
 
 StepFn = Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]
 
@@ -168,7 +169,7 @@ def compiler_options(text: str) -> dict[str, bool | int | str]:
     def value(text: str) -> bool | int | str:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        return int(text) if text.removeprefix("-").isdecimal() else text
+        return int(text) if is_digits(text.removeprefix("-")) else text
 
     options = [option.partition("=") for option in text.split(",") if option]
     return {name.strip(): value(given.strip()) for name, _, given in options}

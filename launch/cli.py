@@ -35,6 +35,7 @@ from cla_jax import extras, fields, machine
 from cla_jax.config import CacheAttention, Component, Config, Stage
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable_lines, shown
+from cla_jax.typed_numbers import number, whole_number
 
 PICTURES = ("png", "svg", "pdf")  # endings of --plot
 # What --cache takes, for --help.
@@ -123,10 +124,10 @@ def _number(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Numbers of a command line, with words of our own for what is none."""
-    kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
+    readers: dict[Any, Callable[[str], Any]] = {int: whole_number, float: number}
     union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
     members: set[Any] = set(typing.get_args(info.type)) if union else {info.type}
-    numeric = [kind for kind in kinds if members in ({kind}, {kind, types.NoneType})]
+    numeric = [kind for kind in readers if members in ({kind}, {kind, types.NoneType})]
     if not numeric:
         return None
     kind, optional = numeric[0], types.NoneType in members
@@ -134,10 +135,7 @@ def _number(
     def read_number(arguments: list[str]) -> Any:
         if optional and arguments[0] == "None":
             return None
-        try:
-            return kind(arguments[0])
-        except ValueError:
-            raise ValueError(f"{shown(arguments[0])} is not {kinds[kind]}") from None
+        return readers[kind](arguments[0])
 
     def is_instance(value: Any) -> bool:
         if value is None:

@@ -28,6 +28,7 @@ from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 from launch import allocator
 from launch.cli import Attention, check_picture, log_to_stderr, read, user_errors
+from launch.memory import parse_bytes
 
 if TYPE_CHECKING:
     import jax
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("rows", "page", "chunk", "every"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} = {getattr(arguments, name)} must be positive")
+    if arguments.make:
+        near_choice("kind of trace", arguments.make, traces.MAKERS)
+    parse_bytes(arguments.retain, "retain")
     _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
@@ -168,7 +172,6 @@ def _engine(arguments: Arguments, model: ServedModel, lines: Sequence[traces.Lin
     from cla_jax.cache import cache_spec
     from cla_jax.cache.prefix_shared import prefix_spec
     from cla_jax.engine import Engine
-    from launch.memory import parse_bytes
 
     longest = max(len(line.prompt) + line.new_tokens for line in lines)
     sizes: Any = {"batch": arguments.rows, "capacity": longest, "chunk": arguments.chunk}

@@ -103,6 +103,11 @@ def test_a_copied_run_is_not_trained_under_the_name_inside(tmp_path, monkeypatch
         (["--model.kv-map", "0,0,1"], "it has 3 entries, but model.n_layers = 8"),
         (["--model.n-heads", "3", "--model.n-kv-heads", "2"], "model.n_heads = 3 is not divisible"),
         (["--steps", "many"], "'many' is not a whole number"),
+        (["--steps", "1_0"], "'1_0' is not a whole number"),
+        (["--optimizer.peak-lr", "\u0660.\u0665"], "'\u0660.\u0665' is not a number"),
+        (["--model.kv-map", "0,\u0660"], "the sources must be integers"),
+        (["--model.kv-map", "cla:\u0662"], "the form is cla:FACTOR"),
+        (["--data.source", "sotu:\u0663"], "sotu:N takes N >= 2 documents"),
         (["--optimizer.peak-lr", "high"], "'high' is not a number"),
         (["--name", "a" * 300], "has 300 bytes; the limit is 200"),
         (

@@ -170,6 +170,9 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
         ),
         (["--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["--model", "smoke.tine"], "unknown experiment"),
+        # Before the model is opened:
+        (["--model", "smoke.tine", "--make", "shared-promt"], "did you mean shared-prompt"),
+        (["--model", "smoke.tine", "--retain", "1XB"], "retain = '1XB'"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, capsys, more, words):

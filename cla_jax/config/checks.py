@@ -47,8 +47,3 @@ def check_choices(config: Any, prefix: str = "") -> None:
         elif kinds and not isinstance(value, kinds):
             known = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{prefix}{name} = {shown(value)} must be one of {known}")
-
-
-def is_digits(text: str, most: int = 18) -> bool:
-    """Whether a text is a plain number of at most so many digits."""
-    return text.isascii() and text.isdecimal() and len(text) <= most

@@ -4,8 +4,9 @@ import dataclasses
 import math
 import re
 
-from cla_jax.config.checks import bounded, is_digits, positive
+from cla_jax.config.checks import bounded, positive
 from cla_jax.messages import near_choice, shown
+from cla_jax.typed_numbers import is_digits, number
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end token
 SOURCES = ("sotu", "text", "jsonl", "tfds")
@@ -57,7 +58,7 @@ class Component:
             raise ValueError(
                 f"data.mixture: {text!r} must be NAME=WEIGHT:SOURCE, as in web=0.7:jsonl:'web/*.gz'"
             )
-        return cls(name=name, source=source, weight=_number(f"data.mixture: {text!r}", weight))
+        return cls(name=name, source=source, weight=_weight(f"data.mixture: {text!r}", weight))
 
     def __str__(self) -> str:
         """What `parse` reads."""
@@ -84,13 +85,13 @@ class Stage:
         """The stage of `STEP:NAME=WEIGHT,NAME=WEIGHT`. Raises ValueError for what has another form."""
         step, colon, rest = text.partition(":")
         pairs = [pair.partition("=") for pair in rest.split(",")]
-        if not (colon and step.isdecimal() and all(equals for _, equals, _ in pairs)):
+        if not (colon and is_digits(step) and all(equals for _, equals, _ in pairs)):
             raise ValueError(
                 f"data.stages: {text!r} must be STEP:NAME=WEIGHT,NAME=WEIGHT, as in "
                 "2000:web=0.2,code=0.8"
             )
         where = f"data.stages: {text!r}"
-        weights = tuple((name, _number(where, weight)) for name, _, weight in pairs)
+        weights = tuple((name, _weight(where, weight)) for name, _, weight in pairs)
         return cls(step=int(step), weights=weights)
 
     def __str__(self) -> str:
@@ -111,11 +112,11 @@ def _check_weight(what: str, weight: float) -> None:
         raise ValueError(f"{what} is {weight}: it must be 0 or a positive number")
 
 
-def _number(what: str, text: str) -> float:
+def _weight(what: str, text: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{what}: the weight {text!r} is not a number") from None
+        return number(text)
+    except ValueError as error:
+        raise ValueError(f"{what}: the weight {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ import math
 from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config.checks import bounded, check_choices, is_digits, positive
+from cla_jax.config.checks import bounded, check_choices, positive
 from cla_jax.messages import shown
+from cla_jax.typed_numbers import is_digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ import functools
 from typing import Literal
 
 from cla_jax import names
-from cla_jax.config.checks import bounded, check_choices, is_digits, positive
+from cla_jax.config.checks import bounded, check_choices, positive
 from cla_jax.messages import shown
+from cla_jax.typed_numbers import is_digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

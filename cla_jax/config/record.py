@@ -7,6 +7,7 @@ from typing import Any
 from cla_jax.config import AdamW, Config, Cosine, HeadsKV, RopeScaling, Scratch, SwiGLU
 from cla_jax.fields import from_dict, variants
 from cla_jax.messages import shown
+from cla_jax.typed_numbers import number
 
 # Fields that some runs are older than, with the values that these runs have. They are left out of an identity
 # at these values, so that those runs keep theirs.
@@ -66,7 +67,7 @@ def _model(fields: dict[str, Any]) -> dict[str, Any]:
     kind, *numbers = text.split(":")
     try:
         own = [field for field in dataclasses.fields(variants(RopeScaling)[kind]) if field.init]
-        values = {field.name: float(number) for field, number in zip(own, numbers, strict=True)}
+        values = {field.name: number(text) for field, text in zip(own, numbers, strict=True)}
     except (KeyError, ValueError):
         return fields  # refused as any other text
     whole = {field.name for field in own if field.type is int}

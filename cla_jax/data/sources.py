@@ -23,6 +23,7 @@ from typing import Any
 from cla_jax import extras, files
 from cla_jax.config.data import split_source
 from cla_jax.messages import near_choice, shown
+from cla_jax.typed_numbers import is_digits
 
 SOTU_DOCUMENTS = 233
 # Inputs up to this many bytes together are fingerprinted by their whole content.
@@ -298,7 +299,7 @@ def _sotu_bytes() -> bytes:
 def _sotu_limit(source: str, argument: str) -> int:
     if not argument:
         return SOTU_DOCUMENTS
-    if not argument.isdigit() or not 0 < int(argument) <= SOTU_DOCUMENTS:
+    if not is_digits(argument) or not 0 < int(argument) <= SOTU_DOCUMENTS:
         raise ValueError(
             f"the source {source!r}: N in sotu:N must be 2 to {SOTU_DOCUMENTS}, the number of documents "
             "in the built-in corpus"

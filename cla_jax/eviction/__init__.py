@@ -10,7 +10,8 @@ KV head.
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from cla_jax.eviction.fastgen import FastGen
 from cla_jax.eviction.h2o import H2O
@@ -21,6 +22,7 @@ from cla_jax.eviction.snapkv import AdaKV, SnapKV
 from cla_jax.eviction.window import Window
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
+from cla_jax.typed_numbers import number, whole_number
 
 _BUDGETS = ("keep", "tokens")
 POLICIES: dict[str, type[Policy]] = {
@@ -39,6 +41,7 @@ def parse(text: str) -> Policy:
     near_choice("eviction policy", kind, POLICIES)
     cls = POLICIES[kind]
     types = {name: t for name, t in typing.get_type_hints(cls).items() if _is_field(cls, name)}
+    read: dict[Any, Callable[[str], object]] = {int: whole_number, float: number}
     settings: dict[str, object] = {}
     for item in filter(None, rest.split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))
@@ -50,10 +53,9 @@ def parse(text: str) -> Policy:
                 f"{kind}: {shown(item)} must have the form {name}=VALUE and occur once"
             )
         try:
-            settings[name] = types[name](value) if types[name] in (int, float) else value
-        except ValueError:
-            needed = {int: "a whole number", float: "a number"}[types[name]]
-            raise ValueError(f"{kind}: {name} = {shown(value)} must be {needed}") from None
+            settings[name] = read.get(types[name], str)(value)
+        except ValueError as error:
+            raise ValueError(f"{kind}: {name} = {error}") from None
     policy = cls(**settings)  # type: ignore[arg-type]
     near_choice("format of evicting caches", policy.format, FORMATS)
     if not FORMATS[policy.format].per_token:

@@ -28,6 +28,7 @@ from cla_jax.interop.foreign import Foreign
 from cla_jax.interop.keys import Keys
 from cla_jax.interop.names import Tensor
 from cla_jax.messages import near_choice, shown
+from cla_jax.typed_numbers import is_digits
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Constants that old checkpoints store and that follow from the config.
@@ -310,7 +311,7 @@ def _lckv(keys: Keys) -> ModelConfig:
     types = keys.take("layer_types", each_its_own, str).split("_")
     sources = [each.removesuffix("s") for each in types]
     windows = [window if each.endswith("s") else 0 for each in types]
-    if not all(source.isdecimal() for source in sources):
+    if not all(map(is_digits, sources)):
         raise ValueError(
             f"key layer_types = {shown('_'.join(types))} must be like 0_0_2_2, with s for a window"
         )

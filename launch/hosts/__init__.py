@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cla_jax.messages import shown
+from cla_jax.typed_numbers import is_digits, whole_number
 
 # Variables of those who start several processes.
 _SEVERAL = (
@@ -42,7 +42,7 @@ class Hosts:
             )
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdecimal():
+            if not host or not is_digits(port):
                 raise ValueError(f"--coordinator {self.coordinator!r} must be HOST:PORT")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"--processes {self.processes} must be positive")
@@ -91,9 +91,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from cla_jax.messages import near_choice
+from cla_jax.typed_numbers import is_digits
 
 CHIPS_PER_HOST = 4
 
@@ -92,7 +93,7 @@ def find(topology: str) -> Slice:
     near_choice("kind of TPU", name, KINDS)
     kind = KINDS[name]
     sides = shape.split("x")
-    if len(sides) != kind.dimensions or not all(side.isdecimal() and int(side) for side in sides):
+    if len(sides) != kind.dimensions or not all(is_digits(side) and int(side) for side in sides):
         example = "16x16" if kind.dimensions == 2 else "4x4x8"
         raise ValueError(
             f"--topology {topology!r}: a {name} has {kind.dimensions} dimensions, in chips: {name}:{example}"
