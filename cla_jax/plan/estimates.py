@@ -10,6 +10,8 @@ from cla_jax import chips, costs
 from cla_jax.config import Config
 from cla_jax.mesh import row_shards
 from cla_jax.model import splash
+from cla_jax.model.platform import describe
+from cla_jax.model.transformer import UNROLLED
 from cla_jax.session import Layout
 from cla_jax.state import named
 
@@ -42,7 +44,8 @@ def estimate(layout: Layout) -> dict[str, int]:
     KV = split("kv_heads", model.n_kv_heads) * sum(model.kept_widths)
     made = split("kv_heads", model.kv_elements)  # over all layers
     tokens = rows(layout) * config.data.seq_len
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    platform, _ = describe(layout.mesh.devices.flat[0])
+    on_cpu, on_gpu = platform == "cpu", platform == "gpu"
     chunk = rows(layout) * min(config.placement.loss_chunk, config.data.seq_len)
 
     # Left by the forward pass, in arrays of the compute dtype: what enters each block; also what its matrix
@@ -57,6 +60,10 @@ def estimate(layout: Layout) -> dict[str, int]:
     }[options.remat]
     saved = (model.n_layers * left + made) * tokens * width
     block = ((_FF + n_inner) * F + _EMBED * D + _HEADS * Q) * tokens * width
+    if on_gpu:
+        # The gradients of the products come from a fusion each, and only one of them takes the place of what
+        # all of them read. What attention read after its norm is there too; on TPUs it is computed again.
+        block += ((n_inner - 1) * F + D) * tokens * width
     if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4
     if options.attention == "xla":
@@ -77,7 +84,33 @@ def estimate(layout: Layout) -> dict[str, int]:
         "activations": round(saved + block),
         "logits": round(max(0, loss - block - gathered)),
         "gathered weights": round(gathered),
+        "weights held twice": _held_twice(layout, on_cpu, on_gpu),
     }
+
+
+def _held_twice(layout: Layout, on_cpu: bool, on_gpu: bool) -> int:
+    """Bytes of a device's part of weights that FSDP has XLA hold once more; 0 without it."""
+    if layout.mesh.shape["fsdp"] == 1:
+        return 0
+    options = layout.options
+    weights = named(layout.state.model)
+    held = 0
+    # A loop over groups saves the weights of their blocks for the backward pass, if it runs the blocks one by
+    # one (`transformer.fold_again`). Without rematerialisation a CPU does not.
+    if options.scan_layers and not (on_cpu and options.remat == "none"):
+        for i, stack in enumerate(layout.config.model.sharing.stacks):
+            if len(stack.groups) > 1 and 1 < stack.size <= UNROLLED:
+                held += _total(weights, f"stacks.{i}.blocks.")
+    # GPUs gather along the first axis. XLA lays out a weight again of which the last one is split: once, and
+    # it keeps the result for all microbatches.
+    if on_gpu and layout.config.placement.accumulate > 1:
+        last = {k: leaf for k, leaf in weights.items() if "fsdp" in leaf.sharding.spec[-1:]}
+        held += _total(last, "")
+    return held
+
+
+def _total(leaves: dict[str, jax.ShapeDtypeStruct], prefix: str) -> int:
+    return sum(_shard_bytes(leaf) for name, leaf in leaves.items() if name.startswith(prefix))
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
