@@ -66,7 +66,7 @@ def main() -> None:
     nats = {"source": layerwise.mean_loss(parts, *held_out)}
     print(f"source: {nats['source']:.4f}  {model.kv_map}", flush=True)
     table = Table(title=f"{run.path}, {held_out[1].size:,} held-out tokens: nats per token")
-    for column in ("kv_map", "KV", "elements", *options.init):
+    for column in ("kv_map", "keys and values", "elements", *options.init):
         table.add_column(column)
     table.add_row(
         model.kv_map,
@@ -116,7 +116,7 @@ def _kinds(options: Options, model: ModelConfig) -> Iterator[dict[str, Any]]:
 def _name(model: ModelConfig) -> str:
     if isinstance(model.kv, LatentKV):
         return f"latent {model.kv.rank}:{model.kv.rope_dims}"
-    return f"{model.n_kv_heads} heads"
+    return f"{model.n_kv_heads} KV head{'s' * (model.n_kv_heads != 1)}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Writes the metrics of each step, one step late, and the log of a run."""
 
+import collections
 import contextlib
 import logging
 import math
@@ -16,6 +17,8 @@ from cla_jax.writers import CompositeWriter
 
 log = logging.getLogger(__name__)
 
+_SPEED_STEPS = 10  # whose mean is the speed that is told
+
 
 class Diverged(RuntimeError):
     """The loss or a gradient of a step was not finite."""
@@ -24,8 +27,12 @@ class Diverged(RuntimeError):
 class StepLogger:
     """Writes each step's metrics once the next step is under way, so the device never waits.
 
-    The seconds of a step are those that the clock books under it and under its batch. Raises Diverged,
-    with the number of the step, when a loss or gradient norm is not finite.
+    The seconds of a step are those that the clock books under it and under its batch. They begin when this
+    process sees that the step before is complete. A process that the system holds up sees the ends of two
+    steps at once: then one step seems to take the time of both, and the other none. So the speed,
+    `tokens_per_s` and `mfu`, is a mean over the newest steps.
+
+    Raises Diverged, with the number of the step, when a loss or gradient norm is not finite.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class StepLogger:
         # Seconds of training when the step before was written, and when the first step was over.
         self.seconds_before = self._training_seconds()
         self.first_step_end: float | None = None
+        self.newest = collections.deque[float](maxlen=_SPEED_STEPS)  # seconds of steps
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Hands in the metrics of update `step` (counted from 1); writes those of the one before."""
@@ -90,7 +98,9 @@ class StepLogger:
         if self.first_step_end is None:
             self.first_step_end = now
         else:  # the first step waits for the first batches: its time is no speed
-            tokens_per_s = self.config.tokens_per_step / max(seconds, 1e-9)
+            self.newest.append(seconds)
+            tokens = len(self.newest) * self.config.tokens_per_step
+            tokens_per_s = tokens / max(sum(self.newest), 1e-9)
             speed["tokens_per_s"] = round(tokens_per_s, 1)
             if self.peak_flops:
                 speed["mfu"] = self.flops * tokens_per_s / (self.peak_flops * jax.device_count())

@@ -215,7 +215,7 @@ def count(number: float) -> str:
     return next((f"{number / size:.3g} {u}" for size, u in units if number >= size), f"{number:g}")
 
 
-def _span(days: float) -> str:
+def _duration(days: float) -> str:
     """A time in the unit that fits it."""
     hours = 24 * days
     if days >= 2:
@@ -235,7 +235,7 @@ def cost(plan: "Plan", config: Config, assumed: float) -> list[str]:
         days = plan.days(config.steps, mfu)
         assert days is not None
         hours = 24 * days * plan.chips
-        return f"{_span(days)}, {hours:,.{0 if hours >= 10 else 2}f} chip-hours"
+        return f"{_duration(days)}, {hours:,.{0 if hours >= 10 else 2}f} chip-hours"
 
     if assumed < bound:
         lines.append(f"At an MFU of {assumed:.0%}, on {plan.chips} chips: {at(assumed)}.")

@@ -245,6 +245,8 @@ def run(command):
                 # Both are for a process of its own.
                 patched.setattr("launch.allocator.set_up", lambda: None)
                 patched.setattr(jax, "clear_caches", lambda: None)
+                # Another test may have imported it; runpy would warn of that.
+                patched.delitem(sys.modules, module, raising=False)
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             importlib.import_module(module).main(argv)

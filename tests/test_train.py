@@ -485,6 +485,26 @@ def test_a_step_is_written_when_the_next_is_under_way(tiny, monkeypatch):
         assert record["mfu"] == pytest.approx(used, rel=1e-3)
 
 
+def test_the_speed_is_a_mean_because_the_ends_of_steps_may_be_seen_late(tiny):
+    now, written = [0.0], []
+    writer = types.SimpleNamespace(
+        write=lambda _, metrics: written.append(metrics), flush=lambda: None
+    )
+    config = tiny()
+    clock = goodput.Clock(started=0.0, now=lambda: now[0])
+    clock.switch("step")
+    logger = StepLogger(config, writer, 0, clock)
+    for step in range(1, 21):
+        # Step 19 is seen as late as step 20, which then takes no time.
+        now[0] += 2.0 if step == 20 else 1.0
+        logger.record(step, {"loss": jnp.array(2.0), "grad_norm": jnp.array(1.0)})
+    logger.flush()
+    assert [record["seconds"] for record in written[-3:]] == [1.0, 2.0, 0.0]
+    speeds = [record["tokens_per_s"] / config.tokens_per_step for record in written[1:]]
+    assert speeds[:-2] == [1.0] * 17
+    assert speeds[-2:] == pytest.approx([10 / 11, 1.0], rel=0.01)
+
+
 @pytest.fixture
 def timed(devices, monkeypatch):
     """Trains on a clock that moves only in the parts of a run, by another time in each.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cla_jax.cache.entries import UNIT, Entries, put
 from cla_jax.config import ModelConfig
-from cla_jax.model.attention import KV, Kept, Segment
+from cla_jax.model.attention import KV, PagedKV, Segment
 
 LayerCache = Any  # the stored arrays of one KV layer: a pytree that its format chooses
 
@@ -66,7 +66,7 @@ class PerToken(abc.ABC):
 
     def for_kernel(
         self, layer: KV, positions_BE: jax.Array, pages_BC: jax.Array | None = None
-    ) -> Kept:
+    ) -> PagedKV:
         """A KV layer in the form that decoding kernels read.
 
         It is a pool of pages in which heads come before tokens, and `pages_BC` are those of each row. Or it
@@ -80,7 +80,7 @@ class PerToken(abc.ABC):
             if heads_first := jax.tree.leaves(layer)[0].shape[2] == 1:
                 layer = jax.tree.map(lambda a: a.reshape(-1, 1, UNIT, *a.shape[3:]), layer)
         (k, k_scales), (v, v_scales) = map(self.half_for_kernel, layer)
-        return Kept(
+        return PagedKV(
             k=k,
             v=v,
             pages_BC=pages_BC,

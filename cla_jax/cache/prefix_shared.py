@@ -33,7 +33,7 @@ from cla_jax.model.attention import (
     EMPTY,
     KV,
     MASKED,
-    Kept,
+    PagedKV,
     Partial,
     Segment,
     StepPositions,
@@ -301,7 +301,7 @@ class PrefixSpec(CacheSpec):
         pages_BC: jax.Array,
         starts_B: jax.Array,
         ends_B: jax.Array,
-    ) -> Kept:
+    ) -> PagedKV:
         """Pages that hold consecutive positions, from `starts_B` to before `ends_B`, as kernels read them."""
         format = self.formats[p]
         assert isinstance(format, PerToken)  # kernels refuse others
@@ -428,8 +428,8 @@ class PrefixSpec(CacheSpec):
         def attend(i: Any, q: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
             """Attention of tiles of queries to what item i reads."""
             if kernel is not None:
-                span = self._span(p, layer, pages, i, tiles)
-                return kernel.attend(q, span, positions_BN, starts_BN)
+                paged = self._item_for_kernel(p, layer, pages, i, tiles)
+                return kernel.attend(q, paged, positions_BN, starts_BN)
             segment = Segment(read, positions, pages.blocks_I2[i, 0], pages.blocks_I2[i, 1], ())
             return self._alone(q, [segment], positions_BN, starts_BN)
 
@@ -458,7 +458,9 @@ class PrefixSpec(CacheSpec):
         none = Partial(jnp.zeros((B, K, N, width)), zeros_BKN1, zeros_BKN1 + MASKED)
         return jax.lax.fori_loop(0, pages.items, body, none)
 
-    def _span(self, p: int, layer: LayerCache, pages: Pages, i: Any, tiles: int) -> Kept:
+    def _item_for_kernel(
+        self, p: int, layer: LayerCache, pages: Pages, i: Any, tiles: int
+    ) -> PagedKV:
         """What work item i reads, as kernels read it, for each tile of its queries."""
         M, C = self.pages_at_once, self.pages_of_row
         first, end = pages.blocks_I2[i]
@@ -466,8 +468,8 @@ class PrefixSpec(CacheSpec):
         pages_C = jax.lax.dynamic_slice_in_dim(numbers, first * M, C)
         held = jnp.sum((pages_C < self.pages) & (jnp.arange(C) < (end - first) * M))
         start = pages.positions_N[first]
-        span = pages_C, start, start + held * self.page
-        return self._for_kernel(p, layer, *(jnp.broadcast_to(a, (tiles, *a.shape)) for a in span))
+        item = pages_C, start, start + held * self.page
+        return self._for_kernel(p, layer, *(jnp.broadcast_to(a, (tiles, *a.shape)) for a in item))
 
     def _own(self, pages_BM: jax.Array) -> jax.Array:
         """What a row may read instead of no page: it is never seen, but it must be the row's own."""

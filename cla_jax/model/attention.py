@@ -238,8 +238,8 @@ class Segment(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A KV layer on one device, as it is kept: what a kernel reads instead of segments.
+class PagedKV:
+    """A KV layer on one device, as it is stored: what a kernel reads instead of segments.
 
     Entries lie in pages of a pool, S in each. Arrays are [pages, K, S, ...] if heads come first, otherwise
     [pages, S, K, ...].

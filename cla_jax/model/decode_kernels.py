@@ -12,7 +12,7 @@ from cla_jax import eviction
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.messages import near_choice
 from cla_jax.model import mosaic, paged
-from cla_jax.model.attention import Kept, Partial
+from cla_jax.model.attention import PagedKV, Partial
 from cla_jax.model.platform import describe, warn_once
 
 XLA = "xla"
@@ -20,7 +20,7 @@ XLA = "xla"
 
 class Attend(Protocol):
     def __call__(
-        self, q_BKNH: jax.Array, kept: Kept, positions_BN: jax.Array, starts_BN: jax.Array, /
+        self, q_BKNH: jax.Array, kept: PagedKV, positions_BN: jax.Array, starts_BN: jax.Array, /
     ) -> Partial:
         """Attention of N scaled queries of each KV head to the entries that each sees."""
         ...

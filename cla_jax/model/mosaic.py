@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.config import ModelConfig
-from cla_jax.model.attention import Kept, Partial, merge
+from cla_jax.model.attention import PagedKV, Partial, merge
 
 ROWS = 64  # of a tile of wgmma: the queries of a KV head are padded to it
 _CORES = 132  # of an H100; with fewer thread blocks than this, some are idle
@@ -87,7 +87,7 @@ class Tiling:
 
 def attend(
     q_BKNH: jax.Array,
-    kept: Kept,
+    kept: PagedKV,
     positions_BN: jax.Array,
     starts_BN: jax.Array,
     *,
@@ -122,7 +122,7 @@ def _splits(rows: int, entries: int) -> int:
 
 
 def _parts(
-    q_BKRH: jax.Array, kept: Kept, positions_BR: jax.Array, starts_BR: jax.Array, interpret: Any
+    q_BKRH: jax.Array, kept: PagedKV, positions_BR: jax.Array, starts_BR: jax.Array, interpret: Any
 ) -> Partial:
     """Attention to the entries of each thread block, [B, K, splits, ROWS, ...]."""
     from cla_jax.model.mosaic_kernel import attention

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as gpu
 import jax.numpy as jnp
 from jax import lax
 
-from cla_jax.model.attention import MASKED, Kept
+from cla_jax.model.attention import MASKED, PagedKV
 from cla_jax.model.mosaic import ROWS, Tiling
 
 # Sums of values (a part for each product), total weight and maximum, so far.
@@ -21,7 +21,7 @@ def attention(
     positions_BR: jax.Array,
     starts_BR: jax.Array,
     blocks_B2: jax.Array,
-    kept: Kept,
+    kept: PagedKV,
     *,
     tiling: Tiling,
     splits: int,

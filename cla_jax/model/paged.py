@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from cla_jax.config import ModelConfig
-from cla_jax.model.attention import EMPTY, MASKED, Kept, Partial
+from cla_jax.model.attention import EMPTY, MASKED, PagedKV, Partial
 
 QUERIES = 128  # of a KV head: their scores and sums have room in the vector memory
 _LANES = 128
@@ -64,7 +64,9 @@ def _token_bytes(K: int, H: int) -> int:
     return 4 * K * H
 
 
-def attend(q_BKNH: jax.Array, kept: Kept, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
+def attend(
+    q_BKNH: jax.Array, kept: PagedKV, positions_BN: jax.Array, starts_BN: jax.Array
+) -> Partial:
     """Attention of up to 128 scaled queries of each KV head to the entries that each sees.
 
     Heads are as wide as `kept_width` says, and come before the entries of a page.
