@@ -101,7 +101,7 @@ def tuning() -> Trials:
 
 
 def main() -> Trials:
-    """Six seeds of the rows with claims, as an exact test of two claims needs; three of the other row."""
+    """Six seeds of each row with a claim, the fewest for an exact test of two; three of the other row."""
     return sweeping.declared(MAIN, ROWS, RATES)
 
 

@@ -40,7 +40,7 @@ from cla_jax.typed_numbers import number, whole_number
 PICTURES = ("png", "svg", "pdf")  # endings of --plot
 # What --cache takes, for --help.
 CACHES = (
-    f"{', '.join(FORMATS)} (dense has the model's dtype); or a policy that evicts tokens, such as "
+    f"{', '.join(FORMATS)} (dense has the model's dtype). Or a policy that evicts tokens, such as "
     "fastgen:T=0.95 or h2o:keep=0.25 (docs/eviction.md)"
 )
 

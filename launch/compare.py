@@ -49,8 +49,8 @@ def compare(
     Prints the table, and the scores of downstream tasks if there are any. Writes report.html, one file with
     tables, plots, learning curves, two runs side by side, and details. Also writes plots as PNG, SVG and PDF,
     and tables as CSV and LaTeX. Runs that differ only in their seed form one row. The command reads the run
-    directories only; it evaluates nothing. It replaces an earlier report of the same study, or of the same
-    kind, and refuses to overwrite any other.
+    directories only; it evaluates nothing. An earlier report in the output
+    directory is replaced only if both are of the same study, or both of none.
 
     The runs of a sweep, or two runs of different studies:
         python -m launch.compare runs/tiny

@@ -16,7 +16,7 @@ An import makes a run directory, which all other commands can read. An export ma
 transformers: `AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)`. Models without
 sharing are exported as plain Llamas and need no remote code.
 
-`uptrain` makes a run from the weights of another run, with fewer KV heads or KV layers, or with latents
+`uptrain` makes a run from the weights of another run. The new run has fewer KV heads or KV layers, or latents
 instead of heads. docs/uptraining.md compares the conversions.
 """
 
@@ -86,8 +86,8 @@ class Uptrain:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # The run directory to make, with a checkpoint at step 0.
     made: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MADE")]
-    # Which layers share: a kv_map; random:PRODUCERS[:SEED]; or damage:PRODUCERS, which makes those layers
-    # consumers that increase the loss least, each measured alone. Default: the source's kv_map.
+    # Which layers share: a kv_map, random:PRODUCERS[:SEED], or damage:PRODUCERS. With damage, those
+    # layers share that increase the loss least, each measured alone. Default: the source's kv_map.
     kv_map: str | None = None
     # Number of KV heads. Default: the source's.
     kv_heads: int | None = None

@@ -64,7 +64,7 @@ class Arguments:
             "default is `full`: no cache."
         ),
     ] = ()
-    # Tokens per decoding step; 1 decodes as generation does, more is faster. Default: 1, with --tasks 16.
+    # Tokens per decoding step. Generation has 1; more is faster. Default: 1, and 16 with --tasks.
     chunk: int | None = None
     attention: Attention = "xla"
     # Fraction of each window that is the prompt, for caches that evict tokens.

@@ -55,7 +55,7 @@ class Arguments:
     unshared: bool = False
     # Maximum number of requests that decode at the same time.
     rows: int = 32
-    # Pages in the pool; 0: enough for this many requests of the longest length without sharing.
+    # Pages in the pool; 0: enough for --rows requests of the longest length without sharing.
     pages: int = 0
     # Tokens per page.
     page: int = 64

@@ -10,10 +10,11 @@ tells the engine what to do:
     1    do not start again: the trial failed or is cancelled; the record has the error
 
 A trial fails at once if its config is wrong or its loss is not finite. Other failures are tried again, up to
---failures times in a row without a new checkpoint. A trial counts as preempted, not as failed, in three
-cases: it is stopped, it is killed together with this process, or another of its hosts dies. It fails after
---preemptions in a row without a new checkpoint. On one host, this command starts training again after a
-failure. With --hosts above 1, the engine starts all hosts again, and only the first host writes the record.
+--failures times in a row without a new checkpoint. A trial that is stopped counts as preempted, not as
+failed. So does one that is killed together with this process, or whose other host dies. After --preemptions
+of them in a row without a new checkpoint, the trial fails. On one host, this command starts training again
+after a failure. With --hosts above 1, the engine starts all hosts again, and only the first host writes the
+record.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, commands parse, and sentences are short."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -13,6 +14,7 @@ import pytest
 import tyro
 
 from cla_jax.formats import FORMATS
+from launch import __main__ as launch_commands
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -28,11 +30,11 @@ def prose(page):
     return [line for line in lines if not line.startswith("|")]
 
 
-def long_sentences(page):
+def long_sentences(lines):
     return [
         sentence
-        for line in prose(page)
-        for sentence in re.split(r"(?:(?<=[.!?:])|(?<=[.!?]\)))\s+(?=[A-Z`(*])", line)
+        for line in lines
+        for sentence in re.split(r"(?:(?<=[.!?:])|(?<=[.!?]\)))\s+(?=[A-Z`(*]|--|docs/)", line)
         if len(sentence.split()) > LONGEST
     ]
 
@@ -123,7 +125,29 @@ WRITTEN = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "cla_jax
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_sentences_are_short(page):
-    assert long_sentences(page) == []
+    assert long_sentences(prose(page)) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([command] for command in launch_commands.COMMANDS),
+        ["train", "smoke.tiny"],
+        *(["convert", what] for what in ("import", "export", "fetch", "uptrain")),
+    ],
+    ids=" ".join,
+)
+def test_sentences_of_help_are_short(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "2000")  # no sentence is broken into lines
+    with contextlib.suppress(SystemExit):
+        launch_commands.main([*words, "--help"])
+    out = capsys.readouterr().out
+    assert "--help" in out
+    # Columns that stand side by side.
+    cells = re.split(r"\s{3,}|\n|[│╭╮╰╯]", out)
+    assert (
+        long_sentences(cell for cell in cells if not cell.startswith(("usage:", "python -m"))) == []
+    )
 
 
 def test_the_results_in_readme_are_those_of_the_report():

@@ -124,8 +124,9 @@ class DataConfig:
     """The text, the tokenizer, and the windows that tokens are cut into."""
 
     # Where documents come from: text:GLOB, jsonl:GLOB (field `text`), tfds:NAME (feature `text`), or sotu.
-    # sotu is built in: 233 State of the Union addresses; sotu:N has the first N. jsonl.FIELD:GLOB and
-    # tfds.FIELD:NAME read another field. Files may be compressed: .gz, .xz, .bz2, or .zst (extra `zstd`).
+    # The source sotu is built in: 233 State of the Union addresses; sotu:N has the first N. The forms
+    # jsonl.FIELD:GLOB and tfds.FIELD:NAME read another field. Files may be compressed: .gz, .xz, .bz2, or
+    # .zst (extra `zstd`).
     source: str = "sotu"
     # Several sources instead of data.source: NAME=WEIGHT:SOURCE NAME=WEIGHT:SOURCE. Weights are relative
     # shares of the training tokens.

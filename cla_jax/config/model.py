@@ -44,7 +44,7 @@ class LatentKV:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwiGLU:
-    """Two matrices in, of which one goes through SiLU and is multiplied with the other (2002.05202)."""
+    """Two products with the input. SiLU is applied to one, which then multiplies the other (2002.05202)."""
 
     kind: Literal["swiglu"] = dataclasses.field(default="swiglu", init=False)
     n_matrices: ClassVar[int] = 3  # all of d_model times d_ff; the last one goes back
@@ -52,7 +52,7 @@ class SwiGLU:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SquaredReLU:
-    """One matrix in, and the square of its ReLU (2109.08668)."""
+    """One product with the input, then a ReLU, which is squared (2109.08668)."""
 
     kind: Literal["relu2"] = dataclasses.field(default="relu2", init=False)
     n_matrices: ClassVar[int] = 2
@@ -175,8 +175,8 @@ class ModelConfig:
     # The MLP of a block.
     mlp: SwiGLU | SquaredReLU = SwiGLU()
     # Which layer's keys and values each layer reads. Forms: identity, cla:2, cla:3:last, keep-ends,
-    # dense-front, dense-back; pizza:4, sandwich:4 or lasagna:4, where four layers make keys and values;
-    # trailing:4, where the last four layers make none; or a list of source layers such as 0,0,2,2. Keys and
+    # dense-front, dense-back, or a list of source layers such as 0,0,2,2. With pizza:4, sandwich:4 and
+    # lasagna:4, four layers make keys and values. With trailing:4, the last four layers make none. Keys and
     # values may have different maps: k=cla:2;v=identity (any two of these forms), or fused-lite.
     kv_map: str = "identity"
     # Sliding windows: how many tokens a layer attends to, the current one included; 0 means all. Give one
