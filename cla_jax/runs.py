@@ -86,22 +86,27 @@ class Run:
 
     @property
     def checkpoints(self) -> epath.Path:
+        """The directory of the checkpoints; a published copy has none."""
         return self.path / "checkpoints"
 
     @property
     def log(self) -> epath.Path:
+        """The log of training, a text; a remote run has none."""
         return self.path / "log.txt"
 
     @property
     def metrics(self) -> epath.Path:
+        """The metrics of a local run, in lines of JSON; read them with `read_metrics`."""
         return self.path / "metrics.jsonl"
 
     @property
     def profile(self) -> epath.Path:
+        """The directory of traces (`placement.profile`)."""
         return self.path / "profile"
 
     @property
     def is_local(self) -> bool:
+        """Whether the run is in the file system of this machine, not at gs://."""
         return is_local(self.path)
 
     @property

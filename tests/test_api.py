@@ -1,6 +1,8 @@
 """What `import cla_jax` offers."""
 
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,18 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/first_run.ipynb"
 
 @pytest.mark.parametrize("name", cla_jax.__all__)
 def test_public_names_are_there_and_documented(name):
-    assert inspect.getdoc(getattr(cla_jax, name))
+    """With what they raise; of classes, each public method and property has a docstring too."""
+    public = getattr(cla_jax, name)
+    documented = inspect.getdoc(public)
+    assert documented
+    if inspect.isclass(public):
+        own = {key: value for key, value in vars(public).items() if not key.startswith("_")}
+        fields = {field.name for field in dataclasses.fields(public)}
+        assert [
+            key for key in own.keys() - fields if not inspect.getdoc(getattr(public, key))
+        ] == []
+    else:
+        assert re.search(r"Raises|errors are those of", documented)
 
 
 def test_names_of_no_use_to_anyone_are_refused():

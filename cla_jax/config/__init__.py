@@ -136,6 +136,7 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
+        """Target tokens of one optimiser step, over all devices."""
         return self.batch_size * self.data.seq_len
 
 
