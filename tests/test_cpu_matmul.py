@@ -72,3 +72,18 @@ def test_each_head_has_a_matrix_of_its_own():
     weight = jax.random.normal(jax.random.key(1), (4, 6, 8))
     found = jax.jit(cpu_matmul.matmul_heads)(x, weight)
     assert jnp.abs(found - jnp.einsum("BTGI,GOI->BTGO", x, weight)).max() < 1e-5
+
+
+@pytest.mark.parametrize("is_heads", [False, True])
+def test_bfloat16_weights_have_no_copy_in_float32(is_heads):
+    """XLA would make one for each weight and keep it for the whole loop. One token is the exception."""
+    size, tokens = 512, 4
+    shapes = ((tokens, size), (size, size))
+    if is_heads:
+        shapes = ((tokens, 1, 1, size), (1, size, size))
+    product = cpu_matmul.matmul_heads if is_heads else cpu_matmul.matmul
+    loop = lambda x, weight: jax.lax.fori_loop(0, 3, lambda _, x: product(x, weight), x)
+    x, weight = (jnp.ones(shape, "bfloat16") for shape in shapes)
+    program = jax.jit(loop).lower(x, weight).compile().as_text()
+    assert f"bf16[{size},{size}]" in program
+    assert f"f32[{size},{size}]" not in program

@@ -37,8 +37,18 @@ def matmul(x_NI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None
     weight_POI = weight_OI.reshape(P, out // P, -1)
     # The barriers keep XLA from folding the transposes into the product, which is the slow form again.
     x_PIN = jnp.broadcast_to(jax.lax.optimization_barrier(x_NI.T), (P, x_NI.shape[1], N))
-    y_PON = jnp.einsum("POI,PIN->PON", weight_POI, x_PIN, preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(y_PON.reshape(out, N)).T
+    y_PON = _product("POI,PIN->PON", weight_POI, x_PIN, dtype)
+    return jax.lax.optimization_barrier(y_PON.reshape(out, N)).T.astype(dtype or x_NI.dtype)
+
+
+def _product(equation: str, weights: jax.Array, x: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    """The product with tokens along the last axis of x, in `dtype` or, for several tokens, in float32.
+
+    XLA multiplies bfloat16 as it is if the result is float32. For another result it makes float32 copies of
+    all weights, and keeps them for a whole loop. With one token the copies are faster nevertheless.
+    """
+    wanted = jnp.dtype(jnp.float32) if x.shape[-1] > 1 else dtype
+    return jnp.einsum(equation, weights, x, preferred_element_type=wanted)
 
 
 def _parts(weight_OI: jax.Array) -> int:
@@ -51,8 +61,8 @@ def matmul_heads(x_BTGI: jax.Array, weight_GOI: jax.Array) -> jax.Array:
     """The same with a matrix for each head, [B, T, G, O]."""
     B, T, G, _ = x_BTGI.shape
     x_GIN = jax.lax.optimization_barrier(jnp.einsum("BTGI->GIBT", x_BTGI)).reshape(G, -1, B * T)
-    y_GON = jax.lax.optimization_barrier(jnp.einsum("GOI,GIN->GON", weight_GOI, x_GIN))
-    return jnp.einsum("GOBT->BTGO", y_GON.reshape(G, -1, B, T))
+    y_GON = jax.lax.optimization_barrier(_product("GOI,GIN->GON", weight_GOI, x_GIN, None))
+    return jnp.einsum("GOBT->BTGO", y_GON.reshape(G, -1, B, T)).astype(x_BTGI.dtype)
 
 
 def scores(q_BKNH: jax.Array, *parts_BSKH: jax.Array) -> jax.Array:
