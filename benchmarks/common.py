@@ -79,13 +79,14 @@ class CommonOptions:
     threads: int = THREADS
     # Let malloc ask Linux for huge pages, for every contestant alike (GLIBC_TUNABLES).
     huge_pages: bool = False
-    # Interpreter of the torch rows, if torch lives in another environment.
+    # Interpreter of the peers' rows, if they live in another environment.
     peer_python: str = sys.executable
 
 
-def start(row: str, spec: dict[str, Any], options: CommonOptions) -> Child:
-    """The contestant of a row. Its script is `spec["script"]`; torch rows may have their own Python."""
-    python = options.peer_python if row.startswith("torch") else sys.executable
+def start(spec: dict[str, Any], options: CommonOptions) -> Child:
+    """The contestant whose script is `spec["script"]`; peers may have their own Python."""
+    is_ours = spec["script"].endswith("_ours.py")
+    python = sys.executable if is_ours else options.peer_python
     spec = spec | {"threads": options.threads}
     return Child(python, HERE / spec["script"], spec, options.huge_pages)
 
@@ -98,7 +99,7 @@ def contestants(
     children: dict[str, Child] = {}
     try:
         for row, spec in specs.items():
-            children[row] = start(row, spec, options)
+            children[row] = start(spec, options)
         check_same_model(children)
         yield children
     finally:

@@ -42,6 +42,7 @@ class Options:
     latents: tuple[str, ...] = ()
     # Give latents a norm, as DeepSeek-V2 does.
     latent_norm: bool = False
+    # Ways to start; those that do not make what is asked for are left out.
     init: tuple[str, ...] = INITS
     # Windows of held-out text that are scored.
     windows: int = 8

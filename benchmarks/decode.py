@@ -1,10 +1,11 @@
-"""Cached decoding of this repository beside Hugging Face's `generate` under torch, on CPU.
+"""Cached decoding of this repository beside Hugging Face's `generate` under torch and llama.cpp, on CPU.
 
-Both continue the same number of random prompts by the same number of tokens, greedily, with the same number
-of threads. No token ends a row. The models are the same decoder (MQA, SwiGLU, RoPE, tied embeddings, float32;
-equal parameter counts are asserted). Every contestant is a process of its own that is idle until asked. In a
-round, each in turn makes whole calls of `generate`, in an order that rotates. So if a machine is slow for a
-while, it is slow for all of them. Believe the ratios; the tokens per second belong to the machine.
+All continue the same number of random prompts by the same number of tokens, greedily, with the same number
+of threads. No token ends a row. The models are the same decoder (MQA, SwiGLU, RoPE, tied embeddings; equal
+parameter counts are asserted). They are in float32 where the row says nothing else. Every contestant is a
+process of its own that is idle until asked. In a round, each in turn makes whole calls of `generate`, in an
+order that rotates. So if a machine is slow for a while, it is slow for all of them. Believe the ratios; the
+tokens per second belong to the machine.
 
 The time to the first token ends when `generate` returns that token: ours to `on_tokens`, Hugging Face's to
 its streamer. Decoding is what the same call does after it: batch * (new tokens - 1) / (time of the call -
@@ -29,9 +30,13 @@ Rows:
     ours-cla2       kv_map cla:2: every second layer reads the keys and values of the one before
     ours-int8       the identity map, an int8 cache
     ours-kivi4      the identity map, KIVI's cache of 4 bits
+    ours-bfloat16   the identity map, weights and cache in bfloat16
     torch           LlamaForCausalLM.generate, eager, sdpa, the default dynamic cache
     torch-static    the same with cache_implementation="static"
     torch-compile   the same with the decode step compiled by `generate` (needs a C++ compiler)
+    llama.cpp       float32 weights and cache; decode_llama_cpp.py says how to install it
+    llama.cpp-bf16  bfloat16 weights, a float16 cache
+    llama.cpp-q8_0  weights of 8 bits, a float16 cache
 
 A row that fails (memory, no compiler, no torch) is named with its reason, and the others go on.
 """
@@ -62,20 +67,40 @@ from benchmarks.common import (
     start,
 )
 
-OURS: dict[str, Any] = {"script": "decode_ours.py", "kv_map": "identity", "cache": "dense"}
+OURS: dict[str, Any] = {
+    "script": "decode_ours.py",
+    "kv_map": "identity",
+    "cache": "dense",
+    "dtype": "float32",
+}
 TORCH: dict[str, Any] = {"script": "decode_torch.py", "static": False, "compile": False}
+LLAMA_CPP: dict[str, Any] = {"script": "decode_llama_cpp.py", "weights": "F32"}
 ROWS: dict[str, dict[str, Any]] = {
     "ours": OURS,
     "ours-cla2": OURS | {"kv_map": "cla:2"},
     "ours-int8": OURS | {"cache": "int8"},
     "ours-kivi4": OURS | {"cache": "kivi4"},
+    "ours-bfloat16": OURS | {"dtype": "bfloat16"},
     "torch": TORCH,
     "torch-static": TORCH | {"static": True},
     "torch-compile": TORCH | {"static": True, "compile": True},
+    "llama.cpp": LLAMA_CPP,
+    "llama.cpp-bf16": LLAMA_CPP | {"weights": "BF16"},
+    "llama.cpp-q8_0": LLAMA_CPP | {"weights": "Q8_0"},
 }
 
 Row = Literal[
-    "ours", "ours-cla2", "ours-int8", "ours-kivi4", "torch", "torch-static", "torch-compile"
+    "ours",
+    "ours-cla2",
+    "ours-int8",
+    "ours-kivi4",
+    "ours-bfloat16",
+    "torch",
+    "torch-static",
+    "torch-compile",
+    "llama.cpp",
+    "llama.cpp-bf16",
+    "llama.cpp-q8_0",
 ]
 Shape = Literal["7m", "100m"]
 
@@ -177,7 +202,7 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
     try:
         for row in cell.rows:
             try:
-                children[row] = start(row, spec | ROWS[row] | available_memory(), options)
+                children[row] = start(spec | ROWS[row] | available_memory(), options)
             except ContestantEnded as ended:
                 result["failed"][row] = str(ended)
         check_same_model(children)
@@ -203,7 +228,8 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
 
 def compare(rows: dict[str, Any]) -> None:
     """Adds to every row its speeds as multiples of those of the bases that are there."""
-    bases = [base for base in ("torch", "torch-static", "torch-compile", "ours") if base in rows]
+    peers = ("torch", "torch-static", "torch-compile", "llama.cpp")
+    bases = [base for base in (*peers, "ours") if base in rows]
     for values in rows.values():
         values["ratio_to"] = {
             base: {
@@ -232,7 +258,7 @@ def table(cell: Cell, result: dict[str, Any]) -> Table:
     )
     shown.add_column("row", no_wrap=True)
     shown.add_column("tokens/s", justify="right")
-    bases = [base for base in ("torch", "torch-compile", "ours") if base in rows]
+    bases = [base for base in ("torch", "torch-compile", "llama.cpp", "ours") if base in rows]
     for base in bases:
         shown.add_column(f"x {base}", justify="right")
     shown.add_column("1st token", justify="right")

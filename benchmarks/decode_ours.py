@@ -62,7 +62,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         **spec["shape"],
         kv_map=spec["kv_map"],
         kv_norm="block",  # with the identity map: an ordinary Llama
-        compute_dtype="float32",
+        compute_dtype=spec["dtype"],
     )
     batch, context = spec["batch"], spec["context"]
     cache = cache_spec(

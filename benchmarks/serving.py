@@ -88,7 +88,7 @@ def run(options: Options, model: ServedModel) -> None:
     config, lines = model.config, traces.make_trace(options.kind, options.made)
     specs = contestants(config, options, model.rules)
     peers = {
-        name: start(name, torch_spec(config, options, lines, name == "torch-reuse"), options)
+        name: start(torch_spec(config, options, lines, name == "torch-reuse"), options)
         for name in options.only
         if name not in specs
     }

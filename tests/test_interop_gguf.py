@@ -6,7 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from cla_jax import interop
+from benchmarks.common import SHAPES
+from benchmarks.decode_llama_cpp import write_model
+from cla_jax import costs, interop
 from cla_jax.config import Llama3Scaling, NoScaling
 from cla_jax.data import tokenizers
 from cla_jax.interop import fetch, gguf, names
@@ -172,6 +174,19 @@ def test_the_model_is_the_one_that_was_written(tmp_path):
     run = import_run(found, tmp_path / "run", Text(source="sotu:6"))
     assert (run.config().data.end_token, run.config().data.seq_len) == (made.END, 128)
     assert run.record()["origin"]["format"] == "gguf"
+
+
+@pytest.mark.parametrize("weights", ["F32", "BF16", "Q8_0"])
+def test_the_benchmark_gives_llama_cpp_the_model_that_ours_have(tmp_path, weights):
+    shape = SHAPES["7m"]
+    parameters = write_model(tmp_path / "m.gguf", shape, 100, weights)
+    (tmp_path / "t.json").write_text(tokenizers.byte_tokenizer().to_json())
+    found = interop.read(tmp_path / "m.gguf", tmp_path / "t.json")
+    config = dataclasses.asdict(found.config)
+    assert {name: config[name] for name in shape} == shape
+    assert parameters == costs.parameters(found.config).total
+    assert {tensor.read().dtype for tensor in found.tensors.values()} == {np.dtype("float32")}
+    names.to_model(found.tensors, found.config)
 
 
 def test_the_tokenizer_is_built_from_the_file(tmp_path):
