@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,58 @@ def test_what_fails_or_takes_too_long_is_not_in_the_way_of_the_others(
     made.clear()
     accelerator.main(["--tiny", "--out", str(tmp_path), "--minutes", "99"])
     assert made == [names[0], large, *others, slow]
+
+
+STAY = """
+import os, signal, sys, types
+import jax
+from benchmarks import accelerator
+card, rate, dies, *flags = sys.argv[1:]
+jax.devices = lambda: [types.SimpleNamespace(device_kind=card)]
+begun = []
+
+def pretended(what):
+    def run(**arguments):
+        begun.append(what)
+        if len(begun) == int(dies):
+            os.kill(os.getpid(), signal.SIGKILL)
+        reached = {"tokens_per_s": 7.0, "fraction": 0.5e12 / float(rate)}
+        return {"matmul_flops": 1e14, "bandwidth": {"read": float(rate)}, **reached}
+    run.__name__ = what if what in ("device", "decoding") else "another"
+    return run
+
+listed = [
+    accelerator.Measurement(name=m.name, run=pretended(m.run.__name__), arguments=m.arguments)
+    for m in accelerator.measurements(tiny=True)
+]
+accelerator.measurements = lambda tiny: listed
+accelerator.main(["--tiny", "--together", *flags])
+"""
+
+
+def test_stays_on_several_machines_make_one_set(tmp_path):
+    """Two machines with one kind of card, of which the first is killed half way; then another card."""
+    names = [m.name for m in accelerator.measurements(tiny=True)]
+    half = len(names) // 2
+
+    def stay(card, rate, dies=0):
+        words = [sys.executable, "-c", STAY, card, str(rate), str(dies), "--out", str(tmp_path)]
+        return subprocess.run(words, cwd=ROOT, check=False).returncode
+
+    measured = lambda: [(r["device"], r["name"]) for r in accelerator.results([tmp_path])]
+    assert stay("H100", 1e12, dies=half + 1) == -signal.SIGKILL
+    assert measured() == [("H100", name) for name in names[:half]]
+    assert stay("H100", 1e12) == 0
+    # Of what was there, only the measurement that tells the card is made on every machine.
+    assert sorted(measured()) == sorted(("H100", name) for name in [names[0], *names])
+    assert stay("H200", 2e12) == 0
+    of_each = [(card, name) for card in ("H100", "H200") for name in names]
+    assert sorted(measured()) == sorted([("H100", names[0]), *of_each])
+    # Each row is of one card, and a fraction is of its own bandwidth.
+    shown = accelerator.tables(accelerator.results([tmp_path]))
+    for card, rate, fraction in (("H100", 1000, "50%"), ("H200", 2000, "25%")):
+        assert shown.count(f"| {card} | 100 | {rate} |") == 1
+        assert shown.count(f"| {card} | smoke.tiny | 2 | dense | xla | 7 | {fraction} |") == 1
 
 
 def test_the_newest_record_counts_wherever_it_is():

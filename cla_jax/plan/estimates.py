@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from cla_jax import chips, costs
 from cla_jax.config import Config
+from cla_jax.kv_map import Stack
 from cla_jax.mesh import row_shards
 from cla_jax.model import splash
 from cla_jax.model.platform import describe
-from cla_jax.model.transformer import UNROLLED
+from cla_jax.model.transformer import UNROLLED, ForwardOptions
 from cla_jax.session import Layout
 from cla_jax.state import named
 
@@ -64,6 +65,12 @@ def estimate(layout: Layout) -> dict[str, int]:
         # The gradients of the products come from a fusion each, and only one of them takes the place of what
         # all of them read. What attention read after its norm is there too; on TPUs it is computed again.
         block += ((n_inner - 1) * F + D) * tokens * width
+        # Without rematerialisation nothing orders the gradients of a group's weights
+        # (`transformer.gradients_together`). XLA computes them last. So the inputs of all products of the
+        # group are there, and the gradients of their outputs; and the queries of the first block.
+        if options.remat == "none":
+            read = (n_inner + 1) * F + 4 * D + 2 * Q
+            block = max(block, (_blocks_of_a_turn(layout) * read + Q) * tokens * width)
     if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4
     if options.attention == "xla":
@@ -97,9 +104,9 @@ def _held_twice(layout: Layout, on_cpu: bool, on_gpu: bool) -> int:
     held = 0
     # A loop over groups saves the weights of their blocks for the backward pass, if it runs the blocks one by
     # one (`transformer.fold_again`). Without rematerialisation a CPU does not.
-    if options.scan_layers and not (on_cpu and options.remat == "none"):
+    if not (on_cpu and options.remat == "none"):
         for i, stack in enumerate(layout.config.model.sharing.stacks):
-            if len(stack.groups) > 1 and 1 < stack.size <= UNROLLED:
+            if _unrolled_in_a_loop(options, stack) and stack.size > 1:
                 held += _total(weights, f"stacks.{i}.blocks.")
     # GPUs gather along the first axis. XLA lays out a weight again of which the last one is split: once, and
     # it keeps the result for all microbatches.
@@ -107,6 +114,17 @@ def _held_twice(layout: Layout, on_cpu: bool, on_gpu: bool) -> int:
         last = {k: leaf for k, leaf in weights.items() if "fsdp" in leaf.sharding.spec[-1:]}
         held += _total(last, "")
     return held
+
+
+def _unrolled_in_a_loop(options: ForwardOptions, stack: Stack) -> bool:
+    """Whether the blocks of a group run one by one in each turn of a loop over the groups of a stack."""
+    return options.scan_layers and len(stack.groups) > 1 and stack.size <= UNROLLED
+
+
+def _blocks_of_a_turn(layout: Layout) -> int:
+    """The most blocks that run one by one in a turn of a loop over groups; 1 without such a loop."""
+    stacks = layout.config.model.sharing.stacks
+    return max(s.size if _unrolled_in_a_loop(layout.options, s) else 1 for s in stacks)
 
 
 def _total(leaves: dict[str, jax.ShapeDtypeStruct], prefix: str) -> int:
