@@ -33,7 +33,7 @@ from launch.memory import parse_bytes
 if TYPE_CHECKING:
     import jax
 
-    from cla_jax.config import ModelConfig
+    from cla_jax.config import Config, ModelConfig
     from cla_jax.decode import Weights
     from cla_jax.engine import Engine
     from cla_jax.mesh import AxisRules
@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.make:
         near_choice("kind of trace", arguments.make, traces.MAKERS)
     parse_bytes(arguments.retain, "retain")
+    if not Path(arguments.model).exists():
+        _row(arguments.model)
     _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
@@ -144,6 +146,16 @@ class ServedModel:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
+def _row(name: str) -> "Config":
+    """The config of a row of an experiment. Raises ValueError with the nearest names."""
+    (config, *others) = experiments.find(name)
+    if others:
+        raise ValueError(
+            f"model = {name!r} is a study: give one of its rows, such as {config.name}"
+        )
+    return config
+
+
 def open_model(name: str) -> ServedModel:
     """A row of an experiment with random weights, or a run."""
     from cla_jax.decode import random_weights
@@ -151,11 +163,7 @@ def open_model(name: str) -> ServedModel:
     from cla_jax.mesh import AxisRules
 
     if not Path(name).exists():
-        (config, *others) = experiments.find(name)
-        if others:
-            raise ValueError(
-                f"model = {name!r} is a study: give one of its rows, such as {config.name}"
-            )
+        config = _row(name)
         weights = random_weights(config.model)
         return ServedModel(config=config.model, weights=weights, rules=AxisRules())
     decoder = Decoder.open(name)
