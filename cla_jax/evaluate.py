@@ -217,7 +217,7 @@ def _score(
     how: dict[str, Any] = {"chunk": chunk, "attention": attention}
     scores = cached_decoding(session, model, name, **how, **limits)
     sampled: dict[str, Any] = how | {"windows": min(windows or 64, 64)}
-    sampled["progress"] = progress(f"{name} beside the full forward")
+    sampled["progress"] = progress(f"{name} cache compared with full forward, windows")
     close, each = agreement(session, model, name, **sampled), None
     if per_kv_layer:
         sampled["progress"] = progress(f"KV layers in {name}")
