@@ -44,11 +44,13 @@ from cla_jax.model.attention import (
     normalized,
     partial_attention,
 )
+from cla_jax.model.platform import on_cpu
 
 assert EMPTY == rules_of.EMPTY
 
-BLOCK = 256  # entries of a head that are read at once
-SMALLEST_PAGE = 16  # entries
+BLOCK = 512  # entries of a head that are read at once
+SMALLEST_PAGE, LARGEST_PAGE = 16, 256  # entries
+MOST_SLICES = 32  # pages that are read one by one, of all heads together
 NO_PAGE = 1 << 29  # in a table: past every pool, however it grows
 
 
@@ -226,45 +228,47 @@ class EvictingSpec(CacheSpec):
         if self.policy.scoring != "attention":
             part, received_BKE = partial_attention(apart(q_BKNH), [segment], **sees), None
         else:
-            E = layer.positions.shape[-1]
-            part, received = attention_received(apart(q_BKNH), segment, entries=E, **sees)
-            received_BKE = received.reshape(B, K, E)
+            blocks = layer.table.shape[-1] // pages_at_once(self.page, layer.table.shape[-1])
+            part, received = attention_received(apart(q_BKNH), segment, blocks=blocks, **sees)
+            received_BKE = received.reshape(B, K, -1)
         o_BTKGH = restore(normalized(part).reshape(q_BKNH.shape)).astype(q_BTKGH.dtype)
         return o_BTKGH, received_BKE
 
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:
         """The cache after the last reader of a step: scores are added up, and heads evict."""
-        T = step.positions_BT.shape[1]
         layers = []
         for p, layer in enumerate(cache.kv_layers):
             if self.policy.scoring == "attention":
                 readers = (of for q, of in enumerate(notes) if self.together[q] == self.together[p])
                 received = sum(itertools.chain.from_iterable(readers))
                 layer = layer._replace(scores=layer.scores + received)
-            layers.append(self._evicted(layer, step.lengths_B, T))
+            layers.append(self._evicted(layer, step.lengths_B))
         return dataclasses.replace(cache, kv_layers=tuple(layers))
 
-    def _evicted(self, layer: Pool, lengths_B: jax.Array, T: int) -> Pool:
-        """At most T entries of a head: a step of T tokens makes no more of them superfluous."""
+    def _evicted(self, layer: Pool, lengths_B: jax.Array) -> Pool:
+        """What the rules keep. A step of T tokens makes at most T entries of a head superfluous."""
         rule, before_BKE = layer.rule, layer.positions
         lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
         always_BKE = kept_whatever_its_score(
             rule, before_BKE, layer.classes, lengths_BK, self.policy.sinks, self.policy.recent
         )
         may_go_BKE = (before_BKE != EMPTY) & ~always_BKE
-        scores_BKE = layer.scores if self.ranks else jnp.zeros(before_BKE.shape)
         allowed_BK = hitters_of(rule, lengths_BK, self.policy.recent)
 
-        def evict_one(_: Any, positions_BKE: jax.Array) -> jax.Array:
-            left_BKE = may_go_BKE & (positions_BKE != EMPTY)
-            too_many_BK1 = (left_BKE.sum(-1) > allowed_BK)[..., None]
-            lowest_BK1 = jnp.where(left_BKE, scores_BKE, jnp.inf).min(-1, keepdims=True)
-            among_BKE = left_BKE & (scores_BKE <= lowest_BK1)
+        def evict_one(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            positions_BKE, too_many_BK = state
+            among_BKE = may_go_BKE & (positions_BKE != EMPTY)
+            if self.ranks:
+                scores_BKE = jnp.where(among_BKE, layer.scores, jnp.inf)
+                among_BKE &= scores_BKE <= scores_BKE.min(-1, keepdims=True)
             oldest_BK1 = jnp.where(among_BKE, positions_BKE, EMPTY).min(-1, keepdims=True)
-            goes_BKE = too_many_BK1 & among_BKE & (positions_BKE == oldest_BK1)
-            return jnp.where(goes_BKE, EMPTY, positions_BKE)
+            goes_BKE = among_BKE & (positions_BKE == oldest_BK1) & (too_many_BK > 0)[..., None]
+            return jnp.where(goes_BKE, EMPTY, positions_BKE), too_many_BK - 1
 
-        return layer._replace(positions=jax.lax.fori_loop(0, T, evict_one, before_BKE))
+        # Usually no head has too many, or each has one.
+        state = before_BKE, may_go_BKE.sum(-1) - allowed_BK
+        positions_BKE, _ = jax.lax.while_loop(lambda s: jnp.any(s[1] > 0), evict_one, state)
+        return layer._replace(positions=positions_BKE)
 
     # ------------------------------------------------------------------------------- pages
 
@@ -280,8 +284,7 @@ class EvictingSpec(CacheSpec):
             pages_NM = jax.lax.dynamic_slice_in_dim(table_BKC, i * M, M, axis=2).reshape(B * K, M)
 
             def of_pages(held: jax.Array) -> jax.Array:
-                taken = held.at[pages_NM].get(mode="clip")  # of no page: not seen
-                return taken.reshape(B * K, S, *held.shape[2:])
+                return taken(held, pages_NM).reshape(B * K, S, *held.shape[2:])
 
             return self._format(p).decode(jax.tree.map(of_pages, layer.kept))
 
@@ -295,6 +298,18 @@ class EvictingSpec(CacheSpec):
         format = self.formats[p]
         assert isinstance(format, PerToken)
         return format
+
+
+def taken(held: jax.Array, pages_NM: jax.Array) -> jax.Array:
+    """These pages of a pool, one after the other. What it takes for no page is not seen.
+
+    On a CPU, a gather computes the place of each number, and takes up to twice as long as slices.
+    """
+    if not on_cpu() or pages_NM.size > MOST_SLICES:
+        return held.at[pages_NM].get(mode="clip")
+    pages = pages_NM.reshape(-1)
+    cut = functools.partial(jax.lax.dynamic_index_in_dim, held, keepdims=False)
+    return jnp.concatenate([cut(pages[i]) for i in range(pages.size)])
 
 
 def pages_at_once(page: int, width: int) -> int:
@@ -311,10 +326,10 @@ def rounded(width: int, page: int) -> int:
 def page_size(capacity: int) -> int:
     """Entries of a page for rows of so many tokens: about 1/64 of a row, a power of two.
 
-    A head leaves half a page unused on average. On a CPU, each page that is read costs about a microsecond
-    besides the time to copy it, so small pages are slow.
+    A head leaves half a page unused on average. On a CPU, each page that a gather reads costs about a
+    microsecond besides the time to copy it, so small pages are slow.
     """
-    return min(max(1 << (capacity // 64).bit_length() >> 1, SMALLEST_PAGE), BLOCK)
+    return min(max(1 << (capacity // 64).bit_length() >> 1, SMALLEST_PAGE), LARGEST_PAGE)
 
 
 def evicting_spec(

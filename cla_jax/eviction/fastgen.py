@@ -55,6 +55,8 @@ class FastGen(Policy):
             self._share(name)
         if self.over not in ("min", "mean"):
             raise ValueError(f"fastgen: over = {self.over!r} must be min or mean")
+        if self.T == 1:  # all heads are full: a decode step ranks nothing
+            object.__setattr__(self, "scoring", "none")
 
     def candidates(self, heads: tuple[int, int]) -> list[Rule]:
         """A rule for each of `names`."""

@@ -357,28 +357,34 @@ def attention_received(
     q_BKNH: jax.Array,
     segment: Segment,
     *,
-    entries: int,
+    blocks: int,
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
 ) -> tuple[Partial, jax.Array]:
     """Partial attention to one segment, and the attention that each entry received: [B, K, entries].
 
-    The latter is a sum over all N queries. Blocks are of equal size and do not overlap. Entries of blocks
-    that are not read received nothing. The scores of all entries are kept, so that keys are read once: N / H
-    of the size of the keys.
+    The latter is a sum over all N queries. The segment has so many blocks, of equal size, which do not
+    overlap. Entries of blocks that are not read received nothing. The weights of all entries are kept, each
+    relative to the peak when its block was read. So keys are read once, and there is one exponential for
+    each weight. This takes N / H of the size of the keys.
     """
 
-    def body(i: Any, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
-        part, all_BKNE = carry
-        part, s_BKNS = _with_block(q_BKNH, segment, i, part, positions_B1N1, starts_B1N1)
-        at = i * s_BKNS.shape[-1]
-        return part, jax.lax.dynamic_update_slice_in_dim(all_BKNE, s_BKNS, at, axis=3)
+    def body(i: Any, carry: tuple[Partial, jax.Array, jax.Array]) -> tuple:
+        part, p_BKCNS, peak_BKCN = carry
+        part, p_BKNS = _with_block(q_BKNH, segment, i, part, positions_B1N1, starts_B1N1)
+        put = lambda a, of_block: jax.lax.dynamic_update_slice_in_dim(a, of_block[:, :, None], i, 2)
+        return part, put(p_BKCNS, p_BKNS), put(peak_BKCN, part.peak_BKN1[..., 0])
 
     part = _empty_part(q_BKNH, positions_B1N1, None)
-    none_BKNE = jnp.broadcast_to(part.peak_BKN1, (*q_BKNH.shape[:3], entries))
-    part, s_BKNE = jax.lax.fori_loop(segment.first, segment.end, body, (part, none_BKNE))
+    B, K, N, _ = q_BKNH.shape
+    S = jax.eval_shape(segment.positions, 0).shape[-1]
+    # As in an empty part: zeros that depend on the queries.
+    none_BKCNS = jnp.broadcast_to(part.sum_BKNH[:, :, None, :, :1], (B, K, blocks, N, S))
+    carry = part, none_BKCNS, jnp.full((B, K, blocks, N), MASKED)
+    part, p_BKCNS, peak_BKCN = jax.lax.fori_loop(segment.first, segment.end, body, carry)
     log_sum_BKN1 = jnp.where(part.peak_BKN1 <= MASKED, 0, part.peak_BKN1 + jnp.log(part.total_BKN1))
-    return part, jnp.exp(s_BKNE - log_sum_BKN1).sum(axis=2)
+    shrink_BKCN = jnp.exp(peak_BKCN - log_sum_BKN1[:, :, None, :, 0])
+    return part, jnp.einsum("BKCNS,BKCN->BKCS", p_BKCNS, shrink_BKCN).reshape(B, K, -1)
 
 
 def _empty_part(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
@@ -398,7 +404,7 @@ def _with_block(
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
 ) -> tuple[Partial, jax.Array]:
-    """The attention with block i of a segment, and the scores of the block."""
+    """The attention with block i of a segment, and the weights of the block relative to the new peak."""
     # A segment of one block does not depend on i: its scores would be taken out of the loop.
     queries_BKNH, peak_BKN1 = jax.lax.optimization_barrier((q_BKNH, part.peak_BKN1))
     kv, keys = segment.read(i), segment.positions(i)
@@ -416,7 +422,7 @@ def _with_block(
         preferred_element_type=jnp.float32,
     )
     total_BKN1 = part.total_BKN1 * shrink_BKN1 + p_BKNS.sum(-1, keepdims=True)
-    return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak), s_BKNS
+    return Partial(part.sum_BKNH * shrink_BKN1 + values_BKNH, total_BKN1, new_peak), p_BKNS
 
 
 def attend_segments(
