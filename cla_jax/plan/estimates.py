@@ -61,16 +61,16 @@ def estimate(layout: Layout) -> dict[str, int]:
     }[options.remat]
     saved = (model.n_layers * left + made) * tokens * width
     block = ((_FF + n_inner) * F + _EMBED * D + _HEADS * Q) * tokens * width
-    if on_gpu:
+    if on_gpu and options.remat == "block":
         # The gradients of the products come from a fusion each, and only one of them takes the place of what
         # all of them read. What attention read after its norm is there too; on TPUs it is computed again.
         block += ((n_inner - 1) * F + D) * tokens * width
-        # Without rematerialisation nothing orders the gradients of a group's weights
-        # (`transformer.gradients_together`). XLA computes them last. So the inputs of all products of the
-        # group are there, and the gradients of their outputs; and the queries of the first block.
-        if options.remat == "none":
-            read = (n_inner + 1) * F + 4 * D + 2 * Q
-            block = max(block, (_blocks_of_a_turn(layout) * read + Q) * tokens * width)
+    if on_gpu and options.remat == "none":
+        # Nothing orders the gradients of a group's weights (`transformer.gradients_together`). XLA computes
+        # them last. So the inputs of all products of the group are there, and the gradients of their outputs;
+        # and the queries of the first block.
+        read = (n_inner + 1) * F + 4 * D + 2 * Q
+        block = max(block, (_blocks_of_a_turn(layout) * read + Q) * tokens * width)
     if options.attention == "splash":  # its sums are float32, in tiles of as many lanes
         block += heads * splash.LANES * tokens * 4
     if options.attention == "xla":
@@ -83,6 +83,8 @@ def estimate(layout: Layout) -> dict[str, int]:
     # also holds the hidden states before and after the norm, with their gradients. All are freed before the
     # backward pass of the blocks begins.
     loss = V * D * (4 + width) + chunk * V * 4 + 3 * D * tokens * width
+    if on_gpu:  # the gradient of the scores, which no fusion writes over them
+        loss += chunk * V * width
     return {
         "parameters": parameters,
         "optimizer": sum(per_device.values()) - parameters,
