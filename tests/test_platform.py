@@ -21,6 +21,19 @@ def test_the_mesh_says_what_platform_a_program_is_for():
         assert not platform.on_cpu()
 
 
+def test_rows_of_short_caches_are_read_together(monkeypatch):
+    """As many as have the tokens of 16 long ones."""
+    assert [platform.rows_at_once(64, tokens) for tokens in (512, 4096, 256, 128)] == [
+        16,
+        16,
+        32,
+        64,
+    ]
+    assert platform.rows_at_once(3, 128) == 3
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    assert platform.rows_at_once(64, 512) == 64
+
+
 def test_elsewhere_than_on_a_cpu_no_activation_is_reshaped(monkeypatch):
     """For a TPU each such reshape may be a copy in memory."""
     linear = Linear(jax.random.key(0), "BTD,DKGH->BTKGH", MODEL)

@@ -118,7 +118,7 @@ def test_requests_that_share_chunks_get_what_they_get_alone(
     monkeypatch.setattr(prefix_shared, "TILE", tile)
     monkeypatch.setattr(prefix_shared, "BLOCK", block)
     monkeypatch.setattr(prefix_shared, "PRIVATE_BLOCKS", (3 * PAGE, PAGE))
-    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda rows: 2)  # the last two overlap
+    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda *_: 2)  # the last two overlap
     config = replace(MODEL, vocab_size=64, **changes)
     requests, draw = Requests(config, "dense"), random.Random(seed)
     requests.insert(0, [*PREFIXES[2], 1, 2], 12)
@@ -201,7 +201,7 @@ def test_shared_chunks_may_be_quantised(format, page, kv_map, error):
 def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, monkeypatch):
     """Rows of different lengths, one of them empty, in tiles of which the last two overlap."""
     monkeypatch.setattr(prefix_shared, "PRIVATE_BLOCKS", blocks)
-    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda rows: 2)
+    monkeypatch.setattr(prefix_shared, "rows_at_once", lambda *_: 2)
     config = replace(MODEL, n_layers=2, n_kv_heads=1, vocab_size=64)
     spec = prefix_spec(config, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY)
     tree = PrefixTree(chunk=PAGE, pages=PAGES)

@@ -316,11 +316,13 @@ class PrefixSpec(CacheSpec):
         segments: Sequence[Segment],
         positions_BN: jax.Array,
         starts_BN: jax.Array,
+        before: Partial | None = None,
     ) -> Partial:
-        """Attention of each row to what it reads alone."""
+        """Attention of each row to what it reads alone, and to what it has read before."""
         return partial_attention(
             q_BKNH,
             segments,
+            before=before,
             positions_B1N1=positions_BN[:, None, :, None],
             starts_B1N1=starts_BN[:, None, :, None],
             width=self.stored_config.read_widths[1],
@@ -338,7 +340,8 @@ class PrefixSpec(CacheSpec):
     ) -> Partial:
         """`shared`, and what rows read alone: some rows after the other, up to the longest of them."""
         B = len(q_BKNH)
-        tiles = -(-B // rows_at_once(B))
+        tokens = min(PRIVATE_BLOCKS[0], self.pages_of_row * self.page)
+        tiles = -(-B // rows_at_once(B, tokens))
         R = -(-B // tiles)
         pages: Pages = step.pages
         # Padding sees nothing.
@@ -350,8 +353,8 @@ class PrefixSpec(CacheSpec):
             of = lambda a: jax.lax.dynamic_slice_in_dim(a, first, R)
             rows = _Rows(of(private_BC), of(pages.starts_B), of(step.lengths_B))
             segments = self._blocks(p, layer, rows, jnp.min(of(offset_BN)))
-            part = self._alone(of(q_BKNH), segments, of(last_BN), of(starts_BN))
-            part = merge(Partial(*map(of, shared)), part)
+            before = Partial(*map(of, shared))
+            part = self._alone(of(q_BKNH), segments, of(last_BN), of(starts_BN), before)
             put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, first, 0)
             return Partial(*map(put, parts, part))
 

@@ -334,14 +334,15 @@ def partial_attention(
     positions_B1N1: jax.Array,
     starts_B1N1: jax.Array,
     width: int | None = None,
+    before: Partial | None = None,
 ) -> Partial:
     """Attention of N queries per KV head to segments of a cache that are read block by block.
 
-    Values are as wide as the queries, or `width` if that is less. A query sees the keys at positions
-    `starts <= s <= positions`. Queries are scaled already. The softmax is accumulated online, so neither
-    the scores nor a copy of the cache ever exist whole.
+    It is added to that of `before`, if given. Values are as wide as the queries, or `width` if that is less.
+    A query sees the keys at positions `starts <= s <= positions`. Queries are scaled already. The softmax is
+    accumulated online, so neither the scores nor a copy of the cache ever exist whole.
     """
-    part = _empty_part(q_BKNH, positions_B1N1, width)
+    part = _empty_part(q_BKNH, positions_B1N1, width) if before is None else before
     sees = positions_B1N1, starts_B1N1
     for segment in segments:
         # A loop even if there is only one block. Outside a loop, XLA fuses the write to a KV layer into its

@@ -84,12 +84,13 @@ def first_microbatch_apart() -> bool:
     return not on_tpu()
 
 
-def rows_at_once(rows: int) -> int:
-    """How many rows of a paged cache attention reads together.
+def rows_at_once(rows: int, tokens: int) -> int:
+    """How many rows of a paged cache attention reads together, in blocks of up to `tokens` tokens.
 
-    On a CPU, at most 16: then the pages that are gathered for a product stay in the processor's cache.
+    On a CPU, at most 16, or 8,192 tokens: then the pages that are gathered for a product stay in the
+    processor's cache. Fewer turns have less fixed cost.
     """
-    return min(rows, 16) if on_cpu() else rows
+    return min(rows, max(16, 8192 // tokens)) if on_cpu() else rows
 
 
 @jax.custom_vjp
