@@ -205,9 +205,16 @@ class TestPaged(Attention):
     def test_rows_of_any_lengths_windows_and_order(self, lengths, window, ring):
         self.check(46, 1, 5, lengths, window, ring)
 
-    @pytest.mark.parametrize("page", [None, 16, 64])
-    def test_pages_of_any_size(self, page):
-        self.check(90, 2 if page else 1, 20, (250, 70), window=100, page=page)
+    @pytest.mark.parametrize(
+        ("page", "eight_bit"), [(None, False), (16, False), (64, False), (None, True), (32, True)]
+    )
+    def test_pages_of_any_size(self, page, eight_bit):
+        heads = 2 if page else 1
+        self.check(90, heads, 20, (250, 70), window=100, page=page, eight_bit=eight_bit)
+
+    @pytest.mark.parametrize("d_head", [32, 128, 256, 512])
+    def test_heads_of_every_width(self, d_head):
+        self.check(d_head, 1, 16, (200, 3))
 
 
 # ------------------------------------------------------------------------------ in a model, by name
@@ -276,7 +283,8 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
         ("paged", {}, "dense", "tpu", 0.0, None),
         ("paged", {"windows": "16"}, "dense", "tpu", 0.0, None),
         ("paged", {"n_kv_heads": 2}, "dense", "tpu", 0.0, "2 KV heads"),
-        ("paged", {}, "int8", "tpu", 0.0, "not cache format int8"),
+        ("paged", {}, "int8", "tpu", 0.0, None),
+        ("paged", {}, "fp8", "tpu", 0.0, "bfloat16 and int8, not cache format fp8"),
         ("paged", {}, "dense", "gpu", 9.0, "the paged kernel is not available on gpu"),
     ],
 )
@@ -289,25 +297,28 @@ def test_what_a_kernel_cannot_serve_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "page", "words"),
+    ("name", "changes", "format", "page", "words"),
     [
-        ("mosaic", {}, 64, None),
-        ("mosaic", {"d_head": 512}, 32, None),
-        ("mosaic", {}, 32, "pages of a multiple of 64 tokens, not 32"),
-        ("paged", {"n_kv_heads": 2}, 16, None),
-        ("paged", {}, 24, "pages of a multiple of 16 tokens, not 24"),
+        ("mosaic", {}, "dense", 64, None),
+        ("mosaic", {"d_head": 512}, "dense", 32, None),
+        ("mosaic", {}, "dense", 32, "pages of a multiple of 64 tokens, not 32"),
+        ("paged", {"n_kv_heads": 2}, "dense", 16, None),
+        ("paged", {}, "dense", 24, "pages of a multiple of 16 tokens, not 24"),
+        ("paged", {}, "int8", 32, None),
+        ("paged", {}, "int8", 48, "pages of a multiple of 32 tokens, not 48"),
         (
             "paged",
             {"n_heads": 32, "n_kv_heads": 32},
+            "dense",
             256,
             "up to 128 tokens of this model, not 256",
         ),
     ],
 )
-def test_pages_that_a_kernel_cannot_read_are_refused(name, changes, page, words):
+def test_pages_that_a_kernel_cannot_read_are_refused(name, changes, format, page, words):
     config = dataclasses.replace(MODEL_16, **changes)
     platform = {"mosaic": ("gpu", 9.0), "paged": ("tpu", 0.0)}[name]
-    reason = decode_kernels.refusal(name, config, "dense", *platform, page)
+    reason = decode_kernels.refusal(name, config, format, *platform, page)
     assert reason is None if words is None else words in str(reason)
 
 
@@ -396,22 +407,24 @@ def test_commands_decode_through_the_kernel_that_is_named(
 @pytest.mark.pods
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("n_kv_heads", "page", "changes", "calls"),
+    ("n_kv_heads", "format", "page", "changes", "calls"),
     [
-        (1, None, {}, 2),
+        (1, "dense", None, {}, 2),
+        (1, "int8", None, {}, 2),
         # Two phases of two layers.
-        (1, 64, {"d_head": 46}, 4),
-        (16, 64, {"windows": "128"}, 4),
-        (4, 64, {"kv_map": "k=0,0;v=0,1"}, 4),
+        (1, "dense", 64, {"d_head": 46}, 4),
+        (16, "dense", 64, {"windows": "128"}, 4),
+        (4, "dense", 64, {"kv_map": "k=0,0;v=0,1"}, 4),
+        (4, "int8", 64, {}, 4),
     ],
 )
-def test_the_paged_kernel_is_compiled_for_tpus(topology, n_kv_heads, page, changes, calls):
+def test_the_paged_kernel_is_compiled_for_tpus(topology, n_kv_heads, format, page, changes, calls):
     """Neither rows nor pools are copied for it."""
     config = dataclasses.replace(
         MODEL_16, n_layers=2, n_heads=16, n_kv_heads=n_kv_heads, **{"d_head": 128} | changes
     )
     with launch_plan.compiling_elsewhere():
-        text = str(decoding_step(topology, config, "paged", page=page).as_text())
+        text = str(decoding_step(topology, config, "paged", format, page).as_text())
     assert text.count('custom_call_target="tpu_custom_call"') == calls
     kinds = "copy|transpose|convert|bitcast-convert"  # copy-start: a small pool to fast memory
     assert largest_copy(text, kinds) < kept_elements(config, 128, page)

@@ -1,7 +1,7 @@
 """Attention through a cache on TPU: a Pallas kernel over pages, compiled by Mosaic.
 
 A step of the kernel multiplies several pages of a row, for all KV heads; meanwhile Pallas copies those of the
-next step. The kernel returns a `Partial`.
+next step. Pages of int8 are widened inside the kernel. The kernel returns a `Partial`.
 
 No existing kernel reads these pools. The ragged paged attention of tokamax and that of jax keep keys and
 values in one array, interleaved by head. Here, a layer may read keys and values of different KV layers, and
@@ -22,7 +22,7 @@ from cla_jax.model.attention import EMPTY, MASKED, PagedKV, Partial
 
 QUERIES = 128  # of a KV head: their scores and sums have room in the vector memory
 _LANES = 128
-_ROWS = 16  # of a tile of bfloat16
+_ROWS = 16, 32  # of a tile of bfloat16, and of int8
 _TOKENS = 512  # of a step
 _BYTES = 2**21  # of a step, if there are many KV heads
 
@@ -43,24 +43,23 @@ def refusal(
     width = kept_width(config.d_head)
     if platform != "tpu":
         return f"the paged kernel is not available on {platform}"
-    if format not in ("dense", "bfloat16"):
-        return f"it supports bfloat16, not cache format {format}"
+    if format not in ("dense", "bfloat16", "int8"):
+        return f"it supports bfloat16 and int8, not cache format {format}"
     if page is None and config.n_kv_heads != 1:
         return (
             "without pages it supports one KV head; the rows of a cache of "
             f"{config.n_kv_heads} KV heads would be copied at each step"
         )
-    if page is not None and page % _ROWS:
-        return f"it needs pages of a multiple of {_ROWS} tokens, not {page}"
+    rows = _ROWS[format == "int8"]
+    if page is not None and page % rows:
+        return f"it needs pages of a multiple of {rows} tokens, not {page}"
     if page is not None and page > (most := _BYTES // _token_bytes(config.n_kv_heads, width)):
-        return (
-            f"it supports pages of up to {most // _ROWS * _ROWS} tokens of this model, not {page}"
-        )
+        return f"it supports pages of up to {most // rows * rows} tokens of this model, not {page}"
     return None
 
 
 def _token_bytes(K: int, H: int) -> int:
-    """Bytes of the keys and the values of a token."""
+    """Bytes of the keys and the values of a token in bfloat16, which int8 becomes in the kernel."""
     return 4 * K * H
 
 
@@ -84,7 +83,7 @@ def attend(
     # A row's last step may have pages that it does not see. They must be its own: nothing times NaN is NaN.
     own_BC = jnp.concatenate([kept.pages_BC, *[kept.pages_BC[:, :1]] * (steps * M - C)], axis=1)
     keys_BE = jnp.pad(kept.positions_BE, ((0, 0), (0, (steps * M - C) * S)), constant_values=EMPTY)
-    missing = (0, -N % _ROWS)  # queries that see nothing
+    missing = (0, -N % _ROWS[0])  # queries that see nothing
     N += missing[1]
     q_BKNH = jnp.pad(q_BKNH.astype(jnp.bfloat16), ((0, 0), (0, 0), missing, (0, 0)))
     positions_BN = jnp.pad(positions_BN, ((0, 0), missing), constant_values=-1)
@@ -95,11 +94,17 @@ def attend(
         """The step that is copied for step c: nothing new where a row sees nothing."""
         return jnp.maximum(jnp.minimum(c, read_ref[2 * b + 1] - 1), read_ref[2 * b])
 
-    def page(j: int) -> pl.BlockSpec:
-        def index(b: Any, c: Any, pages_ref: Any, read_ref: Any) -> Any:
-            return pages_ref[b * steps * M + step(b, c, read_ref) * M + j], 0, 0, 0
+    def pages(pool: jax.Array) -> list[pl.BlockSpec]:
+        """Those of a step; a block has one."""
 
-        return pl.BlockSpec((1, K, S, H), index)
+        def page(j: int) -> pl.BlockSpec:
+            def index(b: Any, c: Any, pages_ref: Any, read_ref: Any) -> Any:
+                number = pages_ref[b * steps * M + step(b, c, read_ref) * M + j]
+                return number, *[0] * (pool.ndim - 1)
+
+            return pl.BlockSpec((1, *pool.shape[1:]), index)
+
+        return [page(j) for j in range(M)]
 
     def of_row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda b, *_: (b, *[0] * len(shape)))
@@ -107,14 +112,20 @@ def attend(
     of_step = pl.BlockSpec(
         (1, 1, 1, M * S), lambda b, c, _, read_ref: (b, step(b, c, read_ref), 0, 0)
     )
-    pages = [page(j) for j in range(M)]
+    pools = [pool for pool in (kept.k, kept.v, kept.k_scales, kept.v_scales) if pool is not None]
     outputs = [(K, N, H), (K, N, 1), (K, N, 1)]
     part = pl.pallas_call(
         functools.partial(_kernel, M),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, steps),
-            in_specs=[of_row(K, N, H), of_row(N, 1), of_row(N, 1), of_step, *pages, *pages],
+            in_specs=[
+                of_row(K, N, H),
+                of_row(N, 1),
+                of_row(N, 1),
+                of_step,
+                *[spec for pool in pools for spec in pages(pool)],
+            ],
             out_specs=[of_row(*shape) for shape in outputs],
         ),
         out_shape=[jax.ShapeDtypeStruct((B, *shape), jnp.float32) for shape in outputs],
@@ -126,8 +137,7 @@ def attend(
         positions_BN[..., None],
         starts_BN[..., None],
         keys_BE.reshape(B, steps, 1, M * S),
-        *[kept.k] * M,
-        *[kept.v] * M,
+        *[pool for pool in pools for _ in range(M)],
     )
     return Partial(*(a[:, :, : N - missing[1]] for a in part))
 
@@ -137,7 +147,8 @@ def _kernel(M: int, _pages_ref: Any, read_ref: Any, *refs: Any) -> None:
     from jax.experimental import pallas as pl
 
     q_ref, positions_ref, starts_ref, keys_ref = refs[:4]
-    k_refs, v_refs, (sum_ref, total_ref, peak_ref) = refs[4 : 4 + M], refs[4 + M : -3], refs[-3:]
+    pools = [refs[i : i + M] for i in range(4, len(refs) - 3, M)]
+    sum_ref, total_ref, peak_ref = refs[-3:]
     b, c = pl.program_id(0), pl.program_id(1)
 
     @pl.when(c == 0)
@@ -148,17 +159,22 @@ def _kernel(M: int, _pages_ref: Any, read_ref: Any, *refs: Any) -> None:
 
     @pl.when((c >= read_ref[2 * b]) & (c < read_ref[2 * b + 1]))
     def _add() -> None:
-        k_KSH, v_KSH = (
-            jnp.concatenate([jax.lax.bitcast_convert_type(r[0], jnp.bfloat16) for r in of], axis=1)
-            for of in (k_refs, v_refs)
+        k_KSH, v_KSH, *scales = (
+            jnp.concatenate([_bfloat16(ref[0]) for ref in pages], axis=1) for pages in pools
         )
+        # A scale belongs to a token, so to a column of scores and of weights.
+        scales_K1S = [a.astype(jnp.float32)[:, None] for a in scales]
         s_KNS = _product("KNH,KSH->KNS", q_ref[0], k_KSH)
+        if scales:
+            s_KNS *= scales_K1S[0]
         seen_NS = (keys_ref[0, 0] <= positions_ref[0]) & (keys_ref[0, 0] >= starts_ref[0])
         s_KNS = jnp.where(seen_NS[None], s_KNS, MASKED)
         peak_KN1 = jnp.maximum(peak_ref[0], s_KNS.max(axis=-1, keepdims=True))
         shrink_KN1 = jnp.exp(peak_ref[0] - peak_KN1)
         p_KNS = jnp.exp(s_KNS - peak_KN1)
         total_ref[0] = total_ref[0] * shrink_KN1 + p_KNS.sum(axis=-1, keepdims=True)
+        if scales:
+            p_KNS *= scales_K1S[1]
         # Weights are sums of two bfloat16 numbers, one below the other: one alone would cost up to 0.2 %.
         high_KNS = p_KNS.astype(jnp.bfloat16)
         low_KNS = (p_KNS - high_KNS.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -166,6 +182,13 @@ def _kernel(M: int, _pages_ref: Any, read_ref: Any, *refs: Any) -> None:
         N = p_KNS.shape[1]
         sum_ref[0] = sum_ref[0] * shrink_KN1 + both[:, :N] + both[:, N:]
         peak_ref[0] = peak_KN1
+
+
+def _bfloat16(kept: jax.Array) -> jax.Array:
+    """The elements of which these are the bits, or codes of int8, which are exact in bfloat16."""
+    if kept.dtype == jnp.int8:
+        return kept.astype(jnp.float32).astype(jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
