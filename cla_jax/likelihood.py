@@ -4,7 +4,8 @@ The options of a question have a common prefix. Such texts are a prefix group: t
 of each text. The prefix goes through the model once,
 
     by full forward       prefix and suffixes side by side in a row, kept apart by what a token may see
-    through a KV cache    the prefix's cache is copied for each suffix, which then decodes on
+    through a KV cache    the prefix's cache is copied for each suffix, which then decodes on; for a group in
+                          the group, its prefix decodes on, and is copied for what follows
     through one that      the context's tokens except the last are the prompt, which the policy sees; what
     evicts tokens         it keeps is copied for each continuation, which then decodes on
 
@@ -34,7 +35,7 @@ from cla_jax.prefix_groups import PrefixGroup, Rows, Text, doubled, pack, prefix
 
 Progress = Callable[[int, int], None]  # (texts done, texts in all)
 
-ROWS = (128, 192, 256, 384, 512)  # tokens of a packed row, if no text is longer
+ROWS = (128, 192, 256, 384, 512, 1024, 2048)  # tokens of a packed row, if no text is longer
 STEP = 1024  # tokens of a batch of such rows on a CPU; accelerators take 16 times as many
 CACHED = 8192  # tokens that the rows of a cache have room for, all together
 SHORTEST = 128  # and one row
@@ -103,9 +104,8 @@ def _batches(
         size = rows_of(tokens // length)
         for begin in range(0, len(rows), size):
             tokens_BT = np.zeros((size, length), np.int32)
-            empty: Any = np.full((3, size, length), -1, np.int32)
-            mask = PrefixMask(*empty)
-            mask.positions_BT[:] = 0
+            padding: Any = [np.full((size, length), value, np.int32) for value in (0, -1, 0)]
+            mask = PrefixMask(*padding)
             places: list[_Place] = []
             for r, row in enumerate(rows[begin : begin + size]):
                 column = 0
@@ -118,29 +118,45 @@ def _lay(
     group: PrefixGroup,
     texts: Sequence[Text],
     tokens_BT: np.ndarray,
-    mask: PrefixMask,
+    mask: Any,
     places: list[_Place],
     r: int,
     column: int,
 ) -> int:
     """Puts a group into row r from a column on; returns the column after it."""
-    start, prefix = column, group.prefix
 
-    def put(tokens: Sequence[int], position: int) -> int:
-        """Tokens that begin at a position of the text, as a suffix."""
-        end = column + len(tokens)
-        tokens_BT[r, column:end] = tokens
-        mask.positions_BT[r, column:end] = np.arange(position, position + len(tokens))
-        mask.groups_BT[r, column:end] = start
-        mask.suffixes_BT[r, column:end] = column
-        return end
+    def put(member: int | PrefixGroup, start: int, column: int) -> int:
+        """The tokens of a member from `start` on, and the members in it."""
+        first, end = _span(texts, member)
+        part = slice(column, column + end - start)
+        tokens_BT[r, part] = texts[first].tokens[start:end]
+        mask.positions_BT[r, part] = np.arange(start, end)
+        mask.parts_BT[r, part] = column
+        column = part.stop
+        if isinstance(member, PrefixGroup):
+            for inner in member.members:
+                column = put(inner, end, column)
+        else:
+            places.extend(_places(texts, member, r, column - end))
+        mask.ends_BT[r, part] = column
+        return column
 
-    column = put(texts[group.members[0]].tokens[:prefix], 0)
-    for i in group.members:
-        column = put(texts[i].tokens[prefix:], prefix)
-        first = column - len(texts[i].targets)
-        places += [_Place(i, r, first + t, target) for t, target in enumerate(texts[i].targets)]
-    return column
+    return put(group, 0, column)
+
+
+def _span(texts: Sequence[Text], member: int | PrefixGroup) -> tuple[int, int]:
+    """A text that has the tokens of a member, and where they end in it."""
+    if isinstance(member, PrefixGroup):
+        return next(member.texts), member.prefix
+    return member, len(texts[member].tokens)
+
+
+def _places(texts: Sequence[Text], i: int, row: int, column: int) -> list[_Place]:
+    """Where the targets of text i are predicted, whose first token is, or would be, in this column."""
+    text = texts[i]
+    return [
+        _Place(i, row, column + text.given + t, target) for t, target in enumerate(text.targets)
+    ]
 
 
 # ---------------------------------------------------------------------------- through a KV cache
@@ -183,7 +199,7 @@ def through_cache(
     tally = _Tally(len(texts), progress)
     by_capacity: dict[int, list[PrefixGroup]] = {}
     for group in prefix_groups(texts):
-        longest = max(len(texts[i].tokens) for i in group.members)
+        longest = max(len(texts[i].tokens) for i in group.texts)
         capacity = doubled(SHORTEST, longest)
         by_capacity.setdefault(capacity, []).append(group)
     for capacity, groups in sorted(by_capacity.items()):
@@ -198,55 +214,80 @@ def through_cache(
             attention=attention,
         )
         groups.sort(key=lambda group: group.prefix)
-        for begin in range(0, len(groups), batch):
-            _decode_groups(weights, spec, texts, groups[begin : begin + batch], tally)
+        members = [_Member(0, 0, group) for group in groups]
+        _decode_members(weights, spec, None, texts, members, tally)
     return tally.result()
 
 
-def _decode_groups(
+class _Member(NamedTuple):
+    """What follows the first `start` tokens, which a row of a cache has."""
+
+    row: int
+    start: int
+    member: int | PrefixGroup  # a text, or a group of which the prefix follows
+
+    def length(self, texts: Sequence[Text]) -> int:
+        return _span(texts, self.member)[1] - self.start
+
+
+def _decode_members(
     weights: Weights,
     spec: CacheSpec,
+    cache: Cache | None,
     texts: Sequence[Text],
-    groups: Sequence[PrefixGroup],
+    members: Sequence[_Member],
     tally: "_Tally",
 ) -> None:
-    """Prefixes first, as many as the cache has rows; then their suffixes, of like length together."""
-    prefixes = [texts[members[0]].tokens[:prefix] for prefix, members in groups]
-    cache = _feed(weights, spec, spec.allocate(), prefixes)
-    suffixes = [(r, i) for r, group in enumerate(groups) for i in group.members]
-    suffixes.sort(key=lambda suffix: len(texts[suffix[1]].tokens) - groups[suffix[0]].prefix)
-    for begin in range(0, len(suffixes), spec.batch):
-        batch = suffixes[begin : begin + spec.batch]
-        rows = np.zeros(spec.batch, np.int32)
-        rows[: len(batch)] = [r for r, _ in batch]
-        copies = _gather_rows(cache, jax.device_put(rows, spec.rules.spec("batch")))
-        here = [(i, groups[r].prefix) for r, i in batch]
-        _decode_suffixes(weights, spec, copies, texts, here, tally)
+    """Decodes and scores members of groups, as many at once as the cache has rows, and what is in them.
+
+    Each starts from a copy of its group's row of `cache`; without one, from an empty cache.
+    """
+    for begin in range(0, len(members), spec.batch):
+        batch = members[begin : begin + spec.batch]
+        if cache is None:
+            copies = spec.allocate()
+        else:
+            rows = np.zeros(spec.batch, np.int32)
+            rows[: len(batch)] = [each.row for each in batch]
+            copies = _gather_rows(cache, jax.device_put(rows, spec.rules.spec("batch")))
+        copies = _decode_rows(weights, spec, copies, texts, batch, tally)
+        inner = [
+            _Member(r, each.member.prefix, member)
+            for r, each in enumerate(batch)
+            if isinstance(each.member, PrefixGroup)
+            for member in each.member.members
+        ]
+        inner.sort(key=lambda each: each.length(texts))  # those of like length together
+        _decode_members(weights, spec, copies, texts, inner, tally)
+        del copies  # before there are others
 
 
-def _decode_suffixes(
+def _decode_rows(
     weights: Weights,
     spec: CacheSpec,
     cache: Cache,
     texts: Sequence[Text],
-    rows: Sequence[tuple[int, int] | None],
+    rows: Sequence[_Member | None],
     tally: "_Tally",
-) -> None:
-    """Decodes and scores (a text, from which token on) in each row; None is no text."""
-    places = [
-        _Place(row[0], r, texts[row[0]].given - row[1] + t, target)
-        for r, row in enumerate(rows)
-        if row is not None
-        for t, target in enumerate(texts[row[0]].targets)
-    ]
+) -> Cache:
+    """Decodes a member in each row, and scores those that are texts; None is no member."""
+    places: list[_Place] = []
+    tokens: list[Sequence[int]] = []
+    for r, each in enumerate(rows):
+        if each is None:
+            tokens.append(())
+            continue
+        first, end = _span(texts, each.member)
+        tokens.append(texts[first].tokens[each.start : end])
+        if isinstance(each.member, int):
+            places += _places(texts, each.member, r, -each.start)
 
     def score(first: int, x_BTD: jax.Array) -> None:
         here = [p for p in places if first <= p.column < first + spec.chunk]
         moved = [p._replace(column=p.column - first) for p in here]
         tally.add(_scores(weights.head, x_BTD, moved, spec.rules), moved)
 
-    rest = [() if row is None else texts[row[0]].tokens[row[1] :] for row in rows]
-    _feed(weights, spec, cache, rest, score)
+    return _feed(weights, spec, cache, tokens, score)
 
 
 def _feed(
@@ -335,11 +376,11 @@ def through_policy(
             ]
             for turn in range(max(map(len, texts_of))):
                 here = [
-                    (of[turn], len(prompt)) if turn < len(of) else None
-                    for of, prompt in zip(texts_of, contexts, strict=True)
+                    _Member(r, len(prompt), of[turn]) if turn < len(of) else None
+                    for r, (of, prompt) in enumerate(zip(texts_of, contexts, strict=True))
                 ]
                 copies = jax.tree.map(jnp.copy, cache)
-                _decode_suffixes(weights, compressor.spec, copies, texts, here, tally)
+                _decode_rows(weights, compressor.spec, copies, texts, here, tally)
     return tally.result(), kept
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
 
 from cla_jax import eviction, likelihood
 from cla_jax import mesh as meshes
+from cla_jax import prefix_groups as prefix_groups_module
 from cla_jax.cache import cache_spec
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
@@ -15,7 +18,7 @@ from cla_jax.config import MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.formats import FORMATS
 from cla_jax.model.transformer import ForwardOptions, project
-from cla_jax.prefix_groups import PrefixGroup, pack, prefix_groups, text
+from cla_jax.prefix_groups import PrefixGroup, computed, pack, prefix_groups, text
 from cla_jax.state import layout
 from tests import reference
 from tests.conftest import MODEL
@@ -47,6 +50,15 @@ def questions(seed: int = 0) -> list:
     return [text(context or [256], ending, LONGEST) for context, ending in pairs]
 
 
+def few_shot(seed: int = 0, shots: int = 9, questions: int = 3, length: int = 9) -> list:
+    """Questions that begin with the same examples, each with three options."""
+    draw = np.random.default_rng(seed)
+    some = lambda n: draw.integers(0, 256, n).tolist()
+    examples = some(shots)
+    contexts = [[*examples, question, *some(length - 1)] for question in range(questions)]
+    return [text(context, [option, *some(3)], 2048) for context in contexts for option in (7, 8, 9)]
+
+
 def by_itself(model, texts):
     """Each text alone, through the plain reference, in float64."""
     found = []
@@ -75,7 +87,7 @@ def assert_same(found, expected, tolerance=1e-4):
 )
 def test_packed_rows_give_what_each_text_gives_alone(changes):
     model = reference.randomised(dataclasses.replace(MODEL, **changes))
-    texts = questions()
+    texts = [*questions(), *few_shot()]
     # Make some of them what the model would say.
     for i in range(0, len(texts), 3):
         tokens, targets = texts[i]
@@ -105,7 +117,7 @@ def test_a_lossy_cache_gives_what_decoding_each_text_through_it_gives(format):
     """The copies of a prefix are the prefix, bit for bit; only KIVI's steps must begin alike for that."""
     model = reference.randomised(MODEL)
     weights = decoding_weights(model)
-    texts = questions()[:14]
+    texts = [*questions()[:8], *few_shot()]
     found = likelihood.through_cache(weights, MODEL, format, texts, chunk=1)
     spec = cache_spec(MODEL, format, batch=1, capacity=128, chunk=1)
     step = jax.jit(lambda cache, token: decode(weights, spec, cache, token, np.array([1])))
@@ -196,7 +208,7 @@ def test_on_several_devices(mesh, devices):
     made = meshes.make_mesh(mesh)
     rules = meshes.axis_rules(MODEL, made)
     model = reference.randomised(MODEL)
-    texts = questions()[:30]
+    texts = [*questions()[:21], *few_shot()]
     expected = by_itself(model, texts)
     with jax.set_mesh(made):
         model = jax.device_put(model, layout(model, rules, made))
@@ -223,13 +235,74 @@ def test_options_are_a_family_and_questions_are_not():
     assert {group.prefix for group in found} == {21}
 
 
+def test_questions_with_the_same_examples_are_groups_in_a_group(monkeypatch):
+    """The examples are computed once, and each question once for all its options."""
+    texts = few_shot(shots=600, questions=100, length=100)
+    (group,) = prefix_groups(texts)
+    assert (group.prefix, group.levels, len(group.members)) == (600, 2, 100)
+    assert {member.prefix for member in group.members} == {699}
+    assert sorted(group.texts) == list(range(300))
+    # An option has the last token of the question, which predicts, and its own without the last.
+    assert computed(texts, group) == 600 + 100 * (99 + 3 * 4)
+    monkeypatch.setattr(prefix_groups_module, "LEVELS", 1)
+    (flat,) = prefix_groups(texts)
+    assert computed(texts, flat) == 600 + 300 * 103
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=60), min_size=1, max_size=30))
+def test_every_text_of_a_group_begins_with_its_prefix(contexts):
+    texts = [text(context, [i % 3] * (1 + i % 4), 64) for i, context in enumerate(contexts)]
+    groups = prefix_groups(texts)
+    rows = pack(texts, groups, shortest=16)
+
+    def check(group):
+        assert group.levels <= prefix_groups_module.LEVELS
+        found = {texts[i].tokens[: group.prefix] for i in group.texts}
+        assert len(found) == 1
+        assert all(group.prefix <= texts[i].given for i in group.texts)
+        for member in group.members:
+            if isinstance(member, PrefixGroup):
+                assert member.prefix > group.prefix
+                check(member)
+
+    for made in (groups, [group for same in rows.values() for row in same for group in row]):
+        assert sorted(i for group in made for i in group.texts) == list(range(len(texts)))
+        for group in made:
+            check(group)
+    for length, same in rows.items():
+        assert all(sum(computed(texts, group) for group in row) <= length for row in same)
+
+
+def test_each_token_goes_through_the_model_once(monkeypatch):
+    """Those of a cache and those of packed rows are as many as the groups say."""
+    model = reference.randomised(MODEL)
+    texts = few_shot(questions=4)
+    (group,) = prefix_groups(texts)
+    assert computed(texts, group) == 9 + 4 * (8 + 3 * 4)
+    chunk, counted = likelihood._chunk, []
+
+    def counting(weights, cache, tokens_BT, counts_B, *, spec):
+        counted.append(int(counts_B.sum()))
+        return chunk(weights, cache, tokens_BT, counts_B, spec=spec)
+
+    monkeypatch.setattr(likelihood, "_chunk", counting)
+    weights = decoding_weights(model)
+    found = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=4)
+    assert sum(counted) == computed(texts, group)
+    counted.clear()
+    monkeypatch.setattr(prefix_groups_module, "LEVELS", 1)
+    flat = likelihood.through_cache(weights, MODEL, "dense", texts, chunk=4)
+    assert sum(counted) == 9 + 12 * 12
+    assert_same(found, flat, tolerance=1e-5)
+
+
 def test_a_family_too_large_for_a_row_is_cut():
     texts = [text(range(20), [90 + i] * 5, 100) for i in range(6)]
     ((length, rows),) = pack(texts, prefix_groups(texts), shortest=32).items()
     assert length == 32
     assert [[len(group.members) for group in row] for row in rows] == [[2], [2], [2]]
     assert sorted(i for row in rows for group in row for i in group.members) == list(range(6))
-    long = [text(range(70), [1], 100), *texts]
+    long = [text(range(100, 170), [1], 200), *texts]
     lengths = pack(long, prefix_groups(long), shortest=32)
     assert [(length, len(rows)) for length, rows in lengths.items()] == [(32, 3), (128, 1)]
 

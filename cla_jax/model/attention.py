@@ -63,22 +63,23 @@ def visible(queries_BT: jax.Array, keys_BS: jax.Array, starts_BT: jax.Array | No
 class PrefixMask(NamedTuple):
     """Which tokens see which, in rows where texts with a common prefix share it.
 
-    A row holds prefix groups one after the other: a prefix, then the suffixes of the group's texts. A token
-    sees its own suffix and the prefix. Padding is a group of its own, -1.
+    A row holds prefix groups one after the other: a prefix, then the group's members. A member is the suffix
+    of a text, or a group in the group. A token sees the prefixes of the groups that it is in, and its own
+    suffix.
     """
 
     positions_BT: jax.Array  # in the text: they rotate the keys and bound a window
-    groups_BT: jax.Array  # the column where the token's group begins
-    suffixes_BT: jax.Array  # the column where its suffix begins; that of its group in the prefix
+    # A part is a prefix or a suffix. Padding is a part from column -1 to 0.
+    parts_BT: jax.Array  # the column where the token's part begins
+    ends_BT: jax.Array  # the column after all that sees the part
 
     def visible(self, window: jax.Array | None) -> jax.Array:
         """Which keys of its row a query sees, [B, T, S]."""
         of_queries_and_keys = lambda a_BT: (a_BT[:, :, None], a_BT[:, None, :])
         position_q, position_s = of_queries_and_keys(self.positions_BT)
-        group_q, group_s = of_queries_and_keys(self.groups_BT)
-        suffix_q, suffix_s = of_queries_and_keys(self.suffixes_BT)
-        seen_BTS = (position_s <= position_q) & (group_s == group_q)
-        seen_BTS &= (suffix_s == suffix_q) | (suffix_s == group_s)
+        part_q, part_s = of_queries_and_keys(self.parts_BT)
+        seen_BTS = (position_s <= position_q) & (part_s <= part_q)
+        seen_BTS &= part_q < self.ends_BT[:, None, :]
         if window is not None:
             seen_BTS &= (window == 0) | (position_s > position_q - window)
         return seen_BTS
