@@ -15,6 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import tpu as pltpu
 
 from cla_jax.cache import cache_spec, ledger, make_format, prefix_shared
+from cla_jax.cache import pages as pages_module
 from cla_jax.cache.bits import restored
 from cla_jax.cache.prefix_shared import prefix_spec
 from cla_jax.config import CacheAttention, LatentKV
@@ -418,8 +419,11 @@ def test_commands_decode_through_the_kernel_that_is_named(
         (4, "int8", 64, {}, 4),
     ],
 )
-def test_the_paged_kernel_is_compiled_for_tpus(topology, n_kv_heads, format, page, changes, calls):
-    """Neither rows nor pools are copied for it."""
+def test_the_paged_kernel_is_compiled_for_tpus(
+    monkeypatch, topology, n_kv_heads, format, page, changes, calls
+):
+    """Neither rows nor pools are copied for it, or for a write."""
+    monkeypatch.setattr(pages_module, "on_cpu", lambda: False)
     config = dataclasses.replace(
         MODEL_16, n_layers=2, n_heads=16, n_kv_heads=n_kv_heads, **{"d_head": 128} | changes
     )

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cla_jax.cache import prefix_shared
+from cla_jax.cache import make_format, pages, prefix_shared
 from cla_jax.cache.kivi import Kivi
 from cla_jax.cache.pages import Leaf
+from cla_jax.cache.per_token import Shape
 from cla_jax.cache.prefix_shared import _spans, prefix_spec
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
-from cla_jax.model.attention import StepPositions
+from cla_jax.model.attention import KV, StepPositions
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.prefix_tree import PrefixTree
 from tests.conftest import MODEL, replace
@@ -235,6 +236,27 @@ def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, monkeypatch):
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = weights @ v / weights.sum(-1, keepdims=True)
         assert np.abs(outputs[row] - expected).max() < 1e-5 * np.abs(expected).max(), row
+
+
+def test_tokens_are_written_alike_on_every_platform(monkeypatch):
+    """Two rows, with padding that has no page."""
+    made = pages.TokenPages(make_format("int8", "float32"), page=4)
+    config = replace(MODEL, n_kv_heads=2)
+    shapes = made.shapes(config, 5, 2, "kv")
+    is_shape = lambda x: isinstance(x, Shape)
+    layer = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes, is_leaf=is_shape)
+    new = (2, 3, 2, config.d_head)
+    kv = KV(*(jax.random.normal(jax.random.key(i), new) for i in range(2)))
+    positions_BT = jnp.array([[3, 4, 5], [8, -1, -1]])
+    step = StepPositions(positions_BT, 0 * positions_BT, jnp.array([6, 9]))
+    page_of = lambda at: jnp.where(at >= 0, at // 4 + jnp.array([[2], [-2]]), 5)
+    found = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(pages, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        found.append(made.write(layer, kv, step, page_of, jnp.arange(2)))
+    written = [np.argwhere(np.asarray(a.k_BSKH.scales[:, 0])).tolist() for a in found]
+    assert written[0] == [[0, 0], [2, 3], [3, 0], [3, 1]]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_block_that_all_rows_read_is_one_item_a_tile():

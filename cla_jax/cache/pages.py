@@ -20,6 +20,7 @@ from cla_jax.cache.kivi import GROUP, Half, Kivi
 from cla_jax.cache.per_token import PerToken, Shape
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import KV, Segment, StepPositions
+from cla_jax.model.platform import on_cpu
 
 # The page that a row writes a position to, [B, T] of [B, T]; past the pool where there is none.
 PageOf = Callable[[jax.Array], jax.Array]
@@ -62,7 +63,14 @@ class TokenPages:
     ) -> Any:
         """The KV layer with the new tokens of each row. `rows_B` are the rows of the cache."""
         page_BT, entry_BT = page_of(step.positions_BT), step.positions_BT % self.page
-        put = lambda held, new: held.at[page_BT, :, entry_BT].set(new, mode="drop")
+
+        def put(held: jax.Array, new: jax.Array) -> jax.Array:
+            if on_cpu():  # a loop over tokens
+                return held.at[page_BT, :, entry_BT].set(new, mode="drop")
+            # A TPU would copy a pool of int8 to write all heads of a token at once.
+            heads_K = jnp.arange(held.shape[1])
+            return held.at[page_BT[..., None], heads_K, entry_BT[..., None]].set(new, mode="drop")
+
         return jax.tree.map(put, layer, self.format.encode(kv))
 
     def clear_pages(self, layer: Any, pages_C: jax.Array) -> Any:
