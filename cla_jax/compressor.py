@@ -108,7 +108,7 @@ class Compressor:
     ) -> "Profiled":
         """What the policy chooses for these prompts. Arguments and errors are those of `fill`."""
         self.spec.policy.check([len(prompt) for prompt in prompts.values()])
-        scratch, tokens_BT, counts_B = self._padded(prompts)
+        scratch, tokens_BT, counts_B = self.padded(prompts)
         starts_BT = np.zeros_like(tokens_BT)
         if starts is not None:
             starts_BT[: starts.shape[0], : starts.shape[1]] = starts
@@ -146,7 +146,7 @@ class Compressor:
         """Of each KV layer."""
         return [sum(map(len, taken.values())) for taken in self._taken]
 
-    def _padded(
+    def padded(
         self, prompts: Mapping[int, Sequence[int]]
     ) -> tuple[ScratchSpec, np.ndarray, np.ndarray]:
         """A scratch cache for the prompts, and the prompts as it takes them."""
@@ -195,16 +195,20 @@ class Compressor:
             observed_BKS=observed_BKS,
             lost=lost,
         )
+        return self.chosen_of(seen)
+
+    def chosen_of(self, seen: Seen) -> Chosen:
+        """What the policy chooses for one KV layer."""
         choice = self.spec.policy.choose(seen)
         kept_BKS = kept(
             choice.rule,
-            classes_of(choice, classes_BS),
+            classes_of(choice, seen.classes_BS),
             choice.scores_BKS,
-            counts_B,
+            seen.lengths_B,
             self.spec.policy.sinks,
             self.spec.policy.recent,
         )
-        return Chosen(choice=choice, kept_BKS=kept_BKS, lengths_B=counts_B)
+        return Chosen(choice=choice, kept_BKS=kept_BKS, lengths_B=seen.lengths_B)
 
     # ----------------------------------------------------------------------------------- compaction
 
