@@ -10,13 +10,16 @@ wait, in the order of their submission, if the cache has room. It puts their pro
 then decodes all rows in a loop that stays on the device. What a request gets does not depend on what else is
 in the batch.
 
-Four programs are compiled, once for a cache spec and a way of sampling. They are a chunk of a prompt for all
-rows, the same for one row, the first token, and the loop of decode steps. Requests are data of these
-programs.
+Four programs have the model in them, and are compiled once for a cache spec and a way of sampling. They are a
+chunk of a prompt for all rows, the same for one row, the first token, and the loop of decode steps. Requests
+are data of these programs, and of a few small ones that copy and clear rows.
 """
 
 import collections
+import contextlib
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,6 +30,8 @@ from cla_jax.cache import Cache, CacheSpec
 from cla_jax.config import Sampling, check_new_tokens
 from cla_jax.decode import Weights, check_prompt, check_weights, is_integer
 from cla_jax.places import make_places
+
+log = logging.getLogger(__name__)
 
 LOOP = 64  # decode steps between two looks of the host, if nobody listens
 
@@ -152,11 +157,16 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request with what it has; its row is free for others. Does nothing if it has ended."""
+        """Ends a request with what it has; its row is free for others. Does nothing if it has ended.
+
+        Raises ValueError for a request of another engine.
+        """
         if request.ended:
             return
         if request in self._waiting:
             self._waiting.remove(request)
+        elif request not in self._requests:
+            raise ValueError("the request was submitted to another engine")
         self._end(request, "cancelled")
 
     @property
@@ -236,21 +246,33 @@ class Engine:
         while len(self._in_flight) > but:
             requests, emitted = self._in_flight.popleft()
             tokens_BN, logprobs_BN, done_B, stopped_B = map(np.asarray, emitted)
-            for row, request in enumerate(requests):
-                if request is None or request.ended:
-                    continue
-                is_token_N = tokens_BN[row] >= 0
-                new = tokens_BN[row][is_token_N].tolist()
-                request.completion.tokens += new
-                request.completion.logprobs += logprobs_BN[row][is_token_N].tolist()
-                self.places.grew(row, request.completion.tokens)
-                if new and request.listener is not None and request.listener(new):
-                    self._end(request, "stop")
-                elif done_B[row] and not request.ended:  # a listener may cancel
-                    self._end(request, "stop" if stopped_B[row] else "length", known=True)
+            # A listener may raise. By then all rows have their tokens, and the others still hear of theirs.
+            with contextlib.ExitStack() as told:
+                for row, request in reversed(list(enumerate(requests))):
+                    if request is None or request.ended:
+                        continue
+                    is_token_N = tokens_BN[row] >= 0
+                    new = tokens_BN[row][is_token_N].tolist()
+                    _append(request, new, logprobs_BN[row][is_token_N].tolist())
+                    self.places.grew(row, request.completion.tokens)
+                    end: Finish = "stop" if stopped_B[row] else "length"
+                    told.callback(self._tell, request, new, end if done_B[row] else None)
         if not self._in_flight:  # a loop may have stopped early
             for request in filter(None, self._requests):
                 request.asked = len(request.completion.tokens)
+
+    def _tell(self, request: Request, new: list[int], end: Finish | None) -> None:
+        """Tells a request's listener of new tokens, and ends it if the listener or the device says so."""
+        if request.ended:  # another listener may have cancelled it
+            return
+        stops: bool | None = False
+        try:
+            if new and request.listener is not None:
+                stops = request.listener(new)
+        finally:
+            finish = "stop" if stops else end
+            if finish is not None and not request.ended:  # a listener may cancel
+                self._end(request, finish, known=not stops)
 
     def _end(self, request: Request, finish: Finish, known: bool = False) -> None:
         """Ends a request; `known` if the device has ended its row."""
@@ -260,3 +282,17 @@ class Engine:
             self._requests[row] = None
             self.places.leave(row)
             self._ended_on_host[row] = not known
+
+
+def _append(request: Request, tokens: list[int], logprobs: list[float]) -> None:
+    """Adds what the device has emitted to a request; says so once if it means nothing."""
+    known = request.completion
+    was_finite = not known.logprobs or not math.isnan(known.logprobs[-1])
+    if was_finite and any(map(math.isnan, logprobs)):
+        log.warning(
+            "the numbers of the model are not finite for a request with a prompt of %d tokens: what it "
+            "generates means nothing",
+            len(request.prompt),
+        )
+    known.tokens += tokens
+    known.logprobs += logprobs

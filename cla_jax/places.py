@@ -157,7 +157,7 @@ class SharedPlaces(Places):
         self._joining: dict[tuple[int, ...], int] = {}
         self._order: dict[int, int] = {}
         self._written: dict[Node, int] = {}
-        self._sent: Any = None  # what the tables on the device are of
+        self._sent: Any = None  # the version of the tables on the device
         self._waited = False
 
     def check(self, prompt: int, new_tokens: int, name: str) -> None:

@@ -148,6 +148,11 @@ class Run:
         return number if isinstance(number, str) else ""
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether there is a config.json that a run wrote."""
+        return {"identity", "placement"} <= self._own().keys()
+
+    @property
     def is_sealed(self) -> bool:
         """Whether every record of the run must have a checksum."""
         return _is_sealed(self._own())
@@ -550,6 +555,7 @@ def open_run(
             "unknown: restore the file from a copy, or choose another run directory with --name"
         )
     if write:
+        _check_foreign(run, tokenizer_json)
         remove_partial(run.path)
         number = run.id or _saved_id(run)
         is_new = not (run.path / "config.json").exists()
@@ -563,12 +569,31 @@ def open_run(
 
 
 def forget_unless_begun(run: Run) -> None:
-    """Takes back what `open_run` made, if no step of the run was made: its name is free again."""
-    if not run.has_begun:
+    """Takes back what `open_run` made, if no step of the run was made: its name is free again.
+
+    Without a run's config.json, which goes last, nothing here is known to be of a run.
+    """
+    if run.is_recorded and not run.has_begun:
         for file in (run.metrics, *listed(run.path / "metrics", ".jsonl")):
             file.unlink(missing_ok=True)
-        for name in ("config.json", "tokenizer.json"):
+        for name in ("tokenizer.json", "config.json"):
             (run.path / name).unlink(missing_ok=True)
+
+
+def _check_foreign(run: Run, tokenizer_json: str) -> None:
+    """Raises ValueError if a file that is not of a run has the name of one that a run writes."""
+    if run.is_recorded:
+        return
+    config, tokenizer = run.path / "config.json", run.path / "tokenizer.json"
+    is_other = tokenizer.exists() and tokenizer.read_bytes() != tokenizer_json.encode()
+    metrics = [
+        file for file in (run.metrics, *listed(run.path / "metrics", ".jsonl")) if file.exists()
+    ]
+    for file in [config] * config.exists() + [tokenizer] * is_other + metrics:
+        raise ValueError(
+            f"{files.name(file)} belongs to no run that is here, and is not overwritten: move it, or choose "
+            "another run directory with --name"
+        )
 
 
 def _record(

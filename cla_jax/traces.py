@@ -20,7 +20,7 @@ from cla_jax import files
 from cla_jax.messages import near_choice, shown
 
 if TYPE_CHECKING:
-    from cla_jax.engine import Engine, Request
+    from cla_jax.engine import Engine, Listener, Request
 
 FIELDS = ("arrival", "prompt", "new_tokens", "group")
 
@@ -234,12 +234,21 @@ def check(engine: "Engine", lines: Sequence[Line], where: str = "the trace") -> 
 
 
 def warm_up(engine: "Engine") -> None:
-    """Compiles all programs: prompts for all rows, then one alone. What this counts is forgotten."""
+    """Compiles all programs. What this counts is forgotten.
+
+    Prompts for all rows, two of them equal; then one alone that the host ends, and one after it.
+    """
     from cla_jax.places import Counts
 
-    for count in (engine.spec.batch, 1):
-        for i in range(count):
-            engine.submit([i % engine.spec.config.vocab_size], new_tokens=2)
+    def submit(i: int, listener: "Listener | None" = None) -> None:
+        prompt = [i % engine.spec.config.vocab_size]
+        engine.submit(prompt, new_tokens=2, listener=listener)
+
+    for i in (0, *range(engine.spec.batch - 1)):
+        submit(i)
+    engine.run()
+    for listener in (lambda _: True, None):
+        submit(0, listener)
         engine.run()
     engine.places.counts = Counts()
 

@@ -88,8 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("rows", "page", "chunk", "every"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} = {getattr(arguments, name)} must be positive")
+    if arguments.pages < 0:
+        raise ValueError(f"pages = {arguments.pages} must be positive, or 0 for enough pages")
     if arguments.make:
         near_choice("kind of trace", arguments.make, traces.MAKERS)
+        _check_replaced(arguments.trace)
     parse_bytes(arguments.retain, "retain")
     if not Path(arguments.model).exists():
         _row(arguments.model)
@@ -110,6 +113,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         traces.check(engine, lines, arguments.trace)
         traces.warm_up(engine)
         _show(engine, lines, traces.replay(engine, lines), arguments)
+
+
+def _check_replaced(trace: str) -> None:
+    """Raises ValueError if --make would overwrite something else than a trace."""
+    if Path(trace).exists():
+        try:
+            traces.read_trace(trace, lambda _: [0])
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"--make does not overwrite {shown(trace)}, which is not a trace ({error}): choose another "
+                "file"
+            ) from None
 
 
 def _check_flags(arguments: Arguments) -> None:

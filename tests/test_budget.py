@@ -87,6 +87,18 @@ def test_a_run_that_is_refused_in_start_up_does_not_keep_its_name(
         runs.open_run(tiny(seed=2), data_fingerprint="", tokenizer_json="{}")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics/mine.jsonl"])
+def test_files_that_are_not_of_a_run_are_neither_replaced_nor_removed(tiny, name):
+    config = tiny()
+    file = runs.run_path(config) / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"model_type": "llama"}\n')
+    with pytest.raises(ValueError, match=f"{name} belongs to no run that is here"):
+        runs.open_run(config, data_fingerprint="", tokenizer_json="{}")
+    runs.forget_unless_begun(runs.Run(runs.run_path(config)))
+    assert file.read_text() == '{"model_type": "llama"}\n'
+
+
 @pytest.mark.parametrize(("epochs", "warned"), [(4.0, False), (4.1, True)])
 def test_many_epochs_of_a_source_are_a_warning(tiny, caplog, epochs, warned):
     part = types.SimpleNamespace(totals={"train": {"windows": 10}})

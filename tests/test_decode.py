@@ -233,6 +233,15 @@ def test_a_cache_that_was_reset_is_as_new():
         assert (fresh == again).all()
 
 
+def test_what_a_row_holds_of_a_prompt_is_not_computed_again():
+    weights, prompt = decoding_weights(make(MODEL)), TOKENS[0, :30].tolist()
+    spec = cache_spec(MODEL, batch=1, capacity=100, chunk=8)
+    expected, cache = prefill(weights, spec, spec.allocate(), [prompt])
+    found, cache = prefill(weights, spec, cache, [prompt], held={0: 16})
+    assert_close(found, expected)
+    assert cache.lengths_B.tolist() == [30]
+
+
 def test_what_is_not_finite_does_not_reach_the_next_window_of_an_evaluation():
     weights = decoding_weights(make(MODEL))
     broken = dataclasses.replace(

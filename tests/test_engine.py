@@ -160,6 +160,36 @@ def test_a_listener_hears_every_token_once_and_may_end_a_request():
     assert found == ["length", "stop", "length"]
 
 
+def test_a_listener_that_raises_takes_nothing_from_others():
+    engine = Engine(weights(), spec(2), **OPTIONS)
+
+    def listener(_):
+        raise RuntimeError("no")
+
+    first = engine.submit(PROMPTS[0], new_tokens=MOST, seed=1, listener=listener)
+    second = engine.submit(PROMPTS[1], new_tokens=MOST, seed=2)
+    raised = 0
+    for _ in range(100):
+        try:
+            if not engine.step():
+                break
+        except RuntimeError:
+            raised += 1
+    assert raised
+    assert_as_alone(first, 0, 1, MOST)
+    assert_as_alone(second, 1, 2, MOST)
+
+
+def test_a_request_of_another_engine_is_not_cancelled():
+    one, two = (Engine(weights(), spec(1), **OPTIONS) for _ in range(2))
+    request = one.submit(PROMPTS[0], new_tokens=MOST, seed=1)
+    one.step()
+    with pytest.raises(ValueError, match="another engine"):
+        two.cancel(request)
+    one.run()
+    assert_as_alone(request, 0, 1, MOST)
+
+
 def test_a_listener_may_submit_and_cancel():
     """As a server would: the next request comes when an answer has come."""
     engine = Engine(weights(), spec(1), **OPTIONS)
@@ -254,15 +284,16 @@ def made_for(format):
 
 @pytest.mark.parametrize("bad", [[200] * 37, [1] * 36 + [200]], ids=["all", "last"])
 @pytest.mark.parametrize("format", ["dense", "int8", "kivi2", "pages", "kivi2 pages", "h2o"])
-def test_what_is_not_finite_stays_with_its_request(format, bad):
+def test_what_is_not_finite_stays_with_its_request(format, bad, caplog):
     """Later requests get the row, or the pages, whose unused entries could still hold NaN."""
     made, good = made_for(format), PROMPTS[0]
     own = weights(made.config)
-    broken = dataclasses.replace(own, embedding=own.embedding.at[200].set(np.nan))
+    broken = dataclasses.replace(
+        own, embedding=own.embedding.at[200].set(np.nan), own_head=own.head
+    )
 
     def served(weights, *batches):
-        # Later ids, whose logits are NaN too, are not drawn.
-        engine = Engine(weights, made, n_ids=200, every=3)
+        engine = Engine(weights, made, n_ids=200, every=3)  # the broken id is not drawn
         for prompts in batches:
             requests = [engine.submit(prompt, new_tokens=MOST, seed=1) for prompt in prompts]
             engine.run()
@@ -270,8 +301,10 @@ def test_what_is_not_finite_stays_with_its_request(format, bad):
 
     (expected,) = served(own, [good])
     assert len(set(expected)) > 1
+    assert "not finite" not in caplog.text
     _, *found = served(broken, [bad], [good], [bad, good], [good, bad])
     assert found == [expected] * 3
+    assert caplog.text.count("numbers of the model are not finite for a request with") == 3
 
 
 PREFIX = list(range(40, 61))  # five pages of four tokens, and one token: more than a chunk

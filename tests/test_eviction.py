@@ -88,6 +88,7 @@ def test_text_forms_come_back(text):
         ("fastgen:T=0.9,keep=0.5", "fastgen has no budget: remove keep"),
         ("random:keep=0.5,seed=1.5", "seed = '1.5' is not a whole number"),
         ("window:keep=half", "keep = 'half' is not a number"),
+        ("window:keep=0,5", "decimals need a point: keep=0.5"),
         ("window:keep=\u0660.\u0665", "keep = '\u0660.\u0665' is not a number"),
         ("h2o:tokens=1_0_0", "tokens = '1_0_0' is not a whole number"),
         ("window:tokens=11", "tokens = 11 is less than the 12 tokens that are always kept"),

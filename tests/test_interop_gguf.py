@@ -176,6 +176,7 @@ def test_the_model_is_the_one_that_was_written(tmp_path):
     assert run.record()["origin"]["format"] == "gguf"
 
 
+@pytest.mark.interop  # where the package that writes such files is
 @pytest.mark.parametrize("weights", ["F32", "BF16", "Q8_0"])
 def test_the_benchmark_gives_llama_cpp_the_model_that_ours_have(tmp_path, weights):
     shape = SHAPES["7m"]

@@ -330,7 +330,9 @@ def test_killed_and_relaunched_gives_the_same_report_and_a_finished_one_stays(mi
     for name in run:  # the ids of runs are drawn: these are the runs of the first time
         shutil.rmtree(f"runs/mine/main/{name}")
         shutil.copytree(whole / "main" / name, f"runs/mine/main/{name}")
-    (Path("runs/mine") / "report.json").unlink()
+    for file in Path("runs/mine").iterdir():
+        if file.is_file():
+            file.unlink()
     assert decide(mine, capsys) == again
     assert {f.name: f.read_bytes() for f in Path("runs/mine").iterdir() if f.is_file()} == before
 
@@ -367,6 +369,17 @@ def test_results_that_change_after_the_report_are_told_with_their_names(mine, ca
     with pytest.raises(SystemExit):
         compare.main(["--study", f"{mine}:main", "runs/mine"])
     assert "report.json: field digest" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank")
+@pytest.mark.parametrize("name", ["report.html", "results.csv", "pareto.png"])
+def test_a_file_that_is_not_of_a_report_is_not_overwritten(mine, capsys, name):
+    run_all()
+    (Path("runs/mine") / name).write_text("mine")
+    with pytest.raises(SystemExit):
+        compare.main(["--study", f"{mine}:main", "runs/mine"])
+    assert f"runs/mine/{name} was not written by this command" in capsys.readouterr().err
+    assert (Path("runs/mine") / name).read_text() == "mine"
 
 
 @pytest.mark.usefixtures("blank")
@@ -629,8 +642,10 @@ def test_the_committed_results_are_made_again_byte_for_byte(study, tmp_path, mon
     kept, made = RESULTS / study, tmp_path / "docs" / "results" / study
     shutil.copytree(kept, made)
     reports = sorted(kept.rglob("report.html"))
-    for file in reports:
-        (made / file.relative_to(kept)).unlink()
+    for directory in (made / file.relative_to(kept).parent for file in reports):
+        for file in directory.iterdir():
+            if file.is_file() and file.name not in ("README.md", "report.json"):
+                file.unlink()
     for block in re.findall(r"```bash\n(.*?)```", (kept / "README.md").read_text(), re.DOTALL):
         monkeypatch.chdir(tmp_path)
         for line in block.splitlines():

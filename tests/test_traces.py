@@ -140,6 +140,14 @@ def test_a_made_trace_is_served(tmp_path, capsys):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_a_file_that_is_not_a_trace_is_not_overwritten(tmp_path, capsys):
+    (notes := tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        serve_trace.main([str(notes), *MODEL, "--make", "shared-prompt"])
+    assert "does not overwrite" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--unshared"], ["--cache", "int8"]])
 def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
@@ -160,6 +168,7 @@ def test_a_run_serves_texts(tmp_path, tiny, capsys, more):
     [
         (["--pages", "1"], "trace.jsonl, request 1 by arrival"),
         (["--page", "0"], "page = 0 must be positive"),
+        (["--pages", "-3"], "pages = -3 must be positive"),
         (["--made.shared", "8"], "add --make, or remove --made"),
         (["--unshared"], "--page applies only to a prefix-shared cache"),
         (["--attention", "mosaic"], "Mosaic GPU is not available on cpu"),

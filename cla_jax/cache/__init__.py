@@ -221,20 +221,30 @@ class CacheSpec:
     def reset(self, cache: Cache, rows_B: jax.Array, lengths_B: jax.Array) -> Cache:
         """The cache with these rows ready for other sequences, of which they hold `lengths_B` tokens.
 
-        What the rows had is overwritten with zeros. An entry that is not used has a weight of 0, but 0 times
-        NaN is NaN: what is left of one sequence would reach the next. The cache is donated.
+        What empty rows had is overwritten with zeros. An entry that is not used has a weight of 0, but 0
+        times NaN is NaN: what is left of one sequence would reach the next. The cache is donated.
         """
         layers = tuple(
-            self.on_devices(functools.partial(self.cleared, p), layer, rows_B, cache.pages)
+            self.on_devices(
+                functools.partial(self.cleared, p), layer, rows_B, lengths_B, cache.pages
+            )
             for p, layer in enumerate(cache.kv_layers)
         )
         lengths_B = jnp.where(rows_B, lengths_B, cache.lengths_B)
         return dataclasses.replace(cache, kv_layers=layers, lengths_B=lengths_B)
 
-    def cleared(self, p: int, layer: LayerCache, rows_B: jax.Array, pages: Any) -> LayerCache:  # noqa: ARG002
-        """KV layer p, or the part of it on one device, with zeros in these rows."""
+    def cleared(
+        self,
+        p: int,  # noqa: ARG002
+        layer: LayerCache,
+        rows_B: jax.Array,
+        lengths_B: jax.Array,
+        pages: Any,  # noqa: ARG002
+    ) -> LayerCache:
+        """KV layer p, or the part of it on one device, with zeros in those of these rows that are empty."""
+        empty_B = rows_B & (lengths_B == 0)
         return jax.tree.map(
-            lambda held: jnp.where(rows_B.reshape(-1, *[1] * (held.ndim - 1)), 0, held), layer
+            lambda held: jnp.where(empty_B.reshape(-1, *[1] * (held.ndim - 1)), 0, held), layer
         )
 
     def shapes(self, p: int) -> Any:

@@ -50,6 +50,7 @@ BLOCK = 256  # shared tokens that are read at once, if pages are not larger
 # Tokens of a row alone that are read at once, likewise: the first number while there are as many.
 PRIVATE_BLOCKS = (512, 64)
 TILE = 16  # rows of a work item
+NO_ROW = 1 << 29  # past every batch
 
 
 class Pages(NamedTuple):
@@ -226,9 +227,16 @@ class PrefixSpec(CacheSpec):
                 items += 1
         return tables._replace(items=np.int32(items))
 
-    def cleared(self, p: int, layer: LayerCache, rows_B: jax.Array, pages: Pages) -> LayerCache:
-        """Pages belong to no row: see `clear_pages`."""
-        rows_B = jnp.where(rows_B, pages.rows_B, self.batch)
+    def cleared(
+        self,
+        p: int,
+        layer: LayerCache,
+        rows_B: jax.Array,
+        lengths_B: jax.Array,  # noqa: ARG002
+        pages: Pages,
+    ) -> LayerCache:
+        """Pages belong to no row: see `clear_pages`. A row that begins with shared pages has nothing else."""
+        rows_B = jnp.where(rows_B, pages.rows_B, NO_ROW)
         return self.layer_pages(p).clear_rows(layer, rows_B)
 
     def clear_pages(self, cache: Cache, pages: Sequence[int]) -> Cache:

@@ -42,7 +42,9 @@ def check_new_tokens(count: int) -> None:
 
 def check_chunk(chunk: int, seq_len: int) -> None:
     """Raises ValueError unless the windows of a run are whole chunks."""
-    if chunk < 1 or seq_len % chunk:
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk} must be positive")
+    if seq_len % chunk:
         nearest = min(
             (d for d in range(1, seq_len + 1) if not seq_len % d), key=lambda d: abs(d - chunk)
         )

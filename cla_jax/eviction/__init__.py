@@ -22,7 +22,7 @@ from cla_jax.eviction.snapkv import AdaKV, SnapKV
 from cla_jax.eviction.window import Window
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
-from cla_jax.typed_numbers import number, whole_number
+from cla_jax.typed_numbers import is_digits, number, whole_number
 
 _BUDGETS = ("keep", "tokens")
 POLICIES: dict[str, type[Policy]] = {
@@ -47,6 +47,10 @@ def parse(text: str) -> Policy:
         name, equals, value = (part.strip() for part in item.partition("="))
         if name in _BUDGETS and name not in types:
             raise ValueError(f"{kind} has no budget: remove {name}")
+        if not equals and is_digits(name):
+            raise ValueError(
+                f"{kind}: {shown(rest)}: a comma begins another setting, so decimals need a point: keep=0.5"
+            )
         near_choice(f"setting of {kind}", name, types)
         if name in settings or not equals:
             raise ValueError(

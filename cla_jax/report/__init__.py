@@ -85,6 +85,7 @@ def write(
     more = {"outcome": outcome, "beside": beside, "notes": noted, "diverged": diverged}
     more |= {"view": view, "remarks": remarks}
     text = page.html(rows, title, reference, problems, **more)
+    assert record.MARK in text
     contents = {record.PAGE: text.encode()}
     figures = {"pareto": page.plot(drawn, reference), "read_bytes": page.plot(drawn, kind="read")}
     figures["training_loss"], figures["held_out"] = page.curves(
@@ -113,7 +114,7 @@ def _figures(figures: Mapping[str, Figure]) -> dict[str, bytes]:
     return {
         f"{name}.{format}": pareto.saved(figure, format)
         for name, figure in figures.items()
-        for format in ("png", "svg", "pdf")
+        for format in record.PICTURES
     }
 
 

@@ -21,6 +21,16 @@ from cla_jax.runs import Run
 
 FILE = "report.json"
 PAGE = "report.html"  # of every report; the record is only beside that of a study
+MARK = ":root { color-scheme: light dark; --ink"  # in every page
+FIGURES = ("pareto", "read_bytes", "training_loss", "held_out", "learning_rates")
+PICTURES = ("png", "svg", "pdf")
+TABLES = ("results", *studies.TABLES)
+# What a report may write beside its page.
+_BESIDE = (
+    *(f"{name}.{ending}" for name in FIGURES for ending in PICTURES),
+    *(f"{name}.{ending}" for name in TABLES for ending in ("csv", "tex")),
+    "report.md",
+)
 
 
 def make(
@@ -76,10 +86,21 @@ def replaced(directory: epath.Path, study: str) -> dict[str, Any] | None:
     Args:
       study: of the new report; empty for a comparison without one.
 
-    Raises ValueError if a report of another kind is there, or if its record is damaged.
+    Raises ValueError if a report of another kind is there, if its record is damaged, or if a file that is not
+    of a report has the name of one that is.
     """
+    page, foreign = directory / PAGE, ""
+    if page.exists():
+        foreign = "" if MARK.encode() in page.read_bytes() else PAGE
+    elif not (directory / FILE).exists():
+        foreign = next((name for name in _BESIDE if (directory / name).exists()), "")
+    if foreign:
+        raise ValueError(
+            f"{files.name(directory / foreign)} was not written by this command, and is not overwritten: "
+            "choose another directory with --out DIR"
+        )
     earlier = _read(directory)
-    if earlier is None and not (directory / PAGE).exists():
+    if earlier is None and not page.exists():
         return None
     there = earlier["study"] if earlier else ""
     if there == study:
