@@ -39,6 +39,7 @@ OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    # Run directories.
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # Thresholds of FastGen.
     T: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
@@ -48,19 +49,25 @@ class Arguments:
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Seeds of the policy random.
     draws: int = 3
-    # Tasks of cla_jax/recall_tasks.py to score instead of held-out text, with contexts of so many characters.
+    # Tasks of cla_jax/recall_tasks.py to score instead of held-out text.
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # Characters of a task's context.
     length: int = 200
+    # Examples of a task.
     count: int = 64
     # Only what FastGen would keep of the prompts; nothing is decoded.
     kept_only: bool = False
+    # Windows of held-out text.
     windows: int = 64
+    # Share of a window that is the prompt.
     prompt: float = 0.5
     # Tokens of a decode step. A step evicts after its last token.
     chunk: int = 1
     # Windows at once, if not as many as in training.
     batch_size: int | None = None
+    # Where prepared data is, if not where the run says.
     data_dir: str | None = None
+    # JSON lines are added to this file.
     output: Path | None = None
 
 

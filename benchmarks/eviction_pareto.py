@@ -23,7 +23,9 @@ from cla_jax.statistics import Paired, paired
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    # What benchmarks.eviction wrote.
     file: Annotated[Path, tyro.conf.Positional]
+    # File of the plot.
     plot: Path | None = None
     # Every policy on a row of its own.
     all: bool = False

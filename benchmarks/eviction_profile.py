@@ -27,12 +27,18 @@ WITHOUT = "random:keep=0.5"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     tokens: int = 768  # of the prompt
+    # Policies to measure.
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # Layers of the model.
     layers: int = 2
+    # Query heads.
     heads: int = 9
+    # KV heads.
     kv_heads: int = 3
     width: int = 64  # of a head
+    # Sharing map of the model.
     kv_map: str = "identity"
+    # Alternating rounds.
     rounds: int = 9
 
 

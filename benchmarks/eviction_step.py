@@ -34,14 +34,22 @@ from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    # Tokens in the caches.
     context: int = 8192
+    # Policies beside the dense cache.
     policy: tuple[str, ...] = ()
+    # Layers of the model.
     layers: int = 4
+    # Query heads.
     heads: int = 8
+    # KV heads.
     kv_heads: int = 1
     width: int = 64  # of a head
+    # Sharing map of the model.
     kv_map: str = "identity"
+    # Decode steps of a round.
     steps: int = 16
+    # Alternating rounds.
     rounds: int = 7
 
 

@@ -31,14 +31,17 @@ from cla_jax.decode import decode, random_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    # Sequences that decode at once.
     batch: tuple[int, ...] = (1, 8)
     # Tokens in the cache.
     context: tuple[int, ...] = (512, 2048)
+    # Layers of the model.
     layers: int = 8
     # Each is a pair of columns.
     kv_map: tuple[str, ...] = ("identity", "cla:2")
     # Width of the rotated key; the latent has the rest of the bytes of MQA's keys and values.
     rope_dims: int = 32
+    # Alternating rounds.
     rounds: int = 9
     # Steps of a round.
     steps: int = 10

@@ -58,9 +58,13 @@ class Options:
     alone: int = 64
     # Query heads, KV heads and head size of the model, whose width is their product.
     heads: tuple[int, int, int] = (8, 8, 64)
+    # Layers of the model.
     layers: int = 4
+    # Sharing map of the model.
     kv_map: str = "identity"
+    # Tokens of a page.
     page: int = 64
+    # Alternating rounds.
     rounds: int = 9
     # Where the JSON goes, raw rounds included.
     output: Path = HERE / "results" / "prefix.json"

@@ -56,16 +56,21 @@ from launch.serve_trace import ServedModel, open_model
 class Options(CommonOptions):
     # The trace: see `launch.serve_trace`.
     kind: str = "shared-prompt"
+    # The requests of the trace.
     made: traces.Shape = dataclasses.field(default_factory=lambda: traces.Shape(requests=32))
     # Requests that decode at once.
     rows: int = 32
+    # Tokens of a page.
     page: int = 64
     # A run, instead of a model with random weights.
     model: Path | None = None
     # Otherwise: query heads, KV heads and head size of the model, whose width is their product.
     heads: tuple[int, int, int] = (4, 4, 64)
+    # Layers of the model.
     layers: int = 8
+    # Sharing map of the model.
     kv_map: str = "identity"
+    # Alternating rounds.
     rounds: int = 3
     # Contestants to run; `unshared` is what the others are compared with.
     only: tuple[str, ...] = ("unshared", "whole-prefill", "shared")

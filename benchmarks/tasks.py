@@ -75,6 +75,7 @@ class Options(CommonOptions):
     rounds: int = 3
     # Rows to measure.
     only: tuple[Row, ...] = ("ours", "torch")
+    # Where the JSON goes.
     output: Path = HERE / "results" / "tasks.json"
 
 

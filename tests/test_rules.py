@@ -60,3 +60,17 @@ def test_what_is_caught_broadly_is_raised_again(folder):
         and not isinstance(node.body[-1], ast.Raise)
     ]
     assert swallowed == []
+
+
+def test_every_option_of_a_benchmark_has_a_help_text_of_its_own():
+    """A field without a comment gets that of the field before."""
+    missing = []
+    for at, node in nodes("benchmarks", ast.ClassDef):
+        if node.name not in ("Arguments", "Options", "CommonOptions"):
+            continue
+        lines = (ROOT / at.rpartition(":")[0]).read_text().splitlines()
+        for field in (one for one in node.body if isinstance(one, ast.AnnAssign)):
+            before, own = lines[field.lineno - 2], lines[field.end_lineno - 1]
+            if not before.strip().startswith("#") and "  # " not in own:
+                missing.append(f"{at}: {ast.unparse(field.target)}")
+    assert missing == []
