@@ -20,13 +20,7 @@ from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, StepPositions
-from cla_jax.model.latent import (
-    AbsorbedHeads,
-    LatentHeads,
-    LatentProjection,
-    MergedHeads,
-    merges,
-)
+from cla_jax.model.latent import LatentHeads, LatentProjection
 from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather, replaced_parts
 from cla_jax.model.transformer import (
     Block,
@@ -121,43 +115,7 @@ def _laid_out(module: M) -> M:
     module = replaced_parts(module, LatentHeads, LatentHeads.absorbed)
     if not cpu_matmul.enabled():
         return module
-    module = replaced_parts(module, Linear, cpu_matmul.CpuLinear.of)
-    if not isinstance(module, Block) or not isinstance(module.heads, AbsorbedHeads):
-        return module
-    return _merged(module, module.heads)
-
-
-def _merged(block: Block, heads: AbsorbedHeads) -> Block:
-    """A block with a latent's matrices in its queries and outputs, if that makes a step cheaper."""
-    query, output = block.query, block.output
-    assert isinstance(query, cpu_matmul.CpuLinear)
-    assert isinstance(output, cpu_matmul.CpuLinear)
-    D = query.weight_OI.shape[1]
-    if block.q_norm is not None or query.bias is not None or not merges(heads, D):
-        return block
-    G, R, H = heads.keys_GRH.shape
-    # In float32: a product of two rounded matrices is rounded once.
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    query_GWD = query.weight_OI.reshape(G, -1, D)
-    W = query_GWD.shape[1]
-    keys_GRD = product("GRH,GHD->GRD", cpu_matmul.unsplit(heads.keys_GRH), query_GWD[:, :H])
-    both_GQD = jnp.concatenate([keys_GRD, query_GWD[:, H:]], axis=1)
-    Q = both_GQD.shape[1]
-    # Attention divides by the root of the width that it sees; it should be that of a head.
-    both_GQD *= (Q / W) ** 0.5
-    values_DGR = product(
-        "DGH,GHR->DGR", output.weight_OI.reshape(D, G, H), cpu_matmul.unsplit(heads.values_GHR)
-    )
-    dtype = query.weight_OI.dtype
-    parts = {
-        id(query): dataclasses.replace(
-            query, weight_OI=both_GQD.reshape(G * Q, D).astype(dtype), sizes=(1, G, Q)
-        ),
-        id(heads): MergedHeads(R),
-        id(output): dataclasses.replace(output, weight_OI=values_DGR.reshape(D, -1).astype(dtype)),
-    }
-    is_part = lambda part: id(part) in parts
-    return jax.tree.map(lambda part: parts.get(id(part), part), block, is_leaf=is_part)
+    return replaced_parts(module, Linear, cpu_matmul.CpuLinear.of)
 
 
 def decode(

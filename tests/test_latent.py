@@ -26,7 +26,7 @@ from cla_jax.interop import deepseek
 from cla_jax.memory import workspace_bytes
 from cla_jax.mesh import AxisRules
 from cla_jax.model.attention import KV, causal_attention, choose_backend
-from cla_jax.model.latent import AbsorbedHeads, LatentHeads, MergedHeads
+from cla_jax.model.latent import LatentHeads
 from cla_jax.model.layers import Rope
 from cla_jax.model.transformer import ForwardOptions, Transformer
 from cla_jax.optimizer import make_optimizer
@@ -91,14 +91,12 @@ def test_the_layer_is_that_of_the_paper():
 
 
 NO_NORM = LatentKV(rank=RANK, rope_dims=TURNED, norm=False)
-WIDE = LatentKV(rank=2 * RANK, rope_dims=TURNED)
 
 
-@pytest.fixture(scope="module", params=[*MAPS, "no norm", "wide"])
+@pytest.fixture(scope="module", params=[*MAPS, "no norm"])
 def of_map(request):
     """A model of each map, and its scores by full forward."""
-    latents = {"no norm": {"kv": NO_NORM}, "wide": {"kv": WIDE}}
-    changes = latents.get(request.param, {"kv_map": request.param})
+    changes = {"kv": NO_NORM} if request.param == "no norm" else {"kv_map": request.param}
     config = replace(LATENT, **changes)
     model = random_model(config)
     return config, model, np.asarray(model.logits(some_tokens(), ForwardOptions()))
@@ -118,12 +116,6 @@ def test_absorbed_is_expanded():
     found = heads.absorbed()(q_BTKGW, kv, rope, attend_to_latent, AxisRules())
     assert found.shape == expected.shape == (B, T, 1, HEADS, H)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_matrices_are_merged_where_that_leaves_less_to_multiply(of_map):
-    config, model, _ = of_map
-    block = decoding_weights(model).groups[0].blocks[0]
-    assert isinstance(block.heads, AbsorbedHeads if config.kv == WIDE else MergedHeads)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

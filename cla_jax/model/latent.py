@@ -111,37 +111,6 @@ class AbsorbedHeads:
         return _by_head(o_BTKGR, self.values_GHR, rules)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MergedHeads:
-    """The same once more: queries come as wide as latents, and latents go out.
-
-    The matrices of keys and values are multiplied into the linear maps before and after it, and so is the
-    scale of the scores. `merges` says where that is less work.
-    """
-
-    rank: int = dataclasses.field(metadata={"static": True})
-
-    def __call__(
-        self, q_BTKGW: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
-    ) -> jax.Array:
-        """Attention of heads, [B, T, K, G, R]; K is 1."""
-        del rules
-        rotated = rope(q_BTKGW[..., self.rank :])
-        return attend(jnp.concatenate([q_BTKGW[..., : self.rank], rotated], axis=-1), kv)
-
-
-# A merged matrix may have this many times the elements of the two that it replaces: one product less is worth
-# more than an eighth of it.
-MERGED = 1.125
-
-
-def merges(heads: AbsorbedHeads, width: int) -> bool:
-    """Whether merging the matrices of a latent with those of a model of this width makes a step cheaper."""
-    _, R, H = heads.keys_GRH.shape
-    return R * width <= MERGED * (H * width + R * H)
-
-
 def _by_head(x_BTKGI: jax.Array, weight_GOI: jax.Array, rules: AxisRules) -> jax.Array:
     """Each head's product with its own matrix, [B, T, K, G, O]; K is 1."""
     spec = rules.gathered().spec(*axes("BTKGH"))
