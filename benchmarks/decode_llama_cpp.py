@@ -93,6 +93,8 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         file = Path(directory) / "model.gguf"
         parameters = write_model(file, shape, longest, spec["weights"])
         llama_cpp.llama_backend_init()
+        quiet = llama_cpp.llama_log_callback(lambda *_: None)  # it tells hundreds of lines
+        llama_cpp.llama_log_set(quiet, None)
         settings = llama_cpp.llama_model_default_params()
         settings.use_mmap = False  # the file is gone after this block
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
