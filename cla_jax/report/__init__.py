@@ -106,6 +106,7 @@ def write(
         assert made is not None
         contents["report.md"] = _markdown(outcome, title, [*noted, *remarks], beside)
         contents[record.FILE] = record.dump(made)
+    assert contents.keys() <= record.NAMES  # `replaced` looks for these
     directories.write_all_atomically({directory / name: data for name, data in contents.items()})
     return [directory / name for name in contents]
 

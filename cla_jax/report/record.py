@@ -31,6 +31,7 @@ _BESIDE = (
     *(f"{name}.{ending}" for name in TABLES for ending in ("csv", "tex")),
     "report.md",
 )
+NAMES = {PAGE, FILE, *_BESIDE}
 
 
 def make(
