@@ -2,6 +2,8 @@
 
     python -m benchmarks.latent                      # 8 layers of width 256, 128 elements a token and layer
     python -m benchmarks.latent --batch 1 --context 4096 --rounds 15
+    python -m benchmarks.latent --equal-parameters   # the latent's MLP is narrower
+    python -m benchmarks.latent --shape 100m --layers 12
 
 Models have random weights and caches of zeros, all in float32. They take turns; the table has medians and
 the ratio of each to MQA.
@@ -16,6 +18,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import HERE, SHAPES, machine, save
+from cla_jax import costs
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.decode import decode, random_weights
@@ -35,8 +39,12 @@ class Options:
     batch: tuple[int, ...] = (1, 8)
     # Tokens in the cache.
     context: tuple[int, ...] = (512, 2048)
+    # Widths, heads and vocabulary of the model.
+    shape: Literal["7m", "100m"] = "7m"
     # Layers of the model.
     layers: int = 8
+    # Narrow the MLP of the latent's model, so that both models have equally many parameters.
+    equal_parameters: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     # Each is a pair of columns.
     kv_map: tuple[str, ...] = ("identity", "cla:2")
     # Width of the rotated key; the latent has the rest of the bytes of MQA's keys and values.
@@ -52,14 +60,23 @@ class Options:
 def models(options: Options) -> dict[str, ModelConfig]:
     configs = {}
     for kv_map in options.kv_map:
-        shape = SHAPES["7m"] | {"n_layers": options.layers}
+        shape = SHAPES[options.shape] | {"n_layers": options.layers}
         mqa = ModelConfig(**shape, kv_map=kv_map, compute_dtype="float32")
         rank = 2 * mqa.d_head - options.rope_dims
         configs[f"MQA, {kv_map}"] = mqa
-        configs[f"latent, {kv_map}"] = dataclasses.replace(
-            mqa, kv=LatentKV(rank=rank, rope_dims=options.rope_dims)
-        )
+        latent = dataclasses.replace(mqa, kv=LatentKV(rank=rank, rope_dims=options.rope_dims))
+        if options.equal_parameters:
+            latent = narrowed(latent, mqa)
+        configs[f"latent, {kv_map}"] = latent
     return configs
+
+
+def narrowed(config: ModelConfig, base: ModelConfig) -> ModelConfig:
+    """The model with the MLP width that makes its parameters as many as those of `base`, or nearly so."""
+    total = lambda config: costs.parameters(config).total
+    column = total(dataclasses.replace(base, d_ff=base.d_ff + 1)) - total(base)
+    surplus = total(config) - total(base)
+    return dataclasses.replace(config, d_ff=config.d_ff - round(surplus / column))
 
 
 def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
