@@ -383,10 +383,10 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch, tiny):
 
 def lays_out_the_memory(_config, _name, _slices, dump, _outcome):
     """A compiler that has written what a plan needs, and would go on for an hour."""
-    (dump / f"m.{compiler._REPORT}").write_text(
+    (dump / f"m.{compiler.REPORT}").write_text(
         "Memory Space: default\nTotal bytes: 12345 (12KiB)\n"
     )
-    (dump / f"m.{compiler._LAST_OF_TPU}").write_text("ENTRY")
+    (dump / f"m.{compiler.LAST_OF_TPU}").write_text("ENTRY")
     time.sleep(3600)
 
 

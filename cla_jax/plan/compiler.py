@@ -56,7 +56,7 @@ def compiled_step(layout: Layout, topology: Topology, cache: Path | None) -> dic
         seconds = time.monotonic() - started
         text = hlo.find(dump, "after_optimizations.txt")
         assert text or not fits, "the compiler wrote nothing"
-        report = hlo.find(dump, _REPORT)
+        report = hlo.find(dump, REPORT)
     collectives = hlo.collectives(text)
     record = {
         "peak": peak,
@@ -102,15 +102,15 @@ _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
 
 
 # What a compiler writes when it has laid out the memory, and what comes last before it generates code.
-_REPORT = "memory-usage-report.txt"
-_LAST_OF_TPU = "after_optimizations_after_buffer_assignment.txt"
+REPORT = "memory-usage-report.txt"
+LAST_OF_TPU = "after_optimizations_after_buffer_assignment.txt"
 _LAST_OF_GPU = ".debug_options"
 
 
 def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int, bool]:
     """`_compile`, for devices elsewhere, as far as a plan needs it. It runs in a process that is ended when
     code generation begins, because that takes four fifths of the time."""
-    last = _LAST_OF_GPU if topology.per_host else _LAST_OF_TPU
+    last = _LAST_OF_GPU if topology.per_host else LAST_OF_TPU
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit jax's threads, dead
     receiver, sender = spawn.Pipe(duplex=False)
     arguments = (config, topology.name, topology.slices, dump, sender)
@@ -123,8 +123,8 @@ def _compile_apart(config: Config, topology: Topology, dump: Path) -> tuple[int,
         ended.callback(compiler.kill)
         sender.close()  # its end is then the end of the pipe
         while not receiver.poll(0.1):
-            if hlo.find(dump, last) and hlo.find(dump, _REPORT):
-                return hlo.allocated_bytes(hlo.find(dump, _REPORT)), True
+            if hlo.find(dump, last) and hlo.find(dump, REPORT):
+                return hlo.allocated_bytes(hlo.find(dump, REPORT)), True
         try:
             outcome = receiver.recv()
         except EOFError:
