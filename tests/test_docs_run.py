@@ -112,6 +112,7 @@ NOT_RUN = {
     "git": "a network",
     "gcloud": "a cloud account",
     "jupyter": "a browser; the notebook is executed by another test",
+    "python -m benchmarks.maxtext": "MaxText, 5 GB, and a compiler for TPUs",
     "python -m benchmarks.serving --model": "the model of 93 MB",
     "python -m benchmarks.tasks": "the model of 93 MB",
     "python -m launch.convert fetch": "93 MB from a network",
