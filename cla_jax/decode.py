@@ -218,7 +218,7 @@ def prefill(
     cache: Cache,
     prompts: Sequence[Sequence[int] | None],
     last_BD: jax.Array | None = None,
-    held: Mapping[int, int] = {},
+    held: Mapping[int, int] | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Fills rows with prompts of any lengths, `spec.chunk` tokens per step, the last padded.
 
@@ -236,6 +236,12 @@ def prefill(
         raise ValueError("no prompt was given")
     for row, prompt in given.items():
         check_prompt(prompt, spec, name=f"prompt {row}")
+    held = held or {}
+    for row, count in held.items():
+        if row not in given or not 0 <= count < len(given[row]):
+            raise ValueError(
+                f"row {row} cannot hold {count} tokens of its prompt: the last token must be computed"
+            )
     given = {row: prompt[held.get(row, 0) :] for row, prompt in given.items()}
     chunks = -(-max(map(len, given.values())) // T)
     tokens = np.zeros((B, chunks * T), np.int32)

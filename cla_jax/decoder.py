@@ -76,7 +76,7 @@ class Decoder:
           run: the run, or its directory.
           cache: the format of the KV cache, a key of `cla_jax.formats.FORMATS`; or an eviction policy, such
             as "h2o:keep=0.5".
-          chunk: prompt tokens per prefill step.
+          chunk: prompt tokens per prefill step; an eviction policy reads a prompt at once.
           attention: what reads the cache in decode steps: `xla`, or a kernel of
             `cla_jax.model.decode_kernels`.
 
@@ -92,13 +92,14 @@ class Decoder:
         rules = meshes.axis_rules(config.model, mesh)
         with jax.set_mesh(mesh):
             _, model = checkpoint.load_model(run, rules, mesh)
-            weights = decoding_weights(model, rules)
         held: CacheFormat | Policy
         if eviction.is_policy(cache):
             held, rules, mesh = eviction.parse(cache), AxisRules(), None
             weights = decoding_weights(on_one_device(model))
         else:
             held = make_format(cache, config.model.compute_dtype)
+            with jax.set_mesh(mesh):
+                weights = decoding_weights(model, rules)
         return cls(
             run=run,
             tokenizer=tokenizers.load(run.tokenizer_json(), config.data.end_token),

@@ -160,18 +160,33 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             if len(inner) == len(value):
                 return tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
         raise ValueError(f"{name} = {value!r} is not of type {hint}")
-    _check_type(name, value, hint)
+    check_type(name, value, hint)
     return value
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises ValueError unless a field's value has its type. An int is also a float, a bool is neither."""
     if typing.get_origin(hint) is Literal:
         choice(name, value, typing.get_args(hint))
         return
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if isinstance(value, tuple):
+            if inner[-1] is ...:
+                inner = inner[:1] * len(value)
+            if len(inner) == len(value):
+                for pair in zip(value, inner, strict=True):
+                    check_type(name, *pair)
+                return
+        raise ValueError(f"{name} = {shown(value)} is not of type {hint}")
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in accepted:
         accepted += (int,)
     if not isinstance(value, accepted) or (bool not in accepted and isinstance(value, bool)):
-        raise ValueError(
-            f"{name} = {shown(value)} is not of type {getattr(hint, '__name__', hint)}"
-        )
+        known = ", ".join(kind.__name__ for kind in variants(hint).values())
+        wanted = f"must be one of {known}" if known else f"is not of type {_type_name(hint)}"
+        raise ValueError(f"{name} = {shown(value)} {wanted}")
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from cla_jax.config import WSD, Cosine, Muon, OptimizerConfig
+from cla_jax.config import WSD, Constant, Cosine, Muon, OptimizerConfig
 from cla_jax.model.layers import is_param
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of update `step`, counted from 0: linear warm-up, then as the schedule's config says.
 
-    The first update already moves, at 1/warmup of the peak; the last one of a schedule that falls uses the
-    floor.
+    The first update has a nonzero rate, 1/warmup of the peak. The last one of a schedule that falls uses the
+    floor, if a step is left between the peak and the end: the number of steps of a fraction is rounded.
     """
     chosen, peak = config.schedule, config.peak_lr
     warmup = round(chosen.warmup_fraction * steps)
@@ -37,7 +37,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
                 # The last step of the peak; the steps after it decay.
                 first = max(steps - 1 - round(chosen.decay_fraction * steps), warmup)
                 return fall(step, first, final, lambda x: 1 - x)
-        return peak
+            case Constant():
+                return peak
 
     def rate(step):
         rising = peak * (step + 1) / max(warmup, 1)

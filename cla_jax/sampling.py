@@ -27,9 +27,8 @@ def _cut(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     if not 0 < sampling.top_k < vocabulary and sampling.top_p == 1:
         return logits_BV
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
-    kept_BV = jnp.broadcast_to(
-        jnp.arange(vocabulary) < (sampling.top_k or vocabulary), logits_BV.shape
-    )
+    most = min(sampling.top_k or vocabulary, vocabulary)
+    kept_BV = jnp.broadcast_to(jnp.arange(vocabulary) < most, logits_BV.shape)
     if sampling.top_p < 1:
         probabilities_BV = jax.nn.softmax(jnp.where(kept_BV, descending_BV, -jnp.inf), axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV

@@ -118,6 +118,8 @@ def rows(session: EvaluationSession, windows: int | None = None) -> int:
 
     The devices share them evenly. Of a mixture, the component with most windows decides.
     """
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows = {windows} must be positive")
     held = max(part.totals["held_out"]["windows"] for part in session.prepared.parts.values())
     scored = held if windows is None else min(windows, held)
     batches = -(-scored // session.rows)

@@ -376,3 +376,33 @@ def test_odd_texts_cost_a_short_message(tiny, field, text):
         replaced(tiny(), {field: text})
     assert field.rpartition(".")[2] in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 2.0, "steps = 2.0 is not of type int"),
+        ("seed", 0.5, "seed = 0.5 is not of type int"),
+        ("batch_size", True, "batch_size = True is not of type int"),
+        ("name", 3, "name = 3 is not of type str"),
+        ("start", None, "start = None must be one of Scratch, FromRun"),
+        ("model.n_layers", 4.0, "model.n_layers = 4.0 is not of type int"),
+        ("model.windows", 16, "model.windows = 16 is not of type str"),
+        ("model.kv_map", (0, 0), r"model.kv_map = \(0, 0\) is not of type str"),
+        ("model.tied_embeddings", "no", "model.tied_embeddings = 'no' is not of type bool"),
+        ("data.seq_len", "64", "data.seq_len = '64' is not of type int"),
+        ("data.mixture", ("a",), "data.mixture = 'a' is not of type Component"),
+        ("optimizer.peak_lr", "1", "optimizer.peak_lr = '1' is not of type float"),
+        ("optimizer.rule.b1", None, "optimizer.rule.b1 = None is not of type float"),
+        ("placement.eval_every", 0.5, "placement.eval_every = 0.5 is not of type int"),
+        ("placement.mesh.data", 1.5, "placement.mesh.data = 1.5 is not of type int"),
+    ],
+)
+def test_a_dataclass_refuses_values_of_another_type(tiny, field, value, words):
+    """Also one that Python code makes, without the text of a command line or a file."""
+    *path, name = field.split(".")
+    config = tiny()
+    for part in path:
+        config = getattr(config, part)
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config, **{name: value})

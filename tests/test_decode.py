@@ -240,6 +240,10 @@ def test_what_a_row_holds_of_a_prompt_is_not_computed_again():
     found, cache = prefill(weights, spec, cache, [prompt], held={0: 16})
     assert_close(found, expected)
     assert cache.lengths_B.tolist() == [30]
+    # The hidden state of the last token is the result: it must be computed.
+    for held in ({0: 30}, {0: -1}, {1: 1}):
+        with pytest.raises(ValueError, match="cannot hold"):
+            prefill(weights, spec, cache, [prompt], held=held)
 
 
 def test_what_is_not_finite_does_not_reach_the_next_window_of_an_evaluation():

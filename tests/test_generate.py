@@ -245,7 +245,12 @@ def kept_by_reference(logits, top_k, top_p):
 
 def test_the_cut_of_top_k_and_top_p_is_exact_with_ties_by_id():
     draw = np.random.default_rng(0)
-    cases = [([1, 0, 0, 0, 0], 0, 0.5), ([0, 0, 0, 0], 0, 0.5), ([0, 2, 2, 1], 1, 1.0)]
+    cases = [
+        ([1, 0, 0, 0, 0], 0, 0.5),
+        ([0, 1, 2], 10**12, 0.5),
+        ([0, 0, 0, 0], 0, 0.5),
+        ([0, 2, 2, 1], 1, 1.0),
+    ]
     for _ in range(60):
         logits = draw.integers(0, 4, 12) if draw.integers(2) else draw.normal(size=12) * 3
         cases.append(

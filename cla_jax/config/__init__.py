@@ -9,7 +9,7 @@ only, so a run may move to half the chips.
 import dataclasses
 
 from cla_jax import names
-from cla_jax.config.checks import bounded, check_choices, positive
+from cla_jax.config.checks import check_fields, positive
 from cla_jax.config.data import Component, DataConfig, Stage
 from cla_jax.config.decoding import CacheAttention, Sampling, check_chunk, check_new_tokens
 from cla_jax.config.model import (
@@ -106,10 +106,9 @@ class Config:
     placement: Placement = Placement()
 
     def __post_init__(self):
+        check_fields(self)
         positive("batch_size", self.batch_size)
         positive("steps", self.steps)
-        bounded(self)
-        check_choices(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed} must lie in 0 to 2**32 - 1")
         names.check("name", self.name)

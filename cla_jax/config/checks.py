@@ -5,8 +5,8 @@ import functools
 import typing
 from typing import Any
 
-from cla_jax.fields import variants
-from cla_jax.messages import choice, shown
+from cla_jax.fields import check_type
+from cla_jax.messages import shown
 
 
 def positive(name: str, value: float) -> None:
@@ -28,22 +28,16 @@ _MOST = {
 }
 
 
-def bounded(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for a field above the limit that it has."""
-    for name in _MOST.keys() & {field.name for field in dataclasses.fields(config)}:
-        if (value := getattr(config, name)) > _MOST[name]:
-            raise ValueError(f"{prefix}{name} = {shown(value)} must be at most {_MOST[name]:,}")
-
-
 _hints = functools.cache(typing.get_type_hints)
 
 
-def check_choices(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for a field that has none of the values, or of the dataclasses, of its type."""
-    for name, hint in _hints(type(config)).items():
-        value, kinds = getattr(config, name), tuple(variants(hint).values())
-        if typing.get_origin(hint) is typing.Literal:
-            choice(f"{prefix}{name}", value, typing.get_args(hint))
-        elif kinds and not isinstance(value, kinds):
-            known = ", ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{prefix}{name} = {shown(value)} must be one of {known}")
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for a field whose value is not of its type, or above the field's limit.
+
+    All configs call it before they compare their fields with anything.
+    """
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        check_type(name, value, _hints(type(config))[field.name])
+        if field.name in _MOST and value > _MOST[field.name]:
+            raise ValueError(f"{name} = {shown(value)} must be at most {_MOST[field.name]:,}")

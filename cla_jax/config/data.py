@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from cla_jax.config.checks import bounded, positive
+from cla_jax.config.checks import check_fields, positive
 from cla_jax.messages import near_choice, shown
 from cla_jax.typed_numbers import is_digits, number
 
@@ -45,6 +45,7 @@ class Component:
     weight: float
 
     def __post_init__(self):
+        check_fields(self, "data.mixture: ")
         _check_name("data.mixture", self.name)
         check_source(f"data.mixture: {self.name}", self.source)
         _check_weight(f"data.mixture: the weight of {self.name}", self.weight)
@@ -75,6 +76,7 @@ class Stage:
     weights: tuple[tuple[str, float], ...]
 
     def __post_init__(self):
+        check_fields(self, "data.stages: ")
         positive("data.stages: step", self.step)
         for name, weight in self.weights:
             _check_name("data.stages", name)
@@ -147,8 +149,8 @@ class DataConfig:
     attend_across_documents: bool = True
 
     def __post_init__(self):
+        check_fields(self, "data.")
         positive("data.seq_len", self.seq_len)
-        bounded(self, "data.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out = {self.held_out} must lie between 0 and 1")
         if self.mixture:

@@ -26,7 +26,7 @@ class Sampling:
                 f"temperature = {self.temperature} must be 0 (the most likely token), or finite and at "
                 "least 1e-6"
             )
-        if not isinstance(self.top_k, Integral) or self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k} must be an integer, and not negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
@@ -34,6 +34,8 @@ class Sampling:
 
 def check_new_tokens(count: int) -> None:
     """Raises ValueError for a number of tokens that cannot be generated."""
+    if not isinstance(count, Integral):
+        raise ValueError(f"new_tokens = {count} must be an integer")
     if count < 1:
         raise ValueError(f"new_tokens = {count} must be positive")
     if count >= 1 << 31:

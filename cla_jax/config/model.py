@@ -6,7 +6,7 @@ import math
 from typing import ClassVar, Literal
 
 from cla_jax import kv_map as kv_maps
-from cla_jax.config.checks import bounded, check_choices, positive
+from cla_jax.config.checks import check_fields, positive
 from cla_jax.messages import shown
 from cla_jax.typed_numbers import is_digits
 
@@ -35,6 +35,7 @@ class LatentKV:
     norm: bool = True
 
     def __post_init__(self):
+        check_fields(self, "model.kv.")
         positive("model.kv.rank", self.rank)
         if self.rope_dims < 2 or self.rope_dims % 2:
             raise ValueError(
@@ -139,7 +140,7 @@ RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling
 
 
 def _check_scaling(scaling: RopeScaling) -> None:
-    bounded(scaling, "model.rope_scaling.")
+    check_fields(scaling, "model.rope_scaling.")
     for field in dataclasses.fields(scaling):
         if field.init and (value := getattr(scaling, field.name)) is not None:
             positive(f"model.rope_scaling.{field.name}", value)
@@ -204,10 +205,9 @@ class ModelConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
+        check_fields(self, "model.")
         for field in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads"):
             positive(f"model.{field}", getattr(self, field))
-        bounded(self, "model.")
-        check_choices(self, "model.")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not divisible by "

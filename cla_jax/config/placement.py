@@ -5,7 +5,7 @@ import functools
 from typing import Literal
 
 from cla_jax import names
-from cla_jax.config.checks import bounded, check_choices, positive
+from cla_jax.config.checks import check_fields, positive
 from cla_jax.messages import shown
 from cla_jax.typed_numbers import is_digits
 
@@ -27,6 +27,7 @@ class MeshConfig:
     model: int = 1
 
     def __post_init__(self):
+        check_fields(self, "placement.mesh.")
         sizes = {axis: getattr(self, axis) for axis in ("slice", "data", "fsdp", "model")}
         for axis, size in sizes.items():
             if size != -1 and size < 1:
@@ -83,9 +84,9 @@ class Placement:
     data_dir: str = "data"
 
     def __post_init__(self):
+        check_fields(self, "placement.")
         for field in ("accumulate", "loss_chunk", "log_every", "save_every", "eval_batch_size"):
             positive(f"placement.{field}", getattr(self, field))
-        bounded(self, "placement.")
         if self.keep < 2:
             raise ValueError(
                 f"placement.keep = {self.keep} must be at least 2: if the newest checkpoint is damaged, the "
@@ -96,7 +97,6 @@ class Placement:
         for option in self.compiler_options.split(",") if self.compiler_options else ():
             if not all(option.partition("=")):
                 raise ValueError(f"placement.compiler_options: {shown(option)} must be name=value")
-        check_choices(self, "placement.")
         for field in ("runs", "data_dir"):
             names.check_path(f"placement.{field}", getattr(self, field))
         self.profiled_steps  # noqa: B018  raises for what is not STEP:COUNT

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from cla_jax import names
-from cla_jax.config.checks import check_choices, positive
+from cla_jax.config.checks import check_fields, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class Constant:
 
 def _check_fractions(config: Any, name: str) -> None:
     """Raises ValueError unless every field that is a fraction lies in 0 to 1."""
+    check_fields(config, f"{name}.")
     for field in dataclasses.fields(config):
         if field.name.endswith("_fraction") and not 0 <= getattr(config, field.name) <= 1:
             raise ValueError(
@@ -114,6 +115,7 @@ class Muon:
 
 
 def _check_rule(rule: AdamW | Muon) -> None:
+    check_fields(rule, "optimizer.rule.")
     positive("optimizer.rule.eps", rule.eps)
     for field in dataclasses.fields(rule):
         value = getattr(rule, field.name)
@@ -139,7 +141,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        check_choices(self, "optimizer.")
+        check_fields(self, "optimizer.")
         for field in ("peak_lr", "clip_norm"):
             positive(f"optimizer.{field}", getattr(self, field))
 
@@ -185,8 +187,8 @@ class FromRun:
     distill_temperature: float = 1.0
 
     def __post_init__(self):
+        check_fields(self, "start.")
         names.check_path("start.run", self.run)
-        check_choices(self, "start.")
         positive("start.calibration_windows", self.calibration_windows)
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"start.distill_weight = {self.distill_weight} must lie in 0 to 1")
