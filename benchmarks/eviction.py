@@ -8,6 +8,11 @@ window. These include positions, classes and scores. Scores are those of the tok
 token above the full forward pass, the KL divergence to it, both with a 95 % interval over windows, and how
 often the top token is the same. A line of JSON is printed for each policy, and appended to `--output`. What
 is there already is not measured again.
+
+    python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --task needle --T 0.95 --output Y.jsonl
+
+scores a task of cla_jax/recall_tasks.py in the same way. The bytes are equal when the policy has seen the
+context; the question and the answer follow. Without `--T` the policies are taken with their own settings.
 """
 
 import contextlib
@@ -15,7 +20,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +29,7 @@ import tyro
 from cla_jax import checkpoint, costs, runs
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
+from cla_jax.config import ModelConfig
 from cla_jax.decode import decoding_weights, on_one_device
 from cla_jax.evaluate import open_session
 from cla_jax.evaluation import EvictingScores
@@ -45,7 +51,7 @@ class Arguments:
     T: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
     # Further settings of FastGen, such as over=mean.
     settings: str = ""
-    # The other policies, by default all of them; of tasks the policies, with their settings.
+    # The other policies, by default all of them; of tasks without T the policies, with their settings.
     policy: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     # Seeds of the policy random.
     draws: int = 3
@@ -77,13 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = runs.find_run(path)
         session = open_session(run, arguments.data_dir, batch_size=arguments.batch_size)
         step, model = checkpoint.load_model(run, session.rules, session.mesh)
+        named = {"run": run.path.name, "checkpoint": checkpoint.fingerprint(run, step)}
 
         for kind in arguments.task:
-            examples = make_examples(kind, count=arguments.count, length=arguments.length)
-            for name in arguments.policy:
-                tokenizer = session.tokenizer
-                numbers = recall_scores(model, tokenizer, parse(name), examples)
-                say({"run": run.path.name, "task": kind, "policy": name} | numbers)
+            score_task(session, model, kind, arguments, named)
         if arguments.kept_only:
             for threshold in arguments.T or (0.95,):
                 policy = parse(fastgen(threshold, arguments.settings))
@@ -91,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 say({"run": run.path.name, "policy": policy.name} | numbers)
         if arguments.task or arguments.kept_only:
             continue
-        asked = {
-            "run": run.path.name,
-            "checkpoint": checkpoint.fingerprint(run, step),
+        asked = named | {
             "context": session.data.seq_len,
             "windows": arguments.windows,
             "prompt": arguments.prompt,
@@ -101,29 +102,72 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
 
         def measured(name: str, T: float, session=session, model=model, asked=asked):
-            cell: dict[str, Any] = asked | {"policy": parse(name).name}
-            if (known := recorded(arguments.output, cell)) is not None:
-                return known
-            scores = evicting_decoding(
-                *(session, model, parse(name)),
-                chunk=arguments.chunk,
-                prompt=arguments.prompt,
-                windows=arguments.windows,
-            )
-            # The T whose bytes this policy has.
-            cell |= {"T": T} | line(scores, session)
-            say(cell)
-            if arguments.output:
-                # On a line of its own, also after a line that a stop has cut short.
-                cut = arguments.output.exists() and not read_lines(arguments.output)[1]
-                with arguments.output.open("a") as file:
-                    file.write("\n" * cut + json.dumps(cell) + "\n")
-            return cell
+            def measure() -> dict[str, Any]:
+                scores = evicting_decoding(
+                    *(session, model, parse(name)),
+                    chunk=arguments.chunk,
+                    prompt=arguments.prompt,
+                    windows=arguments.windows,
+                )
+                # The T whose bytes this policy has.
+                return {"T": T} | line(scores, session)
 
+            return once(asked | {"policy": parse(name).name}, measure, arguments.output)
+
+        tokens = prompt_tokens(arguments.prompt, session.data.seq_len, arguments.chunk)
         for threshold in arguments.T or (0.95,):
-            first = measured(fastgen(threshold, arguments.settings), threshold)
-            for name in at_equal_bytes(session, first["kept"], arguments):
+            kept = measured(fastgen(threshold, arguments.settings), threshold)["kept"]
+            for name in at_equal_bytes(session.model, kept, arguments.prompt, tokens, arguments):
                 measured(name, threshold)
+
+
+def score_task(
+    session: EvaluationSession,
+    model: Transformer,
+    kind: str,
+    arguments: Arguments,
+    named: dict[str, Any],
+) -> None:
+    """Prints what each policy answers of a task's examples; with thresholds, at the bytes of FastGen."""
+    examples = make_examples(kind, count=arguments.count, length=arguments.length)
+    asked = named | {"task": kind, "length": arguments.length, "count": arguments.count}
+    dense = entry_bytes(session.model)
+
+    def scored(name: str) -> dict[str, Any]:
+        policy = parse(name)
+
+        def measure() -> dict[str, Any]:
+            scores = recall_scores(model, session.tokenizer, policy, examples)
+            held = scores["kept_of_prompt"] * (dense + noted_bytes(policy)) / dense
+            return {"live_bytes_share": round(held, 4)} | scores
+
+        return once(asked | {"policy": policy.name}, measure, arguments.output)
+
+    if not arguments.T:
+        for name in arguments.policy:
+            scored(name)
+    # The context and a token that begins it: no budget may be less than what is always kept of the shortest.
+    shortest = 1 + min(len(session.tokenizer.encode(one.context)) for one in examples)
+    for threshold in arguments.T:
+        kept = scored(fastgen(threshold, arguments.settings))["kept_of_prompt"]
+        for name in at_equal_bytes(session.model, kept, 1.0, shortest, arguments):
+            scored(name)
+
+
+def once(
+    asked: dict[str, Any], measure: Callable[[], dict[str, Any]], output: Path | None
+) -> dict[str, Any]:
+    """A cell: what is in the file already, or else what was measured, which is printed and added to it."""
+    if (known := recorded(output, asked)) is not None:
+        return known
+    cell = asked | measure()
+    say(cell)
+    if output:
+        # On a line of its own, also after a line that a stop has cut short.
+        cut = output.exists() and not read_lines(output)[1]
+        with output.open("a") as file:
+            file.write("\n" * cut + json.dumps(cell) + "\n")
+    return cell
 
 
 def say(cell: dict[str, Any]) -> None:
@@ -150,16 +194,19 @@ def recorded(output: Path | None, cell: dict[str, Any]) -> dict[str, Any] | None
     return next((one for one in read_lines(output)[0] if cell.items() <= one.items()), None)
 
 
-def at_equal_bytes(session: EvaluationSession, kept: float, arguments: Arguments) -> Iterator[str]:
-    """The other policies, with the budget at which they hold the bytes of FastGen with this share."""
-    entry = session.model.d_head * 4  # bytes at 16 bits
-    tokens = prompt_tokens(arguments.prompt, session.data.seq_len, arguments.chunk)
+def at_equal_bytes(
+    model: ModelConfig, kept: float, prompt: float, tokens: int, arguments: Arguments
+) -> Iterator[str]:
+    """The other policies, with the budget at which they hold the bytes of FastGen with this share.
+
+    `prompt` is the share of all tokens that is the prompt, and `tokens` the length of the shortest prompt.
+    """
+    entry, of_fastgen = entry_bytes(model), noted_bytes(parse(fastgen(0.5, "")))
     for other in arguments.policy or OTHERS:
         policy = parse(f"{other}:keep=1")
-        noted = 9 if policy.scoring != "none" else 5
-        share = kept * (entry + 9) / (entry + noted)
+        share = kept * (entry + of_fastgen) / (entry + noted_bytes(policy))
         if other in ("snapkv", "adakv"):  # their budget is the prompt's
-            share = (share - (1 - arguments.prompt)) / arguments.prompt
+            share = (share - (1 - prompt)) / prompt
         budget = min(math.floor(share * 10_000) / 10_000, 1)
         least = 36 if other in ("snapkv", "adakv") else 12
         if budget * tokens < least:
@@ -168,6 +215,16 @@ def at_equal_bytes(session: EvaluationSession, kept: float, arguments: Arguments
             yield from (f"random:keep={budget:g},seed={seed}" for seed in range(arguments.draws))
         else:
             yield f"{other}:keep={budget:g}"
+
+
+def entry_bytes(model: ModelConfig) -> int:
+    """Of the key and the value of a token and KV head at 16 bits."""
+    return model.d_head * 4
+
+
+def noted_bytes(policy: Policy) -> int:
+    """What an entry has besides: position and class, and a score if the policy has one."""
+    return 9 if policy.scoring != "none" else 5
 
 
 def kept_of_prompts(

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import accelerator, eviction, eviction_pareto
 from cla_jax import costs
+from cla_jax.config import ModelConfig
 from experiments import smoke
 
 ROOT = Path(__file__).parents[1]
@@ -321,3 +323,39 @@ def test_a_measured_policy_is_not_measured_again(tmp_path):
     assert eviction.recorded(file, {"policy": "window:keep=0.5", "windows": 3}) == line
     assert eviction.recorded(file, {"policy": "window:keep=0.5", "windows": 4}) is None
     assert eviction.read_lines(file) == ([line], False)
+
+
+def test_a_task_is_scored_at_the_bytes_of_fastgen(tmp_path, monkeypatch, capsys):
+    kept_of = {"fastgen": 0.5}
+    asked = []
+
+    def scores(_model, _tokenizer, policy, examples):
+        asked.append(policy.name)
+        name, _, settings = policy.name.partition(":")
+        kept = kept_of.get(name) or float(settings.split(",")[0].removeprefix("keep="))
+        return {"examples": len(examples), "kept_of_prompt": kept}
+
+    monkeypatch.setattr(eviction, "recall_scores", scores)
+    model = ModelConfig(
+        vocab_size=257, n_layers=1, d_model=32, d_ff=32, n_heads=2, n_kv_heads=1, d_head=16
+    )
+    session = SimpleNamespace(model=model, tokenizer=SimpleNamespace(encode=list))
+    output = tmp_path / "cells.jsonl"
+    arguments = eviction.Arguments(runs=(), T=(0.9,), length=200, count=2, draws=2, output=output)
+    eviction.score_task(session, None, "needle", arguments, {"run": "x"})
+    lines, _ = eviction.read_lines(output)
+    assert [line["policy"].partition(":")[0] for line in lines] == [
+        *("fastgen", "window", "h2o", "snapkv", "adakv", "random", "random")
+    ]
+    # 64 bytes of keys and values, 9 with a score and 5 without: 36.5 of 64 for all.
+    assert [line["live_bytes_share"] for line in lines] == pytest.approx([36.5 / 64] * 7, abs=2e-4)
+    assert lines[1]["policy"] == "window:keep=0.5289"
+    # A second call measures nothing again.
+    eviction.score_task(session, None, "needle", arguments, {"run": "x"})
+    assert len(asked) == 7
+    # A budget below what is always kept is left out, and this is said.
+    kept_of["fastgen"] = 0.05
+    capsys.readouterr()
+    eviction.score_task(session, None, "copy", arguments, {"run": "x"})
+    assert "snapkv: a budget of" in capsys.readouterr().out
+    assert len(asked) < 14
