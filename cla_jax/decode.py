@@ -111,7 +111,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
 
 def _laid_out(module: M) -> M:
-    """A module that reads latents themselves, and whose linear maps have the form that is fastest here."""
+    """A copy with absorbed latent heads, and with the linear maps that are fastest on this backend."""
     module = replaced_parts(module, LatentHeads, LatentHeads.absorbed)
     if not cpu_matmul.enabled():
         return module

@@ -33,7 +33,7 @@ from cla_jax.places import make_places
 
 log = logging.getLogger(__name__)
 
-LOOP = 64  # decode steps between two looks of the host, if nobody listens
+LOOP = 64  # decode steps before the host reads the outputs, if there are no listeners
 
 Finish = Literal["stop", "length", "cancelled"]
 # Called with new tokens. True ends the request; these are its last tokens.
@@ -108,7 +108,7 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._requests: list[Request | None] = [None] * spec.batch  # of each row
         self._ended_on_host = np.zeros(spec.batch, bool)  # rows that the device does not know of
-        # Emissions that the host has not looked at, each with the requests of its rows.
+        # Outputs that the host has not read yet, each with the requests of its rows.
         self._in_flight: collections.deque[tuple[list[Request | None], Emitted]] = (
             collections.deque()
         )
@@ -181,7 +181,7 @@ class Engine:
         return self._batch.cache
 
     def step(self) -> bool:
-        """Admits what waits, decodes up to `every` tokens per row. Whether anything is left to do."""
+        """Admits what waits and decodes up to `every` tokens per row. Returns whether requests remain."""
         if self._waiting and all(self._requests):
             self._collect()  # a row may have become free
         self._admit()
@@ -207,7 +207,7 @@ class Engine:
                 continue
             request = self._waiting[0]
             if not self.places.join(row, request.prompt, request.new_tokens):
-                break  # in the order of submission: who needs much is not overtaken for ever
+                break  # first in, first out: a large request is not overtaken for ever
             joining[row] = self._requests[row] = self._waiting.popleft()
             request.asked = 1
         if not joining:
@@ -229,7 +229,7 @@ class Engine:
         running = [request for request in self._requests if request is not None]
         if not any(request.asked < request.new_tokens for request in running):
             return False
-        assert self._batch is not None  # whoever runs was admitted
+        assert self._batch is not None  # admitting a request makes the batch
         self._batch.end(self._ended_on_host)
         for row, request in enumerate(self._requests):
             if request is not None:
@@ -242,11 +242,12 @@ class Engine:
         return True
 
     def _collect(self, but: int = 0) -> None:
-        """Looks at what the device has emitted, except for the newest `but` outputs."""
+        """Reads what the device has emitted, except for the newest `but` outputs."""
         while len(self._in_flight) > but:
             requests, emitted = self._in_flight.popleft()
             tokens_BN, logprobs_BN, done_B, stopped_B = map(np.asarray, emitted)
-            # A listener may raise. By then all rows have their tokens, and the others still hear of theirs.
+            # A listener may raise. By then all rows have their tokens, and the stack still calls the others.
+            # It calls the last one added first, so rows are added in reverse.
             with contextlib.ExitStack() as told:
                 for row, request in reversed(list(enumerate(requests))):
                     if request is None or request.ended:
@@ -285,7 +286,7 @@ class Engine:
 
 
 def _append(request: Request, tokens: list[int], logprobs: list[float]) -> None:
-    """Adds what the device has emitted to a request; says so once if it means nothing."""
+    """Adds what the device has emitted to a request; warns once if log-probabilities are NaN."""
     known = request.completion
     was_finite = not known.logprobs or not math.isnan(known.logprobs[-1])
     if was_finite and any(map(math.isnan, logprobs)):

@@ -136,7 +136,7 @@ class Sharing:
         def shape(group: Group) -> tuple:
             if not group.projects:
                 return (group.first,)
-            # What is read of an earlier group is one array for the whole stack.
+            # All groups of a stack read the same array of an earlier group.
             elsewhere = [s for s in (group.k_source, group.v_source) if s != group.first]
             return (group.size, group.projects, group.reused, *elsewhere)
 
@@ -167,9 +167,10 @@ class Sharing:
 
     @functools.cached_property
     def together(self) -> tuple[int, ...]:
-        """Of each KV layer, the first KV layer that it is read together with: itself, if with none before.
+        """For each KV layer, the first KV layer of its set. A set is what layers read together.
 
-        A layer that reads the keys of one KV layer and the values of another reads the two together.
+        A layer that reads the keys of one KV layer and the values of another reads the two together, so it
+        joins their sets (union-find). A KV layer that is read alone is its own set.
         """
         firsts = list(range(len(self.kv_layers)))
         for group in self.groups:
@@ -216,7 +217,7 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
 # ------------------------------------------------------------------------------------- builders
 
 
-# What their numbers count, in messages.
+# Names of the builders' arguments in messages, with what they count.
 _FACTOR = "FACTOR (layers per group)"
 _KV_LAYERS = "KV_LAYERS (how many layers make keys and values)"
 _SHARED_LAYERS = "SHARED_LAYERS (how many layers read those of a layer below)"

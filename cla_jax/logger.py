@@ -17,7 +17,7 @@ from cla_jax.writers import CompositeWriter
 
 log = logging.getLogger(__name__)
 
-_SPEED_STEPS = 10  # whose mean is the speed that is told
+_SPEED_STEPS = 10  # the speed is a mean over this many steps
 
 
 class Diverged(RuntimeError):
@@ -70,7 +70,8 @@ class StepLogger:
     def timed(self, bucket: goodput.Bucket) -> Iterator[None]:
         """Counts the time of what happens inside under `bucket`, and writes the run's time so far.
 
-        Then only steps lie between two such records, and a killed process is known to its last step.
+        Then only steps lie between two such records, so the time of a killed process is known up to its last
+        step.
         """
         with self.clock.timed(bucket):
             yield
@@ -97,7 +98,7 @@ class StepLogger:
         speed: dict[str, float] = {"seconds": round(seconds, 4)}
         if self.first_step_end is None:
             self.first_step_end = now
-        else:  # the first step waits for the first batches: its time is no speed
+        else:  # the first step waits for the first batches: its time is not used for the speed
             self.newest.append(seconds)
             tokens = len(self.newest) * self.config.tokens_per_step
             tokens_per_s = tokens / max(sum(self.newest), 1e-9)
@@ -105,6 +106,7 @@ class StepLogger:
             if self.peak_flops:
                 speed["mfu"] = self.flops * tokens_per_s / (self.peak_flops * jax.device_count())
             done = step - self.first_step - 1
+            # Without the time of evaluations and checkpoints.
             per_step = (now - self.first_step_end) / max(done, 1)
             speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
         tokens = step * self.config.tokens_per_step

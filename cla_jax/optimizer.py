@@ -63,7 +63,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _matrices(parameters: Any) -> Any:
-    """Which parameters are matrices of blocks: those that read or write the residual stream."""
+    """Which parameters are matrices of blocks that read or write the residual stream.
+
+    The head matrices of a latent do neither: they have no axis `embed`.
+    """
 
     def is_matrix(parameter: Any) -> bool:
         axes = getattr(parameter, "axes", ())
@@ -73,9 +76,10 @@ def _matrices(parameters: Any) -> Any:
 
 
 def _orthogonal(updates: Any, iterations: int) -> Any:
-    """Every matrix made orthogonal, with the root mean square 0.2 (2502.16982, equation 4).
+    """Every matrix made nearly orthogonal, with the root mean square 0.2 (2502.16982, equation 4).
 
-    On a mesh each device gathers the momentum of a matrix and makes all of it orthogonal.
+    Its singular values are near 1 before scaling, not exactly 1. A parameter is one matrix, so the keys and
+    values of one projection are made orthogonal together. On a mesh each device gathers the whole matrix.
     """
 
     def of_parameter(parameter: Any) -> Any:
@@ -86,7 +90,7 @@ def _orthogonal(updates: Any, iterations: int) -> Any:
         stack = value.ndim - len(axes)
         spec = jax.typeof(value).sharding.spec
         whole = jax.reshard(value, PartitionSpec()) if any(spec) else value
-        # The residual stream is one side of a weight, in front or behind; the other axes are the other side.
+        # The residual stream is the first or last axis of a weight; the other axes are one side together.
         behind = axes[-1] == "embed"
         D = value.shape[-1 if behind else stack]
         shape = (-1, math.prod(value.shape[stack:]) // D, D)
@@ -105,7 +109,7 @@ def _newton_schulz(x_NIO: jax.Array, iterations: int) -> jax.Array:
     The quintic iteration of Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    if tall := x_NIO.shape[1] > x_NIO.shape[2]:  # the smaller product
+    if tall := x_NIO.shape[1] > x_NIO.shape[2]:  # `x @ x.mT` is then the smaller product
         x_NIO = x_NIO.mT
     x = x_NIO / (jnp.linalg.norm(x_NIO, axis=(1, 2), keepdims=True) + 1e-7)
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""Scoring held-out text: by full forward, through a KV cache, and one beside the other.
+"""Scores held-out text: by full forward, through a KV cache, and a comparison of the two.
 
 Perplexity is exp of the mean negative log-likelihood per token over the held-out split: windows of
 seq_len targets in order, each token scored once. Bits per byte divides the same total by the UTF-8
@@ -47,7 +47,7 @@ class Totals:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    # Of the whole held-out split; of a mixture its components have them.
+    # Of the whole held-out split; for a mixture, see `components`.
     documents: Documents | None = None
     # Of a mixture, also those of its components.
     components: dict[str, "Totals"] = dataclasses.field(default_factory=dict)
@@ -77,11 +77,11 @@ def score(
 ) -> Totals:
     """Scores the held-out split: `batch_nll(tokens [B, T + 1], weights [B, T])` gives nats [B, T].
 
-    What it gives where a weight is 0 does not count. Sums are in float64 and in the order of the text, so
-    neither batches nor meshes change how they are rounded. If the whole split is scored, so is each of its
-    documents: the sum over its tokens and over the end token behind it, whatever windows they fell in. (A
-    token sees the window that it is in, and so, unless `data.attend_across_documents` is off, the end of the
-    document before.)
+    A scalar is broadcast. What it gives where a weight is 0 does not count. Sums are in float64 and in the
+    order of the text, so neither batches nor meshes change how they are rounded. If the whole split is
+    scored, so is each of its documents: the sum over its tokens and over the end token behind it, whatever
+    windows they fell in. (A token sees the window that it is in, and so, unless
+    `data.attend_across_documents` is off, the end of the document before.)
 
     Of a mixture, the held-out texts of all components count as one text, whatever their weights; each is
     scored for itself too. `windows` limits each to its first ones. With `warm_up` the first batch is run
@@ -139,7 +139,7 @@ def _score_split(
 ) -> Iterator[int]:
     """Scores the first windows of a split; yields how many, batch by batch of `size`.
 
-    Adds to a result, and gives the nats of each token, a piece a window.
+    Updates `result`, and appends to `pieces` one array of the nats of each token for each window.
     """
     spec = session.rules.spec("batch", None)
     for i, batch in enumerate(loader.windows(split, size)):
@@ -323,7 +323,7 @@ def _one_step(weights: Weights) -> Callable:
     """A decode step of one token, for the ledger to trace."""
 
     def step(spec: caches.CacheSpec, cache: caches.Cache) -> Any:
-        rows_B = cache.lengths_B
+        rows_B = cache.lengths_B  # only its shape matters, and it stands for the tokens too
         return decode(weights, spec, cache, rows_B[:, None], jnp.zeros_like(rows_B))
 
     return step

@@ -66,7 +66,7 @@ class Layout:
     @property
     def training_options(self) -> ForwardOptions:
         """How the step of training runs the model: where blocks are recomputed, what enters them is split."""
-        # Under other policies, little that is kept is the residual stream.
+        # Other policies save little of the residual stream, so splitting it does not help.
         if self.options.remat not in ("block", "attention"):
             return self.options
         rules = meshes.sequence_parallel(self.rules, self.mesh, self.config.data.seq_len)
@@ -194,8 +194,8 @@ class Session(Layout):
 def plan_layout(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     """Checks a config against devices, by default those at hand, before any array exists.
 
-    Only the tokenizer knows the end and begin tokens: here they are 0, which compiles to the same program
-    but for those constants. Raises ValueError where the mesh, the batch or a backend does not fit them.
+    Only the tokenizer knows the end and begin tokens. Here they are 0: only these constants of the program
+    differ. Raises ValueError where the mesh, the batch or a backend does not fit them.
     """
     placement, devices = config.placement, jax.devices() if devices is None else devices
     rows, seq_len = config.batch_size // placement.accumulate, config.data.seq_len
@@ -218,7 +218,7 @@ def prepare_session(config: Config, tokenizer_json: str | None = None) -> Sessio
 
     `tokenizer_json`, if given, stands for the file that `data.tokenizer` names.
     """
-    layout = plan_layout(config)  # before the data, which take long
+    layout = plan_layout(config)  # before the data is prepared, which is slow
     prepared = _corpus(config.model, config.data, config.placement.data_dir, tokenizer_json)
     return Session(
         config=config,
@@ -245,7 +245,7 @@ def prepare_evaluation(
     """Checks a model against the devices at hand and the data; prepares the data if need be.
 
     `tokenizer_json`, if given, stands for the file that `data.tokenizer` names. Evaluation needs no `remat`;
-    with that of training, both compile to the same program.
+    with that of training, both compile to the same program, if training has `placement.attention=auto`.
     """
     devices = jax.devices()
     device_mesh = _mesh(mesh, model, len(devices), data.seq_len, devices)

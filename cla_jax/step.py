@@ -86,7 +86,7 @@ def train_step(
 
     if A == 1 or first_microbatch_apart():
         first = jax.value_and_grad(mean_loss)(state.model, tokens_ABT1[0])
-        # One after another: else, to fill its pipelines, XLA holds the activations of two microbatches.
+        # One after another. Otherwise, to fill its pipelines, XLA holds the activations of two microbatches.
         first, others = jax.lax.optimization_barrier((first, tokens_ABT1[1:]))
     else:
         first = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model)
@@ -106,7 +106,7 @@ def train_step(
 
 
 def tokens_hash(tokens_ABT1: jax.Array) -> jax.Array:
-    """A hash of a global batch, uint32: the same on every mesh, another if two tokens change places."""
+    """A hash of a global batch, uint32: the same on every mesh; it changes if two tokens are swapped."""
     A, B, T1 = tokens_ABT1.shape
     row = jnp.arange(A * B, dtype=jnp.uint32).reshape(A, B, 1)
     place = row * jnp.uint32(T1) + jnp.arange(T1, dtype=jnp.uint32)
@@ -153,7 +153,7 @@ def make_step(layout: Layout) -> Any:
 
 @functools.lru_cache(maxsize=4)  # a process may train many runs, and each keeps its program
 def _step(optimizer: OptimizerConfig, steps: int, options_text: str, **static: Any) -> Any:
-    """One function for all equal runs of a process: to jax, another function is another program."""
+    """One function for all equal runs of a process: jax caches programs by the identity of a function."""
     step = functools.partial(
         train_step,
         optimizer=make_optimizer(optimizer, steps),

@@ -1,4 +1,4 @@
-"""Training: a run is restored, makes steps, and logs, evaluates and saves them until its end or a stop."""
+"""The loop of training: restore, step, log, save and evaluate, until the end of the run or a stop."""
 
 import contextlib
 import dataclasses
@@ -105,7 +105,9 @@ def train(
 def prepare_together(config: Config, agree: Callable[[Mapping[str, Any]], None]) -> Session:
     """The session of a run, once all hosts agree on its config, its data and where it goes on."""
     _check_teacher(config)
-    agree({"config": shared_fields(config)})  # before devices: their layout is a part of it
+    agree(
+        {"config": shared_fields(config)}
+    )  # before devices are used: hosts must agree on the mesh
     session = prepare_session(config, own_tokenizer(config))
     agree(
         {
@@ -165,7 +167,7 @@ def restore_or_init(session: Session, run: Run) -> State:
 
 
 def _check_teacher(config: Config) -> None:
-    """Raises ValueError for a teacher that could be another one at the next start."""
+    """Raises ValueError for a teacher that might change until the next start."""
     given = config.start
     if isinstance(given, FromRun) and given.distill_weight and not given.checkpoint:
         raise ValueError(
@@ -210,8 +212,8 @@ def opened(session: Session) -> Iterator[Run]:
             with logging_to(run):
                 yield run
         except Diverged:
-            raise  # that is a result
+            raise  # divergence is a result: the run keeps its directory
         except BaseException:
-            if writes:  # what ends before its first step does not keep the name
+            if writes:  # frees the name if no step was made
                 runs.forget_unless_begun(run)
             raise

@@ -10,8 +10,8 @@
     python -m launch.train runs/demo/seeds/h16_mqa.seed-0/config.json --name demo/again  # repeat a run
 
 A run is stored in runs/NAME. Start it again, on any devices, and it continues from its newest checkpoint.
-If you change its model, data, optimizer, batch size, steps or seed, give it another --name. On SIGTERM or
-Ctrl-C it finishes the current step, saves, and exits with code 42; start it again to continue.
+If you change its model, data, optimizer, batch size, steps, seed or start, give it another --name. On SIGTERM
+or Ctrl-C it finishes the current step, saves, and exits with code 42; start it again to continue.
 
 On several hosts, start the same command on each. Only --placement.data-dir may differ between them.
 launch/hosts/distributed.py explains what happens when a host fails.
@@ -91,7 +91,7 @@ def _check_place(file: Path, config: Config) -> None:
 def _with_tokenizer(name: str, config: Config) -> Config:
     """A config from a file, with the tokenizer that lies beside it, for a run of another directory.
 
-    An import names that copy. The run of the file's own directory finds it by itself.
+    An imported run refers to that copy. The run of the file's own directory finds it without help.
     """
     tokenizer, beside = config.data.tokenizer, Path(name).parent / config.data.tokenizer
     is_own = Path(runs.run_path(config)).absolute() == Path(name).parent.absolute()
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes, argv = hosts.parse(sys.argv[1:] if argv is None else argv)
     configs = parse(argv)
     log_to_stderr(informed=True)
-    if hosts.alone(processes):  # one of several that ends here would keep the others waiting
+    if hosts.alone(processes):  # with several, one that ends here would leave the others waiting
         for config in configs:
             preflight.check(config)
 
@@ -147,7 +147,7 @@ def train(configs: Sequence[Config], processes: hosts.Hosts) -> None:
                 )
         except training.Diverged as error:
             raise SystemExit(f"diverged: {error}") from None
-        clock = goodput.Clock()  # the next row pays for no other's time
+        clock = goodput.Clock()  # each row counts only its own time
         more = config is not configs[-1]
         if not complete or (more and should_stop(config.steps)):
             raise SystemExit(distributed.STOPPED)

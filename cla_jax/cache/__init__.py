@@ -122,7 +122,7 @@ class Cache:
 
     kv_layers: tuple[LayerCache, ...]
     lengths_B: jax.Array  # tokens of each row so far
-    pages: Any = None  # see `StepPositions`
+    pages: Any = None  # what only some specs need: see `StepPositions.pages`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class CacheSpec:
     shards: int  # devices that hold parts of one KV layer
     attention: str = decode_kernels.XLA  # what reads the cache, if it takes a step's queries
 
-    # Whether a write needs to know which tokens it is of.
+    # Whether `write` needs the ids of the tokens.
     reads_tokens: ClassVar[bool] = False
 
     @functools.cached_property
@@ -219,7 +219,7 @@ class CacheSpec:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
     def reset(self, cache: Cache, rows_B: jax.Array, lengths_B: jax.Array) -> Cache:
-        """The cache with these rows ready for other sequences, of which they hold `lengths_B` tokens.
+        """The cache with these rows reset: each holds `lengths_B` tokens of its new sequence.
 
         What empty rows had is overwritten with zeros. An entry that is not used has a weight of 0, but 0
         times NaN is NaN: what is left of one sequence would reach the next. The cache is donated.
@@ -281,7 +281,7 @@ class CacheSpec:
         q_BTKGH: jax.Array,
         step: StepPositions,
     ) -> jax.Array:
-        """Attention of the new tokens of a step over KV layer p, or a source kept like it. [B, T, K, G, H]"""
+        """Attention of a step's new tokens over KV layer p, or the result of `source`. [B, T, K, G, H]"""
         local = functools.partial(self.attend_here, p)
         if jax.sharding.get_abstract_mesh().empty:
             return local(layer, q_BTKGH, step)
@@ -299,7 +299,8 @@ class CacheSpec:
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> jax.Array:
         """The same on one device, over its part of the KV layer."""
-        # Padding sees nothing, and must not make others read from the beginning.
+        # Padding sees nothing, and must not make others read from the beginning. So it counts as `capacity`,
+        # which no other query starts at: the minimum is that only if all queries are padding.
         first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
         segments = self.formats[p].segments(layer, step.lengths_B, first, self._here(p))
         kernel = self._kernel(p, layer, q_BTKGH, step)
@@ -322,7 +323,7 @@ class CacheSpec:
         return axis
 
     def _kernel(self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions) -> Any:
-        """The kernel over KV layer p, if there is one and it takes so many queries; else None."""
+        """The kernel over KV layer p, if one is selected and supports this number of queries; else None."""
         kernel = self.kernel_for(q_BTKGH)
         if kernel is None:
             return None
@@ -337,7 +338,7 @@ class CacheSpec:
         return attend
 
     def kernel_for(self, q_BTKGH: jax.Array) -> decode_kernels.Kernel | None:
-        """What reads the cache instead of XLA, if it takes so many queries."""
+        """What reads the cache instead of XLA, if it supports this number of queries; else None."""
         T, _, G = q_BTKGH.shape[1:4]
         kernel = decode_kernels.KERNELS.get(self.attention)
         return kernel if kernel is not None and kernel.queries >= T * G else None
@@ -345,7 +346,7 @@ class CacheSpec:
     def observed(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
     ) -> tuple[jax.Array, Any]:
-        """The same, and what this cache notes of a reader: nothing, unless it evicts by attention."""
+        """The result of `attend`, and what this cache notes of a reader: by default nothing."""
         return self.attend(p, layer, q_BTKGH, step), None
 
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:  # noqa: ARG002

@@ -16,8 +16,13 @@ class Entries:
     """The entries of a KV layer, as one device sees them.
 
     If several devices hold parts of one KV layer, units of entries are distributed in turn. So all devices
-    have equally much to read at any length. A ring starts over at its first entry when it is full, and so
-    holds the newest tokens only.
+    read about the same number of entries at any length. With 2 devices and units of 4 entries:
+
+        position         0-3  4-7  8-11  12-15
+        device (shard)    0    1     0     1
+        entry there      0-3  0-3   4-7   4-7
+
+    A ring starts over at its first entry when it is full, and so holds the newest tokens only.
     """
 
     capacity: int  # on this device

@@ -1,4 +1,4 @@
-"""A KV cache that keeps some of the tokens, each KV head of each row those that its rule says.
+"""A KV cache in which each KV head of each row keeps only the tokens that its rule selects.
 
 Every (row, KV layer, KV head) is a separate sequence. Its entries are in pages of one pool for each KV layer,
 with a table of pages. Softmax does not care about the order of keys, and cached keys are rotated already. So
@@ -51,7 +51,7 @@ assert EMPTY == rules_of.EMPTY
 BLOCK = 512  # entries of a head that are read at once
 SMALLEST_PAGE, LARGEST_PAGE = 16, 256  # entries
 MOST_SLICES = 32  # pages that are read one by one, of all heads together
-NO_PAGE = 1 << 29  # in a table: past every pool, however it grows
+NO_PAGE = 1 << 29  # in a table: larger than any page number of any pool
 
 
 class Pool(NamedTuple):
@@ -78,7 +78,7 @@ class EvictingSpec(CacheSpec):
 
     reads_tokens = True
 
-    # What of the policy the programs depend on: thresholds and budgets are data.
+    # The part of the policy that compiled programs depend on; thresholds and budgets are data.
     policy: Policy = dataclasses.field(compare=False)
     programs: tuple[Any, ...]
     # Of each token of the vocabulary, a byte each. Programs take them as data.
@@ -273,7 +273,7 @@ class EvictingSpec(CacheSpec):
     # ------------------------------------------------------------------------------- pages
 
     def _segment(self, p: int, layer: Pool) -> Segment:
-        # No page is never seen, but it must be the head's own: see `CacheSpec.reset`.
+        # Entries of a missing page are always masked, but must be the head's own: see `CacheSpec.reset`.
         table_BKC = jnp.where(layer.table == NO_PAGE, layer.table[..., :1], layer.table)
         B, K, C = table_BKC.shape
         M = pages_at_once(self.page, C)

@@ -148,7 +148,7 @@ class Kivi:
         def positions_newest(_: jax.Array) -> jax.Array:
             ring = Entries(RING, ring=True, block=RING)
             held = ring.positions(jnp.arange(RING), lengths_B)
-            # Every device has the newest tokens; the first one of a KV layer in parts answers for them.
+            # Every device has the newest tokens; of a KV layer in parts, only shard 0 reports them.
             return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
 
         any_token = jnp.minimum(jnp.max(lengths_B), 1)

@@ -7,7 +7,8 @@ All numbers are for one sequence of `context` tokens:
     written     for one new token, on average
     read        by one decode step: every layer reads what it sees of its KV layer, consumers too
 
-CLA divides the first three, not the last. Requests that share a prefix are counted together (`SharedLedger`).
+CLA divides allocated, resident and written bytes, not read bytes. Requests that share a prefix are counted
+together (`SharedLedger`).
 """
 
 import dataclasses
@@ -247,7 +248,7 @@ def _segments(
 
 
 def _entry_bytes(segment: Segment) -> float:
-    """Of one token of one row."""
+    """Bytes of one token of one row."""
     rows, entries = segment.arrays[0].shape[:2]
     return nbytes(segment.arrays) / (rows * entries * segment.tokens)
 

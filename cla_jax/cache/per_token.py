@@ -69,8 +69,8 @@ class PerToken(abc.ABC):
     ) -> PagedKV:
         """A KV layer in the form that decoding kernels read.
 
-        It is a pool of pages in which heads come before tokens, and `pages_BC` are those of each row. Or it
-        has a row of entries for each row, which is the same as pages one after the other.
+        `layer` is a pool of pages in which heads come before tokens, and `pages_BC` are those of each row. If
+        `pages_BC` is None, it has the entries of each row, which is the same as pages one after the other.
         """
         heads_first = True
         if pages_BC is None:

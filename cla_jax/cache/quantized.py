@@ -44,7 +44,7 @@ class _EightBit(PerToken):
     def encode_half(self, x_BTKH: jax.Array) -> Scaled:
         x = x_BTKH.astype(jnp.float32)
         scale = jnp.max(jnp.abs(x), axis=-1) / self.largest
-        # All that shares the scale reads back as NaN. The scale itself does not tell: XLA's CPU compiler
+        # All that shares the scale reads back as NaN. The scale alone does not show it: XLA's CPU compiler
         # takes the maximum of NaN and 1 for 1.
         scale = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), scale, jnp.nan)
         bits = stored(scale * (1 + 2.0**-8), "bfloat16")

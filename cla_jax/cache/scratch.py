@@ -28,11 +28,11 @@ from cla_jax.model.attention import (
 from cla_jax.model.cpu_matmul import scores
 
 QUERIES = 64  # positions whose attention exists at once
-SPANS = 8  # numbers of keys that blocks of queries are given
+SPANS = 8  # how many different numbers of keys are compiled, for blocks of queries
 
 
 class Reader(NamedTuple):
-    """What is remembered of one reader layer; None is what no policy asked for."""
+    """What is remembered of one reader layer; a field is None unless the policy needs it."""
 
     # The attention that each position received, of all queries and of the last ones: [B, K, S].
     received_BKS: jax.Array | None

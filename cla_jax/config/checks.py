@@ -1,4 +1,4 @@
-"""What the fields of several dataclasses are checked for."""
+"""Field checks that several config classes share."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} = {shown(value)} must be positive")
 
 
-# What numbers may be at most: far above any model, and below what would take hours only to count.
+# Upper limits of numbers: far above any model, but low enough that a config is built quickly.
 _MOST = {
     "n_layers": 10_000,
     **dict.fromkeys(("n_heads", "n_kv_heads", "d_head"), 2**20),

@@ -52,7 +52,7 @@ class Component:
 
     @classmethod
     def parse(cls, text: str) -> "Component":
-        """The component of `NAME=WEIGHT:SOURCE`. Raises ValueError for what has another form."""
+        """The component of `NAME=WEIGHT:SOURCE`. Raises ValueError if the text has another form."""
         name, equals, rest = text.partition("=")
         weight, colon, source = rest.partition(":")
         if not (equals and colon):
@@ -68,7 +68,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Other weights of a mixture, from a step on."""
+    """New weights of a mixture, which apply after a given step."""
 
     # The last step with the old weights.
     step: int
@@ -194,7 +194,7 @@ class DataConfig:
 
     @property
     def named_sources(self) -> tuple[tuple[str, str], ...]:
-        """Each source, behind the words by which a message names its field."""
+        """Pairs of the name of a field, for messages, and the source in it."""
         parts = tuple((f"data.mixture: {part.name}", part.source) for part in self.mixture)
         return parts or (("data.source", self.source),)
 
@@ -205,7 +205,7 @@ class DataConfig:
 
     @property
     def weights_by_step(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
-        """Of a mixture: from which step on its components have which weights."""
+        """Pairs of a first step and the weights of the components from then on, in order of the steps."""
         first = (0, tuple(component.weight for component in self.mixture))
         later = ((stage.step, dict(stage.weights)) for stage in self.stages)
         components = [component.name for component in self.mixture]

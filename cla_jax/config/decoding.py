@@ -1,4 +1,4 @@
-"""What the user chooses when a model generates or is scored. It is no part of a run's config."""
+"""What the user chooses when a model generates or is scored. It is not part of a run's config."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def check_new_tokens(count: int) -> None:
 
 
 def check_chunk(chunk: int, seq_len: int) -> None:
-    """Raises ValueError unless the windows of a run are whole chunks."""
+    """Raises ValueError unless `chunk` divides `seq_len`, the window of a run."""
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} must be positive")
     if seq_len % chunk:

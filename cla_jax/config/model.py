@@ -31,7 +31,8 @@ class LatentKV:
     rank: int = 64
     # Width of the rotated (RoPE) part of queries and keys, in addition to d_head; even.
     rope_dims: int = 16
-    # RMSNorm of the latent, as in DeepSeek-V2. A model converted from heads is closer to its source without.
+    # RMSNorm of the latent, as in DeepSeek-V2. A model converted from heads starts closer to its
+    # source without it.
     norm: bool = True
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ class SwiGLU:
     """Two products with the input. SiLU is applied to one, which then multiplies the other (2002.05202)."""
 
     kind: Literal["swiglu"] = dataclasses.field(default="swiglu", init=False)
-    n_matrices: ClassVar[int] = 3  # all of d_model times d_ff; the last one goes back
+    n_matrices: ClassVar[int] = 3  # each d_model times d_ff; the last one projects back to d_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,7 +313,7 @@ class ModelConfig:
 
     @property
     def kept_widths(self) -> tuple[int, int]:
-        """Widths of what is kept of a token as keys and as values of a KV head.
+        """Widths of a cached key and of a cached value, for one token and KV head.
 
         With a latent, these are the rotated key and the latent.
         """

@@ -44,7 +44,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how a run computes. A change never makes it another run."""
+    """Where and how a run computes. Changes here do not change the run's identity."""
 
     # Devices along each axis.
     mesh: MeshConfig = MeshConfig()
@@ -72,7 +72,7 @@ class Placement:
     eval_every: int = 0
     # STEP:COUNT writes an xprof trace of COUNT steps, beginning at STEP, to the run's profile/; empty: none.
     profile: str = ""
-    # Sequences per evaluation batch; rounded up to a multiple of the devices that share the batch.
+    # The most sequences per evaluation batch, rounded up to a multiple of the devices that share the batch.
     eval_batch_size: int = 32
     # Also write TensorBoard files (extra `tensorboard`).
     tensorboard: bool = False

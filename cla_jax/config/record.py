@@ -1,4 +1,4 @@
-"""A config as the files of a run have it, and back. Records of earlier versions are read too."""
+"""Converts a config to and from its record in a run's files. Records of earlier versions are read too."""
 
 import dataclasses
 import functools
@@ -9,8 +9,9 @@ from cla_jax.fields import from_dict, variants
 from cla_jax.messages import shown
 from cla_jax.typed_numbers import number
 
-# Fields that some runs are older than, with the values that these runs have. They are left out of an identity
-# at these values, so that those runs keep theirs.
+# Fields added after some runs were made, with the values that those runs used. An identity leaves out fields
+# with these values, so the identities of those runs do not change. The order matters: a union is compared as
+# a whole, so it comes before its own fields.
 _LEFT_OUT: dict[str, Any] = {
     "model.kv": dataclasses.asdict(HeadsKV()),
     "model.kv.norm": True,
@@ -61,7 +62,7 @@ def _upgraded(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of a run from when RoPE scaling was a text, `linear:4`: a kind, and its numbers in order."""
+    """Upgrades a record in which RoPE scaling is text such as `linear:4`: a kind, then its numbers."""
     if not isinstance(text := fields.get("rope_scaling"), str):
         return fields
     kind, *numbers = text.split(":")
@@ -76,7 +77,7 @@ def _model(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of a run from when all runs had AdamW, or also the cosine: their fields were the optimizer's."""
+    """Upgrades a record that stored the fields of AdamW, or of the cosine too, in the optimizer itself."""
     fields = dict(fields)
     for union, first in (("schedule", Cosine()), ("rule", AdamW())):
         its_fields = {field.name for field in dataclasses.fields(first) if field.init}

@@ -90,8 +90,9 @@ class AdamW:
 class Muon:
     """Orthogonalised momentum for the matrices of blocks; AdamW for the other parameters.
 
-    The others are the embedding, the output head, norms and biases. An update has the same root mean square
-    as AdamW's, so learning rate and weight decay have the same scale (Moonlight, 2502.16982, section 2.2).
+    The others are the embedding, the output head, norms, biases and the head matrices of a latent. The keys
+    and values of one projection are one matrix. An update has the same root mean square as AdamW's, so
+    learning rate and weight decay have the same scale (Moonlight, 2502.16982, section 2.2).
     """
 
     kind: Literal["muon"] = dataclasses.field(default="muon", init=False)

@@ -22,7 +22,7 @@ from cla_jax.model.layers import axes
 from cla_jax.model.platform import describe, query_block, warn_once
 
 ATTENTION_OUTPUT = splash.OUTPUT
-MASKED = -1e30  # a finite minus infinity: rows that see nothing stay free of NaN
+MASKED = -1e30  # a finite stand-in for minus infinity, so rows that see nothing give no NaN
 
 
 class KV(NamedTuple):
@@ -39,7 +39,7 @@ class KV(NamedTuple):
         return KV(self.k_BSKH if "k" in halves else None, self.v_BSKH if "v" in halves else None)
 
     def or_else(self, other: "KV") -> "KV":
-        """The same, what is missing taken from another."""
+        """This KV, with a missing half taken from `other`."""
         return KV(*(b if a is None else a for a, b in zip(self, other, strict=True)))
 
     def each(self, change: Callable[..., Any], *others: "KV") -> "KV":
@@ -65,13 +65,21 @@ class PrefixMask(NamedTuple):
 
     A row holds prefix groups one after the other: a prefix, then the group's members. A member is the suffix
     of a text, or a group in the group. A token sees the prefixes of the groups that it is in, and its own
-    suffix.
+    suffix. A row with the prefix `a b` and two suffixes, `c d` and `e`, then padding:
+
+        column    0  1  2  3  4  5
+        token     a  b  c  d  e  -
+        position  0  1  2  3  2
+        part      0  0  2  2  4 -1
+        end       5  5  4  4  5  0
+
+    So `e` sees `a` and `b`, which end at column 5, but not `c` and `d`, which end at column 4.
     """
 
     positions_BT: jax.Array  # in the text: they rotate the keys and bound a window
     # A part is a prefix or a suffix. Padding is a part from column -1 to 0.
     parts_BT: jax.Array  # the column where the token's part begins
-    ends_BT: jax.Array  # the column after all that sees the part
+    ends_BT: jax.Array  # the first column after the part that can no longer see it
 
     def visible(self, window: jax.Array | None) -> jax.Array:
         """Which keys of its row a query sees, [B, T, S]."""
@@ -208,12 +216,14 @@ EMPTY = 1 << 30  # the position of an entry that holds no token: later than any 
 
 
 class StepPositions(NamedTuple):
-    """Where the new tokens of a decode step stand and what they see: settled once, for all layers."""
+    """Positions of the new tokens of a decode step, and what they see: computed once, for all layers."""
 
     positions_BT: jax.Array  # of the new tokens; -1 is padding, which sees nothing
     starts_BT: jax.Array  # the first position that each may see
     lengths_B: jax.Array  # tokens of each row, the new ones included
-    pages: Any = None  # where the tokens of each row are, for caches that are not one array a row
+    # What only some caches need. `PrefixSpec`: its tables of the pages of each row. `EvictingSpec`: the class
+    # of each token of the vocabulary. `ScratchSpec`: nothing here; its `Cache.pages` has `Notes` of the step.
+    pages: Any = None
     tokens_BT: Any = None  # the new tokens, for caches that keep some kinds of them
 
     def within(self, window: int) -> "StepPositions":

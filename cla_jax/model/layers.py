@@ -181,7 +181,7 @@ def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
         return cos, sin
 
-    # By the platform compiled for, which need not be the one at hand.
+    # Chosen by the platform that it is compiled for, which may not be the local one.
     return jax.lax.platform_dependent(
         angles, cpu=in_loop, default=lambda angles: (jnp.cos(angles), jnp.sin(angles))
     )

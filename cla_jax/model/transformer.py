@@ -48,7 +48,7 @@ from cla_jax.model.layers import (
 )
 from cla_jax.model.platform import on_cpu
 
-# Rematerialised groups of at most so many blocks are not scanned, even under a scan of groups.
+# Rematerialised groups of up to this many blocks are unrolled, even under a scan of groups.
 UNROLLED = 4
 
 
@@ -173,7 +173,7 @@ class Group(nnx.Module):
         options: ForwardOptions,
         in_loop: bool = False,
     ) -> jax.Array:
-        """Runs the blocks; `in_loop` if the group is one turn of a loop over several."""
+        """Runs the blocks; `in_loop` is true inside a loop over several groups."""
 
         # Where blocks are rematerialised, what is saved is what enters them. One by one, the first of
         # them shares it with the projection; a scan would save it twice.
@@ -238,7 +238,7 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D]; `logits` or the loss turns them into scores.
 
-        `starts_BT`, if given, is the first position that each query may see; or `mask` says all of it.
+        `starts_BT`, if given, is the first position that each query may see. A `mask` replaces it.
         """
         config, rules = self.config, options.rules
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] if mask is None else mask.positions_BT
@@ -387,8 +387,13 @@ def fold_again(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _taken_again(i: int, item: Any, stacked: Any) -> Any:
-    """Item i of a stack. The gradient is that of `item`, so no gradient has the size of the stack."""
-    del item
+    """Item i of a stack. The gradient is that of `item`, so no gradient has the size of the stack.
+
+    forward:   result    = stacked[i]    what the backward pass recomputes needs only the stack
+    backward:  d_item    = d_result      the loop adds it up where `item` came from
+               d_stacked = 0             else the same gradient would count twice
+    """
+    del item  # equal to the result, but a use of it would save it
     return element(stacked, i)
 
 
@@ -400,7 +405,7 @@ _taken_again.defvjp(
 
 @jax.custom_vjp
 def gradients_together(arrays: Any) -> Any:
-    """The arrays; their gradients are used only when all of them are there.
+    """The arrays unchanged; the backward pass waits here until all of their gradients are computed.
 
     For what enters a block or its MLP, with the weights and the keys and values that it reads. Its backward
     pass is then over before the one below begins: the gradients of its weights are summed over devices.
