@@ -91,16 +91,19 @@ class TokenPages:
 
         def gathered(held: jax.Array) -> jax.Array:
             _, K, page, *H = held.shape
+            # XLA's CPU compiler computes a place for each number, faster the fewer axes there are. On a TPU,
+            # another shape would copy the pool.
+            of_pages = held.reshape(*held.shape[:2], -1) if on_cpu() else held
             numbers = jax.lax.GatherDimensionNumbers(
-                offset_dims=(1, *range(3, held.ndim + 1)),  # B, K, M, page, H
+                offset_dims=(1, *range(3, of_pages.ndim + 1)),  # B, K, M, page, H
                 collapsed_slice_dims=(0,),
                 start_index_map=(0,),
             )
             taken = jax.lax.gather(
-                held,
+                of_pages,
                 pages_BM[..., None],
                 numbers,
-                slice_sizes=(1, *held.shape[1:]),
+                slice_sizes=(1, *of_pages.shape[1:]),
                 mode="clip",
             )
             return taken.reshape(B, K, M * page, *H)

@@ -32,11 +32,11 @@ from cla_jax.model import decode_kernels
 from cla_jax.model.attention import (
     EMPTY,
     KV,
-    MASKED,
     PagedKV,
     Partial,
     Segment,
     StepPositions,
+    empty_part,
     grouped_queries,
     merge,
     normalized,
@@ -421,7 +421,7 @@ class PrefixSpec(CacheSpec):
 
         A kernel takes as many of them at once as it has room for.
         """
-        B, K, N, _ = q_BKNH.shape
+        _, K, N, _ = q_BKNH.shape
         width = self.stored_config.read_widths[1]
         R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
         most = R * N if kernel is None else kernel.queries
@@ -465,8 +465,7 @@ class PrefixSpec(CacheSpec):
                 *(a.at[rows_R].set(new, mode="drop") for a, new in zip(parts, after, strict=True))
             )
 
-        zeros_BKN1 = jnp.zeros((B, K, N, 1))
-        none = Partial(jnp.zeros((B, K, N, width)), zeros_BKN1, zeros_BKN1 + MASKED)
+        none = empty_part(q_BKNH, positions_BN[:, None, :, None], width)
         return jax.lax.fori_loop(0, pages.items, body, none)
 
     def _item_for_kernel(

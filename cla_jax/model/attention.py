@@ -353,7 +353,7 @@ def partial_attention(
     A query sees the keys at positions `starts <= s <= positions`. Queries are scaled already. The softmax is
     accumulated online, so neither the scores nor a copy of the cache ever exist whole.
     """
-    part = _empty_part(q_BKNH, positions_B1N1, width) if before is None else before
+    part = empty_part(q_BKNH, positions_B1N1, width) if before is None else before
     sees = positions_B1N1, starts_B1N1
     for segment in segments:
         # A loop even if there is only one block. Outside a loop, XLA fuses the write to a KV layer into its
@@ -387,7 +387,7 @@ def attention_received(
         put = lambda a, of_block: jax.lax.dynamic_update_slice_in_dim(a, of_block[:, :, None], i, 2)
         return part, put(p_BKCNS, p_BKNS), put(peak_BKCN, part.peak_BKN1[..., 0])
 
-    part = _empty_part(q_BKNH, positions_B1N1, None)
+    part = empty_part(q_BKNH, positions_B1N1, None)
     B, K, N, _ = q_BKNH.shape
     S = jax.eval_shape(segment.positions, 0).shape[-1]
     # As in an empty part: zeros that depend on the queries.
@@ -399,7 +399,7 @@ def attention_received(
     return part, jnp.einsum("BKCNS,BKCN->BKCS", p_BKCNS, shrink_BKCN).reshape(B, K, -1)
 
 
-def _empty_part(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
+def empty_part(q_BKNH: jax.Array, positions_B1N1: jax.Array, width: int | None) -> Partial:
     """The attention of queries that have seen no key."""
     zeros_BKN1 = jnp.zeros((*q_BKNH.shape[:3], 1))
     # Zeros that depend on the queries (no position is less than -1). XLA's CPU compiler would make constant
