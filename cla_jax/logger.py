@@ -70,7 +70,7 @@ class StepLogger:
     def timed(self, bucket: goodput.Bucket) -> Iterator[None]:
         """Counts the time of what happens inside under `bucket`, and writes the run's time so far.
 
-        Then only steps lie between two such records, so the time of a killed process is known up to its last
+        Then only steps lie between two such records. So the time of a killed process is known up to its last
         step.
         """
         with self.clock.timed(bucket):

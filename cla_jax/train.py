@@ -105,9 +105,7 @@ def train(
 def prepare_together(config: Config, agree: Callable[[Mapping[str, Any]], None]) -> Session:
     """The session of a run, once all hosts agree on its config, its data and where it goes on."""
     _check_teacher(config)
-    agree(
-        {"config": shared_fields(config)}
-    )  # before devices are used: hosts must agree on the mesh
+    agree({"config": shared_fields(config)})  # before devices are used: the mesh is a part
     session = prepare_session(config, own_tokenizer(config))
     agree(
         {

@@ -30,6 +30,8 @@ GROUP = 32  # tokens of a key group, channels of a value group
 NEWEST = 128  # tokens that are never quantised
 # Entries that keep them and up to 31 more. One group beyond that, so that what a step makes due can be read
 # after the step is written. If it were read before, XLA would copy the ring.
+#   tokens     128    159    160    191    192
+#   quantised  none   none   0-31   0-31   0-63
 RING = NEWEST + 2 * GROUP
 META_BYTES = 4  # a float16 scale and zero
 

@@ -69,7 +69,7 @@ class PrefixMask(NamedTuple):
 
         column    0  1  2  3  4  5
         token     a  b  c  d  e  -
-        position  0  1  2  3  2
+        position  0  1  2  3  2  0
         part      0  0  2  2  4 -1
         end       5  5  4  4  5  0
 
@@ -375,10 +375,11 @@ def attention_received(
 ) -> tuple[Partial, jax.Array]:
     """Partial attention to one segment, and the attention that each entry received: [B, K, entries].
 
-    The latter is a sum over all N queries. The segment has so many blocks, of equal size, which do not
-    overlap. Entries of blocks that are not read received nothing. The weights of all entries are kept, each
-    relative to the peak when its block was read. So keys are read once, and there is one exponential for
-    each weight. This takes N / H of the size of the keys.
+    The latter is the sum, over all N queries, of the softmax weight of each entry. The segment has `blocks`
+    blocks of equal size, which do not overlap. Entries of blocks that are not read received nothing.
+
+    The weights of all entries are kept, each relative to the peak when its block was read. So keys are read
+    once, and there is one exponential for each weight. This takes N / H of the size of the keys.
     """
 
     def body(i: Any, carry: tuple[Partial, jax.Array, jax.Array]) -> tuple:

@@ -5,7 +5,8 @@ Shape letters, here and in the rest of the model:
     K key/value heads, G query heads per key/value head, H d_head, C key and value (2),
     E entries of a cache, W width of a query head, which is H but for latents, R the rank of a latent,
     J the joint projection that a latent and a rotated key are parts of,
-    N one axis that joins others: tokens of all rows, or the queries of a KV head.
+    N one axis that joins others: tokens of all rows, or the queries of a KV head,
+    P KV layers, t the positions of one step, a part of T.
 Tensors carry them as a suffix: q_BTKGH. A parameter remembers the logical axes of its trailing
 dimensions (`axes`); leading dimensions, if any, are those of a stack.
 """
