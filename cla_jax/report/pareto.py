@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -452,4 +454,15 @@ def saved(figure: Figure, format: Literal["svg", "png", "pdf"]) -> bytes:
     }[format]
     with styled():
         figure.savefig(out, format=format, metadata=bare)
-    return out.getvalue()
+    return _with_stable_clips(out.getvalue()) if format == "svg" else out.getvalue()
+
+
+def _with_stable_clips(svg: bytes) -> bytes:
+    """The SVG with clip paths named by their printed content.
+
+    matplotlib names them by all digits of their numbers, the last of which differ between processors.
+    """
+    text = svg.decode()
+    for name, content in re.findall(r'<clipPath id="(\w+)">(.*?)</clipPath>', text, re.DOTALL):
+        text = text.replace(name, "p" + hashlib.sha256(content.encode()).hexdigest()[:10])
+    return text.encode()
