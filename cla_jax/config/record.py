@@ -10,8 +10,8 @@ from cla_jax.messages import shown
 from cla_jax.typed_numbers import number
 
 # Fields added after some runs were made, with the values that those runs used. An identity leaves out fields
-# with these values, so the identities of those runs do not change. A union is compared as a whole, so it comes
-# before its own fields.
+# with these values, so the identities of those runs do not change. A union is compared as a whole, so it
+# comes before its own fields.
 _LEFT_OUT: dict[str, Any] = {
     "model.kv": dataclasses.asdict(HeadsKV()),
     "model.kv.norm": True,
