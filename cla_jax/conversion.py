@@ -194,7 +194,6 @@ JOINS: dict[str, Callable[[Members], Shared]] = {
     "fitted": fitted,
     "least_squares": least_squares,
 }
-CALIBRATED = ("aligned", "fitted", "least_squares")  # these look at activations
 
 
 def join(members: Members, how: str) -> Shared:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from cla_jax import checkpoint, conversion, layerwise, runs
 from cla_jax import mesh as meshes
-from cla_jax.config import Config, FromRun, LatentKV, MeshConfig, ModelConfig
+from cla_jax.config import CALIBRATED_INITS, Config, FromRun, LatentKV, MeshConfig, ModelConfig
 from cla_jax.data.prepare import Corpus
 from cla_jax.layerwise import Arrays, Layer, Layers
 from cla_jax.mesh import AxisRules
@@ -75,7 +75,7 @@ def first_model(config: Config, text: "Text") -> Transformer:
     parts = load_here(start)
     model = dataclasses.replace(config.model, compute_dtype="float32")
     inputs, changes = None, _changes(parts.config, model)
-    if changes and start.init in conversion.CALIBRATED:
+    if changes and start.init in CALIBRATED_INITS:
         # One window at a time: the run's own mesh would split rows.
         with jax.set_mesh(_one_device()):
             inputs = streams(parts, text, start.calibration_windows)
@@ -345,7 +345,7 @@ def damages(
     """
     if init not in conversion.JOINS:  # it makes latents; the measurement keeps the heads
         init = "least_squares"
-    inputs = streams(parts, text, windows) if init in conversion.CALIBRATED else None
+    inputs = streams(parts, text, windows) if init in CALIBRATED_INITS else None
     batch = text.windows(windows)
     producers = sorted(set(parts.config.resolved_kv_map))
     losses = {}

@@ -32,7 +32,7 @@ import tyro
 from tyro import _errors
 
 from cla_jax import extras, fields, machine
-from cla_jax.config import CacheAttention, Component, Config, Stage
+from cla_jax.config import CALIBRATED_INITS, WSD, CacheAttention, Component, Config, FromRun, Stage
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable_lines, shown
 from cla_jax.typed_numbers import number, whole_number
@@ -160,10 +160,11 @@ def _written_as_text(
         Component: "NAME=WEIGHT:SOURCE",
         Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT",
     }
-    matching: list[Any] = [kind for kind in forms if info.type == tuple[kind, ...]]
-    if not matching:
+    # tyro gives a default of two components the type tuple[Component, Component].
+    is_tuple, members = typing.get_origin(info.type) is tuple, {*typing.get_args(info.type)} - {...}
+    if not (is_tuple and len(members) == 1 and members <= forms.keys()):
         return None
-    kind = matching[0]
+    (kind,) = members
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=f"[{forms[kind]} ...]",
@@ -321,7 +322,36 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
         if operator.attrgetter(f"{field}.kind")(config) not in kinds
     }
     options |= {"config": (tyro.conf.AvoidSubcommands,), "elsewhere": elsewhere}
-    return read(Config, default=config, args=rest, **options)
+    config = read(Config, default=config, args=rest, **options)
+    refuse_unused(config, argv)
+    return config
+
+
+def refuse_unused(config: Config, argv: Sequence[str]) -> None:
+    """Raises ValueError for a flag of a field that has no effect, because another field has its value."""
+    given = {word.partition("=")[0].replace("_", "-") for word in argv}
+    for field, reason in _unused(config):
+        if _flag(field) in given:
+            raise ValueError(f"{_flag(field)} would have no effect: {reason}")
+
+
+def _unused(config: Config) -> Iterator[tuple[str, str]]:
+    """The fields that have no effect because of others, and the reason of each."""
+    start, schedule = config.start, config.optimizer.schedule
+    if config.data.mixture:
+        removes = "--data.mixture without a value removes the mixture"
+        yield "data.source", f"each component of a mixture has its own source; {removes}"
+    if config.placement.mesh.auto:
+        for axis in ("data", "fsdp", "model"):
+            yield f"placement.mesh.{axis}", "--placement.mesh.auto chooses it"
+    if isinstance(schedule, WSD) and not schedule.decay_fraction:
+        yield "optimizer.schedule.final_fraction", "--optimizer.schedule.decay-fraction is 0"
+    if isinstance(start, FromRun):
+        yield "model.init_std", "with --start.kind run, the weights are those of another run"
+        if start.init not in CALIBRATED_INITS:
+            yield "start.calibration_windows", f"--start.init {start.init} reads no text"
+        if not start.distill_weight:
+            yield "start.distill_temperature", "--start.distill-weight is 0, so there is no teacher"
 
 
 def _unions_as_values(argv: Sequence[str]) -> dict[str, str]:

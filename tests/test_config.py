@@ -6,22 +6,26 @@ import pytest
 
 from cla_jax.config import (
     WSD,
+    Component,
     Config,
     Constant,
     Cosine,
     DataConfig,
+    FromRun,
     LatentKV,
     LinearScaling,
     Llama3Scaling,
     MeshConfig,
     NoScaling,
     Placement,
+    Scratch,
     SquaredReLU,
     YarnScaling,
 )
 from cla_jax.config.record import from_record, run_identity, to_record
 from cla_jax.fields import difference, from_dict, replaced, unions, variants
 from launch.cli import read_config
+from launch.sweeps import trials
 from tests.conftest import MODEL, replace
 
 
@@ -289,6 +293,44 @@ def test_a_command_line_chooses_a_kind_and_keeps_what_both_have(tiny, capsys):
         assert f"--{union.replace('_', '-')}.kind {{{','.join(kinds)}}}" in told
         part = told.partition(f"--{union.replace('_', '-')}.kind ")[2]
         assert all(f"{kind}: {variant.__doc__[:20]}" in part for kind, variant in kinds.items())
+
+
+MIXED = {"data.mixture": (Component(name="a", source="sotu", weight=1.0),)}
+STARTED = {"start": FromRun(run="other", init="mean")}
+AUTO = {"placement.mesh": MeshConfig(auto=True)}
+NO_DECAY = {"optimizer.schedule": WSD(decay_fraction=0.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "other", "repair"),
+    [
+        (MIXED, "data.source", "sotu:9", "data.mixture", ()),
+        (STARTED, "start.calibration_windows", 3, "start.init", "fitted"),
+        (STARTED, "start.distill_temperature", 2.0, "start.distill_weight", 0.5),
+        (STARTED, "model.init_std", 0.2, "start", Scratch()),
+        (AUTO, "placement.mesh.model", 1, "placement.mesh.auto", False),
+        (
+            NO_DECAY,
+            "optimizer.schedule.final_fraction",
+            0.5,
+            "optimizer.schedule.decay_fraction",
+            0.2,
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tiny, changes, field, value, other, repair):
+    config = tiny(**changes)
+    used = replaced(config, {other: repair, "data.source": "sotu"})
+    flag, named = f"--{field.replace('_', '-')}", f"--{other.replace('_', '-')}"
+    for words in ([flag, str(value)], [f"--{field}={value}"]):
+        with pytest.raises(ValueError, match=f"^{flag} would have no effect: .*{named}"):
+            read_config(config, words)
+        assert read_config(used, words) == replaced(used, {field: value})
+        # A sweep reads the flags once, and puts their values into every trial.
+        change = trials._changes(words)
+        assert change(used) == replaced(used, {field: value})
+        with pytest.raises(ValueError, match=f"^{flag} would have no effect"):
+            change(config)
 
 
 def test_a_map_follows_the_depth():

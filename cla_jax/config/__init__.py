@@ -26,6 +26,7 @@ from cla_jax.config.model import (
 )
 from cla_jax.config.placement import MeshConfig, Placement
 from cla_jax.config.training import (
+    CALIBRATED_INITS,
     HEAD_INITS,
     INITS,
     LATENT_INITS,
@@ -42,6 +43,7 @@ from cla_jax.config.training import (
 from cla_jax.messages import shown
 
 __all__ = [
+    "CALIBRATED_INITS",
     "HEAD_INITS",
     "INITS",
     "LATENT_INITS",

@@ -156,6 +156,7 @@ class Scratch:
 
 Init = Literal["own", "mean", "renormalized", "aligned", "fitted", "least_squares", "svd"]
 INITS = get_args(Init)
+CALIBRATED_INITS = ("aligned", "fitted", "least_squares")  # those that look at activations
 LATENT_INITS = ("svd", "least_squares")  # those that make a latent of heads
 HEAD_INITS = tuple(init for init in INITS if init != "svd")  # those that join heads
 

@@ -19,7 +19,7 @@ from cla_jax import chips, directories, extras, fields, files, names, runs
 from cla_jax.config import Config
 from cla_jax.messages import near_choice
 from experiments.sweeping import Pending, Result
-from launch.cli import read_config
+from launch.cli import read_config, refuse_unused
 from launch.sweeps import records, tpus
 from launch.sweeps.records import Record
 from launch.sweeps.retry import Retry
@@ -250,7 +250,9 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
                 for field in (flag, positive):
                     with contextlib.suppress(AttributeError):
                         given[field] = operator.attrgetter(field)(parsed)
-        return fields.replaced(config, given)
+        changed = fields.replaced(config, given)
+        refuse_unused(changed, overrides)
+        return changed
 
     return change
 
