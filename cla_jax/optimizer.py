@@ -17,8 +17,8 @@ from cla_jax.model.layers import is_param
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of update `step`, counted from 0: linear warm-up, then as the schedule's config says.
 
-    The first update has a nonzero rate, 1/warmup of the peak. The last one of a schedule that falls uses the
-    floor, if a step is left between the peak and the end: the number of steps of a fraction is rounded.
+    The number of steps of a fraction is rounded, but a decay has at least one. The first update has a nonzero
+    rate, 1/warmup of the peak. The last one of a schedule that falls uses the floor, if a step is left.
     """
     chosen, peak = config.schedule, config.peak_lr
     warmup = round(chosen.warmup_fraction * steps)
@@ -33,9 +33,10 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         match chosen:
             case Cosine(final_fraction=final):
                 return fall(step, warmup, final, lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)))
-            case WSD(final_fraction=final):
+            case WSD(decay_fraction=decay, final_fraction=final):
                 # The last step of the peak; the steps after it decay.
-                first = max(steps - 1 - round(chosen.decay_fraction * steps), warmup)
+                first = max(steps - 1 - round(decay * steps), warmup)
+                first = min(first, max(steps - 2, 0)) if decay else first
                 return fall(step, first, final, lambda x: 1 - x)
             case Constant():
                 return peak

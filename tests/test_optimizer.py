@@ -40,6 +40,24 @@ def test_wsd_keeps_the_peak_and_falls_in_the_last_steps():
     np.testing.assert_allclose(rates[79:], np.linspace(1e-2, 1e-3, 21), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay", "expected"),
+    [
+        (1, 0.0, 0.1, [1]),  # no step is left for the decay
+        (2, 0.0, 0.1, [1, 0.1]),
+        (4, 0.05, 0.1, [1, 1, 1, 0.1]),
+        (4, 0.05, 0.6, [1, 1, 0.55, 0.1]),
+        (10, 0.9, 0.1, [*np.arange(1, 10) / 9, 0.1]),
+        (4, 0.0, 0.0, [1, 1, 1, 1]),
+    ],
+)
+def test_wsd_decays_in_short_runs(steps, warmup, decay, expected):
+    kind = WSD(warmup_fraction=warmup, decay_fraction=decay, final_fraction=0.1)
+    rate = schedule(OptimizerConfig(peak_lr=1e-2, schedule=kind), steps)
+    rates = [float(rate(step)) for step in range(steps)]
+    np.testing.assert_allclose(rates, 1e-2 * np.array(expected), rtol=1e-5)
+
+
 def test_a_constant_rate_stays_at_the_peak():
     config = OptimizerConfig(peak_lr=1e-2, schedule=Constant(warmup_fraction=0.1))
     rates = [float(schedule(config, 20)(step)) for step in range(20)]
