@@ -141,7 +141,7 @@ def noise(cache: Cache, length: int) -> Cache:
 
 
 def with_pages(cache: Cache, pages: Any) -> Cache:
-    return dataclasses.replace(cache, pages=jax.tree.map(jnp.asarray, pages))
+    return dataclasses.replace(cache, extra=jax.tree.map(jnp.asarray, pages))
 
 
 def attention(_weights: Any, spec: CacheSpec, cache: Cache) -> Callable[[], Any]:
@@ -163,7 +163,7 @@ def attention_program(spec: CacheSpec) -> tuple[Any, jax.Array]:
             positions_BT=newest_BT,
             starts_BT=jnp.zeros_like(newest_BT),
             lengths_B=cache.lengths_B,
-            pages=cache.pages,
+            extra=cache.extra,
         )
         return spec.attend(0, cache.kv_layers[0], q_BTKGH, here)
 

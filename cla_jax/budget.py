@@ -22,18 +22,18 @@ def check(compiled: Any, further: int, remedy: str) -> None:
       further: further bytes in use on a device.
       remedy: what to change, for the message.
     """
-    needed, held = program_bytes(compiled), available_bytes()
-    if needed is None or held is None:  # not every backend says
+    needed, available = program_bytes(compiled), available_bytes()
+    if needed is None or available is None:  # not every backend says
         return
     needed += further
     where = f"{jax.local_devices()[0].device_kind} has"
     if _on_cpu():
         needed *= jax.local_device_count()  # they share the machine
         where = "machine has"
-    if needed > held:
+    if needed > available:
         raise ValueError(
             f"a step needs {needed / 2**30:,.2f} GiB of memory, but this {where} "
-            f"{held / 2**30:,.2f} GiB: {remedy}"
+            f"{available / 2**30:,.2f} GiB: {remedy}"
         )
 
 

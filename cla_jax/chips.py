@@ -57,7 +57,7 @@ class Gpu:
     bandwidth: int  # bytes/s
     l2: int  # bytes
     shared: int  # bytes of shared memory of each core
-    shared_by_block: int  # the most that a block may ask for
+    shared_by_block: int  # the most that a thread block may ask for
     flops: float  # dense bfloat16 FLOP/s
     link: float  # bytes/s of NVLink, one way
     network: float  # bytes/s of its network port

@@ -167,7 +167,7 @@ class Compressor:
         tokens_BS: np.ndarray, counts_B: np.ndarray, classes_BS: np.ndarray,
     ) -> Chosen:  # fmt: skip
         """For the KV layers that are read together, of which p is the first."""
-        notes: Notes = encoded.pages
+        notes: Notes = encoded.extra
         # Of each that is read for its keys.
         readers = [
             (scratch.representative(q), encoded.kv_layers[q], notes.readers[q], notes[1:])

@@ -56,10 +56,10 @@ def _latent_norms(model: ModelConfig) -> int:
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token of a window of `seq_len`.
+    """FLOPs of forward and backward for one token of a sequence of `seq_len`.
 
     They are 6 * parameters + 6 * n_layers * n_heads * d_head * seq_len. The parameters include the output
-    head, but not the embedding table. Attention is halved for causality. A layer with a shorter window counts
+    head, but not the embedding table. Attention is halved for causality. A layer with a sliding window counts
     window * (2 - window / seq_len) instead of seq_len. With a latent, a query head is wider than its values:
     d_head stands for the mean of both. Rematerialisation is left out.
     """

@@ -147,7 +147,7 @@ def decode(
         positions_BT=positions_BT,
         starts_BT=starts_BT,
         lengths_B=lengths_B,
-        pages=cache.pages,
+        extra=cache.extra,
         tokens_BT=tokens_BT if spec.reads_tokens else None,
     )
     layers = list(cache.kv_layers)

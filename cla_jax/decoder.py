@@ -92,12 +92,12 @@ class Decoder:
         rules = meshes.axis_rules(config.model, mesh)
         with jax.set_mesh(mesh):
             _, model = checkpoint.load_model(run, rules, mesh)
-        held: CacheFormat | Policy
+        kind: CacheFormat | Policy
         if eviction.is_policy(cache):
-            held, rules, mesh = eviction.parse(cache), AxisRules(), None
+            kind, rules, mesh = eviction.parse(cache), AxisRules(), None
             weights = decoding_weights(on_one_device(model))
         else:
-            held = make_format(cache, config.model.compute_dtype)
+            kind = make_format(cache, config.model.compute_dtype)
             with jax.set_mesh(mesh):
                 weights = decoding_weights(model, rules)
         return cls(
@@ -106,7 +106,7 @@ class Decoder:
             weights=weights,
             mesh=mesh,
             rules=rules,
-            cache=held,
+            cache=kind,
             chunk=chunk,
             attention=attention,
         )

@@ -17,8 +17,8 @@ class Entry(NamedTuple):
 
 FORMATS: dict[str, Entry] = {
     "dense": Entry("dense", "Dense"),
-    "float32": Entry("dense", "Dense", {"held": "float32"}),
-    "bfloat16": Entry("dense", "Dense", {"held": "bfloat16"}),
+    "float32": Entry("dense", "Dense", {"cache_dtype": "float32"}),
+    "bfloat16": Entry("dense", "Dense", {"cache_dtype": "bfloat16"}),
     "int8": Entry("quantized", "Int8"),
     "fp8": Entry("quantized", "Fp8"),
     "kivi4": Entry("kivi", "Kivi", {"bits": 4}, per_token=False),

@@ -39,7 +39,7 @@ class StepLogger:
         self,
         config: Config,
         writer: CompositeWriter,
-        first_step: int,
+        start_step: int,
         clock: goodput.Clock,
         epochs: Callable[[int], dict[str, float]] = lambda step: {},
     ):
@@ -49,7 +49,7 @@ class StepLogger:
         chip = chips.find(jax.devices()[0].device_kind)
         self.peak_flops = chip.flops if chip else None  # unknown: no MFU is printed
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.first_step = self.written = first_step
+        self.start_step = self.written = start_step
         # Seconds of training when the step before was written, and when the first step was over.
         self.seconds_before = self._training_seconds()
         self.first_step_end: float | None = None
@@ -105,7 +105,7 @@ class StepLogger:
             speed["tokens_per_s"] = round(tokens_per_s, 1)
             if self.peak_flops:
                 speed["mfu"] = self.flops * tokens_per_s / (self.peak_flops * jax.device_count())
-            done = step - self.first_step - 1
+            done = step - self.start_step - 1
             # Without the time of evaluations and checkpoints.
             per_step = (now - self.first_step_end) / max(done, 1)
             speed["eta_s"] = round(per_step * (self.config.steps - step), 1)
@@ -115,7 +115,7 @@ class StepLogger:
         self.written = step
 
 
-def log_start(session: Session, run: Run, first_step: int) -> None:
+def log_start(session: Session, run: Run, start_step: int) -> None:
     config, count = session.config, costs.parameters(session.config.model)
     log.info(
         "%s: %s parameters (%s without embeddings), kv_map %s, %s KV bytes per token at 16 bits",
@@ -131,7 +131,7 @@ def log_start(session: Session, run: Run, first_step: int) -> None:
         jax.devices()[0].device_kind,
         " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items()),
         session.options.attention,
-        first_step,
+        start_step,
         config.steps,
         f"{config.tokens_per_step:,}",
     )

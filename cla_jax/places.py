@@ -22,7 +22,7 @@ import numpy as np
 from cla_jax.cache import Cache, CacheSpec, ledger
 from cla_jax.cache.evicting import EvictingSpec
 from cla_jax.cache.pages import Leaf
-from cla_jax.cache.prefix_shared import Pages, PrefixSpec
+from cla_jax.cache.prefix_shared import PageTables, PrefixSpec
 from cla_jax.compressor import Compressor
 from cla_jax.decode import Weights, prefill
 from cla_jax.mesh import row_shards
@@ -234,7 +234,7 @@ class SharedPlaces(Places):
             return cache
         tables = self.spec.tables(self._paths, self.tree, awaited)
         self._sent = wanted
-        return dataclasses.replace(cache, pages=self._uploaded(tables))
+        return dataclasses.replace(cache, extra=self._uploaded(tables))
 
     def copy(self, cache: Cache, source: int, target: int) -> Cache:
         leaf = lambda row: Leaf(self._paths[row].leaf.page, row)
@@ -252,7 +252,7 @@ class SharedPlaces(Places):
         return Cache(self._cleared(cache).kv_layers, none_B, self._uploaded(tables))
 
     def put_row(self, cache: Cache, one: Cache, row: int) -> Cache:
-        return Cache(one.kv_layers, put_row(cache.lengths_B, one.lengths_B, row), cache.pages)
+        return Cache(one.kv_layers, put_row(cache.lengths_B, one.lengths_B, row), cache.extra)
 
     def _cleared(self, cache: Cache) -> Cache:
         """The cache without what others have left in pages that requests have taken since."""
@@ -260,7 +260,7 @@ class SharedPlaces(Places):
         self.tree.unclear.clear()
         return cache
 
-    def _uploaded(self, tables: Pages) -> Pages:
+    def _uploaded(self, tables: PageTables) -> PageTables:
         self.counts.uploads += 1
         self.counts.uploaded_bytes += sum(table.nbytes for table in tables)
         return self.spec.upload(tables)

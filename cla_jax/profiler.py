@@ -17,7 +17,7 @@ StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
 @contextlib.contextmanager
 def traced(
-    step_fn: StepFn, steps: range, first_step: int, last_step: int, directory: os.PathLike[str]
+    step_fn: StepFn, steps: range, start_step: int, last_step: int, directory: os.PathLike[str]
 ) -> Iterator[StepFn]:
     """Gives the step of a run, with its calls for `steps` traced, each marked as a step.
 
@@ -26,15 +26,15 @@ def traced(
     Args:
       step_fn: (state, batch) to (state, metrics).
       steps: the updates to trace, counted from 1; those that the run does not do are left out.
-      first_step: updates done before the first call.
+      start_step: updates done before the first call.
       last_step: the last update of the run.
       directory: where the trace goes; what is not local must be known to jax's profiler.
     """
-    steps = range(max(steps.start, first_step + 1), min(steps.stop, last_step + 1))
+    steps = range(max(steps.start, start_step + 1), min(steps.stop, last_step + 1))
     if not steps or jax.process_index() != 0:
         yield step_fn
         return
-    numbers = itertools.count(first_step + 1)
+    numbers = itertools.count(start_step + 1)
     running = contextlib.ExitStack()
 
     def step(state: Any, batch: Any) -> tuple[Any, Any]:

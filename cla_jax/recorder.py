@@ -30,18 +30,18 @@ class Recorder:
         self,
         session: Session,
         run: Run,
-        first_step: int,
+        start_step: int,
         evaluator: Evaluator,
         writer: CompositeWriter,
         clock: goodput.Clock,
     ):
         config = session.config
         self.session, self.run, self.evaluator, self.writer = session, run, evaluator, writer
-        self.saved = first_step
+        self.saved = start_step
         self.saver = checkpoint.Checkpointer(
             run.checkpoints, config.placement.keep, run.owner, writer.note_saved
         )
-        self.logger = StepLogger(config, writer, first_step, clock, session.epochs)
+        self.logger = StepLogger(config, writer, start_step, clock, session.epochs)
 
     def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Hands in the metrics of a step; they are written when the next one is under way."""
@@ -69,18 +69,18 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(
-    session: Session, run: Run, first_step: int, evaluator: Evaluator, clock: goodput.Clock
+    session: Session, run: Run, start_step: int, evaluator: Evaluator, clock: goodput.Clock
 ) -> Iterator[Recorder]:
-    """Records a run that goes on from `first_step`; at the end it waits until all is written."""
-    clock.carry_on(goodput.earlier(earlier_records(run), first_step))
+    """Records a run that goes on from `start_step`; at the end it waits until all is written."""
+    clock.carry_on(goodput.earlier(earlier_records(run), start_step))
     with contextlib.ExitStack() as stack:
         stack.callback(log_time, clock)  # after the writer is closed, and its progress bar gone
         process = jax.process_index()
-        writer = make_writer(run, session.config, process_index=process, first_step=first_step)
+        writer = make_writer(run, session.config, process_index=process, start_step=start_step)
         stack.callback(writer.close)
-        recorder = Recorder(session, run, first_step, evaluator, writer, clock)
+        recorder = Recorder(session, run, start_step, evaluator, writer, clock)
         stack.callback(recorder.logger.timed("checkpoint")(recorder.saver.close))
-        writer.note_saved(first_step)  # later checkpoints may have been set aside
+        writer.note_saved(start_step)  # later checkpoints may have been set aside
         recorder.logger.write_time_summary()
         yield recorder
 

@@ -120,8 +120,8 @@ def rows(session: EvaluationSession, windows: int | None = None) -> int:
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
-    held = max(part.totals["held_out"]["windows"] for part in session.prepared.parts.values())
-    scored = held if windows is None else min(windows, held)
+    available = max(part.totals["held_out"]["windows"] for part in session.prepared.parts.values())
+    scored = available if windows is None else min(windows, available)
     batches = -(-scored // session.rows)
     shards = row_shards(session.mesh)
     return -(-scored // (batches * shards)) * shards

@@ -186,8 +186,8 @@ class Session(Layout):
         rows = self.schedule.counts(step * self.config.batch_size)
         windows = [part.totals["train"]["windows"] for part in self.prepared.parts.values()]
         return {
-            name: seen / held
-            for name, seen, held in zip(self.prepared.parts, rows, windows, strict=True)
+            name: seen / whole
+            for name, seen, whole in zip(self.prepared.parts, rows, windows, strict=True)
         }
 
 
@@ -292,9 +292,9 @@ def _begins(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, int] | None:
 
 
 def batch_stream(
-    session: Session, first_step: int, stop: Callable[[], bool] = lambda: False
+    session: Session, start_step: int, stop: Callable[[], bool] = lambda: False
 ) -> Any:
-    """The batches from update `first_step` on, on their devices: int32 [A, B, T + 1].
+    """The batches from update `start_step` on, on their devices: int32 [A, B, T + 1].
 
     It ends when a batch is waited for and `stop()` is true.
     """
@@ -306,4 +306,4 @@ def batch_stream(
         accumulate=config.placement.accumulate,
         schedule=session.schedule,
     )
-    return batches.stream(first_step, session.batch.sharding, stop=stop)
+    return batches.stream(start_step, session.batch.sharding, stop=stop)

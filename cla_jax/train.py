@@ -67,17 +67,17 @@ def train(
             log.info("%s is already complete, at step %d", run.path, config.steps)
             return True
         state, compiled = restore_and_compile(session, run, clock, agree)
-        first_step, profiled = int(state.step), config.placement.profiled_steps
+        start_step, profiled = int(state.step), config.placement.profiled_steps
         with (
-            contextlib.closing(batch_stream(session, first_step, stop_waiting)) as batches,
-            recording(session, run, first_step, evaluate, clock) as recorder,
-            profiler.traced(compiled, profiled, first_step, config.steps, run.profile) as step_fn,
+            contextlib.closing(batch_stream(session, start_step, stop_waiting)) as batches,
+            recording(session, run, start_step, evaluate, clock) as recorder,
+            profiler.traced(compiled, profiled, start_step, config.steps, run.profile) as step_fn,
         ):
-            if evaluation_is_missing(run, config, first_step):
-                log.info("step %d was saved but not evaluated; evaluating it now", first_step)
-                recorder.evaluate(first_step, state.model)
+            if evaluation_is_missing(run, config, start_step):
+                log.info("step %d was saved but not evaluated; evaluating it now", start_step)
+                recorder.evaluate(start_step, state.model)
             clock.switch("step")
-            for step in range(first_step + 1, config.steps + 1):
+            for step in range(start_step + 1, config.steps + 1):
                 with clock.timed("data_wait"):
                     batch = next(batches, None)
                 if batch is None:  # asked to stop while it was read
@@ -125,14 +125,14 @@ def restore_and_compile(
     compiling = threads.submit(compile_step, session)
     threads.shutdown(wait=False)  # an error below is raised at once, not after the compilation
     state = restore_or_init(session, run)
-    first_step = int(state.step)
-    log_start(session, run, first_step)
+    start_step = int(state.step)
+    log_start(session, run, start_step)
     log_data(session)
     teaching = load_teacher(session)
     with clock.timed("compile"):
         compiled = compiling.result()
         # Hosts compile for different times, but gloo waits only 30 s at the first collective.
-        agree({"first step": first_step})
+        agree({"start step": start_step})
     return state, lambda state, batch: compiled(state, batch, *teaching)
 
 

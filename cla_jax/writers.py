@@ -160,12 +160,12 @@ def _line(metrics: dict[str, Any]) -> str:
 class TensorBoardWriter:
     """Event files for TensorBoard below the run directory, without TensorFlow."""
 
-    def __init__(self, run: Run, first_step: int):
+    def __init__(self, run: Run, start_step: int):
         extras.require("tensorboard", "placement.tensorboard")
         from tensorboardX import SummaryWriter
 
         # What an earlier process wrote beyond the checkpoint is done again: it must not stand there twice.
-        purge = first_step + 1 if first_step else None
+        purge = start_step + 1 if start_step else None
         self.writer = SummaryWriter(os.fspath(run.path / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -257,18 +257,18 @@ class CompositeWriter:
 
 
 def make_writer(
-    run: Run, config: Config, *, process_index: int, first_step: int = 0
+    run: Run, config: Config, *, process_index: int, start_step: int = 0
 ) -> CompositeWriter:
     """The writers that a config asks for, on process 0; none on the others.
 
-    `first_step`: the checkpoint from which the run goes on.
+    `start_step`: the checkpoint from which the run goes on.
     """
     if process_index != 0:
         return CompositeWriter([])
     every, last = config.placement.log_every, config.steps
     thinned: list[MetricWriter] = []
     if config.placement.tensorboard:
-        thinned.append(TensorBoardWriter(run, first_step))
+        thinned.append(TensorBoardWriter(run, start_step))
     if config.placement.wandb:
         thinned.append(WandbWriter(run, config))
     log, console = JsonlWriter(run), ConsoleWriter(run, last, every=every)

@@ -41,7 +41,7 @@ class MaskedSpec(CacheSpec):
             inner,
             put(layer.kept_BKE, True),
             put(layer.scores_BKE, scores),
-            put(layer.classes_BKE, step.pages[step.tokens_BT][..., None]),
+            put(layer.classes_BKE, step.extra[step.tokens_BT][..., None]),
             layer.rule,
         )
 

@@ -152,7 +152,7 @@ class Attention:
             positions_BT=lengths_B[:, None] - 1,
             starts_BT=jnp.array([[0], [90], [0], [0]], jnp.int32),  # one row has a window
             lengths_B=lengths_B,
-            pages=jax.tree.map(jnp.asarray, tables),
+            extra=jax.tree.map(jnp.asarray, tables),
         )
 
         def outputs(spec, q_BTKGH):

@@ -455,7 +455,7 @@ def test_what_the_cache_holds_already_is_prefilled_once(skip, monkeypatch):
 
 def counted_shared(spec, cache):
     """From the live arrays: the pools, the tables, and how long each row is."""
-    pages = jax.device_get(cache.pages)
+    pages = jax.device_get(cache.extra)
     lengths_B = np.asarray(jax.device_get(cache.lengths_B))
     used = {}  # tokens in each page
     all_tokens = read = 0

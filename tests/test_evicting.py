@@ -236,7 +236,7 @@ def test_the_profile_is_that_of_whole_attention():
     _, encoded = _encoded(
         compressor.weights, scratch.allocate(), tokens, lengths, np.zeros_like(tokens), spec=scratch
     )
-    (readers,), notes = encoded.pages.readers, encoded.pages[1:]
+    (readers,), notes = encoded.extra.readers, encoded.extra[1:]
     keys = np.asarray(encoded.kv_layers[0].k_BSKH, np.float64)[:, :48]
     S, at = 48, np.arange(48)
     seen = (at[None, :] <= at[:, None]) & (at < lengths[:, None])[:, :, None]

@@ -44,7 +44,7 @@ class Requests:
     def upload(self):
         if self.version != self.tree.version:
             pages = jax.tree.map(jnp.asarray, self.spec.tables(self.rows, self.tree))
-            self.cache = dataclasses.replace(self.cache, pages=pages)
+            self.cache = dataclasses.replace(self.cache, extra=pages)
             self.version, self.uploads = self.tree.version, self.uploads + 1
 
     def feed(self, tokens):
@@ -224,7 +224,7 @@ def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, monkeypatch):
         positions_BT=lengths_B[:, None] - 1,
         starts_BT=starts_B[:, None],
         lengths_B=lengths_B,
-        pages=jax.tree.map(jnp.asarray, spec.tables(rows, tree)),
+        extra=jax.tree.map(jnp.asarray, spec.tables(rows, tree)),
     )
     outputs = jax.jit(lambda *args: spec.attend(0, *args))(pool, q_BTKGH, step)[:, 0, 0]
     assert (outputs[2] == 0).all()

@@ -30,16 +30,16 @@ def calls(monkeypatch) -> list:
     return seen
 
 
-def run(calls: list, steps: range, first_step: int = 0, stop: int = 6) -> list:
+def run(calls: list, steps: range, start_step: int = 0, stop: int = 6) -> list:
     """A run of six steps that is stopped after `stop`; its state is the step that is done."""
 
     def step(state, batch):
         calls.append(state + 1)
         return state + 1, batch
 
-    with traced(step, steps, first_step, 6, Path("profile")) as step_fn:
-        state = first_step
-        for _ in range(first_step, stop):
+    with traced(step, steps, start_step, 6, Path("profile")) as step_fn:
+        state = start_step
+        for _ in range(start_step, stop):
             state, _ = step_fn(state, "batch")
         calls.append("run is over")
     return calls
@@ -64,15 +64,15 @@ def test_a_stop_closes_the_trace(calls):
 
 
 def test_a_run_that_goes_on_within_the_range_traces_the_rest(calls):
-    assert run(calls, range(2, 6), first_step=3)[:4] == ["wait 3", "start profile", 4, 5]
+    assert run(calls, range(2, 6), start_step=3)[:4] == ["wait 3", "start profile", 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("steps", "first_step", "stop"), [(range(0), 0, 6), (range(2, 4), 3, 6), (range(5, 7), 0, 4)]
+    ("steps", "start_step", "stop"), [(range(0), 0, 6), (range(2, 4), 3, 6), (range(5, 7), 0, 4)]
 )
-def test_otherwise_nothing_is_traced_or_waited_for(calls, steps, first_step, stop):
-    steps_done = list(range(first_step + 1, stop + 1))
-    assert run(calls, steps, first_step, stop) == [*steps_done, "run is over"]
+def test_otherwise_nothing_is_traced_or_waited_for(calls, steps, start_step, stop):
+    steps_done = list(range(start_step + 1, stop + 1))
+    assert run(calls, steps, start_step, stop) == [*steps_done, "run is over"]
 
 
 def test_only_process_0_traces(calls, monkeypatch):

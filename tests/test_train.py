@@ -241,7 +241,7 @@ def test_hosts_meet_once_their_steps_are_compiled(tiny, devices, monkeypatch):
         evaluate=lambda *_: {"held_out_loss": 1.0},
         agree=lambda facts: happened.append(next(iter(facts))),
     )
-    assert happened == ["config", "data", "compile_step", "first step", "batch_stream"]
+    assert happened == ["config", "data", "compile_step", "start step", "batch_stream"]
 
 
 def test_further_hosts_neither_lock_nor_write(tiny, devices, monkeypatch):
@@ -533,8 +533,8 @@ def timed(devices, monkeypatch):
 
     compiled, batches = training.compile_step, training.batch_stream
 
-    def slow_batches(session, first_step, stop):
-        stream = batches(session, first_step, stop)
+    def slow_batches(session, start_step, stop):
+        stream = batches(session, start_step, stop)
         with contextlib.closing(stream):
             while True:
                 yield slow(2, next)(stream)

@@ -151,7 +151,7 @@ def test_after_a_restart_no_step_stands_twice_in_tensorboard(run, tiny):
 
     config = tiny(steps=8, **{"placement.tensorboard": True, "placement.log_every": 1})
     for first, last in ((0, 5), (3, 8)):
-        writer = make_writer(run, config, process_index=0, first_step=first)
+        writer = make_writer(run, config, process_index=0, start_step=first)
         for step in range(first + 1, last + 1):
             writer.write(step, {"loss": float(step)})
         writer.close()

@@ -122,7 +122,7 @@ class Cache:
 
     kv_layers: tuple[LayerCache, ...]
     lengths_B: jax.Array  # tokens of each row so far
-    pages: Any = None  # what only some specs need: see `StepPositions.pages`
+    extra: Any = None  # what only some specs need: see `StepPositions.extra`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class CacheSpec:
         """
         layers = tuple(
             self.on_devices(
-                functools.partial(self.cleared, p), layer, rows_B, lengths_B, cache.pages
+                functools.partial(self.cleared, p), layer, rows_B, lengths_B, cache.extra
             )
             for p, layer in enumerate(cache.kv_layers)
         )
@@ -239,7 +239,7 @@ class CacheSpec:
         layer: LayerCache,
         rows_B: jax.Array,
         lengths_B: jax.Array,
-        pages: Any,  # noqa: ARG002
+        extra: Any,  # noqa: ARG002
     ) -> LayerCache:
         """KV layer p, or the part of it on one device, with zeros in those of these rows that are empty."""
         empty_B = rows_B & (lengths_B == 0)
@@ -410,10 +410,10 @@ def cache_spec(
                 f"cache formats {k.name} and {v.name}: layer {group.first} reads keys in the one and values "
                 "in the other; they must be the same format"
             )
-    for held in formats if isinstance(config.kv, LatentKV) else ():
-        if not isinstance(held, PerToken):
+    for format in formats if isinstance(config.kv, LatentKV) else ():
+        if not isinstance(format, PerToken):
             raise ValueError(
-                f"cache format {held.name!r} does not support latents (model.kv.kind): use dense, float32, "
+                f"cache format {format.name!r} does not support latents (model.kv.kind): use dense, float32, "
                 "bfloat16, int8 or fp8"
             )
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):

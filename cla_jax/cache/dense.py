@@ -13,22 +13,22 @@ from cla_jax.cache.per_token import PerToken, Shape
 class Dense(PerToken):
     """An array [B, E, K, H] of keys, one of values; those of a latent have widths of their own."""
 
-    held: str = ""  # the dtype of the cache; empty: that of attention
+    cache_dtype: str = ""  # empty: that of attention
 
     def __post_init__(self):
-        object.__setattr__(self, "held", self.held or self.dtype)
+        object.__setattr__(self, "cache_dtype", self.cache_dtype or self.dtype)
 
     def half_shapes(self, heads: tuple[int, ...], width: int) -> Shape:
-        return Shape("BEKH", (*heads, width), carrier(self.held))
+        return Shape("BEKH", (*heads, width), carrier(self.cache_dtype))
 
     def encode_half(self, x_BTKH: jax.Array) -> jax.Array:
-        return stored(x_BTKH, self.held)
+        return stored(x_BTKH, self.cache_dtype)
 
     def decode_half(self, half: jax.Array) -> jax.Array:
-        return restored(half, self.held).astype(self.dtype)
+        return restored(half, self.cache_dtype).astype(self.dtype)
 
     def half_for_kernel(self, half: jax.Array) -> tuple[jax.Array, None]:
         return half, None
 
     def head_bytes(self, width: int) -> int:
-        return width * jnp.dtype(self.held).itemsize
+        return width * jnp.dtype(self.cache_dtype).itemsize

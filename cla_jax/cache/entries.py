@@ -58,10 +58,10 @@ class Entries:
             unit = entries // self.unit
             place = (unit * self.shards + self.shard) * self.unit + entries % self.unit
         newest_B1 = lengths_B[:, None] - 1
-        held = place
+        position = place
         if self.ring:
-            held = place + (newest_B1 - place) // self.total * self.total
-        return jnp.where(place <= newest_B1, held, EMPTY)
+            position = place + (newest_B1 - place) // self.total * self.total
+        return jnp.where(place <= newest_B1, position, EMPTY)
 
     # ------------------------------------------------------------------------------ block by block
 

@@ -129,7 +129,7 @@ class EvictingSpec(CacheSpec):
 
     def allocate(self) -> Cache:
         """Empty pools; heads without pages."""
-        return dataclasses.replace(self._empty(), pages=jnp.asarray(self.classes_V))
+        return dataclasses.replace(self._empty(), extra=jnp.asarray(self.classes_V))
 
     @functools.cached_property
     def classes_V(self) -> np.ndarray:
@@ -157,7 +157,7 @@ class EvictingSpec(CacheSpec):
 
     def write(self, p: int, layer: Pool, kv: KV, step: StepPositions) -> Pool:
         """The new tokens of a row take the first empty entries of each head."""
-        T, table, classes_V = step.positions_BT.shape[1], layer.table, step.pages
+        T, table, classes_V = step.positions_BT.shape[1], layer.table, step.extra
         assert self.chunk >= T, f"{T} tokens in a step of a cache made for {self.chunk}"
         E = layer.positions.shape[-1]
         is_free_BKE = (layer.positions == EMPTY) & (jnp.arange(E) < layer.room[..., None])

@@ -149,9 +149,11 @@ class Kivi:
 
         def positions_newest(_: jax.Array) -> jax.Array:
             ring = Entries(RING, ring=True, block=RING)
-            held = ring.positions(jnp.arange(RING), lengths_B)
+            positions = ring.positions(jnp.arange(RING), lengths_B)
             # Every device has the newest tokens; of a KV layer in parts, only shard 0 reports them.
-            return jnp.where((held >= quantized_B[:, None]) & (entries.shard == 0), held, EMPTY)
+            return jnp.where(
+                (positions >= quantized_B[:, None]) & (entries.shard == 0), positions, EMPTY
+            )
 
         any_token = jnp.minimum(jnp.max(lengths_B), 1)
         arrays = jax.tree.leaves(layer.each(lambda half: half.newest))
@@ -221,12 +223,12 @@ class Kivi:
         scale, zero = (stored(a, "float16") for a in ((high - low) / (2**self.bits - 1), low))
         step, start = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))
         # The numbers themselves too: XLA's CPU compiler takes the maximum of NaN and 1 for 1.
-        held = jnp.all(jnp.isfinite(x), axis, keepdims=True)
-        held &= jnp.isfinite(step) & jnp.isfinite(start)
-        codes = jnp.where(held, jnp.round((x - start) / jnp.where(step > 0, step, 1)), 0)
+        finite = jnp.all(jnp.isfinite(x), axis, keepdims=True)
+        finite &= jnp.isfinite(step) & jnp.isfinite(start)
+        codes = jnp.where(finite, jnp.round((x - start) / jnp.where(step > 0, step, 1)), 0)
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
         nan = stored(jnp.full_like(step, jnp.nan), "float16")
-        return codes, jnp.where(held, scale, nan), jnp.where(held, zero, 0)
+        return codes, jnp.where(finite, scale, nan), jnp.where(finite, zero, 0)
 
     def _restored(self, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
         scale, zero = (restored(a, "float16").astype(jnp.float32) for a in (scale, zero))

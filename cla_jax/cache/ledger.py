@@ -49,17 +49,17 @@ def predicted(spec: CacheSpec, context: int) -> Ledger:
         raise ValueError(f"context = {context} must lie in 1 to the capacity of {spec.capacity}")
     config = spec.stored_config
 
-    def held(p: int, halves: str) -> float:
+    def resident(p: int, halves: str) -> float:
         first = max(context - spec.windows[p], 0) if spec.windows[p] else 0
         return spec.formats[p].held_bytes(config, first, context, halves)
 
     layers = [(p, format, spec.entries(p), spec.holds[p]) for p, format in enumerate(spec.formats)]
     return Ledger(
         allocated=sum(format.kv_layer_bytes(config, n, holds) for _, format, n, holds in layers),
-        resident=sum(held(p, holds) for p, _, _, holds in layers),
+        resident=sum(resident(p, holds) for p, _, _, holds in layers),
         written=sum(format.written_bytes(config, n, holds) for _, format, n, holds in layers),
         read=sum(
-            held(p, half) * readers
+            resident(p, half) * readers
             for p, of_halves in enumerate(spec.readers_of)
             for half, readers in of_halves.items()
         ),
@@ -135,7 +135,7 @@ def predicted_shared(spec: PrefixSpec, tree: PrefixTree) -> SharedLedger:
         spec,
         spec.allocated_bytes,
         spec.token_bytes,
-        held=tokens(lambda node: min(node.readers, 1)),
+        stored=tokens(lambda node: min(node.readers, 1)),
         all_tokens=tokens(lambda node: node.readers),
         read=tokens(lambda node: -(-node.readers // TILE)),
     )
@@ -145,7 +145,7 @@ def shared_ledger(
     spec: PrefixSpec,
     allocated: int,
     token_bytes: Sequence[dict[str, tuple[float, float]]],
-    held: Tokens,
+    stored: Tokens,
     all_tokens: Tokens,
     read: Tokens,
 ) -> SharedLedger:
@@ -164,7 +164,7 @@ def shared_ledger(
     once = [dict.fromkeys(halves, 1) for halves in token_bytes]
     return SharedLedger(
         allocated=allocated,
-        resident=total(held, once),
+        resident=total(stored, once),
         unshared=total(all_tokens, once),
         read=total(read, spec.readers_of),
         unshared_read=total(all_tokens, spec.readers_of),
@@ -213,16 +213,16 @@ def counted_evicting(spec: EvictingSpec, cache: Cache, rows: Any = None) -> Evic
     entries = []
     for p, pool in enumerate(cache.kv_layers):
         table, positions = np.asarray(pool.table)[those], np.asarray(pool.positions)[those]
-        held, room = int((positions != EMPTY).sum()), spec.pages[p] * spec.page
+        kept, room = int((positions != EMPTY).sum()), spec.pages[p] * spec.page
         each = nbytes(pool.kept) // room
         noted = nbytes((pool.positions, pool.classes, pool.scores)) // pool.positions.size
         pages += int((table != NO_PAGE).sum()) * spec.page * each
-        resident, notes = resident + held * each, notes + held * noted
-        read += held * sum(
+        resident, notes = resident + kept * each, notes + kept * noted
+        read += kept * sum(
             nbytes(pool.kept.only(half)) // room * readers
             for half, readers in spec.readers_of[p].items()
         )
-        entries.append(held)
+        entries.append(kept)
     arrays = [(pool.kept, pool.positions, pool.classes, pool.scores) for pool in cache.kv_layers]
     return EvictingLedger(
         allocated=nbytes(arrays),

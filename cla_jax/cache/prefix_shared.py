@@ -8,7 +8,7 @@ takes the chunks that several rows read, each once for all of its rows, and then
     tree = PrefixTree(chunk=64, pages=1000)
     spec = prefix_spec(config, "dense", batch=32, page=64, pages=1000, capacity=4096)
     cache = spec.allocate()
-    cache = dataclasses.replace(cache, pages=spec.tables({0: first, 5: second}, tree))
+    cache = dataclasses.replace(cache, extra=spec.tables({0: first, 5: second}, tree))
 
 Rows need no order: a work item of the first phase names its rows. Tables are int32 arrays whose shapes never
 change, so nothing is compiled when requests come and go. They change only when `tree.version` does.
@@ -53,7 +53,7 @@ TILE = 16  # rows of a work item
 NO_ROW = 1 << 29  # past every batch
 
 
-class Pages(NamedTuple):
+class PageTables(NamedTuple):
     """Which pages of the pool hold the tokens of each row. A page past the pool is none; a row past the
     batch is none.
     """
@@ -129,9 +129,9 @@ class PrefixSpec(CacheSpec):
 
     def allocate(self) -> Cache:
         """An empty pool for each KV layer, and tables in which no row has a page."""
-        return dataclasses.replace(super().allocate(), pages=self.upload(self.empty()))
+        return dataclasses.replace(super().allocate(), extra=self.upload(self.empty()))
 
-    def upload(self, tables: Pages) -> Pages:
+    def upload(self, tables: PageTables) -> PageTables:
         """Tables as arrays of the device, or of each device."""
         whole = lambda a: self.rules.spec(*[None] * np.ndim(a))
         return jax.tree.map(lambda a: jax.device_put(jnp.asarray(a), whole(a)), tables)
@@ -165,10 +165,10 @@ class PrefixSpec(CacheSpec):
 
     # ------------------------------------------------------------------------------- tables
 
-    def empty(self) -> Pages:
+    def empty(self) -> PageTables:
         tiles = -(-self.batch // TILE)
         full = lambda *shape, value: np.full(shape, value, np.int32)
-        return Pages(
+        return PageTables(
             private_BC=full(self.batch, self.pages_of_row, value=self.pages),
             starts_B=full(self.batch, value=self.capacity),  # nothing, whatever its length is
             shared_NM=full(self.pages, self.pages_at_once, value=self.pages),
@@ -181,7 +181,7 @@ class PrefixSpec(CacheSpec):
 
     def tables(
         self, rows: Mapping[int, Path], tree: PrefixTree, writing: Collection[int] = ()
-    ) -> Pages:
+    ) -> PageTables:
         """The tables of the requests in these rows of the batch.
 
         A row writes to its private pages only. For a row that is `writing` its prompt, these are all pages
@@ -210,7 +210,7 @@ class PrefixSpec(CacheSpec):
         spans = _spans([(run.page, run.position, rows_of(run)) for run in layout.shared])
         return self._share(tables, spans)
 
-    def _share(self, tables: Pages, spans: Sequence[_Span]) -> Pages:
+    def _share(self, tables: PageTables, spans: Sequence[_Span]) -> PageTables:
         """The tables with the blocks of these spans, and the work items that read them."""
         blocks = items = 0
         for span in spans:
@@ -233,10 +233,10 @@ class PrefixSpec(CacheSpec):
         layer: LayerCache,
         rows_B: jax.Array,
         lengths_B: jax.Array,  # noqa: ARG002
-        pages: Pages,
+        tables: PageTables,
     ) -> LayerCache:
         """Pages belong to no row: see `clear_pages`. A row that begins with shared pages has nothing else."""
-        rows_B = jnp.where(rows_B, pages.rows_B, NO_ROW)
+        rows_B = jnp.where(rows_B, tables.rows_B, NO_ROW)
         return self.layer_pages(p).clear_rows(layer, rows_B)
 
     def clear_pages(self, cache: Cache, pages: Sequence[int]) -> Cache:
@@ -269,15 +269,15 @@ class PrefixSpec(CacheSpec):
 
     def write_here(self, p: int, layer: LayerCache, kv: KV, step: StepPositions) -> LayerCache:
         """The new tokens of a row go into its own pages."""
-        pages: Pages = step.pages
+        tables: PageTables = step.extra
 
         def page_of(positions_BT: jax.Array) -> jax.Array:
-            offset_BT = positions_BT - pages.starts_B[:, None]
+            offset_BT = positions_BT - tables.starts_B[:, None]
             index_BT = jnp.clip(offset_BT // self.page, 0, self.pages_of_row - 1)
-            page_BT = jnp.take_along_axis(pages.private_BC, index_BT, axis=1)
+            page_BT = jnp.take_along_axis(tables.private_BC, index_BT, axis=1)
             return jnp.where((positions_BT >= 0) & (offset_BT >= 0), page_BT, self.pages)
 
-        return self.layer_pages(p).write(layer, kv.each(self._padded), step, page_of, pages.rows_B)
+        return self.layer_pages(p).write(layer, kv.each(self._padded), step, page_of, tables.rows_B)
 
     def attend_here(
         self, p: int, layer: LayerCache, q_BTKGH: jax.Array, step: StepPositions
@@ -288,14 +288,14 @@ class PrefixSpec(CacheSpec):
         q_BKNH, over, restore = grouped_queries(scaled_BTKGH)
         positions_BN, starts_BN = over(step.positions_BT), over(step.starts_BT)
         last_BN = self.layer_pages(p).last_in_pages(positions_BN)
-        part = self._shared(p, layer, step.pages, q_BKNH, positions_BN, starts_BN, kernel)
+        part = self._shared(p, layer, step.extra, q_BKNH, positions_BN, starts_BN, kernel)
         if kernel is None:
             part = self._private(p, layer, step, q_BKNH, last_BN, starts_BN, part)
         else:
-            alone = step.pages.private_BC, step.pages.starts_B, step.lengths_B
+            alone = step.extra.private_BC, step.extra.starts_B, step.lengths_B
             kept = self._for_kernel(p, layer, *alone)
             part = merge(part, kernel.attend(q_BKNH, kept, last_BN, starts_BN))
-        newest = self.layer_pages(p).newest(layer, step.pages.rows_B, step.lengths_B)
+        newest = self.layer_pages(p).newest(layer, step.extra.rows_B, step.lengths_B)
         if newest is not None:
             starts_BN = jnp.maximum(starts_BN, last_BN + 1)
             part = merge(part, self._alone(q_BKNH, [newest], positions_BN, starts_BN))
@@ -351,15 +351,15 @@ class PrefixSpec(CacheSpec):
         tokens = min(PRIVATE_BLOCKS[0], self.pages_of_row * self.page)
         tiles = -(-B // rows_at_once(B, tokens))
         R = -(-B // tiles)
-        pages: Pages = step.pages
+        tables: PageTables = step.extra
         # Padding sees nothing.
-        offset_BN = jnp.where(last_BN >= 0, starts_BN - pages.starts_B[:, None], self.capacity)
-        private_BC = self._own(pages.private_BC)
+        offset_BN = jnp.where(last_BN >= 0, starts_BN - tables.starts_B[:, None], self.capacity)
+        private_BC = self._own(tables.private_BC)
 
         def tile(i: Any, parts: Partial) -> Partial:
             first = jnp.minimum(i * R, B - R)  # the last tile begins early enough to be whole
             of = lambda a: jax.lax.dynamic_slice_in_dim(a, first, R)
-            rows = _Rows(of(private_BC), of(pages.starts_B), of(step.lengths_B))
+            rows = _Rows(of(private_BC), of(tables.starts_B), of(step.lengths_B))
             segments = self._blocks(p, layer, rows, jnp.min(of(offset_BN)))
             before = Partial(*map(of, shared))
             part = self._alone(of(q_BKNH), segments, of(last_BN), of(starts_BN), before)
@@ -411,7 +411,7 @@ class PrefixSpec(CacheSpec):
         self,
         p: int,
         layer: LayerCache,
-        pages: Pages,
+        tables: PageTables,
         q_BKNH: jax.Array,
         positions_BN: jax.Array,
         starts_BN: jax.Array,
@@ -423,29 +423,29 @@ class PrefixSpec(CacheSpec):
         """
         _, K, N, _ = q_BKNH.shape
         width = self.stored_config.read_widths[1]
-        R, S = pages.rows_IR.shape[1], self.pages_at_once * self.page
+        R, S = tables.rows_IR.shape[1], self.pages_at_once * self.page
         most = R * N if kernel is None else kernel.queries
         tile = next(rows for rows in range(R, 0, -1) if R % rows == 0 and rows * N <= most)
         tiles = R // tile
 
         def read(i: Any) -> KV:
-            return self.layer_pages(p).read(layer, self._own(pages.shared_NM[i][None]))
+            return self.layer_pages(p).read(layer, self._own(tables.shared_NM[i][None]))
 
         def positions(i: Any) -> jax.Array:
-            at_MS = pages.positions_N[i] + jnp.arange(S).reshape(-1, self.page)
-            held_M1 = pages.shared_NM[i][:, None] < self.pages
+            at_MS = tables.positions_N[i] + jnp.arange(S).reshape(-1, self.page)
+            held_M1 = tables.shared_NM[i][:, None] < self.pages
             return jnp.where(held_M1, at_MS, EMPTY).reshape(1, S)
 
         def attend(i: Any, q: jax.Array, positions_BN: jax.Array, starts_BN: jax.Array) -> Partial:
             """Attention of tiles of queries to what item i reads."""
             if kernel is not None:
-                paged = self._item_for_kernel(p, layer, pages, i, tiles)
+                paged = self._item_for_kernel(p, layer, tables, i, tiles)
                 return kernel.attend(q, paged, positions_BN, starts_BN)
-            segment = Segment(read, positions, pages.blocks_I2[i, 0], pages.blocks_I2[i, 1], ())
+            segment = Segment(read, positions, tables.blocks_I2[i, 0], tables.blocks_I2[i, 1], ())
             return self._alone(q, [segment], positions_BN, starts_BN)
 
         def body(i: Any, parts: Partial) -> Partial:
-            rows_R = pages.rows_IR[i]
+            rows_R = tables.rows_IR[i]
             # No row: a query at position -1, which sees nothing.
             of = lambda a, fill: a.at[rows_R].get(mode="fill", fill_value=fill)
             in_tiles = lambda a, *axes: a.reshape(tiles, *axes, -1)
@@ -466,19 +466,19 @@ class PrefixSpec(CacheSpec):
             )
 
         none = empty_part(q_BKNH, positions_BN[:, None, :, None], width)
-        return jax.lax.fori_loop(0, pages.items, body, none)
+        return jax.lax.fori_loop(0, tables.items, body, none)
 
     def _item_for_kernel(
-        self, p: int, layer: LayerCache, pages: Pages, i: Any, tiles: int
+        self, p: int, layer: LayerCache, tables: PageTables, i: Any, tiles: int
     ) -> PagedKV:
         """What work item i reads, as kernels read it, for each tile of its queries."""
         M, C = self.pages_at_once, self.pages_of_row
-        first, end = pages.blocks_I2[i]
-        numbers = jnp.pad(pages.shared_NM.reshape(-1), (0, C), constant_values=self.pages)
+        first, end = tables.blocks_I2[i]
+        numbers = jnp.pad(tables.shared_NM.reshape(-1), (0, C), constant_values=self.pages)
         pages_C = jax.lax.dynamic_slice_in_dim(numbers, first * M, C)
-        held = jnp.sum((pages_C < self.pages) & (jnp.arange(C) < (end - first) * M))
-        start = pages.positions_N[first]
-        item = pages_C, start, start + held * self.page
+        count = jnp.sum((pages_C < self.pages) & (jnp.arange(C) < (end - first) * M))
+        start = tables.positions_N[first]
+        item = pages_C, start, start + count * self.page
         return self._for_kernel(p, layer, *(jnp.broadcast_to(a, (tiles, *a.shape)) for a in item))
 
     def _own(self, pages_BM: jax.Array) -> jax.Array:

@@ -105,7 +105,7 @@ class ScratchSpec(CacheSpec):
 
     def settled(self, cache: Cache, notes: Sequence[Sequence[Any]], step: StepPositions) -> Cache:
         readers = tuple(map(tuple, notes))
-        return dataclasses.replace(cache, pages=Notes(readers, step.positions_BT, step.starts_BT))
+        return dataclasses.replace(cache, extra=Notes(readers, step.positions_BT, step.starts_BT))
 
     # ------------------------------------------------------------------- what candidates would lose
 

@@ -222,8 +222,8 @@ class StepPositions(NamedTuple):
     starts_BT: jax.Array  # the first position that each may see
     lengths_B: jax.Array  # tokens of each row, the new ones included
     # What only some caches need. `PrefixSpec`: its tables of the pages of each row. `EvictingSpec`: the class
-    # of each token of the vocabulary. `ScratchSpec`: nothing here; its `Cache.pages` has `Notes` of the step.
-    pages: Any = None
+    # of each token of the vocabulary. `ScratchSpec`: nothing here; its `Cache.extra` has `Notes` of the step.
+    extra: Any = None
     tokens_BT: Any = None  # the new tokens, for caches that keep some kinds of them
 
     def within(self, window: int) -> "StepPositions":

@@ -115,9 +115,9 @@ def attend(
     return Partial(*(a[:, :, 0, :N] for a in part))
 
 
-def _splits(rows: int, entries: int) -> int:
-    """Thread blocks for each row and KV head: enough for the whole GPU, a power of two."""
-    wanted = max(1, min(-(-_CORES // rows), entries // _LEAST))
+def _splits(heads: int, entries: int) -> int:
+    """Thread blocks for each of so many KV heads, of all rows: enough for the whole GPU, a power of two."""
+    wanted = max(1, min(-(-_CORES // heads), entries // _LEAST))
     return 1 << (wanted.bit_length() - 1)
 
 

@@ -22,7 +22,7 @@ from cla_jax.model.attention import EMPTY, MASKED, PagedKV, Partial
 
 QUERIES = 128  # of a KV head: their scores and sums have room in the vector memory
 _LANES = 128
-_ROWS = 16, 32  # of a tile of bfloat16, and of int8
+_SUBLANES = 16, 32  # of a tile of bfloat16, and of int8
 _TOKENS = 512  # of a step
 _BYTES = 2**21  # of a step, if there are many KV heads
 
@@ -50,11 +50,11 @@ def refusal(
             "without pages it supports one KV head; the rows of a cache of "
             f"{config.n_kv_heads} KV heads would be copied at each step"
         )
-    rows = _ROWS[format == "int8"]
-    if page is not None and page % rows:
-        return f"it needs pages of a multiple of {rows} tokens, not {page}"
+    sublanes = _SUBLANES[format == "int8"]
+    if page is not None and page % sublanes:
+        return f"it needs pages of a multiple of {sublanes} tokens, not {page}"
     if page is not None and page > (most := _BYTES // _token_bytes(config.n_kv_heads, width)):
-        return f"it supports pages of up to {most // rows * rows} tokens of this model, not {page}"
+        return f"it supports pages of up to {most // sublanes * sublanes} tokens of this model, not {page}"
     return None
 
 
@@ -83,7 +83,7 @@ def attend(
     # A row's last step may have pages that it does not see. They must be its own: nothing times NaN is NaN.
     own_BC = jnp.concatenate([kept.pages_BC, *[kept.pages_BC[:, :1]] * (steps * M - C)], axis=1)
     keys_BE = jnp.pad(kept.positions_BE, ((0, 0), (0, (steps * M - C) * S)), constant_values=EMPTY)
-    missing = (0, -N % _ROWS[0])  # queries that see nothing
+    missing = (0, -N % _SUBLANES[0])  # queries that see nothing
     N += missing[1]
     q_BKNH = jnp.pad(q_BKNH.astype(jnp.bfloat16), ((0, 0), (0, 0), missing, (0, 0)))
     positions_BN = jnp.pad(positions_BN, ((0, 0), missing), constant_values=-1)

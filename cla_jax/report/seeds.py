@@ -162,11 +162,11 @@ def _data(row: Row) -> str:
 
 def _mean(group: Sequence[Row], counting: Sequence[Row], name: str, over: Sequence[str]) -> Row:
     counting = sorted(counting, key=lambda row: row.config.seed)
-    held = {row.kv_bytes for row in counting}
-    if len(held) > 1 and not is_policy(counting[0].cache):
+    sizes = {row.kv_bytes for row in counting}
+    if len(sizes) > 1 and not is_policy(counting[0].cache):
         raise ValueError(
-            f"{counting[0].name} and others that differ in {', '.join(over)} have {min(held):,.0f} to "
-            f"{max(held):,.0f} KV bytes per token: they cannot be one row"
+            f"{counting[0].name} and others that differ in {', '.join(over)} have {min(sizes):,.0f} to "
+            f"{max(sizes):,.0f} KV bytes per token: they cannot be one row"
         )
     evaluations = [row.evaluation for row in counting if row.evaluation]
     evaluation = dataclasses.replace(
