@@ -172,7 +172,7 @@ def restore_latest(
 def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer]:
     """(step, model) of a run's newest checkpoint that verifies, on any mesh; changes nothing.
 
-    The optimiser is not read, nor is damage to it looked for. Raises ValueError if there is no
+    The optimizer is not read, nor is damage to it looked for. Raises ValueError if there is no
     checkpoint that can be trusted.
     """
     run.check_saved()
@@ -283,7 +283,7 @@ def _foreign(path: epath.Path, owner: Owner | None) -> str | None:
 
 
 def _parts(state: State) -> dict[str, dict[str, jax.Array]]:
-    """What is saved: the model apart, so that an evaluation need not read the optimiser."""
+    """What is saved: the model apart, so that an evaluation need not read the optimizer."""
     return {
         "model": named(state.model),
         "training": named({"step": state.step, "moments": state.moments}),

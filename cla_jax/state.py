@@ -1,4 +1,4 @@
-"""The state of a run: parameters, optimiser moments, step; and its layout on a mesh."""
+"""The state of a run: parameters, optimizer moments, step; and its layout on a mesh."""
 
 import contextlib
 import dataclasses

@@ -105,7 +105,7 @@ def test_who_only_reads_uses_the_one_before_and_moves_nothing(saved, tiny):
     mesh = make_mesh(MeshConfig())
     load = lambda: checkpoint.load_model(run, axis_rules(config.model, mesh), mesh)
     flip_a_byte(data_file(run.checkpoints, 4, "training"))
-    assert load()[0] == 4  # the optimiser's damage is nothing to a reader of the model
+    assert load()[0] == 4  # the optimizer's damage is nothing to a reader of the model
     flip_a_byte(data_file(run.checkpoints, 4, "model"))
     step, model = load()
     assert step == 2

@@ -31,7 +31,7 @@ def trained() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def nfc(trained) -> tokenizers.Tokenizer:
-    """As GPT-NeoX: a normaliser that changes text, an end token that is special, a template."""
+    """As GPT-NeoX: a normalizer that changes text, an end token that is special, a template."""
     inner = hf.Tokenizer.from_str(trained.to_json())
     inner.normalizer = hf.normalizers.NFC()
     inner.post_processor = hf.processors.TemplateProcessing(

@@ -292,7 +292,7 @@ def test_help_lists_experiments_and_explains_fields(capsys):
     groups = {
         "model": "The model.",
         "data": "The text and its tokens.",
-        "optimizer": "The optimiser and its schedule.",
+        "optimizer": "The optimizer and its schedule.",
         "placement": "Where and how the run computes",
     }
     plain = " ".join(re.sub("[─╭╮╰╯-]{2,}", " ", text).split())

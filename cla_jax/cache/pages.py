@@ -158,10 +158,10 @@ class GroupPages:
             full_B = (index_B + 1) * self.page <= step.lengths_B
             first_B1 = jnp.where(full_B, index_B * self.page, -1)[:, None]
             place_B = index_B % (self.ring // self.page)
-            quantised = lambda newest: self._quantised(newest, rows_B, place_B)
-            nothing = lambda newest: jax.tree.map(jnp.zeros_like, jax.eval_shape(quantised, newest))
+            quantized = lambda newest: self._quantized(newest, rows_B, place_B)
+            nothing = lambda newest: jax.tree.map(jnp.zeros_like, jax.eval_shape(quantized, newest))
             # Most steps of decoding fill no page.
-            new = jax.lax.cond(jnp.any(full_B), quantised, nothing, newest)
+            new = jax.lax.cond(jnp.any(full_B), quantized, nothing, newest)
             page_B = page_of(first_B1)[:, 0]
             into_pages = lambda held, new: held.at[page_B].set(new, mode="drop")
             return jax.tree.map(into_pages, pages, new), None
@@ -180,7 +180,7 @@ class GroupPages:
 
         return layer.each(put, kv)
 
-    def _quantised(self, newest: KV, rows_B: jax.Array, place_B: jax.Array) -> KV:
+    def _quantized(self, newest: KV, rows_B: jax.Array, place_B: jax.Array) -> KV:
         """One page of the newest tokens of each row: the one at `place_B` of its ring."""
 
         def of_page(held: jax.Array) -> jax.Array:

@@ -94,11 +94,11 @@ class Config:
     model: ModelConfig
     # The text and its tokens.
     data: DataConfig
-    # The optimiser and its schedule.
+    # The optimizer and its schedule.
     optimizer: OptimizerConfig = OptimizerConfig()
     # Sequences per step, over all devices.
     batch_size: int
-    # Optimiser steps.
+    # Optimizer steps.
     steps: int
     # Random seed of the initial weights and of the data order.
     seed: int = 0
@@ -137,7 +137,7 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens of one optimiser step, over all devices."""
+        """Target tokens of one optimizer step, over all devices."""
         return self.batch_size * self.data.seq_len
 
 

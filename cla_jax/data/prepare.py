@@ -375,7 +375,7 @@ class _Encoder:
         encoded = self.tokenizer.encode_batch_with_bytes(texts)
         by_split: dict[str, list[tokenizers.Encoded]] = {name: [] for name in SPLITS}
         for text, document in zip(texts, encoded, strict=True):
-            if len(document[0]):  # a normaliser may leave nothing of white space
+            if len(document[0]):  # a normalizer may leave nothing of white space
                 split = "held_out" if sources.is_held_out(text, self.held_out) else "train"
                 by_split[split].append(document)
         return len(texts), {

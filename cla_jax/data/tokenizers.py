@@ -102,10 +102,10 @@ class Tokenizer:
     def encode_with_bytes(self, text: str) -> Encoded:
         """The ids of a text and the UTF-8 bytes each stands for, both int32 and of one length.
 
-        The bytes are those of the text as given and sum to `len(text.encode())`, whatever the normaliser does
+        The bytes are those of the text as given and sum to `len(text.encode())`, whatever the normalizer does
         to it. Text between tokens belongs to the later one, and text after the last token to the last one. A
         character that is cut into several tokens belongs to the first of them. A text that becomes no tokens
-        at all (a normaliser that strips white space) has no bytes either.
+        at all (a normalizer that strips white space) has no bytes either.
         """
         return self.encode_batch_with_bytes([text])[0]
 
@@ -214,8 +214,8 @@ class _Words:
 def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
     """Whether the ids of a text are those of its words (`_WORD`), one after the other.
 
-    They are if only the pre-tokeniser of GPT-2 and BPE see the text, and every byte has an id. The
-    pre-tokeniser always begins a new piece before such a space, and BPE stays within a piece.
+    They are if only the pre-tokenizer of GPT-2 and BPE see the text, and every byte has an id. The
+    pre-tokenizer always begins a new piece before such a space, and BPE stays within a piece.
     """
     pieces = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
     expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -372,7 +372,7 @@ def _guarded(what: str, otherwise: type[ValueError] = ValueError) -> Iterator[No
 
 
 def _check_charsmaps(normalizer: Any) -> None:
-    """Raises ValueError for a Precompiled normaliser whose table is longer than what there is of it."""
+    """Raises ValueError for a Precompiled normalizer whose table is longer than what there is of it."""
     if not isinstance(normalizer, dict):
         return
     parts = normalizer.get("normalizers")
