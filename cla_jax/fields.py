@@ -152,14 +152,10 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         return from_dict(kinds[value["kind"]], rest, f"{name}.", value["kind"])
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, f"{name}.")
-    if typing.get_origin(hint) is tuple:  # JSON knows only lists
-        inner = typing.get_args(hint)
-        if isinstance(value, list | tuple):
-            if inner[-1] is ...:
-                inner = inner[:1] * len(value)
-            if len(inner) == len(value):
-                return tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
-        raise ValueError(f"{name} = {value!r} is not of type {hint}")
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        inner = _members(hint, len(value))
+        if len(inner) == len(value):  # JSON knows only lists
+            value = tuple(_value(name, *pair) for pair in zip(value, inner, strict=True))
     check_type(name, value, hint)
     return value
 
@@ -170,15 +166,12 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         choice(name, value, typing.get_args(hint))
         return
     if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)
-        if isinstance(value, tuple):
-            if inner[-1] is ...:
-                inner = inner[:1] * len(value)
-            if len(inner) == len(value):
-                for pair in zip(value, inner, strict=True):
-                    check_type(name, *pair)
-                return
-        raise ValueError(f"{name} = {shown(value)} is not of type {hint}")
+        inner = _members(hint, len(value)) if isinstance(value, tuple) else None
+        if inner is None or len(inner) != len(value):
+            raise ValueError(f"{name} = {shown(value)} is not of type {hint}")
+        for pair in zip(value, inner, strict=True):
+            check_type(name, *pair)
+        return
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in accepted:
         accepted += (int,)
@@ -186,6 +179,12 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         known = ", ".join(kind.__name__ for kind in variants(hint).values())
         wanted = f"must be one of {known}" if known else f"is not of type {_type_name(hint)}"
         raise ValueError(f"{name} = {shown(value)} {wanted}")
+
+
+def _members(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of the elements of a tuple with so many elements."""
+    inner = typing.get_args(hint)
+    return inner[:1] * count if inner[-1] is ... else inner
 
 
 def _type_name(hint: Any) -> str:
