@@ -25,6 +25,25 @@ def decode_bandwidth():
         return importlib.import_module("benchmarks.decode_bandwidth")
 
 
+def test_a_latent_and_mqa_have_equal_bytes_and_if_asked_equal_parameters(monkeypatch):
+    monkeypatch.setattr("launch.allocator.set_up", lambda: None)
+    latent = importlib.import_module("benchmarks.latent")
+    total = lambda config: costs.parameters(config).total
+    own = latent.models(latent.Options(layers=4))
+    equal = latent.models(latent.Options(layers=4, equal_parameters=True))
+    for kv_map in ("identity", "cla:2"):
+        mqa, wide, narrow = (
+            own[f"MQA, {kv_map}"],
+            own[f"latent, {kv_map}"],
+            equal[f"latent, {kv_map}"],
+        )
+        assert mqa.kv_elements == wide.kv_elements == narrow.kv_elements
+        assert wide.d_ff == mqa.d_ff
+        # The MLP's width is a whole number: one column more or less would be further away.
+        column = 4 * mqa.mlp.n_matrices * mqa.d_model
+        assert abs(total(narrow) - total(mqa)) <= column / 2 < total(wide) - total(mqa)
+
+
 @pytest.mark.slow
 def test_what_a_decode_step_reads_is_counted(decode_bandwidth, tmp_path):
     """The rest of what decode_bandwidth prints is time."""

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -179,6 +180,15 @@ def test_a_chunk_must_divide_the_window(session):
     model = reference.randomised(session.model)
     with pytest.raises(ValueError, match=r"chunk = 5 does not divide data.seq_len = 32"):
         cached_decoding(session, model, "dense", chunk=5)
+
+
+@pytest.mark.parametrize("windows", [0, -1])
+def test_no_windows_cannot_be_scored(session, windows):
+    model = reference.randomised(session.model)
+    for score_with in (full_forward, functools.partial(cached_decoding, format="dense", chunk=16)):
+        refused = pytest.raises(ValueError, match=f"windows = {windows} must be positive")
+        with jax.set_mesh(session.mesh), refused:
+            score_with(session, model, windows=windows)
 
 
 def recorded(run):

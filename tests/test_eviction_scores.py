@@ -82,6 +82,21 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
     assert same == Decoder.open(run).generate(text, **greedy)
 
 
+@pytest.mark.parametrize("cache", ["dense", "window:keep=0.75,recent=2"])
+def test_a_decoder_lays_out_its_weights_once(run, cache, monkeypatch):
+    laid_out = []
+
+    def counted(*args):
+        laid_out.append(args)
+        return decoding_weights(*args)
+
+    monkeypatch.setattr("cla_jax.decoder.decoding_weights", counted)
+    decoder = Decoder.open(run, cache=cache)
+    for text in ("document of words", "short ones, and more of them."):
+        decoder.generate([text], new_tokens=2, temperature=0)
+    assert len(laid_out) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -90,6 +105,7 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
         ({"formats": "window:keep=0.9", "prompt": 1.0}, "prompt = 1.0 must lie between 0 and 1"),
         ({"formats": "window:keep=0.9", "chunk": 32}, "positive multiple of chunk = 32"),
         ({"formats": "fastgen", "per_kv_layer": True}, "per_kv_layer does not support"),
+        ({"formats": "window:keep=0.9", "windows": 0}, "windows = 0 must be positive"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_compiled(run, options, words):
