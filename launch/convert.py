@@ -247,6 +247,10 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
         )
     if not 0 < command.fraction <= 1:
         raise ValueError(f"--fraction {command.fraction} must be above 0 and at most 1")
+    if command.distill_temperature != 1 and not command.distill_weight:
+        raise ValueError(
+            "--distill-temperature needs --distill-weight: without it there is no teacher"
+        )
     start = FromRun(
         run=command.run,
         init=command.init,

@@ -496,6 +496,12 @@ def test_a_source_that_cannot_be_converted_is_named_with_the_flags(
     assert words in line
 
 
+def test_a_temperature_without_a_teacher_is_refused(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        uptrained(trained, tmp_path / "x", "--distill-temperature", "2")
+    assert "--distill-temperature needs --distill-weight" in capsys.readouterr().err
+
+
 def test_a_teacher_that_could_change_is_refused(tiny):
     taught = replace(tiny(), start=FromRun(run="runs/x", distill_weight=0.5))
     with pytest.raises(ValueError, match=r"start\.checkpoint is empty.*launch\.convert uptrain"):
