@@ -552,14 +552,22 @@ def test_one_step_is_planned_for_a_slice(capsys):
 
 
 @pytest.mark.pods
-@pytest.mark.parametrize(("name", "limit"), [("v5e:16x16", 2.85), ("v5p:4x4x8", 5.6)])
-def test_the_1b_step_changes_hardly_a_layout_and_sharing_lowers_its_peak(name, limit):
+@pytest.mark.parametrize(
+    ("study", "name", "remat", "limit"),
+    [
+        ("cla_1b", "v5e:16x16", "block", 2.85),
+        ("cla_1b", "v5p:4x4x8", "block", 5.6),
+        ("cla_1b", "v5e:16x16", "dots", 12),
+        ("cla_3b", "v6e:16x16", "dots", 27.5),
+    ],
+)
+def test_the_step_changes_hardly_a_layout_and_sharing_lowers_its_peak(study, name, remat, limit):
     """docs/pods.md has the figures, of other topologies and maps too."""
     topology = topologies.topology(name)
-    plans = [
-        plan.plan(experiments.find(f"cla_1b.h128_mqa{sharing}")[0], topology)
-        for sharing in ("", "_cla2")
-    ]
+    plans = []
+    for sharing in ("", "_cla2"):
+        (config,) = experiments.find(f"{study}.h128_mqa{sharing}")
+        plans.append(plan.plan(replace(config, **{"placement.remat": remat}), topology))
     for found in plans:
         assert found.copied < 0.01 * found.traffic
         assert found.estimate == pytest.approx(found.peak, rel=0.05)

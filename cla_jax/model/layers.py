@@ -22,7 +22,7 @@ from flax import nnx
 
 from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, SwiGLU, YarnScaling
 from cla_jax.mesh import AxisRules
-from cla_jax.model.platform import per_token, rotate
+from cla_jax.model.platform import per_token, rotate, token_major
 
 Part = TypeVar("Part")
 M = TypeVar("M")
@@ -166,9 +166,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
         if self.gate is None:
-            hidden_BTF = jnp.square(jax.nn.relu(self.up(x_BTD, rules)))
+            hidden_BTF = jnp.square(jax.nn.relu(token_major(self.up(x_BTD, rules))))
         else:
-            hidden_BTF = jax.nn.silu(self.gate(x_BTD, rules)) * self.up(x_BTD, rules)
+            gate_BTF = token_major(self.gate(x_BTD, rules))
+            hidden_BTF = jax.nn.silu(gate_BTF) * token_major(self.up(x_BTD, rules))
         return self.down(hidden_BTF, rules)
 
 

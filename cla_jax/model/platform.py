@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,23 @@ def on_cpu() -> bool:
 def on_tpu() -> bool:
     """Whether the program is for a TPU."""
     return _platform() == "tpu"
+
+
+def token_major(x_BTD: jax.Array) -> jax.Array:
+    """The array [B, T, ...] with the numbers of a token side by side in a TPU's memory; else unchanged.
+
+    For what one loop saves and another reads. XLA chooses the layout of the first loop by what writes there,
+    often with positions as the fastest axis. The second loop then copies every array that it reads.
+    """
+    # A tile holds 8 rows, so one position of each row would be padded to 8.
+    if not on_tpu() or x_BTD.shape[1] == 1:
+        return x_BTD
+    lay_out = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))
+    sharding = jax.typeof(x_BTD).sharding
+    if sharding.mesh.empty:
+        return lay_out(x_BTD)
+    # The compiler cannot partition the constraint, so each device sets its own.
+    return jax.shard_map(lay_out, out_specs=sharding.spec, check_vma=False)(x_BTD)
 
 
 def describe(device: Any) -> tuple[str, float]:

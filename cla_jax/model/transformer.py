@@ -46,7 +46,7 @@ from cla_jax.model.layers import (
     normal_param,
     shard_sequence,
 )
-from cla_jax.model.platform import on_cpu
+from cla_jax.model.platform import on_cpu, token_major
 
 # Rematerialised groups of up to this many blocks are unrolled, even under a scan of groups.
 UNROLLED = 4
@@ -185,6 +185,7 @@ class Group(nnx.Module):
         def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             use = lambda module: gather(module, context.rules, x_BTD.dtype)
             read = kv
+            x_BTD = token_major(x_BTD)
             if several:
                 x_BTD, block, read = gradients_together((x_BTD, block, kv))
             x_BTD = use(block).attention(x_BTD, read, context)
