@@ -22,7 +22,7 @@ from flax import nnx
 
 from cla_jax.config import LinearScaling, Llama3Scaling, ModelConfig, NoScaling, SwiGLU, YarnScaling
 from cla_jax.mesh import AxisRules
-from cla_jax.model.platform import per_token, rotate, token_major
+from cla_jax.model.platform import per_token, rotate
 
 Part = TypeVar("Part")
 M = TypeVar("M")
@@ -164,12 +164,17 @@ class Mlp(nnx.Module):
         self.up: LinearMap = Linear(up, "BTD,DF->BTF", config)
         self.down: LinearMap = Linear(down, "BTF,FD->BTD", config)
 
-    def __call__(self, x_BTD: jax.Array, rules: AxisRules) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rules: AxisRules,
+        saved: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ) -> jax.Array:
         if self.gate is None:
-            hidden_BTF = jnp.square(jax.nn.relu(token_major(self.up(x_BTD, rules))))
+            hidden_BTF = jnp.square(jax.nn.relu(saved(self.up(x_BTD, rules))))
         else:
-            gate_BTF = token_major(self.gate(x_BTD, rules))
-            hidden_BTF = jax.nn.silu(gate_BTF) * token_major(self.up(x_BTD, rules))
+            gate_BTF = saved(self.gate(x_BTD, rules))
+            hidden_BTF = jax.nn.silu(gate_BTF) * saved(self.up(x_BTD, rules))
         return self.down(hidden_BTF, rules)
 
 

@@ -39,8 +39,7 @@ def token_major(x_BTD: jax.Array) -> jax.Array:
     For what one loop saves and another reads. XLA chooses the layout of the first loop by what writes there,
     often with positions as the fastest axis. The second loop then copies every array that it reads.
     """
-    # A tile holds 8 rows, so one position of each row would be padded to 8.
-    if not on_tpu() or x_BTD.shape[1] == 1:
+    if not on_tpu():
         return x_BTD
     lay_out = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))
     sharding = jax.typeof(x_BTD).sharding
