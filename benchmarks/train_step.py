@@ -14,6 +14,7 @@ tells: on a quiet machine it is near --threads for every row.
     python -m benchmarks.train_step --shape 7m --rounds 9
     python -m benchmarks.train_step --only ours              no torch needed
     python -m benchmarks.train_step --only ours ours-cla2 torch torch-compile
+    python -m benchmarks.train_step --only ours matmul --threads 1     how near the bound it is
 
 Rows:
     ours            make_step with the identity map, the default placement
@@ -22,6 +23,7 @@ Rows:
     ours-cla2       kv_map cla:2: every second layer reads the keys and values of the one before
     torch           LlamaForCausalLM, eager, sdpa, fused AdamW
     torch-compile   the same under torch.compile (needs a C++ compiler)
+    matmul          the matrix products of a step and nothing else: a bound for `ours`
 """
 
 import dataclasses
@@ -67,9 +69,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "ours-cla2": OURS | {"kv_map": "cla:2"},
     "torch": TORCH,
     "torch-compile": TORCH | {"compile": True},
+    "matmul": {"script": "train_matmul.py"},
 }
 
-Row = Literal["ours", "ours-unrolled", "ours-scanned", "ours-cla2", "torch", "torch-compile"]
+Row = Literal[
+    "ours", "ours-unrolled", "ours-scanned", "ours-cla2", "torch", "torch-compile", "matmul"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ def main(options: Options) -> None:
     for name in options.shape:
         results[name] = measure(name, options)
         rows = results[name]["rows"]
-        bases = [base for base in ("torch", "torch-compile", "ours") if base in rows]
+        bases = [base for base in ("torch", "torch-compile", "matmul", "ours") if base in rows]
         for values in rows.values():
             speeds = values["tokens_per_s"]
             values["ratio_to"] = {base: ratio(speeds, rows[base]["tokens_per_s"]) for base in bases}
