@@ -42,6 +42,19 @@ def nfc(trained) -> tokenizers.Tokenizer:
     return tokenizers.load(inner.to_str(), END)
 
 
+@pytest.fixture(scope="module")
+def digits_cut(trained) -> list[tokenizers.Tokenizer]:
+    """As SmolLM2: digits are cut off first, one by one or as a whole number."""
+    made = []
+    for individual in (True, False):
+        inner = hf.Tokenizer.from_str(trained.to_json())
+        cut = hf.pre_tokenizers.Digits(individual_digits=individual)
+        pieces = [cut, hf.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        inner.pre_tokenizer = hf.pre_tokenizers.Sequence(pieces)
+        made.append(tokenizers.load(inner.to_str(), END))
+    return made
+
+
 @pytest.fixture(params=["byte", "trained", "nfc"])
 def tokenizer(request) -> tokenizers.Tokenizer:
     if request.param == "byte":
@@ -79,14 +92,15 @@ def test_any_text_comes_back_and_bytes_add_up(trained, nfc, text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(" \n\t\x1c\x85\u00a0\u3000aB1'.,_é漢😀", max_size=12), max_size=4))
-def test_word_by_word_is_what_the_whole_text_gives(trained, texts):
+@given(st.lists(st.text(" \n\t\x1c\x85\u00a0\u3000aB12½'.,_é漢😀", max_size=12), max_size=4))
+def test_word_by_word_is_what_the_whole_text_gives(trained, digits_cut, texts):
     """Cut at some spaces, and some words remembered from the examples before."""
-    assert trained._words
-    whole = tokenizers._encoded(trained._inner, texts)
-    for (ids, n_bytes), expected in zip(trained._words.encode(texts), whole, strict=True):
-        np.testing.assert_array_equal(ids, expected[0])
-        np.testing.assert_array_equal(n_bytes, expected[1])
+    for tokenizer in (trained, *digits_cut):
+        assert tokenizer._words
+        whole = tokenizers._encoded(tokenizer._inner, texts)
+        for (ids, n_bytes), expected in zip(tokenizer._words.encode(texts), whole, strict=True):
+            np.testing.assert_array_equal(ids, expected[0])
+            np.testing.assert_array_equal(n_bytes, expected[1])
 
 
 def test_words_are_forgotten_when_there_are_many(trained, monkeypatch):
@@ -98,7 +112,9 @@ def test_words_are_forgotten_when_there_are_many(trained, monkeypatch):
         assert len(words._ids) < 70
 
 
-@pytest.mark.parametrize("change", ["normalizer", "post_processor", "prefix", "added token"])
+@pytest.mark.parametrize(
+    "change", ["normalizer", "post_processor", "prefix", "order", "added token"]
+)
 def test_only_tokenizers_that_see_words_alone_work_word_by_word(trained, change):
     inner = hf.Tokenizer.from_str(trained.to_json())
     if change == "normalizer":
@@ -107,6 +123,9 @@ def test_only_tokenizers_that_see_words_alone_work_word_by_word(trained, change)
         inner.post_processor = hf.processors.ByteLevel()
     elif change == "prefix":
         inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "order":
+        pieces = [hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.pre_tokenizers.Digits()]
+        inner.pre_tokenizer = hf.pre_tokenizers.Sequence(pieces)
     else:
         inner.add_tokens(["the Congress"])  # a space in it: two words are one token
     tokenizer = tokenizers.load(inner.to_str(), END)

@@ -215,14 +215,17 @@ def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> boo
     """Whether the ids of a text are those of its words (`_WORD`), one after the other.
 
     They are if only the pre-tokenizer of GPT-2 and BPE see the text, and every byte has an id. The
-    pre-tokenizer always begins a new piece before such a space, and BPE stays within a piece.
+    pre-tokenizer always begins a new piece before such a space, and BPE stays within a piece. Digits may be
+    cut off before it, as in SmolLM2: a cut at a digit depends on no other character.
     """
-    pieces = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
+    state = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
+    pieces = state.get("pretokenizers", [state]) if state else []
+    kinds = [piece["type"] for piece in pieces]
     expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
         isinstance(inner.model, models.BPE)
-        and bool(pieces)
-        and {key: pieces.get(key) for key in expected} == expected
+        and kinds in (["ByteLevel"], ["Digits", "ByteLevel"])
+        and {key: pieces[-1].get(key) for key in expected} == expected
         and inner.normalizer is None
         and inner.post_processor is None
         and all(token.special for token in inner.get_added_tokens_decoder().values())
