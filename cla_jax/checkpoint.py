@@ -20,7 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -192,6 +194,18 @@ def load_model(run: Run, rules: AxisRules, mesh: Mesh) -> tuple[int, Transformer
 def fingerprint(run: Run, step: int) -> str:
     """Tells a checkpoint from another one of the same step: of its files' checksums."""
     return digest(_read_manifest(run.checkpoints / f"{step:08d}"))
+
+
+def weights_fingerprint(model: Transformer) -> str:
+    """Tells weights from others, wherever and however they are stored. Each array is read to the host."""
+    hashed = hashlib.sha256()
+    for name, array in sorted(named(model).items()):
+        if not array.is_fully_addressable:  # parts of it are on other hosts
+            array = multihost_utils.process_allgather(array, tiled=True)
+        array = np.asarray(array)
+        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hashed.update(array.tobytes())
+    return hashed.hexdigest()
 
 
 def _restore(

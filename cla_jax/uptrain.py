@@ -37,15 +37,16 @@ def check_tokenizers(run: runs.Run, prepared: Corpus) -> None:
 
 
 def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
-    """The model of the other run on a mesh. Raises ValueError if its checkpoint is not the one asked for."""
+    """The model of the other run on a mesh. Raises ValueError if its weights are not the ones asked for."""
     run = source(start)
     step, model = checkpoint.load_model(run, rules, mesh)
-    fingerprint = checkpoint.fingerprint(run, step)
-    if start.checkpoint and fingerprint != start.checkpoint:
-        raise ValueError(
-            f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path} (step {step}, "
-            f"{fingerprint}): that run was trained further, or altered"
-        )
+    if start.checkpoint and start.checkpoint != checkpoint.fingerprint(run, step):
+        found = checkpoint.weights_fingerprint(model)
+        if start.checkpoint != found:
+            raise ValueError(
+                f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path} (step "
+                f"{step}, {found}): that run was trained further, or altered"
+            )
     return model
 
 
@@ -374,7 +375,8 @@ def with_least_damage(
 
 
 def pinned(start: FromRun) -> FromRun:
-    """The start with the checkpoint named that is the newest now."""
-    run = source(start)
-    step = runs.saved_steps(run.checkpoints)[-1]
-    return dataclasses.replace(start, checkpoint=checkpoint.fingerprint(run, step))
+    """The start with the weights named that are the newest now."""
+    run, mesh = source(start), _one_device()
+    with jax.set_mesh(mesh):
+        _, model = checkpoint.load_model(run, meshes.axis_rules(run.config().model, mesh), mesh)
+    return dataclasses.replace(start, checkpoint=checkpoint.weights_fingerprint(model))

@@ -31,9 +31,10 @@ from experiments.sweeping import Trials
 
 CORPUS = "jsonl:data/enwik8/prose.jsonl"
 SOURCE = "runs/recovery/source/h32_mha"
-# Its checksum is in the identity of all runs that start from it. Another training of the source has another
-# one: `launch.convert uptrain runs/recovery/source/h32_mha X --fraction 0.05` writes it to the config of X.
-CHECKPOINT = "718c8d7f3c09ddf211368eb0442fd3f720105ca3f56fc732a49f39b346db6d21"
+# The checksum of its weights, in the identity of all runs that start from it. The same training with the same
+# versions and kind of processor has it again. If yours differs, `launch.convert uptrain
+# runs/recovery/source/h32_mha X --fraction 0.05` writes it to the config of X.
+CHECKPOINT = "557c7885771d2efab18053a338272181183fba7c25852e4817ebb8d3f98defed"
 STEPS, FRACTION = 4000, 0.05
 
 

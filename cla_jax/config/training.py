@@ -173,7 +173,7 @@ class FromRun:
     kind: Literal["run"] = dataclasses.field(default="run", init=False)
     # The directory of the other run.
     run: str = ""
-    # The checksum of its checkpoint; empty for the newest checkpoint.
+    # The checksum of its weights; empty for the newest checkpoint. Older configs have that of its files.
     checkpoint: str = ""
     # How several KV heads become one. own: the producer's first head. mean: their mean. renormalized: the
     # mean, scaled to the mean norm of the heads. aligned: the mean of the heads after rotations that align
