@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from cla_jax import checkpoint, conversion, layerwise, runs, start, uptrain
 from cla_jax import mesh as meshes
@@ -568,6 +570,34 @@ def test_another_checkpoint_than_the_one_named_is_refused(trained, devices):
         ValueError, match=r"start.checkpoint = 0+ is not the newest checkpoint of .*step 40"
     ):
         uptrain.load(FromRun(run=str(trained.path), checkpoint="0" * 8), AxisRules(), mesh)
+
+
+def test_a_start_is_known_by_its_weights_however_they_are_stored(trained, tmp_path, devices):
+    """Orbax writes other bytes for equal weights. Older configs name the checksum of the files."""
+    devices(1)
+    model = model_of(trained.path)
+    again = runs.Run(epath.Path(tmp_path / "again"))
+    shutil.copytree(trained.path, again.path, ignore=shutil.ignore_patterns("checkpoints"))
+
+    def store(weights: Transformer) -> str:
+        checkpointer = checkpoint.Checkpointer(again.checkpoints, 1, trained.owner)
+        checkpointer.save_model(40, weights)
+        checkpointer.close()
+        return checkpoint.fingerprint(again, 40)
+
+    def load(known: str) -> Transformer:
+        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            return uptrain.load(FromRun(run=str(again.path), checkpoint=known), AxisRules(), mesh)
+
+    weights = checkpoint.weights_fingerprint(model)
+    files = store(model)
+    assert files != checkpoint.fingerprint(trained, 40)
+    assert named(load(weights)).keys() == named(load(files)).keys() == named(model).keys()
+    shutil.rmtree(again.checkpoints)
+    store(jax.tree.map(lambda a: a * 1.001, model))
+    with pytest.raises(ValueError, match="that run was trained further, or altered"):
+        load(weights)
 
 
 def test_a_start_is_two_flags():
