@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Tokenizer:
         self.end: int = vocabulary[end_token]
         self.size: int = max(vocabulary.values()) + 1  # ids, unused ones below the last included
         self._is_byte = inner.to_str() == _byte_level(end_token).to_str()
-        self._words = _Words(inner) if _is_by_words(inner, vocabulary) else None
+        self._words = _Words(inner, vocabulary) if _is_by_words(inner) else None
         if self.end in self.encode(f"{end_token} {end_token}"):
             raise ValueError(
                 f"data.end_token = {end_token!r}: this tokenizer can make it from the text of a document; "
@@ -164,8 +164,11 @@ class _Words:
     The library takes some hundred nanoseconds for a byte of text, a word that is known a few.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    def __init__(self, inner: tokenizers.Tokenizer, vocabulary: Mapping[str, int]):
         self._inner = inner
+        # Bytes that have a token. A byte without one becomes no id, and counts with the token after it: that
+        # may be in the next word, so such a text is encoded as a whole.
+        self._covered = bytes(byte for byte, name in _names_of_bytes() if name in vocabulary)
         self._forget()
 
     def _forget(self) -> None:
@@ -175,6 +178,13 @@ class _Words:
         self._ends = np.zeros(0, np.int64)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        odd = [bool(text.encode().translate(None, self._covered)) for text in texts]
+        if any(odd):
+            whole = iter(_encoded(self._inner, list(itertools.compress(texts, odd))))
+            rest = iter(
+                self.encode([text for text, is_odd in zip(texts, odd, strict=True) if not is_odd])
+            )
+            return [next(whole if is_odd else rest) for is_odd in odd]
         if len(self._ids) > _REMEMBERED_IDS:
             self._forget()
         words = list(map(_WORD.findall, texts))
@@ -211,12 +221,21 @@ class _Words:
         self._ends = np.concatenate([self._ends, ends])
 
 
-def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
+def _names_of_bytes() -> list[tuple[int, str]]:
+    """The character that stands for each byte in GPT-2's vocabulary: itself, if it can be printed."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [(byte, chr(byte)) for byte in printable] + [
+        (b, chr(256 + i)) for i, b in enumerate(others)
+    ]
+
+
+def _is_by_words(inner: tokenizers.Tokenizer) -> bool:
     """Whether the ids of a text are those of its words (`_WORD`), one after the other.
 
-    They are if only the pre-tokenizer of GPT-2 and BPE see the text, and every byte has an id. The
-    pre-tokenizer always begins a new piece before such a space, and BPE stays within a piece. Digits may be
-    cut off before it, as in SmolLM2: a cut at a digit depends on no other character.
+    They are if only the pre-tokenizer of GPT-2 and BPE see the text. The pre-tokenizer always begins a new
+    piece before such a space, and BPE stays within a piece. Digits may be cut off before it, as in SmolLM2: a
+    cut at a digit depends on no other character.
     """
     state = inner.pre_tokenizer and json.loads(inner.pre_tokenizer.__getstate__())
     pieces = state.get("pretokenizers", [state]) if state else []
@@ -229,7 +248,6 @@ def _is_by_words(inner: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> boo
         and inner.normalizer is None
         and inner.post_processor is None
         and all(token.special for token in inner.get_added_tokens_decoder().values())
-        and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
     )
 
 
