@@ -17,8 +17,9 @@ from cla_jax.model.layers import is_param
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of update `step`, counted from 0: linear warm-up, then as the schedule's config says.
 
-    The number of steps of a fraction is rounded, but a decay has at least one. The first update has a nonzero
-    rate, 1/warmup of the peak. The last one of a schedule that falls uses the floor, if a step is left.
+    The number of steps of a fraction is rounded. A decay has at least one, unless the warm-up takes all. The
+    first update has a nonzero rate, 1/warmup of the peak. The last one of a schedule that falls uses the
+    floor, if a step is left.
     """
     chosen, peak = config.schedule, config.peak_lr
     warmup = round(chosen.warmup_fraction * steps)

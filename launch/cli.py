@@ -294,9 +294,12 @@ def read(
         return tyro.cli(kind, registry=_FORMS, **options)
 
 
-def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
+def read_config(
+    config: Config, argv: Sequence[str], check_effects: bool = True, **options: Any
+) -> Config:
     """A config with the fields of a command line put in; `options` are those of `read`.
 
+    With `check_effects`, it raises ValueError for a flag that changes a field without an effect.
     `--optimizer.schedule.kind wsd` comes first, wherever it stands: it decides what other flags there are.
     """
     options["description"] = (
@@ -322,28 +325,48 @@ def read_config(config: Config, argv: Sequence[str], **options: Any) -> Config:
         if operator.attrgetter(f"{field}.kind")(config) not in kinds
     }
     options |= {"config": (tyro.conf.AvoidSubcommands,), "elsewhere": elsewhere}
-    config = read(Config, default=config, args=rest, **options)
-    refuse_unused(config, argv)
-    return config
+    changed = read(Config, default=config, args=rest, **options)
+    if check_effects:
+        refuse_unused(unused_flags(config, changed, argv))
+    return changed
 
 
-def refuse_unused(config: Config, argv: Sequence[str]) -> None:
-    """Raises ValueError for a flag of a field that has no effect, because another field has its value."""
+def unused_flags(before: Config, config: Config, argv: Sequence[str]) -> dict[str, str]:
+    """The flags that changed a field without an effect on this config, and the reason of each."""
     given = {word.partition("=")[0].replace("_", "-") for word in argv}
-    for field, reason in _unused(config):
-        if _flag(field) in given:
-            raise ValueError(f"{_flag(field)} would have no effect: {reason}")
+    missing = object()  # the field of another kind
+
+    def value(config: Config, field: str) -> Any:
+        try:
+            return operator.attrgetter(field)(config)
+        except AttributeError:
+            return missing
+
+    # A config with a mixture keeps no source, whatever is given.
+    changed = lambda field: (
+        value(config, field) in ("", missing) or (value(before, field) != value(config, field))
+    )
+    return {
+        _flag(field): reason
+        for field, reason in _unused(config)
+        if _flag(field) in given and changed(field)
+    }
+
+
+def refuse_unused(unused: Mapping[str, str]) -> None:
+    """Raises ValueError for a flag without an effect."""
+    for flag, reason in unused.items():
+        raise ValueError(f"{flag} would have no effect: {reason}")
 
 
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
     """The fields that have no effect because of others, and the reason of each."""
     start, schedule = config.start, config.optimizer.schedule
     if config.data.mixture:
-        removes = "--data.mixture without a value removes the mixture"
-        yield "data.source", f"each component of a mixture has its own source; {removes}"
-    if config.placement.mesh.auto:
-        for axis in ("data", "fsdp", "model"):
-            yield f"placement.mesh.{axis}", "--placement.mesh.auto chooses it"
+        instead = (
+            "--data.mixture without a value removes the mixture, together with a --data.source"
+        )
+        yield "data.source", f"each component of a mixture has its own source; {instead}"
     if isinstance(schedule, WSD) and not schedule.decay_fraction:
         yield "optimizer.schedule.final_fraction", "--optimizer.schedule.decay-fraction is 0"
     if isinstance(start, FromRun):

@@ -121,7 +121,7 @@ def test_word_by_word_is_what_the_whole_text_gives(trained, digits_cut, texts):
 
 def test_words_are_forgotten_when_there_are_many(trained, monkeypatch):
     monkeypatch.setattr(tokenizers, "_REMEMBERED_IDS", 50)
-    words = tokenizers._Words(trained._inner, trained._inner.get_vocab())
+    words = tokenizers._Words(trained._inner)
     for i in range(40):
         words.encode([f"{i} words {i + 1}"])
         assert len(words._numbers) < 60
@@ -139,6 +139,8 @@ def test_only_tokenizers_that_see_words_alone_work_word_by_word(trained, change)
         inner.post_processor = hf.processors.ByteLevel()
     elif change == "prefix":
         inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "suffix":
+        inner.model.end_of_word_suffix = "</w>"
     elif change == "order":
         pieces = [hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.pre_tokenizers.Digits()]
         inner.pre_tokenizer = hf.pre_tokenizers.Sequence(pieces)

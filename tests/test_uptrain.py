@@ -593,7 +593,9 @@ def test_a_start_is_known_by_its_weights_however_they_are_stored(trained, tmp_pa
     weights = checkpoint.weights_fingerprint(model)
     files = store(model)
     assert files != checkpoint.fingerprint(trained, 40)
-    assert named(load(weights)).keys() == named(load(files)).keys() == named(model).keys()
+    for known in (weights, files):
+        for name, array in named(load(known)).items():
+            np.testing.assert_array_equal(array, named(model)[name])
     shutil.rmtree(again.checkpoints)
     store(jax.tree.map(lambda a: a * 1.001, model))
     with pytest.raises(ValueError, match="that run was trained further, or altered"):

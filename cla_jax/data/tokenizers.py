@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Tokenizer:
         self.end: int = vocabulary[end_token]
         self.size: int = max(vocabulary.values()) + 1  # ids, unused ones below the last included
         self._is_byte = inner.to_str() == _byte_level(end_token).to_str()
-        self._words = _Words(inner, vocabulary) if _is_by_words(inner) else None
+        self._words = _Words(inner) if _is_by_words(inner) else None
         if self.end in self.encode(f"{end_token} {end_token}"):
             raise ValueError(
                 f"data.end_token = {end_token!r}: this tokenizer can make it from the text of a document; "
@@ -164,8 +164,9 @@ class _Words:
     The library takes some hundred nanoseconds for a byte of text, a word that is known a few.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocabulary: Mapping[str, int]):
+    def __init__(self, inner: tokenizers.Tokenizer):
         self._inner = inner
+        vocabulary = inner.get_vocab(with_added_tokens=False)
         # Bytes that have a token. A byte without one becomes no id, and counts with the token after it: that
         # may be in the next word, so such a text is encoded as a whole.
         self._covered = bytes(byte for byte, name in _names_of_bytes() if name in vocabulary)
@@ -178,7 +179,8 @@ class _Words:
         self._ends = np.zeros(0, np.int64)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        odd = [bool(text.encode().translate(None, self._covered)) for text in texts]
+        uncovered = lambda text: text.encode(errors="surrogatepass").translate(None, self._covered)
+        odd = [bool(uncovered(text)) for text in texts]
         if any(odd):
             whole = iter(_encoded(self._inner, list(itertools.compress(texts, odd))))
             rest = iter(
@@ -243,6 +245,7 @@ def _is_by_words(inner: tokenizers.Tokenizer) -> bool:
     expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
         isinstance(inner.model, models.BPE)
+        and not (inner.model.end_of_word_suffix or inner.model.continuing_subword_prefix)
         and kinds in (["ByteLevel"], ["Digits", "ByteLevel"])
         and {key: pieces[-1].get(key) for key in expected} == expected
         and inner.normalizer is None

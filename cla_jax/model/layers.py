@@ -168,13 +168,13 @@ class Mlp(nnx.Module):
         self,
         x_BTD: jax.Array,
         rules: AxisRules,
-        saved: Callable[[jax.Array], jax.Array] = lambda x: x,
+        lay_out: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> jax.Array:
         if self.gate is None:
-            hidden_BTF = jnp.square(jax.nn.relu(saved(self.up(x_BTD, rules))))
+            hidden_BTF = jnp.square(jax.nn.relu(lay_out(self.up(x_BTD, rules))))
         else:
-            gate_BTF = saved(self.gate(x_BTD, rules))
-            hidden_BTF = jax.nn.silu(gate_BTF) * saved(self.up(x_BTD, rules))
+            gate_BTF = lay_out(self.gate(x_BTD, rules))
+            hidden_BTF = jax.nn.silu(gate_BTF) * lay_out(self.up(x_BTD, rules))
         return self.down(hidden_BTF, rules)
 
 

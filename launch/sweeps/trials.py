@@ -19,7 +19,7 @@ from cla_jax import chips, directories, extras, fields, files, names, runs
 from cla_jax.config import Config
 from cla_jax.messages import near_choice
 from experiments.sweeping import Pending, Result
-from launch.cli import read_config, refuse_unused
+from launch.cli import read_config, refuse_unused, unused_flags
 from launch.sweeps import records, tpus
 from launch.sweeps.records import Record
 from launch.sweeps.retry import Retry
@@ -111,7 +111,8 @@ def make(
       dry: leave the sweep's own files alone, working on a copy.
 
     Raises:
-      ValueError: for an unknown sweep or field, a name that is given twice or cannot be a directory.
+      ValueError: for an unknown sweep or field, a flag without an effect on any trial, a name that is given
+        twice or cannot be a directory.
     """
     function = experiments.find_sweep(sweep)
     trials: dict[str, Trial] = {}
@@ -132,6 +133,7 @@ def make(
                 f"`python -m launch.train {sweep}`"
             )
         waits_for, returned, answer = "", None, None
+        unused: dict[str, str] | None = None  # flags without an effect on any trial so far
         while True:
             try:
                 name, config = generator.send(answer)  # type: ignore  # None the first time
@@ -142,7 +144,10 @@ def make(
                 returned = end.value
                 break
             _check_name(name, trials)
-            config = dataclasses.replace(change(config), name=f"{sweep_name(sweep)}/{name}")
+            changed = change(config)
+            found = unused_flags(config, changed, overrides)
+            unused = {flag: why for flag, why in found.items() if unused is None or flag in unused}
+            config = dataclasses.replace(changed, name=f"{sweep_name(sweep)}/{name}")
             here = _directory(config, sweep)
             if directory not in (None, here):
                 raise ValueError(
@@ -157,6 +162,7 @@ def make(
             unread = unread or (_unreadable(here) if dry else "")
             unknown = Result(name=name, config=config)
             answer = unknown if result is None or unread else result(config)
+    refuse_unused(unused or {})
     if directory is None:
         raise ValueError(f"{sweep} has no trial to launch{waits_for and f': {waits_for}'}")
     return LaunchPlan(
@@ -238,7 +244,7 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
     def change(config: Config) -> Config:
         if not given:
             usage = "python -m launch.sweep NAME [FLAGS] --"
-            parsed = read_config(config, overrides, prog=usage)
+            parsed = read_config(config, overrides, check_effects=False, prog=usage)
             flags = [
                 flag[2:].partition("=")[0].replace("-", "_")
                 for flag in overrides
@@ -250,9 +256,7 @@ def _changes(overrides: Sequence[str]) -> Callable[[Config], Config]:
                 for field in (flag, positive):
                     with contextlib.suppress(AttributeError):
                         given[field] = operator.attrgetter(field)(parsed)
-        changed = fields.replaced(config, given)
-        refuse_unused(changed, overrides)
-        return changed
+        return fields.replaced(config, given)
 
     return change
 
