@@ -14,7 +14,7 @@ tells: on a quiet machine it is near --threads for every row.
     python -m benchmarks.train_step --shape 7m --rounds 9
     python -m benchmarks.train_step --only ours              no torch needed
     python -m benchmarks.train_step --only ours ours-cla2 torch torch-compile
-    python -m benchmarks.train_step --only ours matmul --threads 1     how near the bound it is
+    python -m benchmarks.train_step --only ours matmul --threads 1     the share of the products
 
 Rows:
     ours            make_step with the identity map, the default placement
@@ -23,7 +23,7 @@ Rows:
     ours-cla2       kv_map cla:2: every second layer reads the keys and values of the one before
     torch           LlamaForCausalLM, eager, sdpa, fused AdamW
     torch-compile   the same under torch.compile (needs a C++ compiler)
-    matmul          the matrix products of a step and nothing else: a bound for `ours`
+    matmul          the matrix products of a step and nothing else
 """
 
 import dataclasses
