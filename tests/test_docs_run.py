@@ -243,6 +243,8 @@ def run(command):
         if module.startswith("benchmarks."):
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(sys, "argv", [module, *argv])
+                # The tests have several devices; a contestant has a process and one device.
+                patched.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
                 # Both are for a process of its own.
                 patched.setattr("launch.allocator.set_up", lambda: None)
                 patched.setattr(jax, "clear_caches", lambda: None)
