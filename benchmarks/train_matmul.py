@@ -64,11 +64,10 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         return {"loss": None}
 
     steps(1)  # compiles
-    flops = 3 * sum(2 * n * r * k * c for n, r, k, c in sizes)
     shape = spec["shape"]
     matrices = sum(k * c for n, _, k, c in sizes if n == 1)
     parameters = matrices + shape["d_model"] * (2 * shape["n_layers"] + 1)
-    about = {"parameters": parameters, "flops": flops, "loss": None}
+    about = {"parameters": parameters, "loss": None}
     return Contestant(steps, about | {"versions": versions("jax", "jaxlib")})
 
 

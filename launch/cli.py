@@ -344,7 +344,7 @@ def unused_flags(before: Config, config: Config, argv: Sequence[str]) -> dict[st
 
     # A config with a mixture keeps no source, whatever is given.
     changed = lambda field: (
-        value(config, field) in ("", missing) or (value(before, field) != value(config, field))
+        value(config, field) == "" or value(before, field) != value(config, field)
     )
     return {
         _flag(field): reason

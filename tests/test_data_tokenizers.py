@@ -65,7 +65,7 @@ def test_every_byte_has_the_name_that_the_library_gives_it():
     names = dict(tokenizers._names_of_bytes())
     assert sorted(names.values()) == sorted(hf.pre_tokenizers.ByteLevel.alphabet())
     for character in "a é漢\n😀\x04":
-        (((name, _),)) = hf.pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(
+        ((name, _),) = hf.pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(
             character
         )
         assert name == "".join(names[byte] for byte in character.encode())

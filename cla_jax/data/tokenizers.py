@@ -180,7 +180,7 @@ class _Words:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         uncovered = lambda text: text.encode(errors="surrogatepass").translate(None, self._covered)
-        odd = [bool(uncovered(text)) for text in texts]
+        odd = [len(self._covered) < 256 and bool(uncovered(text)) for text in texts]
         if any(odd):
             whole = iter(_encoded(self._inner, list(itertools.compress(texts, odd))))
             rest = iter(
