@@ -92,6 +92,35 @@ def test_attention_reads_what_is_seen_not_the_capacity(name, start, length, monk
     assert sum(blocks) * spec.block(0) < length - start + 2 * spec.block(0)
 
 
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("name", FORMATS)
+def test_attention_in_smaller_blocks_is_the_same(name, window, monkeypatch):
+    """Rows of different lengths, whose tokens were written 100 at a time."""
+    config = replace(MODEL, kv_map="identity", n_layers=1, windows=str(window))
+    spec = cache_spec(config, name, batch=2, capacity=1100, chunk=100)
+    assert spec.is_ring(0) == (window > 0)
+    (layer,), q = spec.allocate().kv_layers, jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 8))
+    starts = lambda positions: jnp.maximum(positions - window + 1, 0) if window else 0 * positions
+    for i in range(10):
+        positions = 100 * i + jnp.arange(100) - jnp.array([[0], [530]])
+        step = StepPositions(positions, starts(positions), positions.max(axis=1) + 1)
+        kv = KV(*(jax.random.normal(jax.random.key(i + n), (2, 100, 1, 8)) for n in (1, 100)))
+        layer = spec.write(0, layer, kv, step)
+    newest = step.positions_BT[:, -1:]
+    step = StepPositions(newest, starts(newest), step.lengths_B)
+    expected, sizes = spec.attend(0, layer, q, step), []
+
+    def of_32(entries, queries, width):
+        sizes.append((entries, queries, width))
+        return 32
+
+    monkeypatch.setattr(caches, "entries_at_once", of_32)
+    found = spec.attend(0, layer, q, step)
+    assert sizes == [(spec.block(0), 2, 2 * 8)]
+    assert float(abs(found).max()) > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def test_padding_and_positions_beyond_the_end_are_dropped():
     """dynamic_update_slice would clamp them onto the last entries without a word."""
     part = Entries(8, ring=False, block=8)

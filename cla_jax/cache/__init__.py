@@ -38,6 +38,7 @@ from cla_jax.model.attention import (
     attend_segments,
 )
 from cla_jax.model.layers import axes
+from cla_jax.model.platform import entries_at_once
 
 
 class CacheFormat(Protocol):
@@ -302,7 +303,11 @@ class CacheSpec:
         # Padding sees nothing, and must not make others read from the beginning. So it counts as `capacity`,
         # which no other query starts at: the minimum is that only if all queries are padding.
         first = jnp.min(jnp.where(step.positions_BT >= 0, step.starts_BT, self.capacity))
-        segments = self.formats[p].segments(layer, step.lengths_B, first, self._here(p))
+        B, T, K, G, _ = q_BTKGH.shape
+        entries, width = self._here(p), B * K * max(self.stored_config.kept_widths)
+        block = entries_at_once(entries.block, T * G, width)
+        entries = dataclasses.replace(entries, block=block)
+        segments = self.formats[p].segments(layer, step.lengths_B, first, entries)
         kernel = self._kernel(p, layer, q_BTKGH, step)
         o_BTKGH = attend_segments(
             self._padded(q_BTKGH),

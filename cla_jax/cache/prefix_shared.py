@@ -347,9 +347,9 @@ class PrefixSpec(CacheSpec):
         shared: Partial,
     ) -> Partial:
         """`shared`, and what rows read alone: some rows after the other, up to the longest of them."""
-        B = len(q_BKNH)
+        B, K, _, _ = q_BKNH.shape
         tokens = min(PRIVATE_BLOCKS[0], self.pages_of_row * self.page)
-        tiles = -(-B // rows_at_once(B, tokens))
+        tiles = -(-B // rows_at_once(B, tokens, K * max(self.stored_config.kept_widths)))
         R = -(-B // tiles)
         tables: PageTables = step.extra
         # Padding sees nothing.
