@@ -49,6 +49,10 @@ def _check_neighbours(config: Config, path: Path) -> None:
         )
     for above in place.parents:
         if above.is_relative_to(root) and (above / "config.json").exists():
+            if above == root:
+                raise ValueError(
+                    f"placement.runs = {config.placement.runs} is a run, so no run can be made in it"
+                )
             name = above.relative_to(root)
             raise ValueError(
                 f"name = {config.name!r} lies inside another run, {name}: choose another name"

@@ -44,8 +44,8 @@ def load(start: FromRun, rules: AxisRules, mesh: Mesh) -> Transformer:
         found = checkpoint.weights_fingerprint(model)
         if start.checkpoint != found:
             raise ValueError(
-                f"start.checkpoint = {start.checkpoint} is not the newest checkpoint of {run.path} (step "
-                f"{step}, {found}): that run was trained further, or altered"
+                f"start.checkpoint = {start.checkpoint}, but the newest weights of {run.path} (step {step}) "
+                f"have the checksum {found}: that run was trained further, or altered"
             )
     return model
 

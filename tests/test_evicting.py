@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.cache.evicting import BLOCK, evicting_spec, page_size
+from cla_jax.cache.evicting import BLOCK, MOST_SLICES, evicting_spec, page_size, taken
 from cla_jax.compressor import Compressor, _encoded, scratch_spec, size_of
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
@@ -55,6 +55,32 @@ def continued(weights, spec, cache, tokens, counts):
             np.where((np.arange(tokens_BT.shape[1]) < counts_B[:, None])[..., None], logits, 0)
         )
     return np.array(found), cache
+
+
+@pytest.mark.parametrize("heads", [1, 3, MOST_SLICES // 2, MOST_SLICES + 1])
+def test_pages_are_taken_wherever_they_lie(heads):
+    """Side by side, where one slice has them all, also at the end of the pool; and anywhere else."""
+    pool = DRAW.normal(size=(2 * MOST_SLICES + 2, 4, 1, 2)).astype(np.float32)
+    beside = 2 * np.arange(heads)[:, None] % len(pool) + np.arange(2)
+    beside[-1] = len(pool) - 2, len(pool) - 1
+    apart = beside.copy()
+    apart[heads // 2] = apart[heads // 2, ::-1]  # of one head only
+    for pages_NM in (beside, apart, apart[:, ::-1]):
+        found = jax.jit(taken)(pool, pages_NM)
+        assert (found == pool[pages_NM.reshape(-1)]).all()
+
+
+def test_a_head_gets_pages_that_lie_side_by_side():
+    """Also after rows have left, in whatever order: the lowest free pages come first."""
+    compressor, _, cache = filled(MODEL, "window:keep=1", TOKENS, capacity=128)
+    for row in (2, 0):
+        compressor.release(row)
+    _, cache = compressor.fill(cache, {0: TOKENS[0], 2: TOKENS[2]}, 32)
+    for pool in cache.kv_layers:
+        for table in np.asarray(pool.table).reshape(-1, pool.table.shape[-1]):
+            held = table[table < compressor.spec.pages[0]]
+            assert len(held) > 2
+            assert (np.diff(held) == 1).all()
 
 
 def kept_of(cache):

@@ -156,6 +156,8 @@ def test_a_run_lies_in_no_other_run_and_above_none(tiny, tmp_path):
         with pytest.raises(ValueError, match=words):
             preflight.check(tiny(name=name))
     preflight.check(tiny(name="study/two"))
+    with pytest.raises(ValueError, match=r"placement\.runs = .*/study/one is a run, so"):
+        preflight.check(tiny(name="x", **{"placement.runs": str(place)}))
     data = tiny(
         name="d", **{"placement.runs": str(tmp_path), "placement.data_dir": f"{tmp_path}/d"}
     )

@@ -567,7 +567,7 @@ def test_another_checkpoint_than_the_one_named_is_refused(trained, devices):
     devices(1)
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(
-        ValueError, match=r"start.checkpoint = 0+ is not the newest checkpoint of .*step 40"
+        ValueError, match=r"start.checkpoint = 0+, but the newest weights of .*step 40"
     ):
         uptrain.load(FromRun(run=str(trained.path), checkpoint="0" * 8), AxisRules(), mesh)
 
