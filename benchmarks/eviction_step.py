@@ -56,10 +56,16 @@ class Arguments:
 CANDIDATES = FastGen.names[:-1]  # the last is everything
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def step(weights, cache, token_B1, *, spec):
-    x_B1D, cache = decode(weights, spec, cache, token_B1, jnp.ones_like(cache.lengths_B))
-    return weights.logits(x_B1D, spec.rules).argmax(-1).astype(jnp.int32), cache
+@functools.partial(jax.jit, static_argnames=("spec", "steps"), donate_argnames="cache")
+def decoded(weights, cache, token_B1, *, spec, steps):
+    """The last token of `steps` decode steps, which run in one loop as in `generate`; and the cache."""
+
+    def step(_, state):
+        token_B1, cache = state
+        x_B1D, cache = decode(weights, spec, cache, token_B1, jnp.ones_like(cache.lengths_B))
+        return weights.logits(x_B1D, spec.rules).argmax(-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, steps, step, (token_B1, cache))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,7 +131,7 @@ def measure(
         held[name] = counted.allocated + counted.tables
     token = np.zeros((1, 1), np.int32)
     programs = {
-        name: step.lower(weights, cache, token, spec=spec).compile()
+        name: decoded.lower(weights, cache, token, spec=spec, steps=steps).compile()
         for name, (spec, cache) in caches.items()
     }
     memory = {name: program.memory_analysis() for name, program in programs.items()}
@@ -135,9 +141,7 @@ def measure(
     for _ in range(rounds + 1):  # the first one warms up
         for name, program in programs.items():
             start = {kind: clock() for kind, clock in clocks.items()}
-            for _ in range(steps):
-                drawn, last[name] = program(weights, last[name], token)
-            jax.block_until_ready(drawn)
+            _, last[name] = jax.block_until_ready(program(weights, last[name], token))
             for kind, clock in clocks.items():
                 seconds[kind][name].append((clock() - start[kind]) / steps)
     measured = []

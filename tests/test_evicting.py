@@ -315,3 +315,24 @@ def test_long_rows_have_large_pages(capacity, entries):
     """A block that is read at once is whole pages, and a page is at most 1/64 of a long row."""
     assert page_size(capacity) == entries
     assert BLOCK % entries == 0
+
+
+def test_heads_that_keep_everything_evict_nothing_beside_heads_that_do():
+    """One head of a layer keeps all, the other a window: the layer is still searched."""
+    config = replace(MODEL, n_kv_heads=2)
+    compressor, _, cache = filled(config, "window:keep=0.5", TOKENS, capacity=160)
+    widest = [pool._replace(rule=_all_of_first_head(pool.rule)) for pool in cache.kv_layers]
+    before = [np.asarray(pool.positions) for pool in widest]
+    spec, cache = compressor.spec, dataclasses.replace(cache, kv_layers=tuple(widest))
+    ones, weights = np.ones(len(TOKENS), np.int32), decoding_weights(make(config))
+    for token in range(4):
+        _, cache = step(weights, cache, TOKENS[:, token : token + 1], ones, spec=spec)
+    for old, pool in zip(before, cache.kv_layers, strict=True):
+        new = np.asarray(pool.positions)
+        count = lambda positions: (positions != EMPTY).sum(-1)
+        assert (count(new)[:, 0] == count(old)[:, 0] + 4).all()
+        assert (count(new)[:, 1] <= count(old)[:, 1] + 2).all()  # half of the new tokens
+
+
+def _all_of_first_head(rule):
+    return rule._replace(since=rule.since.at[:, 0].set(0))

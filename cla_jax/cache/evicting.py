@@ -32,6 +32,7 @@ from cla_jax.eviction.rule import (
     SPECIAL,
     Rule,
     hitters_of,
+    keeps_all,
     kept_whatever_its_score,
 )
 from cla_jax.model.attention import (
@@ -242,11 +243,15 @@ class EvictingSpec(CacheSpec):
                 readers = (of for q, of in enumerate(notes) if self.together[q] == self.together[p])
                 received = sum(itertools.chain.from_iterable(readers))
                 layer = layer._replace(scores=layer.scores + received)
-            layers.append(self._evicted(layer, step.lengths_B))
+            of_all = jnp.all(keeps_all(layer.rule))
+            positions_BKE = jax.lax.cond(
+                of_all, lambda layer, _: layer.positions, self._evicted, layer, step.lengths_B
+            )
+            layers.append(layer._replace(positions=positions_BKE))
         return dataclasses.replace(cache, kv_layers=tuple(layers))
 
-    def _evicted(self, layer: Pool, lengths_B: jax.Array) -> Pool:
-        """What the rules keep. A step of T tokens makes at most T entries of a head superfluous."""
+    def _evicted(self, layer: Pool, lengths_B: jax.Array) -> jax.Array:
+        """Positions of what the rules keep. A step of T tokens makes at most T entries superfluous."""
         rule, before_BKE = layer.rule, layer.positions
         lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
         always_BKE = kept_whatever_its_score(
@@ -268,7 +273,7 @@ class EvictingSpec(CacheSpec):
         # Usually no head has too many, or each has one.
         state = before_BKE, may_go_BKE.sum(-1) - allowed_BK
         positions_BKE, _ = jax.lax.while_loop(lambda s: jnp.any(s[1] > 0), evict_one, state)
-        return layer._replace(positions=positions_BKE)
+        return positions_BKE
 
     # ------------------------------------------------------------------------------- pages
 
@@ -303,12 +308,12 @@ class EvictingSpec(CacheSpec):
 def taken(held: jax.Array, pages_NM: jax.Array) -> jax.Array:
     """These pages of a pool, one after the other. What it takes for no page is not seen.
 
-    On a CPU, a gather computes the place of each number, and takes up to twice as long as slices. If the pages
-    of each head lie side by side in the pool, as they usually do, one slice has all of them.
+    On a CPU, a gather computes the place of each number, and takes up to twice as long as slices. If the
+    pages of each head lie side by side in the pool, as they usually do, one slice has all of them.
     """
     N, M = pages_NM.shape
     gather = lambda: held.at[pages_NM.reshape(-1)].get(mode="clip")
-    if not on_cpu() or N > MOST_SLICES or M > len(held):
+    if not on_cpu() or N > MOST_SLICES or len(held) < M:
         return gather()
 
     def slices(firsts: jax.Array, pages: int) -> jax.Array:

@@ -59,6 +59,11 @@ def share_of(share: Any, fixed: Any, length: Any) -> Any:
     return (-(-share * length // SHARES) + fixed).clip(0)
 
 
+def keeps_all(rule: Rule) -> Any:
+    """Which heads evict nothing, [B, K]."""
+    return (rule.since <= 0) | (rule.window_share >= SHARES)
+
+
 def window_of(rule: Rule, lengths_BK: Any, recent: int) -> Any:
     """Newest tokens that a head always keeps."""
     return share_of(rule.window_share, rule.window_fixed, lengths_BK).clip(recent)
