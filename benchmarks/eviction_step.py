@@ -58,7 +58,7 @@ CANDIDATES = FastGen.names[:-1]  # the last is everything
 
 @functools.partial(jax.jit, static_argnames=("spec", "steps"), donate_argnames="cache")
 def decoded(weights, cache, token_B1, *, spec, steps):
-    """The last token of `steps` decode steps, which run in one loop as in `generate`; and the cache."""
+    """The last token and the cache after `steps` decode steps, in one loop as in `generate`."""
 
     def step(_, state):
         token_B1, cache = state

@@ -260,7 +260,7 @@ class Compressor:
     def _take(self, p: int, rows: list[int], pages_BK: np.ndarray) -> np.ndarray:
         """Pages of pool p for each head of the rows, [rows, K, C]."""
         tables = np.full((*pages_BK.shape, self.spec.widths[p]), NO_PAGE, np.int32)
-        # The lowest ones first, in order: attention copies pages that lie side by side at once.
+        # The lowest ones first, in order: attention copies pages that lie side by side in one slice.
         self._free[p].sort(reverse=True)
         for i, row in enumerate(rows):
             for k, n in enumerate(pages_BK[i]):

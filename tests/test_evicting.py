@@ -57,17 +57,28 @@ def continued(weights, spec, cache, tokens, counts):
     return np.array(found), cache
 
 
-@pytest.mark.parametrize("heads", [1, 3, MOST_SLICES // 2, MOST_SLICES + 1])
+@pytest.mark.parametrize("heads", [1, 3, MOST_SLICES // 2, MOST_SLICES - 1, MOST_SLICES + 1])
 def test_pages_are_taken_wherever_they_lie(heads):
     """Side by side, where one slice has them all, also at the end of the pool; and anywhere else."""
-    pool = DRAW.normal(size=(2 * MOST_SLICES + 2, 4, 1, 2)).astype(np.float32)
-    beside = 2 * np.arange(heads)[:, None] % len(pool) + np.arange(2)
-    beside[-1] = len(pool) - 2, len(pool) - 1
+    pages = 2 * MOST_SLICES + 2
+    pool = {
+        "codes": DRAW.integers(-9, 9, (pages, 4, 1, 2)),
+        "scales": DRAW.normal(size=(pages, 4, 1)),
+    }
+    beside = 2 * np.arange(heads)[:, None] + np.arange(2)
+    beside[-1] = pages - 2, pages - 1
     apart = beside.copy()
     apart[heads // 2] = apart[heads // 2, ::-1]  # of one head only
-    for pages_NM in (beside, apart, apart[:, ::-1]):
-        found = jax.jit(taken)(pool, pages_NM)
-        assert (found == pool[pages_NM.reshape(-1)]).all()
+    for pages_NM in (beside, apart, apart[:, ::-1], beside[:, :1]):
+        found = jax.jit(taken)(jax.tree.map(jax.numpy.asarray, pool), pages_NM)
+        for name, array in pool.items():
+            np.testing.assert_array_equal(found[name], np.float32(array[pages_NM.reshape(-1)]))
+
+
+def test_pages_that_lie_side_by_side_are_taken_in_one_slice_per_head():
+    pages_NM = np.arange(6).reshape(2, 3)
+    program = jax.jit(taken).lower(np.zeros((8, 4, 1, 2), np.float32), pages_NM).as_text()
+    assert "tensor<3x4x1x2xf32>" in program
 
 
 def test_a_head_gets_pages_that_lie_side_by_side():
@@ -317,7 +328,7 @@ def test_long_rows_have_large_pages(capacity, entries):
     assert BLOCK % entries == 0
 
 
-def test_heads_that_keep_everything_evict_nothing_beside_heads_that_do():
+def test_a_head_that_keeps_everything_does_not_hide_one_that_evicts():
     """One head of a layer keeps all, the other a window: the layer is still searched."""
     config = replace(MODEL, n_kv_heads=2)
     compressor, _, cache = filled(config, "window:keep=0.5", TOKENS, capacity=160)

@@ -13,7 +13,17 @@ from cla_jax.data import tokenizers
 from cla_jax.eviction import POLICIES, check_cache, is_policy, parse
 from cla_jax.eviction.classes import classes_of_tokenizer, described, token_classes
 from cla_jax.eviction.policy import Budgeted, Lost, Policy, Seen
-from cla_jax.eviction.rule import CHOSEN, PUNCTUATION, SPECIAL, kept, make_rule, most_kept, share_of
+from cla_jax.eviction.rule import (
+    CHOSEN,
+    EMPTY,
+    PUNCTUATION,
+    SPECIAL,
+    keeps_all,
+    kept,
+    make_rule,
+    most_kept,
+    share_of,
+)
 
 
 def seen_of(p_BKTS, classes_BS=None, lengths=None, observation=1, tokens_BS=None, layer=0):
@@ -141,6 +151,21 @@ def test_the_first_and_the_newest_are_always_kept_and_scores_decide_on_the_rest(
     found = kept(rule, classes, scores, np.array([11]), sinks=1, recent=2)
     # Of equal scores the newer one stays; what is kept anyway takes no place among the two.
     assert np.flatnonzero(found).tolist() == [0, 3, 5, 8, 9, 10]
+
+
+@given(
+    window=st.tuples(st.sampled_from([0, 9_999, 10_000]), st.integers(-6, 6)),
+    since=st.sampled_from([0, 1, EMPTY]),
+    sinks=st.integers(1, 4),
+    length=st.integers(1, 60),
+)
+def test_a_rule_that_is_said_to_keep_all_keeps_all(window, since, sinks, length):
+    rule = make_rule((1, 1), window=window, since=since)
+    tokens = np.zeros((1, 1, length))
+    found = kept(rule, tokens.astype(np.uint8), tokens, np.array([length]), sinks, 1)
+    assert found.all() or not keeps_all(rule, sinks).all()
+    assert keeps_all(make_rule((1, 1), since=0), sinks).all()
+    assert keeps_all(make_rule((1, 1), window=(10_000, -sinks)), sinks).all()
 
 
 @pytest.mark.parametrize("kind", ["window", "h2o", "snapkv", "adakv", "random"])

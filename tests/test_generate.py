@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cla_jax import batch as batches
+from cla_jax import cache as caches
 from cla_jax import decode as decoding
 from cla_jax.cache import cache_spec
 from cla_jax.config import MeshConfig, Sampling
@@ -113,7 +114,8 @@ def test_generation_on_a_mesh_gives_the_same_tokens(way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "dense"])
-def test_every_format_can_be_split_over_devices(format):
+def test_every_format_can_be_split_over_devices(format, monkeypatch):
+    """There attention reads small blocks."""
     config = replace(MODEL, n_layers=2)
     model = make(config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, model=2), jax.devices()[:4])
@@ -121,6 +123,7 @@ def test_every_format_can_be_split_over_devices(format):
     prompts = [list(range(n)) for n in (210, 7, 180, 150)]  # KIVI's next groups fill up after some
     options = {"capacity": 600, "sampling": GREEDY, "new_tokens": 20, "stop": []}
     alone = run(model, prompts, format=format, **options)
+    monkeypatch.setattr(caches, "entries_at_once", lambda *_: 32)
     with jax.set_mesh(mesh):
         weights = decoding_weights(jax.device_put(model, layout(model, rules, mesh)), rules)
         spec = cache_spec(config, format, batch=4, capacity=600, chunk=16, rules=rules)

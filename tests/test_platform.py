@@ -21,20 +21,23 @@ def test_the_mesh_says_what_platform_a_program_is_for():
         assert not platform.on_cpu()
 
 
-def test_attention_on_a_cpu_reads_blocks_that_fit_its_cache(monkeypatch):
-    rows = lambda tokens, width: platform.rows_at_once(64, tokens, width)
-    assert [rows(tokens, 64) for tokens in (512, 4096, 256, 128)] == [16, 4, 32, 64]
-    assert [rows(512, width) for width in (1, 128, 512, 4096)] == [16, 16, 4, 1]
-    assert platform.rows_at_once(3, 128, 64) == 3
-    entries = lambda batch, queries=1, most=512: platform.entries_at_once(most, queries, batch * 64)
-    assert [entries(batch) for batch in (8, 32, 33, 128, 1 << 20)] == [512, 512, 256, 128, 32]
-    assert (entries(8, most=256), entries(128, queries=16), entries(128, queries=17)) == (
-        256,
-        128,
-        512,
-    )
+def test_rows_of_short_caches_are_read_together(monkeypatch):
+    """As many as have the tokens of 16 long ones."""
+    rows = lambda tokens: platform.rows_at_once(64, tokens)
+    assert [rows(tokens) for tokens in (512, 4096, 256, 128)] == [16, 16, 32, 64]
+    assert platform.rows_at_once(3, 128) == 3
     monkeypatch.setattr(platform, "on_cpu", lambda: False)
-    assert (rows(512, 512), entries(128)) == (64, 512)
+    assert rows(512) == 64
+
+
+def test_a_block_of_many_rows_has_fewer_entries(monkeypatch):
+    """Its keys take 4 MiB at most in float32, unless there are many queries or very many rows."""
+    entries = lambda rows, queries=1, most=512: platform.entries_at_once(most, queries, rows * 64)
+    assert [entries(rows) for rows in (8, 32, 33, 128, 1 << 20)] == [512, 512, 256, 128, 32]
+    assert entries(8, most=384) == 384
+    assert (entries(128, queries=16), entries(128, queries=17)) == (128, 512)
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    assert entries(128) == 512
 
 
 def test_elsewhere_than_on_a_cpu_no_activation_is_reshaped(monkeypatch):

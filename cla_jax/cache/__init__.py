@@ -199,7 +199,10 @@ class CacheSpec:
         return round_up(self.formats[p].entries(self._tokens(p)), UNIT * self.shards)
 
     def block(self, p: int) -> int:
-        """Entries of KV layer p that a device reads at once: all, or if there are many, a block in a loop."""
+        """Entries of KV layer p that a device reads at once: all, or if there are many, a block in a loop.
+
+        On a CPU, a step of few tokens and many rows reads fewer: see `entries_at_once`.
+        """
         here = self.entries(p) // self.shards
         return here if here <= LONGEST_BLOCK else self.formats[p].longest_block
 

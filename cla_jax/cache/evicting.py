@@ -243,15 +243,16 @@ class EvictingSpec(CacheSpec):
                 readers = (of for q, of in enumerate(notes) if self.together[q] == self.together[p])
                 received = sum(itertools.chain.from_iterable(readers))
                 layer = layer._replace(scores=layer.scores + received)
-            of_all = jnp.all(keeps_all(layer.rule))
             positions_BKE = jax.lax.cond(
-                of_all, lambda layer, _: layer.positions, self._evicted, layer, step.lengths_B
+                jnp.all(keeps_all(layer.rule, self.policy.sinks)),
+                lambda layer=layer: layer.positions,
+                lambda layer=layer: self._kept_positions(layer, step.lengths_B),
             )
             layers.append(layer._replace(positions=positions_BKE))
         return dataclasses.replace(cache, kv_layers=tuple(layers))
 
-    def _evicted(self, layer: Pool, lengths_B: jax.Array) -> jax.Array:
-        """Positions of what the rules keep. A step of T tokens makes at most T entries superfluous."""
+    def _kept_positions(self, layer: Pool, lengths_B: jax.Array) -> jax.Array:
+        """What the rules keep, by position. A step of T tokens makes at most T entries superfluous."""
         rule, before_BKE = layer.rule, layer.positions
         lengths_BK = jnp.broadcast_to(lengths_B[:, None], rule.since.shape)
         always_BKE = kept_whatever_its_score(
@@ -288,10 +289,8 @@ class EvictingSpec(CacheSpec):
         def read(i: Any) -> KV:
             pages_NM = jax.lax.dynamic_slice_in_dim(table_BKC, i * M, M, axis=2).reshape(B * K, M)
 
-            def of_pages(held: jax.Array) -> jax.Array:
-                return taken(held, pages_NM).reshape(B * K, S, *held.shape[2:])
-
-            return self._format(p).decode(jax.tree.map(of_pages, layer.kept))
+            by_head = lambda held: held.reshape(B * K, S, *held.shape[2:])
+            return self._format(p).decode(jax.tree.map(by_head, taken(layer.kept, pages_NM)))
 
         def positions(i: Any) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(positions_NE, i * S, S, axis=1)
@@ -305,24 +304,27 @@ class EvictingSpec(CacheSpec):
         return format
 
 
-def taken(held: jax.Array, pages_NM: jax.Array) -> jax.Array:
-    """These pages of a pool, one after the other. What it takes for no page is not seen.
+def taken(kept: Any, pages_NM: jax.Array) -> Any:
+    """These pages of the arrays of a pool, one after the other. What it takes for no page is not seen.
 
     On a CPU, a gather computes the place of each number, and takes up to twice as long as slices. If the
-    pages of each head lie side by side in the pool, as they usually do, one slice has all of them.
+    pages of every head lie side by side, one slice for each head has them.
     """
     N, M = pages_NM.shape
-    gather = lambda: held.at[pages_NM.reshape(-1)].get(mode="clip")
-    if not on_cpu() or N > MOST_SLICES or len(held) < M:
-        return gather()
+    gathered = lambda: jax.tree.map(
+        lambda held: held.at[pages_NM.reshape(-1)].get(mode="clip"), kept
+    )
+    if not on_cpu() or N > MOST_SLICES:
+        return gathered()
 
-    def slices(firsts: jax.Array, pages: int) -> jax.Array:
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, held, slice_size=pages)
-        return jnp.concatenate([cut(firsts[i]) for i in range(len(firsts))])
+    def slices(firsts: jax.Array, pages: int) -> Any:
+        cut = lambda held, first: jax.lax.dynamic_slice_in_dim(held, first, pages)
+        return jax.tree.map(lambda held: jnp.concatenate([cut(held, i) for i in firsts]), kept)
 
-    one_by_one = gather if N * M > MOST_SLICES else lambda: slices(pages_NM.reshape(-1), 1)
     side_by_side = jnp.all(pages_NM == pages_NM[:, :1] + jnp.arange(M))
-    return jax.lax.cond(side_by_side, lambda: slices(pages_NM[:, 0], M), one_by_one)
+    one_by_one = lambda: slices(pages_NM.reshape(-1), 1)
+    otherwise = gathered if N * M > MOST_SLICES else one_by_one
+    return jax.lax.cond(side_by_side, lambda: slices(pages_NM[:, 0], M), otherwise)
 
 
 def pages_at_once(page: int, width: int) -> int:

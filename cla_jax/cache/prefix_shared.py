@@ -43,7 +43,7 @@ from cla_jax.model.attention import (
     partial_attention,
 )
 from cla_jax.model.decode_kernels import Kernel
-from cla_jax.model.platform import rows_at_once
+from cla_jax.model.platform import entries_at_once, rows_at_once
 from cla_jax.prefix_tree import Path, PrefixTree, Run
 
 BLOCK = 256  # shared tokens that are read at once, if pages are not larger
@@ -347,10 +347,11 @@ class PrefixSpec(CacheSpec):
         shared: Partial,
     ) -> Partial:
         """`shared`, and what rows read alone: some rows after the other, up to the longest of them."""
-        B, K, _, _ = q_BKNH.shape
+        B, K, N, _ = q_BKNH.shape
         tokens = min(PRIVATE_BLOCKS[0], self.pages_of_row * self.page)
-        tiles = -(-B // rows_at_once(B, tokens, K * max(self.stored_config.kept_widths)))
+        tiles = -(-B // rows_at_once(B, tokens))
         R = -(-B // tiles)
+        tokens = entries_at_once(tokens, N, R * K * max(self.stored_config.kept_widths))
         tables: PageTables = step.extra
         # Padding sees nothing.
         offset_BN = jnp.where(last_BN >= 0, starts_BN - tables.starts_B[:, None], self.capacity)
@@ -360,7 +361,7 @@ class PrefixSpec(CacheSpec):
             first = jnp.minimum(i * R, B - R)  # the last tile begins early enough to be whole
             of = lambda a: jax.lax.dynamic_slice_in_dim(a, first, R)
             rows = _Rows(of(private_BC), of(tables.starts_B), of(step.lengths_B))
-            segments = self._blocks(p, layer, rows, jnp.min(of(offset_BN)))
+            segments = self._blocks(p, layer, rows, jnp.min(of(offset_BN)), tokens)
             before = Partial(*map(of, shared))
             part = self._alone(of(q_BKNH), segments, of(last_BN), of(starts_BN), before)
             put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, first, 0)
@@ -368,19 +369,23 @@ class PrefixSpec(CacheSpec):
 
         return jax.lax.fori_loop(0, tiles, tile, shared)
 
-    def _blocks(self, p: int, layer: LayerCache, rows: "_Rows", offset: jax.Array) -> list[Segment]:
-        """What some rows read alone: long blocks, and short ones for the rest.
+    def _blocks(
+        self, p: int, layer: LayerCache, rows: "_Rows", offset: jax.Array, longest: int
+    ) -> list[Segment]:
+        """What some rows read alone: blocks of `longest` tokens, and short ones for the rest.
 
         They begin `offset` tokens after the first: with a sliding window, all rows may see only later ones.
         """
         held_R = self.layer_pages(p).last_in_pages(rows.lengths_R - 1) + 1 - rows.starts_R
         end = jnp.maximum(-(-jnp.max(held_R) // self.page), 0)
         begin = jnp.clip(offset // self.page, 0, end)
+        sizes = [
+            min(max(1, tokens // self.page), self.pages_of_row)
+            for tokens in (longest, PRIVATE_BLOCKS[1])
+        ]
         segments = []
-        for tokens in PRIVATE_BLOCKS:
-            M = min(max(1, tokens // self.page), self.pages_of_row)
-            whole = tokens != PRIVATE_BLOCKS[-1]
-            count = (end - begin) // M if whole else -(-(end - begin) // M)
+        for M in dict.fromkeys(sizes):  # one size for short rows
+            count = -(-(end - begin) // M) if sizes[-1] == M else (end - begin) // M
             segments.append(self._segment(p, layer, rows, begin, count, M))
             begin += count * M
         return segments

@@ -59,9 +59,12 @@ def share_of(share: Any, fixed: Any, length: Any) -> Any:
     return (-(-share * length // SHARES) + fixed).clip(0)
 
 
-def keeps_all(rule: Rule) -> Any:
-    """Which heads evict nothing, [B, K]."""
-    return (rule.since <= 0) | (rule.window_share >= SHARES)
+def keeps_all(rule: Rule, sinks: int) -> Any:
+    """Which heads are known to keep everything at any length, [B, K]: by `since`, or by their window.
+
+    The window of a policy may leave out the `sinks` first tokens, which are kept anyway.
+    """
+    return (rule.since <= 0) | ((rule.window_share >= SHARES) & (rule.window_fixed >= -sinks))
 
 
 def window_of(rule: Rule, lengths_BK: Any, recent: int) -> Any:

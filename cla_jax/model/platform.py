@@ -101,32 +101,31 @@ def first_microbatch_apart() -> bool:
     return not on_tpu()
 
 
-# Elements of the keys that attention on a CPU reads together: 4 MiB in float32. Larger blocks leave the
-# processor's cache before the product reads them.
-MOST_AT_ONCE = 1 << 20
-
-
-def rows_at_once(rows: int, tokens: int, width: int) -> int:
+def rows_at_once(rows: int, tokens: int) -> int:
     """How many rows of a paged cache attention reads together, in blocks of up to `tokens` tokens.
 
-    `width` is the number of elements of a token's keys, over all heads. On a CPU, at most 16 rows or 8,192
-    tokens are read together, and at most `MOST_AT_ONCE` elements. Fewer turns have less fixed cost.
+    On a CPU, at most 16, or 8,192 tokens: then the pages that are gathered for a product stay in the
+    processor's cache. Fewer turns have less fixed cost.
     """
-    if not on_cpu():
-        return rows
-    return min(rows, max(16, 8192 // tokens), max(1, MOST_AT_ONCE // (tokens * width)))
+    return min(rows, max(16, 8192 // tokens)) if on_cpu() else rows
 
 
 def entries_at_once(entries: int, queries: int, width: int) -> int:
-    """How many entries of a cache attention reads together, of `entries` or a power of two, 32 or more.
+    """How many entries of a cache attention reads together: `entries`, or a smaller power of two.
 
-    `width` is the number of elements of the keys of one entry, over all rows and heads. On a CPU, at most
-    `MOST_AT_ONCE` elements are read together, if each KV head has few queries. If it has many, more blocks
-    cost more than they save: the weighted sums of all queries are read and written again for every block.
+    On a CPU, the keys of a block take at most 4 MiB in float32, if each KV head has few queries. Larger
+    blocks leave the processor's cache before the product reads them. If there are many queries, more blocks
+    cost more than they save: the weighted sums of all queries are read and written again for every block. A
+    block has at least 32 entries, which KIVI quantises together.
+
+    Args:
+      entries: of the longest block.
+      queries: queries of a row for each KV head.
+      width: elements of the keys of one entry, in all rows and heads that are read together.
     """
     if not on_cpu() or queries > 16:
         return entries
-    largest_power_of_two = 1 << (MOST_AT_ONCE // width).bit_length() >> 1
+    largest_power_of_two = 1 << ((1 << 20) // width).bit_length() >> 1
     return min(entries, max(32, largest_power_of_two))
 
 
