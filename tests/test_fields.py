@@ -229,7 +229,9 @@ def test_an_identity_field_changes_what_is_computed(
     if key not in base_outcomes:
         base_outcomes[key] = list(outcome(tiny(**base)))
     if field == "start.checkpoint":
-        with pytest.raises(ValueError, match=r"start\.checkpoint = another, but the newest weights"):
+        with pytest.raises(
+            ValueError, match=r"start\.checkpoint = another, but the newest weights"
+        ):
             list(outcome(tiny(**(base | {field: value}))))
         return
     changed = outcome(tiny(**(base | {field: value})))

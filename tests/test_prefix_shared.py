@@ -198,10 +198,14 @@ def test_shared_chunks_may_be_quantised(format, page, kv_map, error):
         assert 1e-4 < jnp.abs(shared.last - exact).max() / jnp.abs(exact).max() < error
 
 
-@pytest.mark.parametrize("blocks", [(3 * PAGE, PAGE), (12 * PAGE, 8 * PAGE)])
-def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, monkeypatch):
+@pytest.mark.parametrize(
+    ("blocks", "most"),
+    [((3 * PAGE, PAGE), 512), ((12 * PAGE, 8 * PAGE), 512), ((12 * PAGE, 8 * PAGE), 2 * PAGE)],
+)
+def test_what_rows_have_alone_may_be_read_in_any_blocks(blocks, most, monkeypatch):
     """Rows of different lengths, one of them empty, in tiles of which the last two overlap."""
     monkeypatch.setattr(prefix_shared, "PRIVATE_BLOCKS", blocks)
+    monkeypatch.setattr(prefix_shared, "entries_at_once", lambda entries, *_: min(entries, most))
     monkeypatch.setattr(prefix_shared, "rows_at_once", lambda *_: 2)
     config = replace(MODEL, n_layers=2, n_kv_heads=1, vocab_size=64)
     spec = prefix_spec(config, batch=BATCH, page=PAGE, pages=PAGES, capacity=CAPACITY)

@@ -381,7 +381,7 @@ class PrefixSpec(CacheSpec):
         begin = jnp.clip(offset // self.page, 0, end)
         sizes = [
             min(max(1, tokens // self.page), self.pages_of_row)
-            for tokens in (longest, PRIVATE_BLOCKS[1])
+            for tokens in (longest, min(longest, PRIVATE_BLOCKS[1]))
         ]
         segments = []
         for M in dict.fromkeys(sizes):  # one size for short rows
