@@ -115,7 +115,7 @@ def test_generation_on_a_mesh_gives_the_same_tokens(way):
 @pytest.mark.slow
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "dense"])
 def test_every_format_can_be_split_over_devices(format, monkeypatch):
-    """There attention reads small blocks."""
+    """On the devices attention reads blocks of 32 entries."""
     config = replace(MODEL, n_layers=2)
     model = make(config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, model=2), jax.devices()[:4])

@@ -384,7 +384,7 @@ class PrefixSpec(CacheSpec):
             for tokens in (longest, min(longest, PRIVATE_BLOCKS[1]))
         ]
         segments = []
-        for M in dict.fromkeys(sizes):  # one size for short rows
+        for M in dict.fromkeys(sizes):  # the two sizes may be equal
             count = -(-(end - begin) // M) if sizes[-1] == M else (end - begin) // M
             segments.append(self._segment(p, layer, rows, begin, count, M))
             begin += count * M

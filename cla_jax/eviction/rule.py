@@ -60,9 +60,9 @@ def share_of(share: Any, fixed: Any, length: Any) -> Any:
 
 
 def keeps_all(rule: Rule, sinks: int) -> Any:
-    """Which heads are known to keep everything at any length, [B, K]: by `since`, or by their window.
+    """Which heads are certain to keep every token at any length, [B, K], by `since` or by the window.
 
-    The window of a policy may leave out the `sinks` first tokens, which are kept anyway.
+    A window may be shorter by the first `sinks` tokens, because these are kept anyway.
     """
     return (rule.since <= 0) | ((rule.window_share >= SHARES) & (rule.window_fixed >= -sinks))
 
