@@ -35,6 +35,7 @@ from cla_jax.evaluate import open_session
 from cla_jax.evaluation import EvictingScores
 from cla_jax.eviction import Policy, parse, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer
+from cla_jax.eviction.policy import Budgeted
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
@@ -204,12 +205,12 @@ def at_equal_bytes(
     entry, of_fastgen = entry_bytes(model), noted_bytes(parse(fastgen(0.5, "")))
     for other in arguments.policy or OTHERS:
         policy = parse(f"{other}:keep=1")
+        assert isinstance(policy, Budgeted)
         share = kept * (entry + of_fastgen) / (entry + noted_bytes(policy))
         if other in ("snapkv", "adakv"):  # their budget is the prompt's
             share = (share - (1 - prompt)) / prompt
         budget = min(math.floor(share * 10_000) / 10_000, 1)
-        least = 36 if other in ("snapkv", "adakv") else 12
-        if budget * tokens < least:
+        if budget * tokens < policy.always:
             print(f"{other}: a budget of {budget:g} is less than what is always kept", flush=True)
         elif other == "random":
             yield from (f"random:keep={budget:g},seed={seed}" for seed in range(arguments.draws))

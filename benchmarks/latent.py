@@ -31,6 +31,7 @@ from cla_jax import costs
 from cla_jax.cache import cache_spec, ledger
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.decode import decode, random_weights
+from experiments.sweeping import width_of_cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,9 @@ def models(options: Options) -> dict[str, ModelConfig]:
 
 def narrowed(config: ModelConfig, base: ModelConfig) -> ModelConfig:
     """The model with the MLP width that makes its parameters as many as those of `base`, or nearly so."""
-    total = lambda config: costs.parameters(config).total
-    column = total(dataclasses.replace(base, d_ff=base.d_ff + 1)) - total(base)
-    surplus = total(config) - total(base)
-    return dataclasses.replace(config, d_ff=config.d_ff - round(surplus / column))
+    wide = lambda width: dataclasses.replace(config, d_ff=width)
+    parameters = lambda config: costs.parameters(config).total
+    return wide(width_of_cost(lambda width: parameters(wide(width)), parameters(base)))
 
 
 def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:

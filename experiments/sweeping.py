@@ -195,15 +195,19 @@ def matched(config: Config, base: Config, by: Literal["parameters", "flops"]) ->
         return costs.train_flops_per_token(config.model, config.data.seq_len)
 
     wide = lambda width: replaced(config, {"model.d_ff": width})
-    least, wanted = cost(wide(1)), cost(base)
-    step = cost(wide(2)) - least  # both costs are linear in the width
-    width = 1 + round((wanted - least) / step)
+    width = width_of_cost(lambda width: cost(wide(width)), cost(base))
     if width < 1:
         raise ValueError(
-            f"{config.name} cannot be matched to {base.name} by its MLP: it has {least:,.10g} {by} with a "
-            f"width of 1, {base.name} has {wanted:,.10g}"
+            f"{config.name} cannot be matched to {base.name} by its MLP: it has {cost(wide(1)):,.10g} {by} "
+            f"with a width of 1, {base.name} has {cost(base):,.10g}"
         )
     return wide(width)
+
+
+def width_of_cost(cost: Callable[[int], float], wanted: float) -> int:
+    """The MLP width whose cost is closest to `wanted`: below 1 if all cost more. Costs are linear in it."""
+    least = cost(1)
+    return 1 + round((wanted - least) / (cost(2) - least))
 
 
 # ------------------------------------------------------------------------- dependent sweeps
