@@ -160,11 +160,10 @@ def _written_as_text(
         Component: "NAME=WEIGHT:SOURCE",
         Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT",
     }
-    # tyro gives a default of two components the type tuple[Component, Component].
-    is_tuple, members = typing.get_origin(info.type) is tuple, {*typing.get_args(info.type)} - {...}
-    if not (is_tuple and len(members) == 1 and members <= forms.keys()):
+    # With a default of two members, tyro writes typing.Tuple[KIND, ...]: equal in its parts, not as a whole.
+    kind, *rest = typing.get_args(info.type) or (None,)
+    if typing.get_origin(info.type) is not tuple or kind not in forms or rest != [...]:
         return None
-    (kind,) = members
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=f"[{forms[kind]} ...]",

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import experiments
 from cla_jax.config import (
     WSD,
     Component,
@@ -337,6 +338,19 @@ def test_a_sweep_refuses_a_flag_that_has_an_effect_on_no_trial():
         assert len(made.trials) == 30
     with pytest.raises(ValueError, match=r"^--model.init-std would have no effect"):
         trials.make("recovery.main", overrides=["--model.init-std", "0.1"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_flag_may_have_an_effect_on_one_trial_alone(order, monkeypatch):
+    rows = ["recovery.mla", "recovery.mla_taught"][::order]
+
+    def pair() -> trials.Generator:
+        for name in rows:
+            yield name.partition(".")[2], experiments.rows()[name]()
+
+    monkeypatch.setattr(experiments, "find_sweep", lambda _: pair)
+    made = trials.make("pair", overrides=["--start.distill-temperature", "2"])
+    assert len(made.trials) == 2
 
 
 def test_a_map_follows_the_depth():

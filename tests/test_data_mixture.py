@@ -261,8 +261,10 @@ def test_a_mixture_as_text_and_as_json(mixed, tiny):
         assert change(other).seed == other.seed
 
 
-def test_a_command_line_replaces_or_removes_a_mixture(mixed):
-    config = mixed((1, 1, 0))
+@pytest.mark.parametrize("components", [2, 3])
+def test_a_command_line_replaces_or_removes_a_mixture(mixed, components):
+    config = mixed((1, 1, 1))
+    config = replaced(config, {"data.mixture": config.data.mixture[:components]})
     other = read_config(config, ["--data.mixture", "a=1:sotu", "b=2:sotu:3"])
     assert other.data.named_sources == (("data.mixture: a", "sotu"), ("data.mixture: b", "sotu:3"))
     alone = read_config(config, ["--data.mixture", "--data.source", "sotu:3"])

@@ -519,14 +519,8 @@ def _sample(config: DataConfig) -> Iterator[str]:
 
 
 def _byte_level(end_token: str) -> tokenizers.Tokenizer:
-    # The byte-level alphabet names printable bytes by themselves and the others, in order, by the
-    # characters from U+0100 on.
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    names = [chr(byte if byte in plain else next(others)) for byte in range(256)]
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab={name: byte for byte, name in enumerate(names)}, merges=[])
-    )
+    vocabulary = {name: byte for byte, name in sorted(_names_of_bytes())}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
