@@ -791,8 +791,8 @@ def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = N
             raise ValueError(
                 f"{path} is not a run directory and contains none: there is no config.json"
             )
-        known = {_real(run.path) for run in runs}
-        runs += [run for run in below if _real(run.path) not in known]
+        known = {real_path(run.path) for run in runs}
+        runs += [run for run in below if real_path(run.path) not in known]
     for path in dict.fromkeys(broken):
         words = f"{_without_config(path)}; it is left out"
         log.warning("%s", words) if problems is None else problems.append(words)
@@ -838,7 +838,7 @@ def _runs_below(directory: epath.Path, broken: list[epath.Path]) -> list[Run]:
     while ahead:
         path = ahead.pop()
         if (path / "config.json").exists():
-            runs.setdefault(_real(path), Run(path))
+            runs.setdefault(real_path(path), Run(path))
         elif (path / "checkpoints").exists() or (path / "metrics.jsonl").exists():
             broken.append(path)
         elif path == directory or not _is_link(path):
@@ -847,7 +847,9 @@ def _runs_below(directory: epath.Path, broken: list[epath.Path]) -> list[Run]:
     return list(runs.values())
 
 
-def _real(path: epath.Path) -> str:
+def real_path(path: str | os.PathLike) -> str:
+    """The absolute path without symbolic links, if it is on this machine."""
+    path = epath.Path(path)
     return os.path.realpath(path) if is_local(path) else os.fspath(path)
 
 

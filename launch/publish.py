@@ -40,18 +40,27 @@ class Arguments:
 
 
 def publish(arguments: Arguments) -> None:
-    if (epath.Path(arguments.target) / "config.json").exists():
+    target = epath.Path(arguments.target)
+    if (target / "config.json").exists():
         raise ValueError(
-            f"{arguments.target} is a run itself: name the directory in which the copies should lie"
+            f"{target} is a run itself: name the directory in which the copies should lie"
         )
+    # Earlier copies, if the target lies below the source, are no sources.
+    found = [run for run in runs.find_runs([arguments.source]) if not _is_in(run.path, target)]
+    if not found:
+        raise ValueError(f"{arguments.source} lies in {target}: name another directory for copies")
     refused = []
-    for run in runs.find_runs([arguments.source]):
+    for run in found:
         try:
-            _publish(run, epath.Path(arguments.target) / run.path.name, arguments.every)
-        except ValueError as error:  # the other runs are copied all the same
+            _publish(run, target / run.path.name, arguments.every)
+        except (ValueError, OSError) as error:  # the other runs are copied all the same
             refused.append(str(error))
     if refused:
         raise ValueError("; ".join(refused))
+
+
+def _is_in(path: epath.Path, directory: epath.Path) -> bool:
+    return epath.Path(runs.real_path(path)).is_relative_to(runs.real_path(directory))
 
 
 def _publish(run: Run, target: epath.Path, every: int) -> None:
@@ -89,15 +98,17 @@ def _copy(run: Run, target: epath.Path, records: Iterator[dict[str, Any]]) -> No
         raise ValueError(
             f"{target} contains another run and is not overwritten: choose another directory"
         )
-    (target / "eval").mkdir(parents=True, exist_ok=True)
-    evals = [f"eval/{name}.json" for name in run.evals()]
-    for name in ("config.json", "tokenizer.json", *evals):
-        directories.write_atomically(target / name, (run.path / name).read_text())
     lines = (
         seals.seal_line(record, number, run.id) if run.is_sealed else json.dumps(record) + "\n"
         for number, record in enumerate(records, 1)
     )
-    directories.write_atomically(target / "metrics.jsonl", "".join(lines))
+    # Without its config, what was copied in part is not taken for a run.
+    copied = ["tokenizer.json", *(f"eval/{name}.json" for name in run.evals()), "config.json"]
+    texts = {"metrics.jsonl": "".join(lines)}
+    texts |= {name: (run.path / name).read_text() for name in copied}
+    (target / "eval").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        directories.write_atomically(target / name, text)
 
 
 @user_errors

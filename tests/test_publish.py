@@ -67,6 +67,39 @@ def test_altered_runs_and_places_that_are_taken_are_refused(tmp_path, capsys):
     assert "every = 0 must be positive" in capsys.readouterr().err
 
 
+def test_no_run_is_replaced_by_its_own_copy(tmp_path, capsys):
+    run = trained(tmp_path / "runs", "x/a")
+    before = run.metrics.read_text()
+    (tmp_path / "link").symlink_to(run.path.parent)
+    for source, target in ((run.path, run.path.parent), (run.path.parent,) * 2, (run.path, "link")):
+        with pytest.raises(SystemExit):
+            publish.main([str(source), str(tmp_path / target)])
+        assert "name another directory" in capsys.readouterr().err
+    assert run.metrics.read_text() == before
+    for every in ("35", "32"):  # the second time, the copy is below the source
+        publish.main([str(tmp_path / "runs"), str(tmp_path / "runs" / "copies"), "--every", every])
+    copy = Run(epath.Path(tmp_path / "runs" / "copies" / "a"))
+    assert [record["step"] for record in copy.read_metrics()] == [1, 32, 64, 70]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_run_with_a_missing_file_does_not_keep_others_from_being_copied(
+    tmp_path, capsys, missing
+):
+    broken, whole = trained(tmp_path / "runs", "x/a"), trained(tmp_path / "runs", "x/b")
+    for run in (broken, whole):
+        evaluate(run, 8.0, step=70)
+    if missing:
+        (broken.path / "tokenizer.json").unlink()
+        with pytest.raises(SystemExit):
+            publish.main([str(tmp_path / "runs" / "x"), str(tmp_path / "copies")])
+        assert "tokenizer.json" in capsys.readouterr().err
+    else:
+        publish.main([str(tmp_path / "runs" / "x"), str(tmp_path / "copies")])
+    copies = [run.path.name for run in runs.find_runs([tmp_path / "copies"])]
+    assert copies == ["a", "b"][missing:]
+
+
 @pytest.mark.parametrize("name", ["eval", "metrics.jsonl"])
 def test_no_copy_is_written_where_a_link_leads(tmp_path, capsys, name):
     run = trained(tmp_path / "runs", "x/a")
