@@ -42,6 +42,14 @@ class Chosen:
     kept_BKS: np.ndarray
     lengths_B: np.ndarray
 
+    def of_rows(self, rows_N: np.ndarray) -> "Chosen":
+        """What was chosen for these prompts alone."""
+        of_rows = lambda tree: jax.tree.map(lambda array: array[rows_N], tree)
+        choice = Choice(**of_rows(vars(self.choice)))
+        return Chosen(
+            choice=choice, kept_BKS=self.kept_BKS[rows_N], lengths_B=self.lengths_B[rows_N]
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profiled:

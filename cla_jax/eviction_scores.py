@@ -98,12 +98,20 @@ def evicting_decoding(
 ) -> EvictingScores:
     """The held-out text through an evicting cache, on the first device, and the bytes of that cache.
 
-    Bytes are those at the end of a window, a mean over the windows. Raises ValueError where the policy, the
-    model, the tokenizer and the length of windows do not fit.
+    Bytes are those at the end of a window, a mean over the whole windows; so is the profile. Raises
+    ValueError where the policy, the model, the tokenizer and the length of windows do not fit, and if no
+    window of the text is whole.
     """
     data = session.data
     S, T = prompt_tokens(prompt, data.seq_len, chunk), data.seq_len
     policy.check([S])
+    held_out = max(part.totals["held_out"]["tokens"] for part in session.prepared.parts.values())
+    if held_out < T:
+        raise ValueError(
+            f"{policy.name}: the bytes of an evicting cache are measured at the end of a window, but the "
+            f"held-out text has only {held_out:,} tokens and a window {T:,}: use a longer text, such as by "
+            "a larger data.held_out"
+        )
     # No mesh: an evicting cache is on one device.
     options = dataclasses.replace(session.options, rules=AxisRules(), attention="xla")
     alone = dataclasses.replace(session, options=options)
@@ -116,7 +124,7 @@ def evicting_decoding(
     compressor, cache = Compressor(weights, spec), spec.allocate()
     after = _AfterPrompts()
     counts: list[ledger.EvictingLedger] = []
-    chosen: list[tuple[Chosen, ...]] = []
+    chosen: list[tuple[Chosen, ...]] = []  # of each batch, of its whole windows
     texts = 0
 
     def nll(tokens_BT1: jax.Array, weights_BT: jax.Array) -> jax.Array:
@@ -128,7 +136,6 @@ def evicting_decoding(
         prompts = dict(enumerate(np.asarray(inputs_BT[:, :S]).tolist()))
         starts_BS = np.asarray(starts_BT[:, :S])
         x_BSD, cache = compressor.fill(cache, prompts, T - S, starts_BS)
-        chosen.append(compressor.chosen)
         nll_BT, scores_5BT, cache = _continued(
             *(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD[:, :S]),
             spec=compressor.spec,
@@ -138,6 +145,7 @@ def evicting_decoding(
         after.add(np.asarray(scores_5BT, np.float64) * scored_BT, scored_BT.sum(1))
         whole = np.flatnonzero(scored_BT.all(axis=1))
         counts.append(ledger.counted_evicting(compressor.spec, cache, whole))
+        chosen.append(tuple(one.of_rows(whole) for one in compressor.chosen))
         texts += len(whole)
         return nll_BT
 
@@ -151,7 +159,7 @@ def evicting_decoding(
         chunk=chunk,
         after_prompt=after.scores(),
         agreement=after.agreement(),
-        **_bytes(compressor, counts, max(texts, 1), T),
+        **_bytes(compressor, counts, texts, T),
         readers_per_kv_layer=spec.readers,
         profile=profile(session.model, policy, chosen),
         token_classes=TokenClasses(**described(tokenizer, classes))

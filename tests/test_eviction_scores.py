@@ -1,5 +1,7 @@
 """Evaluating a run through caches that evict tokens, and continuing texts through them."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,20 +9,22 @@ import pytest
 
 from cla_jax.cache.evicting import evicting_spec
 from cla_jax.compressor import Compressor
-from cla_jax.config import ModelConfig, Sampling
+from cla_jax.config import DataConfig, MeshConfig, ModelConfig, Sampling
 from cla_jax.data import tokenizers
 from cla_jax.decode import decoding_weights
 from cla_jax.decoder import Decoder
 from cla_jax.evaluate import evaluate
 from cla_jax.eviction import parse
 from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
-from cla_jax.eviction_scores import recall_scores
+from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.generate import generate
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
 from cla_jax.report import eviction_map
 from cla_jax.report import rows as report
 from cla_jax.runs import find_runs
+from cla_jax.scoring import rows
+from cla_jax.session import EvaluationSession, prepare_evaluation
 from cla_jax.state import named, with_named
 from cla_jax.train import train
 from tests import reference
@@ -95,6 +99,54 @@ def test_a_decoder_lays_out_its_weights_once(run, cache, monkeypatch):
     for text in ("document of words", "short ones, and more of them."):
         decoder.generate([text], new_tokens=2, temperature=0)
     assert len(laid_out) == 1
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """`held_out(batch_size, documents, share)`: a session with windows of 64 tokens, and a model."""
+    place = tmp_path_factory.mktemp("held_out")
+
+    def make(
+        batch_size: int, documents: int, share: float
+    ) -> tuple[EvaluationSession, Transformer]:
+        texts = [f"Document {i} of a few words, {i * 7}{'.' * (i % 5)}" for i in range(documents)]
+        file = place / f"{documents}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        session = prepare_evaluation(
+            SHARED,
+            DataConfig(source=f"jsonl:{file}", seq_len=64, held_out=share),
+            data_dir=str(place / f"data-{documents}-{share}"),
+            mesh=MeshConfig(fsdp=1),
+            scan_layers=True,
+            remat="none",
+            batch_size=batch_size,
+            loss_chunk=64,
+        )
+        return session, reference.randomised(SHARED)
+
+    return make
+
+
+def test_a_profile_and_bytes_are_those_of_whole_windows(held_out, devices):
+    """Nine windows, of which the last is not whole: batches of five have a row of padding."""
+    devices(1)
+    found = []
+    for batch_size in (5, 9):
+        session, model = held_out(batch_size, 30, 0.5)
+        totals = session.prepared.parts[""].totals["held_out"]
+        assert (totals["windows"], rows(session)) == (9, batch_size)
+        assert totals["tokens"] % 64
+        found.append(evicting_decoding(session, model, parse("fastgen:T=0.8"), chunk=32))
+    assert found[0].profile == found[1].profile
+    assert found[0].kept_share == found[1].kept_share
+    assert 0 < found[0].kept_share < 1
+
+
+def test_a_held_out_text_without_a_whole_window_is_refused(held_out, devices):
+    devices(1)
+    session, model = held_out(2, 60, 0.06)
+    with pytest.raises(ValueError, match=r"only \d+ tokens and a window 64"):
+        evicting_decoding(session, model, parse("window:tokens=14,recent=4"), chunk=32)
 
 
 @pytest.mark.parametrize(
