@@ -17,6 +17,7 @@ from cla_jax.config import (
     LatentKV,
     ModelConfig,
     Scratch,
+    YarnScaling,
 )
 from cla_jax.fields import difference
 from cla_jax.messages import shown
@@ -122,6 +123,13 @@ def _check_latent(
             f"{what} has model.d_head = {source_model.d_head}: this run's model.kv.rope_dims = "
             f"{model.kv.rope_dims} must divide it, so that its keys have frequencies of the source"
         )
+    scaling = source_model.rope_scaling
+    if isinstance(scaling, YarnScaling) and model.kv.rope_dims != source_model.d_head:
+        raise ValueError(
+            f"{what} has model.rope_scaling.kind = {scaling.kind}, whose frequencies depend on the number of "
+            f"dimensions: this run's model.kv.rope_dims must be {source_model.d_head}, not "
+            f"{model.kv.rope_dims}"
+        )
 
 
 def check_start(config: Config) -> None:
@@ -134,24 +142,37 @@ def check_start(config: Config) -> None:
 # ------------------------------------------------------------------- which layers keep producing
 
 
+def fixed_producers(config: ModelConfig) -> set[int]:
+    """The producers that no conversion can remove: of each sliding window, the first."""
+    first: dict[int, int] = {}
+    for layer in sorted(set(config.resolved_kv_map)):
+        first.setdefault(config.resolved_windows[layer], layer)
+    return set(first.values())
+
+
 def random_map(config: ModelConfig, producers: int, seed: int) -> str:
-    """A kv_map of so many producers, drawn among those of a model; the first stays."""
-    known = sorted(set(config.resolved_kv_map))
-    kept = random.Random(seed).sample(known[1:], producers - 1)
-    return map_of(config, {known[0], *kept})
+    """A kv_map of so many producers, drawn among those of a model."""
+    fixed = fixed_producers(config)
+    others = sorted(set(config.resolved_kv_map) - fixed)
+    return map_of(config, fixed.union(random.Random(seed).sample(others, producers - len(fixed))))
 
 
 def least_damaged(config: ModelConfig, damage: Mapping[int, float], producers: int) -> str:
     """The kv_map of so many producers whose consumers do the least damage one by one."""
-    known = sorted(set(config.resolved_kv_map))
+    fixed = fixed_producers(config)
     costly = sorted(damage, key=lambda layer: -damage[layer])
-    return map_of(config, {known[0], *costly[: producers - 1]})
+    return map_of(config, fixed.union(costly[: producers - len(fixed)]))
 
 
 def map_of(config: ModelConfig, producers: set[int]) -> str:
-    """The map where each layer reads the newest of these producers at or below what it reads now."""
+    """The map where each layer reads the newest of these producers at or below what it reads now.
+
+    It has the same sliding window.
+    """
+    windows = config.resolved_windows
     return ",".join(
-        str(max(kept for kept in producers if kept <= read)) for read in config.resolved_kv_map
+        str(max(kept for kept in producers if kept <= read and windows[kept] == windows[read]))
+        for read in config.resolved_kv_map
     )
 
 
@@ -166,10 +187,13 @@ def resolved_map(form: str, config: ModelConfig) -> tuple[str, int, int] | None:
     forms = {"random": "random:PRODUCERS[:SEED]", "damage": "damage:PRODUCERS"}
     if not (1 <= len(rest) <= (2 if kind == "random" else 1)) or not all(map(is_digits, rest)):
         raise ValueError(f"--kv-map {shown(form)} must have the form {forms[kind]}")
-    producers = int(rest[0])
-    if not 1 <= producers <= config.n_kv_layers:
+    if isinstance(config.kv, LatentKV):
+        raise ValueError(f"--kv-map {shown(form)}: a model with latents keeps its kv_map")
+    producers, least = int(rest[0]), len(fixed_producers(config))
+    if not least <= producers <= config.n_kv_layers:
+        kinds = f" and layers with {least} different sliding windows" if least > 1 else ""
         raise ValueError(
             f"--kv-map {shown(form)}: the source has {config.n_kv_layers} producers "
-            f"(kv_map {config.kv_map}), so the run can have 1 to {config.n_kv_layers}"
+            f"(kv_map {config.kv_map}){kinds}, so the run can have {least} to {config.n_kv_layers}"
         )
     return kind, producers, int(rest[1]) if len(rest) > 1 else 0

@@ -22,7 +22,7 @@ from cla_jax.mesh import AxisRules
 from cla_jax.messages import shown
 from cla_jax.model.layers import Rope
 from cla_jax.model.transformer import Transformer, document_starts, inputs_of
-from cla_jax.start import check_start, least_damaged, map_of, source
+from cla_jax.start import check_start, fixed_producers, least_damaged, map_of, source
 
 log = logging.getLogger(__name__)
 
@@ -340,21 +340,21 @@ def streams(parts: Layers, text: Text, windows: int) -> dict[int, np.ndarray]:
 def damages(
     parts: Layers, text: Text, init: str, windows: int, progress: Callable[[int, int], None]
 ) -> dict[int, float]:
-    """For each producer but the first, the loss in nats on training text if it alone becomes a consumer.
+    """The loss in nats on training text if a producer alone becomes a consumer, for each that can.
 
-    It then reads the producer before it.
+    It then reads the producer before it that has the same sliding window.
     """
     if init not in conversion.JOINS:  # it makes latents; the measurement keeps the heads
         init = "least_squares"
     inputs = streams(parts, text, windows) if init in CALIBRATED_INITS else None
     batch = text.windows(windows)
-    producers = sorted(set(parts.config.resolved_kv_map))
-    losses = {}
-    for done, layer in enumerate(producers[1:]):
-        kv_map = map_of(parts.config, set(producers) - {layer})
+    producers = set(parts.config.resolved_kv_map)
+    candidates, losses = sorted(producers - fixed_producers(parts.config)), {}
+    for done, layer in enumerate(candidates):
+        kv_map = map_of(parts.config, producers - {layer})
         config = dataclasses.replace(parts.config, kv_map=kv_map)
         losses[layer] = layerwise.mean_loss(converted(parts, config, init, inputs), *batch)
-        progress(done + 1, len(producers) - 1)
+        progress(done + 1, len(candidates))
     return losses
 
 

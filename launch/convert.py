@@ -21,6 +21,7 @@ instead of heads. docs/uptraining.md compares the conversions.
 """
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -252,17 +253,20 @@ def _uptrained(command: Uptrain, source: "Run") -> Config:
             "--distill-temperature needs --distill-weight: without it there is no teacher"
         )
     start = FromRun(
-        run=command.run,
+        run=os.fspath(source.path),
         init=command.init,
         calibration_windows=command.calibration_windows,
         distill_weight=command.distill_weight,
         distill_temperature=command.distill_temperature,
     )
     steps = max(round(command.fraction * recipe.steps), 1)
-    # As the learning rate's schedule does, the stages of the data cover the new number of steps.
+    # As the learning rate's schedule does, the stages of the data cover the new number of steps. Of those
+    # that would begin at the same step, the last counts.
+    rescaled = {
+        max(round(each.step * steps / before.steps), 1): each for each in before.data.stages
+    }
     stages = tuple(
-        dataclasses.replace(stage, step=max(round(stage.step * steps / before.steps), 1))
-        for stage in before.data.stages
+        dataclasses.replace(stage, step=step) for step, stage in rescaled.items() if step < steps
     )
     return replaced(
         before,

@@ -199,6 +199,9 @@ def latent_error(parts: layerwise.Layers, kv: LatentKV, init: str, **changes) ->
     return float(jnp.abs(layerwise.run(made, tokens, starts) - expected).max())
 
 
+YARN = YarnScaling(original_max_position_embeddings=16)
+
+
 def latents_of(rank: int, rope_dims: int, norm: bool = False) -> LatentKV:
     return LatentKV(rank=rank, rope_dims=rope_dims, norm=norm)
 
@@ -320,6 +323,26 @@ def test_maps_are_drawn_or_take_the_least_damage():
         start.resolved_map("random:7", config)
     with pytest.raises(ValueError, match="must have the form damage:PRODUCERS"):
         start.resolved_map("damage:3:1", config)
+    latents = replace(config, n_kv_heads=1, kv=LatentKV(rank=8, rope_dims=4))
+    with pytest.raises(ValueError, match="a model with latents keeps its kv_map"):
+        start.resolved_map("damage:6", latents)
+
+
+def test_only_layers_with_the_same_window_share_in_a_drawn_map():
+    config = replace(MODEL, kv_map="identity", n_layers=6, windows="8,8,0,8,0,0")
+    drawn = {start.random_map(config, 4, seed) for seed in range(16)}
+    assert drawn == {
+        *("0,0,2,0,4,5", "0,0,2,3,2,5", "0,0,2,3,4,4"),
+        *("0,1,2,1,2,5", "0,1,2,1,4,4", "0,1,2,3,2,2"),
+    }
+    assert all(replace(config, kv_map=kv_map).n_kv_layers == 4 for kv_map in drawn)
+    damage = {1: 0.5, 3: 0.4, 4: 0.1, 5: 0.2}
+    assert start.least_damaged(config, damage, 2) == "0,0,2,0,2,2"
+    assert start.least_damaged(config, damage, 3) == "0,1,2,1,2,2"
+    with pytest.raises(
+        ValueError, match=r"2 different sliding windows, so the run can have 2 to 6"
+    ):
+        start.resolved_map("random:1", config)
 
 
 # ----------------------------------------------------------------------------------------- teacher
@@ -472,6 +495,11 @@ def test_latents_that_cannot_be_made_are_refused_before_anything_is_read(
         ({"model.qk_norm": True}, "--kv-heads 1", "models with model.qk_norm = True cannot"),
         ({"model.qk_norm": True}, "--kv-map cla:2", "models with model.qk_norm = True cannot"),
         ({"model.qk_norm": True}, "--latent-rank 8", "models with model.qk_norm = True cannot"),
+        (
+            {"model.rope_scaling": YARN},
+            "--latent-rank 8 --rope-dims 4",
+            "rope_dims must be 8, not 4",
+        ),
         ({"model.kv": latents_of(8, 4)}, "--kv-map cla:2", "rank 8 with 4 rotated dimensions and"),
         ({"model.kv": latents_of(8, 4)}, "--kv-heads 2", "must be 1 with model.kv.kind = latent"),
         ({"model.kv": latents_of(8, 4)}, "--latent-rank 4", "it cannot be converted"),
@@ -521,6 +549,10 @@ def test_stages_of_the_data_are_shortened_as_the_steps_are(tiny):
     source = SimpleNamespace(config=lambda: trained, origin=dict, path="runs/x")
     made = convert._uptrained(convert.Uptrain(run="runs/x", made="runs/y", fraction=0.5), source)
     assert (made.steps, [stage.step for stage in made.data.stages]) == (20, [15, 18])
+    # After the last step, or both at step 4.
+    for fraction, stages in ((0.05, ()), (0.075, ((2, weights),)), (0.125, ((4, weights[:1]),))):
+        made = convert._uptrained(convert.Uptrain(run="x", made="y", fraction=fraction), source)
+        assert tuple((stage.step, stage.weights) for stage in made.data.stages) == stages
 
 
 def test_conversions_that_cannot_be_name_both_sides(trained, tmp_path, devices, monkeypatch):
