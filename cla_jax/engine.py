@@ -140,6 +140,8 @@ class Engine:
         if not is_integer(new_tokens):
             raise ValueError(f"new_tokens = {new_tokens} must be an integer")
         check_new_tokens(new_tokens)
+        if isinstance(seed, tuple) and len(seed) != 2:
+            raise ValueError(f"seed = {seed} must be an integer or two")
         for part in seed if isinstance(seed, tuple) else (seed,):
             if not is_integer(part):
                 raise ValueError(f"seed = {part} must be an integer")

@@ -8,6 +8,7 @@ the context alone. `write_tasks` writes them as tasks of the lm-evaluation-harne
 (2404.06654) and Zoology (2312.04927).
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -99,7 +100,10 @@ def common_words(draw: random.Random, length: int) -> Example:
     size = len(common) + 1
     total = max(8, (length - len(question)) // size)
     often = max(4, total // 3)
-    listed = [common] * often + [draw.choice(others) for _ in range(total - often)]
+    rest = [draw.choice(others) for _ in range(total - often)]
+    while max(collections.Counter(rest).values()) >= often:  # in a short text, another word may win
+        rest = [draw.choice(others) for _ in range(total - often)]
+    listed = [common] * often + rest
     draw.shuffle(listed)
     return Example(
         context=" ".join(listed) + ". ",

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cla_jax import files
+from etils import epath
+
+from cla_jax import directories, files
 from cla_jax.messages import near_choice, shown
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def read_trace(
     """
     lines: list[Line] = []
     groups: dict[str, tuple[int, ...]] = {}
-    for number, text in enumerate(files.read_lines(path), 1):
+    for number, text in enumerate(files.read_lines(path, longest=files.LINES_BYTES), 1):
         if text.strip():
             where = f"{files.name(path)}, line {number}"
             line = _line(files.as_object(files.parse_json(text, where), where), where, encode)
@@ -97,7 +99,8 @@ def write_trace(path: str | Path, lines: Sequence[Line]) -> None:
     records = [
         {k: v for k, v in dataclasses.asdict(line).items() if v is not None} for line in lines
     ]
-    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    directories.write_atomically(epath.Path(path), text)
 
 
 # ---------------------------------------------------------------------------------------- makers
@@ -236,13 +239,16 @@ def check(engine: "Engine", lines: Sequence[Line], where: str = "the trace") -> 
 def warm_up(engine: "Engine") -> None:
     """Compiles all programs. What this counts is forgotten.
 
-    Prompts for all rows, two of them equal; then one alone that the host ends, and one after it.
+    Prompts for all rows, two of them equal; then one alone that the host ends, and one after it. They have no
+    more tokens than a row may have.
     """
     from cla_jax.places import Counts
 
+    new_tokens = min(2, engine.spec.capacity - 1)
+
     def submit(i: int, listener: "Listener | None" = None) -> None:
         prompt = [i % engine.spec.config.vocab_size]
-        engine.submit(prompt, new_tokens=2, listener=listener)
+        engine.submit(prompt, new_tokens=new_tokens, listener=listener)
 
     for i in (0, *range(engine.spec.batch - 1)):
         submit(i)

@@ -106,7 +106,10 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(Arguments, args=argv, prog="python -m launch.evaluate", description=__doc__)
     log_to_stderr()
-
+    if arguments.batch_size < 0:
+        raise ValueError(
+            f"batch_size = {arguments.batch_size} must be positive, or 0 for that of the run"
+        )
     allocator.set_up()
     if arguments.tasks:
         _tasks(arguments)
@@ -275,9 +278,11 @@ def _tasks(arguments: Arguments) -> None:
         or arguments.per_kv_layer
         or arguments.ledger
         or arguments.plot
+        or arguments.prompt != Arguments.prompt
     ):
         raise ValueError(
-            "--windows, --per-kv-layer, --ledger and --plot do not apply to tasks: remove them, or --tasks"
+            "--windows, --prompt, --per-kv-layer, --ledger and --plot do not apply to tasks: remove them, or "
+            "--tasks"
         )
     # The harness has bars of its own, which would run into ours.
     os.environ.setdefault("TQDM_DISABLE", "1")

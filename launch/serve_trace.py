@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.make:
         near_choice("kind of trace", arguments.make, traces.MAKERS)
         _check_replaced(arguments.trace)
+        traces.make_trace(arguments.make, arguments.made)
+    else:
+        traces.read_trace(arguments.trace, _any_token)
     parse_bytes(arguments.retain, "retain")
     if not Path(arguments.model).exists():
         _row(arguments.model)
@@ -115,11 +118,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(engine, lines, traces.replay(engine, lines), arguments)
 
 
+def _any_token(_: str) -> list[int]:
+    """Stands for a tokenizer where only the form of a trace is checked."""
+    return [0]
+
+
 def _check_replaced(trace: str) -> None:
     """Raises ValueError if --make would overwrite something else than a trace."""
     if Path(trace).exists():
         try:
-            traces.read_trace(trace, lambda _: [0])
+            traces.read_trace(trace, _any_token)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"--make does not overwrite {shown(trace)}, which is not a trace ({error}): choose another "

@@ -243,6 +243,7 @@ def test_a_request_waits_in_the_order_of_submission():
         ({"seed": -1}, "seed = -1 must lie in 0"),
         ({"seed": (1, 2**32)}, "seed = 4294967296 must lie in 0"),
         ({"seed": "a"}, "seed = a must be an integer"),
+        ({"seed": (0, 1, 2)}, r"seed = \(0, 1, 2\) must be an integer or two"),
     ],
 )
 def test_bad_requests_are_refused_and_leave_no_trace(options, words):

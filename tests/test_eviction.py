@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -360,6 +361,24 @@ def test_classes_of_a_tokenizer_are_described():
     assert found["special"] >= 1
     assert found["punctuation"] == len(found["marks"]) == 23  # of ASCII; "$+<=>^`|~" are symbols
     assert {".", ",", "!"} <= set(found["marks"])
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_space_without_a_text_is_not_special(strips):
+    """As in Llama's tokenizers, whose decoder strips the first space of a text."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "▁▁": 4, "▁a": 5, "a": 6, "▁.": 8}
+    merges = [("▁", "▁"), ("▁", "a")]
+    inner = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    inner.decoder = hf.decoders.Metaspace()
+    if strips:
+        steps = [hf.decoders.Replace("▁", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+        inner.decoder = hf.decoders.Sequence(steps)
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = tokenizers.Tokenizer(inner, "</s>")
+    assert tokenizer.decode([3]) == ""
+    assert list(classes_of_tokenizer(tokenizer, "<s>")) == [
+        *(SPECIAL, SPECIAL, SPECIAL, 0, 0, 0, 0), SPECIAL, PUNCTUATION
+    ]  # fmt: skip
 
 
 def test_the_page_lists_every_setting_with_its_default():

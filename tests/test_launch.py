@@ -803,6 +803,8 @@ def test_train_evaluate_and_generate_from_the_command_line(tmp_path, monkeypatch
         ([study], "untrained has no checkpoint yet"),
         ([run, "--limit", "3"], "limit = 3 applies only to tasks: add --tasks"),
         ([run, "--tasks", "sciq", "--windows", "3"], "do not apply to tasks"),
+        ([run, "--tasks", "sciq", "--prompt", "0.6"], "do not apply to tasks"),
+        ([run, "--batch-size", "-3"], "batch_size = -3 must be positive"),
     ):
         with pytest.raises(SystemExit):
             launch_evaluate.main(argv)

@@ -28,8 +28,9 @@ def test_examples_are_of_the_length_and_come_from_the_seed(kind):
         assert max(depths) > 0.5
 
 
-def test_answers_are_what_the_context_says():
-    of = lambda kind: make_examples(kind, count=20, length=500)
+@pytest.mark.parametrize("length", [120, 200, 500])
+def test_answers_are_what_the_context_says(length):
+    of = lambda kind: make_examples(kind, count=20, length=length)
     for one in of("needle"):
         key = re.fullmatch(r"The number of (\w+) is", one.question)[1]
         assert f"The number of {key} is{one.answer}." in one.context

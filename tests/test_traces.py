@@ -29,6 +29,12 @@ def test_a_trace_is_read_by_arrival(tmp_path):
     assert read_trace(path) == lines
 
 
+def test_a_line_may_be_long(tmp_path):
+    lines = [Line(arrival=0, prompt=(123,) * 300_000, new_tokens=1)]
+    write_trace(tmp_path / "trace.jsonl", lines)
+    assert read_trace(tmp_path / "trace.jsonl") == lines
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
@@ -138,6 +144,32 @@ def test_a_made_trace_is_served(tmp_path, capsys):
     assert found["uploads"] > 0
     assert found["moments"][-1]["resident"] == 0
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("more", [["--page", "1", "--rows", "1"], ["--unshared"]])
+def test_a_request_of_two_tokens_is_served(tmp_path, capsys, more):
+    path = written(tmp_path, GOOD | {"arrival": 0.0, "prompt": [1], "new_tokens": 1})
+    serve_trace.main([str(path), "--model", "smoke.tiny", *more, "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["missing.jsonl"], "missing.jsonl"),
+        (["bad.jsonl"], "bad.jsonl, line 1: new_tokens = 0 must be positive"),
+        (["new.jsonl", "--make", "shared-prompt", "--made.requests", "0"], "requests = 0"),
+    ],
+)
+def test_a_mistake_in_a_trace_does_not_wait_for_the_model(
+    tmp_path, capsys, monkeypatch, argv, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD | {"new_tokens": 0}))
+    monkeypatch.setattr(serve_trace, "open_model", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit):
+        serve_trace.main([*argv, *MODEL])
+    assert words in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_a_trace_is_not_overwritten(tmp_path, capsys):

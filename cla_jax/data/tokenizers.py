@@ -92,6 +92,15 @@ class Tokenizer:
         _check_token(self._inner, vocabulary, token or self.end_token, "data.begin_token")
         return vocabulary[token or self.end_token]
 
+    def special_ids(self) -> set[int]:
+        """The ids that stand for no text: special tokens, and ids that have no token."""
+        added = self._inner.get_added_tokens_decoder()
+        token_of = self._inner.id_to_token
+        return {
+            i for i in range(self.size)
+            if (added[i].special if i in added else token_of(i) is None)
+        }  # fmt: skip
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32, without an end token."""
         if self._is_byte:

@@ -10,10 +10,12 @@ from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
 
 
 def classes_of_tokenizer(tokenizer: Any, begin_token: str = "") -> bytes:
-    """The class of each id, a byte each: special are the end and begin tokens, and ids without a text."""
+    """The class of each id, a byte each. Special are the tokenizer's special tokens and the begin token.
+
+    A token may have no text of its own and yet not be special: some tokenizers strip the first space.
+    """
     texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
-    special = {i for i, text in enumerate(texts) if not text}
-    special |= {tokenizer.end, tokenizer.begin(begin_token)}
+    special = {*tokenizer.special_ids(), tokenizer.begin(begin_token)}
     return token_classes(texts, special).tobytes()
 
 
