@@ -12,7 +12,8 @@ is there already is not measured again.
     python -m benchmarks.eviction runs/demo/seeds/h16_mqa.seed-0 --task needle --T 0.95 --output Y.jsonl
 
 scores a task of cla_jax/recall_tasks.py in the same way. The bytes are equal when the policy has seen the
-context; the question and the answer follow. Without `--T` the policies are taken with their own settings.
+context; the question and the answer follow. With `--policy` and without `--T`, the policies are taken with
+their own settings.
 """
 
 import contextlib
@@ -35,11 +36,14 @@ from cla_jax.evaluate import open_session
 from cla_jax.evaluation import EvictingScores
 from cla_jax.eviction import Policy, parse, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer
+from cla_jax.eviction.fastgen import FastGen
 from cla_jax.eviction.policy import Budgeted
+from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
 from cla_jax.session import EvaluationSession
+from cla_jax.uptrain import Text
 
 OTHERS = ("window", "h2o", "snapkv", "adakv", "random")
 
@@ -103,22 +107,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
 
         def measured(name: str, T: float, session=session, model=model, asked=asked):
+            cell = asked | {"policy": parse(name).name}
+            known = recorded(arguments.output, cell)  # perhaps at the bytes of another T
+
             def measure() -> dict[str, Any]:
+                if known is not None:
+                    return known | {"T": T}
                 scores = evicting_decoding(
                     *(session, model, parse(name)),
                     chunk=arguments.chunk,
                     prompt=arguments.prompt,
                     windows=arguments.windows,
                 )
-                # The T whose bytes this policy has.
-                return {"T": T} | line(scores, session)
+                return line(scores, session)
 
-            return once(asked | {"policy": parse(name).name}, measure, arguments.output)
+            # T: that of the FastGen whose bytes this policy has.
+            return once(cell | {"T": T}, measure, arguments.output)
 
         tokens = prompt_tokens(arguments.prompt, session.data.seq_len, arguments.chunk)
         for threshold in arguments.T or (0.95,):
-            kept = measured(fastgen(threshold, arguments.settings), threshold)["kept"]
-            for name in at_equal_bytes(session.model, kept, arguments.prompt, tokens, arguments):
+            first = fastgen(threshold, arguments.settings)
+            kept = measured(first, threshold)["kept"]
+            for name in at_equal_bytes(
+                session.model, first, kept, arguments.prompt, tokens, arguments
+            ):
                 measured(name, threshold)
 
 
@@ -132,26 +144,30 @@ def score_task(
     """Prints what each policy answers of a task's examples; with thresholds, at the bytes of FastGen."""
     examples = make_examples(kind, count=arguments.count, length=arguments.length)
     asked = named | {"task": kind, "length": arguments.length, "count": arguments.count}
-    dense = entry_bytes(session.model)
+    dense = 2 * session.model.kv_elements / session.model.n_kv_heads  # bytes of a head at 16 bits
 
     def scored(name: str) -> dict[str, Any]:
         policy = parse(name)
 
         def measure() -> dict[str, Any]:
             scores = recall_scores(model, session.tokenizer, policy, examples)
-            held = scores["kept_of_prompt"] * (dense + noted_bytes(policy)) / dense
+            held = scores["kept_of_prompt"] * entry_bytes(session.model, policy) / dense
             return {"live_bytes_share": round(held, 4)} | scores
 
         return once(asked | {"policy": policy.name}, measure, arguments.output)
 
-    if not arguments.T:
+    thresholds = arguments.T
+    if not thresholds and arguments.policy:
         for name in arguments.policy:
             scored(name)
+    elif not thresholds:
+        thresholds = (0.95,)
     # The context and a token that begins it: no budget may be less than what is always kept of the shortest.
     shortest = 1 + min(len(session.tokenizer.encode(one.context)) for one in examples)
-    for threshold in arguments.T:
-        kept = scored(fastgen(threshold, arguments.settings))["kept_of_prompt"]
-        for name in at_equal_bytes(session.model, kept, 1.0, shortest, arguments):
+    for threshold in thresholds:
+        first = fastgen(threshold, arguments.settings)
+        kept = scored(first)["kept_of_prompt"]
+        for name in at_equal_bytes(session.model, first, kept, 1.0, shortest, arguments):
             scored(name)
 
 
@@ -196,36 +212,41 @@ def recorded(output: Path | None, cell: dict[str, Any]) -> dict[str, Any] | None
 
 
 def at_equal_bytes(
-    model: ModelConfig, kept: float, prompt: float, tokens: int, arguments: Arguments
+    model: ModelConfig, first: str, kept: float, prompt: float, tokens: int, arguments: Arguments
 ) -> Iterator[str]:
     """The other policies, with the budget at which they hold the bytes of FastGen with this share.
 
+    `first` names FastGen's policy; the others have its format, its first tokens and its newest tokens.
     `prompt` is the share of all tokens that is the prompt, and `tokens` the length of the shortest prompt.
     """
-    entry, of_fastgen = entry_bytes(model), noted_bytes(parse(fastgen(0.5, "")))
+    of_fastgen = parse(first)
+    common = "".join(
+        f",{name}={getattr(of_fastgen, name)}"
+        for name in ("format", "sinks", "recent")
+        if getattr(of_fastgen, name) != getattr(FastGen, name)
+    )
     for other in arguments.policy or OTHERS:
-        policy = parse(f"{other}:keep=1")
+        policy = parse(f"{other}:keep=1{common}")
         assert isinstance(policy, Budgeted)
-        share = kept * (entry + of_fastgen) / (entry + noted_bytes(policy))
+        share = kept * entry_bytes(model, of_fastgen) / entry_bytes(model, policy)
         if other in ("snapkv", "adakv"):  # their budget is the prompt's
             share = (share - (1 - prompt)) / prompt
         budget = min(math.floor(share * 10_000) / 10_000, 1)
         if budget * tokens < policy.always:
             print(f"{other}: a budget of {budget:g} is less than what is always kept", flush=True)
         elif other == "random":
-            yield from (f"random:keep={budget:g},seed={seed}" for seed in range(arguments.draws))
+            seeds = range(arguments.draws)
+            yield from (f"random:keep={budget:g},seed={seed}{common}" for seed in seeds)
         else:
-            yield f"{other}:keep={budget:g}"
+            yield f"{other}:keep={budget:g}{common}"
 
 
-def entry_bytes(model: ModelConfig) -> int:
-    """Of the key and the value of a token and KV head at 16 bits."""
-    return model.d_head * 4
-
-
-def noted_bytes(policy: Policy) -> int:
-    """What an entry has besides: position and class, and a score if the policy has one."""
-    return 9 if policy.scoring != "none" else 5
+def entry_bytes(model: ModelConfig, policy: Policy) -> int:
+    """Of an entry of one head of all KV layers together, at 16 bits: position, class and score included."""
+    config = dataclasses.replace(model, compute_dtype="bfloat16")
+    classes = bytes([SPECIAL, PUNCTUATION])
+    spec = evicting_spec(config, policy, classes=classes, batch=1, capacity=1)
+    return sum(sum(spec.entry_bytes(p)) for p in range(len(spec.pages)))
 
 
 def kept_of_prompts(
@@ -234,13 +255,14 @@ def kept_of_prompts(
     """The share of the prompts that is kept, over all and of each KV layer, and what policies heads have."""
     data, tokenizer = session.data, session.tokenizer
     classes = classes_of_tokenizer(tokenizer, data.begin_token)
-    split = next(iter(session.prepared.parts.values())).split("held_out")
-    S = math.ceil(arguments.prompt * data.seq_len)
-    size = min(arguments.windows, len(split))
-    prompts = {i: split[i]["tokens"][:S].tolist() for i in range(size)}
+    S = prompt_tokens(arguments.prompt, data.seq_len, 1)
+    text = Text(session.prepared, session.end, session.begins)
+    inputs_BT, _, starts_BT = text.windows(arguments.windows, "held_out")
+    prompts = dict(enumerate(inputs_BT[:, :S].tolist()))
+    size = len(prompts)
     spec = evicting_spec(session.model, policy, classes=classes, batch=size, capacity=data.seq_len)
     compressor = Compressor(decoding_weights(on_one_device(model)), spec)
-    chosen = compressor.profiled(prompts).chosen
+    chosen = compressor.profiled(prompts, starts_BT[:, :S]).chosen
     kept_P = [float((one.kept_BKS.sum(-1) / one.lengths_B[:, None]).mean()) for one in chosen]
     policies = [policy.names[i] for one in chosen for i in one.choice.policy_BK.ravel()]
     return {

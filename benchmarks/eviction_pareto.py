@@ -53,9 +53,19 @@ class Cell:
 
 
 def cells(lines: Sequence[dict[str, Any]]) -> list[Cell]:
-    """The lines of a file; those that differ only by the seed of random tokens are one cell."""
+    """The lines of a file; those that differ only by the seed of random tokens are one cell.
+
+    Lines of tasks are left out. Raises ValueError for two checkpoints of runs with one name.
+    """
     groups: dict[tuple, list[dict[str, Any]]] = {}
+    checkpoints: dict[str, str] = {}
     for line in lines:
+        if "task" in line:
+            continue
+        if checkpoints.setdefault(line["run"], line["checkpoint"]) != line["checkpoint"]:
+            raise ValueError(
+                f"there are results of two checkpoints of {line['run']}: remove the lines of one of them"
+            )
         name = line["policy"].partition(",seed=")[0]
         key = tuple(line[k] for k in ("run", "context", "prompt", "chunk", "windows", "T"))
         groups.setdefault((*key, name), []).append(line)

@@ -316,7 +316,7 @@ def test_a_benchmark_that_fails_leaves_no_empty_file(decode_bandwidth, tmp_path,
 
 
 def eviction_line(policy: str, worse: list[float], T: float = 0.9) -> dict:
-    asked = {"run": "x", "context": 64, "prompt": 0.5, "chunk": 8, "windows": 3}
+    asked = {"run": "x", "context": 64, "prompt": 0.5, "chunk": 8, "windows": 3, "checkpoint": "c"}
     scores = {"kept": 0.5, "live_bytes_share": 0.6, "tokens": 96, "perplexity_by_full_forward": 4.0}
     by_window = {"worse": worse, "kl": [0.01, 0.02, 0.03]}
     return asked | scores | {"policy": policy, "T": T, "top1": 0.9, "by_window": by_window}
@@ -329,7 +329,10 @@ def test_policies_at_equal_bytes_are_compared_window_by_window(tmp_path):
         eviction_line("random:keep=0.5,seed=1", [0.007, 0.007, 0.008]),
         eviction_line("random:keep=0.7", [0.001, 0.001, 0.001], T=0.98),
     ]
-    fastgen, random, alone = eviction_pareto.cells(lines)
+    task = {"run": "x", "checkpoint": "c", "task": "needle", "policy": "fastgen:T=0.9"}
+    fastgen, random, alone = eviction_pareto.cells([*lines, task])
+    with pytest.raises(ValueError, match="two checkpoints of x"):
+        eviction_pareto.cells([*lines, lines[0] | {"checkpoint": "d"}])
     assert random.worse_DN.shape == (2, 3)
     # Draws are averaged within a window: 6, 7 and 10 thousandths; the difference is -3, -3 and -2.
     rows = eviction_pareto.table([fastgen, random, alone]).splitlines()
@@ -396,3 +399,27 @@ def test_a_task_is_scored_at_the_bytes_of_fastgen(tmp_path, monkeypatch, capsys)
     eviction.score_task(session, None, "copy", arguments, {"run": "x"})
     assert "snapkv: a budget of" in capsys.readouterr().out
     assert len(asked) < 14
+    # By default, what FastGen keeps with T = 0.95.
+    kept_of["fastgen"] = 0.5
+    asked.clear()
+    arguments = dataclasses.replace(arguments, T=(), draws=1)
+    eviction.score_task(session, None, "needle", arguments, {"run": "x"})
+    assert "fastgen" in asked
+    assert "fastgen:T=0.9" not in asked
+
+
+def test_policies_have_the_format_and_the_always_kept_tokens_of_fastgen():
+    model = ModelConfig(
+        vocab_size=257, n_layers=1, d_model=32, d_ff=32, n_heads=2, n_kv_heads=1, d_head=16
+    )
+    of = lambda first: list(
+        eviction.at_equal_bytes(
+            model, first, 0.5, 1.0, 600, eviction.Arguments(runs=(), policy=("window", "h2o"))
+        )
+    )
+    assert of("fastgen:T=0.9") == ["window:keep=0.5289", "h2o:keep=0.5"]
+    # int8: 16 + 16 bytes and two scales of 2 for a key and a value, and 9 or 5 beside.
+    common = ",format=int8,recent=32"
+    assert of(f"fastgen:T=0.9{common}") == [f"window:keep=0.5487{common}", f"h2o:keep=0.5{common}"]
+    # With T = 1 FastGen has no scores either.
+    assert of("fastgen:T=1") == ["window:keep=0.5", "h2o:keep=0.4726"]

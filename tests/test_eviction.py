@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cla_jax.data import tokenizers
-from cla_jax.eviction import POLICIES, check_cache, is_policy, parse
+from cla_jax.eviction import POLICIES, check_cache, is_policy, parse, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer, described, token_classes
 from cla_jax.eviction.policy import Budgeted, Lost, Policy, Seen
 from cla_jax.eviction.rule import (
@@ -346,6 +346,20 @@ def test_no_head_needs_more_room_than_it_is_given(prompt, new, chunk, share):
     for length in range(prompt, prompt + new, chunk):
         written = min(chunk, prompt + new - length)
         assert held(length) + written <= room
+
+
+@pytest.mark.parametrize(
+    ("share", "seq_len", "chunk", "tokens"),
+    [
+        (0.5, 256, 1, 128),
+        (0.75, 1024, 8, 768),
+        (0.55, 200, 2, 110),
+        (0.07, 100, 1, 7),
+        (1 / 3, 100, 2, 34),
+    ],
+)
+def test_the_prompt_of_a_window_is_rounded_up(share, seq_len, chunk, tokens):
+    assert prompt_tokens(share, seq_len, chunk) == tokens
 
 
 def test_classes_of_tokens():

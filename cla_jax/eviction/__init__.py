@@ -87,7 +87,9 @@ def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
         raise ValueError(
             f"prompt = {share} must lie between 0 and 1: it is a fraction of the window"
         )
-    tokens = math.ceil(share * seq_len)
+    tokens = math.ceil(
+        round(share * seq_len, 6)
+    )  # 0.55 of 200 is 110, not what float products give
     if tokens >= seq_len or (seq_len - tokens) % chunk:
         raise ValueError(
             f"prompt = {share} leaves {seq_len - tokens} of {seq_len} tokens after the prompt; this must be "
