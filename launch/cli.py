@@ -161,9 +161,10 @@ def _written_as_text(
         Stage: "STEP:NAME=WEIGHT,NAME=WEIGHT",
     }
     # With a default of two members, tyro writes typing.Tuple[KIND, ...]: equal in its parts, not as a whole.
-    kind, *rest = typing.get_args(info.type) or (None,)
-    if typing.get_origin(info.type) is not tuple or kind not in forms or rest != [...]:
+    matching = [kind for kind in forms if typing.get_args(info.type) == (kind, ...)]
+    if typing.get_origin(info.type) is not tuple or not matching:
         return None
+    kind = matching[0]
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=f"[{forms[kind]} ...]",
