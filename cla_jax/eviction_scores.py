@@ -33,7 +33,7 @@ from cla_jax.evaluation import (
 )
 from cla_jax.eviction import Policy, prompt_tokens
 from cla_jax.eviction.classes import classes_of_tokenizer, described
-from cla_jax.loss import losses
+from cla_jax.loss import losses, token_losses
 from cla_jax.mesh import AxisRules
 from cla_jax.model.transformer import ForwardOptions, Transformer, document_starts, inputs_of
 from cla_jax.recall_tasks import Example
@@ -42,8 +42,12 @@ from cla_jax.session import EvaluationSession
 from cla_jax.statistics import paired
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="cache")
-def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *, spec, options):
+@functools.partial(
+    jax.jit, static_argnames=("spec", "options", "loss_chunk"), donate_argnames="cache"
+)
+def _continued(
+    model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *, spec, options, loss_chunk
+):
     """Of the tokens after the prompts: nats through the cache and by full forward, KL, equal top tokens.
 
     Returns nats of every target through the cache [B, T], the four with the largest difference of logits
@@ -52,7 +56,7 @@ def _continued(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD, *
     B, T = inputs_BT.shape
     S = x_BSD.shape[1]
     full_BTD = model(inputs_BT, options, starts_BT)
-    nll_BS = losses(weights.logits(x_BSD, spec.rules), targets_BT[:, :S])[0]
+    nll_BS = token_losses(x_BSD, model.head_VD, targets_BT[:, :S], loss_chunk, spec.rules)
 
     def steps(a_BT: jax.Array) -> jax.Array:
         rest = a_BT[:, S:]
@@ -140,6 +144,7 @@ def evicting_decoding(
             *(model, weights, cache, inputs_BT, targets_BT, starts_BT, x_BSD[:, :S]),
             spec=compressor.spec,
             options=options,
+            loss_chunk=math.gcd(S, session.loss_chunk),
         )
         scored_BT = np.asarray(weights_BT[:, S:], np.float64)
         after.add(np.asarray(scores_5BT, np.float64) * scored_BT, scored_BT.sum(1))

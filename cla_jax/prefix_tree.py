@@ -107,7 +107,7 @@ class PrefixTree:
         self._paths: dict[Node, Path] = {}  # live requests by their leaves
         self._reserved = 0
         self._idle = 0  # chunks that no live request reads
-        # Idle chunks without children: (used, number, chunk). Some are out of date.
+        # Idle chunks without children: (used, number, chunk). Some are outdated, see `_is_current`.
         self._evictable: list[tuple[int, int, Node]] = []
         self._clock = itertools.count(1)
 
@@ -211,6 +211,11 @@ class PrefixTree:
             elif not node.children:
                 heapq.heappush(self._evictable, (node.used, node.page, node))
             node = above
+        if (
+            len(self._evictable) > 2 * self.pages
+        ):  # while nothing is evicted, more and more are outdated
+            self._evictable = list(filter(_is_current, self._evictable))
+            heapq.heapify(self._evictable)
         while self._idle > self.retain:
             self._evict()
         self.version += 1
@@ -337,11 +342,12 @@ class PrefixTree:
     def _evict(self) -> None:
         """Frees the idle chunk without children that was used least recently."""
         while True:  # there is one: whoever takes a page has made sure of it
-            used, _, node = heapq.heappop(self._evictable)
-            parent = node.parent
-            unchanged = node.used == used and not node.readers and not node.children
-            if unchanged and parent is not None:
+            entry = heapq.heappop(self._evictable)
+            if _is_current(entry):
                 break
+        node = entry[-1]
+        parent = node.parent
+        assert parent is not None
         self._idle -= 1
         self._drop(node)
         if parent.parent is not None and not parent.readers and not parent.children:
@@ -361,3 +367,10 @@ class PrefixTree:
                     break
         self._free.append(node.page)
         node.parent = None
+
+
+def _is_current(evictable: tuple[int, int, Node]) -> bool:
+    """Whether a chunk is still in the tree, idle, without children, and was not used again."""
+    used, _, node = evictable
+    unchanged = node.used == used and not node.readers and not node.children
+    return unchanged and node.parent is not None

@@ -152,6 +152,17 @@ def test_the_tree_holds_what_lists_hold(operations, chunk, pages, retain):
         model.check()
 
 
+def test_what_is_remembered_of_retained_chunks_does_not_grow_with_the_requests():
+    tree = PrefixTree(chunk=4, pages=8, retain=8)
+    for _ in range(100):
+        tree.remove(tree.insert([1, 2, 3, 4, 5], new_tokens=0))
+    assert len(tree._evictable) <= 2 * 8
+    # The one chunk that is retained still gives way to a request of the whole pool.
+    assert (tree._idle, tree.room) == (1, 8)
+    tree.insert(list(range(10, 41)), new_tokens=0)
+    assert (tree._idle, tree.room) == (0, 0)
+
+
 @pytest.mark.parametrize("retain", [0, 60])
 def test_no_page_is_lost_in_ten_thousand_operations(retain):
     draw, model = random.Random(0), Model(chunk=4, pages=60, retain=retain)
