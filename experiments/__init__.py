@@ -45,6 +45,14 @@ def find(name: str) -> list[Config]:
     return [_config(short, known[short])]
 
 
+def find_row(name: str) -> Config:
+    """The config of a row. Raises ValueError with the nearest names, or a row of the study that it names."""
+    config, *others = find(name)
+    if others:
+        raise ValueError(f"{name!r} is a study: give one of its rows, such as {config.name}")
+    return config
+
+
 def sweeps() -> dict[str, Callable[..., Trials]]:
     """Every sweep, by its name; those that take an argument are given a directory for files of their own."""
     studies = _studies()

@@ -165,13 +165,9 @@ def _fetch(name: str, run: str, text: Text) -> None:
 
 
 def _export(command: Export) -> None:
-    from cla_jax.runs import find_runs
+    from cla_jax.runs import find_run
 
-    run, *others = find_runs([command.run])
-    if others:
-        raise ValueError(
-            f"{command.run} contains several runs: give one of them, such as {run.path}"
-        )
+    run = find_run(command.run)
     run.check_saved()
     from cla_jax.interop.export import export
 
@@ -329,10 +325,7 @@ def _recipe(name: str) -> Config:
 
     if name.endswith(".json"):
         return runs.read_config(epath.Path(name))
-    config, *others = experiments.find(name)
-    if others:
-        raise ValueError(f"--recipe {name} is a study: give one of its rows, such as {config.name}")
-    return config
+    return experiments.find_row(name)
 
 
 @contextmanager

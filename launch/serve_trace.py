@@ -33,7 +33,7 @@ from launch.memory import parse_bytes
 if TYPE_CHECKING:
     import jax
 
-    from cla_jax.config import Config, ModelConfig
+    from cla_jax.config import ModelConfig
     from cla_jax.decode import Weights
     from cla_jax.engine import Engine
     from cla_jax.mesh import AxisRules
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         traces.read_trace(arguments.trace, _any_token)
     parse_bytes(arguments.retain, "retain")
     if not Path(arguments.model).exists():
-        _row(arguments.model)
+        experiments.find_row(arguments.model)
     _check_flags(arguments)
     allocator.set_up()
     # After the checks: a mistake should not wait for jax.
@@ -169,16 +169,6 @@ class ServedModel:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _row(name: str) -> "Config":
-    """The config of a row of an experiment. Raises ValueError with the nearest names."""
-    (config, *others) = experiments.find(name)
-    if others:
-        raise ValueError(
-            f"model = {name!r} is a study: give one of its rows, such as {config.name}"
-        )
-    return config
-
-
 def open_model(name: str) -> ServedModel:
     """A row of an experiment with random weights, or a run."""
     from cla_jax.decode import random_weights
@@ -186,7 +176,7 @@ def open_model(name: str) -> ServedModel:
     from cla_jax.mesh import AxisRules
 
     if not Path(name).exists():
-        config = _row(name)
+        config = experiments.find_row(name)
         weights = random_weights(config.model)
         return ServedModel(config=config.model, weights=weights, rules=AxisRules())
     decoder = Decoder.open(name)
