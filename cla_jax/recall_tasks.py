@@ -52,10 +52,17 @@ def needle(draw: random.Random, length: int) -> Example:
     return _hidden(draw, fact, question, " " + number, length)
 
 
+def _noise(draw: random.Random, size: int) -> list[str]:
+    """Sentences that say nothing, until they have `size` characters."""
+    drawn: list[str] = []
+    while size > 0:
+        drawn.append(draw.choice(NOISE))
+        size -= len(drawn[-1])
+    return drawn
+
+
 def _hidden(draw: random.Random, fact: str, question: str, answer: str, length: int) -> Example:
-    noise: list[str] = []
-    while len("".join(noise)) + len(fact) + len(question) < length:
-        noise.append(draw.choice(NOISE))
+    noise = _noise(draw, length - len(fact) - len(question))
     at = draw.randint(0, len(noise))
     before = "".join(noise[:at])
     context = before + fact + "".join(noise[at:])
@@ -82,9 +89,7 @@ def variables(draw: random.Random, length: int) -> Example:
     chain = [f"VAR {names[0]} = {number}. "]
     chain += [f"VAR {new} = {old}. " for old, new in itertools.pairwise(names)]
     question = f"The value of {names[-1]} is"
-    parts: list[str] = []
-    while len("".join(parts)) + len("".join(chain)) + len(question) < length:
-        parts.append(draw.choice(NOISE))
+    parts = _noise(draw, length - len("".join(chain)) - len(question))
     places = sorted(draw.sample(range(len(parts) + len(chain)), len(chain)))
     for place, step in zip(places, chain, strict=True):
         parts.insert(place, step)
@@ -148,10 +153,7 @@ def recency(draw: random.Random, length: int) -> Example:
     i = draw.randrange(4, 8)
     fact = f"The words are {', '.join(listed)}. Again,"
     question = f" the words are {', '.join(listed[:i])},"
-    noise = ""
-    while len(noise) + len(fact) + len(question) < length:
-        noise += draw.choice(NOISE)
-    context = noise + fact
+    context = "".join(_noise(draw, length - len(fact) - len(question))) + fact
     depth = context.index(listed[i]) / len(context)
     return Example(context=context, question=question, answer=f" {listed[i]}", depth=depth)
 
@@ -168,15 +170,15 @@ KINDS: dict[str, Callable[[random.Random, int], Example]] = {
 
 
 def make_examples(kind: str, *, count: int, length: int, seed: int = 0) -> list[Example]:
-    """Examples of about `length` characters of context; equal arguments give equal examples.
+    """Examples of about `length` characters, question included; equal arguments give equal examples.
 
-    Raises ValueError for an unknown kind, or a length that leaves no room for what is asked.
+    Raises ValueError for an unknown kind, or a length that leaves no room for what is asked or is too large.
     """
     near_choice("task", kind, KINDS)
     if count < 1:
         raise ValueError(f"count = {count} must be positive")
-    if length < 120:
-        raise ValueError(f"length = {length} must be at least 120 characters")
+    if not 120 <= length <= 1_000_000:
+        raise ValueError(f"length = {length:,} must be 120 to 1,000,000 characters")
     return list(_drawn(kind, count, length, seed))
 
 

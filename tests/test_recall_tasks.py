@@ -67,7 +67,8 @@ def test_answers_are_what_the_context_says(length):
             "unknown task 'neddle'; did you mean needle",
         ),
         ({"kind": "needle", "count": 0, "length": 500}, "count = 0 must be positive"),
-        ({"kind": "needle", "count": 1, "length": 50}, "length = 50 must be at least 120"),
+        ({"kind": "needle", "count": 1, "length": 50}, "length = 50 must be 120 to 1,000,000"),
+        ({"kind": "copy", "count": 1, "length": 10**7}, "length = 10,000,000 must be 120 to"),
     ],
 )
 def test_what_cannot_be_made_is_refused(arguments, words):
