@@ -96,7 +96,7 @@ def summary(cells: Sequence[Cell]) -> str:
     """FastGen beside the others, in Markdown; losses in thousandths of a nat per token."""
     others = [kind for kind in OTHERS if any(cell.kind == kind for cell in cells)]
     rows = [
-        "| model | T | dropped | live bytes | nats worse | perplexity "
+        "| model | T | dropped | live bytes | loss difference, 10⁻³ nats | perplexity "
         + "".join(f"| minus `{kind}` " for kind in others)
         + "|",
         "|---" * (6 + len(others)) + "|",
@@ -131,8 +131,8 @@ def _difference(fastgen: Cell, cell: Cell) -> str:
 def table(cells: Sequence[Cell]) -> str:
     """Every policy, in Markdown, most bytes first; losses in thousandths of a nat per token."""
     rows = [
-        "| model | policy | kept | live bytes | nats worse, 1/1000 | perplexity | KL, 1/1000 nat "
-        "| same top token | FastGen minus this, 1/1000 nat |",
+        "| model | policy | kept | live bytes | loss difference, 10⁻³ nats | perplexity | KL, 10⁻³ nats "
+        "| same top token | FastGen minus this, 10⁻³ nats |",
         "|---" * 9 + "|",
     ]
     for cell in _in_order(cells):

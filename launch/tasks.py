@@ -12,7 +12,7 @@ own licence.
     python -m launch.evaluate runs/demo/seeds --tasks recall_needle,recall_copy --task-data data/recall
 
 `recall` generates tasks whose answer is only in the context. They are a needle in a haystack, keys and
-values, chains of variables, common words, associative recall, and copying.
+values, chains of variables, common words, associative recall, copying, and recency.
 """
 
 import os
@@ -39,7 +39,7 @@ def tasks(
       command: what to do
       directory: output directory; `fetch` keeps existing files
       count: examples per task (`recall`)
-      length: characters per context (`recall`)
+      length: characters of context and question together (`recall`)
       seed: random seed (`recall`)
     """
     if command == "recall":

@@ -59,6 +59,7 @@ REPLACED = {
     "--T 0.7 --T 0.8 --T 0.94": "--T 0.8",
     "--T 0.8 --T 0.94 --T 0.99": "--T 0.94",
     "--kv-map cla:2 cla:3": "--kv-map cla:2",
+    "--kv-map identity cla:2 cla:4 random:4 damage:4": "--kv-map cla:2",
     "--kv-heads 3": "--kv-heads 1",
     "--latents 320:64 128:64 64:64 160:32 96:32": "--latents 8:4 4:2",
     "--latents 128:64": "--latents 8:4",

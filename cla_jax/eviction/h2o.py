@@ -1,4 +1,4 @@
-"""Half of the budget for the newest tokens, half for those that received most attention (H2O, 2306.14048)."""
+"""The newest tokens, and as many of those that received most attention (H2O, 2306.14048)."""
 
 import dataclasses
 
@@ -11,8 +11,9 @@ class H2O(Budgeted):
     """Keeps the newest tokens and the most attended tokens.
 
     The score of a token is the attention from all queries so far, summed over all layers and query heads
-    that read it. Half of the budget, rounded down, is for the newest tokens, but at least `recent`. The rest
-    is for the tokens with the highest scores.
+    that read it. The budget without the first `sinks` tokens is divided. One half is for the newest tokens,
+    but at least `recent`; a share of the length is rounded up. The rest is for the tokens with the highest
+    scores.
     """
 
     kind = "h2o"
