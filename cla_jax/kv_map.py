@@ -29,6 +29,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -210,7 +211,7 @@ def validate(kv_map: KvMap, n_layers: int) -> None:
         if kv_map[source] != source:
             raise ValueError(
                 f"kv_map[{layer}] is {shown(source)}, but layer {source} is a consumer itself "
-                f"(kv_map[{source}] is {kv_map[source]})"
+                f"(kv_map[{source}] is {kv_map[source]}): use {kv_map[source]} or {layer}"
             )
 
 
@@ -379,8 +380,10 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
     text = text.strip()
     if "=" in text or ";" in text:
         parts = [part.partition("=") for part in text.split(";")]
-        if sorted(key.strip() for key, _, _ in parts) != ["k", "v"]:
-            raise ValueError("two maps must have the form k=MAP;v=MAP")
+        keys = sorted(key.strip() for key, _, _ in parts)
+        if keys != ["k", "v"]:
+            missing = {("k",): "; the map of v is missing", ("v",): "; the map of k is missing"}
+            raise ValueError(f"two maps must have the form k=MAP;v=MAP{missing.get((*keys,), '')}")
         named = {}
         for key, _, form in parts:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:
@@ -414,8 +417,11 @@ def _single_map(text: str, n_layers: int) -> KvMap:
         builder, usage = _BUILDERS[name]
         kv_map = builder(n_layers, *_arguments(name, usage, arguments))
     else:
-        near = difflib.get_close_matches(name[:100], [*_BUILDERS, *_PAIR_BUILDERS], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known, number = _BUILDERS | _PAIR_BUILDERS, re.search("[0-9]{1,4}$", text[:100])
+        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.4)
+        # `cla2` lacks a colon.
+        argument = f":{number[0]}" if near and number and known[near[0]][1] else ""
+        hint = f"; did you mean {near[0] + argument!r}?" if near else ""
         raise ValueError(f"there is no such map{hint} (known: {forms()})")
     validate(kv_map, n_layers)
     return kv_map

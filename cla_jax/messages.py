@@ -8,6 +8,7 @@ from typing import Any
 
 LONGEST = 300  # characters of a message that are somebody else's words
 _VALUE = 80
+_AS_NEAR = 0.2  # difference of two likenesses, which are at most 1
 
 
 def printable(text: object, longest: int = LONGEST) -> str:
@@ -64,7 +65,11 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
         return
     names = {one.casefold(): one for one in choices}
     folded = difflib.get_close_matches(value[:100].casefold(), names, n=3, cutoff=0.4)
-    near = [names[name] for name in folded]
+    likeness = {
+        name: difflib.SequenceMatcher(None, value.casefold(), name).ratio() for name in folded
+    }
+    # Of the nearest names, those that are about as near as the first.
+    near = [names[name] for name in folded if likeness[name] > likeness[folded[0]] - _AS_NEAR]
     known = (shown(one) if "," in one else one for one in choices)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     raise ValueError(f"unknown {what} {shown(value)}; {hint}")

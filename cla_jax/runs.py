@@ -24,6 +24,7 @@ tell of each other what is missing at their ends (see `Run.missing_records`).
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import json
@@ -231,6 +232,12 @@ class Run:
         if not saved_steps(self.checkpoints):
             if (missing := self.missing_records()).checkpoint is not None:
                 raise ValueError("; ".join(missing.problems))
+            steps = self.config().steps
+            if any(record["step"] >= steps for record in self.read_records([])):
+                raise ValueError(
+                    f"{self.path} is finished, but has no checkpoints: it is a published copy, or they were "
+                    "removed. Use the run that it is a copy of, or train it again with another --name"
+                )
             raise ValueError(f"{self.path} has no checkpoint yet: train it first")
 
     def check_decodable(
@@ -783,7 +790,7 @@ def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = N
     broken: list[epath.Path] = []
     for path in map(epath.Path, paths):
         if not path.exists():
-            raise ValueError(f"{path} does not exist")
+            raise ValueError(f"{path} does not exist{_neighbours(path)}")
         below = _runs_below(path, broken)
         if not below:
             if broken:
@@ -797,6 +804,16 @@ def find_runs(paths: Iterable[str | os.PathLike], problems: list[str] | None = N
         words = f"{_without_config(path)}; it is left out"
         log.warning("%s", words) if problems is None else problems.append(words)
     return runs
+
+
+def _neighbours(path: epath.Path) -> str:
+    """A question about directories beside a path that is not there, with names like its own."""
+    beside: list[str] = []
+    if is_local(path):
+        with contextlib.suppress(OSError):
+            beside = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _without_config(path: epath.Path) -> str:

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import experiments
+from cla_jax import eviction
 from cla_jax.config import ModelConfig
 from cla_jax.formats import FORMATS
-from cla_jax.messages import near_choice, printable
+from cla_jax.messages import near_choice, printable, shown
 from launch.cli import collected, read, refuse, user_errors
 
 if TYPE_CHECKING:
@@ -94,12 +95,10 @@ def models(names: Sequence[str], refused: list[str] | None = None) -> dict[str, 
     for name in names:
         if experiments.names_a_file(name):
             configs |= {config.name: config.model for config in experiments.find(name)}
-        elif name and Path(name).exists():
+        elif "/" in name or (name and Path(name).exists()):
             for run in find_runs([name]):
                 with contextlib.nullcontext() if refused is None else collected(refused):
                     configs[str(run.path)] = run.config().model
-        elif "/" in name:
-            raise ValueError(f"{name} does not exist")
         else:
             configs |= {config.name: config.model for config in experiments.find(name)}
     return configs
@@ -125,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         n for n in FORMATS if n not in ("float32", "bfloat16")
     )
     for name in formats:
+        if eviction.is_policy(name):
+            raise ValueError(
+                f"--cache {shown(name)}: launch.memory does not support eviction policies: what they keep "
+                "depends on the text"
+            )
         near_choice("cache format", name, FORMATS)
     if not arguments.names:
         raise ValueError(
@@ -201,7 +205,9 @@ def _fits(
                 line["compiled"] = {k: dataclasses.asdict(peak) for k, peak in peaks.items()}
             lines.append(line)
     if not any(line["sequences"] for line in lines):
-        raise ValueError(errors[0])
+        is_number = re.fullmatch("[0-9.]+", arguments.budget.strip())
+        unit = f". A number alone is bytes: write {arguments.budget.strip()}GB" if is_number else ""
+        raise ValueError(errors[0] + unit)
     return lines
 
 

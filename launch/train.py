@@ -67,6 +67,8 @@ def parse(argv: Sequence[str]) -> list[Config]:
 def _found(name: str) -> list[Config]:
     """The configs of an experiment or study, or the one in a file like a run's config.json."""
     if not name.endswith(".json"):
+        if (Path(name) / "config.json").is_file():
+            raise ValueError(f"{name} is a run directory: give {Path(name) / 'config.json'}")
         return experiments.find(name)
     return [runs.read_config(epath.Path(name))]
 

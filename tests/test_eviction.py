@@ -86,6 +86,9 @@ def test_text_forms_come_back(text):
         ("fastgen:t=1", "unknown setting of fastgen 't'; did you mean T"),
         ("fastgen:T=0", r"T = 0.0 must lie in \(0, 1\]"),
         ("fastgen:T=1.2", r"T = 1.2 must lie in \(0, 1\]"),
+        ("fastgen:T=95", r"T = 95.0 .*; it is a fraction: did you mean 0\.95\?$"),
+        ("h2o:keep=50", r"keep = 50.0 .*; it is a fraction: did you mean 0\.5\?$"),
+        ("h2o:keep=1.5", r"keep = 1.5 must lie in \(0, 1\] and be a multiple of 1/10,000$"),
         ("fastgen:T=high", "T = 'high' is not a number"),
         ("fastgen:T", "'T' must have the form T=VALUE"),
         ("fastgen:T=1,T=1", "once"),
@@ -122,6 +125,8 @@ def test_what_is_wrong_in_a_text_is_named(text, words):
 def test_a_cache_is_a_format_or_a_policy():
     check_cache("int8", ["dense", "int8"])
     check_cache("h2o:keep=0.5", ["dense", "int8"])
+    with pytest.raises(ValueError, match=r"did you mean int8\?$"):  # `window` is far from it
+        check_cache("int9", ["dense", "int8"])
     with pytest.raises(ValueError, match="unknown cache format 'h2'; did you mean h2o"):
         check_cache("h2", ["dense", "int8"])
     with pytest.raises(ValueError, match="unknown cache format 'H2O'; did you mean h2o"):

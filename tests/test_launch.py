@@ -130,6 +130,7 @@ def test_values_that_cannot_work_are_refused_on_the_command_line(capsys, flags, 
     ("argv", "words"),
     [
         (["smok"], "did you mean smoke"),
+        ([f"{ROOT}/docs/results/small/main/h16_mqa.seed-0/"], "h16_mqa.seed-0/config.json"),
         (["demo", "--name", "x"], "same directory"),
         (["smoke", "--placement.mesh.fsdp", "3"], "does not match the 8 devices"),
         (["smoke", "--placement.runs", str(ROOT / "LICENSE")], f"{ROOT / 'LICENSE'} is a file"),

@@ -182,6 +182,11 @@ def test_the_table_and_its_json(capsys):
             ["demo", "--budget", "1MB"],
             "demo/h16_mqa: budget = 1,000,000 B is smaller than the weights",
         ),
+        (["demo", "--budget", "80"], " B). A number alone is bytes: write 80GB"),
+        (
+            ["demo", "--cache", "fastgen:T=0.9"],
+            "--cache 'fastgen:T=0.9': launch.memory does not support eviction policies",
+        ),
         (["demo", "--budget", "much"], "budget = 'much': write it as 80GB"),
         (["demo", "--cache", "int9"], "unknown cache format 'int9'; did you mean int8"),
         (["demo", "--ledger", "--compile"], "remove --ledger or --compile"),

@@ -140,8 +140,10 @@ def test_find_runs_takes_runs_and_studies(tiny, tmp_path):
     assert names([root / "study"]) == ["a", "b"]
     assert names([root]) == ["alone", "a", "b"]
     assert names([root / "study/b", root / "study"]) == ["b", "a"]
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist$"):
         find_runs([root / "nowhere"])
+    with pytest.raises(ValueError, match=r"alon does not exist; did you mean .*runs/alone\?"):
+        find_runs([root / "alon"])
     (root / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is not a run directory and contains none"):
         find_runs([root / "empty"])
@@ -667,4 +669,9 @@ def test_a_run_that_lost_all_its_checkpoints_says_so_to_readers(tiny):
         run.check_saved()
     write_metrics(run, [{"step": 4, "loss": 1.0}, {"step": 4, runs.SAVED: 4}])
     with pytest.raises(ValueError, match=r"00000004\.json is missing: that checkpoint was saved"):
+        run.check_saved()
+    write_metrics(run, [{"step": 4, "loss": 1.0}])  # as in a published copy
+    with pytest.raises(
+        ValueError, match="is finished, but has no checkpoints: it is a published copy"
+    ):
         run.check_saved()

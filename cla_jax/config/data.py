@@ -23,7 +23,10 @@ def split_source(source: str) -> tuple[str, str, str]:
 def check_source(name: str, source: str) -> None:
     """Raises ValueError, naming the field `name`, for a source that has none of the forms."""
     kind, _, argument = split_source(source)
-    near_choice(name, kind, SOURCES)
+    try:
+        near_choice("source type", kind, SOURCES)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if "." in source.partition(":")[0] and kind not in ("jsonl", "tfds"):
         raise ValueError(f"{name} = {shown(source)}: only jsonl and tfds sources have fields")
     if kind != "sotu" and not argument:
@@ -47,7 +50,7 @@ class Component:
     def __post_init__(self):
         check_fields(self, "data.mixture: ")
         _check_name("data.mixture", self.name)
-        check_source(f"data.mixture: {self.name}", self.source)
+        check_source(f"data.mixture: component {self.name}", self.source)
         _check_weight(f"data.mixture: the weight of {self.name}", self.weight)
 
     @classmethod

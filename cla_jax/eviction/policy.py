@@ -141,9 +141,12 @@ class Policy(abc.ABC):
         value = getattr(self, name)
         least, bracket = (0, "[") if zero else (1 / SHARES, "(")
         if not least <= value <= 1 or abs(value * SHARES - parts(value)) > 1e-6:
+            percent = (
+                f"; it is a fraction: did you mean {value / 100:g}?" if 2 <= value <= 100 else ""
+            )
             raise ValueError(
                 f"{self.kind}: {name} = {shown(value)} must lie in {bracket}0, 1] and be a multiple of "
-                f"1/{SHARES:,}"
+                f"1/{SHARES:,}{percent}"
             )
 
 
