@@ -133,8 +133,8 @@ def decode(
     position each token sees.
     """
     config, rules = spec.config, spec.rules
-    # Positions are settled here, once: where a consumer's query stands cannot depend on what its
-    # producer has done to a cache in between.
+    # Positions are computed here, once, so a consumer's query position does not depend on cache writes of
+    # this step.
     T = tokens_BT.shape[1]
     steps_T = jnp.arange(T)
     counts_B = jnp.minimum(jnp.minimum(counts_B, T), spec.capacity - cache.lengths_B)

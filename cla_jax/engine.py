@@ -78,7 +78,7 @@ class Engine:
       stop: ids that end a request; they are not returned.
       n_ids: ids from here on are padding of the vocabulary and never drawn.
       sampling: how tokens are drawn.
-      every: decode steps between two looks of the host. A listener hears of new tokens that often.
+      every: decode steps per synchronisation with the host. Listeners are called at this interval.
 
     Raises:
       ValueError: weights of another model, ids outside the vocabulary, a bad `every`.
@@ -124,7 +124,7 @@ class Engine:
         listener: Listener | None = None,
         name: str = "the prompt",
     ) -> Request:
-        """Adds a request to those that wait.
+        """Adds a request to the queue.
 
         Args:
           prompt: token ids.

@@ -56,7 +56,7 @@ class Places:
         self._prompts: dict[int, int] = {}  # tokens of their prompts
 
     def check(self, prompt: int, new_tokens: int, name: str) -> None:
-        """Raises ValueError for a request of so many tokens that never finds room."""
+        """Raises ValueError for a request that can never fit, by its numbers of tokens."""
 
     def join(self, row: int, prompt: Sequence[int], new_tokens: int) -> bool:  # noqa: ARG002
         """Gives a request this free row; False if there is no room for it now."""
@@ -111,7 +111,7 @@ class Places:
     ) -> tuple[jax.Array, Cache]:
         """Puts prompts into rows: the hidden states of their last tokens, and the cache. Both are donated.
 
-        Few prompts go one by one: a step for all rows costs that of all.
+        A few prompts are prefilled one by one, because a step for all rows costs the whole batch.
         """
         held = {row: self.held(row) for row in prompts}
         mesh = jax.sharding.get_abstract_mesh()
@@ -332,7 +332,7 @@ def make_places(spec: CacheSpec) -> Places:
 
 @functools.partial(jax.jit, donate_argnames="whole")
 def put_row(whole: Any, one: Any, row: jax.Array | int) -> Any:
-    """Arrays of rows with one row, of arrays like them, put in. The first are donated."""
+    """Writes arrays of one row into arrays of many rows, which are donated."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(whole, part, row, axis=0)

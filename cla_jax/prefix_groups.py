@@ -2,7 +2,7 @@
 
 The options of a question are such texts. A prefix group is the prefix, and for each text its suffix: the
 rest of the text. Some texts of a group may have more in common: questions that begin with the same examples
-have options. They are a group in the group. Rows of equal length hold whole groups side by side.
+have options. They are a nested group. Rows of equal length hold whole groups side by side.
 """
 
 import bisect
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-# Tokens that a group in a group must save. Through a cache, each has steps of its own.
+# Tokens that a nested group must save. Through a cache, each has steps of its own.
 LEAST_SAVED = 16
 # Groups in one another at most: examples, a passage, a question. Through a cache, each level holds a cache.
 LEVELS = 3

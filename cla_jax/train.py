@@ -49,7 +49,7 @@ def train(
       evaluate: called every `placement.eval_every` steps and at the end.
       should_stop: asked after every step with its number; on all hosts it must answer alike.
       stop_waiting: asked while a batch is waited for; true only if no other host waits for this one.
-      clock: books the time of this process; by default one that starts now.
+      clock: records where the time of this process goes; by default one that starts now.
       agree: called before the hosts compute together, with what must be the same on all of them. It raises
         ValueError on all of them if it is not.
 

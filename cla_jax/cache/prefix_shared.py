@@ -54,8 +54,8 @@ NO_ROW = 1 << 29  # past every batch
 
 
 class PageTables(NamedTuple):
-    """Which pages of the pool hold the tokens of each row. A page past the pool is none; a row past the
-    batch is none.
+    """Which pages of the pool hold the tokens of each row. An index of the pool's size or more means
+    no page; an index of the batch size or more means no row.
     """
 
     private_BC: Any  # that a row alone reads, in the order of their tokens
@@ -399,8 +399,8 @@ class PrefixSpec(CacheSpec):
 
         def read(i: Any) -> KV:
             pages_RM = jax.lax.dynamic_slice_in_dim(rows.pages_RC, first(i), M, axis=1)
-            # A block of all pages does not depend on i. Out of the loop, it would be read even if the loop
-            # never turns.
+            # A block of all pages does not depend on i. Outside the loop, it would be read even with
+            # zero iterations.
             pages_RM, _ = jax.lax.optimization_barrier((pages_RM, i))
             return self.layer_pages(p).read(layer, pages_RM)
 

@@ -40,7 +40,7 @@ class LatentKV:
         positive("model.kv.rank", self.rank)
         if self.rope_dims < 2 or self.rope_dims % 2:
             raise ValueError(
-                f"model.kv.rope_dims = {self.rope_dims} must be even: RoPE turns pairs of dimensions"
+                f"model.kv.rope_dims = {self.rope_dims} must be even: RoPE rotates pairs of dimensions"
             )
 
 
@@ -83,15 +83,15 @@ class LinearScaling:
 class Llama3Scaling:
     """Low frequencies are divided by the factor, high ones are kept, as in Llama 3.1.
 
-    A frequency is low or high by how often it turns within the context of pretraining.
+    A frequency is low or high by its number of rotations within the context of pretraining.
     """
 
     kind: Literal["llama3"] = dataclasses.field(default="llama3", init=False)
     # How many times longer than in pretraining the context is.
     factor: float = 8.0
-    # Frequencies with fewer turns than this are divided by the factor.
+    # Frequencies with fewer rotations than this are divided by the factor.
     low_freq_factor: float = 1.0
-    # Frequencies with more turns than this are kept; those between are blended.
+    # Frequencies with more rotations than this are kept; those between are blended.
     high_freq_factor: float = 4.0
     # The context length of pretraining, in tokens.
     original_max_position_embeddings: int = 8192
@@ -112,9 +112,9 @@ class YarnScaling:
     kind: Literal["yarn"] = dataclasses.field(default="yarn", init=False)
     # How many times longer than in pretraining the context is.
     factor: float = 8.0
-    # Pairs with more turns than this within the context of pretraining keep their frequency.
+    # Pairs with more rotations than this within the context of pretraining keep their frequency.
     beta_fast: float = 32.0
-    # Pairs with fewer turns than this have their frequency divided by the factor.
+    # Pairs with fewer rotations than this have their frequency divided by the factor.
     beta_slow: float = 1.0
     # The context length of pretraining, in tokens.
     original_max_position_embeddings: int = 8192
@@ -216,7 +216,7 @@ class ModelConfig:
             )
         if self.d_head < 2 or self.d_head % 2:
             raise ValueError(
-                f"model.d_head = {self.d_head} must be even: RoPE turns pairs of dimensions"
+                f"model.d_head = {self.d_head} must be even: RoPE rotates pairs of dimensions"
             )
         if isinstance(self.kv, LatentKV):
             if self.kv.rank > self.d_model:
@@ -308,7 +308,7 @@ class ModelConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Dimensions of a query head that RoPE turns."""
+        """Dimensions of a query head that RoPE rotates."""
         return self.kv.rope_dims if isinstance(self.kv, LatentKV) else self.d_head
 
     @property

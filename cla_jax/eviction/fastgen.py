@@ -78,7 +78,8 @@ class FastGen(Policy):
             kept_BKS = kept(
                 rule, classes_BKS, seen.received_BKS, seen.lengths_B, self.sinks, self.recent
             )
-            # What the end of the prompt keeps only as its newest tokens, other queries do not keep.
+            # Each query has its own newest tokens, so those at the end of the prompt count as dropped here.
+            # `bands` has how many newest tokens a query keeps in addition.
             static = kept_whatever_its_score(
                 rule._replace(window_share=0 * rule.since, since=0 * rule.since + (1 << 30)),
                 *(positions, classes_BKS, lengths_BK + (1 << 29), self.sinks, self.recent),

@@ -64,7 +64,7 @@ class PrefixMask(NamedTuple):
     """Which tokens see which, in rows where texts with a common prefix share it.
 
     A row holds prefix groups one after the other: a prefix, then the group's members. A member is the suffix
-    of a text, or a group in the group. A token sees the prefixes of the groups that it is in, and its own
+    of a text, or a nested group. A token sees the prefixes of the groups that it is in, and its own
     suffix. A row with the prefix `a b` and two suffixes, `c d` and `e`, then padding:
 
         column    0  1  2  3  4  5
@@ -424,7 +424,7 @@ def _with_block(
     keys = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
     s_BKNS = _scores(queries_BKNH, kv)
     s_BKNS = jnp.where((keys <= positions_B1N1) & (keys >= starts_B1N1), s_BKNS, MASKED)
-    # What a query sums up before its first visible key shrinks to nothing when that key comes.
+    # What a query sums before its first visible key is multiplied by exp(-large) = 0 when that key comes.
     new_peak = jnp.maximum(peak_BKN1, s_BKNS.max(-1, keepdims=True))
     p_BKNS = jnp.exp(s_BKNS - new_peak)
     shrink_BKN1 = jnp.exp(peak_BKN1 - new_peak)
