@@ -49,7 +49,7 @@ class Shared:
 
 
 def pairs(x: np.ndarray) -> np.ndarray:
-    """[..., H] as the H / 2 pairs that RoPE turns, complex: dimension i turns with dimension i + H / 2."""
+    """[..., H] as the H / 2 pairs that RoPE rotates, complex: dimensions i and i + H / 2 are a pair."""
     half = x.shape[-1] // 2
     return x[..., :half] + 1j * x[..., half:]
 

@@ -1,9 +1,9 @@
 """Held-out text scored through an evicting cache.
 
-Of each window the first part is the prompt: it is encoded whole, and the policy sees how it attends. The
-rest goes token by token through what the policy keeps, as generation does. All tokens of the window are
-scored, so that the result compares with other caches. Those after the prompt, which alone feel the eviction,
-are also scored apart, beside the full forward pass.
+The first part of each window is the prompt: it is encoded whole, and the policy sees its attention. The rest
+is decoded token by token through what the policy keeps, as in generation. All tokens of the window are
+scored, so that the result compares with other caches. Only those after the prompt are affected by eviction.
+They are also scored apart, and compared with the full forward pass.
 """
 
 import dataclasses

@@ -382,8 +382,10 @@ def resolve(text: str, n_layers: int) -> tuple[KvMap, KvMap]:
         parts = [part.partition("=") for part in text.split(";")]
         keys = sorted(key.strip() for key, _, _ in parts)
         if keys != ["k", "v"]:
-            missing = {("k",): "; the map of v is missing", ("v",): "; the map of k is missing"}
-            raise ValueError(f"two maps must have the form k=MAP;v=MAP{missing.get((*keys,), '')}")
+            missing = {"k": "; the map of v is missing", "v": "; the map of k is missing"}
+            raise ValueError(
+                f"two maps must have the form k=MAP;v=MAP{missing.get(''.join(keys), '')}"
+            )
         named = {}
         for key, _, form in parts:
             if form.strip().partition(":")[0] in _PAIR_BUILDERS:

@@ -27,7 +27,7 @@ import tyro
 
 import experiments
 from cla_jax import eviction
-from cla_jax.config import ModelConfig
+from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable, shown
 from launch.cli import collected, read, refuse, user_errors
@@ -119,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--ledger counts one sequence, which shares nothing: remove --shared")
     if arguments.ledger and arguments.compile:
         raise ValueError("--ledger compiles nothing: remove --ledger or --compile")
-    # In the model's own dtype `dense` says it all.
-    formats = tuple(dict.fromkeys(arguments.cache)) or tuple(
-        n for n in FORMATS if n not in ("float32", "bfloat16")
-    )
-    for name in formats:
+    for name in arguments.cache:
         if eviction.is_policy(name):
             raise ValueError(
                 f"--cache {shown(name)}: launch.memory does not support eviction policies: what they keep "
@@ -138,10 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = models(arguments.names, refused)
     if not configs:
         refuse(refused)
-    if arguments.ledger:
-        lines = _ledger(configs, formats, arguments)
-    else:
-        lines = _fits(configs, formats, arguments, budget)
+    lines = _ledger(configs, arguments) if arguments.ledger else _fits(configs, arguments, budget)
     if arguments.json:
         json.dump(
             {"budget": budget, "context": arguments.context, "lines": lines}, sys.stdout, indent=1
@@ -154,15 +147,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse(refused)
 
 
-def _ledger(
-    configs: dict[str, ModelConfig], formats: Sequence[str], arguments: Arguments
-) -> list[dict[str, Any]]:
+def _formats(config: ModelConfig, arguments: Arguments) -> tuple[str, ...]:
+    """The formats that the command names; by default all that the model can have."""
+    # In the model's own dtype `dense` says it all.
+    possible = tuple(
+        name
+        for name, entry in FORMATS.items()
+        if name not in ("float32", "bfloat16")
+        and (entry.per_token or not isinstance(config.kv, LatentKV))
+    )
+    return tuple(dict.fromkeys(arguments.cache)) or possible
+
+
+def _ledger(configs: dict[str, ModelConfig], arguments: Arguments) -> list[dict[str, Any]]:
     from cla_jax.cache import cache_spec, ledger
 
     context = arguments.context
     lines = []
     for name, config in configs.items():
-        for format in formats:
+        for format in _formats(config, arguments):
             # As in decoding: a step writes one token.
             spec = cache_spec(config, format, batch=1, capacity=context)
             lines.append(
@@ -172,7 +175,7 @@ def _ledger(
 
 
 def _fits(
-    configs: dict[str, ModelConfig], formats: Sequence[str], arguments: Arguments, budget: int
+    configs: dict[str, ModelConfig], arguments: Arguments, budget: int
 ) -> list[dict[str, Any]]:
     """A line for each model and format. Raises ValueError if nothing fits anywhere."""
     from cla_jax import memory
@@ -181,7 +184,7 @@ def _fits(
     lines: list[dict[str, Any]] = []
     errors: list[str] = []
     for name, config in configs.items():
-        for format in formats:
+        for format in _formats(config, arguments):
             line: dict[str, Any] = {"name": name, "cache": format}
             options = {"context": arguments.context, "chunk": arguments.chunk}
             try:

@@ -127,12 +127,15 @@ def test_a_cache_is_a_format_or_a_policy():
     check_cache("h2o:keep=0.5", ["dense", "int8"])
     with pytest.raises(ValueError, match=r"did you mean int8\?$"):  # `window` is far from it
         check_cache("int9", ["dense", "int8"])
+    with pytest.raises(ValueError, match=r"'int8:keep=0\.5': a cache format has no settings"):
+        check_cache("int8:keep=0.5", ["dense", "int8"])
+    with pytest.raises(ValueError, match="full, which means no cache, applies only to tasks"):
+        check_cache("full", ["dense", "int8"])
+    check_cache("full", ["full", "dense"])
     with pytest.raises(ValueError, match="unknown cache format 'h2'; did you mean h2o"):
         check_cache("h2", ["dense", "int8"])
     with pytest.raises(ValueError, match="unknown cache format 'H2O'; did you mean h2o"):
         check_cache("H2O:keep=0.5", ["dense", "int8"])
-    with pytest.raises(ValueError, match=r"'int8:keep=0[.]5'; did you mean int8"):
-        check_cache("int8:keep=0.5", ["dense", "int8"])
     with pytest.raises(ValueError, match="setting of h2o"):
         check_cache("h2o:keeep=0.5", ["dense", "int8"])
 

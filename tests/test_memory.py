@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-from cla_jax import memory
+from cla_jax import memory, runs
 from cla_jax.cache import cache_spec, ledger
+from cla_jax.config import LatentKV
 from cla_jax.decode import decoding_weights
 from launch import memory as launch_memory
 from tests import reference
@@ -125,6 +126,15 @@ def temporaries_of(spec, phase):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--ledger"]])
+def test_a_model_with_latents_has_the_formats_that_support_them(tiny, capsys, more):
+    latents = {"model.n_kv_heads": 1, "model.kv": LatentKV(rank=8, rope_dims=4)}
+    run = runs.open_run(tiny(**latents), data_fingerprint="", tokenizer_json="{}")
+    launch_memory.main([str(run.path), "--context", "256", "--json", *more])
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert [line["cache"] for line in lines] == ["dense", "int8", "fp8"]
+
+
 @pytest.mark.parametrize(("format", "share"), [("dense", 0.02), ("int8", 0.07), ("kivi4", 0.09)])
 def test_a_decode_step_of_the_papers_model_needs_little_beside_its_cache(format, share):
     """One sequence of 8,192 tokens; the figures of docs/memory.md. More context needs no more."""

@@ -109,8 +109,15 @@ def check_cache(name: str, formats: Iterable[str]) -> None:
         parse(name)
     else:
         formats = tuple(formats)
-        near_choice("cache format", name.partition(":")[0], (*formats, *POLICIES))
-        near_choice("cache format", name, formats)  # a format has no settings
+        kind, colon, _ = name.partition(":")
+        if kind == "full" and kind not in formats:
+            raise ValueError("cache format full, which means no cache, applies only to tasks")
+        near_choice("cache format", kind, (*formats, *POLICIES))
+        if colon:
+            raise ValueError(
+                f"{shown(name)}: a cache format has no settings. A policy that evicts tokens has some, such "
+                "as h2o:keep=0.5,format=int8"
+            )
 
 
 def _is_field(cls: type[Policy], name: str) -> bool:
