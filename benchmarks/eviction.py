@@ -39,6 +39,7 @@ from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.eviction.fastgen import FastGen
 from cla_jax.eviction.policy import Budgeted
 from cla_jax.eviction.rule import PUNCTUATION, SPECIAL
+from cla_jax.eviction.snapkv import SnapKV
 from cla_jax.eviction_scores import evicting_decoding, recall_scores
 from cla_jax.model.transformer import Transformer
 from cla_jax.recall_tasks import make_examples
@@ -62,7 +63,7 @@ class Arguments:
     draws: int = 3
     # Tasks of cla_jax/recall_tasks.py to score instead of held-out text.
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    # Characters of a task's context.
+    # Characters of a task's context and question together, about.
     length: int = 200
     # Examples of a task.
     count: int = 64
@@ -226,7 +227,10 @@ def at_equal_bytes(
         if getattr(of_fastgen, name) != getattr(FastGen, name)
     )
     for other in arguments.policy or OTHERS:
-        policy = parse(f"{other}:keep=1{common}")
+        # These two keep the newest tokens as a part of their window.
+        wide = other in ("snapkv", "adakv") and of_fastgen.recent > SnapKV.window
+        more = f"{common},window={of_fastgen.recent}" if wide else common
+        policy = parse(f"{other}:keep=1{more}")
         assert isinstance(policy, Budgeted)
         share = kept * entry_bytes(model, of_fastgen) / entry_bytes(model, policy)
         if other in ("snapkv", "adakv"):  # their budget is the prompt's
@@ -236,9 +240,9 @@ def at_equal_bytes(
             print(f"{other}: a budget of {budget:g} is less than what is always kept", flush=True)
         elif other == "random":
             seeds = range(arguments.draws)
-            yield from (f"random:keep={budget:g},seed={seed}{common}" for seed in seeds)
+            yield from (f"random:keep={budget:g},seed={seed}{more}" for seed in seeds)
         else:
-            yield f"{other}:keep={budget:g}{common}"
+            yield f"{other}:keep={budget:g}{more}"
 
 
 def entry_bytes(model: ModelConfig, policy: Policy) -> int:
@@ -257,7 +261,9 @@ def kept_of_prompts(
     classes = classes_of_tokenizer(tokenizer, data.begin_token)
     S = prompt_tokens(arguments.prompt, data.seq_len, 1)
     text = Text(session.prepared, session.end, session.begins)
-    inputs_BT, _, starts_BT = text.windows(arguments.windows, "held_out")
+    totals = [part.totals["held_out"] for part in session.prepared.parts.values()]
+    whole = sum(each["tokens"] // data.seq_len for each in totals)
+    inputs_BT, _, starts_BT = text.windows(min(arguments.windows, whole), "held_out")
     prompts = dict(enumerate(inputs_BT[:, :S].tolist()))
     size = len(prompts)
     spec = evicting_spec(session.model, policy, classes=classes, batch=size, capacity=data.seq_len)

@@ -419,11 +419,13 @@ def _single_map(text: str, n_layers: int) -> KvMap:
         builder, usage = _BUILDERS[name]
         kv_map = builder(n_layers, *_arguments(name, usage, arguments))
     else:
-        known, number = _BUILDERS | _PAIR_BUILDERS, re.search("[0-9]{1,4}$", text[:100])
+        known, number = _BUILDERS | _PAIR_BUILDERS, re.search(r"(?<!\d)\d{1,4}$", text[:100])
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.4)
-        # `cla2` lacks a colon.
-        argument = f":{number[0]}" if near and number and known[near[0]][1] else ""
-        hint = f"; did you mean {near[0] + argument!r}?" if near else ""
+        hint = ""
+        if near:
+            usage = known[near[0]][1]  # `cla2` lacks a colon
+            form = f":{number[0]}" if usage and number else usage if usage[:1] == ":" else ""
+            hint = f"; did you mean {near[0] + form!r}?"
         raise ValueError(f"there is no such map{hint} (known: {forms()})")
     validate(kv_map, n_layers)
     return kv_map

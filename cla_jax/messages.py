@@ -8,7 +8,8 @@ from typing import Any
 
 LONGEST = 300  # characters of a message that are somebody else's words
 _VALUE = 80
-_AS_NEAR = 0.2  # difference of two likenesses, which are at most 1
+# Names whose ratios of equal characters differ by less are about as near.
+_AS_NEAR = 0.2
 
 
 def printable(text: object, longest: int = LONGEST) -> str:

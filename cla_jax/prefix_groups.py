@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 # Tokens that a nested group must save. Through a cache, each has steps of its own.
 LEAST_SAVED = 16
-# Groups in one another at most: examples, a passage, a question. Through a cache, each level holds a cache.
+# Levels of nested groups at most: examples, a passage, a question. Through a cache, each level holds a cache.
 LEVELS = 3
 
 

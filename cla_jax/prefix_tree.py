@@ -211,9 +211,8 @@ class PrefixTree:
             elif not node.children:
                 heapq.heappush(self._evictable, (node.used, node.page, node))
             node = above
-        if (
-            len(self._evictable) > 2 * self.pages
-        ):  # while nothing is evicted, more and more are outdated
+        # While nothing is evicted, more and more are outdated.
+        if len(self._evictable) > 2 * self.pages:
             self._evictable = list(filter(_is_current, self._evictable))
             heapq.heapify(self._evictable)
         while self._idle > self.retain:

@@ -227,13 +227,18 @@ class Run:
         others = self.origin().get("end_ids") or []
         return list(dict.fromkeys([end, *(i for i in others if is_a(i, int) and 0 <= i < size)]))
 
+    def is_finished(self) -> bool:
+        """Whether the metrics have the evaluation after the last step, which follows its checkpoint."""
+        steps = self.config().steps
+        records = self.read_records([])
+        return any(record["step"] >= steps and "held_out_loss" in record for record in records)
+
     def check_saved(self) -> None:
         """Raises ValueError for a run without checkpoints, and tells of one that it had."""
         if not saved_steps(self.checkpoints):
             if (missing := self.missing_records()).checkpoint is not None:
                 raise ValueError("; ".join(missing.problems))
-            steps = self.config().steps
-            if any(record["step"] >= steps for record in self.read_records([])):
+            if self.is_finished():
                 raise ValueError(
                     f"{self.path} is finished, but has no checkpoints: it is a published copy, or they were "
                     "removed. Use the run that it is a copy of, or train it again with another --name"

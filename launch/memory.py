@@ -29,7 +29,7 @@ import experiments
 from cla_jax import eviction
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.formats import FORMATS
-from cla_jax.messages import near_choice, printable, shown
+from cla_jax.messages import printable, shown
 from launch.cli import collected, read, refuse, user_errors
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--cache {shown(name)}: launch.memory does not support eviction policies: what they keep "
                 "depends on the text"
             )
-        near_choice("cache format", name, FORMATS)
+        eviction.check_cache(name, FORMATS)
     if not arguments.names:
         raise ValueError(
             "give at least one experiment, study or run: python -m launch.memory cla_1b"
@@ -209,7 +209,7 @@ def _fits(
             lines.append(line)
     if not any(line["sequences"] for line in lines):
         is_number = re.fullmatch("[0-9.]+", arguments.budget.strip())
-        unit = f". A number alone is bytes: write {arguments.budget.strip()}GB" if is_number else ""
+        unit = ". A number alone is bytes: add a unit, such as 80GB" if is_number else ""
         raise ValueError(errors[0] + unit)
     return lines
 

@@ -45,10 +45,14 @@ def publish(arguments: Arguments) -> None:
         raise ValueError(
             f"{target} is a run itself: name the directory in which the copies should lie"
         )
-    # Earlier copies, if the target lies below the source, are no sources.
-    found = [run for run in runs.find_runs([arguments.source]) if not _is_in(run.path, target)]
-    if not found:
-        raise ValueError(f"{arguments.source} lies in {target}: name another directory for copies")
+    source, found = epath.Path(arguments.source), runs.find_runs([arguments.source])
+    if _is_in(target, source) and not _is_in(source, target):  # then earlier copies are no sources
+        found = [run for run in found if not _is_in(run.path, target)]
+    for run in found:
+        if runs.real_path(target / run.path.name) == runs.real_path(run.path):
+            raise ValueError(
+                f"the copy of {run.path} would replace it: name another directory than {target}"
+            )
     refused = []
     for run in found:
         try:
@@ -70,15 +74,11 @@ def _publish(run: Run, target: epath.Path, every: int) -> None:
     problems += run.missing_records().problems
     if problems:
         raise ValueError(problems[0])
-    if not _is_finished(run.config().steps, records):
+    if not run.is_finished():
         print(f"{printable(run.path)}: skipped, because it is not finished")
         return
     _copy(run, target, _kept(records, every))
     print(f"{printable(run.path)} -> {printable(target)}")
-
-
-def _is_finished(steps: int, records: Sequence[dict[str, Any]]) -> bool:
-    return any(record["step"] >= steps and "held_out_loss" in record for record in records)
 
 
 def _kept(records: Sequence[dict[str, Any]], every: int) -> Iterator[dict[str, Any]]:

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"cache = {shown(arguments.cache)} is a policy that evicts tokens, which serve_trace does not "
             f"support: give one of {', '.join(FORMATS)}"
         )
-    near_choice("cache format", arguments.cache, FORMATS)
+    eviction.check_cache(arguments.cache, FORMATS)
     if arguments.plot:
         check_picture(arguments.plot)
     for name in ("rows", "page", "chunk", "every"):

@@ -39,7 +39,7 @@ def tasks(
       command: what to do
       directory: output directory; `fetch` keeps existing files
       count: examples per task (`recall`)
-      length: characters of context and question together (`recall`)
+      length: characters of context and question together, about (`recall`)
       seed: random seed (`recall`)
     """
     if command == "recall":

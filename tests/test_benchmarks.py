@@ -421,5 +421,9 @@ def test_policies_have_the_format_and_the_always_kept_tokens_of_fastgen():
     # int8: 16 + 16 bytes and two scales of 2 for a key and a value, and 9 or 5 beside.
     common = ",format=int8,recent=32"
     assert of(f"fastgen:T=0.9{common}") == [f"window:keep=0.5487{common}", f"h2o:keep=0.5{common}"]
+    arguments = eviction.Arguments(runs=(), policy=("snapkv",))
+    first = "fastgen:T=0.9,recent=48"
+    (snapkv,) = eviction.at_equal_bytes(model, first, 0.5, 1.0, 600, arguments)
+    assert snapkv == "snapkv:keep=0.5289,recent=48,window=48"
     # With T = 1 FastGen has no scores either.
     assert of("fastgen:T=1") == ["window:keep=0.5", "h2o:keep=0.4726"]

@@ -125,7 +125,6 @@ def temporaries_of(spec, phase):
     return memory.lowered(spec)[phase].compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--ledger"]])
 def test_a_model_with_latents_has_the_formats_that_support_them(tiny, capsys, more):
     latents = {"model.n_kv_heads": 1, "model.kv": LatentKV(rank=8, rope_dims=4)}
@@ -135,6 +134,7 @@ def test_a_model_with_latents_has_the_formats_that_support_them(tiny, capsys, mo
     assert [line["cache"] for line in lines] == ["dense", "int8", "fp8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "share"), [("dense", 0.02), ("int8", 0.07), ("kivi4", 0.09)])
 def test_a_decode_step_of_the_papers_model_needs_little_beside_its_cache(format, share):
     """One sequence of 8,192 tokens; the figures of docs/memory.md. More context needs no more."""
@@ -192,7 +192,7 @@ def test_the_table_and_its_json(capsys):
             ["demo", "--budget", "1MB"],
             "demo/h16_mqa: budget = 1,000,000 B is smaller than the weights",
         ),
-        (["demo", "--budget", "80"], " B). A number alone is bytes: write 80GB"),
+        (["demo", "--budget", "80"], " B). A number alone is bytes: add a unit, such as 80GB"),
         (
             ["demo", "--cache", "fastgen:T=0.9"],
             "--cache 'fastgen:T=0.9': launch.memory does not support eviction policies",

@@ -1,5 +1,7 @@
 """Copies of runs for a repository: reports read them as they read the runs."""
 
+import shutil
+
 import pytest
 from etils import epath
 
@@ -74,8 +76,11 @@ def test_no_run_is_replaced_by_its_own_copy(tmp_path, capsys):
     for source, target in ((run.path, run.path.parent), (run.path.parent,) * 2, (run.path, "link")):
         with pytest.raises(SystemExit):
             publish.main([str(source), str(tmp_path / target)])
-        assert "name another directory" in capsys.readouterr().err
+        assert "would replace it: name another directory" in capsys.readouterr().err
     assert run.metrics.read_text() == before
+    publish.main([str(run.path), str(tmp_path / "runs")])  # a directory above is none of its own
+    assert (tmp_path / "runs" / "a" / "metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "runs" / "a")
     for every in ("35", "32"):  # the second time, the copy is below the source
         publish.main([str(tmp_path / "runs"), str(tmp_path / "runs" / "copies"), "--every", every])
     copy = Run(epath.Path(tmp_path / "runs" / "copies" / "a"))

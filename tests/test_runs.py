@@ -670,7 +670,11 @@ def test_a_run_that_lost_all_its_checkpoints_says_so_to_readers(tiny):
     write_metrics(run, [{"step": 4, "loss": 1.0}, {"step": 4, runs.SAVED: 4}])
     with pytest.raises(ValueError, match=r"00000004\.json is missing: that checkpoint was saved"):
         run.check_saved()
-    write_metrics(run, [{"step": 4, "loss": 1.0}])  # as in a published copy
+    last = {"step": run.config().steps, "loss": 1.0}
+    write_metrics(run, [last])  # its checkpoint is still to come
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        run.check_saved()
+    write_metrics(run, [last, last | {"held_out_loss": 1.0}])  # as in a published copy
     with pytest.raises(
         ValueError, match="is finished, but has no checkpoints: it is a published copy"
     ):

@@ -544,7 +544,7 @@ def _check_splits(config: DataConfig, streams: dict[str, _Stream]) -> None:
         raise ValueError(
             f"data.held_out = {config.held_out} holds out no document of the source "
             f"{config.source!r}, which has {documents}; {enough if documents > 1 else ''}use more "
-            "documents (the split is by document: cut a long file into several, as with split -a 4 -l 1000)"
+            "documents (the split is by document: cut a long file into several, as with split -a 4 -l 100)"
         )
     if train["tokens"] < config.seq_len:
         raise ValueError(

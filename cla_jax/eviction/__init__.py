@@ -87,9 +87,8 @@ def prompt_tokens(share: float, seq_len: int, chunk: int) -> int:
         raise ValueError(
             f"prompt = {share} must lie between 0 and 1: it is a fraction of the window"
         )
-    tokens = math.ceil(
-        round(share * seq_len, 6)
-    )  # 0.55 of 200 is 110, not what float products give
+    # Rounded, because in floating point 0.55 of 200 is a little more than 110.
+    tokens = max(1, math.ceil(round(share * seq_len, 6)))
     if tokens >= seq_len or (seq_len - tokens) % chunk:
         raise ValueError(
             f"prompt = {share} leaves {seq_len - tokens} of {seq_len} tokens after the prompt; this must be "
@@ -111,7 +110,9 @@ def check_cache(name: str, formats: Iterable[str]) -> None:
         formats = tuple(formats)
         kind, colon, _ = name.partition(":")
         if kind == "full" and kind not in formats:
-            raise ValueError("cache format full, which means no cache, applies only to tasks")
+            raise ValueError(
+                "cache format full, which means no cache, applies only to tasks: add --tasks, or remove it"
+            )
         near_choice("cache format", kind, (*formats, *POLICIES))
         if colon:
             raise ValueError(

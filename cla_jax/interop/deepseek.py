@@ -1,7 +1,7 @@
 """DeepSeek-V2 models as transformers writes them: dense layers, latent keys and values.
 
 Two things differ from the model here. A head's rotated dimensions are interleaved there, pair by pair (0, 1),
-(2, 3), ...; here dimension i turns with dimension i + half. And one matrix, kv_b_proj, makes keys and values
+(2, 3), ...; here dimensions i and i + half are a pair. And one matrix, kv_b_proj, makes keys and values
 of a latent, head by head.
 """
 
