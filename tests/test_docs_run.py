@@ -276,6 +276,15 @@ def test_the_blocks_of_a_page_run_verbatim(clone, text):
         assert (clone / "exported/config.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("clone")
+def test_the_example_of_the_page_on_prefixes_runs(capsys):
+    (page,) = (page for page in PAGES if page.stem == "prefix")
+    (example,) = blocks(page, "python")
+    exec(compile(example, page.name, "exec"), {})
+    assert "bytes are allocated" in capsys.readouterr().out
+
+
 SEEDS = ("runs/demo/seeds/h16_mqa.seed-0", "runs/demo/seeds/h16_mqa_cla2.seed-0")
 
 

@@ -345,6 +345,17 @@ def test_only_layers_with_the_same_window_share_in_a_drawn_map():
         start.resolved_map("random:1", config)
 
 
+def test_only_layers_with_an_earlier_producer_of_their_window_are_measured():
+    config = replace(MODEL, kv_map="identity", n_layers=4, windows="8,0,8,0")
+    parts = layerwise.taken_apart(reference.randomised(config))
+    tokens = np.arange(17)[None] % 7
+    windows = (tokens[:, :-1], tokens[:, 1:], np.zeros((1, 16), int))
+    text, told = SimpleNamespace(windows=lambda _: windows), []
+    found = uptrain.damages(parts, text, "own", 1, lambda *done: told.append(done))
+    assert sorted(found) == [2, 3]
+    assert told == [(1, 2), (2, 2)]
+
+
 # ----------------------------------------------------------------------------------------- teacher
 
 
