@@ -636,7 +636,7 @@ def test_the_page_carries_configs_and_curves_as_data_that_cannot_break_out():
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.mark.parametrize("study", ["small", "maps", "league"])
+@pytest.mark.parametrize("study", ["small", "maps", "league", "recovery"])
 def test_the_committed_results_are_made_again_byte_for_byte(study, tmp_path, monkeypatch):
     """With the commands of their page. All but PNG and PDF, whose compression differs between processors."""
     kept, made = RESULTS / study, tmp_path / "docs" / "results" / study
