@@ -551,7 +551,7 @@ def test_a_comparison_with_few_seeds_says_what_it_cannot_show():
     )
     told = caption(read("cla2.seed-0", "cla2.seed-1", "mqa.seed-0"))
     assert re.search(r"2 seeds per row and [\d.]+ to [\d.]+ training tokens per parameter", told)
-    assert "a test needs at least 5 paired seeds" in told
+    assert "a sign-flip test needs at least 5 paired seeds" in told
     assert "seed per row" in caption(read("cla2.seed-0", "mqa.seed-0"))
     enough = [f"{row}.seed-{seed}" for row in ("cla2", "mqa") for seed in range(5)]
     for names in (enough, ["cla2.seed-0"]):

@@ -592,7 +592,8 @@ def limits(rows: Sequence[Row]) -> str:
     span = " to ".join(dict.fromkeys(f"{share:.2g}" for share in (min(shares), max(shares))))
     return (
         f"{most} seed{'s' * (most > 1)} per row and {span} training tokens per parameter show how these runs "
-        f"differ, but not which row is better in general: a test needs at least {needed} paired seeds."
+        f"differ, but not which row is better in general: a sign-flip test needs at least {needed} paired "
+        "seeds."
     )
 
 
