@@ -320,13 +320,10 @@ def with_weights(page):
     [p for p in PAGES if p.stem in (*TRAINED, *WRITTEN) and with_weights(p)],
     ids=lambda p: p.stem,
 )
-def test_the_commands_of_a_page_train_and_convert(beside_trained, page):
+@pytest.mark.usefixtures("beside_trained")
+def test_the_commands_of_a_page_train_and_convert(page):
     if page.stem == "interop":
         run(f"python -m launch.convert export {SEEDS[0]} foreign")
-    if page.stem == "eviction":
-        for file in ("benchmarks/results/eviction.jsonl", "docs/eviction.svg"):
-            (beside_trained / file).parent.mkdir(parents=True)
-            shutil.copyfile(ROOT / file, beside_trained / file)
     if page.stem == "paper":
         run(smaller("python -m launch.train cla_1b.h128_mqa") + " --name cla_1b/small")
     for command in with_weights(page):
