@@ -157,12 +157,10 @@ def score_task(
 
         return once(asked | {"policy": policy.name}, measure, arguments.output)
 
-    thresholds = arguments.T
-    if not thresholds and arguments.policy:
+    if not arguments.T:
         for name in arguments.policy:
             scored(name)
-    elif not thresholds:
-        thresholds = (0.95,)
+    thresholds = arguments.T or (() if arguments.policy else (0.95,))
     # The context and a token that begins it: no budget may be less than what is always kept of the shortest.
     shortest = 1 + min(len(session.tokenizer.encode(one.context)) for one in examples)
     for threshold in thresholds:

@@ -113,7 +113,7 @@ def evicting_decoding(
     if held_out < T:
         raise ValueError(
             f"{policy.name}: the bytes of an evicting cache are measured at the end of a window, but the "
-            f"held-out text has only {held_out:,} tokens and a window {T:,}: use a longer text, such as by "
+            f"held-out text has only {held_out:,} tokens and a window {T:,}: use a longer text or "
             "a larger data.held_out"
         )
     # No mesh: an evicting cache is on one device.

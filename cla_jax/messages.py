@@ -65,10 +65,9 @@ def near_choice(what: str, value: str, choices: Iterable[str]) -> None:
     if value in choices:
         return
     names = {one.casefold(): one for one in choices}
-    folded = difflib.get_close_matches(value[:100].casefold(), names, n=3, cutoff=0.4)
-    likeness = {
-        name: difflib.SequenceMatcher(None, value.casefold(), name).ratio() for name in folded
-    }
+    word = value[:100].casefold()
+    folded = difflib.get_close_matches(word, names, n=3, cutoff=0.4)
+    likeness = {name: difflib.SequenceMatcher(None, name, word).ratio() for name in folded}
     # Of the nearest names, those that are about as near as the first.
     near = [names[name] for name in folded if likeness[name] > likeness[folded[0]] - _AS_NEAR]
     known = (shown(one) if "," in one else one for one in choices)

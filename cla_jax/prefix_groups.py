@@ -2,7 +2,7 @@
 
 The options of a question are such texts. A prefix group is the prefix, and for each text its suffix: the
 rest of the text. Some texts of a group may have more in common: questions that begin with the same examples
-have options. They are a nested group. Rows of equal length hold whole groups side by side.
+have options. They form a nested group. Rows of equal length hold whole groups side by side.
 """
 
 import bisect

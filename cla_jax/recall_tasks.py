@@ -53,7 +53,7 @@ def needle(draw: random.Random, length: int) -> Example:
 
 
 def _noise(draw: random.Random, size: int) -> list[str]:
-    """Sentences that say nothing, until they have `size` characters."""
+    """Filler sentences of at least `size` characters together."""
     drawn: list[str] = []
     while size > 0:
         drawn.append(draw.choice(NOISE))

@@ -80,9 +80,8 @@ class Entries:
     def blocks(self, first: jax.Array, newest: jax.Array) -> tuple[Any, Any]:
         """The blocks to read (from, to) for positions first to newest, over all rows."""
         last = newest + 1
-        if (
-            self.shards > 1
-        ):  # every device reads up to the end of the newest unit that one of them has
+        # Every device reads up to the end of the newest unit that one of them has.
+        if self.shards > 1:
             last = (newest // self.unit // self.shards + 1) * self.unit
         end = -(-jnp.minimum(last, self.capacity) // self.block)
         if self.ring:
