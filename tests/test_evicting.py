@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.cache.evicting import BLOCK, MOST_SLICES, evicting_spec, page_size, taken
+from cla_jax.cache.evicting import (
+    BLOCK,
+    MOST_SLICES,
+    NO_PAGE,
+    evicting_spec,
+    page_size,
+    taken,
+)
 from cla_jax.compressor import Compressor, _encoded, scratch_spec, size_of
 from cla_jax.config import LatentKV
 from cla_jax.decode import decode, decoding_weights
@@ -69,10 +76,27 @@ def test_pages_are_taken_wherever_they_lie(heads):
     beside[-1] = pages - 2, pages - 1
     apart = beside.copy()
     apart[heads // 2] = apart[heads // 2, ::-1]  # of one head only
-    for pages_NM in (beside, apart, apart[:, ::-1], beside[:, :1]):
+    one_each = np.stack(
+        [beside[:, 1], np.full(heads, NO_PAGE)], axis=1
+    )  # one is the last of the pool
+    none = one_each.copy()
+    none[0] = NO_PAGE
+    hole = apart.copy()
+    hole[-1, 0] = NO_PAGE
+    for pages_NM in (beside, apart, apart[:, ::-1], beside[:, :1], one_each, none, hole):
         found = jax.jit(taken)(jax.tree.map(jax.numpy.asarray, pool), pages_NM)
         for name, array in pool.items():
-            np.testing.assert_array_equal(found[name], np.float32(array[pages_NM.reshape(-1)]))
+            expected = np.float32(array[np.where(pages_NM == NO_PAGE, 0, pages_NM)])
+            expected[pages_NM == NO_PAGE] = 0
+            np.testing.assert_array_equal(found[name], expected.reshape(-1, *array.shape[1:]))
+
+
+def test_what_others_left_after_the_last_page_of_a_head_is_not_taken():
+    pool = np.full((6, 4, 1, 2), np.nan, np.float32)
+    pool[2] = 1
+    found = jax.jit(taken)(pool, np.array([[2, NO_PAGE, NO_PAGE]]))
+    assert (found[0] == 1).all()
+    assert (found[1:] == 0).all()
 
 
 def test_pages_that_lie_side_by_side_are_taken_in_one_slice_per_head():

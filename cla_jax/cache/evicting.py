@@ -279,16 +279,14 @@ class EvictingSpec(CacheSpec):
     # ------------------------------------------------------------------------------- pages
 
     def _segment(self, p: int, layer: Pool) -> Segment:
-        # Entries of a missing page are always masked, but must be the head's own: see `CacheSpec.reset`.
-        table_BKC = jnp.where(layer.table == NO_PAGE, layer.table[..., :1], layer.table)
-        B, K, C = table_BKC.shape
+        B, K, C = layer.table.shape
         M = pages_at_once(self.page, C)
         positions_NE = layer.positions.reshape(B * K, -1)
         S = M * self.page
 
         def read(i: Any) -> KV:
-            pages_NM = jax.lax.dynamic_slice_in_dim(table_BKC, i * M, M, axis=2).reshape(B * K, M)
-
+            of_block = jax.lax.dynamic_slice_in_dim(layer.table, i * M, M, axis=2)
+            pages_NM = of_block.reshape(B * K, M)
             by_head = lambda held: held.reshape(B * K, S, *held.shape[2:])
             return self._format(p).decode(jax.tree.map(by_head, taken(layer.kept, pages_NM)))
 
@@ -305,26 +303,57 @@ class EvictingSpec(CacheSpec):
 
 
 def taken(kept: Any, pages_NM: jax.Array) -> Any:
-    """These pages of the arrays of a pool, one after the other. What it takes for no page is not seen.
+    """These pages of the arrays of a pool, one after the other; zeros where a head has no page.
+
+    Entries without a page are masked, but another sequence may have left NaN there: see `CacheSpec.reset`.
 
     On a CPU, a gather computes the place of each number, and takes up to twice as long as slices. If the
-    pages of every head lie side by side, one slice for each head has them.
+    pages of every head lie side by side, one slice for each head has them. The pages after its last one are
+    then those of others.
     """
     N, M = pages_NM.shape
-    gathered = lambda: jax.tree.map(
-        lambda held: held.at[pages_NM.reshape(-1)].get(mode="clip"), kept
+    missing_NM = pages_NM == NO_PAGE
+    pool = len(jax.tree.leaves(kept)[0])
+
+    def own(pages: Any) -> Any:
+        of_page = lambda a: missing_NM.reshape(-1, *[1] * (a.ndim - 1))
+        return jax.tree.map(lambda a: jnp.where(of_page(a), 0, a), pages)
+
+    gathered = lambda: own(
+        jax.tree.map(lambda held: held.at[pages_NM.reshape(-1)].get(mode="clip"), kept)
     )
     if not on_cpu() or N > MOST_SLICES:
         return gathered()
 
-    def slices(firsts: jax.Array, pages: int) -> Any:
-        cut = lambda held, first: jax.lax.dynamic_slice_in_dim(held, first, pages)
-        return jax.tree.map(lambda held: jnp.concatenate([cut(held, i) for i in firsts]), kept)
+    cut = jax.lax.dynamic_slice_in_dim
 
-    side_by_side = jnp.all(pages_NM == pages_NM[:, :1] + jnp.arange(M))
-    one_by_one = lambda: slices(pages_NM.reshape(-1), 1)
+    def slices(firsts: jax.Array, pages: int) -> Any:
+        return jax.tree.map(
+            lambda held: jnp.concatenate([cut(held, i, pages) for i in firsts]), kept
+        )
+
+    # A head without a page in the block takes any.
+    first_N = jnp.where(missing_NM[:, 0], 0, pages_NM[:, 0])
+    as_if_NM = first_N[:, None] + jnp.arange(M)
+    side_by_side = jnp.all((pages_NM == as_if_NM) | missing_NM)
+
+    def beginnings() -> Any:
+        """The pages of each head, in the first places of M; the pool may end before the M-th."""
+
+        def beginning(held: jax.Array, first: jax.Array) -> jax.Array:
+            last = jnp.minimum(first, pool - M)
+            longer = jnp.pad(cut(held, last, M), [(0, M)] + [(0, 0)] * (held.ndim - 1))
+            return cut(longer, first - last, M)
+
+        each_head = lambda held: jnp.concatenate([beginning(held, first) for first in first_N])
+        return own(jax.tree.map(each_head, kept))
+
+    one_by_one = lambda: own(slices(pages_NM.reshape(-1), 1))
     otherwise = gathered if N * M > MOST_SLICES else one_by_one
-    return jax.lax.cond(side_by_side, lambda: slices(pages_NM[:, 0], M), otherwise)
+    return jax.lax.switch(
+        jnp.where(side_by_side, jnp.any(missing_NM).astype(jnp.int32), 2),
+        [lambda: slices(first_N, M), beginnings, otherwise],
+    )
 
 
 def pages_at_once(page: int, width: int) -> int:
