@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.common import HERE, SHAPES, machine, save
 from cla_jax import costs
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.config import LatentKV, ModelConfig
+from cla_jax.config import CacheAttention, LatentKV, ModelConfig
 from cla_jax.decode import decode, random_weights
 from experiments.sweeping import width_of_cost
 
@@ -50,6 +50,8 @@ class Options:
     kv_map: tuple[str, ...] = ("identity", "cla:2")
     # Width of the rotated key; the latent has the rest of the bytes of MQA's keys and values.
     rope_dims: int = 32
+    # What reads the caches: see `launch.generate --attention`.
+    attention: CacheAttention = "xla"
     # Alternating rounds.
     rounds: int = 9
     # Steps of a round.
@@ -79,9 +81,11 @@ def narrowed(config: ModelConfig, base: ModelConfig) -> ModelConfig:
     return wide(width_of_cost(lambda width: parameters(wide(width)), parameters(base)))
 
 
-def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Callable[[], float]:
+def contestant(
+    config: ModelConfig, batch: int, context: int, options: Options
+) -> Callable[[], float]:
     """A function that runs some steps at a context, and gives the seconds of one."""
-    spec = cache_spec(config, batch=batch, capacity=context + 1)
+    spec = cache_spec(config, batch=batch, capacity=context + 1, attention=options.attention)
     weights = random_weights(config)
     tokens, counts = jnp.ones((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
     step = jax.jit(
@@ -95,11 +99,11 @@ def contestant(config: ModelConfig, batch: int, context: int, steps: int) -> Cal
     def run() -> float:
         nonlocal cache
         begin = time.monotonic()
-        for _ in range(steps):
+        for _ in range(options.steps):
             x, cache = step(weights, cache)
             cache = at_context(cache)
         jax.block_until_ready((x, cache))
-        return (time.monotonic() - begin) / steps
+        return (time.monotonic() - begin) / options.steps
 
     run()
     return run
@@ -115,7 +119,7 @@ def main() -> None:
         for context in options.context:
             configs = models(options)
             runs = {
-                name: contestant(config, batch, context, options.steps)
+                name: contestant(config, batch, context, options)
                 for name, config in configs.items()
             }
             times: dict[str, list[float]] = {name: [] for name in runs}

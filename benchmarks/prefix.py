@@ -42,7 +42,7 @@ from cla_jax import hlo
 from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.bits import stored
 from cla_jax.cache.prefix_shared import TILE, prefix_spec
-from cla_jax.config import ModelConfig
+from cla_jax.config import CacheAttention, ModelConfig
 from cla_jax.decode import decode
 from cla_jax.model.attention import StepPositions
 from cla_jax.prefix_tree import PrefixTree
@@ -64,6 +64,8 @@ class Options:
     kv_map: str = "identity"
     # Tokens of a page.
     page: int = 64
+    # What reads the caches: see `launch.generate --attention`.
+    attention: CacheAttention = "xla"
     # Alternating rounds.
     rounds: int = 9
     # Where the JSON goes, raw rounds included.
@@ -101,13 +103,14 @@ def contestants(
 ) -> dict[str, tuple[CacheSpec, Cache]]:
     """The caches of requests with a common prefix, filled with noise.
 
-    `options` has the fields `alone` and `page` of `Options`.
+    `options` has the fields `alone`, `attention` and `page` of `Options`.
     """
     length = shared + options.alone
     capacity = length + options.page
-    dense = cache_spec(config, batch=batch, capacity=capacity)
+    sizes = {"batch": batch, "capacity": capacity, "attention": options.attention}
+    dense = cache_spec(config, **sizes)
     pages = shared // options.page + batch * (capacity // options.page + 2)
-    paged = prefix_spec(config, batch=batch, page=options.page, pages=pages, capacity=capacity)
+    paged = prefix_spec(config, page=options.page, pages=pages, **sizes)
     tree = PrefixTree(chunk=options.page, pages=pages)
     prompts = [[*range(shared), *[10_000 + row] * options.alone] for row in range(batch)]
     paths = {row: tree.insert(prompt, new_tokens=1) for row, prompt in enumerate(prompts)}

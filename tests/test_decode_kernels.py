@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import typing
 from typing import Any
 
@@ -14,17 +15,20 @@ from hypothesis import given, settings
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import tpu as pltpu
 
+from cla_jax import mesh as meshes
 from cla_jax.cache import cache_spec, ledger, make_format, prefix_shared
 from cla_jax.cache import pages as pages_module
 from cla_jax.cache.bits import restored
 from cla_jax.cache.prefix_shared import prefix_spec
-from cla_jax.config import CacheAttention, LatentKV
+from cla_jax.cache.quantized import Scaled
+from cla_jax.config import CacheAttention, LatentKV, MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import evaluate
-from cla_jax.model import decode_kernels, mosaic, paged
+from cla_jax.model import decode_kernels, mosaic, native, paged
 from cla_jax.model.attention import EMPTY, KV, MASKED, Partial, StepPositions, normalized
 from cla_jax.prefix_tree import PrefixTree
 from cla_jax.runs import find_runs
+from cla_jax.state import layout
 from cla_jax.train import train
 from launch import evaluate as launch_evaluate
 from launch import generate as launch_generate
@@ -218,6 +222,187 @@ class TestPaged(Attention):
         self.check(d_head, 1, 16, (200, 3))
 
 
+@pytest.fixture(scope="module")
+def compiler():
+    if reason := native.refusal(MODEL_16, "dense", "cpu", 0.0, None):
+        pytest.skip(reason)
+
+
+def floats(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.usefixtures("compiler")
+class TestNative(Attention):
+    name = "native"
+    attend = staticmethod(native.attend)
+    kept_width = staticmethod(native.kept_width)
+    error = 2e-6
+
+    @for_any_rows
+    def test_rows_of_any_lengths_windows_and_order(self, lengths, window, ring):
+        self.check(46, 1, 5, lengths, window, ring)
+
+    @pytest.mark.parametrize(
+        ("page", "eight_bit"), [(None, False), (1, True), (8, False), (64, True), (128, False)]
+    )
+    def test_pages_of_any_size(self, page, eight_bit):
+        self.check(46, 2, 5, (250, 70), window=100, page=page, eight_bit=eight_bit)
+
+    # Up to 6 queries read keys as they are, more read them transposed. Blocks of wide heads are shorter.
+    @pytest.mark.parametrize("queries", [1, 3, 6, 7, 16, 65])
+    @pytest.mark.parametrize("d_head", [4, 32, 64, 136, 300])
+    def test_heads_of_every_width(self, d_head, queries):
+        self.check(d_head, 3, queries, (200, 3))
+
+    @pytest.mark.parametrize("name", native.FORMATS)
+    @pytest.mark.parametrize("d_head", [24, 64])
+    def test_every_format_that_it_names(self, name, d_head):
+        rng = np.random.default_rng(0)
+        format: Any = make_format(name, "float32")
+        coded = format.encode(KV(floats(rng, 2, 128, 2, d_head), floats(rng, 2, 128, 2, d_head)))
+        q = floats(rng, 2, 2, 4, d_head)
+        kept_BE = np.tile(np.arange(128, dtype=np.int32), (2, 1))
+        asked = np.full((2, 4), 99, np.int32), np.zeros((2, 4), np.int32)
+        found = self.compiled()(q, format.for_kernel(coded, jnp.asarray(kept_BE)), *asked)
+        expected = exact(q, *format.decode(coded), kept_BE, *asked)
+        assert np.abs(found - expected).max() < self.error * np.abs(expected).max()
+
+    def test_fp8_of_every_code(self):
+        codes = jnp.arange(256, dtype=jnp.uint8)
+        is_number = codes & 127 != 127  # NaN reaches every query, with a weight of 0 too
+        codes = jnp.where(is_number, codes, 0)
+        format: Any = make_format("fp8", "float32")
+        scales = jnp.full((1, 256, 1), 0x3F80, jnp.uint16)  # 1
+        half = Scaled(codes.reshape(1, 256, 1, 1), scales)
+        kept_BE = jnp.arange(256, dtype=jnp.int32)[None]
+        kept = format.for_kernel(KV(half._replace(codes=0 * half.codes), half), kept_BE)
+        at = jnp.arange(256, dtype=jnp.int32)[None]  # each query sees one entry
+        found = self.compiled()(jnp.zeros((1, 1, 256, 1)), kept, at, at)
+        expected = format.decode_half(half)[0, :, 0, 0]
+        np.testing.assert_array_equal(found[0, 0, :, 0], expected)
+        half = half._replace(codes=half.codes.at[0, 3].set(127))
+        kept = format.for_kernel(KV(half._replace(codes=0 * half.codes), half), kept_BE)
+        assert np.isnan(self.compiled()(jnp.zeros((1, 1, 256, 1)), kept, at, at)[0, 0, 3])
+
+    @pytest.mark.parametrize("queries", [4, 12])
+    def test_the_beginning_of_a_latents_queries_meets_its_values(self, queries):
+        rng = np.random.default_rng(0)
+        k, v = floats(rng, 2, 128, 1, 24), floats(rng, 2, 128, 1, 40)
+        q = floats(rng, 2, 1, queries, 64)
+        kept_BE = np.tile(np.arange(128, dtype=np.int32), (2, 1))
+        asked = np.full((2, queries), 100, np.int32), np.zeros((2, queries), np.int32)
+        format: Any = make_format("dense", "float32")
+        kept = format.for_kernel(format.encode(KV(k, v)), jnp.asarray(kept_BE))
+        found = self.compiled()(q, kept, *asked)
+        expected = exact(q, jnp.concatenate([v, k], axis=-1), v, kept_BE, *asked)
+        assert np.abs(found - expected).max() < self.error * np.abs(expected).max()
+
+    def test_long_rows_are_divided_among_threads(self):
+        """Into sixteen parts, the last of which have no entries; then parts are merged."""
+        rng = np.random.default_rng(0)
+        k, v, q = floats(rng, 1, 4224, 2, 32), floats(rng, 1, 4224, 2, 32), floats(rng, 1, 2, 3, 32)
+        format: Any = make_format("dense", "float32")
+        for length in (1, 700, 4224):
+            kept_BE = np.where(np.arange(4224) < length, np.arange(4224), EMPTY)[None].astype(
+                np.int32
+            )
+            asked = np.full((1, 3), length - 1, np.int32), np.array([[0, 500, 5000]], np.int32)
+            kept = format.for_kernel(format.encode(KV(k, v)), jnp.asarray(kept_BE))
+            found = self.compiled()(q, kept, *asked)
+            expected = exact(q, k, v, kept_BE, *asked)
+            assert np.abs(found - expected).max() < self.error * np.abs(expected).max()
+
+    @pytest.mark.parametrize("queries", [2, 8])
+    def test_what_no_query_sees_is_not_read(self, queries):
+        """It may hold anything; a number that is not finite and is seen shows."""
+        rng = np.random.default_rng(0)
+        k, v, q = (
+            floats(rng, 1, 128, 1, 32),
+            floats(rng, 1, 128, 1, 32),
+            floats(rng, 1, 1, queries, 32),
+        )
+        kept_BE = jnp.where(jnp.arange(128) < 90, jnp.arange(128, dtype=jnp.int32), EMPTY)[None]
+        asked = jnp.full((1, queries), 80, jnp.int32), jnp.full((1, queries), 10, jnp.int32)
+        q = jnp.abs(q)  # times infinity: infinity
+        format: Any = make_format("dense", "float32")
+
+        def attention(k, v):
+            return self.compiled()(q, format.for_kernel(format.encode(KV(k, v)), kept_BE), *asked)
+
+        expected = attention(k, v)
+        unseen = (jnp.arange(128) < 10) | (jnp.arange(128) > 80)
+        spoiled = lambda a: jnp.where(unseen[None, :, None, None], jnp.nan, a)
+        np.testing.assert_array_equal(attention(spoiled(k), spoiled(v)), expected)
+        for bad in (jnp.nan, jnp.inf):
+            assert np.isnan(attention(k.at[0, 50, 0, 3].set(bad), v)).all()
+        assert np.isnan(attention(k, v.at[0, 50, 0, 3].set(jnp.nan))[..., 3]).all()
+
+    @pytest.mark.parametrize(
+        ("changes", "format"),
+        [
+            ({"n_kv_heads": 2, "kv_map": "cla:2"}, "dense"),
+            ({"windows": "24,0", "n_layers": 2, "kv_map": "identity"}, "dense"),
+            ({"n_kv_heads": 4, "kv_map": "k=0,0;v=0,1", "n_layers": 2}, "int8"),
+            ({"n_kv_heads": 1, "kv": LatentKV(rank=24, rope_dims=8)}, "fp8"),
+            ({"compute_dtype": "bfloat16"}, "bfloat16"),
+        ],
+    )
+    @pytest.mark.parametrize("sizes", [MeshConfig(fsdp=1), MeshConfig(fsdp=2, model=2)])
+    def test_a_model_decodes_as_through_xla(self, changes, format, sizes):
+        config = dataclasses.replace(MODEL, vocab_size=256, **changes)
+        mesh = meshes.make_mesh(sizes, jax.devices()[: sizes.fsdp * sizes.model])
+        rules = meshes.axis_rules(config, mesh)
+        prompts = np.random.default_rng(0).integers(0, 256, (2, 40))
+        model = reference.randomised(config)
+        found = []
+        with jax.set_mesh(mesh):
+            placed = lambda a, *axes: jax.device_put(a, rules.spec("batch", *axes))
+            weights = decoding_weights(jax.device_put(model, layout(model, rules, mesh)), rules)
+            for attention in ("xla", "native"):
+                capacities = {"batch": 2, "capacity": 128, "chunk": 40, "rules": rules}
+                spec = cache_spec(config, format, attention=attention, **capacities)
+                step = jax.jit(functools.partial(decode, weights, spec))
+                _, cache = step(spec.allocate(), placed(prompts, None), placed(np.array([40, 13])))
+                for _ in range(2):
+                    x_BTD, cache = step(
+                        cache, placed(prompts[:, :1], None), placed(np.ones(2, int))
+                    )
+                found.append(np.asarray(x_BTD, np.float32))
+        tolerance = 0.03 if config.compute_dtype == "bfloat16" else 1e-5
+        assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[0]).max()
+
+    def test_it_is_compiled_once_and_kept(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        ran = []
+        output = native._output
+        monkeypatch.setattr(native, "_output", lambda *c: ran.append(c) or output(*c))
+        compiler = (shutil.which("c++"),)
+        library = native._compiled(compiler)
+        assert native._compiled(compiler) == library
+        assert sum("-shared" in command for command in ran) == 1
+        assert list((tmp_path / "cla_jax").iterdir()) == [library]
+
+    def test_a_cache_directory_that_cannot_be_made_is_no_obstacle(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert native._compiled((shutil.which("c++"),)).exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such-compiler -O1", "it needs a C++ compiler, and there is no no-such-compiler -O1"),
+        ("", "it needs a C++ compiler, and there is no CXX"),
+        ("false", "false cannot compile it"),
+        ("c++ --no-such-flag", "no-such-flag"),
+    ],
+)
+def test_without_a_compiler_the_native_kernel_is_refused(monkeypatch, compiler, words):
+    monkeypatch.setenv("CXX", compiler)
+    assert words in native._load.__wrapped__()
+
+
 # ------------------------------------------------------------------------------ in a model, by name
 
 MODEL_16 = dataclasses.replace(
@@ -248,7 +433,9 @@ def test_a_model_decodes_through_a_kernel_as_through_xla(monkeypatch):
     assert np.abs(found[0] - found[1]).max() < 0.03 * np.abs(found[0]).max()
 
 
-@pytest.mark.parametrize(("attention", "width"), [("xla", 46), ("mosaic", 64), ("paged", 128)])
+@pytest.mark.parametrize(
+    ("attention", "width"), [("xla", 46), ("native", 46), ("mosaic", 64), ("paged", 128)]
+)
 def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
     spec = cache_spec(MODEL_16, batch=1, capacity=128)
     spec = dataclasses.replace(spec, attention=attention)
@@ -287,6 +474,8 @@ def test_the_ledger_counts_the_padding_that_a_kernel_needs(attention, width):
         ("paged", {}, "int8", "tpu", 0.0, None),
         ("paged", {}, "fp8", "tpu", 0.0, "bfloat16 and int8, not cache format fp8"),
         ("paged", {}, "dense", "gpu", 9.0, "the paged kernel is not available on gpu"),
+        ("native", {}, "kivi4", "cpu", 0.0, "not cache format kivi4"),
+        ("native", {}, "dense", "tpu", 0.0, "the native kernel is not available on tpu"),
     ],
 )
 def test_what_a_kernel_cannot_serve_is_refused_by_name(

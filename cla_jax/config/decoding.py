@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Literal
 
 # What reads a KV cache in steps of few tokens: XLA, or a kernel of `cla_jax.model.decode_kernels`.
-CacheAttention = Literal["xla", "mosaic", "paged"]
+CacheAttention = Literal["xla", "native", "mosaic", "paged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Kernels for attention through a cache, behind one contract; XLA's attention serves what they do not take.
 
-None of them was ever run on an accelerator, so none is chosen unless it is asked for by name.
+Those for accelerators were never run on one, so none is chosen unless it is asked for by name.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import jax
 from cla_jax import eviction
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.messages import near_choice
-from cla_jax.model import mosaic, paged
+from cla_jax.model import mosaic, native, paged
 from cla_jax.model.attention import PagedKV, Partial
 from cla_jax.model.platform import describe, warn_once
 
@@ -33,10 +33,20 @@ class Kernel(NamedTuple):
     # Why it cannot serve a model, a cache format, a platform with its compute capability, and pages of so
     # many tokens, or rows.
     refusal: Callable[[ModelConfig, str, str, float, int | None], str | None]
-    tried: str  # what was done with it
+    untried: str | None = None  # what was done instead, if it was never run on its hardware
+    dtypes: tuple[str, ...] = ("bfloat16",)  # of attention
+    latents: bool = False  # whether it reads them
 
 
 KERNELS = {
+    "native": Kernel(
+        native.attend,
+        native.kept_width,
+        native.QUERIES,
+        native.refusal,
+        dtypes=("float32", "bfloat16"),
+        latents=True,
+    ),
     "mosaic": Kernel(
         mosaic.attend,
         mosaic.kept_width,
@@ -67,12 +77,14 @@ def refusal(
 
     The cache has pages of `page` tokens, or a row of entries for each sequence.
     """
-    if reason := KERNELS[name].refusal(config, format, platform, compute_capability, page):
+    kernel = KERNELS[name]
+    if reason := kernel.refusal(config, format, platform, compute_capability, page):
         return reason
-    if isinstance(config.kv, LatentKV):
+    if isinstance(config.kv, LatentKV) and not kernel.latents:
         return "it does not support model.kv.kind = latent"
-    if config.compute_dtype != "bfloat16":
-        return f"it needs model.compute_dtype = bfloat16, not {config.compute_dtype}"
+    if config.compute_dtype not in kernel.dtypes:
+        needed = " or ".join(kernel.dtypes)
+        return f"it needs model.compute_dtype = {needed}, not {config.compute_dtype}"
     return None
 
 
@@ -92,7 +104,8 @@ def check(name: str, config: ModelConfig, caches: Sequence[str], page: int | Non
     for format in dict.fromkeys(caches):
         if reason := refusal(name, config, format, platform, capability, page):
             raise ValueError(f"attention = {name!r} cannot be used for decoding: {reason}")
-    warn_once(f"attention = {name!r}: this kernel was {KERNELS[name].tried}; compare it with 'xla'")
+    if untried := KERNELS[name].untried:
+        warn_once(f"attention = {name!r}: this kernel was {untried}; compare it with 'xla'")
 
 
 def check_chunk(name: str, config: ModelConfig, chunk: int) -> None:
