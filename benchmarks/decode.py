@@ -31,6 +31,8 @@ Rows:
     ours-int8       the identity map, an int8 cache
     ours-kivi4      the identity map, KIVI's cache of 4 bits
     ours-bfloat16   the identity map, weights and cache in bfloat16
+    ours-native     the identity map, float32; the native kernel reads the cache
+    ours-int8-native  the same with an int8 cache
     torch           LlamaForCausalLM.generate, eager, sdpa, the default dynamic cache
     torch-static    the same with cache_implementation="static"
     torch-compile   the same with the decode step compiled by `generate` (needs a C++ compiler)
@@ -72,6 +74,7 @@ OURS: dict[str, Any] = {
     "kv_map": "identity",
     "cache": "dense",
     "dtype": "float32",
+    "attention": "xla",
 }
 TORCH: dict[str, Any] = {"script": "decode_torch.py", "static": False, "compile": False}
 LLAMA_CPP: dict[str, Any] = {"script": "decode_llama_cpp.py", "weights": "F32"}
@@ -81,6 +84,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "ours-int8": OURS | {"cache": "int8"},
     "ours-kivi4": OURS | {"cache": "kivi4"},
     "ours-bfloat16": OURS | {"dtype": "bfloat16"},
+    "ours-native": OURS | {"attention": "native"},
+    "ours-int8-native": OURS | {"cache": "int8", "attention": "native"},
     "torch": TORCH,
     "torch-static": TORCH | {"static": True},
     "torch-compile": TORCH | {"static": True, "compile": True},
@@ -95,6 +100,8 @@ Row = Literal[
     "ours-int8",
     "ours-kivi4",
     "ours-bfloat16",
+    "ours-native",
+    "ours-int8-native",
     "torch",
     "torch-static",
     "torch-compile",

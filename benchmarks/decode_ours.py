@@ -71,6 +71,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
         batch=batch,
         capacity=context + spec["new_tokens"],
         chunk=min(spec["chunk"], context),  # the last chunk of a prompt is padded to a whole one
+        attention=spec["attention"],
     )
     model = jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))

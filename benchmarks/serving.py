@@ -46,7 +46,7 @@ from benchmarks.common import (
 from cla_jax import costs, traces
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
-from cla_jax.config import ModelConfig
+from cla_jax.config import CacheAttention, ModelConfig
 from cla_jax.engine import Engine
 from cla_jax.mesh import AxisRules
 from launch.serve_trace import ServedModel, open_model
@@ -70,6 +70,8 @@ class Options(CommonOptions):
     layers: int = 8
     # Sharing map of the model.
     kv_map: str = "identity"
+    # What reads the caches: see `launch.generate --attention`.
+    attention: CacheAttention = "xla"
     # Alternating rounds.
     rounds: int = 3
     # Contestants to run; `unshared` is what the others are compared with.
@@ -155,7 +157,7 @@ def pages_of(options: Options) -> int:
 
 def contestants(config: ModelConfig, options: Options, rules: AxisRules) -> dict[str, CacheSpec]:
     sizes: Any = {"batch": options.rows, "capacity": tokens_of(options), "chunk": 256}
-    sizes |= {"rules": rules}
+    sizes |= {"rules": rules, "attention": options.attention}
     pool: Any = {"page": options.page, "pages": pages_of(options)}
     return {
         "unshared": cache_spec(config, **sizes),

@@ -529,7 +529,7 @@ class Task {
       Vector score = load(scores + s);
       if (!block.all_seen) {
         const Ints at = load(block.positions + s);
-        score = (at <= position) & (at >= start) ? score : all(kMasked);
+        score = ((at <= position) & (at >= start)) ? score : all(kMasked);
         store(scores + s, score);
       }
       most = maximum(score, most);
