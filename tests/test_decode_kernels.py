@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import shlex
 import shutil
+import subprocess
 import typing
 from typing import Any
 
@@ -224,8 +227,11 @@ class TestPaged(Attention):
 
 @pytest.fixture(scope="module")
 def compiler():
-    if reason := native.refusal(MODEL_16, "dense", "cpu", 0.0, None):
-        pytest.skip(reason)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("there is no C++ compiler")
+    assert native.refusal(MODEL_16, "dense", "cpu", 0.0, None) is None
+    return compiler
 
 
 def floats(rng, *shape):
@@ -363,7 +369,11 @@ class TestNative(Attention):
                 capacities = {"batch": 2, "capacity": 128, "chunk": 40, "rules": rules}
                 spec = cache_spec(config, format, attention=attention, **capacities)
                 step = jax.jit(functools.partial(decode, weights, spec))
-                _, cache = step(spec.allocate(), placed(prompts, None), placed(np.array([40, 13])))
+                arguments = spec.allocate(), placed(prompts, None), placed(np.array([40, 13]))
+                assert (native._TARGET in step.lower(*arguments).as_text()) == (
+                    attention == "native"
+                )
+                _, cache = step(*arguments)
                 for _ in range(2):
                     x_BTD, cache = step(
                         cache, placed(prompts[:, :1], None), placed(np.ones(2, int))
@@ -372,21 +382,83 @@ class TestNative(Attention):
         tolerance = 0.03 if config.compute_dtype == "bfloat16" else 1e-5
         assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[0]).max()
 
-    def test_it_is_compiled_once_and_kept(self, monkeypatch, tmp_path):
+    def test_many_queries_are_divided_among_threads(self):
+        """A task has at most 256 of a head; one row has 600, which see more and more entries."""
+        rng = np.random.default_rng(0)
+        k, v, q = floats(rng, 1, 640, 2, 16), floats(rng, 1, 640, 2, 16), floats(rng, 1, 2, 600, 16)
+        kept_BE = np.arange(640, dtype=np.int32)[None]
+        asked = kept_BE[:, :600], np.zeros((1, 600), np.int32)
+        format: Any = make_format("dense", "float32")
+        kept = format.for_kernel(format.encode(KV(k, v)), jnp.asarray(kept_BE))
+        found = self.compiled()(q, kept, *asked)
+        expected = exact(q, k, v, kept_BE, *asked)
+        assert np.abs(found - expected).max() < self.error * np.abs(expected).max()
+
+    def test_shapes_that_the_kernel_would_read_past_are_found_before(self):
+        format: Any = make_format("dense", "float32")
+        zeros = jnp.zeros((1, 128, 1, 16))
+        kept = format.for_kernel(
+            format.encode(KV(zeros, zeros)), jnp.arange(128, dtype=jnp.int32)[None]
+        )
+        at = jnp.zeros((1, 2), jnp.int32)
+        for q, changes, asked in (
+            (jnp.zeros((1, 1, 2, 24)), {}, at),
+            (jnp.zeros((1, 2, 2, 16)), {}, at),
+            (jnp.zeros((1, 1, 2, 16)), {}, at[:, :1]),
+            (jnp.zeros((1, 1, 2, 16)), {"v": kept.v[:, :, :64]}, at),
+            (jnp.zeros((1, 1, 2, 16)), {"pages_BC": kept.pages_BC[:, :0]}, at),
+        ):
+            with pytest.raises(AssertionError):
+                native.attend(q, dataclasses.replace(kept, **changes), asked, at)
+
+    def test_it_is_compiled_once_and_kept(self, monkeypatch, tmp_path, compiler):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         ran = []
         output = native._output
         monkeypatch.setattr(native, "_output", lambda *c: ran.append(c) or output(*c))
-        compiler = (shutil.which("c++"),)
-        library = native._compiled(compiler)
-        assert native._compiled(compiler) == library
-        assert sum("-shared" in command for command in ran) == 1
-        assert list((tmp_path / "cla_jax").iterdir()) == [library]
+        compilations = lambda: sum("-shared" in command for command in ran)
+        for _ in range(2):
+            native.load_library(compiler)
+        assert compilations() == 1
+        assert list((tmp_path / "cla_jax").iterdir()) == [native._kept(compiler)]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        kept = native._kept(compiler)
+        assert kept is not None
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(b"not whole")
+        native.load_library(compiler)
+        assert compilations() == 2
+        assert kept.stat().st_size > 1000
 
-    def test_a_cache_directory_that_cannot_be_made_is_no_obstacle(self, monkeypatch, tmp_path):
+    def test_without_a_cache_directory_it_is_compiled_each_time(
+        self, monkeypatch, tmp_path, compiler
+    ):
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        assert native._compiled((shutil.which("c++"),)).exists()
+        assert native.load_library(compiler)
+
+    @pytest.mark.skipif("avx512f" not in native._processor(), reason="vectors of 16 need AVX-512")
+    @pytest.mark.parametrize(("queries", "width"), [(3, 46), (9, 64)])
+    def test_processors_with_shorter_vectors(self, monkeypatch, compiler, queries, width):
+        monkeypatch.setattr(native, "_TARGET", f"short_vectors_{queries}")
+        flags = (*native._FLAGS, "-mno-avx512f")
+        monkeypatch.setattr(native, "_FLAGS", flags)
+        handler = native.load_library(compiler).cla_jax_attend
+        jax.ffi.register_ffi_target(native._TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+        rng = np.random.default_rng(0)
+        kv = KV(floats(rng, 2, 384, 2, width), floats(rng, 2, 384, 2, width))
+        q, kept_BE = (
+            floats(rng, 2, 2, queries, width),
+            np.tile(np.arange(384, dtype=np.int32), (2, 1)),
+        )
+        asked = np.full((2, queries), 300, np.int32), np.full((2, queries), 7, np.int32)
+        for name in native.FORMATS:
+            format: Any = make_format(name, "float32")
+            coded = format.encode(kv)
+            kept = format.for_kernel(coded, jnp.asarray(kept_BE))
+            found = normalized(native.attend(q, kept, *map(jnp.asarray, asked)))
+            expected = exact(q, *format.decode(coded), kept_BE, *asked)
+            assert np.abs(found - expected).max() < self.error * np.abs(expected).max(), name
 
 
 @pytest.mark.parametrize(
@@ -395,12 +467,23 @@ class TestNative(Attention):
         ("no-such-compiler -O1", "it needs a C++ compiler, and there is no no-such-compiler -O1"),
         ("", "it needs a C++ compiler, and there is no CXX"),
         ("false", "false cannot compile it"),
-        ("c++ --no-such-flag", "no-such-flag"),
+        ("c++ --no-such-flag", "c++ --no-such-flag cannot compile it: "),
+        ("c++ 'unbalanced", "cannot be parsed: No closing quotation"),
     ],
 )
 def test_without_a_compiler_the_native_kernel_is_refused(monkeypatch, compiler, words):
     monkeypatch.setenv("CXX", compiler)
-    assert words in native._load.__wrapped__()
+    assert words in native._loaded.__wrapped__()
+
+
+def test_what_the_compiler_says_is_wrong_is_named(monkeypatch):
+    said = "native.cc: in function\n/usr/bin/ld: No space left on device\ncollect2: error: ld returned 1"
+    error = subprocess.CalledProcessError(1, "c++", stderr=said)
+    monkeypatch.setattr(native, "load_library", lambda _: (_ for _ in ()).throw(error))
+    assert "No space left on device" in native._loaded.__wrapped__()
+    lost = OSError("no such library")
+    monkeypatch.setattr(native, "load_library", lambda _: (_ for _ in ()).throw(lost))
+    assert "cannot be compiled or loaded: no such library" in native._loaded.__wrapped__()
 
 
 # ------------------------------------------------------------------------------ in a model, by name

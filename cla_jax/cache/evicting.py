@@ -308,8 +308,8 @@ def taken(kept: Any, pages_NM: jax.Array) -> Any:
     Entries without a page are masked, but another sequence may have left NaN there: see `CacheSpec.reset`.
 
     On a CPU, a gather computes the place of each number, and takes up to twice as long as slices. If the
-    pages of every head lie side by side, one slice for each head has them. The pages after its last one are
-    then those of others.
+    pages of every head lie side by side, one slice for each head has them. A slice may end with pages of
+    other heads, which become zeros.
     """
     N, M = pages_NM.shape
     missing_NM = pages_NM == NO_PAGE
@@ -332,7 +332,7 @@ def taken(kept: Any, pages_NM: jax.Array) -> Any:
             lambda held: jnp.concatenate([cut(held, i, pages) for i in firsts]), kept
         )
 
-    # A head without a page in the block takes any.
+    # A head without a page in the block takes those from page 0 on, which become zeros.
     first_N = jnp.where(missing_NM[:, 0], 0, pages_NM[:, 0])
     as_if_NM = first_N[:, None] + jnp.arange(M)
     side_by_side = jnp.all((pages_NM == as_if_NM) | missing_NM)

@@ -256,7 +256,7 @@ class PagedKV:
     [pages, S, K, ...].
     """
 
-    k: jax.Array  # the bits of bfloat16, or codes of int8
+    k: jax.Array  # float32, the bits of bfloat16, or codes of int8 or fp8
     v: jax.Array
     pages_BC: jax.Array  # the pages of each row, in the order of its entries
     positions_BE: jax.Array  # of these entries; EMPTY where no token is

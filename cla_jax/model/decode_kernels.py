@@ -1,6 +1,7 @@
 """Kernels for attention through a cache, behind one contract; XLA's attention serves what they do not take.
 
-Those for accelerators were never run on one, so none is chosen unless it is asked for by name.
+None is chosen unless it is asked for by name: those for accelerators never ran on one, and `native` needs a
+compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def refusal(
 
 
 def check(name: str, config: ModelConfig, caches: Sequence[str], page: int | None = None) -> None:
-    """Raises ValueError for a kernel that cannot serve; warns, once, that it was never tried on hardware.
+    """Raises ValueError for a kernel that cannot serve; warns, once, of one that was never tried on hardware.
 
     `caches` are cache formats, or eviction policies.
     """

@@ -1,6 +1,6 @@
 // Attention through a KV cache on a CPU, with its vector instructions; see native.py.
 //
-// One task is a row, or a part of its entries. It reads blocks of entries, once each for all queries of a KV
+// One task is a row, or a part of its queries or entries. It reads blocks of entries, once each for all queries of a KV
 // head. For many queries, keys of a block are transposed, so that one vector holds one channel of many keys: a
 // score then needs no sum over lanes. All arithmetic is float32.
 
@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,12 +31,14 @@ constexpr int kTileQueries = 6;  // with kTileVectors: the sums of a tile stay i
 constexpr int kLongestBlock = 64;
 constexpr int kLeastTasks = 16;  // if there are fewer rows, their entries are divided
 constexpr int kLeastEntries = 256;  // that are worth a task
+constexpr int64_t kMostQueries = 256;  // of a KV head in a task
 constexpr int kLine = 64;  // bytes of a cache line
 constexpr float kMasked = -1e30f;  // as in attention.py
 constexpr int32_t kEmpty = 1 << 30;  // as in attention.py
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef Vector InMemory __attribute__((aligned(4), may_alias));
 typedef Ints IntsInMemory __attribute__((aligned(4), may_alias));
 
@@ -60,7 +63,7 @@ inline Vector exponential(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Ints power = (reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(shift) + 127) << 23;
+  const Bits power = (reinterpret_cast<Bits>(shifted) - reinterpret_cast<Bits>(shift) + 127) << 23;
   return x < -87.3f ? Vector{} : p * reinterpret_cast<Vector>(power);
 }
 
@@ -103,7 +106,9 @@ inline Ints codes(const Code* from) {
 }
 
 inline Vector widened(const float* from) { return load(from); }
-inline Vector widened(const uint16_t* from) { return reinterpret_cast<Vector>(codes(from) << 16); }  // bfloat16
+inline Vector widened(const uint16_t* from) {  // bfloat16
+  return reinterpret_cast<Vector>(reinterpret_cast<Bits>(codes(from)) << 16);
+}
 inline Vector widened(const int8_t* from) { return __builtin_convertvector(codes(from), Vector); }
 inline Vector widened(const uint8_t* from) {  // float8 e4m3fn
   const Ints code = codes(from), magnitude = code & 127;
@@ -111,7 +116,8 @@ inline Vector widened(const uint8_t* from) {  // float8 e4m3fn
   const Vector normal = reinterpret_cast<Vector>((magnitude << 20) + (120 << 23));
   const Vector value = magnitude < 8 ? __builtin_convertvector(magnitude, Vector) * 0x1p-9f : normal;
   const Vector known = magnitude == 127 ? all(std::nanf("")) : value;
-  return reinterpret_cast<Vector>(reinterpret_cast<Ints>(known) | (code & 128) << 24);
+  return reinterpret_cast<Vector>(reinterpret_cast<Bits>(known) |
+                                  reinterpret_cast<Bits>(code & 128) << 24);
 }
 
 // `width` numbers, with zeros after them up to a whole vector.
@@ -308,8 +314,11 @@ struct Inputs {
   const int32_t *pages, *positions, *query_positions, *query_starts;
 };
 
-struct Outputs {  // of all heads and queries of a row
+struct Outputs {  // of some queries of each head of a row
   float *sum, *total, *peak;
+  int64_t stride;  // queries from one head to the next
+
+  int64_t at(int64_t head, int64_t n) const { return head * stride + n; }
 };
 
 // A head of consecutive entries of a row.
@@ -317,21 +326,29 @@ struct Block {
   int64_t first, count, head;
   bool all_seen;  // by all queries
   int32_t positions[kLongestBlock];
-  int64_t places[kLongestBlock];  // in the pools: so many heads after the first; -1 if no query sees it
+  int64_t places[kLongestBlock];  // in the pools: so many heads after the first; -1 for what is not read
   const float *keys[kLongestBlock], *values[kLongestBlock];
 };
 
 class Task {
  public:
-  Task(const Inputs& inputs, int64_t row) : in_(inputs), n_(inputs.sizes), row_(row) {
+  // For `count` queries of each head, from `first` on.
+  Task(const Inputs& inputs, int64_t row, int64_t first, int64_t count)
+      : in_(inputs),
+        n_(inputs.sizes),
+        row_(row),
+        count_(count),
+        query_positions_(inputs.query_positions + row * n_.queries + first),
+        query_starts_(inputs.query_starts + row * n_.queries + first) {
     k_width_ = round_up(in_.k.width, kLanes);
     v_width_ = round_up(in_.v.width, kLanes);
     width_ = k_width_ + (n_.latent ? v_width_ : 0);
     // The transposed keys should stay in the first cache, the whole block in the second.
     size_ = width_ <= 128 ? kLongestBlock : width_ <= 256 ? kLongestBlock / 2 : kLanes;
-    const int64_t all_queries = n_.heads * n_.queries;
+    const int64_t all_queries = n_.heads * count;
     const int64_t per_entry = width_ + k_width_ + v_width_, zeros = std::max(k_width_, v_width_);
-    memory_.reset(new float[all_queries * (width_ + v_width_) + size_ * per_entry + zeros]);
+    memory_.reset(new (std::nothrow) float[all_queries * (width_ + v_width_) + size_ * per_entry + zeros]);
+    if (!memory_) return;
     queries_ = memory_.get();
     sums_ = queries_ + all_queries * width_;
     transposed_ = sums_ + all_queries * v_width_;
@@ -340,29 +357,33 @@ class Task {
     zeros_ = values_ + size_ * v_width_;
     std::fill(queries_, transposed_, 0.0f);
     std::fill_n(zeros_, zeros, 0.0f);
-    const float* query = in_.queries + row * all_queries * n_.query_width;
-    for (float* to = queries_; to < sums_; to += width_, query += n_.query_width) {
-      const int64_t v_part = n_.latent ? in_.v.width : 0;
+    const int64_t v_part = n_.latent ? in_.v.width : 0;
+    for (int64_t q = 0; q < all_queries; ++q) {
+      const int64_t place = (row * n_.heads + q / count) * n_.queries + first + q % count;
+      const float* query = in_.queries + place * n_.query_width;
+      float* to = queries_ + q * width_;
       std::copy(query, query + v_part, to);
       std::copy(query + v_part, query + n_.query_width, to + width_ - k_width_);
     }
-    const int32_t* positions = in_.query_positions + row * n_.queries;
-    const int32_t* starts = in_.query_starts + row * n_.queries;
-    for (int64_t n = 0; n < n_.queries; ++n) {
-      if (positions[n] < 0) continue;  // padding sees nothing
-      newest_ = std::max(newest_, positions[n]);
-      oldest_ = std::min(oldest_, starts[n]);
+    for (int64_t n = 0; n < count; ++n) {
+      if (query_positions_[n] < 0) continue;  // padding sees nothing
+      newest_ = std::max(newest_, query_positions_[n]);
+      oldest_ = std::min(oldest_, query_starts_[n]);
     }
     // What lies between these is seen by all.
-    seen_to_ = *std::min_element(positions, positions + n_.queries);
-    seen_from_ = *std::max_element(starts, starts + n_.queries);
+    seen_to_ = *std::min_element(query_positions_, query_positions_ + count);
+    seen_from_ = *std::max_element(query_starts_, query_starts_ + count);
   }
+
+  // Whether there was enough memory.
+  bool ready() const { return memory_ != nullptr; }
 
   // Attention to part `part` of `parts` of the entries.
   void run(int64_t part, int64_t parts, const Outputs& out) {
-    const int64_t all_queries = n_.heads * n_.queries;
-    std::fill_n(out.total, all_queries, 0.0f);
-    std::fill_n(out.peak, all_queries, kMasked);
+    for (int64_t head = 0; head < n_.heads; ++head) {
+      std::fill_n(out.total + out.at(head, 0), count_, 0.0f);
+      std::fill_n(out.peak + out.at(head, 0), count_, kMasked);
+    }
     const auto [first, end] = visible();
     const int64_t size = round_up((end - first + parts - 1) / parts, size_);
     end_ = std::min(end, first + (part + 1) * size);
@@ -370,13 +391,15 @@ class Task {
     bool more = begin(*now, first + part * size);
     while (more) {
       more = follow(*now, *next);
-      if (!more) std::copy(now->places, now->places + size_, next->places);  // nothing new to fetch
-      read(*now, *next);
-      for (int64_t n = 0; n < n_.queries;) n += attend_tile(*now, *next, n, out);
+      const Block& after = more ? *next : *now;
+      read(*now, after);
+      for (int64_t n = 0; n < count_;) n += attend_tile(*now, after, n, out);
       std::swap(now, next);
     }
-    for (int64_t q = 0; q < all_queries; ++q)
-      std::copy_n(sums_ + q * v_width_, in_.v.width, out.sum + q * in_.v.width);
+    const int64_t width = in_.v.width;
+    for (int64_t head = 0; head < n_.heads; ++head)
+      for (int64_t n = 0; n < count_; ++n)
+        std::copy_n(sums_ + (head * count_ + n) * v_width_, width, out.sum + out.at(head, n) * width);
   }
 
  private:
@@ -427,7 +450,8 @@ class Task {
     return {lowest, highest};
   }
 
-  // Finds the entries of a block. Those that no query sees are not read: they may hold anything.
+  // Finds the entries of a block. Those before what any query sees, or after it, are not read: they may hold
+  // anything.
   void place(Block& block) const {
     const int64_t step = n_.heads_first ? 1 : n_.heads;
     for (int64_t s = 0; s < block.count;) {
@@ -466,7 +490,7 @@ class Task {
   }
 
   // Whether there are enough queries to pay for it.
-  bool transposes() const { return n_.queries > kTileQueries; }
+  bool transposes() const { return count_ > kTileQueries; }
 
   void transpose_rows(const Rows& rows, int64_t width, float* to) const {
     for (int64_t c = 0; c < width; c += kLanes)
@@ -475,7 +499,7 @@ class Task {
 
   // Attention of the queries from n on to the block; returns how many of them.
   int64_t attend_tile(const Block& block, const Block& next, int64_t n, const Outputs& out) {
-    const int64_t left = n_.queries - n, tiles = (left + kTileQueries - 1) / kTileQueries;
+    const int64_t left = count_ - n, tiles = (left + kTileQueries - 1) / kTileQueries;
     const int64_t count = (left + tiles - 1) / tiles;
     switch (count) {
       case 1: attend_queries<1>(block, next, n, out); break;
@@ -491,7 +515,7 @@ class Task {
   template <int M>
   void attend_queries(const Block& block, const Block& next, int64_t n, const Outputs& out) {
     float weights[M * kLongestBlock], shrink[M];
-    const int64_t q = block.head * n_.queries + n;
+    const int64_t q = block.head * count_ + n, first = out.at(block.head, n);
     const float* queries = queries_ + q * width_;
     if (transposes()) {
       const auto channel = [&](int64_t c, int64_t s) { return transposed_ + c * size_ + s; };
@@ -500,7 +524,8 @@ class Task {
       scores<M>(block, next, queries, weights);
     }
     for (int m = 0; m < M; ++m)
-      shrink[m] = weigh(block, n + m, weights + m * size_, out.total[q + m], out.peak[q + m]);
+      shrink[m] =
+          weigh(block, n + m, weights + m * size_, out.total[first + m], out.peak[first + m]);
     const auto value = [&](int64_t s, int64_t c) {
       __builtin_prefetch(next.values[s] + c);
       return block.values[s] + c;
@@ -523,8 +548,7 @@ class Task {
   // Scores of a query become weights. Returns the factor for what was summed before.
   float weigh(const Block& block, int64_t n, float* scores, float& total, float& peak) const {
     Vector most = all(peak);
-    const Ints position = Ints{} + in_.query_positions[row_ * n_.queries + n];
-    const Ints start = Ints{} + in_.query_starts[row_ * n_.queries + n];
+    const Ints position = Ints{} + query_positions_[n], start = Ints{} + query_starts_[n];
     for (int64_t s = 0; s < size_; s += kLanes) {
       Vector score = load(scores + s);
       if (!block.all_seen) {
@@ -553,21 +577,24 @@ class Task {
 
   const Inputs& in_;
   const Sizes& n_;
-  int64_t row_, end_ = 0;
+  int64_t row_, count_, end_ = 0;
+  const int32_t *query_positions_, *query_starts_;
   int64_t k_width_, v_width_, width_, size_;  // size: entries of a block
   int32_t newest_ = -1, oldest_ = kEmpty, seen_to_, seen_from_;
   std::unique_ptr<float[]> memory_;
   float *queries_, *sums_, *transposed_, *keys_, *values_, *zeros_;  // in it
 };
 
-// Joins part `b` of the attention of query q to part `a`.
-void merge(const Outputs& a, const Outputs& b, int64_t q, int64_t width) {
-  const float peak = std::max(a.peak[q], b.peak[q]);
-  const float shrink_a = std::exp(a.peak[q] - peak), shrink_b = std::exp(b.peak[q] - peak);
-  a.total[q] = a.total[q] * shrink_a + b.total[q] * shrink_b;
-  a.peak[q] = peak;
-  for (int64_t i = q * width; i < (q + 1) * width; ++i)
-    a.sum[i] = a.sum[i] * shrink_a + b.sum[i] * shrink_b;
+// Joins the attention of query q of `b` to that of query p of `a`.
+void merge(const Outputs& a, int64_t p, const Outputs& b, int64_t q, int64_t width) {
+  const float peak = std::max(a.peak[p], b.peak[q]);
+  const float shrink_a = std::exp(a.peak[p] - peak), shrink_b = std::exp(b.peak[q] - peak);
+  a.total[p] = a.total[p] * shrink_a + b.total[q] * shrink_b;
+  a.peak[p] = peak;
+  for (int64_t i = 0; i < width; ++i) {
+    float& sum = a.sum[p * width + i];
+    sum = sum * shrink_a + b.sum[q * width + i] * shrink_b;
+  }
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -596,26 +623,45 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
   in.pages = pages.typed_data(), in.positions = positions.typed_data();
   in.query_positions = query_positions.typed_data(), in.query_starts = query_starts.typed_data();
 
-  const int64_t rows = in.sizes.rows, queries = in.sizes.heads * in.sizes.queries;
+  const int64_t rows = in.sizes.rows, heads = in.sizes.heads, queries = in.sizes.queries;
+  const int64_t chunks = (queries + kMostQueries - 1) / kMostQueries, tasks = rows * chunks;
   const int64_t most = std::max<int64_t>(1, in.sizes.capacity / kLeastEntries);
-  const int64_t parts = std::min(most, (kLeastTasks + rows - 1) / rows);
-  const int64_t width = in.v.width, size = queries * (width + 2);
-  // The first part of each row goes to the results, the others to `rest`.
-  std::unique_ptr<float[]> rest(new float[rows * (parts - 1) * size]);
-  const auto outputs = [&](int64_t row, int64_t part) {
-    if (part == 0)
-      return Outputs{sum->typed_data() + row * queries * width, total->typed_data() + row * queries,
-                     peak->typed_data() + row * queries};
-    float* first = rest.get() + (row * (parts - 1) + part - 1) * size;
-    return Outputs{first, first + queries * width, first + queries * (width + 1)};
+  const int64_t parts = std::min(most, (kLeastTasks + tasks - 1) / tasks);
+  const int64_t width = in.v.width, longest = std::min(queries, kMostQueries);
+  const int64_t size = heads * longest * (width + 2);
+  // The first part of each task goes to the results, the others to `rest`.
+  std::unique_ptr<float[]> rest(new (std::nothrow) float[tasks * (parts - 1) * size]);
+  std::atomic<bool> enough{rest != nullptr};
+  const auto outputs = [&](int64_t task, int64_t part) {
+    if (part == 0) {
+      const int64_t first = task / chunks * heads * queries + task % chunks * kMostQueries;
+      return Outputs{sum->typed_data() + first * width, total->typed_data() + first,
+                     peak->typed_data() + first, queries};
+    }
+    float* first = rest.get() + (task * (parts - 1) + part - 1) * size;
+    const int64_t all = heads * longest;
+    return Outputs{first, first + all * width, first + all * (width + 1), longest};
   };
-  parallel(pool, rows * parts, [&](int64_t i) {
-    const int64_t row = i / parts, part = i % parts;
-    Task(in, row).run(part, parts, outputs(row, part));
+  const auto count_of = [&](int64_t task) {
+    return std::min(kMostQueries, queries - task % chunks * kMostQueries);
+  };
+  parallel(pool, tasks * parts, [&](int64_t i) {
+    if (!enough) return;
+    const int64_t number = i / parts, part = i % parts;
+    Task task(in, number / chunks, number % chunks * kMostQueries, count_of(number));
+    if (task.ready())
+      task.run(part, parts, outputs(number, part));
+    else
+      enough = false;
   });
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t q = 0; q < queries; ++q) merge(outputs(row, 0), outputs(row, part), q, width);
+  if (!enough) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention needs more memory");
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t part = 1; part < parts; ++part) {
+      const Outputs all = outputs(task, 0), some = outputs(task, part);
+      for (int64_t head = 0; head < heads; ++head)
+        for (int64_t n = 0; n < count_of(task); ++n)
+          merge(all, all.at(head, n), some, some.at(head, n), width);
+    }
   return ffi::Error::Success();
 }
 

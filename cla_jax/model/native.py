@@ -8,6 +8,7 @@ returns a `Partial`.
 cache directory. It needs a C++ compiler: GCC 12, Clang 12, or newer.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,10 +18,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import PagedKV, Partial
@@ -28,6 +32,7 @@ from cla_jax.model.attention import PagedKV, Partial
 QUERIES = 1 << 30  # of a KV head: any number
 FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
 _TARGET = "cla_jax_attend"
+_LOCK = threading.Lock()
 _SOURCE = Path(__file__).with_name("native.cc")
 # GCC tunes for some processors by keeping integers in vector registers, which the products then lack.
 _FLAGS = (
@@ -70,7 +75,14 @@ def attend(
     """
     reason = _load()
     assert reason is None, reason
-    B, K, N, _ = q_BKNH.shape
+    B, K, N, H = q_BKNH.shape
+    # The kernel trusts its arguments.
+    assert kept.k.shape[:3] == kept.v.shape[:3], (kept.k.shape, kept.v.shape)
+    assert kept.k.shape[1 if kept.heads_first else 2] == K, kept.k.shape
+    assert H in (kept.k.shape[3], kept.k.shape[3] + kept.v.shape[3]), (H, kept.k.shape)
+    assert kept.pages_BC.shape[1] * kept.page >= kept.positions_BE.shape[1], kept.pages_BC.shape
+    assert len(kept.pages_BC) == len(kept.positions_BE) == B, kept.pages_BC.shape
+    assert positions_BN.shape == starts_BN.shape == (B, N), positions_BN.shape
     shapes = [(B, K, N, kept.v.shape[-1]), (B, K, N, 1), (B, K, N, 1)]
     no_scales = jnp.zeros(0, jnp.uint16)
     part = jax.ffi.ffi_call(_TARGET, [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])(
@@ -88,52 +100,82 @@ def attend(
     return Partial(*part)
 
 
-@functools.cache
 def _load() -> str | None:
     """Makes the kernel known to XLA. Returns why that cannot be, or None."""
-    named = shlex.split(os.environ.get("CXX", "c++"))
-    if not named or (compiler := shutil.which(named[0])) is None:
-        return f"it needs a C++ compiler, and there is no {' '.join(named) or 'CXX'}"
+    with _LOCK:
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> str | None:
+    asked = os.environ.get("CXX", "c++")
     try:
-        library = _compiled((compiler, *named[1:]))
+        compiler = shlex.split(asked)
+    except ValueError as error:
+        return f"it needs a C++ compiler, and CXX = {asked!r} cannot be parsed: {error}"
+    if not compiler or shutil.which(compiler[0]) is None:
+        return f"it needs a C++ compiler, and there is no {asked or 'CXX'}"
+    try:
+        library = load_library(compiler)
     except subprocess.CalledProcessError as error:
-        words = (error.stderr or "").strip().splitlines()
-        said = next(
-            (line for line in words if "error" in line), words[-1] if words else "no message"
-        )
-        return f"{compiler} cannot compile it: {said}"
+        return f"{asked} cannot compile it: {_said(error.stderr)}"
     except OSError as error:
-        return f"it cannot be compiled: {error}"
-    handler = getattr(ctypes.CDLL(str(library)), _TARGET)
+        return f"it cannot be compiled or loaded: {error}"
+    handler = getattr(library, _TARGET)
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     return None
 
 
-def _compiled(compiler: tuple[str, ...]) -> Path:
-    """The library for this processor, compiled unless the cache has it.
+def load_library(compiler: Sequence[str]) -> ctypes.CDLL:
+    """The library for this processor, from the user's cache directory or compiled.
 
-    Raises CalledProcessError or OSError.
+    Raises CalledProcessError if it cannot be compiled, OSError if it cannot be loaded.
     """
-    version = _output(*compiler, "--version")
-    parts = (_SOURCE.read_text(), version, jax.__version__, _processor(), *compiler, *_FLAGS)
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cla_jax"
-    library = cache / f"native-{digest}.so"
-    if library.exists():
+    kept = _kept(compiler)
+    if kept is not None and kept.exists():
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError:  # not whole: it is made again
+            pass
+    with tempfile.TemporaryDirectory(prefix="cla_jax-") as directory:
+        made = Path(directory) / "native.so"
+        _output(*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made))
+        library = ctypes.CDLL(str(made))
+        if kept is not None:
+            # Without a directory that can be written, the next process compiles again.
+            with contextlib.suppress(OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                # Under its name it is always whole: other processes may be making it too.
+                with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as copy:
+                    copy.write(made.read_bytes())
+                Path(copy.name).replace(kept)
         return library
+
+
+def _kept(compiler: Sequence[str]) -> Path | None:
+    """Where the library for this source, compiler and processor is kept; None without a home directory."""
+    parts = (_SOURCE.read_text(), _output(*compiler, "--version"), jaxlib.__version__, _processor())
+    digest = hashlib.sha256("\0".join([*parts, *compiler, *_FLAGS]).encode()).hexdigest()[:16]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # it need not last longer than the process
-        library = Path(tempfile.mkdtemp(prefix="cla_jax-")) / library.name
-    # Under its name it is always whole: other processes may be compiling it too.
-    own = library.with_name(f"{library.name}.{os.getpid()}")
-    _output(*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(own))
-    own.replace(library)
-    return library
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "cla_jax" / f"native-{digest}.so"
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # In English: `_said` looks for the word "error".
+    environment = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+def _said(words: str) -> str:
+    """The line of a compiler's messages that says what is wrong."""
+    lines = [line for line in words.splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith("collect2")]
+    return next((line for line in causes if "error" in line), (causes or ["no message"])[-1])
 
 
 def _processor() -> str:
