@@ -75,10 +75,15 @@ def models(options: Options) -> dict[str, ModelConfig]:
 
 
 def narrowed(config: ModelConfig, base: ModelConfig) -> ModelConfig:
-    """The model with the MLP width that makes its parameters as many as those of `base`, or nearly so."""
+    """The model with the MLP width that makes its parameters as many as those of `base`, or nearly so.
+
+    The width is a multiple of 16. A product with one token is cut into equal parts for the cores, and an odd
+    width has none.
+    """
     wide = lambda width: dataclasses.replace(config, d_ff=width)
     parameters = lambda config: costs.parameters(config).total
-    return wide(width_of_cost(lambda width: parameters(wide(width)), parameters(base)))
+    width = width_of_cost(lambda width: parameters(wide(width)), parameters(base))
+    return wide(16 * round(width / 16))
 
 
 def contestant(
