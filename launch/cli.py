@@ -49,8 +49,8 @@ Attention = Annotated[
     CacheAttention,
     tyro.conf.arg(
         help="What reads the cache: xla, or a kernel. The kernel native is for CPUs, and needs a C++ "
-        "compiler. For steps of few tokens, mosaic is for NVIDIA H100 and H200, and paged for TPUs. These two "
-        "were never run on such hardware (docs/pods.md)."
+        "compiler. For steps of few tokens, mosaic is for NVIDIA H100 and H200, and paged for TPUs. These "
+        "two were never run on such hardware (docs/pods.md)."
     ),
 ]
 
