@@ -1,8 +1,8 @@
 // Attention through a KV cache on a CPU, with its vector instructions; see native.py.
 //
-// One task is a row, or a part of its queries or entries. It reads blocks of entries, once each for all queries of a KV
-// head. For many queries, keys of a block are transposed, so that one vector holds one channel of many keys: a
-// score then needs no sum over lanes. All arithmetic is float32.
+// One task is a row, or some of its queries, or some of its entries. It reads blocks of entries, each once for
+// all queries of a KV head. For many queries, the keys of a block are transposed, so that a vector holds one
+// channel of many keys: a score then needs no sum over lanes. All arithmetic is float32.
 
 #include <algorithm>
 #include <atomic>
