@@ -408,6 +408,56 @@ def test_a_task_is_scored_at_the_bytes_of_fastgen(tmp_path, monkeypatch, capsys)
     assert "fastgen:T=0.9" not in asked
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """A run without a checkpoint; what was decoded with, policy by policy."""
+    model = ModelConfig(
+        vocab_size=257, n_layers=1, d_model=32, d_ff=32, n_heads=2, n_kv_heads=1, d_head=16
+    )
+    data = SimpleNamespace(seq_len=600)
+    session = SimpleNamespace(model=model, data=data, rules=None, mesh=None)
+    decoded = []
+
+    def scores(_session, _model, policy, **_sizes):
+        decoded.append(policy.name)
+        return SimpleNamespace(kept=0.5)
+
+    monkeypatch.setattr(eviction.runs, "find_run", lambda path: SimpleNamespace(path=Path(path)))
+    monkeypatch.setattr(eviction, "open_session", lambda *_, **__: session)
+    monkeypatch.setattr(eviction.checkpoint, "load_model", lambda *_: (7, None))
+    monkeypatch.setattr(eviction.checkpoint, "fingerprint", lambda *_: "c")
+    monkeypatch.setattr(eviction, "evicting_decoding", scores)
+    monkeypatch.setattr(eviction, "line", lambda scores, _: {"kept": scores.kept})
+    return decoded
+
+
+def test_two_thresholds_with_one_budget_measure_each_policy_once(opened, tmp_path):
+    file = tmp_path / "cells.jsonl"
+    argv = ["runs/x", "--T", "0.9", "--T", "0.98", "--policy", "window", "--output", str(file)]
+    eviction.main(argv)
+    assert opened == ["fastgen:T=0.9", "window:keep=0.5289", "fastgen:T=0.98"]
+    cells = [(cell["policy"], cell["T"], cell["kept"]) for cell in eviction.read_lines(file)[0]]
+    assert cells == [
+        ("fastgen:T=0.9", 0.9, 0.5),
+        ("window:keep=0.5289", 0.9, 0.5),
+        ("fastgen:T=0.98", 0.98, 0.5),
+        ("window:keep=0.5289", 0.98, 0.5),
+    ]
+    eviction.main(argv)
+    assert len(opened) == 3
+
+
+def test_kept_only_decodes_nothing(opened, monkeypatch, capsys):
+    asked = []
+    kept = lambda _session, _model, policy, _: asked.append(policy.name) or {"kept": 0.25}
+    monkeypatch.setattr(eviction, "kept_of_prompts", kept)
+    eviction.main(["runs/x", "--T", "0.9", "--T", "0.98", "--kept-only"])
+    assert asked == ["fastgen:T=0.9", "fastgen:T=0.98"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"run": "x", "policy": name, "kept": 0.25} for name in asked]
+    assert opened == []
+
+
 def test_policies_have_the_format_and_the_always_kept_tokens_of_fastgen():
     model = ModelConfig(
         vocab_size=257, n_layers=1, d_model=32, d_ff=32, n_heads=2, n_kv_heads=1, d_head=16
