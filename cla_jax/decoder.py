@@ -77,8 +77,8 @@ class Decoder:
           cache: the format of the KV cache, a key of `cla_jax.formats.FORMATS`; or an eviction policy, such
             as "h2o:keep=0.5".
           chunk: prompt tokens per prefill step; an eviction policy reads a prompt at once.
-          attention: what reads the cache in decode steps: `xla`, or a kernel of
-            `cla_jax.model.decode_kernels`.
+          attention: what reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. Most kernels
+            read it in steps of few tokens only.
 
         Raises:
           ValueError: the run or the format does not exist, or the run has no intact checkpoint. Or the kernel

@@ -464,9 +464,9 @@ class TestNative(Attention):
 @pytest.mark.parametrize(
     ("compiler", "words"),
     [
-        ("no-such-compiler -O1", "it needs a C++ compiler, and there is no no-such-compiler -O1"),
-        ("", "it needs a C++ compiler, and there is no CXX"),
-        ("false", "false cannot compile it"),
+        ("no-such-compiler -O1", "set CXX), and there is no no-such-compiler -O1"),
+        ("", "set CXX), and there is no name in CXX"),
+        ("false", "false cannot compile it: exit status 1, and no message"),
         ("c++ --no-such-flag", "c++ --no-such-flag cannot compile it: "),
         ("c++ 'unbalanced", "cannot be parsed: No closing quotation"),
     ],

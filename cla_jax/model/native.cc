@@ -1,8 +1,8 @@
 // Attention through a KV cache on a CPU, with its vector instructions; see native.py.
 //
-// One task is a row, or some of its queries, or some of its entries. It reads blocks of entries, each once for
-// all queries of a KV head. For many queries, the keys of a block are transposed, so that a vector holds one
-// channel of many keys: a score then needs no sum over lanes. All arithmetic is float32.
+// One task is a sequence (a row), or some of its queries, or some of its entries. It reads blocks of entries,
+// each once for all queries of a KV head. For many queries, the keys of a block are transposed, so that a vector
+// holds one channel of many keys: a score then needs no sum over lanes. All arithmetic is float32.
 
 #include <algorithm>
 #include <atomic>
@@ -27,11 +27,12 @@ constexpr int kLanes = 16, kTileVectors = 4;
 #else
 constexpr int kLanes = 8, kTileVectors = 2;
 #endif
-constexpr int kTileQueries = 6;  // with kTileVectors: the sums of a tile stay in registers
+constexpr int kTileQueries = 6;  // with kTileVectors, all sums of a tile fit into registers
 constexpr int kLongestBlock = 64;
+// Fixed numbers: the order of sums, and so the last digits, should not depend on the number of cores.
 constexpr int kLeastTasks = 16;  // if there are fewer rows, their entries are divided
-constexpr int kLeastEntries = 256;  // that are worth a task
-constexpr int64_t kMostQueries = 256;  // of a KV head in a task
+constexpr int kLeastEntries = 256;  // fewer entries are not worth a task of their own
+constexpr int64_t kMostQueries = 256;  // most queries of a KV head in one task
 constexpr int kLine = 64;  // bytes of a cache line
 constexpr float kMasked = -1e30f;  // as in attention.py
 constexpr int32_t kEmpty = 1 << 30;  // as in attention.py
@@ -143,14 +144,14 @@ struct Pool {
 
   const float* at(int64_t head) const { return static_cast<const float*>(data) + head * width; }
 
-  // The float32 numbers of one head of one token, with zeros after them. Fetches another head meanwhile.
+  // The float32 numbers of one head of one token, with zeros after them. Prefetches another head meanwhile.
   void read(int64_t head, int64_t next, float* to) const {
     const float scale = scales ? from_bfloat16(scales[head]) : 1.0f;
     const auto widen_as = [&](auto code) {
-      const auto* codes = static_cast<const decltype(code)*>(data);
-      const char* ahead = reinterpret_cast<const char*>(codes + next * width);
+      const auto* stored = static_cast<const decltype(code)*>(data);
+      const char* ahead = reinterpret_cast<const char*>(stored + next * width);
       for (uint64_t byte = 0; byte < width * sizeof code; byte += kLine) __builtin_prefetch(ahead + byte);
-      widen(codes + head * width, width, scale, to);
+      widen(stored + head * width, width, scale, to);
     };
     if (type == ffi::F32) widen_as(float{});
     if (type == ffi::U16) widen_as(uint16_t{});
@@ -161,9 +162,12 @@ struct Pool {
 
 // ------------------------------------------------------------------------------------------ tiles
 
-// Lanes of two vectors, a first, in an order that one cheap instruction gives: within blocks of four lanes, the
-// lanes of both in turn (`turns`) or a half of each (`halves`); or every other block (`blocks`). `odd` selects
-// the second half of the lanes, or the odd blocks.
+// Lanes of two vectors in another order, with one cheap instruction. In blocks of four lanes:
+//
+//     turns<0>   a0 b0 a1 b1        turns<1>   a2 b2 a3 b3
+//     halves<0>  a0 a1 b0 b1        halves<1>  a2 a3 b2 b3
+//
+// `blocks<0>` has the even blocks of a, then those of b; `blocks<1>` the odd ones.
 template <int odd, std::size_t... I>
 inline Vector turns(Vector a, Vector b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / 2 + I % 2 * kLanes + 2 * odd)...);
@@ -189,7 +193,7 @@ struct Rows {
 // to[c][s] = rows.now[s][column + c], for as many rows and columns as a vector has lanes.
 inline void transpose(const Rows& rows, int64_t column, float* to, int64_t stride) {
   constexpr int B = kLanes / 4;  // blocks
-  Vector x[4][B];  // of each column of a block: it in four rows
+  Vector x[4][B];  // x[j][g]: columns j, 4 + j, ... of rows 4 g to 4 g + 3
   for (int g = 0; g < B; ++g) {
     Vector row[4];
     for (int i = 0; i < 4; ++i) {
@@ -218,7 +222,7 @@ inline void transpose(const Rows& rows, int64_t column, float* to, int64_t strid
   }
 }
 
-// The sum of the lanes of each of N vectors: in lanes, if N is as many.
+// For N = kLanes vectors: lane i of the result is the sum of the lanes of vector i.
 template <int N = kLanes>
 inline Vector lane_sums(const Vector* a) {
   Vector sums[N / 2];
@@ -314,7 +318,7 @@ struct Inputs {
   const int32_t *pages, *positions, *query_positions, *query_starts;
 };
 
-struct Outputs {  // of some queries of each head of a row
+struct Outputs {  // of some queries of each head of a row; the parts of a `Partial` in attention.py
   float *sum, *total, *peak;
   int64_t stride;  // queries from one head to the next
 
@@ -326,7 +330,7 @@ struct Block {
   int64_t first, count, head;
   bool all_seen;  // by all queries
   int32_t positions[kLongestBlock];
-  int64_t places[kLongestBlock];  // in the pools: so many heads after the first; -1 for what is not read
+  int64_t places[kLongestBlock];  // index of the entry's head in its pool; -1 for what is not read
   const float *keys[kLongestBlock], *values[kLongestBlock];
 };
 
@@ -579,10 +583,11 @@ class Task {
   const Sizes& n_;
   int64_t row_, count_, end_ = 0;
   const int32_t *query_positions_, *query_starts_;
-  int64_t k_width_, v_width_, width_, size_;  // size: entries of a block
+  int64_t k_width_, v_width_, width_;
+  int64_t size_;  // entries of a block
   int32_t newest_ = -1, oldest_ = kEmpty, seen_to_, seen_from_;
   std::unique_ptr<float[]> memory_;
-  float *queries_, *sums_, *transposed_, *keys_, *values_, *zeros_;  // in it
+  float *queries_, *sums_, *transposed_, *keys_, *values_, *zeros_;  // parts of memory_
 };
 
 // Joins the attention of query q of `b` to that of query p of `a`.
@@ -625,6 +630,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
 
   const int64_t rows = in.sizes.rows, heads = in.sizes.heads, queries = in.sizes.queries;
   const int64_t chunks = (queries + kMostQueries - 1) / kMostQueries, tasks = rows * chunks;
+  if (tasks == 0) return ffi::Error::Success();
   const int64_t most = std::max<int64_t>(1, in.sizes.capacity / kLeastEntries);
   const int64_t parts = std::min(most, (kLeastTasks + tasks - 1) / tasks);
   const int64_t width = in.v.width, longest = std::min(queries, kMostQueries);

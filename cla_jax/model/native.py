@@ -5,7 +5,7 @@ them where they are, once, and computes scores, softmax and weighted sums of a b
 returns a `Partial`.
 
 `native.cc` is compiled when the kernel is first asked for, which takes some seconds, and kept in the user's
-cache directory. It needs a C++ compiler: GCC 12, Clang 12, or newer.
+cache directory. It needs a C++ compiler: GCC 12, Clang 14, or newer.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ import jaxlib
 from cla_jax.config import ModelConfig
 from cla_jax.model.attention import PagedKV, Partial
 
-QUERIES = 1 << 30  # of a KV head: any number
+QUERIES = 1 << 30  # the most queries of a KV head: no limit
 FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
 _TARGET = "cla_jax_attend"
 _LOCK = threading.Lock()
 _SOURCE = Path(__file__).with_name("native.cc")
-# GCC tunes for some processors by keeping integers in vector registers, which the products then lack.
+# When GCC tunes for some processors, it keeps integers in vector registers. The products then lack registers.
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -114,11 +114,11 @@ def _loaded() -> str | None:
     except ValueError as error:
         return f"it needs a C++ compiler, and CXX = {asked!r} cannot be parsed: {error}"
     if not compiler or shutil.which(compiler[0]) is None:
-        return f"it needs a C++ compiler, and there is no {asked or 'CXX'}"
+        return f"it needs a C++ compiler (install one, or set CXX), and there is no {asked or 'name in CXX'}"
     try:
         library = load_library(compiler)
     except subprocess.CalledProcessError as error:
-        return f"{asked} cannot compile it: {_said(error.stderr)}"
+        return f"{asked} cannot compile it: {_said(error)}"
     except OSError as error:
         return f"it cannot be compiled or loaded: {error}"
     handler = getattr(library, _TARGET)
@@ -171,11 +171,12 @@ def _output(*command: str) -> str:
     ).stdout
 
 
-def _said(words: str) -> str:
+def _said(error: subprocess.CalledProcessError) -> str:
     """The line of a compiler's messages that says what is wrong."""
-    lines = [line for line in words.splitlines() if line.strip()]
+    lines = [line for line in error.stderr.splitlines() if line.strip()]
     causes = [line for line in lines if not line.startswith("collect2")]
-    return next((line for line in causes if "error" in line), (causes or ["no message"])[-1])
+    status = f"exit status {error.returncode}, and no message"
+    return next((line for line in causes if "error" in line), (causes or [status])[-1])
 
 
 def _processor() -> str:
