@@ -276,7 +276,7 @@ def prefix_sharing(
     from cla_jax.decode import random_weights
 
     config = ModelConfig(**shape_of(heads, layers), compute_dtype="bfloat16")
-    options = types.SimpleNamespace(alone=64, page=64)
+    options = types.SimpleNamespace(alone=64, page=64, attention="xla")
     weights = random_weights(config) if whole else None
     call = prefix.step if whole else prefix.attention
     calls = {

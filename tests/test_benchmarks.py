@@ -41,9 +41,10 @@ def test_a_latent_and_mqa_have_equal_bytes_and_if_asked_equal_parameters(monkeyp
         )
         assert mqa.kv_elements == wide.kv_elements == narrow.kv_elements
         assert wide.d_ff == mqa.d_ff
-        # The MLP's width is a whole number: one column more or less would be further away.
-        column = 4 * mqa.mlp.n_matrices * mqa.d_model
-        assert abs(total(narrow) - total(mqa)) <= column / 2 < total(wide) - total(mqa)
+        # The MLP's width is a multiple of 16: 16 columns more or less would be further away.
+        columns = 16 * 4 * mqa.mlp.n_matrices * mqa.d_model
+        assert narrow.d_ff % 16 == 0
+        assert abs(total(narrow) - total(mqa)) <= columns / 2 < total(wide) - total(mqa)
 
 
 @pytest.mark.parametrize("name", ["7m", "100m"])

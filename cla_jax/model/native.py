@@ -12,14 +12,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import platform as python_platform
-import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -33,6 +30,7 @@ QUERIES = 1 << 30  # the most queries of a KV head: no limit
 FORMATS = ("dense", "float32", "bfloat16", "int8", "fp8")
 _TARGET = "cla_jax_attend"
 _LOCK = threading.Lock()
+_COMPILERS = ("c++", "g++", "clang++")  # the first that there is
 _SOURCE = Path(__file__).with_name("native.cc")
 # When GCC tunes for some processors, it keeps integers in vector registers. The products then lack registers.
 _FLAGS = (
@@ -108,17 +106,13 @@ def _load() -> str | None:
 
 @functools.cache
 def _loaded() -> str | None:
-    asked = os.environ.get("CXX", "c++")
-    try:
-        compiler = shlex.split(asked)
-    except ValueError as error:
-        return f"it needs a C++ compiler, and CXX = {asked!r} cannot be parsed: {error}"
-    if not compiler or shutil.which(compiler[0]) is None:
-        return f"it needs a C++ compiler (install one, or set CXX), and there is no {asked or 'name in CXX'}"
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        return f"it needs a C++ compiler, and none of {', '.join(_COMPILERS)} is on the PATH"
     try:
         library = load_library(compiler)
     except subprocess.CalledProcessError as error:
-        return f"{asked} cannot compile it: {_said(error)}"
+        return f"{compiler} cannot compile it: {_said(error)}"
     except OSError as error:
         return f"it cannot be compiled or loaded: {error}"
     handler = getattr(library, _TARGET)
@@ -126,7 +120,7 @@ def _loaded() -> str | None:
     return None
 
 
-def load_library(compiler: Sequence[str]) -> ctypes.CDLL:
+def load_library(compiler: str) -> ctypes.CDLL:
     """The library for this processor, from the user's cache directory or compiled.
 
     Raises CalledProcessError if it cannot be compiled, OSError if it cannot be loaded.
@@ -139,7 +133,7 @@ def load_library(compiler: Sequence[str]) -> ctypes.CDLL:
             pass
     with tempfile.TemporaryDirectory(prefix="cla_jax-") as directory:
         made = Path(directory) / "native.so"
-        _output(*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made))
+        _output(compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made))
         library = ctypes.CDLL(str(made))
         if kept is not None:
             # Without a directory that can be written, the next process compiles again.
@@ -152,23 +146,20 @@ def load_library(compiler: Sequence[str]) -> ctypes.CDLL:
         return library
 
 
-def _kept(compiler: Sequence[str]) -> Path | None:
+def _kept(compiler: str) -> Path | None:
     """Where the library for this source, compiler and processor is kept; None without a home directory."""
-    parts = (_SOURCE.read_text(), _output(*compiler, "--version"), jaxlib.__version__, _processor())
-    digest = hashlib.sha256("\0".join([*parts, *compiler, *_FLAGS]).encode()).hexdigest()[:16]
+    parts = (_SOURCE.read_text(), _output(compiler, "--version"), jaxlib.__version__, _processor())
+    digest = hashlib.sha256("\0".join([*parts, compiler, *_FLAGS]).encode()).hexdigest()[:16]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path.home() / ".cache" / "cla_jax" / f"native-{digest}.so"
     except RuntimeError:
         return None
-    return cache / "cla_jax" / f"native-{digest}.so"
 
 
 def _output(*command: str) -> str:
     # In English: `_said` looks for the word "error".
-    environment = os.environ | {"LC_ALL": "C"}
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, env=environment
-    ).stdout
+    in_english = ("env", "LC_ALL=C", *command)
+    return subprocess.run(in_english, check=True, capture_output=True, text=True).stdout
 
 
 def _said(error: subprocess.CalledProcessError) -> str:
