@@ -5,7 +5,7 @@ import math
 from numbers import Integral
 from typing import Literal
 
-# What reads a KV cache in steps of few tokens: XLA, or a kernel of `cla_jax.model.decode_kernels`.
+# What reads a KV cache: XLA, or a kernel of `cla_jax.model.decode_kernels`.
 CacheAttention = Literal["xla", "native", "mosaic", "paged"]
 
 
