@@ -60,7 +60,7 @@ def shape_of(heads: tuple[int, int, int], layers: int) -> dict[str, int]:
 
 
 def random_model(
-    heads: tuple[int, int, int], layers: int, kv_map: str
+    heads: tuple[int, int, int], layers: int, kv_map: str, matmul: str = "xla"
 ) -> tuple["ModelConfig", "Weights"]:
     """A model of this shape in float32, with random weights; it has query heads, KV heads and head size."""
     # Contestants under torch have no jax.
@@ -68,7 +68,7 @@ def random_model(
     from cla_jax.decode import random_weights
 
     config = ModelConfig(**shape_of(heads, layers), kv_map=kv_map, compute_dtype="float32")
-    return config, random_weights(config)
+    return config, random_weights(config, matmul=matmul)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

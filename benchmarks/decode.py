@@ -31,8 +31,11 @@ Rows:
     ours-int8       the identity map, an int8 cache
     ours-kivi4      the identity map, KIVI's cache of 4 bits
     ours-bfloat16   the identity map, weights and cache in bfloat16
-    ours-native     the identity map, float32; the native kernel reads the cache
-    ours-int8-native  the same with an int8 cache
+    ours-native     the identity map, float32; native kernels multiply with weights and read the cache
+    ours-native-attention  a native kernel only reads the cache
+    ours-native-matmul     a native kernel only multiplies with weights
+    ours-int8-native       both native kernels, an int8 cache
+    ours-bfloat16-native   both native kernels, weights and cache in bfloat16
     torch           LlamaForCausalLM.generate, eager, sdpa, the default dynamic cache
     torch-static    the same with cache_implementation="static"
     torch-compile   the same with the decode step compiled by `generate` (needs a C++ compiler)
@@ -75,7 +78,9 @@ OURS: dict[str, Any] = {
     "cache": "dense",
     "dtype": "float32",
     "attention": "xla",
+    "matmul": "xla",
 }
+NATIVE = {"attention": "native", "matmul": "native"}
 TORCH: dict[str, Any] = {"script": "decode_torch.py", "static": False, "compile": False}
 LLAMA_CPP: dict[str, Any] = {"script": "decode_llama_cpp.py", "weights": "F32"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -84,8 +89,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "ours-int8": OURS | {"cache": "int8"},
     "ours-kivi4": OURS | {"cache": "kivi4"},
     "ours-bfloat16": OURS | {"dtype": "bfloat16"},
-    "ours-native": OURS | {"attention": "native"},
-    "ours-int8-native": OURS | {"cache": "int8", "attention": "native"},
+    "ours-native": OURS | NATIVE,
+    "ours-native-attention": OURS | {"attention": "native"},
+    "ours-native-matmul": OURS | {"matmul": "native"},
+    "ours-int8-native": OURS | NATIVE | {"cache": "int8"},
+    "ours-bfloat16-native": OURS | NATIVE | {"dtype": "bfloat16"},
     "torch": TORCH,
     "torch-static": TORCH | {"static": True},
     "torch-compile": TORCH | {"static": True, "compile": True},
@@ -101,7 +109,10 @@ Row = Literal[
     "ours-kivi4",
     "ours-bfloat16",
     "ours-native",
+    "ours-native-attention",
+    "ours-native-matmul",
     "ours-int8-native",
+    "ours-bfloat16-native",
     "torch",
     "torch-static",
     "torch-compile",

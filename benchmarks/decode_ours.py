@@ -75,7 +75,7 @@ def contestant(spec: dict[str, Any]) -> Contestant:
     )
     model = jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-    weights = decoding_weights(model)
+    weights = decoding_weights(model, matmul=spec["matmul"])
     del model
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
     prompts = ids.tolist()  # lists, as a tokenizer gives them

@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.common import HERE, SHAPES, machine, save
 from cla_jax import costs
 from cla_jax.cache import cache_spec, ledger
-from cla_jax.config import CacheAttention, LatentKV, ModelConfig
+from cla_jax.config import CacheAttention, DecodingMatmul, LatentKV, ModelConfig
 from cla_jax.decode import decode, random_weights
 from experiments.sweeping import width_of_cost
 
@@ -52,6 +52,8 @@ class Options:
     rope_dims: int = 32
     # What reads the caches: see `launch.generate --attention`.
     attention: CacheAttention = "xla"
+    # What multiplies tokens with weights: see `launch.generate --matmul`.
+    matmul: DecodingMatmul = "xla"
     # Alternating rounds.
     rounds: int = 9
     # Steps of a round.
@@ -91,7 +93,7 @@ def contestant(
 ) -> Callable[[], float]:
     """A function that runs some steps at a context, and gives the seconds of one."""
     spec = cache_spec(config, batch=batch, capacity=context + 1, attention=options.attention)
-    weights = random_weights(config)
+    weights = random_weights(config, matmul=options.matmul)
     tokens, counts = jnp.ones((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
     step = jax.jit(
         lambda weights, cache: decode(weights, spec, cache, tokens, counts), donate_argnums=1

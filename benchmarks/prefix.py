@@ -43,7 +43,7 @@ from cla_jax import hlo
 from cla_jax.cache import Cache, CacheSpec, cache_spec
 from cla_jax.cache.bits import stored
 from cla_jax.cache.prefix_shared import TILE, prefix_spec
-from cla_jax.config import CacheAttention, ModelConfig
+from cla_jax.config import CacheAttention, DecodingMatmul, ModelConfig
 from cla_jax.decode import decode
 from cla_jax.model.attention import StepPositions
 from cla_jax.prefix_tree import PrefixTree
@@ -67,6 +67,8 @@ class Options:
     page: int = 64
     # What reads the caches: see `launch.generate --attention`.
     attention: CacheAttention = "xla"
+    # What multiplies tokens with weights: see `launch.generate --matmul`.
+    matmul: DecodingMatmul = "xla"
     # Alternating rounds.
     rounds: int = 9
     # Where the JSON goes, raw rounds included.
@@ -77,7 +79,7 @@ def main() -> None:
     import tyro  # not where `benchmarks.accelerator` runs
 
     options = tyro.cli(Options, description=__doc__)
-    config, weights = random_model(options.heads, options.layers, options.kv_map)
+    config, weights = random_model(options.heads, options.layers, options.kv_map, options.matmul)
     results = []
     for batch in options.batch:
         for shared in options.shared:

@@ -46,7 +46,7 @@ from benchmarks.common import (
 from cla_jax import costs, traces
 from cla_jax.cache import CacheSpec, cache_spec, ledger
 from cla_jax.cache.prefix_shared import prefix_spec
-from cla_jax.config import CacheAttention, ModelConfig
+from cla_jax.config import CacheAttention, DecodingMatmul, ModelConfig
 from cla_jax.engine import Engine
 from cla_jax.mesh import AxisRules
 from launch.serve_trace import ServedModel, open_model
@@ -72,6 +72,8 @@ class Options(CommonOptions):
     kv_map: str = "identity"
     # What reads the caches: see `launch.generate --attention`.
     attention: CacheAttention = "xla"
+    # What multiplies tokens with weights: see `launch.generate --matmul`.
+    matmul: DecodingMatmul = "xla"
     # Alternating rounds.
     rounds: int = 3
     # Contestants to run; `unshared` is what the others are compared with.
@@ -83,9 +85,11 @@ class Options(CommonOptions):
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.model is not None:
-        model = open_model(os.fspath(options.model))
+        model = open_model(os.fspath(options.model), options.matmul)
     else:
-        config, weights = random_model(options.heads, options.layers, options.kv_map)
+        config, weights = random_model(
+            options.heads, options.layers, options.kv_map, options.matmul
+        )
         model = ServedModel(config=config, weights=weights, rules=AxisRules())
     with model.on_mesh():
         run(options, model)

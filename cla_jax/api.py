@@ -55,6 +55,7 @@ def evaluate_run(
     caches: Sequence[str] = ("dense",),
     chunk: int = 64,
     attention: str = "xla",
+    matmul: str = "xla",
     windows: int | None = None,
     data_dir: str | None = None,
 ) -> dict[str, "Evaluation"]:
@@ -66,6 +67,7 @@ def evaluate_run(
         policies such as "h2o:keep=0.5".
       chunk: tokens per decoding step. Generation has 1; more is faster.
       attention: what reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
+      matmul: what multiplies tokens with weights in steps through a cache: `xla`, or `native` for CPUs.
       windows: score only this many windows of text, and write nothing. Default: all.
       data_dir: directory of the prepared data. Default: the directory that training used.
 
@@ -76,12 +78,13 @@ def evaluate_run(
 
     Raises:
       ValueError: the run, format or checkpoint does not exist, or the held-out text is not that of training.
-        Or the kernel does not support this model, format, chunk or hardware.
+        Or a kernel does not support this model, format, chunk or hardware.
     """
     from cla_jax.evaluate import evaluate
 
     run = run if isinstance(run, Run) else find_run(run)
-    how: dict[str, Any] = {"chunk": chunk, "attention": attention, "windows": windows}
+    how: dict[str, Any] = {"chunk": chunk, "attention": attention, "matmul": matmul}
+    how["windows"] = windows
     return dict(evaluate(run, formats=caches, data_dir=data_dir, **how))
 
 

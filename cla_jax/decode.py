@@ -20,8 +20,9 @@ from cla_jax.config import ModelConfig
 from cla_jax.mesh import AxisRules
 from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import KV, StepPositions
-from cla_jax.model.latent import LatentHeads, LatentProjection
+from cla_jax.model.latent import AbsorbedHeads, LatentHeads, LatentProjection
 from cla_jax.model.layers import Linear, RMSNorm, Rope, axes, gather, replaced_parts
+from cla_jax.model.native.matmul import Packed
 from cla_jax.model.transformer import (
     Block,
     Context,
@@ -64,10 +65,10 @@ class Weights:
     embedding: jax.Array  # [V, D]
     groups: tuple[DecodingGroup, ...]
     norm: RMSNorm
-    own_head: jax.Array | None  # None if tied: one table serves both ends
+    own_head: jax.Array | Packed | None  # None if one table serves both ends
 
     @property
-    def head(self) -> jax.Array:
+    def head(self) -> jax.Array | Packed:
         """The output head, [V, D]."""
         return self.embedding if self.own_head is None else self.own_head
 
@@ -75,10 +76,7 @@ class Weights:
         """Scores of the next token in float32, [B, T, V]."""
         if not cpu_matmul.enabled():
             return project(x_BTD, self.head, rules)
-        B, T, D = x_BTD.shape
-        x_ND = cpu_matmul.unsplit(x_BTD).reshape(B * T, D)
-        logits_NV = cpu_matmul.matmul(x_ND, cpu_matmul.unsplit(self.head), jnp.dtype("float32"))
-        return logits_NV.reshape(B, T, -1, out_sharding=rules.gathered().spec(*axes("BTV")))
+        return cpu_matmul.logits(x_BTD, self.head, rules)
 
 
 def on_one_device(model: Transformer) -> Transformer:
@@ -86,36 +84,60 @@ def on_one_device(model: Transformer) -> Transformer:
     return jax.device_put(jax.device_get(model), jax.devices()[0])
 
 
-@functools.partial(jax.jit, static_argnames="rules")
-def decoding_weights(model: Transformer, rules: AxisRules = AxisRules()) -> Weights:
-    """The weights for `decode`, laid out for the backend at hand."""
+def decoding_weights(
+    model: Transformer, rules: AxisRules = AxisRules(), matmul: str = cpu_matmul.XLA
+) -> Weights:
+    """The weights for `decode`, laid out for the backend at hand.
+
+    Args:
+      model: the parameters.
+      rules: how they are split over the mesh that is set.
+      matmul: what multiplies tokens with weights: `xla`, or the `native` kernel for CPUs. For the latter, a
+        table that is both embedding and output head is stored twice.
+
+    Raises:
+      ValueError: the native kernel cannot be used here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    cpu_matmul.check(matmul, None if mesh.empty else mesh)
+    return _decoding_weights(model, rules, matmul == cpu_matmul.NATIVE)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "packed"))
+def _decoding_weights(model: Transformer, rules: AxisRules, packed: bool) -> Weights:
     dtype = jnp.dtype(model.config.compute_dtype)
     groups = []
     for stack, stacked in zip(model.config.sharing.stacks, model.stacks, strict=True):
         gathered = gather(stacked, rules, dtype)
         for i in range(len(stack.groups)):
             group = element(gathered, i)
-            blocks = tuple(_laid_out(element(group.blocks, j)) for j in range(stack.size))
-            groups.append(DecodingGroup(projection=_laid_out(group.projection), blocks=blocks))
-    return Weights(
-        embedding=gather(model.embedding, rules, dtype)[...],
-        groups=tuple(groups),
-        norm=model.norm,
-        own_head=None if model.head is None else gather(model.head, rules, dtype)[...],
-    )
+            blocks = tuple(_laid_out(element(group.blocks, j), packed) for j in range(stack.size))
+            projection = _laid_out(group.projection, packed)
+            groups.append(DecodingGroup(projection=projection, blocks=blocks))
+    embedding = gather(model.embedding, rules, dtype)[...]
+    own_head = None if model.head is None else gather(model.head, rules, dtype)[...]
+    if packed:
+        head = embedding if own_head is None else own_head
+        own_head = Packed.of(cpu_matmul.unsplit(head)[None])
+    return Weights(embedding=embedding, groups=tuple(groups), norm=model.norm, own_head=own_head)
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
+def random_weights(config: ModelConfig, seed: int = 0, matmul: str = cpu_matmul.XLA) -> Weights:
     """The initial weights of a model, for `decode`: for measurements, where only sizes matter."""
-    return decoding_weights(jax.jit(Transformer, static_argnums=1)(jax.random.key(seed), config))
+    model = jax.jit(Transformer, static_argnums=1)(jax.random.key(seed), config)
+    return decoding_weights(model, matmul=matmul)
 
 
-def _laid_out(module: M) -> M:
+def _laid_out(module: M, packed: bool) -> M:
     """A copy with absorbed latent heads, and with the linear maps that are fastest on this backend."""
     module = replaced_parts(module, LatentHeads, LatentHeads.absorbed)
     if not cpu_matmul.enabled():
         return module
-    return replaced_parts(module, Linear, cpu_matmul.CpuLinear.of)
+    module = replaced_parts(module, Linear, cpu_matmul.CpuLinear.of)
+    if packed:
+        module = replaced_parts(module, cpu_matmul.CpuLinear, cpu_matmul.CpuLinear.packed)
+        module = replaced_parts(module, AbsorbedHeads, AbsorbedHeads.packed)
+    return module
 
 
 def decode(

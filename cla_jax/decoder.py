@@ -29,7 +29,7 @@ from cla_jax.eviction.classes import classes_of_tokenizer
 from cla_jax.generate import generate
 from cla_jax.mesh import AxisRules
 from cla_jax.messages import near_choice
-from cla_jax.model import decode_kernels
+from cla_jax.model import cpu_matmul, decode_kernels
 from cla_jax.runs import Run, find_decodable
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Decoder:
         cache: str = "dense",
         chunk: int = 256,
         attention: str = "xla",
+        matmul: str = "xla",
     ) -> "Decoder":
         """Reads the newest checkpoint of a run.
 
@@ -79,14 +80,16 @@ class Decoder:
           chunk: prompt tokens per prefill step; an eviction policy reads a prompt at once.
           attention: what reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. Most kernels
             read it in steps of few tokens only.
+          matmul: what multiplies tokens with weights, as in `decoding_weights`.
 
         Raises:
-          ValueError: the run or the format does not exist, or the run has no intact checkpoint. Or the kernel
+          ValueError: the run or the format does not exist, or the run has no intact checkpoint. Or a kernel
             does not support this model, format or hardware.
         """
         run = find_decodable(run, cache, chunk)
         config = run.config()
         decode_kernels.check(attention, config.model, (cache,))
+        cpu_matmul.check(matmul)
         # One device: a handful of rows gains nothing from more.
         mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         rules = meshes.axis_rules(config.model, mesh)
@@ -95,11 +98,11 @@ class Decoder:
         kind: CacheFormat | Policy
         if eviction.is_policy(cache):
             kind, rules, mesh = eviction.parse(cache), AxisRules(), None
-            weights = decoding_weights(on_one_device(model))
+            weights = decoding_weights(on_one_device(model), matmul=matmul)
         else:
             kind = make_format(cache, config.model.compute_dtype)
             with jax.set_mesh(mesh):
-                weights = decoding_weights(model, rules)
+                weights = decoding_weights(model, rules, matmul)
         return cls(
             run=run,
             tokenizer=tokenizers.load(run.tokenizer_json(), config.data.end_token),

@@ -16,7 +16,7 @@ from cla_jax.data import prepare
 from cla_jax.data.mixture import of_component
 from cla_jax.evaluation import CachedScores, Evaluation, Scores, plain
 from cla_jax.eviction_scores import evicting_decoding
-from cla_jax.model import decode_kernels
+from cla_jax.model import cpu_matmul, decode_kernels
 from cla_jax.model.transformer import Transformer
 from cla_jax.runs import TRAINING, Run, check_paths
 from cla_jax.scoring import (
@@ -112,6 +112,7 @@ def evaluate(
     formats: Sequence[str] = ("dense",),
     chunk: int = 1,
     attention: str = "xla",
+    matmul: str = "xla",
     windows: int | None = None,
     prompt: float = 0.5,
     per_kv_layer: bool = False,
@@ -125,11 +126,13 @@ def evaluate(
     interrupted goes on; unless `again`. With `windows`, only that many windows are scored, and nothing is
     written: a part of the held-out split is no result of the run. A record of a later step is kept.
 
-    `attention` reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. For a cache that
-    evicts, the share `prompt` of a window is its prompt. `per_kv_layer` adds what the error of each KV layer
-    does by itself; `options` are those of `open_session`. Raises ValueError for what the
-    arguments or the run do not allow, and for a run that cannot be written to, before anything is computed.
-    If a record could not be written later, raises its OSError at the end.
+    `attention` reads the cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`. `matmul` multiplies
+    tokens with weights in steps through a cache, as in `decoding_weights`. For a cache that evicts, the share
+    `prompt` of a window is its prompt. `per_kv_layer` adds what the error of each KV layer does by itself;
+    `options` are those of `open_session`.
+
+    Raises ValueError for what the arguments or the run do not allow, and for a run that cannot be written
+    to, before anything is computed. If a record could not be written later, raises its OSError at the end.
     """
     if windows is not None and windows < 1:
         raise ValueError(f"windows = {windows} must be positive")
@@ -141,6 +144,9 @@ def evaluate(
     decode_kernels.check(attention, run.config().model, formats)
     decode_kernels.check_chunk(attention, run.config().model, chunk)
     session = open_session(run, **options)
+    for name in formats:
+        # A cache that evicts is on one device.
+        cpu_matmul.check(matmul, None if eviction.is_policy(name) else session.mesh)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {
         "step": step,
@@ -149,13 +155,14 @@ def evaluate(
     }
     peak = memory.allocator_peak() or 0
     notes = {name: _pointless(session, name) for name in formats if not eviction.is_policy(name)}
+    how: dict[str, Any] = {"chunk": chunk, "attention": attention, "matmul": matmul}
     unwritten: OSError | None = None
     for name in ("", *formats):
         policy = eviction.parse(name) if eviction.is_policy(name) else None
         # A cache that evicts is on one device.
         with contextlib.nullcontext() if policy else jax.set_mesh(session.mesh):
             written_as = f"cached-{name}" if name else "full"
-            asked = origin | ({"chunk": chunk, "attention": attention} if name else {})
+            asked = origin | (how if name else {})
             asked |= {"prompt": prompt} if policy else {}
             known = None if again or windows else _recorded(run, written_as, asked)
             if known and not (name and per_kv_layer and not _has_each_kv_layer(known)):
@@ -171,8 +178,7 @@ def evaluate(
                 model,
                 name,
                 policy,
-                chunk=chunk,
-                attention=attention,
+                how=how,
                 prompt=prompt,
                 per_kv_layer=per_kv_layer,
                 windows=windows,
@@ -198,8 +204,7 @@ def _score(
     name: str,
     policy: eviction.Policy | None,
     *,
-    chunk: int,
-    attention: str,
+    how: dict[str, Any],
     prompt: float,
     per_kv_layer: bool,
     windows: int | None,
@@ -209,12 +214,13 @@ def _score(
     work = f"{name} cache" if name else "full forward"
     limits: dict[str, Any] = {"windows": windows, "progress": progress(f"{work}, windows")}
     if policy:
+        # XLA reads a cache that evicts.
+        how = {"chunk": how["chunk"], "matmul": how["matmul"]}
         return "evicting decoding", evicting_decoding(
-            session, model, policy, chunk=chunk, prompt=prompt, **limits
+            session, model, policy, prompt=prompt, **how, **limits
         )
     if not name:
         return "full forward", full_forward(session, model, **limits)
-    how: dict[str, Any] = {"chunk": chunk, "attention": attention}
     scores = cached_decoding(session, model, name, **how, **limits)
     sampled: dict[str, Any] = how | {"windows": min(windows or 64, 64)}
     sampled["progress"] = progress(f"{name} cache compared with full forward, windows")

@@ -79,6 +79,7 @@ class CachedScores(Scores):
     context: int = 0  # tokens of a window
     chunk: int = 0  # tokens of a step
     attention: str = ""  # the kernel that has read the cache; empty: XLA
+    matmul: str = ""  # the kernel that has multiplied tokens with weights; empty: XLA
     # By kind: resident, written, read, allocated.
     kv_bytes: Mapping[str, ByteCount] = dataclasses.field(default_factory=dict)
     readers_per_kv_layer: tuple[int, ...] = ()
@@ -179,6 +180,7 @@ class TaskScore:
     context: int | None = None
     chunk: int | None = None
     attention: str = ""  # the kernel that has read the cache; empty: XLA
+    matmul: str = ""  # the kernel that has multiplied tokens with weights; empty: XLA
     split: Any = None
     shots: Any = None
     version: Any = None
@@ -192,7 +194,7 @@ class TaskScore:
 
     def is_asked_like(self, other: "TaskScore") -> bool:
         """Whether both were asked in the same way, whatever came of it."""
-        how = ("context", "chunk", "attention", "split", "shots", "version", "data")
+        how = ("context", "chunk", "attention", "matmul", "split", "shots", "version", "data")
         return all(getattr(self, name) == getattr(other, name) for name in how)
 
 
@@ -210,7 +212,7 @@ class TaskEvaluation:
 
 def made_as(asked: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     """Whether the record of a split was made in the way that is asked for."""
-    return asked.items() <= ({"attention": "xla"} | dict(record)).items()  # older records lack it
+    return asked.items() <= ({"attention": "xla", "matmul": "xla"} | dict(record)).items()
 
 
 def read(name: str, record: dict[str, Any], file: PathLike) -> Evaluation:

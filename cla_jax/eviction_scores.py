@@ -97,6 +97,7 @@ def evicting_decoding(
     *,
     chunk: int = 1,
     prompt: float = 0.5,
+    matmul: str = "xla",
     windows: int | None = None,
     **how: Any,
 ) -> EvictingScores:
@@ -104,7 +105,7 @@ def evicting_decoding(
 
     Bytes are those at the end of a window, a mean over the whole windows; so is the profile. Raises
     ValueError where the policy, the model, the tokenizer and the length of windows do not fit, and if no
-    window of the text is whole.
+    window of the text is whole. `matmul` is as in `decoding_weights`.
     """
     data = session.data
     S, T = prompt_tokens(prompt, data.seq_len, chunk), data.seq_len
@@ -120,7 +121,7 @@ def evicting_decoding(
     options = dataclasses.replace(session.options, rules=AxisRules(), attention="xla")
     alone = dataclasses.replace(session, options=options)
     model = on_one_device(model)
-    weights = decoding_weights(model)
+    weights = decoding_weights(model, matmul=matmul)
     B = rows(session, windows)
     tokenizer = session.tokenizer
     classes = classes_of_tokenizer(tokenizer, data.begin_token)

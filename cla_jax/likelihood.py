@@ -30,6 +30,7 @@ from cla_jax.decode import Weights, decode
 from cla_jax.eviction import Policy
 from cla_jax.mesh import AxisRules, row_shards
 from cla_jax.model.attention import PrefixMask
+from cla_jax.model.native.matmul import Packed
 from cla_jax.model.transformer import ForwardOptions, Transformer, project
 from cla_jax.prefix_groups import PrefixGroup, Rows, Text, doubled, pack, prefix_groups
 
@@ -404,7 +405,7 @@ def _slice_scores(head_VD, x_BTD, rows_N, columns_N, targets_N, *, rules):
 
 
 def _scores(
-    head_VD: jax.Array, x_BTD: jax.Array, places: Sequence[_Place], rules: AxisRules
+    head_VD: jax.Array | Packed, x_BTD: jax.Array, places: Sequence[_Place], rules: AxisRules
 ) -> Iterable[tuple[jax.Array, jax.Array]]:
     """(log-probability, is likeliest) of the targets at some places, in slices of one size."""
     scores = []

@@ -260,6 +260,7 @@ def cached_decoding(
     *,
     chunk: int = 1,
     attention: str = "xla",
+    matmul: str = "xla",
     windows: int | None = None,
     **how: Any,
 ) -> CachedScores:
@@ -268,9 +269,10 @@ def cached_decoding(
     `chunk` tokens go through a step: with 1 the cache is used as generation uses it. Longer steps are faster.
     They change nothing for formats that store each token separately. kivi gets worse, because for the first
     tokens of a step, later tokens of that step count among the newest. `attention` reads the cache, as in
-    `cache_spec`. Raises ValueError unless the chunk divides seq_len.
+    `cache_spec`; `matmul` multiplies tokens with weights, as in `decoding_weights`. Raises ValueError unless
+    the chunk divides seq_len.
     """
-    weights = decoding_weights(model, session.rules)
+    weights = decoding_weights(model, session.rules, matmul)
     spec = _spec(session, format, chunk, windows, attention)
     cache = spec.allocate()
 
@@ -291,6 +293,7 @@ def cached_decoding(
         context=context,
         chunk=chunk,
         attention="" if attention == XLA else attention,
+        matmul="" if matmul == XLA else matmul,
         kv_bytes={
             name: ByteCount(predicted=predicted[name], counted=counted[name]) for name in predicted
         },
@@ -370,6 +373,7 @@ def agreement(
     *,
     chunk: int = 1,
     attention: str = "xla",
+    matmul: str = "xla",
     windows: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> Agreement:
@@ -379,7 +383,7 @@ def agreement(
     divergence KL(full || cached) in nats. Also how often the most likely token is the same. Several formats
     are one for each KV layer.
     """
-    weights = decoding_weights(model, session.rules)
+    weights = decoding_weights(model, session.rules, matmul)
     spec = _spec(session, format, chunk, windows, attention)
     cache = spec.allocate()
     totals: dict[str, float] = {}
@@ -414,6 +418,7 @@ def sensitivity(
     *,
     chunk: int = 1,
     attention: str = "xla",
+    matmul: str = "xla",
     windows: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> tuple[KVLayerAgreement, ...]:
@@ -432,7 +437,8 @@ def sensitivity(
     measured = []
     for p, kv in enumerate(kv_layers):
         formats = [lossy if i == p else dense for i in range(len(kv_layers))]
-        how: dict[str, Any] = {"chunk": chunk, "attention": attention, "windows": windows}
+        how: dict[str, Any] = {"chunk": chunk, "attention": attention, "matmul": matmul}
+        how["windows"] = windows
         close = agreement(session, model, formats, **how)
         measured.append(
             KVLayerAgreement(**vars(close), kv_layer=p, layer=kv.layer, readers=kv.readers)

@@ -32,7 +32,16 @@ import tyro
 from tyro import _errors
 
 from cla_jax import extras, fields, machine
-from cla_jax.config import CALIBRATED_INITS, WSD, CacheAttention, Component, Config, FromRun, Stage
+from cla_jax.config import (
+    CALIBRATED_INITS,
+    WSD,
+    CacheAttention,
+    Component,
+    Config,
+    DecodingMatmul,
+    FromRun,
+    Stage,
+)
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, printable_lines, shown
 from cla_jax.typed_numbers import number, whole_number
@@ -51,6 +60,15 @@ Attention = Annotated[
         help="What reads the cache: xla, or a kernel. The kernel native is for CPUs, and needs a C++ "
         "compiler. For steps of few tokens, mosaic is for NVIDIA H100 and H200, and paged for TPUs. These "
         "two were never run on such hardware (docs/pods.md)."
+    ),
+]
+# What --matmul takes.
+Matmul = Annotated[
+    DecodingMatmul,
+    tyro.conf.arg(
+        help="What multiplies tokens with weights in steps through a cache: xla, or the kernel native. It is "
+        "for CPUs, on one device, and faster, above all for bfloat16. It needs a C++ compiler "
+        "(docs/pods.md)."
     ),
 ]
 

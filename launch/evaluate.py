@@ -33,6 +33,7 @@ from launch import allocator
 from launch.cli import (
     CACHES,
     Attention,
+    Matmul,
     check_picture,
     collected,
     log_to_stderr,
@@ -67,6 +68,7 @@ class Arguments:
     # Tokens per decoding step. Generation has 1; more is faster. Default: 1, and 16 with --tasks.
     chunk: int | None = None
     attention: Attention = "xla"
+    matmul: Matmul = "xla"
     # Fraction of each window that is the prompt, for caches that evict tokens.
     prompt: float = 0.5
     # Plot what the eviction policies keep for each head, to this file (png, svg or pdf); for one run only.
@@ -159,6 +161,7 @@ def _held_out(arguments: Arguments) -> None:
                     formats=formats,
                     chunk=chunk,
                     attention=arguments.attention,
+                    matmul=arguments.matmul,
                     prompt=arguments.prompt,
                     windows=arguments.windows,
                     per_kv_layer=arguments.per_kv_layer,
@@ -222,6 +225,7 @@ def _cost_and_error(scores: "CachedScores") -> list[str]:
         )
     if scores.kv_bytes:
         by = f", read by the kernel {scores.attention}" if scores.attention else ""
+        by += f", weights multiplied by the kernel {scores.matmul}" if scores.matmul else ""
         lines.append(
             f"{per_token(scores.kv_bytes['resident'].counted)} resident KV bytes per token at "
             f"{scores.context:,} tokens; unquantised parts are {scores.cache_dtype}{by}"
@@ -312,6 +316,7 @@ def _tasks(arguments: Arguments) -> None:
                 ways=arguments.cache or (lm_eval.FULL,),
                 chunk=lm_eval.CHUNK if arguments.chunk is None else arguments.chunk,
                 attention=arguments.attention,
+                matmul=arguments.matmul,
                 limit=arguments.limit,
                 context=arguments.context,
                 again=arguments.again,

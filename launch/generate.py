@@ -14,7 +14,7 @@ import tyro
 
 from cla_jax.config import Sampling, check_new_tokens
 from launch import allocator
-from launch.cli import CACHES, Attention, log_to_stderr, read, user_errors, utf8
+from launch.cli import CACHES, Attention, Matmul, log_to_stderr, read, user_errors, utf8
 
 if TYPE_CHECKING:
     from cla_jax.data.tokenizers import Tokenizer
@@ -44,6 +44,7 @@ class Arguments:
     # Prompt tokens per prefill step.
     chunk: int = 256
     attention: Attention = "xla"
+    matmul: Matmul = "xla"
     # Print the text as it comes; for one prompt.
     stream: bool = False
 
@@ -61,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     compilation_cache.enable()
     texts = [utf8(text) for text in arguments.prompt or ("",)]
     decoder = Decoder.open(
-        run, cache=arguments.cache, chunk=arguments.chunk, attention=arguments.attention
+        run,
+        cache=arguments.cache,
+        chunk=arguments.chunk,
+        attention=arguments.attention,
+        matmul=arguments.matmul,
     )
     options: Options = {
         "new_tokens": arguments.new_tokens,

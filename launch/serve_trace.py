@@ -27,7 +27,7 @@ from cla_jax import eviction, traces
 from cla_jax.formats import FORMATS
 from cla_jax.messages import near_choice, shown
 from launch import allocator
-from launch.cli import Attention, check_picture, log_to_stderr, read, user_errors
+from launch.cli import Attention, Matmul, check_picture, log_to_stderr, read, user_errors
 from launch.memory import parse_bytes
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Arguments:
     made: traces.Shape = dataclasses.field(default_factory=traces.Shape)
     cache: Annotated[str, tyro.conf.arg(help=f"KV cache format: {', '.join(FORMATS)}.")] = "dense"
     attention: Attention = "xla"
+    matmul: Matmul = "xla"
     # Use an ordinary cache, with one row per request and no sharing.
     unshared: bool = False
     # Maximum number of requests that decode at the same time.
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch import compilation_cache
 
     compilation_cache.enable()
-    model = open_model(arguments.model)
+    model = open_model(arguments.model, arguments.matmul)
     if arguments.make:
         ids = min(model.config.vocab_size, arguments.made.vocabulary)
         shape = dataclasses.replace(arguments.made, vocabulary=ids)
@@ -169,17 +170,17 @@ class ServedModel:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def open_model(name: str) -> ServedModel:
-    """A row of an experiment with random weights, or a run."""
+def open_model(name: str, matmul: str) -> ServedModel:
+    """A row of an experiment with random weights, or a run. `matmul` is as in `decoding_weights`."""
     from cla_jax.decode import random_weights
     from cla_jax.decoder import Decoder
     from cla_jax.mesh import AxisRules
 
     if not Path(name).exists():
         config = experiments.find_row(name)
-        weights = random_weights(config.model)
+        weights = random_weights(config.model, matmul=matmul)
         return ServedModel(config=config.model, weights=weights, rules=AxisRules())
-    decoder = Decoder.open(name)
+    decoder = Decoder.open(name, matmul=matmul)
     return ServedModel(
         config=decoder.run.config().model,
         weights=decoder.weights,

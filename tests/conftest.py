@@ -44,14 +44,16 @@ import dataclasses
 import functools
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jax._src import compiler
+from jax._src import compiler as jax_compiler
 
 from cla_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Placement
+from cla_jax.model.native import library
 
 # What jax keeps of traced programs are millions of objects, hardly any of them garbage.
 gc.set_threshold(100_000, 10, 10)
@@ -61,7 +63,7 @@ _programs: dict[bytes, Any] = {}
 
 def _compile_equal_programs_once() -> None:
     """For jax, programs are equal if they are of the same Python function; tests make those anew."""
-    compile_program = compiler.backend_compile_and_load
+    compile_program = jax_compiler.backend_compile_and_load
 
     def compile_once(backend, module, devices, options, host_callbacks):
         if host_callbacks:
@@ -72,7 +74,7 @@ def _compile_equal_programs_once() -> None:
             _programs[key] = compile_program(backend, module, devices, options, host_callbacks)
         return _programs[key]
 
-    compiler.backend_compile_and_load = compile_once
+    jax_compiler.backend_compile_and_load = compile_once
 
 
 _compile_equal_programs_once()
@@ -166,6 +168,13 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def above_all_runs(tmp_path_factory, monkeypatch):
     """The current directory holds all that tests write, so evaluation uses the places that runs name."""
     monkeypatch.chdir(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """Of C++, for the kernels for CPUs; tests need one, as some of torch's do."""
+    assert library.load() is None
+    return next(filter(None, map(shutil.which, library._COMPILERS)))
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import platform
-import shutil
-import subprocess
 import typing
 from typing import Any
 
@@ -26,8 +24,10 @@ from cla_jax.cache.quantized import Scaled
 from cla_jax.config import CacheAttention, LatentKV, MeshConfig
 from cla_jax.decode import decode, decoding_weights
 from cla_jax.evaluate import evaluate
-from cla_jax.model import decode_kernels, mosaic, native, paged
+from cla_jax.model import decode_kernels, mosaic, paged
 from cla_jax.model.attention import EMPTY, KV, MASKED, Partial, StepPositions, normalized
+from cla_jax.model.native import attention as native
+from cla_jax.model.native import library
 from cla_jax.prefix_tree import PrefixTree
 from cla_jax.runs import find_runs
 from cla_jax.state import layout
@@ -224,13 +224,6 @@ class TestPaged(Attention):
         self.check(d_head, 1, 16, (200, 3))
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    """These tests need one, as some of torch's do."""
-    assert native.refusal(MODEL_16, "dense", "cpu", 0.0, None) is None
-    return next(filter(None, map(shutil.which, native._COMPILERS)))
-
-
 def floats(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
@@ -408,39 +401,13 @@ class TestNative(Attention):
             with pytest.raises(AssertionError):
                 native.attend(q, dataclasses.replace(kept, **changes), asked, at)
 
-    def test_it_is_compiled_once_and_kept(self, monkeypatch, tmp_path, compiler):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        ran = []
-        output = native._output
-        monkeypatch.setattr(native, "_output", lambda *c: ran.append(c) or output(*c))
-        compilations = lambda: sum("-shared" in command for command in ran)
-        for _ in range(2):
-            native.load_library(compiler)
-        assert compilations() == 1
-        assert list((tmp_path / ".cache/cla_jax").iterdir()) == [native._kept(compiler)]
-        monkeypatch.setenv("HOME", str(tmp_path / "other"))
-        kept = native._kept(compiler)
-        assert kept is not None
-        kept.parent.mkdir(parents=True)
-        kept.write_bytes(b"not whole")
-        native.load_library(compiler)
-        assert compilations() == 2
-        assert kept.stat().st_size > 1000
-
-    def test_without_a_cache_directory_it_is_compiled_each_time(
-        self, monkeypatch, tmp_path, compiler
-    ):
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("HOME", str(tmp_path / "file"))
-        assert native.load_library(compiler)
-
     @pytest.mark.parametrize(("queries", "width"), [(3, 46), (9, 64)])
     def test_processors_with_shorter_vectors(self, monkeypatch, compiler, queries, width):
         monkeypatch.setattr(native, "_TARGET", f"short_vectors_{queries}")
         # Other processors have no longer ones.
         short = ("-mno-avx512f",) if platform.machine() == "x86_64" else ()
-        monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *short))
-        handler = native.load_library(compiler).cla_jax_attend
+        monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, *short))
+        handler = library.load_library(compiler).cla_jax_attend
         jax.ffi.register_ffi_target(native._TARGET, jax.ffi.pycapsule(handler), platform="cpu")
         rng = np.random.default_rng(0)
         kv = KV(floats(rng, 2, 384, 2, width), floats(rng, 2, 384, 2, width))
@@ -456,28 +423,6 @@ class TestNative(Attention):
             found = normalized(native.attend(q, kept, *map(jnp.asarray, asked)))
             expected = exact(q, *format.decode(coded), kept_BE, *asked)
             assert np.abs(found - expected).max() < self.error * np.abs(expected).max(), name
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (("no-such-c++", "nor-this"), "none of no-such-c++, nor-this is on the PATH"),
-        (("no-such-c++", "false"), "false cannot compile it: exit status 1, and no message"),
-    ],
-)
-def test_without_a_compiler_the_native_kernel_is_refused(monkeypatch, names, words):
-    monkeypatch.setattr(native, "_COMPILERS", names)
-    assert words in native._loaded.__wrapped__()
-
-
-def test_what_the_compiler_says_is_wrong_is_named(monkeypatch):
-    said = "native.cc: in function\n/usr/bin/ld: No space left on device\ncollect2: error: ld returned 1"
-    error = subprocess.CalledProcessError(1, "c++", stderr=said)
-    monkeypatch.setattr(native, "load_library", lambda _: (_ for _ in ()).throw(error))
-    assert "No space left on device" in native._loaded.__wrapped__()
-    lost = OSError("no such library")
-    monkeypatch.setattr(native, "load_library", lambda _: (_ for _ in ()).throw(lost))
-    assert "cannot be compiled or loaded: no such library" in native._loaded.__wrapped__()
 
 
 # ------------------------------------------------------------------------------ in a model, by name

@@ -134,9 +134,11 @@ def log_probabilities(model, tokens):
     )
 
 
-@pytest.mark.parametrize("way", ["full", "dense"])
-def test_log_likelihoods_are_those_of_each_text_alone(model, way):
-    model = model(way=way, chunk=7)
+@pytest.mark.parametrize(
+    ("way", "matmul"), [("full", "xla"), ("dense", "xla"), ("dense", "native")]
+)
+def test_log_likelihoods_are_those_of_each_text_alone(model, way, matmul):
+    model = model(way=way, chunk=7, matmul=matmul)
     pairs = [
         ("The capital of France is", " Paris"),
         ("The capital of France is", " Rome, I think"),
@@ -342,6 +344,8 @@ def test_what_is_recorded_is_not_scored_again(run, school, monkeypatch, caplog):
         assert evaluate("quiz", **other)[1] == [["quiz"]]
     assert evaluate("quiz", ways=("int8",))[1] == []
     assert evaluate("quiz", ways=("int8",), chunk=8)[1] == [["quiz"]]
+    for what in ([["quiz"]], []):
+        assert evaluate("quiz", ways=("int8",), chunk=8, matmul="native")[1] == what
 
 
 def test_a_tag_is_its_tasks_as_far_as_there_are_data(school, caplog):

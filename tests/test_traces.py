@@ -166,7 +166,7 @@ def test_a_mistake_in_a_trace_does_not_wait_for_the_model(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD | {"new_tokens": 0}))
-    monkeypatch.setattr(serve_trace, "open_model", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(serve_trace, "open_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit):
         serve_trace.main([*argv, *MODEL])
     assert words in capsys.readouterr().err

@@ -11,7 +11,13 @@ import dataclasses
 from cla_jax import names
 from cla_jax.config.checks import check_fields, positive
 from cla_jax.config.data import Component, DataConfig, Stage
-from cla_jax.config.decoding import CacheAttention, Sampling, check_chunk, check_new_tokens
+from cla_jax.config.decoding import (
+    CacheAttention,
+    DecodingMatmul,
+    Sampling,
+    check_chunk,
+    check_new_tokens,
+)
 from cla_jax.config.model import (
     HeadsKV,
     LatentKV,
@@ -55,6 +61,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DataConfig",
+    "DecodingMatmul",
     "FromRun",
     "HeadsKV",
     "Init",

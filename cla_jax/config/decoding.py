@@ -7,6 +7,8 @@ from typing import Literal
 
 # What reads a KV cache: XLA, or a kernel of `cla_jax.model.decode_kernels`.
 CacheAttention = Literal["xla", "native", "mosaic", "paged"]
+# What multiplies tokens with weights in decoding: XLA, or the kernel of `cla_jax.model.native.matmul`.
+DecodingMatmul = Literal["xla", "native"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from cla_jax.formats import FORMATS
 from cla_jax.interop.task_data import Tasks, harness_missing
 from cla_jax.likelihood import CACHED, SHORTEST, Likelihood
 from cla_jax.mesh import AxisRules
-from cla_jax.model import decode_kernels
+from cla_jax.model import cpu_matmul, decode_kernels
 from cla_jax.model.transformer import Transformer
 from cla_jax.prefix_groups import doubled, text
 from cla_jax.runs import Run
@@ -65,6 +65,7 @@ class Model(TemplateLM):
         goes through a dense cache. For a policy no mesh is set: its cache is on one device.
       chunk: tokens a cached decoding step.
       attention: what reads a cache: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
+      matmul: what multiplies tokens with weights where there is a cache, as in `decoding_weights`.
       context: tokens that the model reads at most; what is longer loses its beginning.
       prefix: the token that a text without context begins with; by default the begin token of texts, or
         the end token, as in training.
@@ -81,6 +82,7 @@ class Model(TemplateLM):
         way: str = FULL,
         chunk: int = CHUNK,
         attention: str = "xla",
+        matmul: str = "xla",
         context: int | None = None,
         prefix: int | None = None,
         ends: Sequence[int] = (),
@@ -90,7 +92,7 @@ class Model(TemplateLM):
         decode_kernels.check(attention, model.config, ("dense" if way == FULL else way,))
         if way != FULL:
             decode_kernels.check_chunk(attention, model.config, chunk)
-        self.attention = attention
+        self.attention, self.matmul = attention, matmul
         self.max_length: int = context or session.data.seq_len
         self.kept: list[float] = []  # the shares of prompts that a policy has kept
         self.progress: Callable[[str], Progress] = lambda what: lambda done, total: None
@@ -108,8 +110,8 @@ class Model(TemplateLM):
     @functools.cached_property
     def _weights(self) -> Weights:
         if eviction.is_policy(self.way):
-            return decoding_weights(on_one_device(self._model))
-        return decoding_weights(self._model, self._rules)
+            return decoding_weights(on_one_device(self._model), matmul=self.matmul)
+        return decoding_weights(self._model, self._rules, self.matmul)
 
     @functools.cached_property
     def _classes(self) -> bytes:
@@ -328,6 +330,7 @@ def evaluate(
     ways: Sequence[str] = (FULL,),
     chunk: int = CHUNK,
     attention: str = "xla",
+    matmul: str = "xla",
     limit: int | None = None,
     context: int | None = None,
     again: bool = False,
@@ -339,7 +342,8 @@ def evaluate(
     The scores of a way are in `eval/tasks-WAY.json`, together with those that other evaluations of the same
     checkpoint have written there. If a task is among them, asked in the same way, it is not scored again,
     unless `again`. With `limit`, only so many examples of each task are scored, and nothing is written.
-    `attention` reads caches: `xla`, or a kernel of `cla_jax.model.decode_kernels`.
+    `attention` reads caches: `xla`, or a kernel of `cla_jax.model.decode_kernels`. `matmul` multiplies tokens
+    with weights in steps through a cache, as in `decoding_weights`.
     `options` are those of `open_session`. Raises ValueError for what the arguments or the run do not allow.
     """
     for name, value in (("limit", limit), ("context", context), ("chunk", chunk)):
@@ -351,6 +355,9 @@ def evaluate(
     caches = ["dense" if way == FULL else way for way in ways]
     decode_kernels.check(attention, run.config().model, caches)
     session = open_session(run, **options)
+    for way in ways:
+        # A cache that evicts is on one device.
+        cpu_matmul.check(matmul, None if eviction.is_policy(way) else session.mesh)
     step, model = checkpoint.load_model(run, session.rules, session.mesh)
     origin = {"step": step, "checkpoint": checkpoint.fingerprint(run, step)}
     tokenizer = session.tokenizer
@@ -368,6 +375,7 @@ def evaluate(
                 way=way,
                 chunk=chunk,
                 attention=attention,
+                matmul=matmul,
                 context=context,
                 ends=ends,
             )
@@ -401,6 +409,7 @@ def _asked(answers: Model, loaded: Any) -> dict[str, TaskScore]:
         context=answers.max_length,
         chunk=chunk,
         attention="" if answers.attention == decode_kernels.XLA else answers.attention,
+        matmul="" if answers.matmul == cpu_matmul.XLA else answers.matmul,
     )
     groups = loaded.get("groups", {}).items()
     asked = {name: how for name, group in groups if group.has_aggregation}

@@ -12,8 +12,9 @@ import jax
 from cla_jax import eviction
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.messages import near_choice
-from cla_jax.model import mosaic, native, paged
+from cla_jax.model import mosaic, paged
 from cla_jax.model.attention import PagedKV, Partial
+from cla_jax.model.native import attention as native
 from cla_jax.model.platform import describe, warn_once
 
 XLA = "xla"

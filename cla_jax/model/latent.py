@@ -26,6 +26,7 @@ from cla_jax.model.layers import (
     gather_sequence,
     normal_param,
 )
+from cla_jax.model.native.matmul import Packed
 
 
 class LatentProjection(nnx.Module):
@@ -95,8 +96,13 @@ class AbsorbedHeads:
     Nothing is computed for every token of the context.
     """
 
-    keys_GRH: jax.Array
-    values_GHR: jax.Array
+    keys_GRH: jax.Array | Packed
+    values_GHR: jax.Array | Packed
+
+    def packed(self) -> "AbsorbedHeads":
+        """The same for the native kernel."""
+        pack = lambda weight_GOI: Packed.of(cpu_matmul.unsplit(weight_GOI))
+        return AbsorbedHeads(pack(self.keys_GRH), pack(self.values_GHR))
 
     def __call__(
         self, q_BTKGW: jax.Array, kv: Any, rope: Rope, attend: Attend, rules: AxisRules
@@ -111,7 +117,7 @@ class AbsorbedHeads:
         return _by_head(o_BTKGR, self.values_GHR, rules)
 
 
-def _by_head(x_BTKGI: jax.Array, weight_GOI: jax.Array, rules: AxisRules) -> jax.Array:
+def _by_head(x_BTKGI: jax.Array, weight_GOI: jax.Array | Packed, rules: AxisRules) -> jax.Array:
     """Each head's product with its own matrix, [B, T, K, G, O]; K is 1."""
     spec = rules.gathered().spec(*axes("BTKGH"))
     if not cpu_matmul.enabled():

@@ -25,6 +25,7 @@ from flax import nnx
 from cla_jax import kv_map as kv_maps
 from cla_jax.config import LatentKV, ModelConfig
 from cla_jax.mesh import AxisRules
+from cla_jax.model import cpu_matmul
 from cla_jax.model.attention import (
     ATTENTION_OUTPUT,
     KV,
@@ -46,6 +47,7 @@ from cla_jax.model.layers import (
     normal_param,
     shard_sequence,
 )
+from cla_jax.model.native.matmul import Packed
 from cla_jax.model.platform import on_cpu, token_major
 
 # Rematerialised groups of up to this many blocks are unrolled, even under a scan of groups.
@@ -312,8 +314,10 @@ class Transformer(nnx.Module):
         return project(self(tokens_BT, options, starts_BT), self.head_VD, options.rules)
 
 
-def project(x_BTD: jax.Array, head_VD: jax.Array, rules: AxisRules) -> jax.Array:
+def project(x_BTD: jax.Array, head_VD: jax.Array | Packed, rules: AxisRules) -> jax.Array:
     """Logits in float32, [B, T, V], accumulated in float32 from operands in x's dtype."""
+    if isinstance(head_VD, Packed):
+        return cpu_matmul.logits(x_BTD, head_VD, rules)
     spec = rules.gathered().spec(*axes("VD"))
     head_VD = head_VD.astype(x_BTD.dtype)
     head_VD = head_VD if spec is None else jax.reshard(head_VD, spec)

@@ -1,4 +1,4 @@
-// Attention through a KV cache on a CPU, with its vector instructions; see native.py.
+// Attention through a KV cache on a CPU, with its vector instructions; see attention.py.
 //
 // One task is a sequence (a row), or some of its queries, or some of its entries. It reads blocks of entries,
 // each once for all queries of a KV head. For many queries, the keys of a block are transposed, so that a vector
@@ -9,24 +9,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
-#include <thread>
 #include <utility>
-#include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "vectors.h"
 
-namespace ffi = xla::ffi;
+namespace cla_jax {
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kLanes = 16, kTileVectors = 4;
-#else
-constexpr int kLanes = 8, kTileVectors = 2;
-#endif
+constexpr int kTileVectors = kLanes / 4;
 constexpr int kTileQueries = 6;  // with kTileVectors, all sums of a tile fit into registers
 constexpr int kLongestBlock = 64;
 // Fixed numbers: the order of sums, and so the last digits, should not depend on the number of cores.
@@ -36,20 +29,6 @@ constexpr int64_t kMostQueries = 256;  // most queries of a KV head in one task
 constexpr int kLine = 64;  // bytes of a cache line
 constexpr float kMasked = -1e30f;  // as in attention.py
 constexpr int32_t kEmpty = 1 << 30;  // as in attention.py
-
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
-typedef Vector InMemory __attribute__((aligned(4), may_alias));
-typedef Ints IntsInMemory __attribute__((aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const InMemory*>(from); }
-inline Ints load(const int32_t* from) { return *reinterpret_cast<const IntsInMemory*>(from); }
-inline void store(float* to, Vector x) { *reinterpret_cast<InMemory*>(to) = x; }
-inline Vector all(float x) { return x - Vector{}; }
-inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
-
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below the least normal number; NaN of NaN.
 inline Vector exponential(Vector x) {
@@ -68,35 +47,7 @@ inline Vector exponential(Vector x) {
   return x < -87.3f ? Vector{} : p * reinterpret_cast<Vector>(power);
 }
 
-// Runs task(0) to task(count - 1) on the caller's thread and on those of the pool that are free. It never
-// waits for a task that no thread has begun, so threads that wait for each other cannot deadlock.
-template <typename Task>
-void parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  // After the last task, `task` no longer exists, but late threads still read `progress`.
-  auto work = [progress, count, &task] {
-    for (int64_t i; (i = progress->next.fetch_add(1)) < count;) {
-      task(i);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
-  work();
-  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-}
-
 // ------------------------------------------------------------------------------------ stored heads
-
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
 
 // Numbers from stored codes, as many as a vector has lanes.
 template <typename Code>
@@ -503,16 +454,9 @@ class Task {
 
   // Attention of the queries from n on to the block; returns how many of them.
   int64_t attend_tile(const Block& block, const Block& next, int64_t n, const Outputs& out) {
-    const int64_t left = count_ - n, tiles = (left + kTileQueries - 1) / kTileQueries;
-    const int64_t count = (left + tiles - 1) / tiles;
-    switch (count) {
-      case 1: attend_queries<1>(block, next, n, out); break;
-      case 2: attend_queries<2>(block, next, n, out); break;
-      case 3: attend_queries<3>(block, next, n, out); break;
-      case 4: attend_queries<4>(block, next, n, out); break;
-      case 5: attend_queries<5>(block, next, n, out); break;
-      default: attend_queries<kTileQueries>(block, next, n, out);
-    }
+    const int64_t count = next_tile(count_ - n, kTileQueries);
+    with_constant<kTileQueries>(
+        count, [&](auto m) { attend_queries<decltype(m)::value>(block, next, n, out); });
     return count;
   }
 
@@ -673,7 +617,11 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cla_jax_attend, attend,
+}  // namespace cla_jax
+
+namespace ffi = xla::ffi;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cla_jax_attend, cla_jax::attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()   // queries

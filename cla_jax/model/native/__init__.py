@@ -1,0 +1,1 @@
+"""Kernels for CPUs, in C++: attention through a cache, and products of tokens with weights."""
