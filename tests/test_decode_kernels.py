@@ -245,8 +245,8 @@ class TestNative(Attention):
     def test_pages_of_any_size(self, page, eight_bit):
         self.check(46, 2, 5, (250, 70), window=100, page=page, eight_bit=eight_bit)
 
-    # Up to 6 queries read keys as they are, more read them transposed. Blocks of wide heads are shorter.
-    @pytest.mark.parametrize("queries", [1, 3, 6, 7, 16, 65])
+    # Up to 8 queries read keys as they are, more read them transposed. Blocks of wide heads are shorter.
+    @pytest.mark.parametrize("queries", [1, 3, 6, 7, 9, 16, 65])
     @pytest.mark.parametrize("d_head", [4, 32, 64, 136, 300])
     def test_heads_of_every_width(self, d_head, queries):
         self.check(d_head, 3, queries, (200, 3))

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kTileVectors = kLanes / 4;
 constexpr int kTileQueries = 6;  // with kTileVectors, all sums of a tile fit into registers
+constexpr int kMostInRows = 8;  // queries that meet keys as they are; for more, keys are transposed
 constexpr int kLongestBlock = 64;
 // Fixed numbers: the order of sums, and so the last digits, should not depend on the number of cores.
 constexpr int kLeastTasks = 16;  // if there are fewer rows, their entries are divided
@@ -133,6 +134,9 @@ inline Vector blocks(Vector a, Vector b, std::index_sequence<I...>) {
 }
 constexpr std::make_index_sequence<kLanes> kEach;
 
+// Has a line of memory fetched into the second cache. The first is full of what is computed with.
+inline void prefetch(const float* from) { __builtin_prefetch(from, 0, 2); }
+
 // Rows of numbers: those of a block, and those that are read after them. The latter are fetched from memory
 // while the former are computed with, a line at a time: more at once would wait for memory.
 struct Rows {
@@ -149,7 +153,7 @@ inline void transpose(const Rows& rows, int64_t column, float* to, int64_t strid
     Vector row[4];
     for (int i = 0; i < 4; ++i) {
       row[i] = load(rows.now[4 * g + i] + column);
-      __builtin_prefetch(rows.next[4 * g + i] + column);
+      prefetch(rows.next[4 * g + i] + column);
     }
     const auto& [a, b, c, d] = row;
     const Vector ab[] = {turns<0>(a, b, kEach), turns<1>(a, b, kEach)};
@@ -192,20 +196,21 @@ inline Vector lane_sums(const Vector* a) {
     return lane_sums<N / 2>(sums);
 }
 
-// Adds to sums[m][s] the products, lane by lane, of query m and the row of entry s, of `width` columns.
-template <int M>
+// sums[m][s]: the products, lane by lane, of query m and the row of entry s, of `width` columns. They are added to
+// what is there if `add`.
+template <int M, bool add>
 inline void dots(const float* queries, int64_t stride, const Rows& rows, int64_t width,
                  Vector (*sums)[kLanes]) {
   constexpr int R = kTileVectors;
   for (int s = 0; s < kLanes; s += R) {
     Vector tile[M][R];
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) tile[m][r] = sums[m][s + r];
+      for (int r = 0; r < R; ++r) tile[m][r] = add ? sums[m][s + r] : Vector{};
     for (int64_t c = 0; c < width; c += kLanes) {
       Vector row[R];
       for (int r = 0; r < R; ++r) {
         row[r] = load(rows.now[s + r] + c);
-        __builtin_prefetch(rows.next[s + r] + c);
+        prefetch(rows.next[s + r] + c);
       }
       for (int m = 0; m < M; ++m) {
         const Vector query = load(queries + m * stride + c);
@@ -445,7 +450,7 @@ class Task {
   }
 
   // Whether there are enough queries to pay for it.
-  bool transposes() const { return count_ > kTileQueries; }
+  bool transposes() const { return count_ > kMostInRows; }
 
   void transpose_rows(const Rows& rows, int64_t width, float* to) const {
     for (int64_t c = 0; c < width; c += kLanes)
@@ -475,7 +480,7 @@ class Task {
       shrink[m] =
           weigh(block, n + m, weights + m * size_, out.total[first + m], out.peak[first + m]);
     const auto value = [&](int64_t s, int64_t c) {
-      __builtin_prefetch(next.values[s] + c);
+      prefetch(next.values[s] + c);
       return block.values[s] + c;
     };
     product<M>(weights, size_, size_, value, shrink, sums_ + q * v_width_, v_width_, v_width_);
@@ -486,9 +491,13 @@ class Task {
   void scores(const Block& block, const Block& next, const float* queries, float* to) const {
     const Rows keys{block.keys, next.keys}, values{block.values, next.values};
     for (int64_t s = 0; s < size_; s += kLanes) {
-      Vector sums[M][kLanes] = {};
-      if (n_.latent) dots<M>(queries, width_, values.from(s), v_width_, sums);
-      dots<M>(queries + width_ - k_width_, width_, keys.from(s), k_width_, sums);
+      Vector sums[M][kLanes];
+      if (n_.latent) {
+        dots<M, false>(queries, width_, values.from(s), v_width_, sums);
+        dots<M, true>(queries + v_width_, width_, keys.from(s), k_width_, sums);
+      } else {
+        dots<M, false>(queries, width_, keys.from(s), k_width_, sums);
+      }
       for (int m = 0; m < M; ++m) store(to + m * size_ + s, lane_sums(sums[m]));
     }
   }
