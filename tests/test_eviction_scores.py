@@ -90,9 +90,9 @@ def test_a_run_is_evaluated_and_continued_through_policies(run):
 def test_a_decoder_lays_out_its_weights_once(run, cache, monkeypatch):
     laid_out = []
 
-    def counted(*args):
+    def counted(*args, **how):
         laid_out.append(args)
-        return decoding_weights(*args)
+        return decoding_weights(*args, **how)
 
     monkeypatch.setattr("cla_jax.decoder.decoding_weights", counted)
     decoder = Decoder.open(run, cache=cache)
