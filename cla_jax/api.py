@@ -84,8 +84,7 @@ def evaluate_run(
 
     run = run if isinstance(run, Run) else find_run(run)
     how: dict[str, Any] = {"chunk": chunk, "attention": attention, "matmul": matmul}
-    how["windows"] = windows
-    return dict(evaluate(run, formats=caches, data_dir=data_dir, **how))
+    return dict(evaluate(run, formats=caches, data_dir=data_dir, windows=windows, **how))
 
 
 def compare_runs(runs: Iterable[Run | Path], *, context: int | None = None) -> list["Row"]:

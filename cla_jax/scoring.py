@@ -438,8 +438,7 @@ def sensitivity(
     for p, kv in enumerate(kv_layers):
         formats = [lossy if i == p else dense for i in range(len(kv_layers))]
         how: dict[str, Any] = {"chunk": chunk, "attention": attention, "matmul": matmul}
-        how["windows"] = windows
-        close = agreement(session, model, formats, **how)
+        close = agreement(session, model, formats, windows=windows, **how)
         measured.append(
             KVLayerAgreement(**vars(close), kv_layer=p, layer=kv.layer, readers=kv.readers)
         )

@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_reach_their_own_outputs_only(dtype):
 
 
 def test_the_order_of_sums_does_not_depend_on_the_other_tokens_of_a_tile():
-    """Tiles of one token have more sums than others; among the others, a token alone decides."""
+    """Tiles of other sizes may divide a sum into other parts, so these tokens are all of one tile."""
     x, weights = (
         numbers("float32", 1, 8, 100),
         matmul.Packed.of(numbers("float32", 1, 32, 100, seed=1)),

@@ -4,7 +4,6 @@
 // and each lane sums up one output of one token. That is as fast as memory for up to about 8 tokens.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
